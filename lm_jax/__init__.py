@@ -1,0 +1,1 @@
+"""lm_jax: a language-model trainer that proves its numbers."""

@@ -1,0 +1,74 @@
+"""Checkpoints: state, position in the data and manifest of one instant, written together."""
+
+import pathlib
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+Manifest = dict[str, Any]
+
+
+class Checkpoints:
+    """The newest checkpoints and, apart from them, the best one.
+
+    Saving is asynchronous and atomic: a step that was not finished is ignored and cleaned up, so
+    a kill at any moment loses no more than the updates since the last finished checkpoint.
+    """
+
+    def __init__(self, workdir: pathlib.Path, keep: int):
+        """Open or create `workdir/checkpoints` and `workdir/best`.
+
+        Args:
+            workdir: folder of the run.
+            keep: newest checkpoints kept.
+        """
+
+        def manager(name: str, keep: int) -> ocp.CheckpointManager:
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
+            )
+            path = (workdir / name).absolute()
+            return ocp.CheckpointManager(path, item_names=("state", "manifest"), options=options)
+
+        self._newest = manager("checkpoints", keep)
+        self._best = manager("best", 1)
+
+    def save(self, state: Any, manifest: Manifest, *, best: bool = False) -> None:
+        """Start saving `state`; `manifest["position"]` is the next batch's number and the name."""
+        manager = self._best if best else self._newest
+        manager.save(
+            manifest["position"],
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state), manifest=ocp.args.JsonSave(manifest)
+            ),
+        )
+
+    def position(self, *, best: bool = False) -> int | None:
+        """Number of updates in the newest (or best) finished checkpoint; None if there is none."""
+        return (self._best if best else self._newest).latest_step()
+
+    def manifest(self, *, best: bool = False) -> Manifest:
+        """What was saved beside the state of the newest (or best) checkpoint."""
+        manager = self._best if best else self._newest
+        args = ocp.args.Composite(manifest=ocp.args.JsonRestore())
+        return manager.restore(manager.latest_step(), args=args).manifest
+
+    def restore(self, abstract: Any, *, best: bool = False) -> Any:
+        """The newest (or best) state, with the shapes, dtypes and shardings of `abstract`."""
+        manager = self._best if best else self._newest
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+        return manager.restore(manager.latest_step(), args=args).state
+
+    def close(self) -> None:
+        """Wait for running saves and release the folders."""
+        for manager in (self._newest, self._best):
+            manager.wait_until_finished()
+            manager.close()
+
+
+def abstract_like(state: Any, shardings: Any) -> Any:
+    """Shapes, dtypes and shardings of a state, for `restore`."""
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings
+    )

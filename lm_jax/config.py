@@ -1,0 +1,487 @@
+"""The typed run config: defaults, validation, resolution of durations, hash.
+
+A config file returns a `Config`; every field is documented beside its default with its
+unit. Assigning an unknown field or a wrong type raises at once and names the remedy.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import re
+import typing
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """A config field that is unknown, of the wrong type or impossible."""
+
+
+class Duration(str):
+    """A span of training: "2000" or "2000 steps", "2M tokens" or "3 epochs"."""
+
+
+_UNITS = {"k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9, "": 1.0}
+_DURATION = re.compile(r"([0-9.]+(?:[eE][0-9]+)?)\s*([kKMB]?)\s*(steps?|tokens?|epochs?)?")
+
+
+def _nearest(name: str, names: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
+    return close[0] if close else ""
+
+
+def _typed(where: str, value: Any, expected: Any) -> Any:
+    """Return `value` as the field's type, or raise naming the field `where`."""
+    if expected is Duration and isinstance(value, int | str) and not isinstance(value, bool):
+        if not _DURATION.fullmatch(str(value).strip()):
+            raise ConfigError(
+                f"config.{where}: {value!r} is no duration; "
+                'write a number of steps, or like "2M tokens" or "3 epochs".'
+            )
+        return Duration(str(value).strip())
+    if expected is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
+        raise ConfigError(
+            f"config.{where}: {value!r} is a {type(value).__name__}; "
+            f"give a {expected.__name__} instead."
+        )
+    return value
+
+
+class _Section:
+    """Base of the config dataclasses: checks names and types on every assignment."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        hints = typing.get_type_hints(type(self))
+        if name not in hints:
+            raise ConfigError(unknown_field(_path(self, name), list(hints)))
+        object.__setattr__(self, name, _typed(_path(self, name), value, hints[name]))
+
+
+def _path(section: _Section, name: str) -> str:
+    own = type(section).__name__.removesuffix("Config").lower()
+    return f"{own}.{name}" if own else name
+
+
+def unknown_field(path: str, names: Sequence[str]) -> str:
+    """The sentence for an unknown field at dotted `path` whose valid siblings are `names`."""
+    *parents, last = path.split(".")
+    nearest = ".".join([*parents, _nearest(last, names)])
+    return f"config.{path}: there is no such field; did you mean config.{nearest}?"
+
+
+@dataclasses.dataclass
+class DataConfig(_Section):
+    """What is read and how it is cut into windows."""
+
+    corpus: str = "synthetic"  # synthetic | wikitext2 | wikitext103 | text | tfds:NAME
+    source_dir: str = ""  # folder with the corpus's files; empty: download where possible
+    files: str = ""  # corpus "text": path or glob of the training files
+    valid_files: str = ""  # corpus "text": files held out for validation; empty: a share of files
+    test_files: str = ""  # corpus "text": files held out for the test
+    document: str = "file"  # corpus "text": what one document is: file | line | jsonl:FIELD
+    valid_fraction: float = 0.1  # share held out for validation where the corpus has no such split
+    test_fraction: float = 0.0  # share held out for the test where the corpus has no such split
+    cache_dir: str = "~/.cache/lm_jax"  # prepared corpora and token stores live here
+    seq_len: int = 256  # T, tokens predicted per window
+    batch_size: int = 32  # sequences per update, over all devices and micro-batches
+    document_mask: bool = True  # attention and positions restart at each document
+    threads: int = 1  # threads that assemble batches ahead of the step; 0: in the loop itself
+
+
+@dataclasses.dataclass
+class TokenizerConfig(_Section):
+    """How text becomes ids."""
+
+    kind: str = "char"  # byte | char | word | bpe
+    vocab_size: int = 0  # ids with the separator, for bpe and word; 0: all types (word)
+
+
+@dataclasses.dataclass
+class ModelConfig(_Section):
+    """The decoder."""
+
+    layers: int = 4  # blocks
+    d_model: int = 128  # D, width of the residual stream
+    heads: int = 4  # H, query heads
+    kv_heads: int = 0  # key/value heads, a divisor of heads; 0: as many as heads
+    d_ff: int = 0  # F, width inside the MLP; 0: 4 D for gelu, 8/3 D for swiglu (multiple of 8)
+    norm: str = "rmsnorm"  # rmsnorm | layernorm
+    positions: str = "rotary"  # rotary | learned | none
+    rope_theta: float = 10_000.0  # base of the rotary wavelengths
+    mlp: str = "swiglu"  # swiglu | gelu
+    qk_norm: bool = False  # RMS-normalise queries and keys per head before rotary
+    bias: bool = False  # biases in the linear maps of the blocks and in layernorm
+    tied: bool = True  # the head is the embedding table
+    init: str = "normal"  # normal: N(0, init_std^2) | fan_in: N(0, 1/inputs)
+    init_std: float = 0.02  # std of every table, and of matrices under init "normal"
+    dropout: float = 0.0  # rate on the residual branches
+    attention_dropout: float = 0.0  # rate on the attention probabilities
+    embedding_dropout: float = 0.0  # rate on the embedded tokens
+    logit_softcap: float = 0.0  # c in c tanh(logits / c); 0: off
+    scan_layers: bool = False  # one compiled block scanned over depth: compile time flat in depth
+    remat: bool = False  # recompute each block in the backward pass to save memory
+
+
+@dataclasses.dataclass
+class OptimConfig(_Section):
+    """Optimiser, schedule and clipping."""
+
+    name: str = "adamw"  # adamw | muon (matrices of the blocks by Muon, the rest by Adam)
+    peak_lr: float = 1e-3  # learning rate after warm-up
+    warmup: Duration = Duration("100")  # linear from peak / warmup; the first update has LR > 0
+    schedule: str = "cosine"  # cosine | linear | constant | wsd
+    end_lr: float = 0.1  # learning rate of the last update, as a share of the peak
+    decay: Duration = Duration("0")  # schedule "wsd": length of the final linear decay
+    weight_decay: float = 0.1  # decoupled, on matrices only
+    b1: float = 0.9  # decay of the first moment per update
+    b2: float = 0.95  # decay of the second moment per update
+    eps: float = 1e-8  # added to the root of the second moment
+    clip_norm: float = 1.0  # global gradient norm is cut to this; 0: off
+    accumulation: int = 1  # micro-batches per update
+    ema_decay: float = 0.0  # weight average used for evaluation; 0: off
+
+
+@dataclasses.dataclass
+class AttentionConfig(_Section):
+    """Which attention implementation runs."""
+
+    impl: str = "auto"  # auto | reference | xla | cudnn
+
+
+@dataclasses.dataclass
+class TrainConfig(_Section):
+    """The loop."""
+
+    steps: Duration = Duration("1000")  # length of the run
+    eval_every: Duration = Duration("250")  # valid split scored this often and at the end; 0: end
+    checkpoint_every: Duration = Duration("250")  # saved this often and at the end; 0: end only
+    keep: int = 2  # newest checkpoints kept, beside the best
+    log_every: Duration = Duration("10")  # a progress line and, on request, per-layer norms
+    layer_norms: bool = False  # log grad_norm/<path> for every parameter
+    tensorboard: bool = False  # also write TensorBoard events (extra "tensorboard")
+    compute_dtype: str = "float32"  # float32 | bfloat16 | float16 (with dynamic loss scaling)
+    matmul_precision: str = "float32"  # float32 | tensorfloat32, of float32 products on a GPU
+    steps_per_call: int = 1  # updates in one dispatch: hides launch cost of small models
+    max_nonfinite: int = 10  # stop after this many skipped updates in a row
+
+
+@dataclasses.dataclass
+class EvalConfig(_Section):
+    """Exact evaluation of whole splits."""
+
+    batch_size: int = 0  # sequences at a time; 0: as in training
+    stride: int = 0  # targets scored per window, the rest is context; 0: data.seq_len
+    splits: str = "valid,test"  # scored at the end of the run, where the corpus has them
+
+
+@dataclasses.dataclass
+class MeshConfig(_Section):
+    """How devices are arranged."""
+
+    fsdp: int = 1  # devices that share one copy of the parameters; the rest are data-parallel
+
+
+@dataclasses.dataclass
+class Config(_Section):
+    """One run."""
+
+    seed: int = 0  # of parameters, order of the data and dropout
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    attention: AttentionConfig = dataclasses.field(default_factory=AttentionConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "tokenizer.kind": ("byte", "char", "word", "bpe"),
+    "model.norm": ("rmsnorm", "layernorm"),
+    "model.positions": ("rotary", "learned", "none"),
+    "model.mlp": ("swiglu", "gelu"),
+    "model.init": ("normal", "fan_in"),
+    "optim.name": ("adamw", "muon"),
+    "optim.schedule": ("cosine", "linear", "constant", "wsd"),
+    "attention.impl": ("auto", "reference", "xla", "cudnn"),
+    "train.compute_dtype": ("float32", "bfloat16", "float16"),
+    "train.matmul_precision": ("float32", "tensorfloat32"),
+}
+_POSITIVE = (
+    "data.seq_len data.batch_size model.layers model.d_model model.heads model.rope_theta "
+    "model.init_std optim.peak_lr optim.eps optim.accumulation train.keep "
+    "train.steps_per_call train.max_nonfinite mesh.fsdp"
+).split()
+_SHARE = (  # in [0, 1)
+    "data.valid_fraction data.test_fraction model.dropout model.attention_dropout "
+    "model.embedding_dropout optim.b1 optim.b2 optim.ema_decay"
+).split()
+_NOT_NEGATIVE = (
+    "seed data.threads tokenizer.vocab_size model.kv_heads model.d_ff model.logit_softcap "
+    "optim.end_lr optim.weight_decay optim.clip_norm eval.batch_size eval.stride"
+).split()
+
+
+def fields(section: _Section, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted path, value) of every leaf field."""
+    for field in dataclasses.fields(section):  # type: ignore[arg-type]
+        value = getattr(section, field.name)
+        if isinstance(value, _Section):
+            yield from fields(value, f"{prefix}{field.name}.")
+        else:
+            yield f"{prefix}{field.name}", value
+
+
+def get(cfg: Config, path: str) -> Any:
+    """The value at a dotted path."""
+    value: Any = cfg
+    for name in path.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def replace(cfg: Config, **changes: Any) -> Config:
+    """A copy with changes; a double underscore stands for the dot (`optim__peak_lr=1e-3`)."""
+    copy = from_dict(to_dict(cfg))
+    for path, value in changes.items():
+        *parents, last = path.split("__")
+        section = get(copy, ".".join(parents)) if parents else copy
+        setattr(section, last, value)
+    return copy
+
+
+def to_dict(cfg: Config) -> dict[str, Any]:
+    """Plain nested dicts, ready for JSON."""
+    return dataclasses.asdict(cfg)
+
+
+def from_dict(tree: dict[str, Any]) -> Config:
+    """The inverse of `to_dict`; raises ConfigError on unknown fields."""
+    cfg = Config()
+    for name, value in tree.items():
+        if isinstance(value, dict) and isinstance(getattr(cfg, name, None), _Section):
+            for key, leaf in value.items():
+                setattr(getattr(cfg, name), key, leaf)
+        else:
+            setattr(cfg, name, value)
+    return cfg
+
+
+def check_names(paths: Sequence[str]) -> None:
+    """Raise ConfigError if a dotted path names no field."""
+    for path in paths:
+        section: Any = Config
+        parts = path.split(".")
+        for depth, name in enumerate(parts):
+            hints = typing.get_type_hints(section) if _is_section(section) else {}
+            if name not in hints:
+                valid = list(hints) or [parts[depth - 1]]
+                raise ConfigError(unknown_field(".".join(parts[: depth + 1]), valid))
+            section = hints[name]
+
+
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, _Section)
+
+
+def validate(cfg: Config) -> Config:
+    """Return `cfg`, or raise ConfigError on the first impossible value or combination."""
+
+    def require(ok: bool, path: str, problem: str, remedy: str) -> None:
+        if not ok:
+            raise ConfigError(f"config.{path}: {get(cfg, path)!r} {problem}; {remedy}.")
+
+    for path, choices in _CHOICES.items():
+        value = get(cfg, path)
+        if value not in choices:
+            raise ConfigError(
+                f"config.{path}: {value!r} is none of {', '.join(choices)}; "
+                f"did you mean {_nearest(value, choices)!r}?"
+            )
+    for path in _POSITIVE:
+        require(get(cfg, path) > 0, path, "must be above 0", "give a positive number")
+    for path in _NOT_NEGATIVE:
+        require(get(cfg, path) >= 0, path, "is negative", "give 0 or more")
+    for path in _SHARE:
+        require(0 <= get(cfg, path) < 1, path, "is no share", "give 0 or more and below 1")
+
+    data, model, optim = cfg.data, cfg.model, cfg.optim
+    require(
+        (data.corpus == "text") == bool(data.files),
+        "data.files",
+        f"does not fit config.data.corpus={data.corpus!r}",
+        'name the training files with corpus "text", and only there',
+    )
+    held_out = data.valid_fraction + data.test_fraction
+    require(held_out < 1, "data.valid_fraction", "and test_fraction leave no text", "lower them")
+    require(
+        (cfg.tokenizer.kind == "bpe" and cfg.tokenizer.vocab_size > 257)
+        or cfg.tokenizer.kind == "word"
+        or (cfg.tokenizer.kind in ("byte", "char") and cfg.tokenizer.vocab_size == 0),
+        "tokenizer.vocab_size",
+        f"does not fit config.tokenizer.kind={cfg.tokenizer.kind!r}",
+        "give more than 257 for bpe, 0 or more for word, and 0 for byte and char",
+    )
+    require(
+        model.d_model % model.heads == 0,
+        "model.heads",
+        f"does not divide config.model.d_model={model.d_model}",
+        "choose a divisor",
+    )
+    require(
+        model.kv_heads == 0 or model.heads % model.kv_heads == 0,
+        "model.kv_heads",
+        f"does not divide config.model.heads={model.heads}",
+        "choose a divisor, or 0 for as many",
+    )
+    require(
+        model.positions != "rotary" or model.d_model // model.heads % 2 == 0,
+        "model.heads",
+        f"gives an odd head width of {model.d_model // model.heads}, which rotary cannot pair",
+        "choose an even head width",
+    )
+    require(
+        data.batch_size % optim.accumulation == 0,
+        "optim.accumulation",
+        f"does not divide config.data.batch_size={data.batch_size}",
+        "choose a divisor",
+    )
+    require(
+        cfg.eval.stride <= data.seq_len,
+        "eval.stride",
+        f"is longer than config.data.seq_len={data.seq_len} and would leave targets unscored",
+        "lower it, or give 0 for the window length",
+    )
+    require(
+        cfg.attention.impl != "cudnn" or cfg.train.compute_dtype != "float32",
+        "attention.impl",
+        "computes in 16 bits only",
+        "set config.train.compute_dtype to bfloat16 or float16, or the impl to xla",
+    )
+    require(
+        cfg.attention.impl != "cudnn" or model.attention_dropout == 0,
+        "model.attention_dropout",
+        "cannot be had from the cudnn implementation",
+        "set it to 0, or config.attention.impl to xla",
+    )
+    for name in eval_splits(cfg):
+        require(
+            name in ("valid", "test"),
+            "eval.splits",
+            f"names {name!r}",
+            "give valid, test or both with a comma",
+        )
+    return cfg
+
+
+def eval_splits(cfg: Config) -> list[str]:
+    """Names of the splits scored at the end of the run."""
+    return [name.strip() for name in cfg.eval.splits.split(",") if name.strip()]
+
+
+def steps_of(path: str, value: str, *, batch_size: int, seq_len: int, windows: int) -> int:
+    """Number of updates in a duration; a part of an update counts as a whole one.
+
+    Args:
+        path: the field, for the error message.
+        value: the duration as written.
+        batch_size: sequences per update.
+        seq_len: tokens predicted per sequence.
+        windows: sequences in one epoch of the training split.
+
+    Raises:
+        ConfigError: if the value is no duration.
+    """
+    match = _DURATION.fullmatch(value.strip())
+    if match is None:
+        raise ConfigError(f"config.{path}: {value!r} is no duration; write 2000 or '3 epochs'.")
+    amount = float(match[1]) * _UNITS[match[2]]
+    unit = (match[3] or "steps").rstrip("s")
+    per_step = {"step": 1.0, "token": float(batch_size * seq_len), "epoch": batch_size / windows}
+    return math.ceil(amount / per_step[unit] - 1e-9)
+
+
+def resolve(cfg: Config, *, windows: int) -> Config:
+    """Fill in derived values: durations become steps, zeros that mean "as ..." become numbers.
+
+    Args:
+        cfg: a valid config.
+        windows: windows in one epoch of the training split.
+
+    Raises:
+        ConfigError: if warm-up and decay do not fit into the run.
+    """
+    cfg = from_dict(to_dict(validate(cfg)))
+    for path, value in list(fields(cfg)):
+        if isinstance(value, Duration):
+            steps = steps_of(
+                path,
+                value,
+                batch_size=cfg.data.batch_size,
+                seq_len=cfg.data.seq_len,
+                windows=windows,
+            )
+            section, name = path.split(".")
+            setattr(getattr(cfg, section), name, str(steps))
+    model = cfg.model
+    model.kv_heads = model.kv_heads or model.heads
+    if model.d_ff == 0:
+        width = 4 * model.d_model if model.mlp == "gelu" else 8 * model.d_model / 3
+        model.d_ff = 8 * round(width / 8)
+    cfg.eval.batch_size = cfg.eval.batch_size or cfg.data.batch_size
+    cfg.eval.stride = cfg.eval.stride or cfg.data.seq_len
+
+    steps, warmup, decay = (
+        int(value) for value in (cfg.train.steps, cfg.optim.warmup, cfg.optim.decay)
+    )
+    if steps < 1:
+        raise ConfigError("config.train.steps: the run has no update; give 1 step or more.")
+    if cfg.optim.schedule == "wsd" and not 0 < decay <= steps - warmup:
+        raise ConfigError(
+            f"config.optim.decay: {decay} steps do not fit between warm-up and the end of "
+            f"{steps} steps; schedule wsd needs a decay of 1 to {max(1, steps - warmup)} steps."
+        )
+    if cfg.optim.schedule != "wsd" and decay:
+        raise ConfigError(
+            f"config.optim.decay: only schedule wsd reads it, not {cfg.optim.schedule}; "
+            "set it to 0 or the schedule to wsd."
+        )
+    if warmup >= steps:
+        raise ConfigError(
+            f"config.optim.warmup: {warmup} steps leave nothing of a run of {steps} steps; "
+            "shorten it below config.train.steps."
+        )
+    if int(cfg.train.log_every) < 1:
+        raise ConfigError("config.train.log_every: must be 1 step or more; give 1 or more.")
+    return cfg
+
+
+def config_hash(cfg: Config) -> str:
+    """First 16 hex digits of the sha256 of the config's JSON."""
+    text = json.dumps(to_dict(cfg), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Lines `path: old -> new` for every leaf at which two config dicts differ."""
+
+    def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+        flat: dict[str, Any] = {}
+        for key, value in tree.items():
+            if isinstance(value, dict):
+                flat |= leaves(value, f"{prefix}{key}.")
+            else:
+                flat[f"{prefix}{key}"] = value
+        return flat
+
+    before, after = leaves(old), leaves(new)
+    return [
+        f"config.{path}: {before.get(path, 'absent')!r} -> {after.get(path, 'absent')!r}"
+        for path in sorted(before | after)
+        if before.get(path) != after.get(path) or (path in before) != (path in after)
+    ]

@@ -1,0 +1,1 @@
+"""From corpora to batches: corpora, tokenizers, store, pipeline, and reference perplexities."""

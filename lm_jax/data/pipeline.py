@@ -1,0 +1,227 @@
+"""From a tokenised split to batches: windows, global shuffle, process slice.
+
+The stream of a split is, for each document, one separator and then the document's tokens. A window
+is T + 1 consecutive stream positions. Windows follow each other at a stride of T, so that every
+position but the first is a target exactly once: the first token of a document is predicted from
+the separator that opens it, and separators themselves are inputs only.
+
+Batch number i of training holds the samples i*B ... (i+1)*B - 1 of an endless sequence that is a
+function of the seed alone. The position in the data is therefore one integer, the batch number, and
+neither the number of processes nor the number of threads can change what a step sees.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+if TYPE_CHECKING:
+    from lm_jax.data.store import Split
+
+Batch = dict[str, np.ndarray]
+PADDING_ROW = -1
+READ_AHEAD_PER_THREAD = 2
+
+
+class Windows:
+    """The windows of a split, by number; only document starts are held in memory.
+
+    With a stride shorter than T (evaluation), the first window scores all its targets and every
+    later one only its last `stride`, so that each target is scored once and, past the first window,
+    with at least T - stride + 1 tokens of context.
+    """
+
+    def __init__(
+        self, split: "Split", seq_len: int, document_mask: bool, stride: int | None = None
+    ):
+        """Indexes a split; the stride is `seq_len` unless given."""
+        if not len(split.tokens):
+            raise ValueError(f"split '{split.name}' holds no tokens: prepare its corpus again.")
+        self.split = split
+        self.seq_len = seq_len
+        self.document_mask = document_mask
+        self.stride = seq_len if stride is None else stride
+        if not 1 <= self.stride <= seq_len:
+            raise ValueError(
+                f"stride={self.stride} would skip or repeat targets: "
+                f"choose it between 1 and seq_len={seq_len}."
+            )
+        documents = len(split.document_starts) - 1
+        self._separators = split.document_starts[:-1] + np.arange(documents)
+        self.stream_len = len(split.tokens) + documents
+
+    def __len__(self) -> int:
+        """The number of windows that scores every token once."""
+        after_first_window = max(self.stream_len - 1 - self.seq_len, 0)
+        return 1 + -(-after_first_window // self.stride)
+
+    def batch(self, indices: ArrayLike) -> Batch:
+        """Gathers windows [B] into tokens, segment ids and weights [B, T+1].
+
+        `weights[b, t]` says whether `tokens[b, t]` is scored as a target. Segments count the
+        documents of a window from 1; padding is segment 0. Index -1 gives a row of padding.
+        """
+        indices_B = np.asarray(indices, np.int64)
+        position_BT = indices_B[:, None] * self.stride + np.arange(self.seq_len + 1)
+        document_BT = np.searchsorted(self._separators, position_BT, side="right") - 1
+        real_BT = (indices_B != PADDING_ROW)[:, None] & (position_BT < self.stream_len)
+        text_BT = real_BT & (self._separators[document_BT] != position_BT)
+
+        tokens = self.split.tokens
+        offset_BT = np.clip(position_BT - document_BT - 1, 0, len(tokens) - 1)
+        tokens_BT = np.where(text_BT, tokens[offset_BT], self.split.separator)
+
+        segment_ids_BT = real_BT.astype(np.int32)
+        if self.document_mask:
+            segment_ids_BT *= (document_BT - document_BT[:, :1] + 1).astype(np.int32)
+
+        weights_BT = text_BT.astype(np.float32)
+        weights_BT[:, 0] = 0
+        weights_BT[indices_B > 0, : self.seq_len + 1 - self.stride] = 0
+        return {
+            "tokens": tokens_BT.astype(np.int32),
+            "segment_ids": segment_ids_BT,
+            "weights": weights_BT,
+        }
+
+
+def example_index(position: ArrayLike, num_windows: int, seed: int) -> np.ndarray:
+    """Maps positions in the endless sequence of samples to window numbers.
+
+    Every epoch is a permutation of its own, a function of (seed, epoch).
+    """
+    epoch, offset = np.divmod(np.asarray(position, np.int64), num_windows)
+    index = np.empty_like(offset)
+    for e in np.unique(epoch):
+        here = epoch == e
+        index[here] = _permutation(num_windows, seed, int(e))[offset[here]]
+    return index
+
+
+@functools.lru_cache(maxsize=2)
+def _permutation(num_windows: int, seed: int, epoch: int) -> np.ndarray:
+    """Sorts raw generator words: NumPy keeps those stable over versions, `permutation` it may not.
+
+    Two are cached, since a batch may span the end of an epoch.
+    """
+    words = np.random.Philox(np.random.SeedSequence(seed, spawn_key=(epoch,)))
+    order = np.argsort(words.random_raw(num_windows), kind="stable")
+    order.flags.writeable = False
+    return order
+
+
+@dataclasses.dataclass(frozen=True)
+class _BatchSource:
+    """Random access to training batches: item i is batch start + i, or the i-th stack of them."""
+
+    windows: Windows
+    batch_size: int
+    seed: int
+    start: int
+    steps: int
+    stack: int
+    rows: slice
+
+    def __len__(self) -> int:
+        return max(-(-(self.steps - self.start) // self.stack), 0)
+
+    def __getitem__(self, item: int) -> Batch:
+        first = self.start + item * self.stack
+        numbers_K = np.arange(first, min(first + self.stack, self.steps))
+        position_KB = numbers_K[:, None] * self.batch_size + np.arange(self.batch_size)
+        position_KB = position_KB[:, self.rows]
+        indices = example_index(position_KB.ravel(), len(self.windows), self.seed)
+        batch = self.windows.batch(indices)
+        if self.stack == 1:
+            return batch
+        return {name: x.reshape(*position_KB.shape, -1) for name, x in batch.items()}
+
+
+def train_batches(
+    split: "Split",
+    *,
+    seq_len: int,
+    batch_size: int,
+    document_mask: bool,
+    seed: int,
+    start: int = 0,
+    steps: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    stack: int = 1,
+    threads: int = 1,
+) -> Iterator[Batch]:
+    """Yields training batches number start ... steps - 1, each this process's rows [B/P, T+1].
+
+    `stack` > 1 yields [stack, B/P, T+1] of successive batches, the last item perhaps with fewer.
+    `threads` reads ahead; 0 reads when asked.
+    """
+    rows = _process_rows(batch_size, process_index, process_count)
+    windows = Windows(split, seq_len, document_mask)
+    if windows.stream_len < seq_len + 1:
+        raise ValueError(
+            f"split '{split.name}' has {len(split.tokens)} tokens, too few to fill one window of "
+            f"seq_len={seq_len}: set a smaller --config.data.seq_len or take a larger corpus."
+        )
+    return _read(_BatchSource(windows, batch_size, seed, start, steps, stack, rows), threads)
+
+
+def _read(source: _BatchSource, threads: int) -> Iterator[Batch]:
+    """Reads a source in order through grain, and stops its threads when the reader stops."""
+    import grain
+
+    options = grain.ReadOptions(
+        num_threads=threads, prefetch_buffer_size=READ_AHEAD_PER_THREAD * threads
+    )
+    dataset = grain.MapDataset.source(source).to_iter_dataset(options)
+    with contextlib.closing(iter(dataset)) as batches:
+        yield from batches
+
+
+def eval_batches(
+    split: "Split",
+    *,
+    seq_len: int,
+    batch_size: int,
+    document_mask: bool,
+    stride: int | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[Batch]:
+    """Yields the whole split in order, each target scored once, the last batch padded with rows."""
+    rows = _process_rows(batch_size, process_index, process_count)
+    windows = Windows(split, seq_len, document_mask, stride)
+
+    def batch(first: int) -> Batch:
+        indices_B = np.arange(first, first + batch_size)
+        indices_B[indices_B >= len(windows)] = PADDING_ROW
+        return windows.batch(indices_B[rows])
+
+    return map(batch, range(0, len(windows), batch_size))
+
+
+def _process_rows(batch_size: int, process_index: int, process_count: int) -> slice:
+    """The rows of a global batch that belong to one process."""
+    assert 0 <= process_index < process_count
+    if batch_size % process_count:
+        raise ValueError(
+            f"--config.data.batch_size={batch_size} cannot be divided among {process_count} "
+            f"processes: choose a multiple of {process_count}."
+        )
+    size = batch_size // process_count
+    return slice(process_index * size, (process_index + 1) * size)
+
+
+def batch_hash(batch: Mapping[str, ArrayLike]) -> str:
+    """A short hash of a batch's names, types, shapes and values."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name in sorted(batch):
+        value = np.ascontiguousarray(batch[name])
+        digest.update(f"{name} {value.dtype} {value.shape};".encode())
+        digest.update(value.tobytes())
+    return digest.hexdigest()

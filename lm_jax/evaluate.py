@@ -1,0 +1,225 @@
+"""Exact evaluation: the whole split, every target once, at any batch size.
+
+`python -m lm_jax.evaluate --workdir=DIR [--split=test] [--stride=N]` scores the best checkpoint
+of a run and writes `eval_<split>.json`.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from rich.console import Console
+from rich.table import Table
+
+from lm_jax import checkpoint, config, metrics, sharding, step
+from lm_jax.config import Config
+from lm_jax.data import ngram, pipeline
+from lm_jax.data.store import Split, Store
+from lm_jax.kernels import attention
+
+# Reference predictors are fitted on at most this many training tokens: sorting them takes seconds.
+_REFERENCE_TOKENS = 20_000_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluator:
+    """Scores splits of one store with one model structure."""
+
+    cfg: Config
+    store: Store
+    mesh: Mesh
+    eval_step: Callable[..., step.Metrics]
+
+    def __call__(self, params: Any, split_name: str) -> dict[str, Any]:
+        """Score a whole split.
+
+        Returns:
+            `loss` (nats per token), `token_ppl`, `word_ppl`, `bits_per_byte`, `accuracy`,
+            `token_count`, `split_token_count` (equal, or this raises) and `stride`.
+        """
+        cfg, split = self.cfg, self.store.split(split_name)
+        batches = pipeline.eval_batches(
+            split,
+            seq_len=cfg.data.seq_len,
+            batch_size=sharding.round_up(cfg.eval.batch_size),
+            document_mask=cfg.data.document_mask,
+            stride=cfg.eval.stride,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        total, pending = metrics.Sums(), None
+        for batch in batches:
+            result = self.eval_step(params, sharding.put_batch(self.mesh, batch, axis=0))
+            # Read the batch before while this one computes.
+            total += _fetch(pending)
+            pending = result
+        total += _fetch(pending)
+        assert int(total.count) == len(split.tokens), (total.count, len(split.tokens))
+        return {
+            **metrics.summarise(total, split_bytes=split.bytes, split_words=split.words),
+            "split_token_count": len(split.tokens),
+            "stride": cfg.eval.stride,
+        }
+
+
+def _fetch(result: step.Metrics | None) -> metrics.Sums:
+    if result is None:
+        return metrics.Sums()
+    return metrics.Sums(**{name: float(value) for name, value in result.items()})
+
+
+def references(store: Store, split_name: str) -> dict[str, float]:
+    """What simple predictors reach on the same tokens; computed once and kept in the store.
+
+    `uniform`, `unigram`, `kn2` and `kn3` are perplexities per token, fitted on the training split
+    (its first 20 million tokens); `entropy_rate`, where the source is known, is in nats per token.
+    """
+    path = store.path / f"references_{split_name}.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    split, tokenizer = store.split(split_name), store.tokenizer
+    # WikiText's convention: the history before the first word is an end of line.
+    start = int(tokenizer.encode("\n")[-1]) if tokenizer.kind == "word" else tokenizer.separator
+    result = ngram.references(
+        store.split("train").tokens[:_REFERENCE_TOKENS],
+        split.tokens,
+        vocab_size=tokenizer.vocab_size - 1,
+        start=start,
+    )
+    entropy_rate = store.manifest["entropy_rate"]
+    if entropy_rate is not None and tokenizer.kind == "char":  # one token, one symbol
+        result["entropy_rate"] = entropy_rate
+    write_json(path, result)
+    return result
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Write a readable JSON file in one move, so that a reader never sees half of it."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    temporary.replace(path)
+
+
+def report(name: str, result: dict[str, Any], console: Console) -> None:
+    """Print one split's line among its references, worst first."""
+    rows = {key: math.log(ppl) for key, ppl in result["references"].items() if key != "entropy_rate"}
+    if "entropy_rate" in result["references"]:
+        rows["entropy rate"] = result["references"]["entropy_rate"]
+    rows["this model"] = result["loss"]
+    words = math.log(result["word_ppl"]) / result["loss"]  # tokens per word
+    table = Table(title=f"{name}: {result['token_count']:,} tokens, each scored once")
+    for heading in ("", "nats per token", "token ppl", "word ppl", "bits per byte"):
+        table.add_column(heading, justify="right")
+    for key, nats in sorted(rows.items(), key=lambda item: -item[1]):
+        table.add_row(
+            key,
+            f"{nats:.4f}",
+            f"{metrics.exp(nats):,.2f}",
+            f"{metrics.exp(nats * words):,.2f}",
+            f"{result['bits_per_byte'] * nats / result['loss']:.4f}",
+            style="bold" if key == "this model" else None,
+        )
+    console.print(table)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A trained run, opened for use."""
+
+    cfg: Config
+    store: Store
+    mesh: Mesh
+    graphdef: Any
+    params: Any
+    step: int
+
+
+def open_data(cfg: Config) -> Store:
+    """The token store a config asks for, prepared on first use."""
+    from lm_jax.data import corpora, store
+
+    data = cfg.data
+    cache_dir = str(pathlib.Path(data.cache_dir).expanduser())
+    corpus = corpora.open_corpus(
+        data.corpus,
+        source_dir=data.source_dir,
+        files=data.files,
+        valid_files=data.valid_files,
+        test_files=data.test_files,
+        document=data.document,
+        valid_fraction=data.valid_fraction,
+        test_fraction=data.test_fraction,
+        cache_dir=cache_dir,
+    )
+    return store.prepare(
+        corpus,
+        tokenizer_kind=cfg.tokenizer.kind,
+        vocab_size=cfg.tokenizer.vocab_size,
+        cache_dir=cache_dir,
+    )
+
+
+def open_run(workdir: pathlib.Path) -> Run:
+    """Config, data and the best parameters of a workdir (its newest where no best was kept).
+
+    Raises:
+        FileNotFoundError: if the workdir holds no config or no checkpoint.
+    """
+    path = workdir / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file; give the workdir of a finished run.")
+    cfg = config.from_dict(json.loads(path.read_text())["config"])
+    store = open_data(cfg)
+    mesh = sharding.make_mesh(cfg.mesh.fsdp)
+    impl, _ = attention.choose(
+        cfg.attention.impl,
+        dtype=cfg.train.compute_dtype,
+        attention_dropout=cfg.model.attention_dropout,
+    )
+    graphdef, init = step.create_model(cfg, store.tokenizer.vocab_size, impl)
+    abstract = jax.eval_shape(lambda: step.init_state(cfg, init(jax.random.key(0))))
+    shardings = sharding.by_shape(mesh, abstract)
+    checkpoints = checkpoint.Checkpoints(workdir, cfg.train.keep)
+    best = checkpoints.position(best=True) is not None
+    position = checkpoints.position(best=best)
+    if position is None:
+        raise FileNotFoundError(f"{workdir}: holds no checkpoint; train the run first.")
+    state = checkpoints.restore(checkpoint.abstract_like(abstract, shardings), best=best)
+    checkpoints.close()
+    params = state.ema if cfg.optim.ema_decay else state.params
+    return Run(cfg, store, mesh, graphdef, params, position)
+
+
+def evaluate_split(evaluator: Evaluator, params: Any, name: str) -> dict[str, Any]:
+    """One split's result with its references."""
+    result = evaluator(params, name)
+    return {**result, "references": references(evaluator.store, name)}
+
+
+def main() -> None:
+    """Score one split of a run and write `eval_<split>.json`."""
+    parser = argparse.ArgumentParser(prog="python -m lm_jax.evaluate", description=main.__doc__)
+    parser.add_argument("--workdir", type=pathlib.Path, required=True, help="folder of the run")
+    parser.add_argument("--split", default="test", choices=("train", "valid", "test"))
+    parser.add_argument(
+        "--stride", type=int, help="targets scored per window; default: as in the run's config"
+    )
+    args = parser.parse_args()
+    run = open_run(args.workdir)
+    cfg = run.cfg
+    if args.stride:
+        cfg = config.validate(config.replace(cfg, eval__stride=args.stride))
+    evaluator = Evaluator(cfg, run.store, run.mesh, step.make_eval_step(cfg, run.graphdef))
+    result = {"step": run.step, **evaluate_split(evaluator, run.params, args.split)}
+    write_json(args.workdir / f"eval_{args.split}.json", result)
+    report(args.split, result, Console())
+
+
+if __name__ == "__main__":
+    main()

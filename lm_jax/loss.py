@@ -1,0 +1,67 @@
+"""Next-token loss. The only place that shifts; everything returns (sum, count)."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+Batch = dict[str, jax.Array]
+
+
+class Shifted(NamedTuple):
+    """A batch cut into what the model reads and what it must predict, all [B, T]."""
+
+    inputs: jax.Array
+    targets: jax.Array
+    weights: jax.Array
+    segment_ids: jax.Array
+    positions: jax.Array
+
+
+def shift(batch: Batch) -> Shifted:
+    """Cut windows of T + 1 tokens into T inputs and the T tokens that follow them.
+
+    Args:
+        batch: `tokens` int32, `segment_ids` int32 and `weights` float32, all [B, T + 1];
+            a weight of 0 marks a token that is never a target (a separator, padding).
+
+    The positions restart at 0 with every segment.
+    """
+    segment_ids_BT = batch["segment_ids"][:, :-1]
+    index_1T = jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32)[None]
+    first_BT = jnp.pad(segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1], ((0, 0), (1, 0)))
+    start_BT = jax.lax.cummax(jnp.where(first_BT, index_1T, 0), axis=1)
+    return Shifted(
+        inputs=batch["tokens"][:, :-1],
+        targets=batch["tokens"][:, 1:],
+        weights=batch["weights"][:, 1:],
+        segment_ids=segment_ids_BT,
+        positions=index_1T - start_BT,
+    )
+
+
+def cross_entropy(
+    logits_BTV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Summed next-token nats and the number of scored tokens.
+
+    sum_bt w_bt (log sum_v exp z_btv - z_bt,target) and sum_bt w_bt, in float32 or wider.
+
+    Args:
+        logits_BTV: scores, any float dtype.
+        targets_BT: ids in [0, V); where the weight is 0 any id is allowed and ignored.
+        weights_BT: 1 where the target is scored, else 0.
+    """
+    logits_BTV = logits_BTV.astype(jnp.promote_types(logits_BTV.dtype, jnp.float32))
+    scored_BT = weights_BT > 0
+    safe_BT = jnp.where(scored_BT, targets_BT, 0)
+    picked_BT = jnp.take_along_axis(logits_BTV, safe_BT[..., None], axis=-1)[..., 0]
+    nats_BT = jax.nn.logsumexp(logits_BTV, axis=-1) - picked_BT
+    # `where` and not the product alone: a padded row may hold anything, 0 * inf included.
+    nats_BT = jnp.where(scored_BT, nats_BT, 0)
+    return (nats_BT * weights_BT).sum(), weights_BT.astype(nats_BT.dtype).sum()
+
+
+def correct(logits_BTV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array) -> jax.Array:
+    """Weighted number of positions whose most likely token is the target."""
+    return ((logits_BTV.argmax(-1) == targets_BT) * weights_BT).sum()

@@ -1,0 +1,107 @@
+"""Sums to readable numbers: loss, perplexities, bits per byte, throughput, MFU."""
+
+import dataclasses
+import math
+from typing import Any
+
+from lm_jax.config import Config
+
+# Dense 16-bit tensor-core FLOP/s from the makers' data sheets, by a part of the device name.
+_PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L4": 121e12,
+    "V100": 125e12,
+    "T4": 65e12,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Sums:
+    """What evaluation adds up over batches, devices and hosts."""
+
+    nats: float = 0.0
+    count: float = 0.0
+    correct: float = 0.0
+
+    def __add__(self, other: "Sums") -> "Sums":
+        """Merge two parts of a split."""
+        return Sums(
+            self.nats + other.nats, self.count + other.count, self.correct + other.correct
+        )
+
+
+def summarise(sums: Sums, *, split_bytes: int, split_words: int) -> dict[str, float]:
+    """Loss and its readings for a whole split.
+
+    Args:
+        sums: over every target of the split.
+        split_bytes: UTF-8 bytes of the split's text.
+        split_words: words of the split's text, line ends included.
+
+    Returns:
+        `loss` in nats per token, `token_ppl` = exp(loss), `word_ppl` = exp(nats / words),
+        `bits_per_byte` = nats / (bytes ln 2), `accuracy` and `token_count`. Nothing is capped;
+        what float64 cannot hold is inf.
+    """
+    return {
+        "loss": sums.nats / sums.count,
+        "token_count": int(sums.count),
+        "token_ppl": exp(sums.nats / sums.count),
+        "word_ppl": exp(sums.nats / split_words),
+        "bits_per_byte": sums.nats / split_bytes / math.log(2),
+        "accuracy": sums.correct / sums.count,
+    }
+
+
+def exp(nats: float) -> float:
+    """Perplexity of a mean of nats; inf above what float64 holds."""
+    return math.exp(nats) if nats < 709 else math.inf
+
+
+def flops_per_token(cfg: Config, vocab_size: int) -> float:
+    """Multiply-adds count two; forward and backward of one token; attention counted causally.
+
+    6 FLOPs for each weight of the blocks' matrices and of the head, and 6 L T D for scores and
+    mixing, half of the full square (Hoffmann et al. 2022, appendix F, causal).
+    """
+    m = cfg.model
+    head_width = m.d_model // m.heads
+    attention = m.d_model * (2 * m.heads + 2 * m.kv_heads) * head_width
+    mlp = (3 if m.mlp == "swiglu" else 2) * m.d_model * m.d_ff
+    weights = m.layers * (attention + mlp) + vocab_size * m.d_model
+    return 6.0 * weights + 6.0 * m.layers * cfg.data.seq_len * m.d_model
+
+
+def peak_flops(device_kind: str, compute_dtype: str, devices: int) -> float | None:
+    """FLOP/s of all devices together, or None where it is not known."""
+    if compute_dtype == "float32":
+        return None
+    for name, peak in _PEAK_FLOPS.items():
+        if name in device_kind:
+            return peak * devices
+    return None
+
+
+def throughput(
+    *, tokens: float, seconds: float, steps: int, input_wait: float, flops: float, peak: float | None
+) -> dict[str, Any]:
+    """Speed of one call of the step.
+
+    Args:
+        tokens: tokens predicted in it, over all devices.
+        seconds: its wall time.
+        steps: updates in it.
+        input_wait: seconds of it spent waiting for data.
+        flops: FLOPs per token.
+        peak: FLOP/s of all devices, or None.
+    """
+    row = {
+        "perf/tokens_per_second": tokens / seconds,
+        "perf/step_ms": 1e3 * seconds / steps,
+        "perf/input_wait": input_wait / seconds,
+    }
+    if peak:
+        row["perf/mfu"] = tokens / seconds * flops / peak
+    return row

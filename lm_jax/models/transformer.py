@@ -1,0 +1,253 @@
+"""A pre-norm decoder: the dense family.
+
+Letters of the shape suffixes, used in the whole package: B batch, T time, D model width,
+H query heads, K key/value heads, C head width, F MLP width, V vocabulary, L layers.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lm_jax.config import ModelConfig
+from lm_jax.kernels.attention import attend, dropout
+
+Initializer = Callable[[jax.Array, tuple[int, ...]], jax.Array]
+
+
+def normal(std: float) -> Initializer:
+    """N(0, std^2) in float32."""
+    return lambda key, shape: std * jax.random.normal(key, shape, jnp.float32)
+
+
+def along_last(vector: jax.Array, x: jax.Array) -> jax.Array:
+    """The vector with leading axes of size 1, to be broadcast against `x`."""
+    return vector.reshape((1,) * (x.ndim - 1) + vector.shape)
+
+
+class Linear(nnx.Module):
+    """y = x w + b, computed in the dtype of x."""
+
+    def __init__(self, inputs: int, outputs: int, std: float, bias: bool, rngs: nnx.Rngs):
+        """Draw w from N(0, std^2); b starts at 0."""
+        self.kernel = nnx.Param(normal(std)(rngs.params(), (inputs, outputs)))
+        self.bias = nnx.Param(jnp.zeros((outputs,))) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map the last axis from `inputs` to `outputs`."""
+        y = x @ self.kernel[...].astype(x.dtype)
+        return y if self.bias is None else y + along_last(self.bias[...].astype(x.dtype), y)
+
+
+class Norm(nnx.Module):
+    """RMSNorm (Zhang and Sennrich 2019) or LayerNorm (Ba et al. 2016), in float32 or wider."""
+
+    def __init__(self, size: int, kind: str, bias: bool):
+        """Scale starts at 1, the bias of layernorm at 0."""
+        self.kind = kind
+        self.scale = nnx.Param(jnp.ones((size,)))
+        self.bias = nnx.Param(jnp.zeros((size,))) if bias and kind == "layernorm" else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalise over the last axis; epsilon is 1e-6."""
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        if self.kind == "layernorm":
+            wide = wide - wide.mean(-1, keepdims=True)
+        y = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + 1e-6)
+        y = y * along_last(self.scale[...], y)
+        if self.bias is not None:
+            y = y + along_last(self.bias[...], y)
+        return y.astype(x.dtype)
+
+
+def rotary(x_BTHC: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Array:
+    """Rotate pairs (i, i + C/2) by position * theta^(-2i/C) (Su et al. 2021, half-split pairing)."""
+    half = x_BTHC.shape[-1] // 2
+    wide = jnp.promote_types(x_BTHC.dtype, jnp.float32)
+    frequencies = theta ** (-jnp.arange(half, dtype=wide) / half)
+    angles_BT1C = positions_BT[:, :, None, None].astype(wide) * along_last(frequencies, x_BTHC)
+    cos, sin = (f(angles_BT1C).astype(x_BTHC.dtype) for f in (jnp.cos, jnp.sin))
+    a, b = x_BTHC[..., :half], x_BTHC[..., half:]
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+class Attention(nnx.Module):
+    """Causal self-attention with grouped key/value heads."""
+
+    def __init__(self, cfg: ModelConfig, impl: str, rngs: nnx.Rngs):
+        """One matrix makes queries, keys and values: [D, (H + 2 K) C]."""
+        self.cfg, self.impl = cfg, impl
+        D, C = cfg.d_model, cfg.d_model // cfg.heads
+        heads = cfg.heads + 2 * cfg.kv_heads
+        self.qkv = Linear(D, heads * C, matrix_std(cfg, D), cfg.bias, rngs)
+        self.out = Linear(D, D, residual_std(cfg, D), cfg.bias, rngs)
+        self.q_norm = Norm(C, "rmsnorm", False) if cfg.qk_norm else None
+        self.k_norm = Norm(C, "rmsnorm", False) if cfg.qk_norm else None
+
+    def __call__(self, x_BTD, segment_ids_BT, positions_BT, key) -> jax.Array:
+        """Attend inside segments; `key` switches dropout on."""
+        cfg = self.cfg
+        B, T, _ = x_BTD.shape
+        qkv_BTNC = self.qkv(x_BTD).reshape(B, T, -1, cfg.d_model // cfg.heads)
+        q, k, v = jnp.split(qkv_BTNC, (cfg.heads, cfg.heads + cfg.kv_heads), axis=2)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if cfg.positions == "rotary":
+            q = rotary(q, positions_BT, cfg.rope_theta)
+            k = rotary(k, positions_BT, cfg.rope_theta)
+        y_BTHC = attend(
+            q,
+            k,
+            v,
+            segment_ids_BT=segment_ids_BT,
+            impl=self.impl,
+            dropout_rate=cfg.attention_dropout,
+            dropout_key=key,
+        )
+        return self.out(y_BTHC.reshape(x_BTD.shape))
+
+
+class MLP(nnx.Module):
+    """SwiGLU (Shazeer 2020) or GELU (tanh form)."""
+
+    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
+        """For swiglu one matrix makes gate and value: [D, 2 F]."""
+        self.kind = cfg.mlp
+        inner = 2 * cfg.d_ff if cfg.mlp == "swiglu" else cfg.d_ff
+        self.up = Linear(cfg.d_model, inner, matrix_std(cfg, cfg.d_model), cfg.bias, rngs)
+        self.down = Linear(cfg.d_ff, cfg.d_model, residual_std(cfg, cfg.d_ff), cfg.bias, rngs)
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        """Apply position by position."""
+        y = self.up(x_BTD)
+        if self.kind == "swiglu":
+            gate_BTF, value_BTF = jnp.split(y, 2, axis=-1)
+            return self.down(jax.nn.silu(gate_BTF) * value_BTF)
+        return self.down(jax.nn.gelu(y, approximate=True))
+
+
+class Block(nnx.Module):
+    """x + attention(norm x), then x + mlp(norm x)."""
+
+    def __init__(self, cfg: ModelConfig, impl: str, rngs: nnx.Rngs):
+        """Build one layer."""
+        self.rate = cfg.dropout
+        self.attention_norm = Norm(cfg.d_model, cfg.norm, cfg.bias)
+        self.attention = Attention(cfg, impl, rngs)
+        self.mlp_norm = Norm(cfg.d_model, cfg.norm, cfg.bias)
+        self.mlp = MLP(cfg, rngs)
+
+    def __call__(self, x_BTD, segment_ids_BT, positions_BT, key) -> jax.Array:
+        """Apply the layer; `key` switches dropout on."""
+        probs, branch, mlp = (None,) * 3 if key is None else jax.random.split(key, 3)
+        y = self.attention(self.attention_norm(x_BTD), segment_ids_BT, positions_BT, probs)
+        x_BTD = x_BTD + dropout(y, self.rate, branch)
+        return x_BTD + dropout(self.mlp(self.mlp_norm(x_BTD)), self.rate, mlp)
+
+
+class Transformer(nnx.Module):
+    """Tokens to final hidden states; the head is applied by `logits` or inside the loss."""
+
+    def __init__(self, cfg: ModelConfig, vocab_size: int, max_len: int, impl: str, rngs: nnx.Rngs):
+        """Draw all parameters in float32.
+
+        Args:
+            cfg: a resolved model config.
+            vocab_size: V, rows of the token table.
+            max_len: rows of the position table, if there is one.
+            impl: attention implementation.
+            rngs: stream "params".
+        """
+        self.cfg = cfg
+        D = cfg.d_model
+        table_std = normal(cfg.init_std)
+        self.embedding = nnx.Param(table_std(rngs.params(), (vocab_size, D)))
+        if cfg.positions == "learned":
+            self.position_embedding = nnx.Param(table_std(rngs.params(), (max_len, D)))
+        if cfg.scan_layers:
+            make = nnx.vmap(lambda key: Block(cfg, impl, nnx.Rngs(params=key)))
+            self.blocks = make(jax.random.split(rngs.params(), cfg.layers))
+        else:
+            self.blocks = nnx.List([Block(cfg, impl, rngs) for _ in range(cfg.layers)])
+        self.final_norm = Norm(D, cfg.norm, cfg.bias)
+        if not cfg.tied:
+            self.head = Linear(D, vocab_size, matrix_std(cfg, D), False, rngs)
+
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        segment_ids_BT: jax.Array,
+        positions_BT: jax.Array,
+        *,
+        dtype: jnp.dtype = jnp.float32,
+        key: jax.Array | None = None,
+    ) -> jax.Array:
+        """Hidden states after the final norm, [B, T, D] in `dtype`.
+
+        Args:
+            tokens_BT: ids in [0, V); checked on the host, not here.
+            segment_ids_BT: document per position, 0 for padding.
+            positions_BT: position inside the document.
+            dtype: compute dtype.
+            key: random key that switches dropout on; None in evaluation.
+        """
+        cfg = self.cfg
+        keys = [None] * (cfg.layers + 1)
+        if key is not None:
+            keys = jax.random.split(key, cfg.layers + 1)
+        x_BTD = self.embedding[...].astype(dtype)[tokens_BT]
+        if cfg.positions == "learned":
+            x_BTD = x_BTD + self.position_embedding[...].astype(dtype)[positions_BT]
+        x_BTD = dropout(x_BTD, cfg.embedding_dropout, keys[-1])
+
+        def apply(block, x_BTD, key):
+            return block(x_BTD, segment_ids_BT, positions_BT, key)
+
+        if cfg.scan_layers:
+            graphdef, stacked = nnx.split(self.blocks)
+
+            def body(x_BTD, layer):
+                params, key = layer
+                return apply(nnx.merge(graphdef, params), x_BTD, key), None
+
+            body = jax.checkpoint(body) if cfg.remat else body
+            layer_keys = None if key is None else keys[:-1]
+            x_BTD, _ = jax.lax.scan(body, x_BTD, (stacked, layer_keys))
+        else:
+            for i, block in enumerate(self.blocks):
+                graphdef, params = nnx.split(block)
+
+                def layer(params, x_BTD, key, graphdef=graphdef):
+                    return apply(nnx.merge(graphdef, params), x_BTD, key)
+
+                layer = jax.checkpoint(layer) if cfg.remat else layer
+                x_BTD = layer(params, x_BTD, keys[i])
+        return self.final_norm(x_BTD)
+
+    def head_VD(self) -> jax.Array:
+        """The matrix that turns hidden states into logits, one row per vocabulary entry."""
+        return self.embedding[...] if self.cfg.tied else self.head.kernel[...].T
+
+    def logits(self, x_BTD: jax.Array) -> jax.Array:
+        """Logits [B, T, V] in float32 or wider from hidden states."""
+        return head_logits(x_BTD, self.head_VD(), self.cfg.logit_softcap)
+
+
+def head_logits(x_BTD: jax.Array, head_VD: jax.Array, softcap: float) -> jax.Array:
+    """x head' in float32 or wider, then c tanh(logits / c) where a cap c is set."""
+    wide = jnp.promote_types(x_BTD.dtype, jnp.float32)
+    logits_BTV = jnp.einsum(
+        "...d,vd->...v", x_BTD, head_VD.astype(x_BTD.dtype), preferred_element_type=wide
+    )
+    return softcap * jnp.tanh(logits_BTV / softcap) if softcap else logits_BTV
+
+
+def matrix_std(cfg: ModelConfig, inputs: int) -> float:
+    """Standard deviation of a matrix at the start."""
+    return inputs**-0.5 if cfg.init == "fan_in" else cfg.init_std
+
+
+def residual_std(cfg: ModelConfig, inputs: int) -> float:
+    """The same for a matrix that writes to the residual stream: less by sqrt(2 L) (GPT-2)."""
+    return matrix_std(cfg, inputs) * (2 * cfg.layers) ** -0.5

@@ -1,0 +1,214 @@
+"""Pure train and eval steps. The only place that divides a loss by its token count."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from lm_jax import loss as losses
+from lm_jax import optim
+from lm_jax.config import Config
+from lm_jax.models.transformer import Transformer
+
+Params = Any
+Metrics = dict[str, jax.Array]
+
+
+class TrainState(NamedTuple):
+    """All that training carries from one update to the next."""
+
+    step: jax.Array  # int32, updates tried
+    params: Params
+    opt_state: Any
+    ema: Params  # running average of params; None if off
+    loss_scale: jax.Array  # float32; 1 unless the compute dtype is float16
+    good_steps: jax.Array  # int32, finite updates since the loss scale last changed
+    nonfinite_run: jax.Array  # int32, skipped updates in a row
+
+
+def create_model(cfg: Config, vocab_size: int, impl: str) -> tuple[nnx.GraphDef, Callable]:
+    """The structure of the model, and a function from a random key to its parameters."""
+
+    def build(key: jax.Array) -> Transformer:
+        return Transformer(cfg.model, vocab_size, cfg.data.seq_len, impl, nnx.Rngs(params=key))
+
+    def init(key: jax.Array) -> Params:
+        return nnx.to_pure_dict(nnx.state(build(key), nnx.Param))
+
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: build(jax.random.key(0))))
+    return graphdef, init
+
+
+def init_state(cfg: Config, params: Params) -> TrainState:
+    """The state before the first update."""
+    scale = 2.0**10 if cfg.train.compute_dtype == "float16" else 1.0
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=optim.make_optimizer(cfg.optim).init(params),
+        ema=jax.tree.map(jnp.copy, params) if cfg.optim.ema_decay else None,
+        loss_scale=jnp.full((), scale, jnp.float32),
+        good_steps=jnp.zeros((), jnp.int32),
+        nonfinite_run=jnp.zeros((), jnp.int32),
+    )
+
+
+def loss_sums(
+    graphdef: nnx.GraphDef,
+    params: Params,
+    batch: losses.Batch,
+    *,
+    dtype: jnp.dtype,
+    key: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+    """Summed nats and scored tokens of one micro-batch."""
+    model = nnx.merge(graphdef, params)
+    b = losses.shift(batch)
+    x_BTD = model(b.inputs, b.segment_ids, b.positions, dtype=dtype, key=key)
+    return losses.cross_entropy(model.logits(x_BTD), b.targets, b.weights)
+
+
+def gradients(
+    graphdef: nnx.GraphDef,
+    params: Params,
+    batch: losses.Batch,
+    *,
+    accumulation: int,
+    dtype: jnp.dtype,
+    key: jax.Array | None,
+    scale: jax.typing.ArrayLike = 1.0,
+) -> tuple[jax.Array, jax.Array, Params]:
+    """Summed nats, scored tokens and the gradient of the mean, over all micro-batches.
+
+    Micro-batches add sums and counts and are divided once, so their token counts may differ.
+    `scale` multiplies the loss before differentiation and divides the gradient after it.
+    """
+
+    def scaled(params: Params, batch: losses.Batch, key: jax.Array | None):
+        nats, count = loss_sums(graphdef, params, batch, dtype=dtype, key=key)
+        return nats * scale, (nats, count)
+
+    differentiate = jax.grad(scaled, has_aux=True)
+    if accumulation == 1:
+        grads, (nats, count) = differentiate(params, batch, key)
+    else:
+        # Neighbouring rows go to different micro-batches: a device's rows stay on the device.
+        def split(x: jax.Array) -> jax.Array:
+            return x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1)
+
+        def body(carry, micro):
+            index, rows = micro
+            micro_key = None if key is None else jax.random.fold_in(key, index)
+            grads, sums = differentiate(params, rows, micro_key)
+            return jax.tree.map(jnp.add, carry, (grads, sums)), None
+
+        zero = jnp.zeros((), jnp.promote_types(dtype, jnp.float32))
+        carry = (jax.tree.map(jnp.zeros_like, params), (zero, zero))
+        micros = (jnp.arange(accumulation), jax.tree.map(split, batch))
+        (grads, (nats, count)), _ = jax.lax.scan(body, carry, micros)
+    # A batch without a scored token has gradient 0, not 0 / 0.
+    divisor = jnp.maximum(count, 1) * scale
+    return nats, count, jax.tree.map(lambda g: g / divisor.astype(g.dtype), grads)
+
+
+def make_train_step(cfg: Config, graphdef: nnx.GraphDef) -> Callable:
+    """`(state, batches) -> (state, metrics)` over the leading axis of `batches`, jitted.
+
+    `batches` holds arrays [K, B, T + 1]; K updates run in one dispatch and every metric comes
+    back with shape [K]. The state is donated.
+    """
+    tx = optim.make_optimizer(cfg.optim)
+    schedule = optim.learning_rate(cfg.optim, int(cfg.train.steps))
+    dtype = jnp.dtype(cfg.train.compute_dtype)
+    has_dropout = bool(
+        cfg.model.dropout or cfg.model.attention_dropout or cfg.model.embedding_dropout
+    )
+
+    def train_step(state: TrainState, batch: losses.Batch) -> tuple[TrainState, Metrics]:
+        key = None
+        if has_dropout:
+            key = jax.random.fold_in(jax.random.key(cfg.seed + 1), state.step)
+        nats, count, grads = gradients(
+            graphdef,
+            state.params,
+            batch,
+            accumulation=cfg.optim.accumulation,
+            dtype=dtype,
+            key=key,
+            scale=state.loss_scale,
+        )
+        layer_norms = {}
+        if cfg.train.layer_norms:
+            for path, g in jax.tree.leaves_with_path(grads):
+                layer_norms[f"grad_norm/{optim.path_name(path)}"] = optim.global_norm(g)
+        grads, norm, clipped_norm = optim.clip(grads, cfg.optim.clip_norm)
+        lr = schedule(state.step)
+        direction, opt_state = tx.update(grads, state.opt_state, state.params)
+        updates = jax.tree.map(lambda u: -lr * u, direction)
+        params = optax.apply_updates(state.params, updates)
+
+        ema = state.ema
+        if cfg.optim.ema_decay:
+            # Warm-up: early averages must forget the random start.
+            decay = jnp.minimum(cfg.optim.ema_decay, (1.0 + state.step) / (10.0 + state.step))
+            ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), ema, params)
+
+        finite = jnp.isfinite(norm) & jnp.isfinite(nats)
+        params, opt_state, ema = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
+            (params, opt_state, ema),
+            (state.params, state.opt_state, state.ema),
+        )
+        metrics = {
+            "train/loss": nats / jnp.maximum(count, 1),
+            "data/scored": count,
+            "optim/lr": lr,
+            "optim/grad_norm": norm,
+            "optim/grad_norm_clipped": clipped_norm,
+            "optim/clip_rate": (clipped_norm < norm).astype(jnp.float32),
+            "optim/update_norm": jnp.where(finite, optim.global_norm(updates), 0.0),
+            "optim/param_norm": optim.global_norm(params),
+            "optim/skipped_updates": 1 - finite.astype(jnp.float32),
+            **layer_norms,
+        }
+        scale, good_steps = state.loss_scale, state.good_steps
+        if dtype == jnp.float16:
+            metrics["optim/loss_scale"] = scale
+            grow = finite & (good_steps >= 999)
+            scale = jnp.where(finite, jnp.where(grow, scale * 2, scale), scale / 2)
+            scale = jnp.clip(scale, 2.0**-16, 2.0**24)
+            good_steps = jnp.where(finite & ~grow, good_steps + 1, 0)
+        new_state = TrainState(
+            step=state.step + 1,
+            params=params,
+            opt_state=opt_state,
+            ema=ema,
+            loss_scale=scale,
+            good_steps=good_steps,
+            nonfinite_run=jnp.where(finite, 0, state.nonfinite_run + 1),
+        )
+        return new_state, metrics
+
+    def train_steps(state: TrainState, batches: losses.Batch) -> tuple[TrainState, Metrics]:
+        return jax.lax.scan(train_step, state, batches)
+
+    return jax.jit(train_steps, donate_argnums=0)
+
+
+def make_eval_step(cfg: Config, graphdef: nnx.GraphDef) -> Callable:
+    """`(params, batch) -> {"nats", "count", "correct"}`, sums over one batch, jitted."""
+    dtype = jnp.dtype(cfg.train.compute_dtype)
+
+    def eval_step(params: Params, batch: losses.Batch) -> Metrics:
+        model = nnx.merge(graphdef, params)
+        b = losses.shift(batch)
+        x_BTD = model(b.inputs, b.segment_ids, b.positions, dtype=dtype)
+        logits_BTV = model.logits(x_BTD)
+        nats, count = losses.cross_entropy(logits_BTV, b.targets, b.weights)
+        right = losses.correct(logits_BTV, b.targets, b.weights)
+        return {"nats": nats, "count": count, "correct": right}
+
+    return jax.jit(eval_step)

@@ -1,0 +1,334 @@
+"""The training loop, top to bottom."""
+
+import datetime
+import importlib.metadata
+import json
+import pathlib
+import platform
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from lm_jax import checkpoint, config, evaluate, metrics, optim, sharding, step
+from lm_jax.config import Config
+from lm_jax.data import pipeline
+from lm_jax.kernels import attention
+from lm_jax.writers import Writers
+
+
+class Interrupted(SystemExit):
+    """The run was asked to stop, saved its state and can be resumed."""
+
+
+def train_and_evaluate(cfg: Config, workdir: str | pathlib.Path) -> dict[str, Any]:
+    """Train, evaluate and checkpoint one run; with the same workdir, go on where it stopped.
+
+    Args:
+        cfg: the config as written; durations are resolved here.
+        workdir: folder for everything the run leaves behind.
+
+    Returns:
+        The results of the scored splits by name, as in `eval_<split>.json`.
+
+    Raises:
+        ConfigError: for an impossible config, or one that differs from the workdir's.
+        FloatingPointError: after `train.max_nonfinite` skipped updates in a row.
+        Interrupted: after SIGTERM or SIGINT, once the state is saved.
+    """
+    workdir = pathlib.Path(workdir)
+    store = evaluate.open_data(config.validate(cfg))
+    train_split = store.split("train")
+    windows = len(pipeline.Windows(train_split, cfg.data.seq_len, cfg.data.document_mask))
+    cfg = config.resolve(cfg, windows=windows)
+    steps = int(cfg.train.steps)
+    jax.config.update("jax_default_matmul_precision", cfg.train.matmul_precision)
+    impl, reason = attention.choose(
+        cfg.attention.impl,
+        dtype=cfg.train.compute_dtype,
+        attention_dropout=cfg.model.attention_dropout,
+    )
+    record_config(workdir, cfg, store.manifest)
+
+    mesh = sharding.make_mesh(cfg.mesh.fsdp)
+    graphdef, init = step.create_model(cfg, store.tokenizer.vocab_size, impl)
+
+    def init_state(key: jax.Array) -> step.TrainState:
+        return step.init_state(cfg, init(key))
+
+    abstract = jax.eval_shape(init_state, jax.random.key(cfg.seed))
+    shardings = sharding.by_shape(mesh, abstract)
+    checkpoints = checkpoint.Checkpoints(workdir, cfg.train.keep)
+    start = checkpoints.position() or 0
+    if start:
+        state = checkpoints.restore(checkpoint.abstract_like(abstract, shardings))
+        manifest = checkpoints.manifest()
+    else:
+        state = jax.jit(init_state, out_shardings=shardings)(jax.random.key(cfg.seed))
+        manifest = {"position": 0, "tokens": 0, "best_loss": None, "best_position": None}
+    train_steps = step.make_train_step(cfg, graphdef)
+    evaluator = evaluate.Evaluator(cfg, store, mesh, step.make_eval_step(cfg, graphdef))
+
+    writers = Writers(workdir, steps=steps, start=start, tensorboard=cfg.train.tensorboard)
+    decays = optim.decayed(abstract.params)
+    writers.say(
+        f"{parameter_count(abstract.params):,} parameters on {jax.device_count()} "
+        f"{jax.devices()[0].device_kind} device(s); attention {impl} ({reason}); "
+        f"{len(train_split.tokens):,} training tokens, {steps:,} updates of "
+        f"{cfg.data.batch_size * cfg.data.seq_len:,} from update {start:,}"
+    )
+    kept = [optim.path_name(p) for p, decay in jax.tree.leaves_with_path(decays) if not decay]
+    writers.say(f"no weight decay on {len(kept)} leaves: {', '.join(kept)}")
+    flops = metrics.flops_per_token(cfg, store.tokenizer.vocab_size)
+    peak = metrics.peak_flops(
+        jax.devices()[0].device_kind, cfg.train.compute_dtype, jax.device_count()
+    )
+    batches = pipeline.train_batches(
+        train_split,
+        seq_len=cfg.data.seq_len,
+        batch_size=cfg.data.batch_size,
+        document_mask=cfg.data.document_mask,
+        seed=cfg.seed,
+        start=start,
+        steps=steps,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        threads=cfg.data.threads,
+    )
+
+    def finish(pending: dict[str, Any] | None) -> None:
+        """Log one dispatched call; reading its metrics waits until it is done."""
+        if pending is None:
+            return
+        values = jax.device_get(pending["metrics"])
+        seconds = time.perf_counter() - pending["began"]
+        count = len(values["train/loss"])
+        speed = metrics.throughput(
+            tokens=count * cfg.data.batch_size * cfg.data.seq_len,
+            seconds=seconds,
+            steps=count,
+            input_wait=pending["input_wait"],
+            flops=flops,
+            peak=peak,
+        )
+        for i in range(count):
+            now = pending["step"] + i + 1
+            row = {key: value[i] for key, value in values.items()}
+            manifest["tokens"] += int(row.pop("data/scored"))
+            row |= {
+                "data/tokens": manifest["tokens"],
+                "data/examples": now * cfg.data.batch_size,
+                "data/epoch": now * cfg.data.batch_size / windows,
+                **speed,
+            }
+            writers.write(now, row)
+            if now % int(cfg.train.log_every) == 0 or now == steps:
+                writers.progress(now, row)
+            guard(now, row)
+
+    skipped: list[int] = []
+
+    def guard(now: int, row: dict[str, Any]) -> None:
+        """Name skipped updates, and stop after too many in a row."""
+        if not row["optim/skipped_updates"]:
+            skipped.clear()
+            return
+        skipped.append(now)
+        writers.say(f"update {now} skipped: loss or gradient of batch {now - 1} is not finite")
+        if len(skipped) >= cfg.train.max_nonfinite:
+            raise FloatingPointError(
+                f"updates {skipped[0]} to {skipped[-1]} were all skipped for non-finite loss or "
+                "gradient; lower config.optim.peak_lr or look at these batches."
+            )
+
+    def evaluate_now(position: int) -> None:
+        result = evaluator(state.ema if cfg.optim.ema_decay else state.params, "valid")
+        writers.write(position, {f"valid/{k}": v for k, v in result.items() if k in _LOGGED})
+        writers.say(
+            f"step {position}/{steps}  valid loss {result['loss']:.4f}  word ppl "
+            f"{result['word_ppl']:.2f}  bits per byte {result['bits_per_byte']:.4f}"
+        )
+        if manifest["best_loss"] is None or result["loss"] < manifest["best_loss"]:
+            manifest.update(best_loss=result["loss"], best_position=position)
+            checkpoints.save(state, manifest | {"position": position}, best=True)
+
+    position, pending = start, None
+    with Signals() as signals, jax.set_mesh(mesh):
+        while position < steps:
+            end = next_boundary(cfg, position)
+            began = time.perf_counter()
+            batch = stack(batches, end - position)
+            input_wait = time.perf_counter() - began
+            device_batch = sharding.put_batch(mesh, batch, axis=1)
+            with jax.transfer_guard("disallow"):
+                state, values = train_steps(state, device_batch)
+            # The previous call is logged while this one computes.
+            finish(pending)
+            pending = {
+                "metrics": values,
+                "step": position,
+                "began": began if pending is None else time.perf_counter(),
+                "input_wait": input_wait,
+            }
+            position = end
+            evaluating = due(position, cfg.train.eval_every, steps)
+            saving = due(position, cfg.train.checkpoint_every, steps) or signals.received
+            if evaluating or saving:
+                finish(pending)
+                pending = None
+            if evaluating:
+                evaluate_now(position)
+            if saving:
+                manifest["position"] = position
+                checkpoints.save(state, manifest)
+            if signals.received and position < steps:
+                checkpoints.close()
+                writers.say(
+                    f"stopped by {signals.received} after update {position}, which is saved; "
+                    "run the same command again to go on"
+                )
+                writers.close()
+                raise Interrupted(0)
+    checkpoints.close()
+    writers.close()
+    return final_report(cfg, workdir, evaluator)
+
+
+_LOGGED = ("loss", "token_ppl", "word_ppl", "bits_per_byte", "accuracy", "token_count")
+
+
+def final_report(
+    cfg: Config, workdir: pathlib.Path, evaluator: evaluate.Evaluator
+) -> dict[str, Any]:
+    """Score the best checkpoint on the configured splits; write and print the results."""
+    run = evaluate.open_run(workdir)
+    results = {}
+    for name in config.eval_splits(cfg):
+        if name not in evaluator.store.manifest["splits"]:
+            continue
+        results[name] = {
+            "step": run.step,
+            **evaluate.evaluate_split(evaluator, run.params, name),
+        }
+        if jax.process_index() == 0:
+            evaluate.write_json(workdir / f"eval_{name}.json", results[name])
+            evaluate.report(name, results[name], Console())
+    return results
+
+
+def next_boundary(cfg: Config, position: int) -> int:
+    """Where the dispatch that starts at update `position` ends.
+
+    Calls end on a grid that depends on the config alone, so that a resumed run compiles and runs
+    the same calls as one that was never stopped.
+    """
+    ends = [int(cfg.train.steps)]
+    for span in (
+        cfg.train.steps_per_call,
+        int(cfg.train.eval_every),
+        int(cfg.train.checkpoint_every),
+    ):
+        if span:
+            ends.append((position // span + 1) * span)
+    return min(ends)
+
+
+def due(position: int, every: str, steps: int) -> bool:
+    """Whether something that happens `every` so many updates, and at the end, happens now."""
+    return position == steps or (int(every) > 0 and position % int(every) == 0)
+
+
+def stack(batches: Iterator[dict[str, np.ndarray]], count: int) -> dict[str, np.ndarray]:
+    """The next `count` batches as arrays [count, B, T + 1]."""
+    rows = [next(batches) for _ in range(count)]
+    return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+
+
+def parameter_count(params: Any) -> int:
+    """Number of scalars in all leaves."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+class Signals:
+    """Turns SIGTERM and SIGINT into a request to save and stop; a second one stops at once."""
+
+    received: str | None = None
+
+    def __enter__(self) -> "Signals":
+        """Install the handlers (in the main thread only: notebooks may train in another)."""
+        self._old = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._old[number] = signal.signal(number, self._handle)
+        return self
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self.received:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number).name
+
+    def __exit__(self, *error: object) -> None:
+        """Put the old handlers back."""
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+
+def record_config(workdir: pathlib.Path, cfg: Config, manifest: dict[str, Any]) -> None:
+    """Write `config.json`, or compare with the one of the run to be resumed.
+
+    Raises:
+        ConfigError: if a run with another config lives in the workdir, naming the keys.
+    """
+    path = workdir / "config.json"
+    if path.exists():
+        old = json.loads(path.read_text())
+        changes = config.difference(old["config"], config.to_dict(cfg))
+        if changes:
+            raise config.ConfigError(
+                f"{path}: the run there has another config ({'; '.join(changes)}); "
+                "give the same config or another --workdir."
+            )
+        if old["data"] != manifest:
+            raise config.ConfigError(
+                f"{path}: the run there was trained on another corpus or tokenizer; "
+                "restore the data or give another --workdir."
+            )
+        return
+    if jax.process_index():
+        return
+    workdir.mkdir(parents=True, exist_ok=True)
+    packages = ("lm_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+    record = {
+        "config": config.to_dict(cfg),
+        "hash": config.config_hash(cfg),
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in packages},
+        "devices": [device.device_kind for device in jax.devices()],
+        "git_revision": git_revision(),
+        "data": manifest,
+    }
+    evaluate.write_json(path, record)
+
+
+def git_revision() -> str | None:
+    """Commit of the source tree, with "+" if it has changes; None outside a checkout."""
+    root = pathlib.Path(__file__).parent
+    try:
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False
+        )
+        status = subprocess.run(
+            ["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True, check=False
+        )
+    except FileNotFoundError:  # git is not installed
+        return None
+    if commit.returncode:
+        return None
+    return commit.stdout.strip() + ("+" if status.stdout.strip() else "")

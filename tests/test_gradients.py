@@ -1,0 +1,170 @@
+"""Every backward pass against central differences in float64 (DESIGN, decision 7)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.test_util import check_grads
+
+from lm_jax import loss, optim, step
+from lm_jax.kernels.attention import attend
+from lm_jax.models.transformer import MLP, Block, Norm, head_logits, rotary
+from tests.helpers import random_batch, randomise, tiny_config
+from tests.test_transformer import FAMILIES
+
+V = 7
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def float64_batch(seed, shape):
+    batch = random_batch(np.random.default_rng(seed), shape, V)
+    return {k: jnp.asarray(v, jnp.float64 if k == "weights" else None) for k, v in batch.items()}
+
+
+def normal(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape))
+
+
+def directional_error(f, x, seed, eps):
+    """|<grad, v> - central difference| over |<grad, v>| for a random unit direction v.
+
+    Where v happens to be nearly orthogonal to the gradient, its typical |<grad, v>| counts, which
+    is |grad| / sqrt(n) in n dimensions.
+    """
+    leaves, tree = jax.tree.flatten(x)
+    rng = np.random.default_rng(seed)
+    v = [rng.normal(size=leaf.shape) for leaf in leaves]
+    length = np.sqrt(sum((d**2).sum() for d in v))
+    v = jax.tree.unflatten(tree, [jnp.asarray(d / length) for d in v])
+
+    def along(t):
+        return f(jax.tree.map(lambda a, d: a + t * d, x, v))
+
+    grad = jax.grad(f)(x)
+    dot = sum(jax.tree.leaves(jax.tree.map(lambda g, d: (g * d).sum(), grad, v)))
+    typical = optim.global_norm(grad) / np.sqrt(sum(leaf.size for leaf in leaves))
+    return abs(dot - (along(eps) - along(-eps)) / (2 * eps)) / max(abs(dot), typical)
+
+
+def check(f, x):
+    """Five directions, an eps sweep with its V, every coordinate, and JAX's own check."""
+    f = jax.jit(f)
+    assert ":f32[" not in str(jax.make_jaxpr(f)(x)), "computes in float32 somewhere"
+    for seed in range(5):
+        assert directional_error(f, x, seed, 1e-6) < 1e-6
+    errors = [directional_error(f, x, 0, eps) for eps in (1e-1, 1e-6, 1e-13)]
+    assert errors[1] < errors[0] and errors[1] < errors[2], f"no V over eps: {errors}"
+    grad = jax.grad(f)(x)
+    leaves, tree = jax.tree.flatten(x)
+    for i, leaf in enumerate(leaves):
+        flat = np.asarray(leaf).ravel()
+        for j in np.random.default_rng(i).permutation(flat.size)[:64]:
+            values = []
+            for sign in (1, -1):
+                moved = flat.copy()
+                moved[j] += sign * 1e-5
+                values.append(
+                    f(jax.tree.unflatten(tree, [*leaves[:i], moved.reshape(leaf.shape), *leaves[i + 1 :]]))
+                )
+            expected = (values[0] - values[1]) / 2e-5
+            actual = np.asarray(jax.tree.leaves(grad)[i]).ravel()[j]
+            np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-7)
+    check_grads(f, (x,), order=1, modes=["rev"], atol=1e-7, rtol=1e-7, eps=1e-6)
+
+
+def test_cross_entropy():
+    b = loss.shift(float64_batch(0, (2, 5)))
+    check(lambda z: loss.cross_entropy(z, b.targets, b.weights)[0], normal(1, 2, 4, V))
+
+
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+def test_head(softcap):
+    b = loss.shift(float64_batch(2, (2, 5)))
+
+    def f(x):
+        logits = head_logits(x["hidden"], x["head"], softcap)
+        return loss.cross_entropy(logits, b.targets, b.weights)[0]
+
+    check(f, {"hidden": normal(3, 2, 4, 6), "head": normal(4, V, 6)})
+
+
+@pytest.mark.parametrize("kind", ["rmsnorm", "layernorm"])
+def test_norm(kind):
+    graphdef, params = nnx.split(Norm(6, kind, True))
+    params = randomise(jax.tree.map(lambda x: x.astype(jnp.float64), nnx.to_pure_dict(params)), 0)
+    w = normal(5, 3, 6)
+    check(
+        lambda x: (nnx.merge(graphdef, x["params"])(x["x"]) * w).sum(),
+        {"params": params, "x": normal(6, 3, 6)},
+    )
+
+
+def test_rotary():
+    w = normal(7, 1, 5, 2, 6)
+    positions = jnp.arange(5)[None]
+    check(lambda x: jnp.sin((rotary(x, positions, 100.0) * w).sum()), normal(8, 1, 5, 2, 6))
+
+
+def test_attention():
+    ids = jnp.asarray([[1, 1, 2, 2, 2, 0]])
+    w = normal(9, 1, 6, 4, 3)
+
+    def f(x):
+        return (attend(x["q"], x["k"], x["v"], segment_ids_BT=ids, impl="reference") * w).sum()
+
+    check(f, {"q": normal(10, 1, 6, 4, 3), "k": normal(11, 1, 6, 2, 3), "v": normal(12, 1, 6, 2, 3)})
+
+
+@pytest.mark.parametrize("mlp", ["swiglu", "gelu"])
+def test_mlp(mlp):
+    cfg = tiny_config(model__mlp=mlp, model__d_ff=5, model__bias=True).model
+    graphdef, params = nnx.split(MLP(cfg, nnx.Rngs(params=0)))
+    params = randomise(jax.tree.map(lambda x: x.astype(jnp.float64), nnx.to_pure_dict(params)), 1)
+    x = normal(13, 1, 3, 16)
+    w = normal(14, 1, 3, 16)
+    check(lambda p: (nnx.merge(graphdef, p)(x) * w).sum(), params)
+
+
+def test_block():
+    cfg = tiny_config(model__kv_heads=2, model__qk_norm=True, model__d_ff=8).model
+    graphdef, params = nnx.split(Block(cfg, "reference", nnx.Rngs(params=0)))
+    params = randomise(jax.tree.map(lambda x: x.astype(jnp.float64), nnx.to_pure_dict(params)), 2)
+    x, w = normal(15, 1, 4, 16), normal(16, 1, 4, 16)
+    ids, positions = jnp.ones((1, 4), int), jnp.arange(4)[None]
+    check(lambda p: (nnx.merge(graphdef, p)(x, ids, positions, None) * w).sum(), params)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_whole_model(family):
+    cfg = tiny_config(data__seq_len=5, **FAMILIES[family])
+    graphdef, init = step.create_model(cfg, V, "reference")
+    params = jax.tree.map(lambda x: x.astype(jnp.float64), init(jax.random.key(0)))
+    params = randomise(params, 3)
+    batch = float64_batch(17, (2, 6))
+
+    def f(params):
+        nats, count = step.loss_sums(graphdef, params, batch, dtype=jnp.float64, key=None)
+        return nats / count
+
+    f = jax.jit(f)
+    assert ":f32[" not in str(jax.make_jaxpr(f)(params)), "computes in float32 somewhere"
+    for seed in range(5):
+        assert directional_error(f, params, seed, 1e-6) < 1e-6
+    check_grads(f, (params,), order=1, modes=["rev"], atol=1e-6, rtol=1e-6, eps=1e-6)
+
+
+def test_a_wrong_backward_is_seen():
+    """The check itself must be able to fail: a gradient that is 0.1 % too large goes red."""
+
+    @jax.custom_vjp
+    def f(x):
+        return jnp.sum(x**3)
+
+    f.defvjp(lambda x: (f(x), x), lambda x, g: (g * 3.003 * x**2,))
+    assert directional_error(f, normal(18, 5), 0, 1e-5) > 5e-4

@@ -1,0 +1,104 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lm_jax import optim, step
+from lm_jax.config import Duration, OptimConfig
+from tests.helpers import tiny_config
+
+
+def rates(steps, **fields):
+    cfg = OptimConfig(peak_lr=2.0, end_lr=0.1, **fields)
+    schedule = optim.learning_rate(cfg, steps)
+    return np.array([schedule(i) for i in range(steps)])
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear", "constant", "wsd"])
+@pytest.mark.parametrize(("steps", "warmup"), [(100, 10), (5, 0), (3, 1), (2, 1)])
+def test_schedule_ends(kind, steps, warmup):
+    decay = Duration("1") if kind == "wsd" else Duration("0")
+    lr = rates(steps, schedule=kind, warmup=Duration(str(warmup)), decay=decay)
+    assert lr[0] > 0 and lr.max() <= 2.0
+    np.testing.assert_allclose(lr[:warmup], 2.0 * np.arange(1, warmup + 1) / max(1, warmup))
+    np.testing.assert_allclose(lr[-1], 2.0 if kind == "constant" else 0.2, rtol=1e-6)
+    assert (np.diff(lr[max(0, warmup - 1) :]) <= 1e-6).all()
+
+
+def test_schedule_shapes():
+    cosine = rates(101, schedule="cosine", warmup=Duration("1"))
+    np.testing.assert_allclose(cosine[50], 1.1, atol=1e-6)
+    linear = rates(101, schedule="linear", warmup=Duration("1"))
+    np.testing.assert_allclose(np.diff(linear[1:]), -1.8 / 100, atol=1e-6)
+    wsd = rates(100, schedule="wsd", warmup=Duration("10"), decay=Duration("20"))
+    np.testing.assert_allclose(wsd[9:80], 2.0)
+    np.testing.assert_allclose(np.diff(wsd[79:]), -1.8 / 20, atol=1e-6)
+
+
+def params_of(**changes):
+    cfg = tiny_config(model__norm="layernorm", model__bias=True, **changes)
+    _, init = step.create_model(cfg, 29, "reference")
+    return cfg, init(jax.random.key(0))
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_decay_takes_matrices_only(scan):
+    _, params = params_of(model__tied=False, model__positions="learned", model__scan_layers=scan)
+    for path, decays in jax.tree.leaves_with_path(optim.decayed(params)):
+        assert decays == optim.path_name(path).endswith("kernel")
+    names = {optim.path_name(p) for p, d in jax.tree.leaves_with_path(optim.decayed(params)) if not d}
+    assert {"embedding", "position_embedding", "final_norm/scale", "final_norm/bias"} <= names
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_zero_gradients_only_decay(name):
+    cfg, params = params_of(optim__name=name, optim__weight_decay=0.5)
+    tx = optim.make_optimizer(cfg.optim)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    state, current = tx.init(params), params
+    for _ in range(3):
+        direction, state = tx.update(zeros, state, current)
+        current = jax.tree.map(lambda p, u: p - 0.1 * u, current, direction)
+    decays = optim.decayed(params)
+    jax.tree.map(
+        lambda new, old, d: np.testing.assert_allclose(
+            new, old * (0.95**3 if d else 1.0), rtol=1e-6, atol=1e-7
+        ),
+        current,
+        params,
+        decays,
+    )
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_updates_have_the_size_of_adam(name):
+    """Both optimisers move an entry by about the learning rate, whatever the gradient's scale."""
+    cfg, params = params_of(optim__name=name, optim__weight_decay=0.0)
+    tx = optim.make_optimizer(cfg.optim)
+    grads = jax.tree.map(
+        lambda p: 1e-3 * jax.random.normal(jax.random.key(p.size), p.shape), params
+    )
+    direction, _ = tx.update(grads, tx.init(params), params)
+    for path, u in jax.tree.leaves_with_path(direction):
+        rms = np.sqrt((np.asarray(u) ** 2).mean())
+        assert 0.1 < rms < 2.1, (optim.path_name(path), rms)
+        grad = dict(jax.tree.leaves_with_path(grads))[path]
+        assert (u * grad).sum() > 0, "must point along the gradient, to be subtracted"
+
+
+def test_moments_are_float32():
+    cfg, params = params_of()
+    state = optim.make_optimizer(cfg.optim).init(params)
+    dtypes = {x.dtype for x in jax.tree.leaves(state)}
+    assert dtypes == {jnp.dtype("float32"), jnp.dtype("int32")}
+
+
+def test_clip():
+    grads = {"a": jnp.array([3.0, 0.0]), "b": jnp.array([[4.0]])}
+    clipped, before, after = optim.clip(grads, 1.0)
+    np.testing.assert_allclose([before, after], [5.0, 1.0], rtol=1e-6)
+    np.testing.assert_allclose(optim.global_norm(clipped), 1.0, rtol=1e-6)
+    np.testing.assert_allclose(clipped["a"][0] / clipped["b"][0, 0], 0.75)
+    for limit in (0.0, 7.0):
+        same, before, after = optim.clip(grads, limit)
+        assert before == after == 5.0 and same["a"][0] == 3.0

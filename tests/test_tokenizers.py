@@ -1,0 +1,246 @@
+import re
+import sys
+
+import numpy as np
+import pytest
+
+from lm_jax.data import tokenizers
+from lm_jax.data.tokenizers import Tokenizer, count_words, train_tokenizer
+from tests.helpers import shared_data
+
+STRANGE = [
+    "",
+    " ",
+    "  two  spaces  ",
+    "\n\n \n",
+    "line\r\nline\r\n",
+    "NUL \x00 and \x1c\x1d separators",
+    "tab\tand\u00a0no-break\u3000wide",
+    "naïve café – 北京 👩‍👩‍👧 🇩🇪",
+    "combining e\u0301 and \u200b zero width",
+    "<unk> <eos> <sep> <|endoftext|> <s> </s> [SEP] <separator>",
+    "Ġ Ċ ▁ ĠĠ Āā",
+    "'s 't don't I'LL 12345 ___ !!!",
+]
+
+
+def _random_texts(seed, n):
+    rng = np.random.default_rng(seed)
+    ranges = [(0, 0x80), (0x80, 0x800), (0x800, 0xD800), (0xE000, 0x10000), (0x10000, 0x110000)]
+    for _ in range(n):
+        low_high = [ranges[i] for i in rng.integers(0, 5, rng.integers(1, 40))]
+        text = "".join(chr(rng.integers(*bounds)) for bounds in low_high)
+        yield " ".join([text[:7], text[7:]]) + ["", " ", "\n", "\r\n"][rng.integers(4)]
+
+
+TEXTS = [*STRANGE, *_random_texts(0, 60)]
+
+
+@pytest.fixture(scope="module", params=["byte", "char", "bpe"])
+def exact(request):
+    """A tokenizer of a kind that must reproduce any text of its alphabet."""
+    training = TEXTS if request.param == "char" else ["low lower lowest new newer newest\n"] * 9
+    return train_tokenizer(request.param, training, 270 if request.param == "bpe" else 0)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_round_trip(exact, text):
+    ids = exact.encode(text)
+    assert ids.dtype == np.int32
+    assert exact.decode(ids) == text
+    assert exact.separator not in ids
+    assert (ids < exact.vocab_size).all()
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_spans_sum_to_the_document(exact, text):
+    ids = exact.encode(text)
+    n_bytes, n_words = exact.spans(ids)
+    assert len(n_bytes) == len(n_words) == len(ids)
+    assert n_bytes.sum() == len(text.encode())
+    assert n_words.sum() == count_words(text)
+
+
+def test_spans_put_each_word_on_its_first_byte():
+    n_bytes, n_words = train_tokenizer("byte", [], 0).spans(np.array([33, 98, 99, 0, 11, 100]))
+    assert n_bytes.tolist() == [1, 1, 1, 0, 1, 1]
+    assert n_words.tolist() == [0, 1, 0, 0, 1, 1]
+
+
+def test_spans_of_a_window_that_cuts_a_character():
+    tokenizer = train_tokenizer("byte", [], 0)
+    n_bytes, n_words = tokenizer.spans(tokenizer.encode("🙂 ok")[2:])
+    assert n_bytes.tolist() == [1] * 5
+    assert n_words.sum() == 2
+
+
+def test_the_separator_decodes_to_nothing(exact):
+    ids = exact.encode("low ")
+    assert exact.decode(np.concatenate([[0], ids, [0], ids, [0]])) == "low low "
+
+
+def test_encode_all_is_encode_of_each(exact):
+    for text, ids in zip(TEXTS, exact.encode_all(TEXTS), strict=True):
+        np.testing.assert_array_equal(ids, exact.encode(text))
+
+
+def test_bpe_pieces_change_no_id(monkeypatch):
+    text = "".join(TEXTS) + " ".join(["the newest  low\n lower'll 12 _ _"] * 30)
+    tokenizer = train_tokenizer("bpe", [text], 300)
+    whole = tokenizer.encode(text)
+    monkeypatch.setattr(tokenizers.BpeTokenizer, "PIECE", 5)
+    pieces = list(tokenizer._pieces(text))
+    assert len(pieces) > 50
+    assert "".join(pieces) == text
+    np.testing.assert_array_equal(tokenizer.encode(text), whole)
+    assert train_tokenizer("bpe", [text], 300).content_hash == tokenizer.content_hash
+
+
+def test_count_words():
+    assert count_words(" a b \n \n c") == 5
+    assert count_words("") == 0
+
+
+def test_byte_ids():
+    tokenizer = train_tokenizer("byte", [], 0)
+    assert tokenizer.vocab_size == 257
+    assert tokenizer.encode("aé").tolist() == [98, 0xC3 + 1, 0xA9 + 1]
+    assert tokenizer.decode(np.array([0xC3 + 1])) == "\ufffd"
+
+
+def test_char_names_the_unseen_character():
+    tokenizer = train_tokenizer("char", ["abc", "cd"], 0)
+    assert tokenizer.vocab_size == 5
+    assert tokenizer.encode("dab").tolist() == [4, 1, 2]
+    expected = r"'ß' \(U\+00DF\) at position 2 .*--config.tokenizer.kind=byte or bpe\.$"
+    with pytest.raises(ValueError, match=expected):
+        tokenizer.encode("abßd")
+
+
+def test_word_ids_follow_frequency_then_alphabet():
+    tokenizer = train_tokenizer("word", [" b a \n", "a c\nc a"], 0)
+    assert tokenizer.types == ["a", "\n", "c", "b"]
+    assert tokenizer.vocab_size == 5
+    assert tokenizer.encode("c  b\na").tolist() == [3, 4, 2, 1]
+
+
+def test_word_decodes_into_the_layout_of_wikitext():
+    text = " \n = Title = \n \n a b . \n"
+    tokenizer = train_tokenizer("word", [text], 0)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    n_bytes, n_words = tokenizer.spans(tokenizer.encode(text))
+    assert n_bytes.sum() == len(text)
+    assert n_words.sum() == count_words(text) == 10
+
+
+@pytest.mark.parametrize("text", ["a  b\n\tb", " \n\n", "rare words – too \n", "a"])
+def test_word_spans_of_another_layout_need_the_text(text):
+    tokenizer = train_tokenizer("word", ["a b b a b a b a\n\n\n <unk>"], 4)
+    ids = tokenizer.encode(text)
+    n_bytes, n_words = tokenizer.spans(ids, text)
+    assert len(n_bytes) == len(ids)
+    assert n_bytes.sum() == len(text.encode())
+    assert n_words.sum() == count_words(text)
+    with pytest.raises(ValueError, match="give spans"):
+        tokenizer.spans(ids, text + " more")
+
+
+def test_rare_words_become_unk():
+    tokenizer = train_tokenizer("word", ["a a a b b c"], 3)
+    assert tokenizer.types == ["a", "<unk>"]
+    assert tokenizer.encode("a b c d").tolist() == [1, 2, 2, 2]
+
+
+def test_unknown_word_without_unk_is_an_error():
+    with pytest.raises(ValueError, match=r"Word 'zebra', number 1 .*--config.tokenizer.kind=bpe"):
+        train_tokenizer("word", ["a a b"], 0).encode("a zebra")
+
+
+def test_the_word_eos_is_not_a_newline():
+    tokenizer = train_tokenizer("word", ["a <eos>\n"], 0)
+    assert tokenizer.decode(tokenizer.encode("<eos>\n")) == " <eos> \n"
+
+
+def test_bpe_has_the_size_asked_for_and_merges_frequent_words():
+    tokenizer = train_tokenizer("bpe", ["low lower lowest"] * 5, 262)
+    assert tokenizer.vocab_size == 262
+    assert len(tokenizer.encode("low low")) == 2
+    assert (
+        tokenizer.encode("\x00").tolist() == train_tokenizer("bpe", [], 257).encode("\x00").tolist()
+    )
+
+
+def test_bpe_training_is_deterministic():
+    documents = [" ".join(TEXTS)] * 3
+    hashes = {train_tokenizer("bpe", documents, 400).content_hash for _ in range(3)}
+    assert len(hashes) == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "vocab_size", "message"),
+    [
+        ("bpe", 256, "vocab_size=257, the 256 bytes"),
+        ("bpe", 5000, r"vocab_size=5000 does not fit.*finds 258 ids.*vocab_size=258\.$"),
+        ("byte", 300, r"vocab_size=0\.$"),
+        ("char", 300, r"finds 3 ids.*vocab_size=0\.$"),
+        ("word", 300, r"finds 2 ids"),
+        ("bype", 0, "did you mean 'byte'"),
+    ],
+)
+def test_sizes_that_cannot_be_are_refused(kind, vocab_size, message):
+    with pytest.raises(ValueError, match=message):
+        train_tokenizer(kind, ["aab"], vocab_size) if kind != "bpe" else train_tokenizer(
+            kind, ["ab", "ab"], vocab_size
+        )
+
+
+@pytest.mark.parametrize("kind", ["byte", "char", "word", "bpe"])
+def test_save_and_load(tmp_path, kind):
+    text = "low lower 👩 newest\n" * 4
+    tokenizer = train_tokenizer(kind, [text], 265 if kind == "bpe" else 0)
+    tokenizer.save(tmp_path / "deep" / "folder")
+    loaded = Tokenizer.load(tmp_path / "deep" / "folder")
+    assert loaded.kind == kind
+    assert loaded.content_hash == tokenizer.content_hash
+    np.testing.assert_array_equal(loaded.encode(text), tokenizer.encode(text))
+    assert [path.name for path in (tmp_path / "deep" / "folder").iterdir()] == ["tokenizer.json"]
+
+
+def test_content_hash_tells_tokenizers_apart():
+    documents = [["ab"], ["abc"], ["a b"]]
+    hashes = {train_tokenizer("char", of, 0).content_hash for of in documents}
+    hashes |= {train_tokenizer("word", of, 0).content_hash for of in documents}
+    hashes.add(train_tokenizer("byte", [], 0).content_hash)
+    assert len(hashes) == 7
+
+
+def test_loading_names_what_is_missing_or_broken(tmp_path):
+    with pytest.raises(FileNotFoundError, match=re.escape(str(tmp_path / "tokenizer.json"))):
+        Tokenizer.load(tmp_path)
+    for broken in ("{", "{}", '{"kind": "char"}', "[]", '{"kind": "byte", "more": 1}'):
+        (tmp_path / "tokenizer.json").write_text(broken)
+        with pytest.raises(ValueError, match="not a complete tokenizer file"):
+            Tokenizer.load(tmp_path)
+
+
+def test_bpe_compresses_english():
+    path = shared_data("tinyshakespeare") / "input.txt"
+    text = path.read_text(encoding="utf-8")
+    tokenizer = train_tokenizer("bpe", [text[:1_000_000]], 2048)
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert 3.0 < len(text) / len(ids) < 5.0
+    assert len(np.unique(ids)) > 1900
+
+
+def test_the_module_needs_no_library_until_bpe():
+    code = "import sys, lm_jax.data.tokenizers, lm_jax.data.store, lm_jax.data.corpora;"
+    code += (
+        "print([m for m in ('tokenizers','tensorflow_datasets','grain','jax') if m in sys.modules])"
+    )
+    import subprocess
+
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "[]"

@@ -1,0 +1,228 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from lm_jax import loss, step
+from lm_jax.kernels.attention import attend
+from lm_jax.models.transformer import rotary
+from tests.helpers import random_batch, randomise, tiny_config
+
+V = 29
+FAMILIES = {
+    "llama": {},
+    "gpt2": dict(
+        model__norm="layernorm", model__positions="learned", model__mlp="gelu", model__bias=True
+    ),
+    "grouped": dict(model__kv_heads=2, model__qk_norm=True, model__tied=False),
+    "plain": dict(model__positions="none", model__logit_softcap=5.0),
+    "scanned": dict(model__scan_layers=True, model__remat=True),
+}
+
+
+def build(seed=0, impl="reference", **changes):
+    cfg = tiny_config(**changes)
+    graphdef, init = step.create_model(cfg, V, impl)
+    return cfg, graphdef, randomise(init(jax.random.key(seed)), seed)
+
+
+def logits(graphdef, params, batch, **kwargs):
+    model = nnx.merge(graphdef, params)
+    b = loss.shift(batch)
+    return model.logits(model(b.inputs, b.segment_ids, b.positions, **kwargs))
+
+
+def one_document(rng, rows=3, width=12):
+    return random_batch(rng, (rows, width), V, documents=1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_later_tokens_change_nothing_before(family):
+    _, graphdef, params = build(**FAMILIES[family])
+    rng = np.random.default_rng(0)
+    batch = one_document(rng)
+    f = jax.jit(lambda tokens: logits(graphdef, params, {**batch, "tokens": tokens}))
+    before = f(batch["tokens"])
+    for cut in (1, 3, 5, 7, 10):
+        changed = batch["tokens"].copy()
+        changed[:, cut:] = rng.integers(1, V, changed[:, cut:].shape)
+        after = f(changed)
+        np.testing.assert_array_equal(before[:, :cut], after[:, :cut])
+        assert (np.abs(before[:, cut:] - after[:, cut:]).max(axis=(1, 2)) > 1e-3).all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_truncation_and_rows(family):
+    _, graphdef, params = build(**FAMILIES[family])
+    rng = np.random.default_rng(1)
+    batch = one_document(rng)
+    full = logits(graphdef, params, batch)
+    for n in (1, 2, 5, 8):
+        short = {k: v[:, : n + 1] for k, v in batch.items()}
+        np.testing.assert_allclose(logits(graphdef, params, short), full[:, :n], atol=2e-5)
+    alone = logits(graphdef, params, {k: v[1:2] for k, v in batch.items()})
+    np.testing.assert_allclose(alone, full[1:2], atol=2e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_context_is_used(family):
+    _, graphdef, params = build(**FAMILIES[family])
+    batch = one_document(np.random.default_rng(2))
+    changed = {**batch, "tokens": batch["tokens"].copy()}
+    changed["tokens"][:, 0] = (changed["tokens"][:, 0] % (V - 1)) + 1
+    difference = np.abs(logits(graphdef, params, batch) - logits(graphdef, params, changed))
+    assert (difference[:, 5].max(axis=-1) > 1e-4).all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_documents_do_not_see_each_other(family):
+    _, graphdef, params = build(**FAMILIES[family])
+    rng = np.random.default_rng(3)
+    batch = one_document(rng)
+    batch["segment_ids"][:, 5:] = 2
+    packed = logits(graphdef, params, batch)
+    changed = {**batch, "tokens": batch["tokens"].copy()}
+    changed["tokens"][:, :5] = rng.integers(1, V, (3, 5))
+    np.testing.assert_array_equal(packed[:, 5:], logits(graphdef, params, changed)[:, 5:])
+    alone = {k: v[:, 5:] for k, v in batch.items()}
+    np.testing.assert_allclose(packed[:, 5:], logits(graphdef, params, alone), atol=2e-5)
+
+
+def test_scan_and_remat_are_the_same_function():
+    _, graphdef, params = build()
+    _, scanned_def, _ = build(model__scan_layers=True)
+    _, remat_def, _ = build(model__remat=True)
+    scanned = {
+        **params,
+        "blocks": jax.tree.map(lambda *x: jnp.stack(x), *params["blocks"].values()),
+    }
+    batch = random_batch(np.random.default_rng(4), (3, 12), V)
+
+    def grads(graphdef, params):
+        def total(params):
+            return step.loss_sums(graphdef, params, batch, dtype=jnp.float32, key=None)[0]
+
+        return jax.value_and_grad(total)(params)
+
+    value, grad = grads(graphdef, params)
+    scanned_value, scanned_grad = grads(scanned_def, scanned)
+    remat_value, remat_grad = grads(remat_def, params)
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *grad["blocks"].values())
+    np.testing.assert_allclose(value, [scanned_value, remat_value], rtol=1e-6)
+    for a, b in ((stacked, scanned_grad["blocks"]), (grad, remat_grad)):
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4), a, b)
+
+
+def test_tied_table_is_one_leaf():
+    _, _, tied = build()
+    _, _, untied = build(model__tied=False)
+    count = lambda params: sum(x.size for x in jax.tree.leaves(params))  # noqa: E731
+    assert count(untied) - count(tied) == V * 16
+    assert "head" not in tied
+
+
+def test_grouped_heads_repeat_in_order():
+    rng = np.random.default_rng(5)
+    q = rng.normal(size=(2, 7, 6, 4)).astype(np.float32)
+    k, v = rng.normal(size=(2, 2, 7, 3, 4)).astype(np.float32)
+    ids = np.ones((2, 7), np.int32)
+    grouped = attend(q, k, v, segment_ids_BT=ids, impl="reference")
+    for head in range(6):
+        one = slice(head // 2, head // 2 + 1)
+        alone = attend(
+            q[:, :, head : head + 1],
+            k[:, :, one],
+            v[:, :, one],
+            segment_ids_BT=ids,
+            impl="reference",
+        )
+        np.testing.assert_allclose(grouped[:, :, head : head + 1], alone, atol=1e-6)
+
+
+@pytest.mark.parametrize("length", [1, 2, 17])
+def test_attention_against_a_loop(length):
+    rng = np.random.default_rng(6)
+    q, k, v = rng.normal(size=(3, 2, length, 2, 4))
+    ids = np.sort(rng.integers(1, 3, (2, length)))
+    ids[1, length // 2 :] = 0
+    expected = np.zeros((2, length, 2, 4))
+    for b, t, h in np.ndindex(2, length, 2):
+        seen = [s for s in range(t + 1) if ids[b, s] == ids[b, t] > 0]
+        if seen:
+            score = np.array([q[b, t, h] @ k[b, s, h] for s in seen]) / 2
+            weight = np.exp(score - score.max())
+            expected[b, t, h] = weight @ v[b, seen, h] / weight.sum()
+    for impl in ("reference", "xla"):
+        out = attend(*np.float32((q, k, v)), segment_ids_BT=ids, impl=impl)
+        np.testing.assert_allclose(out, expected, atol=2e-6)
+
+    def total(q, impl):
+        out = attend(q, np.float32(k), np.float32(v), segment_ids_BT=ids, impl=impl)
+        return (out**2).sum()
+
+    for impl in ("reference", "xla"):
+        grad = jax.grad(total)(jnp.float32(q), impl)
+        np.testing.assert_array_equal(grad[1, length // 2 :], 0)
+        assert np.isfinite(grad).all()
+
+
+def test_rotary_depends_on_distance_only():
+    rng = np.random.default_rng(7)
+    q, k = rng.normal(size=(2, 1, 9, 2, 8)).astype(np.float32)
+    positions = np.arange(9)[None]
+
+    def scores(shift):
+        a, b = (rotary(x, positions + shift, 100.0) for x in (q, k))
+        return np.einsum("bthc,bshc->bhts", a, b)
+
+    np.testing.assert_allclose(scores(0), scores(13), atol=1e-4)
+    assert np.abs(scores(0) - np.einsum("bthc,bshc->bhts", q, k)).max() > 0.1
+
+
+@pytest.mark.parametrize("rate", ["dropout", "attention_dropout", "embedding_dropout"])
+def test_dropout_is_off_without_a_key_and_fresh_with_each(rate):
+    _, graphdef, params = build(**{f"model__{rate}": 0.3})
+    _, plain, _ = build()
+    batch = one_document(np.random.default_rng(8))
+    off = logits(graphdef, params, batch)
+    np.testing.assert_array_equal(off, logits(plain, params, batch))
+    a, b, again = (logits(graphdef, params, batch, key=jax.random.key(i)) for i in (0, 1, 0))
+    np.testing.assert_array_equal(a, again)
+    assert np.abs(a - b).max() > 1e-3 and np.abs(a - off).max() > 1e-3
+
+
+def test_softcap_bounds_logits():
+    _, graphdef, params = build(model__logit_softcap=0.5)
+    out = logits(graphdef, params, one_document(np.random.default_rng(9)))
+    assert 0.4 < np.abs(out).max() <= 0.5
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_low_precision_follows_float32(dtype):
+    _, graphdef, params = build()
+    params = jax.tree.map(lambda x: x / 3, params)
+    batch = one_document(np.random.default_rng(10))
+    wide = logits(graphdef, params, batch)
+    low = logits(graphdef, params, batch, dtype=jnp.dtype(dtype))
+    assert low.dtype == jnp.float32
+    eps = float(jnp.finfo(dtype).eps)
+    assert 0 < np.abs(low - wide).max() < 20 * eps * np.abs(wide).max()
+
+
+def test_initialisation_is_declared():
+    cfg = tiny_config(model__d_model=64, model__init="normal", model__tied=False)
+    _, init = step.create_model(cfg, 500, "reference")
+    params = init(jax.random.key(0))
+    block = params["blocks"][1]
+    residual = 0.02 / np.sqrt(2 * cfg.model.layers)
+    for leaf, std in (
+        (params["embedding"], 0.02),
+        (params["head"]["kernel"], 0.02),
+        (block["attention"]["qkv"]["kernel"], 0.02),
+        (block["attention"]["out"]["kernel"], residual),
+        (block["mlp"]["down"]["kernel"], residual),
+    ):
+        assert abs(leaf.std() / std - 1) < 5 / np.sqrt(leaf.size)
+    leaves = [np.asarray(x).tobytes() for x in jax.tree.leaves(params) if x.std() > 0]
+    assert len(set(leaves)) == len(leaves)
