@@ -108,11 +108,11 @@ class ModelConfig(_Section):
     d_model: int = 128  # D, width of the residual stream
     heads: int = 4  # H, query heads
     kv_heads: int = 0  # key/value heads, a divisor of heads; 0: as many as heads
-    d_ff: int = 0  # F, width inside the MLP; 0: 4 D for gelu, 8/3 D for swiglu (multiple of 8)
+    d_ff: int = 0  # F, width inside the MLP; 0: 4 D, for swiglu 8/3 D (multiple of 8)
     norm: str = "rmsnorm"  # rmsnorm | layernorm
     positions: str = "rotary"  # rotary | learned | none
     rope_theta: float = 10_000.0  # base of the rotary wavelengths
-    mlp: str = "swiglu"  # swiglu | gelu
+    mlp: str = "swiglu"  # swiglu | gelu | relu2 (squared ReLU)
     qk_norm: bool = False  # RMS-normalise queries and keys per head before rotary
     bias: bool = False  # biases in the linear maps of the blocks and in layernorm
     tied: bool = True  # the head is the embedding table
@@ -204,7 +204,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "tokenizer.kind": ("byte", "char", "word", "bpe"),
     "model.norm": ("rmsnorm", "layernorm"),
     "model.positions": ("rotary", "learned", "none"),
-    "model.mlp": ("swiglu", "gelu"),
+    "model.mlp": ("swiglu", "gelu", "relu2"),
     "model.init": ("normal", "fan_in"),
     "optim.name": ("adamw", "muon"),
     "optim.schedule": ("cosine", "linear", "constant", "wsd"),
@@ -431,7 +431,7 @@ def resolve(cfg: Config, *, windows: int) -> Config:
     model = cfg.model
     model.kv_heads = model.kv_heads or model.heads
     if model.d_ff == 0:
-        width = 4 * model.d_model if model.mlp == "gelu" else 8 * model.d_model / 3
+        width = 8 * model.d_model / 3 if model.mlp == "swiglu" else 4 * model.d_model
         model.d_ff = 8 * round(width / 8)
     cfg.eval.batch_size = cfg.eval.batch_size or cfg.data.batch_size
     cfg.eval.stride = cfg.eval.stride or cfg.data.seq_len

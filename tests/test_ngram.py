@@ -137,8 +137,6 @@ def test_wikitext_2_gives_the_known_perplexities():
         "test": {"uniform": 33278, "unigram": 911.7, "kn2": 267.4, "kn3": 230.1, "kn5": 223.7},
     }
     for name, expected in known.items():
-        found = references(
-            splits["train"], splits[name], vocab_size=len(number), start=number["<eos>"],
-            orders=(2, 3, 5),
-        )  # fmt: skip
+        options = dict(vocab_size=len(number), start=number["<eos>"])
+        found = references(splits["train"], splits[name], orders=(2, 3, 5), **options)
         assert {key: round(value, 1) for key, value in found.items()} == expected

@@ -1,6 +1,7 @@
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections import Counter
 from types import SimpleNamespace
 
@@ -190,8 +191,12 @@ def test_stacks_hold_successive_batches():
     batches = train(split, start=1, process_index=1, process_count=2)
     stacked = train(split, start=1, process_index=1, process_count=2, stack=3)
     assert [stack["tokens"].shape for stack in stacked] == [(3, 4, T + 1), (2, 4, T + 1)]
-    assert_same([{k: v[i] for k, v in s.items()} for s in stacked for i in range(len(s["tokens"]))],
-                batches)  # fmt: skip
+    unstacked = [
+        {name: x[i] for name, x in stack.items()}
+        for stack in stacked
+        for i in range(len(stack["tokens"]))
+    ]
+    assert_same(unstacked, batches)
 
 
 @pytest.mark.parametrize("stride", [None, *range(1, T + 1)])
@@ -276,16 +281,26 @@ next(batches)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
-def test_throughput_from_a_memory_map(tmp_path):
-    seq_len, batch_size, lengths = 256, 32, [500] * 4000
-    path = tmp_path / "tokens.bin"
+@pytest.fixture
+def mapped_split(tmp_path):
+    lengths, path = [500] * 4000, tmp_path / "tokens.bin"
     np.random.default_rng(0).integers(1, 2**16, sum(lengths), np.uint16).tofile(path)
-    split = make_split(lengths, np.memmap(path, np.uint16, "r"))
-    steps = len(Windows(split, seq_len, True)) // batch_size
-    batches = train_batches(
-        split, seq_len=seq_len, batch_size=batch_size, document_mask=True, seed=0, steps=steps,
-        threads=0,
-    )  # fmt: skip
+    return make_split(lengths, np.memmap(path, np.uint16, "r"))
+
+
+def test_a_memory_map_is_not_read_into_memory(mapped_split):
+    tracemalloc.start()
+    Windows(mapped_split, T, True).batch(np.arange(4))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < mapped_split.tokens.nbytes / 10
+
+
+def test_throughput_from_a_memory_map(mapped_split):
+    seq_len, batch_size = 256, 32
+    steps = len(Windows(mapped_split, seq_len, True)) // batch_size
+    options: dict = dict(seq_len=seq_len, batch_size=batch_size, document_mask=True)
+    batches = train_batches(mapped_split, **options, seed=0, steps=steps, threads=0)
     next(batches)
     began = time.perf_counter()
     for batch in batches:

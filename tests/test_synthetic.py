@@ -37,7 +37,9 @@ def test_stationary_distribution_is_the_fixed_point_of_the_chain(source):
 def test_entropy_rate_is_the_growth_of_the_exact_block_entropy():
     """H(X_1..X_n) - H(X_1..X_n-1) by enumerating all blocks of a small source."""
     source = MarkovSource(seed=3, symbols=6, successors=2)
-    blocks = {(symbol,): source.stationary_CS[:, symbol] for symbol in range(6)}
+    blocks: dict[tuple[int, ...], np.ndarray] = {
+        (symbol,): source.stationary_CS[:, symbol] for symbol in range(6)
+    }
     entropies = []
     for _ in range(8):
         p = np.array([weight.sum() for weight in blocks.values()])

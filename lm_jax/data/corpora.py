@@ -3,13 +3,14 @@
 import contextlib
 import dataclasses
 import difflib
+import fractions
 import glob
 import hashlib
 import itertools
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,16 @@ SYNTHETIC_DOCUMENTS = {"train": 200, "valid": 20, "test": 20}
 SYNTHETIC_LENGTH = 10_000  # symbols a document
 TFDS_SPLITS = {"train": ("train",), "valid": ("validation", "valid", "dev"), "test": ("test",)}
 
+Documents = Callable[[], Iterator[str]]  # each call starts a fresh pass
+
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """Documents by split; calling a split starts a fresh pass over it."""
+    """Documents by split."""
 
     name: str
     fingerprint: str  # sha256 of what defines the documents
-    splits: dict[str, Callable[[], Iterator[str]]]  # "train", "valid" and perhaps "test"
+    splits: Mapping[str, Documents]  # "train", "valid" and perhaps "test"
     entropy_rate: float | None = None  # nats per symbol, where it is known
 
 
@@ -127,9 +130,9 @@ def _text(
     _refuse_shared_files(paths, hashes)
 
     splits = {split: _bind(_file_documents, of, mode, field) for split, of in paths.items()}
-    fractions = {split: held_out[split] for split in held_out if split not in paths}
-    splits = _hold_out(splits, fractions)
-    return Corpus("text", _fingerprint(document, fractions, hashes), splits)
+    shares = {split: held_out[split] for split in held_out if split not in paths}
+    splits = _hold_out(splits, shares)
+    return Corpus("text", _fingerprint(document, shares, hashes), splits)
 
 
 def _tfds(name: str, data_dir: Path, held_out: dict[str, float]) -> Corpus:
@@ -159,7 +162,7 @@ def _tfds(name: str, data_dir: Path, held_out: dict[str, float]) -> Corpus:
             f"data.corpus='tfds:{name}' has no train split but {sorted(builder.info.splits)}: "
             "choose another data set."
         )
-    fractions = {split: held_out[split] for split in held_out if available[split] is None}
+    shares = {split: held_out[split] for split in held_out if available[split] is None}
     splits = {
         split: _bind(_tfds_documents, builder, own, feature)
         for split, own in available.items()
@@ -170,8 +173,8 @@ def _tfds(name: str, data_dir: Path, held_out: dict[str, float]) -> Corpus:
         for own in available.values()
         if own is not None
     }
-    fingerprint = _fingerprint(builder.info.full_name, feature, sizes, fractions)
-    return Corpus(f"tfds:{name}", fingerprint, _hold_out(splits, fractions))
+    fingerprint = _fingerprint(builder.info.full_name, feature, sizes, shares)
+    return Corpus(f"tfds:{name}", fingerprint, _hold_out(splits, shares))
 
 
 def _prepare(builder: Any, manual_dir: Path | None = None) -> None:
@@ -191,7 +194,7 @@ def _text_feature(name: str, features: Any) -> str:
     if len(texts) == 1:
         return texts[0]
     raise ValueError(
-        f"data.corpus='tfds:{name}' has the text features {texts}, none called 'text': "
+        f"data.corpus='tfds:{name}' has the text features {sorted(texts)}, none of them 'text': "
         "choose a data set with one text feature."
     )
 
@@ -259,48 +262,50 @@ def _json_field(line: str, field: str, path: Path, number: int) -> str:
             f"{path}, line {number} has no text field {field!r} but {has}: "
             "set --config.data.document=jsonl:FIELD to one that every line has."
         )
-    return record[field]
+    text = record[field]
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError(
+            f"{path}, line {number} holds half a surrogate pair, which no text has: "
+            "correct or delete the line."
+        )
+    return text
 
 
-def _hold_out(
-    splits: dict[str, Callable[[], Iterator[str]]], fractions: dict[str, float]
-) -> dict[str, Callable[[], Iterator[str]]]:
-    """Takes the splits with a fraction above zero out of the train split."""
-    fractions = {split: fraction for split, fraction in fractions.items() if fraction > 0}
-    if not fractions:
+def _hold_out(splits: dict[str, Documents], shares: dict[str, float]) -> dict[str, Documents]:
+    """Takes the splits with a share above zero out of the train split."""
+    shares = {split: share for split, share in shares.items() if share > 0}
+    if not shares:
         return splits
     train = splits["train"]
     single = len(list(itertools.islice(filter(None, train()), 2))) == 1
     cut = _cut_document if single else _choose_documents
-    held = {split: _bind(cut, train, split, fractions) for split in ("train", *fractions)}
+    held = {split: _bind(cut, train, split, shares) for split in ("train", *shares)}
     return {**splits, **held}
 
 
-def _choose_documents(
-    documents: Callable[[], Iterable[str]], split: str, fractions: dict[str, float]
-) -> Iterator[str]:
+def _choose_documents(documents: Documents, split: str, shares: dict[str, float]) -> Iterator[str]:
     """Documents whose content hashes into the split's share, so equal ones stay together."""
     for text in documents():
         digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
         place = int.from_bytes(digest, "big") / 2**64
         chosen, start = "train", 0.0
-        for held_out, fraction in fractions.items():
-            if start <= place < start + fraction:
-                chosen = held_out
-            start += fraction
+        for name, share in shares.items():
+            if start <= place < start + share:
+                chosen = name
+            start += share
         if chosen == split:
             yield text
 
 
-def _cut_document(
-    documents: Callable[[], Iterable[str]], split: str, fractions: dict[str, float]
-) -> Iterator[str]:
+def _cut_document(documents: Documents, split: str, shares: dict[str, float]) -> Iterator[str]:
     """The split's stretch of a single document: train first, then valid, then test."""
     text = "".join(documents())
-    share = {"train": 1.0 - sum(fractions.values()), **fractions}
-    ends = itertools.accumulate(share.values())
-    bounds = [0, *(int(end * len(text)) for end in list(ends)[:-1]), len(text)]
-    place = list(share).index(split)
+    # As decimal shares: 0.7 + 0.1 of 20 characters are 16 and not 15.999.
+    held_out = {name: fractions.Fraction(str(share)) for name, share in shares.items()}
+    share_by_split = {"train": 1 - sum(held_out.values()), **held_out}
+    ends = itertools.accumulate(share_by_split.values(), initial=fractions.Fraction(0))
+    bounds = [int(end * len(text)) for end in ends]
+    place = list(share_by_split).index(split)
     yield text[bounds[place] : bounds[place + 1]]
 
 
@@ -330,5 +335,5 @@ def _fingerprint(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _bind(documents: Callable[..., Iterator[str]], *arguments: Any) -> Callable[[], Iterator[str]]:
+def _bind(documents: Callable[..., Iterator[str]], *arguments: Any) -> Documents:
     return lambda: documents(*arguments)

@@ -32,8 +32,8 @@ class Windows:
     """The windows of a split, by number; only document starts are held in memory.
 
     With a stride shorter than T (evaluation), the first window scores all its targets and every
-    later one only its last `stride`, so that each target is scored once and, past the first window,
-    with at least T - stride + 1 tokens of context.
+    later one only its last `stride`: each target is scored once and, past the first window, with
+    at least T - stride + 1 positions of the stream before it.
     """
 
     def __init__(
@@ -80,8 +80,8 @@ class Windows:
         if self.document_mask:
             segment_ids_BT *= (document_BT - document_BT[:, :1] + 1).astype(np.int32)
 
+        # Column 0 needs no care in the first window: a separator stands there.
         weights_BT = text_BT.astype(np.float32)
-        weights_BT[:, 0] = 0
         weights_BT[indices_B > 0, : self.seq_len + 1 - self.stride] = 0
         return {
             "tokens": tokens_BT.astype(np.int32),

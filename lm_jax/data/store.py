@@ -113,6 +113,8 @@ def open_store(path: str | os.PathLike) -> Store:
 
 
 def _write(corpus: Corpus, tokenizer_kind: str, vocab_size: int, folder: Path) -> None:
+    if not any(corpus.splits["train"]()):
+        raise _no_tokens(corpus, "train", "no documents, or empty ones")
     tokenizer = train_tokenizer(tokenizer_kind, corpus.splits["train"](), vocab_size)
     tokenizer.save(folder / "tokenizer")
     manifest = {
@@ -147,10 +149,7 @@ def _write_split(corpus: Corpus, name: str, tokenizer: Tokenizer, folder: Path) 
         file.seek(0)
         _write_header(file, dtype, sum(lengths))
     if not lengths:
-        raise ValueError(
-            f"Split {name!r} of corpus {corpus.name!r} holds no token ({empty} empty documents): "
-            f"raise data.{name}_fraction or name files for it."
-        )
+        raise _no_tokens(corpus, name, f"{empty} empty documents")
     starts = np.concatenate([[0], np.cumsum(lengths)]).astype("<i8")
     np.save(_documents_path(folder, name), starts)
     tokens, starts = _arrays(folder, name)
@@ -231,6 +230,13 @@ def _tokens_path(path: Path, name: str) -> Path:
 
 def _documents_path(path: Path, name: str) -> Path:
     return path / f"{name}.documents.npy"
+
+
+def _no_tokens(corpus: Corpus, split: str, found: str) -> ValueError:
+    return ValueError(
+        f"Split {split!r} of corpus {corpus.name!r} holds no token ({found}): name files for it, "
+        "or change data.valid_fraction and data.test_fraction."
+    )
 
 
 def _broken(path: Path, problem: str) -> ValueError:

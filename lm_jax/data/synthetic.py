@@ -32,15 +32,17 @@ class MarkovSource:
         order = rng.permutation(symbols)
         cycle = np.empty(symbols, np.int64)
         cycle[order] = np.roll(order, -1)
-        # next_CSK and probability_CSK: parity class, current symbol, successor.
+        # C: parity of the symbol before, S: symbol, K: successor.
         ranks_CSS = rng.random((2, symbols, symbols))
         ranks_CSS[:, np.arange(symbols), cycle] = -1.0
-        self._next_CSK = np.argsort(ranks_CSS, axis=-1)[..., :successors]
+        next_CSK = np.argsort(ranks_CSS, axis=-1)[..., :successors]
         dirichlet_CSK = rng.dirichlet(np.ones(successors), size=(2, symbols))
         probability_CSK = 0.9 * dirichlet_CSK + 0.1 / successors
-        self._cumulative_CSK = np.cumsum(probability_CSK, axis=-1)
         self.probability_CSS = np.zeros((2, symbols, symbols))
-        np.put_along_axis(self.probability_CSS, self._next_CSK, probability_CSK, axis=-1)
+        np.put_along_axis(self.probability_CSS, next_CSK, probability_CSK, axis=-1)
+        self._successors = next_CSK.tolist()
+        # Without the last boundary, which may round below 1.
+        self._boundaries = np.cumsum(probability_CSK, axis=-1)[..., :-1].tolist()
         self.stationary_CS = self._stationary()
         entropy_CS = -(probability_CSK * np.log(probability_CSK)).sum(-1)
         self.entropy_rate = float((self.stationary_CS * entropy_CS).sum())
@@ -62,14 +64,10 @@ class MarkovSource:
         rng = np.random.default_rng(seed)
         start = rng.choice(2 * self.symbols, p=self.stationary_CS.ravel())
         parity, symbol = divmod(int(start), self.symbols)
-        following = self._next_CSK.tolist()
-        cumulative = self._cumulative_CSK.tolist()
-        last = len(cumulative[0][0]) - 1  # the last boundary may round below 1
         sequence = [symbol]
         for uniform in rng.random(max(n - 1, 0)).tolist():
-            boundaries = cumulative[parity][symbol]
-            successor = following[parity][symbol][bisect.bisect(boundaries, uniform, 0, last)]
-            parity, symbol = symbol & 1, successor
+            place = bisect.bisect(self._boundaries[parity][symbol], uniform)
+            parity, symbol = symbol & 1, self._successors[parity][symbol][place]
             sequence.append(symbol)
         return np.array(sequence[:n], np.int32)
 

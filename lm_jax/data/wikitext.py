@@ -43,7 +43,7 @@ ARCHIVES = {
 }
 
 
-class _WikiText(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+class _Articles:
     """Articles in the order of the source files, which their texts add up to byte by byte."""
 
     VERSION = tfds.core.Version("1.0.0")
@@ -68,19 +68,21 @@ class _WikiText(tfds.core.GeneratorBasedBuilder, skip_registration=True):
                 yield key, {"title": title, "text": text}
 
 
-class WikiText2(_WikiText):
+class WikiText2(_Articles, tfds.core.GeneratorBasedBuilder):
     """2.1M tokens, 600 + 60 + 60 articles."""
 
     name = "wikitext2"
 
 
-class WikiText103(_WikiText):
+class WikiText103(_Articles, tfds.core.GeneratorBasedBuilder):
     """103M tokens."""
 
     name = "wikitext103"
 
 
-BUILDERS: dict[str, type[_WikiText]] = {cls.name: cls for cls in (WikiText2, WikiText103)}
+BUILDERS: dict[str, type[tfds.core.GeneratorBasedBuilder]] = {
+    cls.name: cls for cls in (WikiText2, WikiText103)
+}
 
 
 def split_articles(lines: Iterable[str]) -> Iterator[tuple[str, str]]:

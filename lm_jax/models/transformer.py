@@ -109,7 +109,7 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """SwiGLU (Shazeer 2020) or GELU (tanh form)."""
+    """SwiGLU (Shazeer 2020), exact GELU (Hendrycks and Gimpel 2016) or squared ReLU (So 2021)."""
 
     def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
         """For swiglu one matrix makes gate and value: [D, 2 F]."""
@@ -124,7 +124,9 @@ class MLP(nnx.Module):
         if self.kind == "swiglu":
             gate_BTF, value_BTF = jnp.split(y, 2, axis=-1)
             return self.down(jax.nn.silu(gate_BTF) * value_BTF)
-        return self.down(jax.nn.gelu(y, approximate=True))
+        if self.kind == "relu2":
+            return self.down(jnp.square(jax.nn.relu(y)))
+        return self.down(jax.nn.gelu(y, approximate=False))
 
 
 class Block(nnx.Module):

@@ -1,0 +1,393 @@
+import hashlib
+import json
+import re
+import zipfile
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lm_jax.data.corpora import open_corpus
+from lm_jax.data.synthetic import MarkovSource
+from tests.helpers import shared_data
+
+ARTICLE = " \n = {} = \n \n {} \n \n"
+
+
+def _open(tmp_path, corpus="text", **options):
+    return open_corpus(corpus, cache_dir=str(tmp_path / "cache"), **options)
+
+
+def _documents(corpus):
+    return {name: list(split()) for name, split in corpus.splits.items()}
+
+
+def _wikitext_files(folder, **texts):
+    folder.mkdir()
+    for split in ("train", "valid", "test"):
+        text = texts.get(split, ARTICLE.format(split, "words of the article"))
+        (folder / f"wiki.{split}.tokens").write_text(text, encoding="utf-8", newline="")
+    return str(folder)
+
+
+# --- WikiText ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def wikitext2(tmp_path_factory):
+    source = str(shared_data("wikitext-2"))
+    return open_corpus("wikitext2", source_dir=source, cache_dir=str(tmp_path_factory.mktemp("c")))
+
+
+@pytest.mark.parametrize(("split", "articles"), [("train", 600), ("valid", 60), ("test", 60)])
+def test_wikitext2_has_the_published_articles_and_every_byte(wikitext2, split, articles):
+    """A level-one heading with a blank line on both sides gives the published counts.
+
+    Without the second condition the train split has 601: one heading-like line of a reference list
+    follows a blank line; 28 more, from formulas and table legends, follow text.
+    """
+    documents = list(wikitext2.splits[split]())
+    assert len(documents) == articles
+    assert all(re.match(r" \n = [^=].* = \n \n", text) for text in documents)
+    original = (shared_data("wikitext-2") / f"wiki.{split}.tokens").read_bytes()
+    assert "".join(documents).encode() == original
+
+
+def test_only_a_heading_between_blank_lines_starts_an_article(tmp_path):
+    body = " = = Section = = \n \n where : \n = Played , W = \n \n"
+    body += " = Not followed by a blank = \n text \n"
+    first = ARTICLE.format("A = B", "x") + body
+    source = _wikitext_files(tmp_path / "s", train=first + ARTICLE.format("Second", "y"))
+    train = _documents(_open(tmp_path, "wikitext2", source_dir=source))["train"]
+    assert train == [first, ARTICLE.format("Second", "y")]
+
+
+def test_articles_have_titles(tmp_path):
+    from lm_jax.data.wikitext import split_articles
+
+    lines = ["\n", " = One ( film ) = \n", "\n", " a \n", " \n", " = Two = \n", " \n"]
+    titled = [(title, text.count("\n")) for title, text in split_articles(lines)]
+    assert titled == [("One ( film )", 4), ("Two", 3)]
+    assert [title for title, _ in split_articles([" no heading \n"])] == [""]
+    assert list(split_articles([])) == []
+
+
+def test_another_source_never_reuses_the_prepared_data(tmp_path):
+    one = _open(tmp_path, "wikitext2", source_dir=_wikitext_files(tmp_path / "one"))
+    changed = _wikitext_files(tmp_path / "two", valid=ARTICLE.format("Other", "text"))
+    two = _open(tmp_path, "wikitext2", source_dir=changed)
+    assert one.fingerprint != two.fingerprint
+    assert _documents(two)["valid"] == [ARTICLE.format("Other", "text")]
+    assert _documents(one)["valid"] != _documents(two)["valid"]
+
+    (tmp_path / "two" / "wiki.valid.tokens").write_text(ARTICLE.format("Third", "text"))
+    edited_in_place = _open(tmp_path, "wikitext2", source_dir=changed)
+    assert _documents(edited_in_place)["valid"] == [ARTICLE.format("Third", "text")]
+
+
+def test_wikitext_source_must_be_whole(tmp_path):
+    source = _wikitext_files(tmp_path / "s")
+    (tmp_path / "s" / "wiki.valid.tokens").write_bytes(b"good \xc3\xa9\nbad \xff\n")
+    with pytest.raises(ValueError, match=r"wiki\.valid\.tokens is not UTF-8 at byte 12 "):
+        _open(tmp_path, "wikitext2", source_dir=source)
+    (tmp_path / "s" / "wiki.valid.tokens").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"wiki\.valid\.tokens is empty: "):
+        _open(tmp_path, "wikitext2", source_dir=source)
+    (tmp_path / "s" / "wiki.valid.tokens").unlink()
+    with pytest.raises(FileNotFoundError, match=r"wiki\.valid\.tokens .*config.data.source_dir"):
+        _open(tmp_path, "wikitext2", source_dir=source)
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.fixture
+def archive(tmp_path, monkeypatch):
+    """Serves a small archive in place of the published one."""
+    from lm_jax.data import wikitext
+
+    _wikitext_files(tmp_path / "wikitext-2")
+    path = tmp_path / "published.zip"
+    with zipfile.ZipFile(path, "w") as contents:
+        for file in (tmp_path / "wikitext-2").iterdir():
+            contents.write(file, f"wikitext-2/{file.name}")
+
+    def serve(url=None, sha256=None):
+        url = url or path.as_uri()
+        sha256 = sha256 or hashlib.sha256(path.read_bytes()).hexdigest()
+        monkeypatch.setitem(
+            wikitext.ARCHIVES, "wikitext2", wikitext.Archive(url, sha256, "wikitext-2")
+        )
+        return path
+
+    return serve
+
+
+def test_the_archive_is_downloaded_once(tmp_path, archive):
+    path = archive()
+    corpus = _open(tmp_path, "wikitext2")
+    assert _documents(corpus)["test"] == [ARTICLE.format("test", "words of the article")]
+    path.unlink()
+    assert _open(tmp_path, "wikitext2").fingerprint == corpus.fingerprint
+
+
+def test_a_wrong_archive_is_refused_and_removed(tmp_path, archive):
+    archive(sha256="0" * 64)
+    with pytest.raises(ValueError, match="instead of the published 0000.*config.data.source_dir"):
+        _open(tmp_path, "wikitext2")
+    assert list((tmp_path / "cache").rglob("*.*")) == []
+
+
+def test_no_network_is_one_sentence_and_no_other_data(tmp_path, archive):
+    archive(url="http://127.0.0.1:9/wikitext-2-v1.zip")
+    with pytest.raises(FileNotFoundError, match=r"127\.0\.0\.1.*--config\.data\.source_dir=FOLDER"):
+        _open(tmp_path, "wikitext2")
+    assert list((tmp_path / "cache").rglob("*.*")) == []
+
+
+# --- text ----------------------------------------------------------------------------------------
+
+
+def test_tiny_shakespeare_is_cut_at_nine_tenths(tmp_path):
+    path = shared_data("tinyshakespeare") / "input.txt"
+    text = path.read_text(encoding="utf-8")
+    splits = _documents(_open(tmp_path, files=str(path)))
+    assert list(splits) == ["train", "valid"]
+    assert [len(documents[0]) for documents in splits.values()] == [1_003_854, 111_540]
+    assert splits["train"][0] == text[: int(0.9 * len(text))]
+    assert splits["train"][0] + splits["valid"][0] == text
+
+
+def test_a_single_document_ends_in_valid_then_test(tmp_path):
+    (tmp_path / "one.txt").write_text("0123456789" * 2)
+    splits = _documents(
+        _open(tmp_path, files="one.txt", source_dir=str(tmp_path), test_fraction=0.2)
+    )
+    assert splits == {"train": ["01234567890123"], "valid": ["45"], "test": ["6789"]}
+
+
+def test_many_documents_are_held_out_by_content(tmp_path):
+    lines = [f"line {i % 2000}" for i in range(4000)]
+    (tmp_path / "lines.txt").write_text("\n".join(lines) + "\n")
+    options = {"files": str(tmp_path / "lines.txt"), "document": "line", "test_fraction": 0.05}
+    splits = _documents(_open(tmp_path, **options))
+    assert sorted(sum(splits.values(), [])) == sorted(lines)
+    kinds = {name: set(documents) for name, documents in splits.items()}
+    assert sum(map(len, kinds.values())) == 2000, "equal documents must share a split"
+    assert abs(len(kinds["valid"]) - 200) < 5 * np.sqrt(180)
+    assert abs(len(kinds["test"]) - 100) < 5 * np.sqrt(95)
+    assert _documents(_open(tmp_path, **options)) == splits
+
+    (tmp_path / "lines.txt").write_text("\n".join(["new", *reversed(lines)]) + "\n")
+    reordered = _documents(_open(tmp_path, **options))
+    assert set(reordered["valid"]) - {"new"} == kinds["valid"]
+
+
+def test_lines_keep_everything_but_their_end(tmp_path):
+    (tmp_path / "a.txt").write_bytes("one \u2028x\x0by\r\n\n two\x85\nend".encode())
+    (tmp_path / "b.txt").write_text("held out")
+    corpus = _open(
+        tmp_path, files="a.txt", valid_files="b.txt", source_dir=str(tmp_path), document="line"
+    )
+    assert _documents(corpus)["train"] == ["one \u2028x\x0by", "", " two\x85", "end"]
+
+
+def test_files_are_documents_in_sorted_order_with_every_character(tmp_path):
+    for name in ("b", "a", "c"):
+        (tmp_path / f"{name}.txt").write_bytes(f"{name}\r\n\n".encode())
+    (tmp_path / "held.md").write_text("v")
+    (tmp_path / "odd[1].txt").write_text("odd")
+    corpus = _open(
+        tmp_path, files="[ab].txt, c.txt,odd[1].txt", valid_files="*.md", source_dir=str(tmp_path)
+    )
+    assert _documents(corpus) == {"train": ["a\r\n\n", "b\r\n\n", "c\r\n\n", "odd"], "valid": ["v"]}
+
+
+def test_jsonl_field(tmp_path):
+    records = [{"text": f"d{i}\n", "id": i} for i in range(5)]
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, records)) + "\n\n")
+    (tmp_path / "v.jsonl").write_text('{"text": "v"}')
+    options = {"files": "t.jsonl", "valid_files": "v.jsonl", "source_dir": str(tmp_path)}
+    corpus = _open(tmp_path, document="jsonl:text", **options)
+    assert _documents(corpus) == {"train": [f"d{i}\n" for i in range(5)], "valid": ["v"]}
+    with pytest.raises(ValueError, match=r"t\.jsonl, line 1 has no text field 'body' but \['id', "):
+        _documents(_open(tmp_path, document="jsonl:body", **options))
+    with pytest.raises(ValueError, match=r"t\.jsonl, line 1 has no text field 'id'"):
+        _documents(_open(tmp_path, document="jsonl:id", **options))
+    (tmp_path / "t.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    with pytest.raises(ValueError, match=r"t\.jsonl, line 2 is not JSON"):
+        _documents(_open(tmp_path, document="jsonl:text", **options))
+    (tmp_path / "t.jsonl").write_text('{"text": "a \\ud800 b"}\n')
+    with pytest.raises(ValueError, match=r"t\.jsonl, line 1 holds half a surrogate pair"):
+        _documents(_open(tmp_path, document="jsonl:text", **options))
+
+
+def test_the_fingerprint_follows_content_and_division(tmp_path):
+    (tmp_path / "a.txt").write_text("some text\nmore\n")
+    base: dict[str, Any] = {"files": str(tmp_path / "a.txt")}
+    variants = [base, base | {"valid_fraction": 0.2}, base | {"test_fraction": 0.2}]
+    variants.append(base | {"document": "line"})
+    prints = [_open(tmp_path, **variant).fingerprint for variant in variants]
+    assert len(set(prints)) == 4
+    assert _open(tmp_path, **base).fingerprint == prints[0]
+    (tmp_path / "a.txt").write_text("some text\nMore\n")
+    assert _open(tmp_path, **base).fingerprint != prints[0]
+
+
+def test_one_file_cannot_be_in_two_splits(tmp_path):
+    (tmp_path / "a.txt").write_text("same")
+    (tmp_path / "b.txt").write_text("same")
+    (tmp_path / "c.txt").write_text("other")
+    options = {"source_dir": str(tmp_path), "files": "[ac].txt"}
+    with pytest.raises(ValueError, match=r"b\.txt is in split valid .*a\.txt, in split train"):
+        _open(tmp_path, valid_files="b.txt", **options)
+    with pytest.raises(ValueError, match=r"c\.txt is in split test "):
+        _open(tmp_path, valid_files="a*", test_files="c.txt", **options | {"files": "c.txt"})
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"files": ""}, ValueError, "--config.data.files=PATH"),
+        ({"files": "absent/*.txt"}, FileNotFoundError, r"data.files='absent/\*.txt' names no file"),
+        ({"files": "a.txt", "valid_files": "b"}, FileNotFoundError, "data.valid_files='b'"),
+        ({"files": "empty.txt"}, ValueError, "empty.txt is empty: "),
+        ({"files": "latin.txt"}, ValueError, "latin.txt is not UTF-8 at byte 3 .*convert"),
+        ({"files": "a.txt", "document": "page"}, ValueError, "document='page' does not exist"),
+        ({"files": "a.txt", "document": "jsonl"}, ValueError, "jsonl:FIELD"),
+        ({"files": "a.txt", "valid_fraction": 1.5}, ValueError, "data.valid_fraction=1.5"),
+        ({"files": "a.txt", "test_fraction": 0.95}, ValueError, "sum below 1"),
+        ({"files": "a.txt", "test_fraction": -0.1}, ValueError, "data.test_fraction=-0.1"),
+    ],
+)
+def test_errors_name_the_cause_and_the_remedy(tmp_path, options, error, message):
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
+    with pytest.raises(error, match=message) as raised:
+        _open(tmp_path, source_dir=str(tmp_path), **options)
+    assert "\n" not in str(raised.value)
+    assert str(raised.value).endswith(".")
+
+
+@pytest.mark.parametrize(
+    ("corpus", "nearest"),
+    [("wikitext-2", "wikitext2"), ("wikitext-103", "wikitext103"), ("sythetic", "synthetic")],
+)
+def test_unknown_corpus(tmp_path, corpus, nearest):
+    with pytest.raises(ValueError, match=f"--config.data.corpus={nearest}\\?"):
+        _open(tmp_path, corpus)
+
+
+# --- synthetic -----------------------------------------------------------------------------------
+
+
+def test_synthetic_splits_come_from_one_source(tmp_path):
+    corpus = _open(tmp_path, "synthetic")
+    source = MarkovSource(seed=0)
+    assert corpus.entropy_rate == source.entropy_rate
+    sizes = {"train": 200, "valid": 20, "test": 20}
+    seen: set[str] = set()
+    for name, count in sizes.items():
+        documents = list(corpus.splits[name]())
+        assert [len(text) for text in documents] == [10_000] * count
+        assert not seen & {text[:50] for text in documents}
+        seen |= {text[:50] for text in documents}
+        nats = np.concatenate([source.nats(source.from_text(text)) for text in documents])
+        assert abs(nats.mean() - source.entropy_rate) < 0.01
+    assert next(corpus.splits["train"]()) == next(_open(tmp_path, "synthetic").splits["train"]())
+
+
+# --- any TensorFlow data set ---------------------------------------------------------------------
+
+
+def _text_builders():
+    import tensorflow_datasets as tfds
+
+    class Notes(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.2.0")
+        FEATURES: tuple[str, ...] = ("text", "title")
+        SPLITS: tuple[str, ...] = ("train", "test")
+
+        def _info(self):
+            features = {name: tfds.features.Text() for name in self.FEATURES} | {"id": np.int64}
+            return tfds.core.DatasetInfo(
+                builder=self,
+                features=tfds.features.FeaturesDict(features),
+                disable_shuffling=True,
+            )
+
+        def _split_generators(self, dl_manager):
+            return {name: self._generate_examples(name) for name in self.SPLITS}
+
+        def _generate_examples(self, split):
+            for i in range(300 if split == "train" else 3):
+                yield i, {name: f"{split} {name} {i} é" for name in self.FEATURES} | {"id": i}
+
+    class Validated(Notes):
+        FEATURES = ("body",)
+        SPLITS = ("train", "validation", "test")
+
+    class Ambiguous(Notes):
+        FEATURES = ("question", "answer")
+
+    class Trainless(Notes):
+        SPLITS = ("test",)
+
+    return Notes, Validated, Ambiguous, Trainless
+
+
+@pytest.fixture(scope="module")
+def tfds_dir(tmp_path_factory):
+    """A data_dir with small prepared text sets, which are found by name alone."""
+    import tensorflow_datasets as tfds
+
+    data_dir = tmp_path_factory.mktemp("tfds")
+    with tfds.core.registered.skip_registration():
+        builders = _text_builders()
+    for builder in builders:
+        builder(data_dir=data_dir, file_format="array_record").download_and_prepare()
+    return str(data_dir)
+
+
+@pytest.mark.parametrize("name", ["tfds:notes", "tfds:notes:1.2.0"])
+def test_tfds_holds_out_a_missing_valid_split(tmp_path, tfds_dir, name):
+    corpus = _open(tmp_path, name, source_dir=tfds_dir)
+    splits = _documents(corpus)
+    assert set(splits) == {"train", "valid", "test"}
+    assert splits["test"] == [f"test text {i} é" for i in range(3)]
+    assert set(splits["train"]) | set(splits["valid"]) == {f"train text {i} é" for i in range(300)}
+    assert len(splits["train"]) + len(splits["valid"]) == 300
+    assert 10 < len(splits["valid"]) < 60
+
+
+def test_tfds_maps_its_own_splits_and_only_text_feature(tmp_path, tfds_dir):
+    splits = _documents(_open(tmp_path, "tfds:validated", source_dir=tfds_dir))
+    assert {name: documents[0] for name, documents in splits.items()} == {
+        "train": "train body 0 é",
+        "valid": "validation body 0 é",
+        "test": "test body 0 é",
+    }
+    assert len(splits["train"]) == 300
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("ambiguous", r"text features \['answer', 'question'\]"),
+        ("trainless", r"no train split but \['test'\]"),
+        ("no_such_set", "neither a TensorFlow Datasets name nor prepared in "),
+    ],
+)
+def test_tfds_sets_that_do_not_fit(tmp_path, tfds_dir, name, message):
+    with pytest.raises(ValueError, match=message):
+        _open(tmp_path, f"tfds:{name}", source_dir=tfds_dir)
+
+
+def test_tfds_without_network(tmp_path, monkeypatch):
+    import requests
+
+    def refuse(*args, **kwargs):
+        raise requests.exceptions.ConnectionError("name resolution failed")
+
+    monkeypatch.setattr(requests.Session, "send", refuse)
+    with pytest.raises(FileNotFoundError, match=r"'tfds:lm1b' could not .*data\.source_dir\.$"):
+        _open(tmp_path, "tfds:lm1b")

@@ -1,0 +1,272 @@
+import functools
+import json
+import shutil
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lm_jax.data import store as store_module
+from lm_jax.data.corpora import Corpus, open_corpus
+from lm_jax.data.store import open_store, prepare
+from lm_jax.data.tokenizers import count_words
+from tests.helpers import shared_data
+
+DOCUMENTS = {
+    "train": ["the cat\n", "", "the dog 👩 and\nthe cat", "x"],
+    "valid": ["dog and cat\n", ""],
+    "test": ["the x"],
+}
+
+
+def _corpus(documents: dict[str, list[str]] = DOCUMENTS, fingerprint="f" * 64, **options: Any):
+    splits = {name: functools.partial(iter, texts) for name, texts in documents.items()}
+    return Corpus("tfds:some/set", fingerprint, splits, **options)
+
+
+def _prepare(tmp_path, corpus=None, kind="byte", vocab_size=0):
+    corpus = corpus or _corpus()
+    return prepare(corpus, tokenizer_kind=kind, vocab_size=vocab_size, cache_dir=str(tmp_path))
+
+
+@pytest.mark.parametrize(("kind", "vocab_size"), [("byte", 0), ("char", 0), ("bpe", 260)])
+def test_a_store_holds_the_documents_exactly(tmp_path, kind, vocab_size):
+    store = _prepare(tmp_path, kind=kind, vocab_size=vocab_size)
+    for name, documents in DOCUMENTS.items():
+        split = store.split(name)
+        texts = [text for text in documents if text]
+        bounds = zip(split.document_starts[:-1], split.document_starts[1:], strict=True)
+        assert [store.tokenizer.decode(split.tokens[a:b]) for a, b in bounds] == texts
+        assert split.bytes == sum(len(text.encode()) for text in texts)
+        assert split.words == sum(count_words(text) for text in texts)
+        assert split.separator == 0
+        assert split.tokens.min() > 0
+        assert store.manifest["splits"][name]["empty_documents"] == documents.count("")
+        n_bytes, n_words = store.tokenizer.spans(split.tokens[split.document_starts[0] :])
+        assert n_bytes.sum() == split.bytes
+
+
+def test_manifest(tmp_path):
+    store = _prepare(tmp_path, _corpus(entropy_rate=1.5))
+    assert store.path.parent == tmp_path / "stores"
+    assert store.path.name.startswith("tfds-some-set-")
+    assert store.manifest["corpus"] == "tfds:some/set"
+    assert store.manifest["corpus_fingerprint"] == "f" * 64
+    assert store.manifest["entropy_rate"] == 1.5
+    assert store.manifest["vocab_size"] == 257
+    assert store.manifest["tokenizer_hash"] == store.tokenizer.content_hash
+    assert store.manifest == json.loads((store.path / "manifest.json").read_text())
+    assert [path.name for path in store.path.parent.iterdir()] == [store.path.name]
+
+
+def test_the_tokens_cannot_be_written_to(tmp_path):
+    split = _prepare(tmp_path).split("train")
+    assert isinstance(split.tokens, np.memmap)
+    assert split.tokens.dtype == np.uint16
+    assert split.document_starts.dtype == np.int64
+    with pytest.raises(ValueError, match="read-only"):
+        split.tokens[0] = 1
+
+
+def test_large_vocabularies_take_four_bytes(tmp_path):
+    words = " ".join(f"w{i}" for i in range(65_536))
+    store = _prepare(tmp_path, _corpus({"train": [words]}), kind="word")
+    assert store.manifest["vocab_size"] == 65_537
+    assert store.split("train").tokens.dtype == np.uint32
+    assert store.split("train").tokens.max() == 65_536
+
+
+def test_a_finished_store_is_reused(tmp_path):
+    first = _prepare(tmp_path)
+
+    def refuse():
+        raise AssertionError("the corpus was read again")
+
+    again = _prepare(tmp_path, Corpus("tfds:some/set", "f" * 64, {"train": refuse}))
+    assert again.path == first.path
+    assert again.manifest == first.manifest
+
+
+def test_content_tokenizer_and_format_each_have_their_own_store(tmp_path, monkeypatch):
+    stores = [
+        _prepare(tmp_path),
+        _prepare(tmp_path, _corpus(fingerprint="0" * 64)),
+        _prepare(tmp_path, kind="char"),
+        _prepare(tmp_path, kind="bpe", vocab_size=260),
+        _prepare(tmp_path, kind="bpe", vocab_size=261),
+    ]
+    monkeypatch.setattr(store_module, "FORMAT", store_module.FORMAT + 1)
+    stores.append(_prepare(tmp_path))
+    assert len({store.path for store in stores}) == 6
+
+
+def test_two_preparations_agree_bit_for_bit(tmp_path):
+    one = _prepare(tmp_path / "one", kind="bpe", vocab_size=262)
+    two = _prepare(tmp_path / "two", kind="bpe", vocab_size=262)
+    assert one.manifest == two.manifest
+
+
+def test_batching_changes_nothing(tmp_path, monkeypatch):
+    whole = _prepare(tmp_path / "one", kind="char")
+    monkeypatch.setattr(store_module, "BATCH_CHARACTERS", 1)
+    assert _prepare(tmp_path / "two", kind="char").manifest == whole.manifest
+
+
+def test_the_tokenizer_learns_from_the_train_split_alone(tmp_path):
+    corpus = _corpus({"train": ["abc"], "valid": ["ab", "abz"]})
+    with pytest.raises(ValueError, match="Split 'valid' cannot be tokenised: Character 'z'"):
+        _prepare(tmp_path, corpus, kind="char")
+    assert list((tmp_path / "stores").iterdir()) == []
+
+
+def test_a_crash_leaves_nothing_behind(tmp_path):
+    def breaks_off():
+        yield "text"
+        raise KeyboardInterrupt
+
+    corpus = Corpus("c", "f", {"train": lambda: iter(["text"]), "valid": breaks_off})
+    with pytest.raises(KeyboardInterrupt):
+        _prepare(tmp_path, corpus)
+    assert list((tmp_path / "stores").iterdir()) == []
+
+
+def test_another_process_may_finish_first(tmp_path, monkeypatch):
+    """The slower of two identical preparations opens what the faster one wrote."""
+    rival = _prepare(tmp_path / "rival")
+
+    def train():
+        target = tmp_path / "stores" / rival.path.name
+        if not target.exists():
+            shutil.copytree(rival.path, target)
+        return iter(DOCUMENTS["train"])
+
+    corpus = _corpus()
+    corpus = Corpus(corpus.name, corpus.fingerprint, {**corpus.splits, "train": train})
+    assert _prepare(tmp_path, corpus).manifest == rival.manifest
+    assert len(list((tmp_path / "stores").iterdir())) == 1
+
+
+def test_an_empty_split_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match=r"Split 'valid' .* holds no token \(2 empty documents\)"):
+        _prepare(tmp_path, _corpus({"train": ["a"], "valid": ["", ""]}))
+    with pytest.raises(ValueError, match=r"Split 'train' .* holds no token"):
+        _prepare(tmp_path, _corpus({"train": [""], "valid": ["a"]}), kind="bpe", vocab_size=300)
+    assert list((tmp_path / "stores").iterdir()) == []
+
+
+def test_an_unknown_split_is_named(tmp_path):
+    store = _prepare(tmp_path, _corpus({"train": ["a"], "valid": ["b"]}))
+    with pytest.raises(ValueError, match="no split 'test' but train, valid: .*data.test_fraction"):
+        store.split("test")
+
+
+def _edit(path, **changes):
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest |= changes
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+def _damage_tokens(path):
+    tokens = np.load(path / "train.tokens.npy")
+    tokens[[0, 1]] = tokens[[1, 0]]
+    np.save(path / "train.tokens.npy", tokens)
+
+
+def _add_token(path):
+    tokens = np.load(path / "valid.tokens.npy")
+    np.save(path / "valid.tokens.npy", np.append(tokens, tokens[:1]))
+
+
+def _put_id(value):
+    def put(path):
+        tokens = np.load(path / "train.tokens.npy")
+        tokens[3] = value
+        np.save(path / "train.tokens.npy", tokens)
+
+    return put
+
+
+def _shift_document(path):
+    starts = np.load(path / "train.documents.npy")
+    starts[1] = starts[2]
+    np.save(path / "train.documents.npy", starts)
+
+
+def _truncate(path):
+    whole = (path / "train.tokens.npy").read_bytes()
+    (path / "train.tokens.npy").write_bytes(whole[:-5])
+
+
+def _drop_key(path):
+    manifest = json.loads((path / "manifest.json").read_text())
+    del manifest["splits"]["test"]["words"]
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: (path / "manifest.json").unlink(), "There is no .*manifest.json"),
+        (lambda path: (path / "manifest.json").write_text("{"), "manifest.json is not JSON"),
+        (_drop_key, "lacks splits.test.words"),
+        (lambda path: _edit(path, format=99), "has format 99"),
+        (lambda path: _edit(path, vocab_size=300), "another vocab_size"),
+        (lambda path: _edit(path, tokenizer_hash="0"), "not the tokenizer that the store was made"),
+        (lambda path: (path / "valid.documents.npy").unlink(), "There is no .*valid.documents"),
+        (_truncate, "train.tokens.npy is cut short"),
+        (_add_token, "valid.tokens.npy holds 13 tokens, the manifest says 12"),
+        (_put_id(257), "holds ids 11 to 257, not 1 to 256"),
+        (_put_id(0), "holds ids 0 to"),
+        (_shift_document, "train.documents.npy does not divide"),
+        (_damage_tokens, "train.tokens.npy differs from the sha256"),
+    ],
+)
+def test_a_damaged_store_is_refused(tmp_path, damage, message):
+    path = _prepare(tmp_path).path
+    open_store(path)
+    damage(path)
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as raised:
+        _prepare(tmp_path)
+    assert str(path) in str(raised.value)
+    assert "delete the folder" in str(raised.value)
+
+
+@pytest.fixture(scope="module")
+def wikitext2(tmp_path_factory):
+    cache = str(tmp_path_factory.mktemp("cache"))
+    source = str(shared_data("wikitext-2"))
+    return open_corpus("wikitext2", source_dir=source, cache_dir=cache), cache
+
+
+PUBLISHED = {  # tokens, bytes
+    "train": (2_088_628, 10_797_148),
+    "valid": (217_646, 1_121_681),
+    "test": (245_569, 1_256_449),
+}
+
+
+def test_wikitext2_by_words_has_the_published_counts(wikitext2):
+    corpus, cache = wikitext2
+    store = prepare(corpus, tokenizer_kind="word", vocab_size=0, cache_dir=cache)
+    assert store.tokenizer.vocab_size == 33_278 + 1
+    for name, (tokens, n_bytes) in PUBLISHED.items():
+        split = store.split(name)
+        assert (len(split.tokens), split.words, split.bytes) == (tokens, tokens, n_bytes)
+        spans = store.tokenizer.spans(split.tokens)
+        assert [span.sum() for span in spans] == [n_bytes, tokens]
+    text = (shared_data("wikitext-2") / "wiki.valid.tokens").read_text(encoding="utf-8")
+    assert store.tokenizer.decode(store.split("valid").tokens) == text
+
+
+def test_wikitext2_by_bpe_loses_nothing(wikitext2):
+    corpus, cache = wikitext2
+    store = prepare(corpus, tokenizer_kind="bpe", vocab_size=8192, cache_dir=cache)
+    assert store.tokenizer.vocab_size == 8192
+    for name, (words, n_bytes) in PUBLISHED.items():
+        split = store.split(name)
+        assert (split.words, split.bytes) == (words, n_bytes)
+        assert 3.5 < n_bytes / len(split.tokens) < 4.5
+    valid = store.split("valid")
+    text = (shared_data("wikitext-2") / "wiki.valid.tokens").read_text(encoding="utf-8")
+    assert store.tokenizer.decode(valid.tokens) == text
+    assert store.tokenizer.spans(valid.tokens)[1].sum() == valid.words
