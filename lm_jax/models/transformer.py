@@ -12,6 +12,7 @@ from flax import nnx
 
 from lm_jax.config import ModelConfig
 from lm_jax.kernels.attention import attend, dropout
+from lm_jax.kernels.linear import linear
 
 Initializer = Callable[[jax.Array, tuple[int, ...]], jax.Array]
 
@@ -36,7 +37,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map the last axis from `inputs` to `outputs`."""
-        y = x @ self.kernel[...].astype(x.dtype)
+        y = linear(x, self.kernel[...], x.dtype)
         return y if self.bias is None else y + along_last(self.bias[...].astype(x.dtype), y)
 
 
@@ -238,10 +239,7 @@ class Transformer(nnx.Module):
 
 def head_logits(x_BTD: jax.Array, head_VD: jax.Array, softcap: float) -> jax.Array:
     """x head' in float32 or wider, then c tanh(logits / c) where a cap c is set."""
-    wide = jnp.promote_types(x_BTD.dtype, jnp.float32)
-    logits_BTV = jnp.einsum(
-        "...d,vd->...v", x_BTD, head_VD.astype(x_BTD.dtype), preferred_element_type=wide
-    )
+    logits_BTV = linear(x_BTD, head_VD.T, jnp.promote_types(x_BTD.dtype, jnp.float32))
     return softcap * jnp.tanh(logits_BTV / softcap) if softcap else logits_BTV
 
 

@@ -1,0 +1,42 @@
+"""The product of activations and a weight matrix, with the backward pass laid out for speed."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def linear(x: jax.Array, w_IO: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """x w for x [..., I] and w [I, O]: multiplied in the dtype of x, accumulated into `dtype`.
+
+    The gradient of x has the dtype of x, that of w the dtype of w.
+
+    Differentiating `x @ w` is the same product, but XLA on CPUs then fuses the element-wise work
+    before it into a transposing loop and takes up to twice the time; and the gradient of a float32
+    weight under 16-bit activations would be rounded to 16 bits. Here all leading axes are one, and
+    the narrower operand of the weight gradient is the one that gets transposed.
+    """
+    return jnp.matmul(x, w_IO.astype(x.dtype), preferred_element_type=dtype)
+
+
+def _forward(x: jax.Array, w_IO: jax.Array, dtype: jnp.dtype):
+    return linear(x, w_IO, dtype), (x, w_IO)
+
+
+def _backward(dtype: jnp.dtype, residuals: tuple[jax.Array, jax.Array], g: jax.Array):
+    x, w_IO = residuals
+    x_NI = x.reshape(-1, x.shape[-1])
+    g_NO = g.reshape(-1, g.shape[-1]).astype(x.dtype)
+    dx_NI = g_NO @ w_IO.astype(x.dtype).T
+
+    def over_rows(a: jax.Array, b: jax.Array) -> jax.Array:
+        contract_rows = (((0,), (0,)), ((), ()))
+        return jax.lax.dot_general(a, b, contract_rows, preferred_element_type=w_IO.dtype)
+
+    narrow = x_NI.shape[1] <= g_NO.shape[1]
+    dw_IO = over_rows(x_NI, g_NO) if narrow else over_rows(g_NO, x_NI).T
+    return dx_NI.reshape(x.shape), dw_IO
+
+
+linear.defvjp(_forward, _backward)
