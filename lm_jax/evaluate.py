@@ -165,8 +165,12 @@ def open_data(cfg: Config) -> Store:
     )
 
 
-def open_run(workdir: pathlib.Path) -> Run:
-    """Config, data and the best parameters of a workdir (its newest where no best was kept).
+def open_run(workdir: pathlib.Path, *, best: bool = True) -> Run:
+    """Config, data and parameters of a workdir.
+
+    Args:
+        workdir: folder of the run.
+        best: the checkpoint with the lowest valid loss rather than the newest.
 
     Raises:
         FileNotFoundError: if the workdir holds no config or no checkpoint.
@@ -186,7 +190,6 @@ def open_run(workdir: pathlib.Path) -> Run:
     abstract = jax.eval_shape(lambda: step.init_state(cfg, init(jax.random.key(0))))
     shardings = sharding.by_shape(mesh, abstract)
     checkpoints = checkpoint.Checkpoints(workdir, cfg.train.keep)
-    best = checkpoints.position(best=True) is not None
     position = checkpoints.position(best=best)
     if position is None:
         raise FileNotFoundError(f"{workdir}: holds no checkpoint; train the run first.")

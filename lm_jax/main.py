@@ -3,7 +3,9 @@
 Any field can be overridden, for instance `--config.optim.peak_lr=1e-3`.
 """
 
+import ctypes
 import pathlib
+import platform
 import re
 import sys
 
@@ -27,6 +29,25 @@ def override_paths(argv: list[str]) -> list[str]:
     return [match[1] for match in found if match]
 
 
+def keep_freed_memory() -> None:
+    """Ask glibc's malloc to reuse freed memory instead of returning it to the kernel.
+
+    XLA on CPUs allocates its temporary buffers anew in every step; without this each step spends
+    a tenth to a fifth of its time on page faults. Elsewhere than on glibc nothing is changed.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    libc = ctypes.CDLL(None)
+    gibibyte = 1 << 30
+    for option, value in (  # numbers from malloc.h
+        (-8, 1),  # M_ARENA_MAX: one arena, whose top can grow
+        (-3, gibibyte),  # M_MMAP_THRESHOLD: no mapping of its own for a buffer below this
+        (-1, 2 * gibibyte - 1),  # M_TRIM_THRESHOLD: keep this much free memory
+        (-2, gibibyte // 16),  # M_TOP_PAD: grow in steps of this size
+    ):
+        libc.mallopt(option, value)
+
+
 def main(_: list[str]) -> None:
     """Run the training that the flags describe."""
     from lm_jax import sharding
@@ -42,6 +63,7 @@ def main(_: list[str]) -> None:
 
 def run() -> None:
     """Entry point: config errors are one sentence and exit code 2, not a traceback."""
+    keep_freed_memory()
     try:
         config.check_names(override_paths(sys.argv[1:]))
         app.run(main, flags_parser=_parse)

@@ -178,7 +178,8 @@ def train_and_evaluate(cfg: Config, workdir: str | pathlib.Path) -> dict[str, An
             }
             position = end
             evaluating = due(position, cfg.train.eval_every, steps)
-            saving = due(position, cfg.train.checkpoint_every, steps) or signals.received
+            stopped_by = signals.received
+            saving = due(position, cfg.train.checkpoint_every, steps) or stopped_by
             if evaluating or saving:
                 finish(pending)
                 pending = None
@@ -187,10 +188,10 @@ def train_and_evaluate(cfg: Config, workdir: str | pathlib.Path) -> dict[str, An
             if saving:
                 manifest["position"] = position
                 checkpoints.save(state, manifest)
-            if signals.received and position < steps:
+            if stopped_by and position < steps:
                 checkpoints.close()
                 writers.say(
-                    f"stopped by {signals.received} after update {position}, which is saved; "
+                    f"stopped by {stopped_by} after update {position}, which is saved; "
                     "run the same command again to go on"
                 )
                 writers.close()

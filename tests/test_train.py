@@ -1,0 +1,306 @@
+"""The loop, evaluation and checkpoints on a small text, end to end."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from lm_jax import config, evaluate, step, train
+from lm_jax.config import Config, ConfigError
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """A folder with 40 small documents of a made-up language."""
+    folder = tmp_path_factory.mktemp("text")
+    rng = np.random.default_rng(0)
+    words = ["ba", "du", "kilo", "mefa", "no", "pi", "roso", "tu"]
+    for i in range(40):
+        lines = (" ".join(rng.choice(words, 6)) for _ in range(12))
+        (folder / f"{i:02}.txt").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def small(text, **changes):
+    base = dict(
+        data__corpus="text",
+        data__source_dir=str(text),
+        data__files="*.txt",
+        data__valid_fraction=0.2,
+        data__test_fraction=0.2,
+        data__cache_dir=str(text / "cache"),
+        data__seq_len=32,
+        data__batch_size=4,
+        tokenizer__kind="char",
+        model__layers=1,
+        model__d_model=16,
+        model__heads=2,
+        model__dropout=0.1,
+        train__steps="12",
+        train__eval_every="6",
+        train__checkpoint_every="4",
+        train__log_every="5",
+        train__steps_per_call=2,
+        optim__warmup="2",
+        optim__accumulation=2,
+    )
+    return config.replace(Config(), **base | changes)
+
+
+class StopAfter:
+    """Stands for Signals: the request to stop comes while update `count` is under way."""
+
+    def __init__(self, count):
+        self.count = count
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    @property
+    def received(self):
+        self.count -= 2
+        return "SIGTERM" if self.count <= 0 else None
+
+
+def rows(workdir):
+    lines = (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def final_state(workdir):
+    run = evaluate.open_run(pathlib.Path(workdir), best=False)
+    assert run.step == int(run.cfg.train.steps)
+    return [np.asarray(x) for x in jax.tree.leaves(run.params)]
+
+
+@pytest.fixture(scope="module")
+def straight(text, tmp_path_factory):
+    """A run of 12 updates that was never stopped: its workdir and results."""
+    workdir = tmp_path_factory.mktemp("straight")
+    return workdir, train.train_and_evaluate(small(text), workdir)
+
+
+def test_a_run_leaves_what_it_promises(straight):
+    workdir, results = straight
+    record = json.loads((workdir / "config.json").read_text())
+    cfg = config.from_dict(record["config"])
+    assert record["hash"] == config.config_hash(cfg) and cfg.train.steps == "12"
+    assert {"python", "jax", "flax", "optax"} <= set(record["versions"])
+    assert record["devices"] and record["data"]["tokenizer_hash"]
+    for name in ("valid", "test"):
+        result = json.loads((workdir / f"eval_{name}.json").read_text())
+        assert result == results[name]
+        assert result["token_count"] == result["split_token_count"] > 0
+        assert set(result["references"]) == {"uniform", "unigram", "kn2", "kn3"}
+        np.testing.assert_allclose(np.log(result["token_ppl"]), result["loss"], rtol=1e-9)
+        counts = record["data"]["splits"][name]
+        nats = result["loss"] * result["token_count"]
+        np.testing.assert_allclose(result["word_ppl"], np.exp(nats / counts["words"]))
+        np.testing.assert_allclose(
+            result["bits_per_byte"], nats / np.log(2) / counts["bytes"], rtol=1e-9
+        )
+    training = [row for row in rows(workdir) if "train/loss" in row]
+    assert [row["step"] for row in training] == list(range(1, 13))
+    assert training[0]["optim/lr"] > 0
+    np.testing.assert_allclose(training[-1]["optim/lr"], 1e-4, rtol=1e-5)
+    assert training[-1]["data/examples"] == 48
+    assert {"optim/grad_norm", "optim/update_norm", "perf/input_wait", "data/tokens"} <= set(
+        training[0]
+    )
+    assert [row["step"] for row in rows(workdir) if "valid/loss" in row] == [6, 12]
+    assert training[0]["train/loss"] > training[-1]["train/loss"]
+
+
+@pytest.mark.parametrize("stop", [2, 4, 6, 10])
+def test_stop_and_resume_is_bit_identical(straight, text, tmp_path, monkeypatch, stop):
+    monkeypatch.setattr(train, "Signals", lambda: StopAfter(stop))
+    with pytest.raises(train.Interrupted) as stopped:
+        train.train_and_evaluate(small(text), tmp_path)
+    assert stopped.value.code == 0
+    assert rows(tmp_path)[-1]["step"] <= stop
+    monkeypatch.undo()
+    results = train.train_and_evaluate(small(text), tmp_path)
+    for a, b in zip(final_state(straight[0]), final_state(tmp_path), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert results == straight[1]
+    for a, b in zip(rows(straight[0]), rows(tmp_path), strict=True):
+        assert {k: v for k, v in a.items() if not k.startswith("perf/")} == {
+            k: v for k, v in b.items() if not k.startswith("perf/")
+        }
+
+
+def command(text, workdir, **changes):
+    """The run as a process of its own, through the command line."""
+    cfg = small(text, **changes)
+    default = dict(config.fields(Config()))
+    (workdir.parent / "cfg.py").write_text(
+        "from lm_jax.config import Config\ndef get_config():\n    return Config()\n"
+    )
+    overrides = [
+        f"--config.{path}={value}" for path, value in config.fields(cfg) if value != default[path]
+    ]
+    return [
+        sys.executable,
+        "-m",
+        "lm_jax.main",
+        f"--config={workdir.parent / 'cfg.py'}",
+        f"--workdir={workdir}",
+        *overrides,
+    ]
+
+
+def start(args):
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(
+        args, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def wait_for(condition, process, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+def test_kill_at_any_moment_loses_only_unsaved_steps(text, tmp_path):
+    changes = dict(train__steps="300", train__checkpoint_every="2", train__eval_every="0")
+    train.train_and_evaluate(small(text, **changes), tmp_path / "straight")
+    workdir = tmp_path / "killed"
+    for delay in (0.0, 0.13):
+        process = start(command(text, workdir, **changes))
+        before = saved(workdir)
+        wait_for(lambda before=before: len(saved(workdir) - before) > 2, process)
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert saved(workdir), "no finished checkpoint"
+        last = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-2])["step"]
+        assert max(saved(workdir)) >= last - 8
+    out, _ = start(command(text, workdir, **changes)).communicate(timeout=200)
+    assert f"from update {max(saved(workdir))}" not in out, "it started anew"
+    for a, b in zip(final_state(tmp_path / "straight"), final_state(workdir), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert [row["step"] for row in rows(workdir) if "train/loss" in row] == list(range(1, 301))
+
+
+def saved(workdir):
+    folder = workdir / "checkpoints"
+    names = [p.name for p in folder.iterdir()] if folder.exists() else []
+    return {int(name) for name in names if name.isdigit()}
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_exits_cleanly(text, tmp_path):
+    workdir = tmp_path / "run"
+    process = start(command(text, workdir, train__steps="100000", train__checkpoint_every="0"))
+    metrics = workdir / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and metrics.stat().st_size > 2000, process)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, out
+    last = out.strip().splitlines()[-1]
+    assert last.startswith("stopped by SIGTERM after update") and "to go on" in last
+    assert saved(workdir) == {rows(workdir)[-1]["step"]}
+
+
+@pytest.mark.slow
+def test_command_line_errors_are_one_sentence(text, tmp_path):
+    for override, said in (
+        ("--config.model.layerz=3", "did you mean config.model.layers?"),
+        ("--config.model.layers=four", "config.model.layers"),
+        ("--config.model.heads=3", "config.model.heads: 3 does not divide"),
+        ("--config.data.files=none*.txt", "none*.txt"),
+    ):
+        process = start([*command(text, tmp_path / "run"), override])
+        out, _ = process.communicate(timeout=100)
+        assert process.returncode != 0
+        assert said in out.strip().splitlines()[-1] or said in out, out
+        assert "Traceback" not in out, out
+
+
+def test_another_config_is_refused_by_name(straight, text):
+    workdir, _ = straight
+    before = (workdir / "config.json").read_bytes()
+    with pytest.raises(ConfigError, match=r"config\.optim\.peak_lr: 0\.001 -> 0\.5.*--workdir"):
+        train.train_and_evaluate(small(text, optim__peak_lr=0.5), workdir)
+    with pytest.raises(ConfigError, match="another corpus or tokenizer"):
+        changed = text / "00.txt"
+        old = changed.read_text()
+        changed.write_text(old + "ba\n")
+        try:
+            train.train_and_evaluate(small(text), workdir)
+        finally:
+            changed.write_text(old)
+    assert (workdir / "config.json").read_bytes() == before
+
+
+def test_finished_run_is_only_reported_again(straight, text):
+    workdir, results = straight
+    written = (workdir / "metrics.jsonl").read_text()
+    assert train.train_and_evaluate(small(text), workdir) == results
+    assert (workdir / "metrics.jsonl").read_text() == written
+
+
+def test_batch_size_and_stride_of_evaluation(straight):
+    run = evaluate.open_run(straight[0])
+
+    def score(batch_size, stride):
+        cfg = config.replace(run.cfg, eval__batch_size=batch_size, eval__stride=stride)
+        evaluator = evaluate.Evaluator(
+            cfg, run.store, run.mesh, step.make_eval_step(cfg, run.graphdef)
+        )
+        return evaluator(run.params, "test")
+
+    whole = score(64, 32)
+    for batch_size in (1, 7):
+        np.testing.assert_allclose(score(batch_size, 32)["loss"], whole["loss"], rtol=1e-5)
+    for stride in (1, 5, 16):
+        strided = score(16, stride)
+        assert strided["token_count"] == whole["token_count"] and strided["stride"] == stride
+        assert strided["loss"] != whole["loss"]
+
+
+def test_divergence_stops_with_the_reason(text, tmp_path, monkeypatch, capsys):
+    real_step = step.make_train_step
+    monkeypatch.setattr(
+        train.step,
+        "make_train_step",
+        lambda cfg, graphdef: _nan_from(real_step(cfg, graphdef), 4),
+    )
+    cfg = small(text, train__max_nonfinite=3)
+    with pytest.raises(FloatingPointError, match=r"updates 5 to 7 were all skipped"):
+        train.train_and_evaluate(cfg, tmp_path)
+    assert "update 5 skipped: loss or gradient of batch 4 is not finite" in capsys.readouterr().out
+
+
+def _nan_from(train_steps, first):
+    def poisoned(state, batches):
+        with jax.transfer_guard("allow"):
+            bad = (state.step + np.arange(len(batches["weights"])) >= first)[:, None, None]
+            weights = jax.numpy.where(bad, np.nan, batches["weights"])
+            return train_steps(state, {**batches, "weights": weights})
+
+    return poisoned
+
+
+def test_evaluate_command(straight, monkeypatch, capsys):
+    workdir, results = straight
+    monkeypatch.setattr(sys, "argv", ["evaluate", f"--workdir={workdir}", "--split=valid"])
+    evaluate.main()
+    assert json.loads((workdir / "eval_valid.json").read_text()) == results["valid"]
+    assert "this model" in capsys.readouterr().out
