@@ -60,10 +60,15 @@ class Checkpoints:
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
         return manager.restore(manager.latest_step(), args=args).state
 
-    def close(self) -> None:
-        """Wait for running saves and release the folders."""
+    def wait(self) -> None:
+        """Wait until running saves are finished."""
         for manager in (self._newest, self._best):
             manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Wait for running saves and release the folders."""
+        self.wait()
+        for manager in (self._newest, self._best):
             manager.close()
 
 

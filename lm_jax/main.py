@@ -62,17 +62,13 @@ def main(_: list[str]) -> None:
 
 
 def run() -> None:
-    """Entry point: config errors are one sentence and exit code 2, not a traceback."""
+    """Entry point: errors in the config are one sentence, not a traceback."""
     keep_freed_memory()
     try:
         config.check_names(override_paths(sys.argv[1:]))
-        app.run(main, flags_parser=_parse)
-    except config.ConfigError as error:
-        sys.exit(f"{error}")
-
-
-def _parse(argv: list[str]) -> list[str]:
-    return flags.FLAGS(argv)
+        app.run(main, flags_parser=flags.FLAGS)
+    except (config.ConfigError, flags.Error) as error:
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":

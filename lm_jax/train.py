@@ -1,5 +1,6 @@
 """The training loop, top to bottom."""
 
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -159,7 +160,12 @@ def train_and_evaluate(cfg: Config, workdir: str | pathlib.Path) -> dict[str, An
             checkpoints.save(state, manifest | {"position": position}, best=True)
 
     position, pending = start, None
-    with Signals() as signals, jax.set_mesh(mesh):
+    with (
+        contextlib.closing(writers),
+        contextlib.closing(checkpoints),
+        Signals() as signals,
+        jax.set_mesh(mesh),
+    ):
         while position < steps:
             end = next_boundary(cfg, position)
             began = time.perf_counter()
@@ -189,15 +195,12 @@ def train_and_evaluate(cfg: Config, workdir: str | pathlib.Path) -> dict[str, An
                 manifest["position"] = position
                 checkpoints.save(state, manifest)
             if stopped_by and position < steps:
-                checkpoints.close()
+                checkpoints.wait()
                 writers.say(
                     f"stopped by {stopped_by} after update {position}, which is saved; "
                     "run the same command again to go on"
                 )
-                writers.close()
                 raise Interrupted(0)
-    checkpoints.close()
-    writers.close()
     return final_report(cfg, workdir, evaluator)
 
 
