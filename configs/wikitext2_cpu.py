@@ -10,22 +10,21 @@ def get_config() -> Config:
     """The CPU-sized WikiText-2 run."""
     cfg = Config()
     cfg.data.corpus = "wikitext2"
-    cfg.data.seq_len = 128
-    cfg.data.batch_size = 32
+    cfg.data.seq_len = 256
+    cfg.data.batch_size = 16
     cfg.tokenizer.kind = "bpe"
     cfg.tokenizer.vocab_size = 8192
     cfg.model.layers = 4
     cfg.model.d_model = 192
     cfg.model.heads = 6
     cfg.model.init = "fan_in"
-    cfg.model.mlp = "gelu"
+    cfg.model.mlp = "relu2"
     cfg.optim.name = "muon"
-    cfg.optim.peak_lr = 4e-3
+    cfg.optim.peak_lr = 8e-3
     cfg.optim.warmup = Duration("100")
     cfg.optim.end_lr = 0.02
-    cfg.train.steps = Duration("2000")
+    cfg.train.steps = Duration("3000")
     cfg.train.eval_every = Duration("0")
-    cfg.train.checkpoint_every = Duration("500")
-    cfg.train.log_every = Duration("20")
-    cfg.train.compute_dtype = "bfloat16"
+    cfg.train.checkpoint_every = Duration("1000")
+    cfg.train.log_every = Duration("100")
     return cfg

@@ -16,17 +16,18 @@ class Checkpoints:
     a kill at any moment loses no more than the updates since the last finished checkpoint.
     """
 
-    def __init__(self, workdir: pathlib.Path, keep: int):
+    def __init__(self, workdir: pathlib.Path, keep: int, *, read_only: bool = False):
         """Open or create `workdir/checkpoints` and `workdir/best`.
 
         Args:
             workdir: folder of the run.
             keep: newest checkpoints kept.
+            read_only: leave alone what another process may be writing there.
         """
 
         def manager(name: str, keep: int) -> ocp.CheckpointManager:
             options = ocp.CheckpointManagerOptions(
-                max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
+                max_to_keep=keep, cleanup_tmp_directories=not read_only, read_only=read_only
             )
             path = (workdir / name).absolute()
             return ocp.CheckpointManager(path, item_names=("state", "manifest"), options=options)
@@ -37,6 +38,8 @@ class Checkpoints:
     def save(self, state: Any, manifest: Manifest, *, best: bool = False) -> None:
         """Start saving `state`; `manifest["position"]` is the next batch's number and the name."""
         manager = self._best if best else self._newest
+        # A finished newest checkpoint may name the best one, so that must be finished before.
+        self._best.wait_until_finished()
         manager.save(
             manifest["position"],
             args=ocp.args.Composite(

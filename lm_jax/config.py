@@ -24,7 +24,7 @@ class Duration(str):
 
 
 _UNITS = {"k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9, "": 1.0}
-_DURATION = re.compile(r"([0-9.]+(?:[eE][0-9]+)?)\s*([kKMB]?)\s*(steps?|tokens?|epochs?)?")
+_DURATION = re.compile(r"(\d+(?:\.\d*)?(?:[eE]\d+)?)\s*([kKMB]?)\s*(steps?|tokens?|epochs?)?")
 
 
 def _nearest(name: str, names: Sequence[str]) -> str:
@@ -34,8 +34,8 @@ def _nearest(name: str, names: Sequence[str]) -> str:
 
 def _typed(where: str, value: Any, expected: Any) -> Any:
     """Return `value` as the field's type, or raise naming the field `where`."""
-    if expected is Duration and isinstance(value, int | str) and not isinstance(value, bool):
-        if not _DURATION.fullmatch(str(value).strip()):
+    if expected is Duration:
+        if isinstance(value, bool) or not _DURATION.fullmatch(str(value).strip()):
             raise ConfigError(
                 f"config.{where}: {value!r} is no duration; "
                 'write a number of steps, or like "2M tokens" or "3 epochs".'
@@ -48,6 +48,8 @@ def _typed(where: str, value: Any, expected: Any) -> Any:
             f"config.{where}: {value!r} is a {type(value).__name__}; "
             f"give a {expected.__name__} instead."
         )
+    if expected is float and not math.isfinite(value):
+        raise ConfigError(f"config.{where}: {value!r} is not finite; give a finite number.")
     return value
 
 
@@ -149,7 +151,7 @@ class OptimConfig(_Section):
 class AttentionConfig(_Section):
     """Which attention implementation runs."""
 
-    impl: str = "auto"  # auto | reference | xla | cudnn
+    impl: str = "auto"  # auto | reference | xla
 
 
 @dataclasses.dataclass
@@ -165,7 +167,7 @@ class TrainConfig(_Section):
     tensorboard: bool = False  # also write TensorBoard events (extra "tensorboard")
     compute_dtype: str = "float32"  # float32 | bfloat16 | float16 (with dynamic loss scaling)
     matmul_precision: str = "float32"  # float32 | tensorfloat32, of float32 products on a GPU
-    steps_per_call: int = 1  # updates in one dispatch: hides launch cost of small models
+    steps_per_call: int = 1  # updates in one dispatch; a divisor of the spans above compiles once
     max_nonfinite: int = 10  # stop after this many skipped updates in a row
 
 
@@ -208,7 +210,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "model.init": ("normal", "fan_in"),
     "optim.name": ("adamw", "muon"),
     "optim.schedule": ("cosine", "linear", "constant", "wsd"),
-    "attention.impl": ("auto", "reference", "xla", "cudnn"),
+    "attention.impl": ("auto", "reference", "xla"),
     "train.compute_dtype": ("float32", "bfloat16", "float16"),
     "train.matmul_precision": ("float32", "tensorfloat32"),
 }
@@ -358,16 +360,10 @@ def validate(cfg: Config) -> Config:
         "lower it, or give 0 for the window length",
     )
     require(
-        cfg.attention.impl != "cudnn" or cfg.train.compute_dtype != "float32",
-        "attention.impl",
-        "computes in 16 bits only",
-        "set config.train.compute_dtype to bfloat16 or float16, or the impl to xla",
-    )
-    require(
-        cfg.attention.impl != "cudnn" or model.attention_dropout == 0,
+        cfg.attention.impl != "xla" or model.attention_dropout == 0,
         "model.attention_dropout",
-        "cannot be had from the cudnn implementation",
-        "set it to 0, or config.attention.impl to xla",
+        "cannot be had from the xla implementation",
+        "set it to 0, or config.attention.impl to reference",
     )
     for name in eval_splits(cfg):
         require(

@@ -6,8 +6,10 @@ of a run and writes `eval_<split>.json`.
 
 import argparse
 import dataclasses
+import fcntl
 import json
 import math
+import os
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -18,9 +20,10 @@ from rich.console import Console
 from rich.table import Table
 
 from lm_jax import checkpoint, config, metrics, sharding, step
-from lm_jax.config import Config
-from lm_jax.data import ngram, pipeline
-from lm_jax.data.store import Split, Store
+from lm_jax.config import Config, ConfigError
+from lm_jax.data import corpora, ngram, pipeline
+from lm_jax.data.store import Store, prepare
+from lm_jax.data.tokenizers import WordTokenizer
 from lm_jax.kernels import attention
 
 # Reference predictors are fitted on at most this many training tokens: sorting them takes seconds.
@@ -85,7 +88,7 @@ def references(store: Store, split_name: str) -> dict[str, float]:
         return json.loads(path.read_text())
     split, tokenizer = store.split(split_name), store.tokenizer
     # WikiText's convention: the history before the first word is an end of line.
-    start = int(tokenizer.encode("\n")[-1]) if tokenizer.kind == "word" else tokenizer.separator
+    start = tokenizer.line_end if isinstance(tokenizer, WordTokenizer) else tokenizer.separator
     result = ngram.references(
         store.split("train").tokens[:_REFERENCE_TOKENS],
         split.tokens,
@@ -100,15 +103,29 @@ def references(store: Store, split_name: str) -> dict[str, float]:
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
-    """Write a readable JSON file in one move, so that a reader never sees half of it."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    """Write a readable JSON file in one move, so that a reader never sees half of it.
+
+    What is not finite, as a perplexity beyond float64, becomes null: JSON has no number for it.
+    """
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(finite_or_none(value), indent=2, allow_nan=False) + "\n")
     temporary.replace(path)
+
+
+def finite_or_none(value: Any) -> Any:
+    """The same tree of dicts and lists with None for every float that is not finite."""
+    if isinstance(value, dict):
+        return {key: finite_or_none(leaf) for key, leaf in value.items()}
+    if isinstance(value, list):
+        return [finite_or_none(leaf) for leaf in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def report(name: str, result: dict[str, Any], console: Console) -> None:
     """Print one split's line among its references, worst first."""
-    rows = {key: math.log(ppl) for key, ppl in result["references"].items() if key != "entropy_rate"}
+    rows = {
+        key: math.log(ppl) for key, ppl in result["references"].items() if key != "entropy_rate"
+    }
     if "entropy_rate" in result["references"]:
         rows["entropy rate"] = result["references"]["entropy_rate"]
     rows["this model"] = result["loss"]
@@ -141,28 +158,36 @@ class Run:
 
 
 def open_data(cfg: Config) -> Store:
-    """The token store a config asks for, prepared on first use."""
-    from lm_jax.data import corpora, store
+    """The token store a config asks for, prepared on first use, by one process at a time.
 
+    Raises:
+        ValueError: if the corpus cannot be read, or lacks a split that is to be scored.
+    """
     data = cfg.data
-    cache_dir = str(pathlib.Path(data.cache_dir).expanduser())
-    corpus = corpora.open_corpus(
-        data.corpus,
-        source_dir=data.source_dir,
-        files=data.files,
-        valid_files=data.valid_files,
-        test_files=data.test_files,
-        document=data.document,
-        valid_fraction=data.valid_fraction,
-        test_fraction=data.test_fraction,
-        cache_dir=cache_dir,
-    )
-    return store.prepare(
-        corpus,
-        tokenizer_kind=cfg.tokenizer.kind,
-        vocab_size=cfg.tokenizer.vocab_size,
-        cache_dir=cache_dir,
-    )
+    cache_dir = pathlib.Path(data.cache_dir).expanduser()
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    with (cache_dir / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        corpus = corpora.open_corpus(
+            data.corpus,
+            source_dir=data.source_dir,
+            files=data.files,
+            valid_files=data.valid_files,
+            test_files=data.test_files,
+            document=data.document,
+            valid_fraction=data.valid_fraction,
+            test_fraction=data.test_fraction,
+            cache_dir=str(cache_dir),
+        )
+        store = prepare(
+            corpus,
+            tokenizer_kind=cfg.tokenizer.kind,
+            vocab_size=cfg.tokenizer.vocab_size,
+            cache_dir=str(cache_dir),
+        )
+    for name in ["valid", *config.eval_splits(cfg)]:
+        store.split(name)
+    return store
 
 
 def open_run(workdir: pathlib.Path, *, best: bool = True) -> Run:
@@ -174,22 +199,25 @@ def open_run(workdir: pathlib.Path, *, best: bool = True) -> Run:
 
     Raises:
         FileNotFoundError: if the workdir holds no config or no checkpoint.
+        ConfigError: if the corpus or its tokenizer has changed since.
     """
     path = workdir / "config.json"
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file; give the workdir of a finished run.")
-    cfg = config.from_dict(json.loads(path.read_text())["config"])
+    record = json.loads(path.read_text())
+    cfg = config.from_dict(record["config"])
     store = open_data(cfg)
+    if record["data"] != store.manifest:
+        raise ConfigError(
+            f"{path}: the run was trained on another corpus or tokenizer than {cfg.data.corpus} "
+            "is now; restore the data."
+        )
     mesh = sharding.make_mesh(cfg.mesh.fsdp)
-    impl, _ = attention.choose(
-        cfg.attention.impl,
-        dtype=cfg.train.compute_dtype,
-        attention_dropout=cfg.model.attention_dropout,
-    )
+    impl, _ = attention.choose(cfg.attention.impl, attention_dropout=cfg.model.attention_dropout)
     graphdef, init = step.create_model(cfg, store.tokenizer.vocab_size, impl)
     abstract = jax.eval_shape(lambda: step.init_state(cfg, init(jax.random.key(0))))
     shardings = sharding.by_shape(mesh, abstract)
-    checkpoints = checkpoint.Checkpoints(workdir, cfg.train.keep)
+    checkpoints = checkpoint.Checkpoints(workdir, cfg.train.keep, read_only=True)
     position = checkpoints.position(best=best)
     if position is None:
         raise FileNotFoundError(f"{workdir}: holds no checkpoint; train the run first.")
@@ -214,10 +242,14 @@ def main() -> None:
         "--stride", type=int, help="targets scored per window; default: as in the run's config"
     )
     args = parser.parse_args()
-    run = open_run(args.workdir)
-    cfg = run.cfg
-    if args.stride:
-        cfg = config.validate(config.replace(cfg, eval__stride=args.stride))
+    try:
+        run = open_run(args.workdir)
+        cfg = run.cfg
+        if args.stride is not None:
+            cfg = config.validate(config.replace(cfg, eval__stride=args.stride))
+        run.store.split(args.split)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"{error}\n")
     evaluator = Evaluator(cfg, run.store, run.mesh, step.make_eval_step(cfg, run.graphdef))
     result = {"step": run.step, **evaluate_split(evaluator, run.params, args.split)}
     write_json(args.workdir / f"eval_{args.split}.json", result)

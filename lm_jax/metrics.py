@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import re
+import sys
 from typing import Any
 
 from lm_jax.config import Config
@@ -15,6 +17,7 @@ _PEAK_FLOPS = {
     "V100": 125e12,
     "T4": 65e12,
 }
+_MAX_NATS = math.log(sys.float_info.max)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,9 +30,7 @@ class Sums:
 
     def __add__(self, other: "Sums") -> "Sums":
         """Merge two parts of a split."""
-        return Sums(
-            self.nats + other.nats, self.count + other.count, self.correct + other.correct
-        )
+        return Sums(self.nats + other.nats, self.count + other.count, self.correct + other.correct)
 
 
 def summarise(sums: Sums, *, split_bytes: int, split_words: int) -> dict[str, float]:
@@ -57,7 +58,7 @@ def summarise(sums: Sums, *, split_bytes: int, split_words: int) -> dict[str, fl
 
 def exp(nats: float) -> float:
     """Perplexity of a mean of nats; inf above what float64 holds."""
-    return math.exp(nats) if nats < 709 else math.inf
+    return math.inf if nats > _MAX_NATS else math.exp(nats)  # of nan: nan
 
 
 def flops_per_token(cfg: Config, vocab_size: int) -> float:
@@ -79,13 +80,19 @@ def peak_flops(device_kind: str, compute_dtype: str, devices: int) -> float | No
     if compute_dtype == "float32":
         return None
     for name, peak in _PEAK_FLOPS.items():
-        if name in device_kind:
+        if name in re.split("[ -]", device_kind):  # an L40S is no L4
             return peak * devices
     return None
 
 
 def throughput(
-    *, tokens: float, seconds: float, steps: int, input_wait: float, flops: float, peak: float | None
+    *,
+    tokens: float,
+    seconds: float,
+    steps: int,
+    input_wait: float,
+    flops: float,
+    peak: float | None,
 ) -> dict[str, Any]:
     """Speed of one call of the step.
 

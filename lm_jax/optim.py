@@ -1,5 +1,6 @@
 """Learning-rate schedule, clipping and optimiser; which leaves decay is listed by name."""
 
+import functools
 from typing import Any
 
 import jax
@@ -32,7 +33,7 @@ def learning_rate(cfg: OptimConfig, steps: int) -> optax.Schedule:
         elif cfg.schedule == "constant":
             lr = jnp.full_like(progress, peak)
         else:
-            lr = peak + (end - peak) * progress
+            lr = peak * (1 - progress) + end * progress
         return jnp.where(count < warmup, peak * (count + 1) / max(1, warmup), lr)
 
     return schedule
@@ -43,12 +44,16 @@ def path_name(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def decayed(params: Params) -> Params:
-    """True for every leaf that decays: the matrices of the blocks and of an untied head.
+def decayed(cfg: OptimConfig, params: Params) -> Params:
+    """True for every leaf that decays: the matrices of the blocks and, under adamw, of the head.
 
     Tables, norm scales and biases do not.
     """
-    return jax.tree.map_with_path(lambda path, _: path_name(path).endswith("kernel"), params)
+    blocks_only = cfg.name == "muon"
+    return jax.tree.map_with_path(
+        lambda path, _: path_name(path).endswith("kernel") and (_in_block(path) or not blocks_only),
+        params,
+    )
 
 
 def make_optimizer(cfg: OptimConfig) -> optax.GradientTransformation:
@@ -57,12 +62,13 @@ def make_optimizer(cfg: OptimConfig) -> optax.GradientTransformation:
     adamw: Adam (Kingma and Ba 2015) with decoupled decay (Loshchilov and Hutter 2019).
     muon: the matrices of the blocks take orthogonalised momentum (Jordan et al. 2024), scaled to
     the root mean square of an Adam update (Liu et al. 2025, arXiv 2502.16982, section 2.2), and
-    decay; all other leaves take Adam and do not decay.
+    decay; all other leaves take Adam and do not decay. `b1` and `b2` are Adam's; the momentum of
+    the matrices decays by 0.95.
     """
     if cfg.name == "adamw":
         return optax.chain(
             optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps),
-            optax.add_decayed_weights(cfg.weight_decay, decayed),
+            optax.add_decayed_weights(cfg.weight_decay, functools.partial(decayed, cfg)),
         )
     return optax.contrib.muon(
         -1.0,  # optax would descend; the caller multiplies by -lr
@@ -75,10 +81,13 @@ def make_optimizer(cfg: OptimConfig) -> optax.GradientTransformation:
     )
 
 
+def _in_block(path: tuple[Any, ...]) -> bool:
+    return path_name(path).startswith("blocks/")
+
+
 def _block_matrices(params: Params) -> Params:
     def dimensions(path: tuple[Any, ...], leaf: jax.Array):
-        name = path_name(path)
-        if not (name.startswith("blocks") and name.endswith("kernel")):
+        if not (_in_block(path) and path_name(path).endswith("kernel")):
             return None
         return optax.contrib.MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1)
 

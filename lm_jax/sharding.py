@@ -1,10 +1,13 @@
 """The device mesh and who holds what: batches by row, parameters whole or split by fsdp."""
 
 import math
+import os
 from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from lm_jax.config import ConfigError
 
 
 def make_mesh(fsdp: int) -> Mesh:
@@ -14,11 +17,11 @@ def make_mesh(fsdp: int) -> Mesh:
         fsdp: devices that share one copy of the parameters.
 
     Raises:
-        ValueError: if `fsdp` does not divide the number of devices.
+        ConfigError: if `fsdp` does not divide the number of devices.
     """
     count = jax.device_count()
     if count % fsdp:
-        raise ValueError(
+        raise ConfigError(
             f"config.mesh.fsdp: {fsdp} does not divide the {count} devices; choose a divisor."
         )
     auto = (AxisType.Auto, AxisType.Auto)
@@ -48,9 +51,7 @@ def put_batch(mesh: Mesh, batch: Any, axis: int) -> Any:
     sharding = NamedSharding(mesh, spec)
     if jax.process_count() == 1:
         return jax.device_put(batch, sharding)
-    return jax.tree.map(
-        lambda x: jax.make_array_from_process_local_data(sharding, x), batch
-    )
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
 
 def round_up(rows: int) -> int:
@@ -64,13 +65,17 @@ def initialize() -> None:
     Slurm and Open MPI are recognised by jax.distributed; elsewhere set JAX_COORDINATOR_ADDRESS,
     JAX_NUM_PROCESSES and JAX_PROCESS_ID.
     """
-    cluster = jax.distributed.is_initialized() or _several_processes()
-    if cluster and not jax.distributed.is_initialized():
+    if jax.distributed.is_initialized() or not _several_processes():
+        return
+    if "JAX_NUM_PROCESSES" in os.environ:  # of the three, jax itself reads the address alone
+        jax.distributed.initialize(
+            num_processes=int(os.environ["JAX_NUM_PROCESSES"]),
+            process_id=int(os.environ["JAX_PROCESS_ID"]),
+        )
+    else:
         jax.distributed.initialize()
 
 
 def _several_processes() -> bool:
-    import os
-
-    names = ("JAX_NUM_PROCESSES", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
+    names = ("JAX_NUM_PROCESSES", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
     return any(int(os.environ.get(name, "1")) > 1 for name in names)

@@ -26,7 +26,6 @@ class TrainState(NamedTuple):
     ema: Params  # running average of params; None if off
     loss_scale: jax.Array  # float32; 1 unless the compute dtype is float16
     good_steps: jax.Array  # int32, finite updates since the loss scale last changed
-    nonfinite_run: jax.Array  # int32, skipped updates in a row
 
 
 def create_model(cfg: Config, vocab_size: int, impl: str) -> tuple[nnx.GraphDef, Callable]:
@@ -52,7 +51,6 @@ def init_state(cfg: Config, params: Params) -> TrainState:
         ema=jax.tree.map(jnp.copy, params) if cfg.optim.ema_decay else None,
         loss_scale=jnp.full((), scale, jnp.float32),
         good_steps=jnp.zeros((), jnp.int32),
-        nonfinite_run=jnp.zeros((), jnp.int32),
     )
 
 
@@ -188,12 +186,12 @@ def make_train_step(cfg: Config, graphdef: nnx.GraphDef) -> Callable:
             ema=ema,
             loss_scale=scale,
             good_steps=good_steps,
-            nonfinite_run=jnp.where(finite, 0, state.nonfinite_run + 1),
         )
         return new_state, metrics
 
     def train_steps(state: TrainState, batches: losses.Batch) -> tuple[TrainState, Metrics]:
-        return jax.lax.scan(train_step, state, batches)
+        with jax.default_matmul_precision(cfg.train.matmul_precision):
+            return jax.lax.scan(train_step, state, batches)
 
     return jax.jit(train_steps, donate_argnums=0)
 
@@ -205,8 +203,9 @@ def make_eval_step(cfg: Config, graphdef: nnx.GraphDef) -> Callable:
     def eval_step(params: Params, batch: losses.Batch) -> Metrics:
         model = nnx.merge(graphdef, params)
         b = losses.shift(batch)
-        x_BTD = model(b.inputs, b.segment_ids, b.positions, dtype=dtype)
-        logits_BTV = model.logits(x_BTD)
+        with jax.default_matmul_precision(cfg.train.matmul_precision):
+            x_BTD = model(b.inputs, b.segment_ids, b.positions, dtype=dtype)
+            logits_BTV = model.logits(x_BTD)
         nats, count = losses.cross_entropy(logits_BTV, b.targets, b.weights)
         right = losses.correct(logits_BTV, b.targets, b.weights)
         return {"nats": nats, "count": count, "correct": right}

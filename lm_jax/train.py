@@ -4,8 +4,10 @@ import contextlib
 import datetime
 import importlib.metadata
 import json
+import math
 import pathlib
 import platform
+import shutil
 import signal
 import subprocess
 import threading
@@ -15,11 +17,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from rich.console import Console
 
 from lm_jax import checkpoint, config, evaluate, metrics, optim, sharding, step
 from lm_jax.config import Config
 from lm_jax.data import pipeline
+from lm_jax.data.store import Store
 from lm_jax.kernels import attention
 from lm_jax.writers import Writers
 
@@ -49,15 +53,17 @@ def train_and_evaluate(cfg: Config, workdir: str | pathlib.Path) -> dict[str, An
     windows = len(pipeline.Windows(train_split, cfg.data.seq_len, cfg.data.document_mask))
     cfg = config.resolve(cfg, windows=windows)
     steps = int(cfg.train.steps)
-    jax.config.update("jax_default_matmul_precision", cfg.train.matmul_precision)
     impl, reason = attention.choose(
-        cfg.attention.impl,
-        dtype=cfg.train.compute_dtype,
-        attention_dropout=cfg.model.attention_dropout,
+        cfg.attention.impl, attention_dropout=cfg.model.attention_dropout
     )
-    record_config(workdir, cfg, store.manifest)
-
     mesh = sharding.make_mesh(cfg.mesh.fsdp)
+    rows = cfg.data.batch_size // cfg.optim.accumulation
+    if rows % jax.device_count():
+        raise config.ConfigError(
+            f"config.data.batch_size: micro-batches of {rows} sequences cannot be shared by "
+            f"{jax.device_count()} devices; choose a multiple of "
+            f"{cfg.optim.accumulation * jax.device_count()}."
+        )
     graphdef, init = step.create_model(cfg, store.tokenizer.vocab_size, impl)
 
     def init_state(key: jax.Array) -> step.TrainState:
@@ -67,29 +73,17 @@ def train_and_evaluate(cfg: Config, workdir: str | pathlib.Path) -> dict[str, An
     shardings = sharding.by_shape(mesh, abstract)
     checkpoints = checkpoint.Checkpoints(workdir, cfg.train.keep)
     start = checkpoints.position() or 0
+    record_config(workdir, cfg, store, resuming=start > 0)
     if start:
         state = checkpoints.restore(checkpoint.abstract_like(abstract, shardings))
         manifest = checkpoints.manifest()
+        if checkpoints.position(best=True) is not None:
+            # After a kill the best checkpoint may be newer than the one to go on from.
+            best = checkpoints.manifest(best=True)
+            manifest |= {"best_loss": best["best_loss"], "best_position": best["best_position"]}
     else:
         state = jax.jit(init_state, out_shardings=shardings)(jax.random.key(cfg.seed))
         manifest = {"position": 0, "tokens": 0, "best_loss": None, "best_position": None}
-    train_steps = step.make_train_step(cfg, graphdef)
-    evaluator = evaluate.Evaluator(cfg, store, mesh, step.make_eval_step(cfg, graphdef))
-
-    writers = Writers(workdir, steps=steps, start=start, tensorboard=cfg.train.tensorboard)
-    decays = optim.decayed(abstract.params)
-    writers.say(
-        f"{parameter_count(abstract.params):,} parameters on {jax.device_count()} "
-        f"{jax.devices()[0].device_kind} device(s); attention {impl} ({reason}); "
-        f"{len(train_split.tokens):,} training tokens, {steps:,} updates of "
-        f"{cfg.data.batch_size * cfg.data.seq_len:,} from update {start:,}"
-    )
-    kept = [optim.path_name(p) for p, decay in jax.tree.leaves_with_path(decays) if not decay]
-    writers.say(f"no weight decay on {len(kept)} leaves: {', '.join(kept)}")
-    flops = metrics.flops_per_token(cfg, store.tokenizer.vocab_size)
-    peak = metrics.peak_flops(
-        jax.devices()[0].device_kind, cfg.train.compute_dtype, jax.device_count()
-    )
     batches = pipeline.train_batches(
         train_split,
         seq_len=cfg.data.seq_len,
@@ -101,6 +95,23 @@ def train_and_evaluate(cfg: Config, workdir: str | pathlib.Path) -> dict[str, An
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         threads=cfg.data.threads,
+    )
+    train_steps = step.make_train_step(cfg, graphdef)
+    evaluator = evaluate.Evaluator(cfg, store, mesh, step.make_eval_step(cfg, graphdef))
+
+    writers = Writers(workdir, steps=steps, start=start, tensorboard=cfg.train.tensorboard)
+    decays = optim.decayed(cfg.optim, abstract.params)
+    writers.say(
+        f"{parameter_count(abstract.params):,} parameters on {jax.device_count()} "
+        f"{jax.devices()[0].device_kind} device(s); attention {impl} ({reason}); "
+        f"{len(train_split.tokens):,} training tokens, {steps:,} updates of "
+        f"{cfg.data.batch_size * cfg.data.seq_len:,} from update {start:,}"
+    )
+    kept = [optim.path_name(p) for p, decay in jax.tree.leaves_with_path(decays) if not decay]
+    writers.say(f"no weight decay on {len(kept)} leaves: {', '.join(kept)}")
+    flops = metrics.flops_per_token(cfg, store.tokenizer.vocab_size)
+    peak = metrics.peak_flops(
+        jax.devices()[0].device_kind, cfg.train.compute_dtype, jax.device_count()
     )
 
     def finish(pending: dict[str, Any] | None) -> None:
@@ -121,8 +132,10 @@ def train_and_evaluate(cfg: Config, workdir: str | pathlib.Path) -> dict[str, An
         for i in range(count):
             now = pending["step"] + i + 1
             row = {key: value[i] for key, value in values.items()}
-            manifest["tokens"] += int(row.pop("data/scored"))
+            scored = int(row.pop("data/scored"))
+            manifest["tokens"] += scored
             row |= {
+                "data/scored_fraction": scored / (cfg.data.batch_size * cfg.data.seq_len),
                 "data/tokens": manifest["tokens"],
                 "data/examples": now * cfg.data.batch_size,
                 "data/epoch": now * cfg.data.batch_size / windows,
@@ -148,14 +161,15 @@ def train_and_evaluate(cfg: Config, workdir: str | pathlib.Path) -> dict[str, An
                 "gradient; lower config.optim.peak_lr or look at these batches."
             )
 
-    def evaluate_now(position: int) -> None:
+    def evaluate_now(state: step.TrainState, position: int) -> None:
         result = evaluator(state.ema if cfg.optim.ema_decay else state.params, "valid")
         writers.write(position, {f"valid/{k}": v for k, v in result.items() if k in _LOGGED})
         writers.say(
             f"step {position}/{steps}  valid loss {result['loss']:.4f}  word ppl "
             f"{result['word_ppl']:.2f}  bits per byte {result['bits_per_byte']:.4f}"
         )
-        if manifest["best_loss"] is None or result["loss"] < manifest["best_loss"]:
+        best = math.inf if manifest["best_loss"] is None else manifest["best_loss"]
+        if result["loss"] < best:
             manifest.update(best_loss=result["loss"], best_position=position)
             checkpoints.save(state, manifest | {"position": position}, best=True)
 
@@ -184,13 +198,13 @@ def train_and_evaluate(cfg: Config, workdir: str | pathlib.Path) -> dict[str, An
             }
             position = end
             evaluating = due(position, cfg.train.eval_every, steps)
-            stopped_by = signals.received
+            stopped_by = agree(signals.received)
             saving = due(position, cfg.train.checkpoint_every, steps) or stopped_by
             if evaluating or saving:
                 finish(pending)
                 pending = None
             if evaluating:
-                evaluate_now(position)
+                evaluate_now(state, position)
             if saving:
                 manifest["position"] = position
                 checkpoints.save(state, manifest)
@@ -201,7 +215,9 @@ def train_and_evaluate(cfg: Config, workdir: str | pathlib.Path) -> dict[str, An
                     "run the same command again to go on"
                 )
                 raise Interrupted(0)
-    return final_report(cfg, workdir, evaluator)
+    del state  # the best parameters take its place
+    with jax.set_mesh(mesh):
+        return final_report(cfg, workdir, evaluator)
 
 
 _LOGGED = ("loss", "token_ppl", "word_ppl", "bits_per_byte", "accuracy", "token_count")
@@ -214,8 +230,6 @@ def final_report(
     run = evaluate.open_run(workdir)
     results = {}
     for name in config.eval_splits(cfg):
-        if name not in evaluator.store.manifest["splits"]:
-            continue
         results[name] = {
             "step": run.step,
             **evaluate.evaluate_split(evaluator, run.params, name),
@@ -259,6 +273,14 @@ def parameter_count(params: Any) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
+def agree(received: str | None) -> str | None:
+    """The signal that any process received, so that all stop after the same update."""
+    if jax.process_count() == 1:
+        return received
+    numbers = multihost_utils.process_allgather(signal.Signals[received] if received else 0)
+    return signal.Signals(numbers.max()).name if numbers.any() else None
+
+
 class Signals:
     """Turns SIGTERM and SIGINT into a request to save and stop; a second one stops at once."""
 
@@ -283,14 +305,14 @@ class Signals:
             signal.signal(number, handler)
 
 
-def record_config(workdir: pathlib.Path, cfg: Config, manifest: dict[str, Any]) -> None:
-    """Write `config.json`, or compare with the one of the run to be resumed.
+def record_config(workdir: pathlib.Path, cfg: Config, store: Store, *, resuming: bool) -> None:
+    """Write `config.json` and the tokenizer, or compare with those of the run to be resumed.
 
     Raises:
         ConfigError: if a run with another config lives in the workdir, naming the keys.
     """
     path = workdir / "config.json"
-    if path.exists():
+    if resuming:
         old = json.loads(path.read_text())
         changes = config.difference(old["config"], config.to_dict(cfg))
         if changes:
@@ -298,7 +320,7 @@ def record_config(workdir: pathlib.Path, cfg: Config, manifest: dict[str, Any]) 
                 f"{path}: the run there has another config ({'; '.join(changes)}); "
                 "give the same config or another --workdir."
             )
-        if old["data"] != manifest:
+        if old["data"] != store.manifest:
             raise config.ConfigError(
                 f"{path}: the run there was trained on another corpus or tokenizer; "
                 "restore the data or give another --workdir."
@@ -316,8 +338,9 @@ def record_config(workdir: pathlib.Path, cfg: Config, manifest: dict[str, Any]) 
         | {name: importlib.metadata.version(name) for name in packages},
         "devices": [device.device_kind for device in jax.devices()],
         "git_revision": git_revision(),
-        "data": manifest,
+        "data": store.manifest,
     }
+    shutil.copytree(store.path / "tokenizer", workdir / "tokenizer", dirs_exist_ok=True)
     evaluate.write_json(path, record)
 
 

@@ -38,7 +38,8 @@ class Writers:
             from tensorboardX import SummaryWriter
 
             self._events = SummaryWriter(
-                str(workdir / "tensorboard"), purge_step=start if start else None
+                str(workdir / "tensorboard"),
+                purge_step=start + 1,  # the first to be dropped
             )
 
     def write(self, step: int, row: Row) -> None:
@@ -46,7 +47,9 @@ class Writers:
         if not self._active:
             return
         plain = {key: float(value) for key, value in row.items()}
-        self._file.write(json.dumps({"step": step} | plain) + "\n")
+        # JSON has no number for what is not finite.
+        safe = {key: value if math.isfinite(value) else None for key, value in plain.items()}
+        self._file.write(json.dumps({"step": step} | safe) + "\n")
         if self._events is not None:
             for key, value in plain.items():
                 self._events.add_scalar(key, value, step)

@@ -50,5 +50,7 @@ def randomise(params, seed, std=0.3):
     """Every leaf replaced by noise, so that nothing hides behind a zero or a one."""
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
-    noise = [std * jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
+    noise = [
+        std * jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)
+    ]
     return jax.tree.unflatten(tree, noise)

@@ -70,7 +70,11 @@ def check(f, x):
                 moved = flat.copy()
                 moved[j] += sign * 1e-5
                 values.append(
-                    f(jax.tree.unflatten(tree, [*leaves[:i], moved.reshape(leaf.shape), *leaves[i + 1 :]]))
+                    f(
+                        jax.tree.unflatten(
+                            tree, [*leaves[:i], moved.reshape(leaf.shape), *leaves[i + 1 :]]
+                        )
+                    )
                 )
             expected = (values[0] - values[1]) / 2e-5
             actual = np.asarray(jax.tree.leaves(grad)[i]).ravel()[j]
@@ -118,10 +122,12 @@ def test_attention():
     def f(x):
         return (attend(x["q"], x["k"], x["v"], segment_ids_BT=ids, impl="reference") * w).sum()
 
-    check(f, {"q": normal(10, 1, 6, 4, 3), "k": normal(11, 1, 6, 2, 3), "v": normal(12, 1, 6, 2, 3)})
+    check(
+        f, {"q": normal(10, 1, 6, 4, 3), "k": normal(11, 1, 6, 2, 3), "v": normal(12, 1, 6, 2, 3)}
+    )
 
 
-@pytest.mark.parametrize("mlp", ["swiglu", "gelu"])
+@pytest.mark.parametrize("mlp", ["swiglu", "gelu", "relu2"])
 def test_mlp(mlp):
     cfg = tiny_config(model__mlp=mlp, model__d_ff=5, model__bias=True).model
     graphdef, params = nnx.split(MLP(cfg, nnx.Rngs(params=0)))

@@ -8,8 +8,8 @@ from lm_jax.config import Duration, OptimConfig
 from tests.helpers import tiny_config
 
 
-def rates(steps, **fields):
-    cfg = OptimConfig(peak_lr=2.0, end_lr=0.1, **fields)
+def rates(steps, end_lr=0.1, **fields):
+    cfg = OptimConfig(peak_lr=2.0, end_lr=end_lr, **fields)
     schedule = optim.learning_rate(cfg, steps)
     return np.array([schedule(i) for i in range(steps)])
 
@@ -22,6 +22,8 @@ def test_schedule_ends(kind, steps, warmup):
     assert lr[0] > 0 and lr.max() <= 2.0
     np.testing.assert_allclose(lr[:warmup], 2.0 * np.arange(1, warmup + 1) / max(1, warmup))
     np.testing.assert_allclose(lr[-1], 2.0 if kind == "constant" else 0.2, rtol=1e-6)
+    tiny = rates(steps, 1e-5, schedule=kind, warmup=Duration(str(warmup)), decay=decay)
+    np.testing.assert_allclose(tiny[-1], 2.0 if kind == "constant" else 2e-5, rtol=1e-6)
     assert (np.diff(lr[max(0, warmup - 1) :]) <= 1e-6).all()
 
 
@@ -43,23 +45,25 @@ def params_of(**changes):
 
 @pytest.mark.parametrize("scan", [False, True])
 def test_decay_takes_matrices_only(scan):
-    _, params = params_of(model__tied=False, model__positions="learned", model__scan_layers=scan)
+    cfg, params = params_of(model__tied=False, model__positions="learned", model__scan_layers=scan)
     for path, decays in jax.tree.leaves_with_path(optim.decayed(params)):
         assert decays == optim.path_name(path).endswith("kernel")
-    names = {optim.path_name(p) for p, d in jax.tree.leaves_with_path(optim.decayed(params)) if not d}
+    names = {
+        optim.path_name(p) for p, d in jax.tree.leaves_with_path(optim.decayed(params)) if not d
+    }
     assert {"embedding", "position_embedding", "final_norm/scale", "final_norm/bias"} <= names
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_zero_gradients_only_decay(name):
-    cfg, params = params_of(optim__name=name, optim__weight_decay=0.5)
+    cfg, params = params_of(optim__name=name, optim__weight_decay=0.5, model__tied=False)
     tx = optim.make_optimizer(cfg.optim)
     zeros = jax.tree.map(jnp.zeros_like, params)
     state, current = tx.init(params), params
     for _ in range(3):
         direction, state = tx.update(zeros, state, current)
         current = jax.tree.map(lambda p, u: p - 0.1 * u, current, direction)
-    decays = optim.decayed(params)
+    decays = optim.decayed(cfg.optim, params)
     jax.tree.map(
         lambda new, old, d: np.testing.assert_allclose(
             new, old * (0.95**3 if d else 1.0), rtol=1e-6, atol=1e-7

@@ -96,7 +96,8 @@ def test_one_dispatch_of_many_is_many_of_one():
     train_step = step.make_train_step(cfg, graphdef)
     losses = []
     for i in range(4):
-        state, row = train_step(state, jax.tree.map(lambda x: jnp.asarray(x[i : i + 1]), batches))
+        one = {name: jnp.asarray(x[i : i + 1]) for name, x in batches.items()}
+        state, row = train_step(state, one)
         losses.append(row["train/loss"][0])
     np.testing.assert_allclose(losses, metrics["train/loss"], rtol=1e-5)
     for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(together.params), strict=True):
@@ -117,11 +118,10 @@ def test_non_finite_update_is_skipped_whole():
     batches["weights"][1, 0, 4] = np.nan
     before, after, metrics = run(batches, optim__ema_decay=0.9)
     np.testing.assert_array_equal(metrics["optim/skipped_updates"], [0, 1, 0])
-    assert after.step == 3 and after.nonfinite_run == 0
+    assert after.step == 3
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(after))
     _, good, _ = run({k: v[:1] for k, v in batches.items()}, optim__ema_decay=0.9)
     _, skipped, _ = run({k: v[:2] for k, v in batches.items()}, optim__ema_decay=0.9)
-    assert skipped.nonfinite_run == 1
     for name in ("params", "opt_state", "ema"):
         jax.tree.map(np.testing.assert_array_equal, getattr(good, name), getattr(skipped, name))
 
@@ -162,9 +162,7 @@ def test_float16_scales_the_loss_up_and_down():
     ok = low["optim/skipped_updates"] == 0
     assert ok[-1] and state.loss_scale >= 2.0**-16
     np.testing.assert_allclose(low["train/loss"][0], wide["train/loss"][0], rtol=1e-2)
-    np.testing.assert_allclose(
-        low["optim/grad_norm"][ok][0], wide["optim/grad_norm"][0], rtol=3e-2
-    )
+    np.testing.assert_allclose(low["optim/grad_norm"][ok][0], wide["optim/grad_norm"][0], rtol=3e-2)
     cfg, graphdef, start = make(train__compute_dtype="float16")
     start = start._replace(loss_scale=jnp.float32(2.0**24))
     state, low = step.make_train_step(cfg, graphdef)(start, jax.tree.map(jnp.asarray, batches))

@@ -226,3 +226,32 @@ def test_initialisation_is_declared():
         assert abs(leaf.std() / std - 1) < 5 / np.sqrt(leaf.size)
     leaves = [np.asarray(x).tobytes() for x in jax.tree.leaves(params) if x.std() > 0]
     assert len(set(leaves)) == len(leaves)
+
+
+def test_table_gradient_is_summed_in_float32():
+    """Summed in bfloat16, a token that occurs 4096 times would stop counting at 256."""
+    cfg, graphdef, params = build()
+    ones = np.ones((64, 64), np.int32)
+
+    def total(params):
+        model = nnx.merge(graphdef, params)
+        positions = np.zeros_like(ones)
+        return model(ones, ones, positions, dtype=jnp.bfloat16).astype(jnp.float32).sum()
+
+    wide = jax.grad(total)(jax.tree.map(lambda x: x / 3, params))["embedding"][1]
+
+    def total_float32(params):
+        model = nnx.merge(graphdef, params)
+        return model(ones, ones, np.zeros_like(ones)).sum()
+
+    exact = jax.grad(total_float32)(jax.tree.map(lambda x: x / 3, params))["embedding"][1]
+    assert np.abs(wide - exact).max() < 0.05 * np.abs(exact).max()
+
+
+def test_scan_compiles_one_block_whatever_the_depth():
+    def size(layers):
+        _, graphdef, params = build(model__layers=layers, model__scan_layers=True)
+        batch = one_document(np.random.default_rng(11))
+        return len(str(jax.make_jaxpr(lambda p: logits(graphdef, p, batch))(params)).splitlines())
+
+    assert size(2) == size(6)

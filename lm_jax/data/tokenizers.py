@@ -187,6 +187,11 @@ class WordTokenizer(Tokenizer):
         """Number of ids, the separator included."""
         return len(self.types) + 1
 
+    @property
+    def line_end(self) -> int:
+        """Id of the newline; the separator where the train split had none."""
+        return self._ids.get("\n", self.separator)
+
     def encode(self, text: str) -> np.ndarray:
         """Ids of the words and newlines, int32; an unseen word is <unk> or an error."""
         words = list(split_words(text))

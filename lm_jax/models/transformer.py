@@ -5,13 +5,14 @@ H query heads, K key/value heads, C head width, F MLP width, V vocabulary, L lay
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from lm_jax.config import ModelConfig
-from lm_jax.kernels.attention import attend, dropout
+from lm_jax.kernels.attention import attend, attend_cache, dropout
 from lm_jax.kernels.linear import linear
 
 Initializer = Callable[[jax.Array, tuple[int, ...]], jax.Array]
@@ -63,7 +64,7 @@ class Norm(nnx.Module):
 
 
 def rotary(x_BTHC: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Array:
-    """Rotate pairs (i, i + C/2) by position * theta^(-2i/C) (Su et al. 2021, half-split pairing)."""
+    """Rotate pairs (i, i + C/2) by position * theta^(-2i/C) (Su et al. 2021, half-split)."""
     half = x_BTHC.shape[-1] // 2
     wide = jnp.promote_types(x_BTHC.dtype, jnp.float32)
     frequencies = theta ** (-jnp.arange(half, dtype=wide) / half)
@@ -71,6 +72,39 @@ def rotary(x_BTHC: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Arra
     cos, sin = (f(angles_BT1C).astype(x_BTHC.dtype) for f in (jnp.cos, jnp.sin))
     a, b = x_BTHC[..., :half], x_BTHC[..., half:]
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+class Cache(NamedTuple):
+    """Keys and values of the tokens read so far, slot by slot; for decoding."""
+
+    k_LBSKC: jax.Array
+    v_LBSKC: jax.Array
+    length: jax.Array  # int32, slots filled in every layer
+    layer: jax.Array  # int32, the layer that appends next
+
+    def append(self, k_BTKC: jax.Array, v_BTKC: jax.Array) -> "Cache":
+        """Fill the next T slots of the layer whose turn it is."""
+        at = (self.layer, 0, self.length, 0, 0)
+        return self._replace(
+            k_LBSKC=jax.lax.dynamic_update_slice(self.k_LBSKC, k_BTKC[None], at),
+            v_LBSKC=jax.lax.dynamic_update_slice(self.v_LBSKC, v_BTKC[None], at),
+            layer=self.layer + 1,
+        )
+
+    def last(self) -> tuple[jax.Array, jax.Array]:
+        """Keys and values [B, S, K, C] of the layer that appended last."""
+        at = self.layer - 1
+        return (
+            jax.lax.dynamic_index_in_dim(self.k_LBSKC, at, keepdims=False),
+            jax.lax.dynamic_index_in_dim(self.v_LBSKC, at, keepdims=False),
+        )
+
+
+def empty_cache(cfg: ModelConfig, rows: int, slots: int, dtype: jnp.dtype) -> Cache:
+    """A cache for `slots` tokens in each of `rows` rows."""
+    shape = (cfg.layers, rows, slots, cfg.kv_heads, cfg.d_model // cfg.heads)
+    zero = jnp.zeros((), jnp.int32)
+    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), zero, zero)
 
 
 class Attention(nnx.Module):
@@ -86,8 +120,10 @@ class Attention(nnx.Module):
         self.q_norm = Norm(C, "rmsnorm", False) if cfg.qk_norm else None
         self.k_norm = Norm(C, "rmsnorm", False) if cfg.qk_norm else None
 
-    def __call__(self, x_BTD, segment_ids_BT, positions_BT, key) -> jax.Array:
-        """Attend inside segments; `key` switches dropout on."""
+    def __call__(
+        self, x_BTD, segment_ids_BT, positions_BT, key, cache=None
+    ) -> tuple[jax.Array, Cache | None]:
+        """Attend inside segments, or to the cache; `key` switches dropout on."""
         cfg = self.cfg
         B, T, _ = x_BTD.shape
         qkv_BTNC = self.qkv(x_BTD).reshape(B, T, -1, cfg.d_model // cfg.heads)
@@ -97,16 +133,20 @@ class Attention(nnx.Module):
         if cfg.positions == "rotary":
             q = rotary(q, positions_BT, cfg.rope_theta)
             k = rotary(k, positions_BT, cfg.rope_theta)
-        y_BTHC = attend(
-            q,
-            k,
-            v,
-            segment_ids_BT=segment_ids_BT,
-            impl=self.impl,
-            dropout_rate=cfg.attention_dropout,
-            dropout_key=key,
-        )
-        return self.out(y_BTHC.reshape(x_BTD.shape))
+        if cache is not None:
+            start, cache = cache.length, cache.append(k, v)
+            y_BTHC = attend_cache(q, *cache.last(), start=start)
+        else:
+            y_BTHC = attend(
+                q,
+                k,
+                v,
+                segment_ids_BT=segment_ids_BT,
+                impl=self.impl,
+                dropout_rate=cfg.attention_dropout,
+                dropout_key=key,
+            )
+        return self.out(y_BTHC.reshape(x_BTD.shape)), cache
 
 
 class MLP(nnx.Module):
@@ -143,10 +183,18 @@ class Block(nnx.Module):
 
     def __call__(self, x_BTD, segment_ids_BT, positions_BT, key) -> jax.Array:
         """Apply the layer; `key` switches dropout on."""
+        return self.with_cache(x_BTD, segment_ids_BT, positions_BT, key, None)[0]
+
+    def with_cache(
+        self, x_BTD, segment_ids_BT, positions_BT, key, cache
+    ) -> tuple[jax.Array, Cache | None]:
+        """Apply the layer to tokens that continue what is in the cache, if there is one."""
         probs, branch, mlp = (None,) * 3 if key is None else jax.random.split(key, 3)
-        y = self.attention(self.attention_norm(x_BTD), segment_ids_BT, positions_BT, probs)
+        y, cache = self.attention(
+            self.attention_norm(x_BTD), segment_ids_BT, positions_BT, probs, cache
+        )
         x_BTD = x_BTD + dropout(y, self.rate, branch)
-        return x_BTD + dropout(self.mlp(self.mlp_norm(x_BTD)), self.rate, mlp)
+        return x_BTD + dropout(self.mlp(self.mlp_norm(x_BTD)), self.rate, mlp), cache
 
 
 class Transformer(nnx.Module):
@@ -195,38 +243,59 @@ class Transformer(nnx.Module):
             dtype: compute dtype.
             key: random key that switches dropout on; None in evaluation.
         """
+        return self._forward(tokens_BT, segment_ids_BT, positions_BT, dtype, key, None)[0]
+
+    def extend(
+        self, tokens_BT: jax.Array, cache: Cache, *, dtype: jnp.dtype
+    ) -> tuple[jax.Array, Cache]:
+        """The same hidden states for tokens that continue one document, and the longer cache.
+
+        Args:
+            tokens_BT: the next T tokens; the cache has free slots for them.
+            cache: what went before, as returned by `empty_cache` or by this function.
+            dtype: compute dtype, that of the cache.
+        """
+        T = tokens_BT.shape[1]
+        positions_1T = cache.length + jnp.arange(T, dtype=jnp.int32)[None]
+        cache = cache._replace(layer=jnp.zeros((), jnp.int32))
+        x_BTD, cache = self._forward(tokens_BT, None, positions_1T, dtype, None, cache)
+        return x_BTD, cache._replace(length=cache.length + T)
+
+    def _forward(self, tokens_BT, segment_ids_BT, positions_BT, dtype, key, cache):
         cfg = self.cfg
         keys = [None] * (cfg.layers + 1)
         if key is not None:
             keys = jax.random.split(key, cfg.layers + 1)
-        x_BTD = self.embedding[...].astype(dtype)[tokens_BT]
+        # Gather, then cast: the gradient of a table is summed in the table's float32.
+        x_BTD = self.embedding[...][tokens_BT].astype(dtype)
         if cfg.positions == "learned":
-            x_BTD = x_BTD + self.position_embedding[...].astype(dtype)[positions_BT]
+            x_BTD = x_BTD + self.position_embedding[...][positions_BT].astype(dtype)
         x_BTD = dropout(x_BTD, cfg.embedding_dropout, keys[-1])
 
-        def apply(block, x_BTD, key):
-            return block(x_BTD, segment_ids_BT, positions_BT, key)
+        def apply(block, x_BTD, key, cache):
+            return block.with_cache(x_BTD, segment_ids_BT, positions_BT, key, cache)
 
         if cfg.scan_layers:
             graphdef, stacked = nnx.split(self.blocks)
 
-            def body(x_BTD, layer):
+            def body(carry, layer):
+                x_BTD, cache = carry
                 params, key = layer
-                return apply(nnx.merge(graphdef, params), x_BTD, key), None
+                return apply(nnx.merge(graphdef, params), x_BTD, key, cache), None
 
             body = jax.checkpoint(body) if cfg.remat else body
             layer_keys = None if key is None else keys[:-1]
-            x_BTD, _ = jax.lax.scan(body, x_BTD, (stacked, layer_keys))
+            (x_BTD, cache), _ = jax.lax.scan(body, (x_BTD, cache), (stacked, layer_keys))
         else:
             for i, block in enumerate(self.blocks):
                 graphdef, params = nnx.split(block)
 
-                def layer(params, x_BTD, key, graphdef=graphdef):
-                    return apply(nnx.merge(graphdef, params), x_BTD, key)
+                def layer(params, x_BTD, key, cache, graphdef=graphdef):
+                    return apply(nnx.merge(graphdef, params), x_BTD, key, cache)
 
                 layer = jax.checkpoint(layer) if cfg.remat else layer
-                x_BTD = layer(params, x_BTD, keys[i])
-        return self.final_norm(x_BTD)
+                x_BTD, cache = layer(params, x_BTD, keys[i], cache)
+        return self.final_norm(x_BTD), cache
 
     def head_VD(self) -> jax.Array:
         """The matrix that turns hidden states into logits, one row per vocabulary entry."""

@@ -1,0 +1,371 @@
+"""Every field of the config changes the resolved run, in the place that the table names.
+
+What depends on the model, the optimiser and the step is seen in the traced step. What the loop
+decides is seen in runs of the real loop whose step is replaced by one that only notes what it is
+given. Comparing config values would prove nothing and is not done.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import re
+import sys
+import types
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lm_jax import config, step, train
+from lm_jax.config import Config
+from lm_jax.data import corpora
+from lm_jax.data.pipeline import batch_hash
+
+V = 29
+
+BASE = {
+    "data.corpus": "text",
+    "data.source_dir": "{root}/a",
+    "data.files": "*.txt",
+    "data.valid_fraction": 0.2,
+    "data.test_fraction": 0.2,
+    "data.cache_dir": "{root}/cache",
+    "data.seq_len": 8,
+    "data.batch_size": 4,
+    "data.document_mask": False,
+    "model.layers": 1,
+    "model.d_model": 8,
+    "model.heads": 2,
+    "optim.warmup": "2",
+    "attention.impl": "reference",
+    "train.steps": "6",
+    "train.eval_every": "3",
+    "train.checkpoint_every": "2",
+    "train.keep": 1,
+    "train.log_every": "5",
+}
+
+# field: (another value, aspects that must change, what else must be set for it to matter)
+TABLE = {
+    "seed": (1, "parameters train_batches", {}),
+    "data.corpus": (
+        "wikitext2",
+        "error: after 0 updates: .*wiki",
+        {"data.corpus": "synthetic", "data.files": "", "data.source_dir": "{root}/none"},
+    ),
+    "data.source_dir": ("{root}/b", "manifest train_batches", {}),
+    "data.files": ("0*.txt", "manifest train_batches", {}),
+    "data.valid_files": ("valid.md", "manifest eval_batches", {}),
+    "data.test_files": ("test.md", "manifest eval_batches", {}),
+    "data.document": ("line", "manifest train_batches", {}),
+    "data.valid_fraction": (0.5, "manifest train_batches eval_batches", {}),
+    "data.test_fraction": (0.5, "manifest train_batches", {}),
+    "data.cache_dir": ("{root}/elsewhere", "store_folder", {}),
+    "data.seq_len": (6, "train_batches eval_batches", {}),
+    "data.batch_size": (2, "train_batches", {"eval.batch_size": 4}),
+    "data.document_mask": (True, "train_batches eval_batches", {}),
+    "data.threads": (2, "reader_threads", {}),
+    "tokenizer.kind": ("byte", "manifest train_batches", {}),
+    "tokenizer.vocab_size": (5, "manifest train_batches", {"tokenizer.kind": "word"}),
+    "model.layers": (2, "initialisation train_step eval_step", {}),
+    "model.d_model": (16, "initialisation train_step eval_step", {"model.d_ff": 24}),
+    "model.heads": (1, "train_step eval_step", {}),
+    "model.kv_heads": (1, "initialisation train_step eval_step", {}),
+    "model.d_ff": (16, "initialisation train_step eval_step", {}),
+    "model.norm": ("layernorm", "train_step eval_step", {}),
+    "model.positions": ("learned", "initialisation train_step eval_step", {}),
+    "model.rope_theta": (500.0, "train_step eval_step", {}),
+    "model.mlp": ("gelu", "initialisation train_step eval_step", {}),
+    "model.qk_norm": (True, "initialisation train_step eval_step", {}),
+    "model.bias": (True, "initialisation train_step eval_step", {}),
+    "model.tied": (False, "initialisation train_step eval_step", {}),
+    "model.init": ("fan_in", "initialisation", {}),
+    "model.init_std": (0.1, "initialisation", {}),
+    "model.dropout": (0.1, "train_step", {}),
+    "model.attention_dropout": (0.1, "train_step", {}),
+    "model.embedding_dropout": (0.1, "train_step", {}),
+    "model.logit_softcap": (30.0, "train_step eval_step", {}),
+    "model.scan_layers": (True, "initialisation train_step eval_step", {}),
+    "model.remat": (True, "train_step", {}),
+    "optim.name": ("muon", "train_step", {}),
+    "optim.peak_lr": (2e-3, "train_step", {}),
+    "optim.warmup": ("3", "train_step", {}),
+    "optim.schedule": ("linear", "train_step", {}),
+    "optim.end_lr": (0.2, "train_step", {}),
+    "optim.decay": ("3", "train_step", {"optim.schedule": "wsd", "optim.decay": "2"}),
+    "optim.weight_decay": (0.2, "train_step", {}),
+    "optim.b1": (0.8, "train_step", {}),
+    "optim.b2": (0.9, "train_step", {}),
+    "optim.eps": (1e-6, "train_step", {}),
+    "optim.clip_norm": (2.0, "train_step", {}),
+    "optim.accumulation": (2, "train_step", {}),
+    "optim.ema_decay": (0.9, "train_step evaluated_midway evaluated_at_end", {}),
+    "attention.impl": ("xla", "implementation", {}),
+    "train.steps": ("7", "calls train_step", {}),
+    "train.eval_every": ("2", "evaluated_midway rows", {}),
+    "train.checkpoint_every": (
+        "4",
+        "calls saved",
+        {"train.eval_every": "0", "train.steps_per_call": 6},
+    ),
+    "train.keep": (2, "kept", {}),
+    "train.log_every": ("2", "progress", {}),
+    "train.layer_norms": (True, "train_step", {}),
+    "train.tensorboard": (True, "tensorboard", {}),
+    "train.compute_dtype": ("bfloat16", "train_step eval_step", {}),
+    "train.matmul_precision": ("tensorfloat32", "precision", {}),
+    "train.steps_per_call": (2, "calls", {}),
+    "train.max_nonfinite": (2, "error: updates 2 to 3 were all skipped", {}),
+    "eval.batch_size": (3, "eval_batches", {}),
+    "eval.stride": (4, "eval_batches", {}),
+    "eval.splits": ("valid", "scored", {}),
+    "mesh.fsdp": (1 + jax.device_count(), "error: after 0 updates: config.mesh.fsdp", {}),
+}
+TRACED = {"initialisation", "train_step", "eval_step"}
+SEED_OF_DROPOUT = {"model.dropout": 0.1}
+
+
+def test_the_table_names_every_field():
+    assert list(TABLE) == [path for path, _ in config.fields(Config())]
+
+
+def digest(*values):
+    return hashlib.sha256(repr(values).encode()).hexdigest()[:12]
+
+
+def arrays(tree):
+    return [(str(p), np.asarray(x).tolist()) for p, x in jax.tree.leaves_with_path(tree)]
+
+
+def text_of(traced):
+    """A jaxpr as text, without the addresses of Python objects, which differ every time."""
+    return digest(re.sub(r"0x[0-9a-f]+", "", str(traced.jaxpr)))
+
+
+def trace(cfg):
+    """The initialisation and the steps as they are compiled."""
+    cfg = config.resolve(cfg, windows=50)
+    graphdef, init = step.create_model(cfg, V, cfg.attention.impl)
+    key = jax.random.key(0)
+    state = jax.eval_shape(lambda key: step.init_state(cfg, init(key)), key)
+
+    def batch(*lead):
+        shape = (*lead, cfg.data.batch_size, cfg.data.seq_len + 1)
+        ids = jax.ShapeDtypeStruct(shape, jnp.int32)
+        return {
+            "tokens": ids,
+            "segment_ids": ids,
+            "weights": jax.ShapeDtypeStruct(shape, jnp.float32),
+        }
+
+    return {
+        "initialisation": lambda: text_of(jax.jit(init).trace(key)),
+        "train_step": lambda: text_of(step.make_train_step(cfg, graphdef).trace(state, batch(1))),
+        "eval_step": lambda: text_of(
+            step.make_eval_step(cfg, graphdef).trace(state.params, batch())
+        ),
+    }
+
+
+double = jax.jit(lambda params: jax.tree.map(lambda x: 2 * x, params))
+
+
+def loop(cfg, workdir):
+    """The real loop around a step that notes what it is given; updates 2 and 3 are not finite."""
+    seen = {
+        name: [] for name in "train_batches eval_batches calls evaluated saved precision".split()
+    }
+    seen["tensorboard"], seen["reader_threads"] = [], []
+
+    def create_model(cfg, vocab_size, impl):
+        seen["implementation"] = impl
+        return None, lambda key: {"kernel": jax.random.normal(key, (4, 2))}
+
+    def make_train_step(cfg, graphdef):
+        def train_steps(state, batches):
+            batches = jax.device_get(batches)
+            count = len(batches["tokens"])
+            first = sum(seen["calls"])
+            if not first:
+                seen["parameters"] = arrays(jax.device_get(state.params))
+            seen["calls"].append(count)
+            seen["precision"].append(jax.config.jax_default_matmul_precision)
+            seen["train_batches"] += [
+                batch_hash({k: v[i] for k, v in batches.items()}) for i in range(count)
+            ]
+            names = "loss lr grad_norm skipped".split()
+            metrics = {name: np.ones(count, np.float32) for name in names}
+            metrics["skipped"] = np.isin(first + np.arange(count), (1, 2)).astype(np.float32)
+            return state._replace(params=double(state.params)), {
+                "train/loss": metrics["loss"],
+                "data/scored": metrics["loss"],
+                "optim/lr": metrics["lr"],
+                "optim/grad_norm": metrics["grad_norm"],
+                "optim/skipped_updates": metrics["skipped"],
+            }
+
+        return train_steps
+
+    def make_eval_step(cfg, graphdef):
+        def eval_step(params, batch):
+            batch = jax.device_get(batch)
+            seen["eval_batches"].append(batch_hash(batch))
+            seen["evaluated"].append((sum(seen["calls"]), digest(arrays(jax.device_get(params)))))
+            count = batch["weights"][:, 1:].sum()
+            return {"nats": 2 * count, "count": count, "correct": 0}
+
+        return eval_step
+
+    class Checkpoints(train.checkpoint.Checkpoints):
+        def save(self, state, manifest, *, best=False):
+            seen["saved"].append((manifest["position"], best))
+            super().save(state, manifest, best=best)
+
+    class SummaryWriter:
+        def __init__(self, logdir, **_):
+            self.logdir = logdir
+
+        def add_scalar(self, name, value, step):
+            seen["tensorboard"].append((name, step))
+
+        def close(self):
+            pass
+
+    read_options = grain.ReadOptions
+
+    def note_threads(**options):
+        seen["reader_threads"].append(options["num_threads"])
+        return read_options(**options)
+
+    prepare = train.evaluate.open_data
+
+    def open_data(cfg):
+        store = prepare(cfg)
+        seen["manifest"], seen["store_folder"] = store.manifest, str(store.path.parent)
+        return store
+
+    precision, screen = jax.config.jax_default_matmul_precision, io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(screen):
+        patch.setattr(step, "create_model", create_model)
+        patch.setattr(step, "make_train_step", make_train_step)
+        patch.setattr(step, "make_eval_step", make_eval_step)
+        patch.setattr(train.checkpoint, "Checkpoints", Checkpoints)
+        patch.setattr(train.evaluate, "open_data", open_data)
+        patch.setattr(train, "git_revision", lambda: None)
+        patch.setattr(grain, "ReadOptions", note_threads)
+        patch.setattr(corpora, "SYNTHETIC_LENGTH", 40)
+        tensorboard = types.SimpleNamespace(SummaryWriter=SummaryWriter)
+        patch.setitem(sys.modules, "tensorboardX", tensorboard)
+        try:
+            train.train_and_evaluate(cfg, workdir)
+        except (ValueError, OSError, FloatingPointError) as error:
+            return {"error": f"after {sum(seen['calls'])} updates: {error}"}
+        finally:
+            jax.config.update("jax_default_matmul_precision", precision)
+    rows = (workdir / "metrics.jsonl").read_text().splitlines()
+    end = sum(seen["calls"])
+    return seen | {
+        "evaluated_midway": [found for found in seen["evaluated"] if found[0] < end],
+        "evaluated_at_end": [found for found in seen["evaluated"] if found[0] == end],
+        "rows": [(json.loads(row)["step"], sorted(json.loads(row))) for row in rows],
+        "kept": sorted(path.name for path in (workdir / "checkpoints").iterdir()),
+        "progress": re.findall(r"^step (\d+)/.* eta ", screen.getvalue(), re.MULTILINE),
+        "scored": sorted(path.name for path in workdir.glob("eval_*.json")),
+    }
+
+
+class Lab:
+    """Builds configs and remembers what was observed of them."""
+
+    def __init__(self, root):
+        self.root, self.runs, self.traces = root, {}, {}
+
+    def config(self, changes):
+        values = {
+            path.replace(".", "__"): v.format(root=self.root) if isinstance(v, str) else v
+            for path, v in (BASE | changes).items()
+        }
+        return config.replace(Config(), **values)
+
+    def observe(self, changes, aspect, again=False):
+        key = (tuple(sorted(changes.items())), again)
+        if aspect in TRACED:
+            if key not in self.traces:
+                self.traces[key] = trace(self.config(changes))
+            if callable(self.traces[key][aspect]):
+                self.traces[key][aspect] = self.traces[key][aspect]()
+            return self.traces[key][aspect]
+        if key not in self.runs:
+            workdir = self.root / "runs" / str(len(self.runs))
+            self.runs[key] = loop(self.config(changes), workdir)
+        run = self.runs[key]
+        if aspect == "error":
+            return run.get("error")
+        assert "error" not in run, run["error"]
+        return run[aspect]
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    root = tmp_path_factory.mktemp("effect")
+    rng = np.random.default_rng(0)
+    for folder in ("a", "b"):
+        (root / folder).mkdir()
+        for i in range(16):
+            words = rng.choice(["ba", "du", "kilo", "no", "pi", "roso", "tu", "wa"], (3, 3))
+            lines = "\n".join(" ".join(line) for line in words)
+            (root / folder / f"{i:02}.txt").write_text(lines + "\n")
+        (root / folder / "valid.md").write_text("ba du kilo\n")
+        (root / folder / "test.md").write_text("no pi roso\n")
+    return Lab(root)
+
+
+@pytest.mark.parametrize("path", TABLE)
+def test_a_changed_field_changes_the_run(lab, path):
+    value, aspects, companions = TABLE[path]
+    if aspects.startswith("error: "):
+        before = lab.observe(companions, "error")
+        assert before is None
+        after = lab.observe(companions | {path: value}, "error")
+        assert re.search(aspects.removeprefix("error: "), after, re.DOTALL)
+        return
+    for aspect in aspects.split():
+        before = lab.observe(companions, aspect)
+        after = lab.observe(companions | {path: value}, aspect)
+        assert after and before != after, aspect
+
+
+def test_the_seed_reaches_dropout(lab):
+    before = lab.observe(SEED_OF_DROPOUT, "train_step")
+    assert before != lab.observe(SEED_OF_DROPOUT | {"seed": 1}, "train_step")
+
+
+def test_the_same_config_gives_the_same_run(lab):
+    """Otherwise every change above would show an effect."""
+    for aspect in TRACED:
+        assert lab.observe({}, aspect) == lab.observe({}, aspect, again=True)
+    once, twice = (loop(lab.config({}), lab.root / name) for name in ("once", "twice"))
+    assert once == twice
+
+
+@pytest.mark.parametrize(
+    ("companions", "path", "aspect"),
+    [
+        ({"model.positions": "none"}, "model.rope_theta", "train_step"),
+        ({"model.init": "normal"}, "model.dropout", "eval_step"),
+        ({"optim.schedule": "constant"}, "optim.end_lr", "train_step"),
+        ({}, "seed", "train_step"),
+        ({}, "optim.peak_lr", "initialisation"),
+        ({}, "data.threads", "train_batches"),
+        ({}, "train.steps_per_call", "train_batches"),
+        ({}, "train.steps_per_call", "rows"),
+        ({}, "data.cache_dir", "manifest"),
+        ({}, "eval.batch_size", "rows"),
+    ],
+)
+def test_what_must_not_matter_does_not(lab, companions, path, aspect):
+    after = lab.observe(companions | {path: TABLE[path][0]}, aspect)
+    assert lab.observe(companions, aspect) == after

@@ -1,0 +1,42 @@
+"""Every shipped config resolves, and its model has the size its docstring says."""
+
+import importlib.util
+import pathlib
+
+import jax
+import pytest
+
+from lm_jax import config, step, train
+
+ROOT = pathlib.Path(__file__).parents[1]
+CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("*.py"))
+# Name: (vocabulary with the separator, millions of parameters).
+SIZES = {
+    "quickstart": (257, None),
+    "shakespeare_char": (66, None),
+    "wikitext2": (16_384, 17.0),
+    "wikitext2_cpu": (8192, None),
+}
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_config_is_listed():
+    assert sorted(SIZES) == CONFIGS
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_config_resolves(name):
+    module = load(name)
+    assert f"python -m lm_jax.main --config=configs/{name}.py" in module.__doc__
+    cfg = config.resolve(module.get_config(), windows=5000)
+    vocab_size, millions = SIZES[name]
+    _, init = step.create_model(cfg, vocab_size, "reference")
+    count = train.parameter_count(jax.eval_shape(init, jax.random.key(0)))
+    if millions:
+        assert abs(count / 1e6 - millions) < 0.2, count

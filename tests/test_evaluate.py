@@ -1,0 +1,49 @@
+import json
+import math
+
+import numpy as np
+import pytest
+
+from lm_jax import config, evaluate, metrics
+from lm_jax.config import Config
+from tests.helpers import shared_data
+
+
+def test_references_of_wikitext_by_words(tmp_path):
+    cfg = config.replace(
+        Config(),
+        data__corpus="wikitext2",
+        data__source_dir=str(shared_data("wikitext-2")),
+        data__cache_dir=str(tmp_path),
+        tokenizer__kind="word",
+    )
+    store = evaluate.open_data(cfg)
+    split = store.split("test")
+    assert len(split.tokens) == split.words == 245_569
+    references = evaluate.references(store, "test")
+    assert references["uniform"] == 33_278
+    assert round(references["unigram"], 1) == 911.7
+    assert round(references["kn2"], 1) == 267.4
+    assert round(references["kn3"], 1) == 230.1
+    assert evaluate.references(store, "test") == references
+
+
+def test_entropy_rate_is_a_reference_of_symbols_only(tmp_path):
+    cfg = config.replace(Config(), data__cache_dir=str(tmp_path))
+    store = evaluate.open_data(cfg)
+    rate = evaluate.references(store, "valid")["entropy_rate"]
+    np.testing.assert_allclose(rate, store.manifest["entropy_rate"])
+    byte = evaluate.open_data(config.replace(cfg, tokenizer__kind="byte"))
+    assert "entropy_rate" not in evaluate.references(byte, "valid")
+
+
+def test_json_has_null_for_what_is_not_finite(tmp_path):
+    path = tmp_path / "a.json"
+    evaluate.write_json(path, {"a": [math.inf, 1.5], "b": {"c": math.nan, "d": "x"}})
+    assert json.loads(path.read_text()) == {"a": [None, 1.5], "b": {"c": None, "d": "x"}}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_sums_keep_what_float32_would_lose():
+    total = sum((metrics.Sums(1e-3, 1.0, 0.0) for _ in range(100_000)), metrics.Sums(1e8, 0, 0))
+    assert total.nats == pytest.approx(1e8 + 100, abs=1e-6) and total.count == 100_000

@@ -1,0 +1,327 @@
+"""The cache against the full forward, the sampler's properties, and the command end to end."""
+
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from lm_jax import config, evaluate, generate, loss, step, train
+from lm_jax.config import Config
+from lm_jax.data.tokenizers import CharTokenizer
+from lm_jax.generate import ArgumentError, sample, shortlist
+from lm_jax.models.transformer import empty_cache
+from tests.helpers import randomise, tiny_config
+
+FAMILIES = {
+    "rotary": {},
+    "learned": dict(
+        model__norm="layernorm", model__positions="learned", model__mlp="gelu", model__bias=True
+    ),
+    "none": dict(model__positions="none", model__logit_softcap=5.0),
+    "grouped": dict(model__kv_heads=2, model__qk_norm=True, model__tied=False),
+    "scanned": dict(model__scan_layers=True, model__remat=True, model__kv_heads=1),
+    "dropout": dict(model__dropout=0.5, model__attention_dropout=0.5, model__embedding_dropout=0.5),
+}
+LETTERS = CharTokenizer(" .abcdefghijklmnopqrstuvwxyz")
+V = LETTERS.vocab_size
+
+
+class Letters:
+    """Stands for a store that has only a tokenizer."""
+
+    tokenizer = LETTERS
+
+
+def make_run(std=0.3, **changes):
+    """A run with random parameters, as `open_run` would return it."""
+    cfg = tiny_config(**{"data__seq_len": 24} | changes)
+    graphdef, init = step.create_model(cfg, V, "reference")
+    params = randomise(jax.jit(init)(jax.random.key(1)), 1, std)
+    return evaluate.Run(cfg, Letters(), None, graphdef, params, 7)
+
+
+def full_logits(run, tokens_BT, dtype=jnp.float32):
+    @jax.jit
+    def forward(params):
+        model = nnx.merge(run.graphdef, params)
+        positions_BT = np.broadcast_to(np.arange(tokens_BT.shape[1]), tokens_BT.shape)
+        return model.logits(model(tokens_BT, np.ones_like(tokens_BT), positions_BT, dtype=dtype))
+
+    return forward(run.params)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cache_gives_the_logits_of_the_full_forward(family):
+    run = make_run(**FAMILIES[family])
+    tokens = np.random.default_rng(0).integers(1, V, (3, 24)).astype(np.int32)
+    tokens[:, 0] = LETTERS.separator
+    expected = full_logits(run, tokens)
+
+    @jax.jit
+    def extend(cache, tokens):
+        model = nnx.merge(run.graphdef, run.params)
+        x_BTD, cache = model.extend(tokens, cache, dtype=jnp.float32)
+        return model.logits(x_BTD), cache
+
+    for sizes in ([1] * 24, [10, 4] + [1] * 10):
+        cache, found, start = empty_cache(run.cfg.model, 3, 24, jnp.float32), [], 0
+        for size in sizes:
+            assert int(cache.length) == start
+            out, cache = extend(cache, tokens[:, start : start + size])
+            found.append(out)
+            start += size
+        np.testing.assert_allclose(np.concatenate(found, axis=1), expected, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_log_probs_are_those_of_the_scoring_path(family):
+    run = make_run(**FAMILIES[family])
+    prompt = "ab c."
+    made = generate.generate(run, prompt, tokens=19, samples=2, temperature=1, seed=3)
+    score = jax.jit(
+        lambda batch: step.loss_sums(run.graphdef, run.params, batch, dtype=jnp.float32, key=None)
+    )
+    for one in made:
+        tokens = np.array([[0, *LETTERS.encode(prompt), *one.ids]], np.int32)
+        weights = np.float32(np.arange(25) > len(prompt))[None]
+        assert tokens.shape == weights.shape and len(one.ids) == 19
+        batch = {"tokens": tokens, "segment_ids": np.ones_like(tokens), "weights": weights}
+        nats, scored = score(batch)
+        assert scored == 19
+        np.testing.assert_allclose(-np.sum(one.log_probs), nats, atol=1e-4)
+        b = loss.shift(batch)
+        logits = full_logits(run, b.inputs)
+        for t, expected in enumerate(one.log_probs, start=len(prompt)):
+            alone = np.float32(np.arange(24) == t)[None]
+            nats, _ = loss.cross_entropy(logits, b.targets, alone)
+            np.testing.assert_allclose(-nats, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_low_precision_cache(dtype):
+    run = make_run(std=0.1, train__compute_dtype=dtype)
+    (one,) = generate.generate(run, "", tokens=24, temperature=1)
+    tokens = np.array([[0, *one.ids]], np.int32)
+    log_probs = jax.nn.log_softmax(full_logits(run, tokens[:, :-1], jnp.dtype(dtype)))
+    expected = np.take_along_axis(log_probs[0], tokens[0, 1:, None], axis=1)[:, 0]
+    np.testing.assert_allclose(one.log_probs, expected, atol=20 * float(jnp.finfo(dtype).eps))
+
+
+@pytest.mark.parametrize("prompt", ["", "a", "the cat"])
+def test_temperature_zero_is_argmax(prompt):
+    run = make_run()
+    ids = [0, *LETTERS.encode(prompt).tolist()]
+    (one,) = generate.generate(run, prompt, tokens=12, temperature=0)
+    whole = np.array([ids + one.ids], np.int32)  # causal, so that one pass tells every step
+    for logits in np.array(full_logits(run, whole))[0, len(ids) - 1 : -1]:
+        logits[LETTERS.separator] = -np.inf
+        ids.append(int(logits.argmax()))
+    assert one.ids == ids[-12:] and one.text == LETTERS.decode(np.array(ids[-12:]))
+    for same in (dict(temperature=1e-50), dict(top_k=1), dict(top_p=1e-9)):
+        assert generate.generate(run, prompt, tokens=12, **same) == [one]
+    # The most likely token of all is never taken where it is the separator.
+    assert 0 not in one.ids
+
+
+def test_seed_and_number_of_samples():
+    run = make_run(std=0.1)
+    settings = dict(tokens=20, temperature=1.0)
+    a, b, c = (generate.generate(run, "a", samples=4, seed=s, **settings) for s in (0, 0, 1))
+    assert a == b
+    assert len({one.text for one in a + c}) == 8
+    assert generate.generate(run, "a", **settings)[0].ids == a[0].ids
+
+
+def kept(logits, temperature=1.0, top_k=0, top_p=1.0):
+    """For each row, ids that may be sampled with their probabilities."""
+    ids, scores = shortlist(jnp.asarray(logits), temperature, top_k, top_p)
+    probs = np.asarray(jax.nn.softmax(scores, axis=-1))
+    return [
+        {int(i): float(p) for i, p in zip(*row, strict=True) if p > 0}
+        for row in zip(np.asarray(ids), probs, strict=True)
+    ]
+
+
+def softmax(logits):
+    """In float64 and without the separator."""
+    logits = np.float64(logits).copy()
+    logits[:, 0] = -np.inf
+    probs = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return probs / probs.sum(axis=1, keepdims=True)
+
+
+LOGITS = 2 * np.random.default_rng(5).normal(size=(20, 13)).astype(np.float32)
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 4.0])
+def test_temperature_divides_logits(temperature):
+    expected = softmax(LOGITS / np.float32(temperature))
+    for row, probs in zip(kept(LOGITS, temperature), expected, strict=True):
+        assert set(row) == set(range(1, 13))
+        np.testing.assert_allclose([row[i] for i in range(1, 13)], probs[1:], rtol=2e-5)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 5, 12, 13, 500])
+def test_top_k_keeps_the_most_likely(top_k):
+    for row, probs in zip(kept(LOGITS, top_k=top_k), softmax(LOGITS), strict=True):
+        assert set(row) == set(np.argsort(-probs)[: min(top_k, 12)].tolist())
+    ties = np.zeros((1, 6), np.float32)
+    assert set(kept(ties, top_k=2)[0]) == {1, 2}
+
+
+@pytest.mark.parametrize("top_p", [1e-9, 0.1, 0.5, 0.9, 0.99, 1.0])
+@pytest.mark.parametrize("top_k", [0, 4])
+def test_top_p_keeps_the_smallest_set(top_p, top_k):
+    for row, probs in zip(kept(LOGITS, top_k=top_k, top_p=top_p), softmax(LOGITS), strict=True):
+        best = np.argsort(-probs)[: top_k or 12]
+        mass = probs[best].cumsum() / probs[best].sum()
+        count = len(best) if top_p == 1 else int(np.searchsorted(mass, top_p)) + 1
+        assert len(row) >= 1 and set(row) == set(best[:count].tolist())
+
+
+def test_top_p_on_hard_rows():
+    sharp = np.array([[50, 100, 0, 0], [0, 0, 0, 0], [0, -1e30, 5, -1e30]], np.float32)
+    assert [set(row) for row in kept(sharp, top_p=0.5)] == [{1}, {1, 2}, {2}]
+    assert [set(row) for row in kept(sharp, top_p=1e-30)] == [{1}, {1}, {2}]
+    # Nothing in the tail is lost at 1, though the sum in float32 reaches 1 long before it.
+    tail = np.concatenate([[0.0, 20.0], np.zeros(5000)])[None].astype(np.float32)
+    assert len(kept(tail)[0]) == 5001
+
+
+def test_sampler_follows_its_distribution():
+    keys = jax.random.split(jax.random.key(0), 40_000)
+    logits = jnp.broadcast_to(LOGITS[:1], (40_000, 13))
+    for settings in (dict(temperature=1.0, top_k=0, top_p=1.0), dict(top_k=6, top_p=0.9)):
+        settings = dict(temperature=0.7) | settings
+        drawn = np.asarray(sample(logits, keys, **settings))
+        expected = kept(LOGITS[:1], **settings)[0]
+        assert set(drawn.tolist()) <= set(expected)
+        for i, p in expected.items():
+            assert abs((drawn == i).mean() - p) < 5 * np.sqrt(p * (1 - p) / 40_000) + 1e-4
+
+
+def test_separator_is_never_sampled():
+    for top_p in (1e-9, 1.0):
+        assert 0 not in kept([[100.0, 1.0, 0.0]], top_p=top_p)[0]
+    run = make_run(model__tied=False)
+    run.params["head"]["kernel"] = run.params["head"]["kernel"].at[:, 0].multiply(100)
+    made = generate.generate(run, "", tokens=24, samples=4, temperature=5.0)
+    assert all(0 not in one.ids for one in made)
+    assert min(min(one.log_probs) for one in made) < -10, "the separator was likely somewhere"
+
+
+def test_whole_window_and_default_length():
+    run = make_run()
+    for prompt, count in (("", 24), ("a" * 23, 1)):
+        (one,) = generate.generate(run, prompt)
+        assert len(one.ids) == len(one.log_probs) == len(one.text) == count
+    long = make_run(data__seq_len=300)
+    assert len(generate.generate(long, "", top_k=3)[0].ids) == 200
+
+
+@pytest.mark.parametrize(
+    "prompt, changes, said",
+    [
+        ("", dict(tokens=0), r"--tokens=0 is impossible; give 1 or more\."),
+        ("", dict(samples=0), "--samples=0"),
+        ("", dict(temperature=-0.1), "--temperature=-0.1 is impossible; give 0 or more"),
+        ("", dict(temperature=float("nan")), "--temperature=nan"),
+        ("", dict(temperature=float("inf")), "--temperature=inf"),
+        ("", dict(top_k=-1), "--top_k=-1"),
+        ("", dict(top_p=0.0), "--top_p=0.0 is impossible; give more than 0 and at most 1"),
+        ("", dict(top_p=1.1), "--top_p=1.1"),
+        ("", dict(seed=2**32), "--seed"),
+        ("", dict(seed=-1), "--seed"),
+        ("aÉb", {}, r"--prompt: Character 'É' .* at position 1 .*leave it out of the prompt\."),
+        ("ab", dict(tokens=23), r"--tokens=23: .* 2 tokens .*seq_len=24.*--tokens to 22"),
+        ("a" * 24, {}, r"24 tokens of --prompt .*shorten --prompt by 1\."),
+        ("a" * 30, dict(tokens=5), r"30 tokens of --prompt .*shorten --prompt by 11\."),
+    ],
+)
+def test_errors_are_one_sentence(prompt, changes, said):
+    with pytest.raises(ArgumentError, match=said) as raised:
+        generate.generate(make_run(), prompt, **changes)
+    assert "\n" not in str(raised.value) and str(raised.value).endswith(".")
+
+
+def test_logits_that_are_not_finite_are_named():
+    run = make_run()
+    run.params["embedding"] = run.params["embedding"].at[5, 0].set(jnp.nan)
+    with pytest.raises(FloatingPointError, match="step 7 are not finite"):
+        generate.generate(run, "e", tokens=3)
+
+
+def test_second_call_compiles_nothing():
+    run = make_run()
+    generate.generate(run, "abc", tokens=5, temperature=0.5)
+    before = generate._decode._cache_size()
+    generate.generate(run, "cab", tokens=5, temperature=0, top_p=0.5, top_k=3, seed=4)
+    generate.generate(run, "bca", tokens=5, temperature=1)
+    assert generate._decode._cache_size() == before
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A finished run of four updates."""
+    folder = tmp_path_factory.mktemp("generate")
+    for i in range(20):
+        (folder / f"{i:02}.txt").write_text("to be or not to be\n" * (i + 3))
+    cfg = config.replace(
+        Config(),
+        data__corpus="text",
+        data__source_dir=str(folder),
+        data__files="*.txt",
+        data__valid_fraction=0.2,
+        data__test_fraction=0.2,
+        data__cache_dir=str(folder / "cache"),
+        data__seq_len=32,
+        data__batch_size=4,
+        model__layers=1,
+        model__d_model=16,
+        model__heads=2,
+        train__steps="4",
+        optim__warmup="2",
+    )
+    train.train_and_evaluate(cfg, folder / "run")
+    return folder / "run"
+
+
+def command(monkeypatch, *flags):
+    monkeypatch.setattr(sys, "argv", ["generate", *flags])
+    generate.main()
+
+
+def test_command(workdir, monkeypatch, capsys):
+    capsys.readouterr()
+    flags = (f"--workdir={workdir}", "--prompt=to ", "--tokens=9", "--temperature=1.5")
+    command(monkeypatch, *flags, "--samples=2", "--top_k=5", "--top_p=0.9", "--seed=3")
+    command(monkeypatch, *flags)
+    records = [json.loads(line) for line in (workdir / "samples.jsonl").read_text().splitlines()]
+    assert len(records) == 3
+    assert records[0].items() >= {"step": 4, "prompt": "to ", "temperature": 1.5, "seed": 3}.items()
+    assert records[0]["samples"] == 2 and records[2]["top_p"] == 1.0
+    out = capsys.readouterr().out
+    for record in records:
+        assert len(record["ids"]) == len(record["log_probs"]) == len(record["text"]) == 9
+        assert f"to {record['text']}\n" in out
+    run = evaluate.open_run(workdir)
+    again = generate.generate(
+        run, "to ", tokens=9, samples=2, temperature=1.5, top_k=5, top_p=0.9, seed=3
+    )
+    assert [one.text for one in again] == [record["text"] for record in records[:2]]
+
+
+def test_command_errors(workdir, tmp_path, monkeypatch):
+    for flags, said in (
+        ([f"--workdir={tmp_path}"], "config.json: no such file"),
+        ([f"--workdir={workdir}", "--prompt=Z"], "--prompt: Character 'Z'"),
+        ([f"--workdir={workdir}", "--top_p=2"], "--top_p=2.0"),
+        ([f"--workdir={workdir}", "--tokens=33"], "--tokens=33"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            command(monkeypatch, *flags)
+        assert said in stopped.value.code and "\n" not in stopped.value.code

@@ -1,0 +1,31 @@
+"""The whole path against an oracle: a source whose entropy rate is known."""
+
+import numpy as np
+import pytest
+
+from lm_jax import config, evaluate
+from lm_jax.data.synthetic import MarkovSource
+from lm_jax.train import train_and_evaluate
+from tests.test_configs import load
+
+
+@pytest.mark.slow
+def test_quickstart_comes_down_to_the_entropy_rate(tmp_path):
+    cfg = config.replace(load("quickstart").get_config(), data__cache_dir=str(tmp_path / "cache"))
+    store = evaluate.open_data(cfg)
+    results = train_and_evaluate(cfg, tmp_path / "run")
+    source = MarkovSource()
+    for name in ("valid", "test"):
+        split = store.split(name)
+        starts = split.document_starts
+        nats = []
+        for first, last in zip(starts[:-1], starts[1:], strict=True):
+            text = store.tokenizer.decode(np.asarray(split.tokens[first:last]))
+            nats.append(source.nats(source.from_text(text)))
+        nats = np.concatenate(nats)
+        standard_error = nats.std() / np.sqrt(len(nats))
+        loss = results[name]["loss"]
+        assert loss < 1.02 * source.entropy_rate
+        assert loss > source.entropy_rate - 3 * standard_error
+        # Nobody predicts a sample better than its source, but for luck in the 200,000 draws.
+        assert loss > nats.mean() - 3 * standard_error

@@ -1,0 +1,143 @@
+import io
+import json
+import math
+import sys
+
+import pytest
+
+from lm_jax import writers
+from lm_jax.writers import Writers
+
+ROW = {
+    "train/loss": 2.5,
+    "optim/lr": 1e-3,
+    "optim/grad_norm": 0.75,
+    "perf/tokens_per_second": 12345.6,
+    "perf/input_wait": 0.0123,
+}
+
+
+def opened(workdir, *, steps=10, start=0, tensorboard=False):
+    return Writers(workdir, steps=steps, start=start, tensorboard=tensorboard)
+
+
+def rows(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_rows_are_written_at_once_and_exactly(tmp_path):
+    out = opened(tmp_path)
+    out.write(1, {"train/loss": 1 / 3, "optim/lr": math.nan})
+    first = rows(tmp_path)  # before anything is closed
+    out.write(1, {"valid/loss": math.inf})
+    out.close()
+    assert len(first) == 1 and first[0]["step"] == 1 and first[0]["train/loss"] == 1 / 3
+    assert math.isnan(first[0]["optim/lr"])
+    assert rows(tmp_path)[1] == {"step": 1, "valid/loss": math.inf}
+
+
+def test_resume_drops_later_rows_and_half_a_line(tmp_path):
+    out = opened(tmp_path)
+    for step in range(1, 6):
+        out.write(step, ROW)
+        if step == 3:
+            out.write(step, {"valid/loss": 2.0})
+    out.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "train/lo')
+    out = opened(tmp_path, start=3)
+    out.write(4, {"train/loss": 9.0})
+    out.close()
+    assert [(row["step"], *list(row)[1:2]) for row in rows(tmp_path)] == [
+        (1, "train/loss"),
+        (2, "train/loss"),
+        (3, "train/loss"),
+        (3, "valid/loss"),
+        (4, "train/loss"),
+    ]
+    assert rows(tmp_path)[-1]["train/loss"] == 9.0
+    opened(tmp_path, start=0).close()  # killed before its first checkpoint
+    assert rows(tmp_path) == []
+
+
+def test_only_the_first_process_writes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(writers.jax, "process_index", lambda: 1)
+    out = opened(tmp_path, tensorboard=True)
+    out.write(1, ROW)
+    out.progress(1, ROW)
+    out.say("hello")
+    out.close()
+    assert not list(tmp_path.iterdir()) and capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("start", [0, 3])
+def test_tensorboard_shows_every_update_once(tmp_path, start):
+    pytest.importorskip("tensorboardX", reason="tensorboardX is not installed")
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out = opened(tmp_path, tensorboard=True)
+    for step in range(1, 6):
+        out.write(step, {"train/loss": step / 8})
+    out.close()
+    (first,) = (tmp_path / "tensorboard").iterdir()  # the name ends in the second of its opening
+    first.rename(first.with_name("events.out.tfevents.1000000000.host"))
+    out = opened(tmp_path, start=start, tensorboard=True)  # 4 and 5 were lost, or all
+    for step in range(start + 1, 7):
+        out.write(step, {"train/loss": 10 + step})
+    out.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert events.Tags()["scalars"] == ["train/loss"]
+    kept = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    assert kept == [(n, n / 8 if n <= start else 10 + n) for n in range(1, 7)]
+
+
+class Clock:
+    now = 100.0
+
+    def monotonic(self):
+        return self.now
+
+
+def test_progress_is_a_plain_line_without_a_terminal(tmp_path, monkeypatch, capsys):
+    clock = Clock()
+    monkeypatch.setattr(writers, "time", clock)
+    out = opened(tmp_path, steps=30, start=10)
+    clock.now += 40  # 2 updates in 40 s; 18 are left, 360 s
+    out.progress(12, ROW)
+    out.say("done")
+    out.close()
+    assert capsys.readouterr().out == (
+        "step 12/30  loss 2.5000  lr 1.00e-03  grad 0.75  12,346 tok/s  wait 1.2%  eta 6:00\ndone\n"
+    )
+
+
+def test_progress_is_one_line_on_a_terminal(tmp_path, monkeypatch):
+    screen = io.StringIO()
+    monkeypatch.setattr(screen, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys, "stdout", screen)
+    out = opened(tmp_path)
+    out.progress(1, ROW)
+    out.progress(2, ROW)
+    out.say("done")
+    out.close()
+    text = screen.getvalue()
+    assert text.count("\n") == 1 and text.endswith("\r\033[Kdone\n")
+    assert text.count("\r") == 3 and text.count("\033[K") == 3
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0:00"),
+        (0.1, "0:01"),
+        (59.5, "1:00"),
+        (61, "1:01"),
+        (3599.2, "1:00:00"),
+        (3600, "1:00:00"),
+        (90061, "25:01:01"),
+    ],
+)
+def test_clock(seconds, text):
+    assert writers._clock(seconds) == text
