@@ -134,7 +134,8 @@ def _decode(
     model = nnx.merge(structure.graphdef, params)
     B, P = context_BP.shape
 
-    def read_and_sample(cache, next_BT, index):
+    def read_and_sample(carry, index):
+        cache, next_BT = carry
         x_BTD, cache = model.extend(next_BT, cache, dtype=dtype)
         logits_BV = model.logits(x_BTD[:, -1:])[:, 0]
         now_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, index)
@@ -144,8 +145,8 @@ def _decode(
 
     # Nothing reads the last token, so it needs no slot.
     cache = empty_cache(model.cfg, B, P + tokens - 1, dtype)
-    carry, first = read_and_sample(cache, context_BP, 0)
-    _, rest = jax.lax.scan(lambda c, i: read_and_sample(*c, i), carry, jnp.arange(1, tokens))
+    carry, first = read_and_sample((cache, context_BP), 0)
+    _, rest = jax.lax.scan(read_and_sample, carry, jnp.arange(1, tokens))
     return jax.tree.map(
         lambda one_B1, rest_NB1: jnp.concatenate([one_B1, rest_NB1[:, :, 0].T], axis=1), first, rest
     )

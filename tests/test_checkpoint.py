@@ -87,6 +87,10 @@ def test_half_written_step_is_ignored(checkpoints, tmp_path):
     half = tmp_path / "checkpoints" / "6.orbax-checkpoint-tmp"
     (half / "state").mkdir(parents=True)
     (half / "state" / "manifest.ocdbt").write_bytes(b"half")
+    reader = Checkpoints(tmp_path, 2, read_only=True)
+    assert reader.position() == 3 and reader.manifest()["position"] == 3
+    reader.close()
+    assert half.exists(), "another process may be writing it"
     again = Checkpoints(tmp_path, 2)
     assert again.position() == 3 and again.manifest()["position"] == 3
     same(again.restore(abstract(state(0))), state(3))

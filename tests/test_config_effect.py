@@ -116,7 +116,7 @@ TABLE = {
     "train.layer_norms": (True, "train_step", {}),
     "train.tensorboard": (True, "tensorboard", {}),
     "train.compute_dtype": ("bfloat16", "train_step eval_step", {}),
-    "train.matmul_precision": ("tensorfloat32", "precision", {}),
+    "train.matmul_precision": ("tensorfloat32", "train_step eval_step", {}),
     "train.steps_per_call": (2, "calls", {}),
     "train.max_nonfinite": (2, "error: updates 2 to 3 were all skipped", {}),
     "eval.batch_size": (3, "eval_batches", {}),
@@ -175,9 +175,7 @@ double = jax.jit(lambda params: jax.tree.map(lambda x: 2 * x, params))
 
 def loop(cfg, workdir):
     """The real loop around a step that notes what it is given; updates 2 and 3 are not finite."""
-    seen = {
-        name: [] for name in "train_batches eval_batches calls evaluated saved precision".split()
-    }
+    seen = {name: [] for name in "train_batches eval_batches calls evaluated saved".split()}
     seen["tensorboard"], seen["reader_threads"] = [], []
 
     def create_model(cfg, vocab_size, impl):
@@ -192,7 +190,6 @@ def loop(cfg, workdir):
             if not first:
                 seen["parameters"] = arrays(jax.device_get(state.params))
             seen["calls"].append(count)
-            seen["precision"].append(jax.config.jax_default_matmul_precision)
             seen["train_batches"] += [
                 batch_hash({k: v[i] for k, v in batches.items()}) for i in range(count)
             ]
@@ -247,7 +244,7 @@ def loop(cfg, workdir):
         seen["manifest"], seen["store_folder"] = store.manifest, str(store.path.parent)
         return store
 
-    precision, screen = jax.config.jax_default_matmul_precision, io.StringIO()
+    screen = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(screen):
         patch.setattr(step, "create_model", create_model)
         patch.setattr(step, "make_train_step", make_train_step)
@@ -263,8 +260,6 @@ def loop(cfg, workdir):
             train.train_and_evaluate(cfg, workdir)
         except (ValueError, OSError, FloatingPointError) as error:
             return {"error": f"after {sum(seen['calls'])} updates: {error}"}
-        finally:
-            jax.config.update("jax_default_matmul_precision", precision)
     rows = (workdir / "metrics.jsonl").read_text().splitlines()
     end = sum(seen["calls"])
     return seen | {

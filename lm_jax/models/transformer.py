@@ -5,7 +5,7 @@ H query heads, K key/value heads, C head width, F MLP width, V vocabulary, L lay
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -218,7 +218,7 @@ class Transformer(nnx.Module):
             self.position_embedding = nnx.Param(table_std(rngs.params(), (max_len, D)))
         if cfg.scan_layers:
             make = nnx.vmap(lambda key: Block(cfg, impl, nnx.Rngs(params=key)))
-            self.blocks = make(jax.random.split(rngs.params(), cfg.layers))
+            self.blocks: Any = make(jax.random.split(rngs.params(), cfg.layers))
         else:
             self.blocks = nnx.List([Block(cfg, impl, rngs) for _ in range(cfg.layers)])
         self.final_norm = Norm(D, cfg.norm, cfg.bias)
@@ -231,7 +231,7 @@ class Transformer(nnx.Module):
         segment_ids_BT: jax.Array,
         positions_BT: jax.Array,
         *,
-        dtype: jnp.dtype = jnp.float32,
+        dtype: jax.typing.DTypeLike = jnp.float32,
         key: jax.Array | None = None,
     ) -> jax.Array:
         """Hidden states after the final norm, [B, T, D] in `dtype`.
@@ -263,7 +263,7 @@ class Transformer(nnx.Module):
 
     def _forward(self, tokens_BT, segment_ids_BT, positions_BT, dtype, key, cache):
         cfg = self.cfg
-        keys = [None] * (cfg.layers + 1)
+        keys: Any = [None] * (cfg.layers + 1)
         if key is not None:
             keys = jax.random.split(key, cfg.layers + 1)
         # Gather, then cast: the gradient of a table is summed in the table's float32.
