@@ -186,19 +186,6 @@ def test_resuming_at_any_batch_gives_the_rest(threads):
         assert resumed == hashes[start:]
 
 
-def test_stacks_hold_successive_batches():
-    split = make_split()
-    batches = train(split, start=1, process_index=1, process_count=2)
-    stacked = train(split, start=1, process_index=1, process_count=2, stack=3)
-    assert [stack["tokens"].shape for stack in stacked] == [(3, 4, T + 1), (2, 4, T + 1)]
-    unstacked = [
-        {name: x[i] for name, x in stack.items()}
-        for stack in stacked
-        for i in range(len(stack["tokens"]))
-    ]
-    assert_same(unstacked, batches)
-
-
 @pytest.mark.parametrize("stride", [None, *range(1, T + 1)])
 @pytest.mark.parametrize("lengths", [LENGTHS, [1], [2, 1]])
 def test_evaluation_scores_every_target_once(lengths, stride):

@@ -188,7 +188,11 @@ def eight(tmp_path_factory):
         XLA_FLAGS=f"--xla_force_host_platform_device_count=8 {QUICK}",
         JAX_NUMPY_RANK_PROMOTION="raise",
     )
-    out, _ = child.communicate(timeout=300)
+    try:
+        out, _ = child.communicate(timeout=300)
+    finally:
+        child.kill()
+        child.communicate()
     assert child.returncode == 0, out
     return pickle.loads((folder / "results.pickle").read_bytes())
 

@@ -117,29 +117,21 @@ def _permutation(num_windows: int, seed: int, epoch: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class _BatchSource:
-    """Random access to training batches: item i is batch start + i, or the i-th stack of them."""
+    """Random access to training batches: item i is batch start + i."""
 
     windows: Windows
     batch_size: int
     seed: int
     start: int
     steps: int
-    stack: int
     rows: slice
 
     def __len__(self) -> int:
-        return max(-(-(self.steps - self.start) // self.stack), 0)
+        return max(self.steps - self.start, 0)
 
     def __getitem__(self, item: int) -> Batch:
-        first = self.start + item * self.stack
-        numbers_K = np.arange(first, min(first + self.stack, self.steps))
-        position_KB = numbers_K[:, None] * self.batch_size + np.arange(self.batch_size)
-        position_KB = position_KB[:, self.rows]
-        indices = example_index(position_KB.ravel(), len(self.windows), self.seed)
-        batch = self.windows.batch(indices)
-        if self.stack == 1:
-            return batch
-        return {name: x.reshape(*position_KB.shape, -1) for name, x in batch.items()}
+        position_B = (self.start + item) * self.batch_size + np.arange(self.batch_size)[self.rows]
+        return self.windows.batch(example_index(position_B, len(self.windows), self.seed))
 
 
 def train_batches(
@@ -153,12 +145,10 @@ def train_batches(
     steps: int,
     process_index: int = 0,
     process_count: int = 1,
-    stack: int = 1,
     threads: int = 1,
 ) -> Iterator[Batch]:
     """Yields training batches number start ... steps - 1, each this process's rows [B/P, T+1].
 
-    `stack` > 1 yields [stack, B/P, T+1] of successive batches, the last item perhaps with fewer.
     `threads` reads ahead; 0 reads when asked.
     """
     rows = _process_rows(batch_size, process_index, process_count)
@@ -168,7 +158,7 @@ def train_batches(
             f"split '{split.name}' has {len(split.tokens)} tokens, too few to fill one window of "
             f"seq_len={seq_len}: set a smaller --config.data.seq_len or take a larger corpus."
         )
-    return _read(_BatchSource(windows, batch_size, seed, start, steps, stack, rows), threads)
+    return _read(_BatchSource(windows, batch_size, seed, start, steps, rows), threads)
 
 
 def _read(source: _BatchSource, threads: int) -> Iterator[Batch]:
