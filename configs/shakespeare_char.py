@@ -21,7 +21,6 @@ def get_config() -> Config:
     cfg.model.heads = 4
     cfg.model.mlp = "relu2"
     cfg.model.init = "fan_in"
-    cfg.optim.name = "muon"
     cfg.optim.peak_lr = 5e-3
     cfg.optim.warmup = Duration("50")
     cfg.optim.end_lr = 0.0

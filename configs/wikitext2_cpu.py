@@ -23,7 +23,7 @@ def get_config() -> Config:
     cfg.optim.peak_lr = 8e-3
     cfg.optim.warmup = Duration("100")
     cfg.optim.end_lr = 0.02
-    cfg.train.steps = Duration("3000")
+    cfg.train.steps = Duration("2000")
     cfg.train.eval_every = Duration("0")
     cfg.train.checkpoint_every = Duration("1000")
     cfg.train.log_every = Duration("100")

@@ -27,7 +27,7 @@ class Checkpoints:
 
         def manager(name: str, keep: int) -> ocp.CheckpointManager:
             options = ocp.CheckpointManagerOptions(
-                max_to_keep=keep, cleanup_tmp_directories=not read_only, read_only=read_only
+                max_to_keep=keep, cleanup_tmp_directories=not read_only
             )
             path = (workdir / name).absolute()
             return ocp.CheckpointManager(path, item_names=("state", "manifest"), options=options)

@@ -1,8 +1,7 @@
-"""Samples from a trained run, with a key/value cache.
+"""Samples from a trained run, with a key/value cache; letters as in `models/transformer.py`.
 
 `python -m lm_jax.generate --workdir=DIR --prompt="..."` prints samples and appends them to
-`samples.jsonl`; `generate(evaluate.open_run(workdir), prompt)` does the same in a notebook,
-without the file. Letters as in `models/transformer.py`; P is the length of the context.
+`samples.jsonl`; in a notebook `generate(evaluate.open_run(workdir), prompt)` returns them.
 """
 
 import argparse
@@ -130,7 +129,7 @@ def _decode(
     tokens: int,
     dtype: jnp.dtype,
 ) -> tuple[jax.Array, jax.Array]:
-    """N = `tokens` sampled ids [B, N] and their log-probabilities [B, N]."""
+    """N = `tokens` ids [B, N] that continue contexts of P, and their log-probabilities [B, N]."""
     model = nnx.merge(structure.graphdef, params)
     B, P = context_BP.shape
 
