@@ -18,14 +18,13 @@ def get_config() -> Config:
     cfg.model.heads = 4
     cfg.model.mlp = "relu2"
     cfg.model.init = "fan_in"
-    cfg.optim.name = "muon"
-    cfg.optim.peak_lr = 1e-2
+    cfg.optim.peak_lr = 6e-3
     cfg.optim.warmup = Duration("100")
     cfg.optim.end_lr = 0.0
     cfg.optim.weight_decay = 0.0
-    cfg.train.steps = Duration("3500")
+    cfg.train.steps = Duration("3300")
     cfg.train.eval_every = Duration("0")
-    cfg.train.checkpoint_every = Duration("1750")
+    cfg.train.checkpoint_every = Duration("1650")
     cfg.train.log_every = Duration("250")
     cfg.train.steps_per_call = 10
     return cfg

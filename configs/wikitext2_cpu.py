@@ -23,8 +23,8 @@ def get_config() -> Config:
     cfg.optim.peak_lr = 8e-3
     cfg.optim.warmup = Duration("100")
     cfg.optim.end_lr = 0.02
-    cfg.train.steps = Duration("2000")
+    cfg.train.steps = Duration("1600")
     cfg.train.eval_every = Duration("0")
-    cfg.train.checkpoint_every = Duration("1000")
+    cfg.train.checkpoint_every = Duration("400")
     cfg.train.log_every = Duration("100")
     return cfg

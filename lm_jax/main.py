@@ -71,10 +71,15 @@ def main(_: list[str]) -> None:
 
 def parse(argv: list[str]) -> list[str]:
     """Parse the flags; a mistake in them or in the config file is one sentence."""
+    for argument in argv:
+        name, _, path = argument.partition("=")
+        # A string for `get_config` may follow the path after a colon.
+        if name in ("-config", "--config") and not pathlib.Path(path.split(":")[0]).exists():
+            sys.exit(f"--config={path}: no such file; give a path as configs/quickstart.py.")
     try:
         config.check_names(override_paths(argv))
         return flags.FLAGS(argv)
-    except (config.ConfigError, flags.Error, FileNotFoundError) as error:
+    except (config.ConfigError, flags.Error) as error:
         sys.exit(str(error))
 
 

@@ -46,11 +46,13 @@ def params_of(**changes):
 @pytest.mark.parametrize("scan", [False, True])
 def test_decay_takes_matrices_only(scan):
     cfg, params = params_of(model__tied=False, model__positions="learned", model__scan_layers=scan)
-    for path, decays in jax.tree.leaves_with_path(optim.decayed(params)):
-        assert decays == optim.path_name(path).endswith("kernel")
-    names = {
-        optim.path_name(p) for p, d in jax.tree.leaves_with_path(optim.decayed(params)) if not d
+    decays = {
+        optim.path_name(path): decay
+        for path, decay in jax.tree.leaves_with_path(optim.decayed(cfg.optim, params))
     }
+    for name, decay in decays.items():
+        assert decay == name.endswith("kernel")
+    names = {name for name, decay in decays.items() if not decay}
     assert {"embedding", "position_embedding", "final_norm/scale", "final_norm/bias"} <= names
 
 
