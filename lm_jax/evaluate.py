@@ -138,7 +138,7 @@ def report(name: str, result: dict[str, Any], console: Console) -> None:
             key,
             f"{nats:.4f}",
             f"{metrics.exp(nats):,.2f}",
-            f"{metrics.exp(nats * words):,.2f}",
+            f"{metrics.exp(nats * words):,.2f}" if math.isfinite(words) else "-",
             f"{result['bits_per_byte'] * nats / result['loss']:.4f}",
             style="bold" if key == "this model" else None,
         )

@@ -50,7 +50,7 @@ def summarise(sums: Sums, *, split_bytes: int, split_words: int) -> dict[str, fl
         "loss": sums.nats / sums.count,
         "token_count": int(sums.count),
         "token_ppl": exp(sums.nats / sums.count),
-        "word_ppl": exp(sums.nats / split_words),
+        "word_ppl": exp(sums.nats / split_words) if split_words else math.inf,
         "bits_per_byte": sums.nats / split_bytes / math.log(2),
         "accuracy": sums.correct / sums.count,
     }
