@@ -22,9 +22,9 @@ def get_config() -> Config:
     cfg.optim.warmup = Duration("100")
     cfg.optim.end_lr = 0.0
     cfg.optim.weight_decay = 0.0
-    cfg.train.steps = Duration("3300")
+    cfg.train.steps = Duration("3700")
     cfg.train.eval_every = Duration("0")
-    cfg.train.checkpoint_every = Duration("1650")
+    cfg.train.checkpoint_every = Duration("1850")
     cfg.train.log_every = Duration("250")
     cfg.train.steps_per_call = 10
     return cfg

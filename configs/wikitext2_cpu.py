@@ -1,6 +1,10 @@
 """WikiText-2 in under half an hour on two CPU cores.
 
 python -m lm_jax.main --config=configs/wikitext2_cpu.py --config.data.source_dir=DIR
+
+DIR holds `wiki.{train,valid,test}.tokens`. Measured on 2 CPU cores that other work shared, seed 0:
+test word perplexity 144.3 (valid 155.6) 16 minutes after the start, tokenizer training included;
+with --config.train.steps=3000, 125.8 (valid 134.1) after 28 minutes and 9 seconds.
 """
 
 from lm_jax.config import Config, Duration
