@@ -63,5 +63,10 @@ def cross_entropy(
 
 
 def correct(logits_BTV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array) -> jax.Array:
-    """Weighted number of positions whose most likely token is the target."""
-    return ((logits_BTV.argmax(-1) == targets_BT) * weights_BT).sum()
+    """Weighted number of positions where no token is more likely than the target.
+
+    The maximum is one that the loss needs anyway; an argmax would be another pass.
+    """
+    safe_BT = jnp.where(weights_BT > 0, targets_BT, 0)
+    picked_BT = jnp.take_along_axis(logits_BTV, safe_BT[..., None], axis=-1)[..., 0]
+    return ((picked_BT >= logits_BTV.max(-1)) * weights_BT).sum()
