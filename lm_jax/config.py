@@ -11,7 +11,7 @@ import json
 import math
 import re
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import Any
 
 
@@ -177,7 +177,7 @@ class EvalConfig(_Section):
 
     batch_size: int = 0  # sequences at a time; 0: as in training
     stride: int = 0  # targets scored per window, the rest is context; 0: data.seq_len
-    splits: str = "valid,test"  # scored at the end of the run, where the corpus has them
+    splits: str = ""  # scored at the end: valid,test or one; empty: those that the corpus has
 
 
 @dataclasses.dataclass
@@ -375,9 +375,10 @@ def validate(cfg: Config) -> Config:
     return cfg
 
 
-def eval_splits(cfg: Config) -> list[str]:
-    """Names of the splits scored at the end of the run."""
-    return [name.strip() for name in cfg.eval.splits.split(",") if name.strip()]
+def eval_splits(cfg: Config, available: Container[str] = ()) -> list[str]:
+    """Names of the splits scored at the end of the run: those named, or those `available`."""
+    named = [name.strip() for name in cfg.eval.splits.split(",") if name.strip()]
+    return named or [name for name in ("valid", "test") if name in available]
 
 
 def steps_of(path: str, value: str, *, batch_size: int, seq_len: int, windows: int) -> int:

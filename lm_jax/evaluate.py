@@ -185,7 +185,7 @@ def open_data(cfg: Config) -> Store:
             vocab_size=cfg.tokenizer.vocab_size,
             cache_dir=str(cache_dir),
         )
-    for name in ["valid", *config.eval_splits(cfg)]:
+    for name in ["valid", *config.eval_splits(cfg, store.manifest["splits"])]:
         store.split(name)
     return store
 

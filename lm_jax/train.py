@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import importlib.metadata
+import itertools
 import json
 import math
 import pathlib
@@ -12,11 +13,9 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import jax
-import numpy as np
 from jax.experimental import multihost_utils
 from rich.console import Console
 
@@ -84,14 +83,14 @@ def train_and_evaluate(cfg: Config, workdir: str | pathlib.Path) -> dict[str, An
     else:
         state = jax.jit(init_state, out_shardings=shardings)(jax.random.key(cfg.seed))
         manifest = {"position": 0, "tokens": 0, "best_loss": None, "best_position": None}
+    calls = dispatches(cfg, start)
     batches = pipeline.train_batches(
         train_split,
         seq_len=cfg.data.seq_len,
         batch_size=cfg.data.batch_size,
         document_mask=cfg.data.document_mask,
         seed=cfg.seed,
-        start=start,
-        steps=steps,
+        calls=calls,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         threads=cfg.data.threads,
@@ -173,17 +172,16 @@ def train_and_evaluate(cfg: Config, workdir: str | pathlib.Path) -> dict[str, An
             manifest.update(best_loss=result["loss"], best_position=position)
             checkpoints.save(state, manifest | {"position": position}, best=True)
 
-    position, pending = start, None
+    pending = None
     with (
         contextlib.closing(writers),
         contextlib.closing(checkpoints),
         Signals() as signals,
         jax.set_mesh(mesh),
     ):
-        while position < steps:
-            end = next_boundary(cfg, position)
+        for call in calls:
             began = time.perf_counter()
-            batch = stack(batches, end - position)
+            batch = next(batches)
             input_wait = time.perf_counter() - began
             device_batch = sharding.put_batch(mesh, batch, axis=1)
             with jax.transfer_guard("disallow"):
@@ -192,11 +190,11 @@ def train_and_evaluate(cfg: Config, workdir: str | pathlib.Path) -> dict[str, An
             finish(pending)
             pending = {
                 "metrics": values,
-                "step": position,
+                "step": call.start,
                 "began": began if pending is None else time.perf_counter(),
                 "input_wait": input_wait,
             }
-            position = end
+            position = call.stop
             evaluating = due(position, cfg.train.eval_every, steps)
             stopped_by = agree(signals.received)
             saving = due(position, cfg.train.checkpoint_every, steps) or stopped_by
@@ -229,7 +227,7 @@ def final_report(
     """Score the best checkpoint on the configured splits; write and print the results."""
     run = evaluate.open_run(workdir)
     results = {}
-    for name in config.eval_splits(cfg):
+    for name in config.eval_splits(cfg, evaluator.store.manifest["splits"]):
         results[name] = {
             "step": run.step,
             **evaluate.evaluate_split(evaluator, run.params, name),
@@ -240,32 +238,22 @@ def final_report(
     return results
 
 
-def next_boundary(cfg: Config, position: int) -> int:
-    """Where the dispatch that starts at update `position` ends.
+def dispatches(cfg: Config, start: int) -> list[range]:
+    """The updates from `start` to the end, cut into the calls that are dispatched.
 
     Calls end on a grid that depends on the config alone, so that a resumed run compiles and runs
     the same calls as one that was never stopped.
     """
-    ends = [int(cfg.train.steps)]
-    for span in (
-        cfg.train.steps_per_call,
-        int(cfg.train.eval_every),
-        int(cfg.train.checkpoint_every),
-    ):
-        if span:
-            ends.append((position // span + 1) * span)
-    return min(ends)
+    steps = int(cfg.train.steps)
+    every = (cfg.train.steps_per_call, int(cfg.train.eval_every), int(cfg.train.checkpoint_every))
+    ends = {end for span in every if span for end in range(span, steps, span)} | {steps}
+    bounds = [start, *sorted(end for end in ends if end > start)]
+    return [range(*pair) for pair in itertools.pairwise(bounds)]
 
 
 def due(position: int, every: str, steps: int) -> bool:
     """Whether something that happens `every` so many updates, and at the end, happens now."""
     return position == steps or (int(every) > 0 and position % int(every) == 0)
-
-
-def stack(batches: Iterator[dict[str, np.ndarray]], count: int) -> dict[str, np.ndarray]:
-    """The next `count` batches as arrays [count, B, T + 1]."""
-    rows = [next(batches) for _ in range(count)]
-    return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
 
 
 def parameter_count(params: Any) -> int:

@@ -22,9 +22,14 @@ def make_split(lengths=LENGTHS, tokens=None):
     return SimpleNamespace(name="train", tokens=tokens, document_starts=starts, separator=0)
 
 
-def train(split, **kwargs):
-    kwargs = dict(seq_len=T, batch_size=8, document_mask=True, seed=3, steps=6, threads=0) | kwargs
-    return list(train_batches(split, **kwargs))
+def one_by_one(start, steps):
+    return [range(i, i + 1) for i in range(start, steps)]
+
+
+def train(split, start=0, steps=6, **kwargs):
+    kwargs = dict(seq_len=T, batch_size=8, document_mask=True, seed=3, threads=0) | kwargs
+    stacked = train_batches(split, calls=one_by_one(start, steps), **kwargs)
+    return [{name: x[0] for name, x in batch.items()} for batch in stacked]
 
 
 def scored_pairs(batches):
@@ -186,6 +191,16 @@ def test_resuming_at_any_batch_gives_the_rest(threads):
         assert resumed == hashes[start:]
 
 
+@pytest.mark.parametrize("threads", [0, 2])
+def test_how_batches_are_grouped_in_calls_does_not_matter(threads):
+    split = make_split()
+    options = dict(seq_len=T, batch_size=8, document_mask=True, seed=3, threads=threads)
+    stacked = list(train_batches(split, calls=[range(3), range(3, 4), range(4, 6)], **options))
+    assert [len(batch["tokens"]) for batch in stacked] == [3, 1, 2]
+    joined = {name: np.concatenate([batch[name] for batch in stacked]) for name in stacked[0]}
+    assert_same([{name: x[i] for name, x in joined.items()} for i in range(6)], train(split))
+
+
 @pytest.mark.parametrize("stride", [None, *range(1, T + 1)])
 @pytest.mark.parametrize("lengths", [LENGTHS, [1], [2, 1]])
 def test_evaluation_scores_every_target_once(lengths, stride):
@@ -239,7 +254,7 @@ def test_arguments_that_cannot_work_are_refused_at_the_call():
     options: dict = dict(seq_len=T, batch_size=9, document_mask=True, process_count=2)
     message = "--config.data.batch_size=9 .* multiple of 2"
     with pytest.raises(ValueError, match=message):
-        train_batches(split, seed=0, steps=1, **options)
+        train_batches(split, seed=0, calls=[range(1)], **options)
     with pytest.raises(ValueError, match=message):
         eval_batches(split, **options)
     for stride in (0, T + 1):
@@ -259,7 +274,7 @@ assert "grain" not in sys.modules and "jax" not in sys.modules
 split = SimpleNamespace(name="train", tokens=np.ones(10_000, np.uint16),
                         document_starts=np.array([0, 10_000]), separator=0)
 batches = train_batches(split, seq_len=64, batch_size=8, document_mask=True, seed=0,
-                        steps=10_000, threads=2)
+                        calls=[range(100)] * 100, threads=2)
 next(batches)
 """
     result = subprocess.run(
@@ -287,7 +302,7 @@ def test_throughput_from_a_memory_map(mapped_split):
     seq_len, batch_size = 256, 32
     steps = len(Windows(mapped_split, seq_len, True)) // batch_size
     options: dict = dict(seq_len=seq_len, batch_size=batch_size, document_mask=True)
-    batches = train_batches(mapped_split, **options, seed=0, steps=steps, threads=0)
+    batches = train_batches(mapped_split, **options, seed=0, calls=one_by_one(0, steps), threads=0)
     next(batches)
     began = time.perf_counter()
     for batch in batches:

@@ -14,7 +14,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -61,15 +61,15 @@ class Windows:
         return 1 + -(-after_first_window // self.stride)
 
     def batch(self, indices: ArrayLike) -> Batch:
-        """Gathers windows [B] into tokens, segment ids and weights [B, T+1].
+        """Gathers windows [..., B] into tokens, segment ids and weights [..., B, T+1].
 
         `weights[b, t]` says whether `tokens[b, t]` is scored as a target. Segments count the
         documents of a window from 1; padding is segment 0. Index -1 gives a row of padding.
         """
         indices_B = np.asarray(indices, np.int64)
-        position_BT = indices_B[:, None] * self.stride + np.arange(self.seq_len + 1)
+        position_BT = indices_B[..., None] * self.stride + np.arange(self.seq_len + 1)
         document_BT = np.searchsorted(self._separators, position_BT, side="right") - 1
-        real_BT = (indices_B != PADDING_ROW)[:, None] & (position_BT < self.stream_len)
+        real_BT = (indices_B != PADDING_ROW)[..., None] & (position_BT < self.stream_len)
         text_BT = real_BT & (self._separators[document_BT] != position_BT)
 
         tokens = self.split.tokens
@@ -78,7 +78,7 @@ class Windows:
 
         segment_ids_BT = real_BT.astype(np.int32)
         if self.document_mask:
-            segment_ids_BT *= (document_BT - document_BT[:, :1] + 1).astype(np.int32)
+            segment_ids_BT *= (document_BT - document_BT[..., :1] + 1).astype(np.int32)
 
         # Column 0 needs no care in the first window: a separator stands there.
         weights_BT = text_BT.astype(np.float32)
@@ -116,22 +116,22 @@ def _permutation(num_windows: int, seed: int, epoch: int) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True)
-class _BatchSource:
-    """Random access to training batches: item i is batch start + i."""
+class _CallSource:
+    """Random access to training batches: item i stacks the batches of call i."""
 
     windows: Windows
     batch_size: int
     seed: int
-    start: int
-    steps: int
+    calls: Sequence[range]
     rows: slice
 
     def __len__(self) -> int:
-        return max(self.steps - self.start, 0)
+        return len(self.calls)
 
     def __getitem__(self, item: int) -> Batch:
-        position_B = (self.start + item) * self.batch_size + np.arange(self.batch_size)[self.rows]
-        return self.windows.batch(example_index(position_B, len(self.windows), self.seed))
+        first_K1 = self.batch_size * np.asarray(self.calls[item])[:, None]
+        position_KB = first_K1 + np.arange(self.batch_size)[self.rows]
+        return self.windows.batch(example_index(position_KB, len(self.windows), self.seed))
 
 
 def train_batches(
@@ -141,15 +141,14 @@ def train_batches(
     batch_size: int,
     document_mask: bool,
     seed: int,
-    start: int = 0,
-    steps: int,
+    calls: Sequence[range],
     process_index: int = 0,
     process_count: int = 1,
     threads: int = 1,
 ) -> Iterator[Batch]:
-    """Yields training batches number start ... steps - 1, each this process's rows [B/P, T+1].
+    """Yields, for each call, the training batches of its numbers: [K, B/P, T+1], K = len(call).
 
-    `threads` reads ahead; 0 reads when asked.
+    The rows are those of this process. `threads` reads ahead; 0 reads when asked.
     """
     rows = _process_rows(batch_size, process_index, process_count)
     windows = Windows(split, seq_len, document_mask)
@@ -158,10 +157,10 @@ def train_batches(
             f"split '{split.name}' has {len(split.tokens)} tokens, too few to fill one window of "
             f"seq_len={seq_len}: set a smaller --config.data.seq_len or take a larger corpus."
         )
-    return _read(_BatchSource(windows, batch_size, seed, start, steps, rows), threads)
+    return _read(_CallSource(windows, batch_size, seed, calls, rows), threads)
 
 
-def _read(source: _BatchSource, threads: int) -> Iterator[Batch]:
+def _read(source: _CallSource, threads: int) -> Iterator[Batch]:
     """Reads a source in order through grain, and stops its threads when the reader stops."""
     import grain
 
