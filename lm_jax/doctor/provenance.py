@@ -1,0 +1,209 @@
+"""Where a number that is not finite came from: a computation replayed one operation at a time."""
+
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.extend import core
+
+_LIBRARIES = ("jax", "jaxlib", "flax", "optax")
+
+
+class Origin(NamedTuple):
+    """The operation that made the first NaN or infinity of those that reach the result."""
+
+    operation: str  # primitive, as in a jaxpr
+    where: str  # file:line of the code that called it, and the function
+    made: str  # nan or inf
+    inputs: str  # ranges of its inputs
+    parameter: str  # the argument leaf that entered the computation last on the way there
+    infinity: "Origin | None"  # for a NaN made of infinities, where those came from
+
+
+class _Value(NamedTuple):
+    """A value on its way through the replay."""
+
+    array: Any
+    nan: Origin | None = None
+    inf: Origin | None = None
+    leaf: str = ""  # name, if it is a leaf of the arguments
+    entered: tuple[int, str] = (-1, "none")  # when the last such leaf came in, and its name
+
+
+def trace(function: Callable[..., Any], *args: Any) -> Origin | None:
+    """Find the operation that made the first NaN or infinity that reaches the outputs.
+
+    Infinities that the computation makes on purpose and removes again (masks) are passed over.
+
+    Args:
+        function: pure JAX function of `args`; any pytree in, any pytree out.
+        args: pytrees of arrays. A leaf that is not finite itself is reported as operation "input".
+
+    Returns:
+        None if all outputs are finite.
+    """
+    closed = jax.make_jaxpr(function)(*args)
+    leaves = jax.tree.leaves_with_path(args)
+    values = [_argument(jax.tree_util.keystr(path), leaf) for path, leaf in leaves]
+    outputs = _Replay().run(closed.jaxpr, [_Value(c) for c in closed.consts], values)
+    for output in outputs:
+        if output.nan or output.inf:
+            return output.nan or output.inf
+    return None
+
+
+def _argument(name: str, leaf: Any) -> _Value:
+    nan, inf = _state(leaf)
+    made = "nan" if nan else "inf"
+    origin = Origin("input", name, made, _range(leaf), name, None)
+    return _Value(leaf, origin if nan else None, origin if inf else None, name)
+
+
+class _Replay:
+    """Runs a jaxpr equation by equation; enters calls and loops only if their result is bad."""
+
+    def __init__(self) -> None:
+        self.now = 0  # equations begun
+        self.where = "unknown"  # line of the innermost call that was entered
+
+    def run(self, jaxpr: core.Jaxpr, consts: list[_Value], args: Sequence[_Value]) -> list[_Value]:
+        env: dict[Any, _Value] = dict(
+            zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True)
+        )
+
+        def read(atom: Any) -> _Value:
+            return _Value(atom.val) if isinstance(atom, core.Literal) else env[atom]
+
+        for eqn in jaxpr.eqns:
+            self.now += 1
+            inputs = [read(atom) for atom in eqn.invars]
+            env.update(zip(eqn.outvars, self.apply(eqn, inputs), strict=True))
+        return [read(atom) for atom in jaxpr.outvars]
+
+    def apply(self, eqn: core.JaxprEqn, inputs: list[_Value]) -> list[_Value]:
+        params = eqn.primitive.get_bind_params(eqn.params)
+        arrays = eqn.primitive.bind(*[v.array for v in inputs], **params)
+        arrays = arrays if eqn.primitive.multiple_results else [arrays]
+        states = [_state(array) for array in arrays]
+        entered = max(
+            ((self.now, v.leaf) if v.leaf else v.entered for v in inputs), default=(-1, "none")
+        )
+        if not any(nan or inf for nan, inf in states):
+            return [_Value(array, entered=entered) for array in arrays]
+        where, outside = _where(eqn) or self.where, self.where
+        self.where = where
+        inside = self.enter(eqn, inputs)
+        self.where = outside
+        if inside is not None:
+            return inside
+        old_nan = next((v.nan for v in inputs if v.nan), None)
+        old_inf = next((v.inf for v in inputs if v.inf), None)
+        ranges = ", ".join(_range(v.array) for v in inputs)
+        outputs = []
+        for array, (nan, inf) in zip(arrays, states, strict=True):
+            new = Origin(
+                operation=eqn.primitive.name,
+                where=where,
+                made="nan" if nan else "inf",
+                inputs=ranges,
+                parameter=entered[1],
+                infinity=old_inf if nan else None,
+            )
+            nan_origin = (old_nan or new) if nan else None
+            inf_origin = (old_inf or new) if inf else None
+            outputs.append(_Value(array, nan_origin, inf_origin, entered=entered))
+        return outputs
+
+    def enter(self, eqn: core.JaxprEqn, inputs: list[_Value]) -> list[_Value] | None:
+        """The same equation, run from the inside; None if it has no inside."""
+        name, params = eqn.primitive.name, eqn.params
+        if name == "scan":
+            return self.scan(params, inputs)
+        if name == "while":
+            return self.loop(params, inputs)
+        if name == "cond":
+            branch = params["branches"][int(inputs[0].array)]
+            return self.run(branch.jaxpr, [_Value(c) for c in branch.consts], inputs[1:])
+        for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
+            body = params.get(key)
+            if isinstance(body, core.ClosedJaxpr):
+                return self.run(body.jaxpr, [_Value(c) for c in body.consts], inputs)
+            if isinstance(body, core.Jaxpr):
+                return self.run(body, [], inputs)
+        return None
+
+    def scan(self, params: dict[str, Any], inputs: list[_Value]) -> list[_Value]:
+        body = params["jaxpr"]
+        if "ft_in" in params:  # jax >= 0.11
+            parts = params["ft_in"].update(range(len(inputs))).unpack()
+            fixed, carry, stacked = ([inputs[i] for i in part] for part in parts)
+        else:
+            consts, carries = params["num_consts"], params["num_carry"]
+            fixed, carry = inputs[:consts], inputs[consts : consts + carries]
+            stacked = inputs[consts + carries :]
+        order = range(params["length"])
+        rows: list[list[_Value]] = [[] for _ in order]
+        for i in reversed(order) if params["reverse"] else order:
+            step = [v._replace(array=v.array[i]) for v in stacked]
+            outputs = self.run(
+                body.jaxpr, [_Value(c) for c in body.consts], [*fixed, *carry, *step]
+            )
+            carry, rows[i] = outputs[: len(carry)], outputs[len(carry) :]
+        return [*carry, *(_stack(column) for column in zip(*rows, strict=True))]
+
+    def loop(self, params: dict[str, Any], inputs: list[_Value]) -> list[_Value]:
+        test, body = params["cond_jaxpr"], params["body_jaxpr"]
+        first, second = params["cond_nconsts"], params["body_nconsts"]
+        for_test, for_body = inputs[:first], inputs[first : first + second]
+        carry = inputs[first + second :]
+
+        def run(closed: core.ClosedJaxpr, args: list[_Value]) -> list[_Value]:
+            return self.run(closed.jaxpr, [_Value(c) for c in closed.consts], args)
+
+        while bool(run(test, [*for_test, *carry])[0].array):
+            carry = run(body, [*for_body, *carry])
+        return carry
+
+
+def _stack(values: tuple[_Value, ...]) -> _Value:
+    return _Value(
+        jax.numpy.stack([v.array for v in values]),
+        next((v.nan for v in values if v.nan), None),
+        next((v.inf for v in values if v.inf), None),
+        entered=max(v.entered for v in values),
+    )
+
+
+def _state(array: Any) -> tuple[bool, bool]:
+    """Whether there is a NaN and whether there is an infinity."""
+    if not jax.numpy.issubdtype(getattr(array, "dtype", type(array)), jax.numpy.floating):
+        return False, False
+    wide = np.asarray(array).astype(np.float64)
+    return bool(np.isnan(wide).any()), bool(np.isinf(wide).any())
+
+
+def _range(array: Any) -> str:
+    wide = np.asarray(array)
+    if not wide.size or not jax.numpy.issubdtype(wide.dtype, jax.numpy.number):
+        return f"{wide.dtype}{list(wide.shape)}"
+    wide = wide.astype(np.float64)
+    return (
+        f"{getattr(array, 'dtype', '')}{list(wide.shape)} in [{wide.min():.3g}, {wide.max():.3g}]"
+    )
+
+
+def _where(eqn: core.JaxprEqn) -> str | None:
+    """The innermost line outside the libraries that led to an equation, if it is known."""
+    for frame in _frames(eqn):
+        parts = pathlib.Path(frame.file_name).parts
+        if "site-packages" not in parts or not any(name in parts for name in _LIBRARIES):
+            path = pathlib.Path(*parts[-2:])
+            return f"{path}:{frame.line_num} ({frame.function_name})"
+    return None
+
+
+def _frames(eqn: core.JaxprEqn) -> Iterator[Any]:
+    trace = eqn.source_info.traceback
+    return iter(trace.frames if trace is not None else ())
