@@ -112,6 +112,27 @@ def gradients(
     return nats, count, jax.tree.map(lambda g: g / divisor.astype(g.dtype), grads)
 
 
+def make_gradients(cfg: Config, graphdef: nnx.GraphDef) -> Callable:
+    """`(params, step, loss_scale, batch) -> (nats, count, gradient)` of one update of a config."""
+    has_dropout = bool(
+        cfg.model.dropout or cfg.model.attention_dropout or cfg.model.embedding_dropout
+    )
+
+    def of_update(params: Params, step: jax.Array, loss_scale: jax.Array, batch: losses.Batch):
+        key = jax.random.fold_in(jax.random.key(cfg.seed + 1), step) if has_dropout else None
+        return gradients(
+            graphdef,
+            params,
+            batch,
+            accumulation=cfg.optim.accumulation,
+            dtype=jnp.dtype(cfg.train.compute_dtype),
+            key=key,
+            scale=loss_scale,
+        )
+
+    return of_update
+
+
 def make_train_step(cfg: Config, graphdef: nnx.GraphDef) -> Callable:
     """`(state, batches) -> (state, metrics)` over the leading axis of `batches`, jitted.
 
@@ -120,24 +141,10 @@ def make_train_step(cfg: Config, graphdef: nnx.GraphDef) -> Callable:
     """
     tx = optim.make_optimizer(cfg.optim)
     schedule = optim.learning_rate(cfg.optim, int(cfg.train.steps))
-    dtype = jnp.dtype(cfg.train.compute_dtype)
-    has_dropout = bool(
-        cfg.model.dropout or cfg.model.attention_dropout or cfg.model.embedding_dropout
-    )
+    gradients_of = make_gradients(cfg, graphdef)
 
     def train_step(state: TrainState, batch: losses.Batch) -> tuple[TrainState, Metrics]:
-        key = None
-        if has_dropout:
-            key = jax.random.fold_in(jax.random.key(cfg.seed + 1), state.step)
-        nats, count, grads = gradients(
-            graphdef,
-            state.params,
-            batch,
-            accumulation=cfg.optim.accumulation,
-            dtype=dtype,
-            key=key,
-            scale=state.loss_scale,
-        )
+        nats, count, grads = gradients_of(state.params, state.step, state.loss_scale, batch)
         layer_norms = {}
         if cfg.train.layer_norms:
             for path, g in jax.tree.leaves_with_path(grads):
@@ -173,7 +180,7 @@ def make_train_step(cfg: Config, graphdef: nnx.GraphDef) -> Callable:
             **layer_norms,
         }
         scale, good_steps = state.loss_scale, state.good_steps
-        if dtype == jnp.float16:
+        if cfg.train.compute_dtype == "float16":
             metrics["optim/loss_scale"] = scale
             grow = finite & (good_steps >= 999)
             scale = jnp.where(finite, jnp.where(grow, scale * 2, scale), scale / 2)

@@ -16,6 +16,7 @@ import time
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 from rich.console import Console
 
@@ -23,6 +24,7 @@ from lm_jax import checkpoint, config, evaluate, metrics, optim, sharding, step
 from lm_jax.config import Config
 from lm_jax.data import pipeline
 from lm_jax.data.store import Store
+from lm_jax.doctor import provenance
 from lm_jax.kernels import attention
 from lm_jax.writers import Writers
 
@@ -113,7 +115,7 @@ def train_and_evaluate(cfg: Config, workdir: str | pathlib.Path) -> dict[str, An
         jax.devices()[0].device_kind, cfg.train.compute_dtype, jax.device_count()
     )
 
-    def finish(pending: dict[str, Any] | None) -> None:
+    def finish(pending: dict[str, Any] | None, state: step.TrainState) -> None:
         """Log one dispatched call; reading its metrics waits until it is done."""
         if pending is None:
             return
@@ -143,17 +145,27 @@ def train_and_evaluate(cfg: Config, workdir: str | pathlib.Path) -> dict[str, An
             writers.write(now, row)
             if now % int(cfg.train.log_every) == 0 or now == steps:
                 writers.progress(now, row)
-            guard(now, row)
+            guard(now, row, {key: value[i] for key, value in pending["batch"].items()}, state)
 
     skipped: list[int] = []
 
-    def guard(now: int, row: dict[str, Any]) -> None:
-        """Name skipped updates, and stop after too many in a row."""
+    def guard(
+        now: int, row: dict[str, Any], batch: dict[str, np.ndarray], state: step.TrainState
+    ) -> None:
+        """Name skipped updates and what spoiled them, and stop after too many in a row."""
         if not row["optim/skipped_updates"]:
             skipped.clear()
             return
         skipped.append(now)
         writers.say(f"update {now} skipped: loss or gradient of batch {now - 1} is not finite")
+        if len(skipped) == 1 and jax.process_count() == 1:
+            of_update = step.make_gradients(cfg, graphdef)
+            origin = provenance.trace(
+                lambda params, batch: of_update(params, now - 1, state.loss_scale, batch),
+                params=state.params,
+                batch=batch,
+            )
+            writers.say(provenance.describe(origin))
         if len(skipped) >= cfg.train.max_nonfinite:
             raise FloatingPointError(
                 f"updates {skipped[0]} to {skipped[-1]} were all skipped for non-finite loss or "
@@ -187,8 +199,9 @@ def train_and_evaluate(cfg: Config, workdir: str | pathlib.Path) -> dict[str, An
             with jax.transfer_guard("disallow"):
                 state, values = train_steps(state, device_batch)
             # The previous call is logged while this one computes.
-            finish(pending)
+            finish(pending, state)
             pending = {
+                "batch": batch,
                 "metrics": values,
                 "step": call.start,
                 "began": began if pending is None else time.perf_counter(),
@@ -199,7 +212,7 @@ def train_and_evaluate(cfg: Config, workdir: str | pathlib.Path) -> dict[str, An
             stopped_by = agree(signals.received)
             saving = due(position, cfg.train.checkpoint_every, steps) or stopped_by
             if evaluating or saving:
-                finish(pending)
+                finish(pending, state)
                 pending = None
             if evaluating:
                 evaluate_now(state, position)

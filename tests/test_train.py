@@ -349,7 +349,10 @@ def test_divergence_stops_with_the_reason(text, tmp_path, capsys):
     cfg = small(text, optim__peak_lr=1e30, train__max_nonfinite=3)
     with pytest.raises(FloatingPointError, match=r"updates 2 to 4 were all skipped"):
         train.train_and_evaluate(cfg, tmp_path)
-    assert "update 2 skipped: loss or gradient of batch 1 is not finite" in capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
+    assert "update 2 skipped: loss or gradient of batch 1 is not finite" in said
+    assert said.count("first nan in `") == 1
+    assert "last parameter before it params/" in said
     assert [row["optim/skipped_updates"] for row in rows(tmp_path)] == [0, 1, 1, 1]
 
 

@@ -32,26 +32,43 @@ class _Value(NamedTuple):
     entered: tuple[int, str] = (-1, "none")  # when the last such leaf came in, and its name
 
 
-def trace(function: Callable[..., Any], *args: Any) -> Origin | None:
+def trace(function: Callable[..., Any], **arguments: Any) -> Origin | None:
     """Find the operation that made the first NaN or infinity that reaches the outputs.
 
     Infinities that the computation makes on purpose and removes again (masks) are passed over.
 
     Args:
-        function: pure JAX function of `args`; any pytree in, any pytree out.
-        args: pytrees of arrays. A leaf that is not finite itself is reported as operation "input".
+        function: pure JAX function of `arguments`, called with them by name; any pytree out.
+        arguments: pytrees of arrays; leaves are named `argument/key/...`. One that is not finite
+            itself is reported as operation "input".
 
     Returns:
         None if all outputs are finite.
     """
-    closed = jax.make_jaxpr(function)(*args)
-    leaves = jax.tree.leaves_with_path(args)
-    values = [_argument(jax.tree_util.keystr(path), leaf) for path, leaf in leaves]
+    closed = jax.make_jaxpr(lambda arguments: function(**arguments))(arguments)
+    leaves = jax.tree.leaves_with_path(arguments)
+    values = [
+        _argument(jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
+        for path, leaf in leaves
+    ]
     outputs = _Replay().run(closed.jaxpr, [_Value(c) for c in closed.consts], values)
     for output in outputs:
         if output.nan or output.inf:
             return output.nan or output.inf
     return None
+
+
+def describe(origin: Origin | None) -> str:
+    """One line about the outcome of a replay."""
+    if origin is None:
+        return "replayed with the present parameters, everything is finite"
+    text = (
+        f"first {origin.made} in `{origin.operation}` at {origin.where}, "
+        f"inputs {origin.inputs}, last parameter before it {origin.parameter}"
+    )
+    if origin.infinity is not None:
+        text += f"; made of infinity: {describe(origin.infinity)}"
+    return text
 
 
 def _argument(name: str, leaf: Any) -> _Value:
