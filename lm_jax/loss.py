@@ -5,6 +5,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lm_jax.kernels.linear_loss import linear_cross_entropy
+from lm_jax.models.transformer import head_logits
+
 Batch = dict[str, jax.Array]
 
 
@@ -40,6 +43,51 @@ def shift(batch: Batch) -> Shifted:
     )
 
 
+class Scored(NamedTuple):
+    """Sums over scored tokens, float32 or wider."""
+
+    nats: jax.Array
+    count: jax.Array  # type: ignore[assignment]
+    correct: jax.Array  # where no token is more likely than the target
+
+
+def choose(impl: str, *, tokens: int, vocab_size: int) -> tuple[str, str]:
+    """The implementation that `impl` stands for on this device, and the reason.
+
+    Args:
+        impl: auto, materialised or fused.
+        tokens: targets of a micro-batch.
+        vocab_size: V.
+    """
+    if impl != "auto":
+        return impl, "named in the config"
+    mebibytes = 4 * tokens * vocab_size / 2**20
+    if mebibytes > 64:
+        return "fused", f"{mebibytes:,.0f} MiB of logits never exist at once"
+    return "materialised", f"the logits of a micro-batch take {mebibytes:.0f} MiB"
+
+
+def from_hidden(
+    x_BTD: jax.Array, head_VD: jax.Array, b: Shifted, *, softcap: float, impl: str
+) -> Scored:
+    """Next-token loss of hidden states under a head matrix; `nats` can be differentiated.
+
+    Args:
+        x_BTD: final hidden states.
+        head_VD: one row per vocabulary entry.
+        b: what to predict.
+        softcap: cap on the logits, 0 for none.
+        impl: see `choose`.
+    """
+    impl, _ = choose(impl, tokens=b.targets.size, vocab_size=head_VD.shape[0])
+    if impl == "fused":
+        sums = linear_cross_entropy(x_BTD, head_VD, b.targets, b.weights, softcap=softcap)
+        return Scored(sums.objective, sums.count, sums.correct)
+    logits_BTV = head_logits(x_BTD, head_VD, softcap)
+    nats, count = cross_entropy(logits_BTV, b.targets, b.weights)
+    return Scored(nats, count, correct(logits_BTV, b.targets, b.weights))
+
+
 def cross_entropy(
     logits_BTV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
@@ -49,13 +97,13 @@ def cross_entropy(
 
     Args:
         logits_BTV: scores, any float dtype.
-        targets_BT: ids in [0, V); where the weight is 0 any id is allowed and ignored.
+        targets_BT: ids in [0, V); where the weight is 0 any id is allowed and ignored. A scored id
+            outside gives NaN.
         weights_BT: 1 where the target is scored, else 0.
     """
     logits_BTV = logits_BTV.astype(jnp.promote_types(logits_BTV.dtype, jnp.float32))
     scored_BT = weights_BT > 0
-    safe_BT = jnp.where(scored_BT, targets_BT, 0)
-    picked_BT = jnp.take_along_axis(logits_BTV, safe_BT[..., None], axis=-1)[..., 0]
+    picked_BT = _pick(logits_BTV, jnp.where(scored_BT, targets_BT, 0))
     nats_BT = jax.nn.logsumexp(logits_BTV, axis=-1) - picked_BT
     # `where` and not the product alone: a padded row may hold anything, 0 * inf included.
     nats_BT = jnp.where(scored_BT, nats_BT, 0)
@@ -67,6 +115,12 @@ def correct(logits_BTV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array)
 
     The maximum is one that the loss needs anyway; an argmax would be another pass.
     """
-    safe_BT = jnp.where(weights_BT > 0, targets_BT, 0)
-    picked_BT = jnp.take_along_axis(logits_BTV, safe_BT[..., None], axis=-1)[..., 0]
+    picked_BT = _pick(logits_BTV, jnp.where(weights_BT > 0, targets_BT, 0))
     return ((picked_BT >= logits_BTV.max(-1)) * weights_BT).sum()
+
+
+def _pick(logits_BTV: jax.Array, ids_BT: jax.Array) -> jax.Array:
+    """The logit of an id per position; NaN for an id outside [0, V)."""
+    # A negative index would be counted from the end.
+    index_BT1 = jnp.where(ids_BT < 0, logits_BTV.shape[-1], ids_BT)[..., None]
+    return jnp.take_along_axis(logits_BTV, index_BT1, axis=-1, mode="fill")[..., 0]

@@ -32,7 +32,14 @@ def create_model(cfg: Config, vocab_size: int, impl: str) -> tuple[nnx.GraphDef,
     """The structure of the model, and a function from a random key to its parameters."""
 
     def build(key: jax.Array) -> Transformer:
-        return Transformer(cfg.model, vocab_size, cfg.data.seq_len, impl, nnx.Rngs(params=key))
+        return Transformer(
+            cfg.model,
+            vocab_size,
+            cfg.data.seq_len,
+            impl,
+            nnx.Rngs(params=key),
+            segmented=cfg.data.document_mask,
+        )
 
     def init(key: jax.Array) -> Params:
         return nnx.to_pure_dict(nnx.state(build(key), nnx.Param))
@@ -61,12 +68,14 @@ def loss_sums(
     *,
     dtype: jnp.dtype,
     key: jax.Array | None,
-) -> tuple[jax.Array, jax.Array]:
-    """Summed nats and scored tokens of one micro-batch."""
+    loss_impl: str = "auto",
+) -> losses.Scored:
+    """Sums of one micro-batch."""
     model = nnx.merge(graphdef, params)
     b = losses.shift(batch)
     x_BTD = model(b.inputs, b.segment_ids, b.positions, dtype=dtype, key=key)
-    return losses.cross_entropy(model.logits(x_BTD), b.targets, b.weights)
+    softcap = model.cfg.logit_softcap
+    return losses.from_hidden(x_BTD, model.head_VD(), b, softcap=softcap, impl=loss_impl)
 
 
 def gradients(
@@ -78,6 +87,7 @@ def gradients(
     dtype: jnp.dtype,
     key: jax.Array | None,
     scale: jax.typing.ArrayLike = 1.0,
+    loss_impl: str = "auto",
 ) -> tuple[jax.Array, jax.Array, Params]:
     """Summed nats, scored tokens and the gradient of the mean, over all micro-batches.
 
@@ -86,8 +96,8 @@ def gradients(
     """
 
     def scaled(params: Params, batch: losses.Batch, key: jax.Array | None):
-        nats, count = loss_sums(graphdef, params, batch, dtype=dtype, key=key)
-        return nats * scale, (nats, count)
+        sums = loss_sums(graphdef, params, batch, dtype=dtype, key=key, loss_impl=loss_impl)
+        return sums.nats * scale, (sums.nats, sums.count)
 
     differentiate = jax.grad(scaled, has_aux=True)
     if accumulation == 1:
@@ -128,6 +138,7 @@ def make_gradients(cfg: Config, graphdef: nnx.GraphDef) -> Callable:
             dtype=jnp.dtype(cfg.train.compute_dtype),
             key=key,
             scale=loss_scale,
+            loss_impl=cfg.loss.impl,
         )
 
     return of_update
@@ -208,13 +219,10 @@ def make_eval_step(cfg: Config, graphdef: nnx.GraphDef) -> Callable:
     dtype = jnp.dtype(cfg.train.compute_dtype)
 
     def eval_step(params: Params, batch: losses.Batch) -> Metrics:
-        model = nnx.merge(graphdef, params)
-        b = losses.shift(batch)
         with jax.default_matmul_precision(cfg.train.matmul_precision):
-            x_BTD = model(b.inputs, b.segment_ids, b.positions, dtype=dtype)
-            logits_BTV = model.logits(x_BTD)
-        nats, count = losses.cross_entropy(logits_BTV, b.targets, b.weights)
-        right = losses.correct(logits_BTV, b.targets, b.weights)
-        return {"nats": nats, "count": count, "correct": right}
+            sums = loss_sums(
+                graphdef, params, batch, dtype=dtype, key=None, loss_impl=cfg.loss.impl
+            )
+        return sums._asdict()
 
     return jax.jit(eval_step)

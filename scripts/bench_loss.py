@@ -1,0 +1,359 @@
+"""Linear layer and loss in one operation against the same with all logits, in one process.
+
+    python scripts/bench_loss.py [--cases=...] [--repeats=20] [--json=FILE] [--plot=FILE]
+
+One run is the loss and its gradients by hidden states and head. The peers take turns, so that a
+change of the machine's speed falls on all of them; reported are medians over the repeats, the
+median of the ratios to this package within a repeat, and the temporary memory that XLA plans for
+one run (for PyTorch on a GPU: the peak it allocated). The speed of a square matrix product before
+and after says whether the clock held. Every peer's value and norm of the head gradient are
+compared with this package's; a peer that cannot run is reported with the reason.
+
+JAX peers run in a loop inside one jit in which every run depends on the one before. Head matrix
+and head gradient are float32, the products in the dtype of the case. Without `--cases`, the device
+decides. On an H200 the whole ends within 8 minutes.
+"""
+
+import argparse
+import json
+import math
+import os
+import pathlib
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs its share
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import flags
+
+from lm_jax import loss
+from lm_jax.kernels.linear_loss import linear_cross_entropy, linear_divergence
+from lm_jax.main import keep_freed_memory
+from lm_jax.models.transformer import head_logits
+
+
+class Case(NamedTuple):
+    """What is computed: on rows of 512 tokens, hidden states `width` wide."""
+
+    tokens: int
+    width: int
+    vocabulary: int
+    dtype: str
+    kind: str = "cross-entropy"  # or "divergence", from a teacher of the same width
+    timed: bool = True  # False: compile only, for the memory
+
+
+CASES = {
+    "cpu_16k": Case(4096, 256, 16_384, "float32"),
+    "cpu_50k": Case(8192, 768, 50_257, "float32", timed=False),
+    "cpu_kl": Case(4096, 256, 16_384, "float32", kind="divergence"),
+    "gpu_16k_d256": Case(65_536, 256, 16_384, "bfloat16"),
+    "gpu_16k": Case(65_536, 768, 16_384, "bfloat16"),
+    "gpu_50k": Case(65_536, 768, 50_257, "bfloat16"),
+    "gpu_128k": Case(16_384, 768, 128_256, "bfloat16"),
+    "gpu_kl": Case(16_384, 768, 50_257, "bfloat16", kind="divergence"),
+}
+BLOCK_SECONDS = {"cpu": 0.5, "gpu": 0.1}  # of one peer in one repeat
+OURS = "lm_jax"
+Arrays = tuple[jax.Array, ...]
+
+
+def abstract(case: Case) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Hidden states, head, then what the kind needs besides; weights last."""
+    rows = (case.tokens // 512, 512)
+    x = jax.ShapeDtypeStruct((*rows, case.width), case.dtype)
+    head = jax.ShapeDtypeStruct((case.vocabulary, case.width), jnp.float32)
+    weights = jax.ShapeDtypeStruct(rows, jnp.float32)
+    if case.kind == "divergence":
+        return x, head, x, head, weights
+    return x, head, jax.ShapeDtypeStruct(rows, jnp.int32), weights
+
+
+def draw(case: Case) -> Arrays:
+    """Values for `abstract`, logits of unit variance."""
+
+    def array(key: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
+        if like.dtype == jnp.int32:
+            return jax.random.randint(key, like.shape, 0, case.vocabulary)
+        if like.ndim == 2 and like.shape[0] == case.vocabulary:
+            return jax.random.normal(key, like.shape) * case.width**-0.5
+        return jax.random.normal(key, like.shape, like.dtype)
+
+    likes = abstract(case)
+    keys = jax.random.split(jax.random.key(0), len(likes))
+    arrays = [jax.jit(array, static_argnums=1)(k, a) for k, a in zip(keys, likes, strict=True)]
+    return *arrays[:-1], jnp.ones_like(arrays[-1])
+
+
+def materialised_divergence(x, head, y, other, weights):
+    """KL(teacher || student) from all logits of both."""
+    log_q, log_p = (jax.nn.log_softmax(head_logits(*a, 0.0)) for a in ((x, head), (y, other)))
+    log_p = jax.lax.stop_gradient(log_p)
+    return (weights * (jnp.exp(log_p) * (log_p - log_q)).sum(-1)).sum()
+
+
+def optax_cross_entropy(x, head, targets, weights):
+    """The loss of optax on float32 logits."""
+    logits = (x @ head.T.astype(x.dtype)).astype(jnp.float32)
+    return (weights * optax.softmax_cross_entropy_with_integer_labels(logits, targets)).sum()
+
+
+def tokamax_cross_entropy(x, head, targets, weights, *, implementation):
+    """The operation of tokamax, which knows no weights."""
+    import tokamax
+
+    return tokamax.linear_softmax_cross_entropy_loss(
+        x.reshape(-1, x.shape[-1]),
+        targets.reshape(-1),
+        head.T.astype(x.dtype),
+        reduction="sum",
+        implementation=implementation,
+    )
+
+
+def jax_peers(case: Case, chunk_rows: list[int]) -> dict[str, Callable[..., jax.Array]]:
+    """Functions of the case's arrays that return the loss."""
+
+    def ours(*args, chunk_rows=None):
+        if case.kind == "divergence":
+            return linear_divergence(*args, kind="forward", chunk_rows=chunk_rows)[0]
+        return linear_cross_entropy(*args, chunk_rows=chunk_rows).objective
+
+    peers: dict[str, Callable[..., jax.Array]] = {OURS: ours}
+    for rows in chunk_rows:
+        peers[f"{OURS}, {rows} rows"] = partial(ours, chunk_rows=rows)
+    if case.kind == "divergence":
+        return peers | {"materialised": materialised_divergence}
+    return peers | {
+        "materialised": lambda x, head, *rest: loss.cross_entropy(head_logits(x, head, 0.0), *rest)[
+            0
+        ],
+        "optax": optax_cross_entropy,
+        "tokamax xla": partial(tokamax_cross_entropy, implementation="xla"),
+        "tokamax chunked_xla": partial(tokamax_cross_entropy, implementation="chunked_xla"),
+    }
+
+
+class JaxPeer:
+    """A loss under `jax.value_and_grad`."""
+
+    def __init__(self, f: Callable[..., jax.Array], case: Case):
+        """Compile one run, for the memory it takes."""
+        self.differentiated = jax.value_and_grad(f, (0, 1))
+        self.once = jax.jit(self.differentiated).lower(*abstract(case)).compile()
+        memory = self.once.memory_analysis()
+        assert memory is not None
+        self.temp_bytes = memory.temp_size_in_bytes
+
+    def prepare(self, args: Arrays) -> tuple[float, float]:
+        """Compile the loop; the loss and the norm of the head gradient of one run."""
+
+        def loop(runs, x, *rest):
+            def body(_, previous):
+                # Times 1, which the compiler cannot know: no run can start before the last ended.
+                once_more = 1 + 1e-30 * previous[0].astype(jnp.float32)
+                return self.differentiated(x * once_more.astype(x.dtype), *rest)
+
+            shapes = jax.eval_shape(self.differentiated, x, *rest)
+            start = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+            return jax.lax.fori_loop(0, runs, body, start)
+
+        self.loop, self.args = jax.jit(loop), args
+        value, (_, dhead) = self.once(*args)
+        self.seconds(1)
+        return float(value), float(jnp.linalg.norm(dhead))
+
+    def seconds(self, runs: int) -> float:
+        """Wall time of so many runs."""
+        began = time.perf_counter()
+        jax.block_until_ready(self.loop(runs, *self.args))
+        return time.perf_counter() - began
+
+
+class TorchPeer:
+    """`torch.compile` of a linear layer and PyTorch's cross-entropy on float32 logits."""
+
+    def __init__(self, case: Case):
+        """Import and compile lazily; memory is known after the first run."""
+        import torch
+
+        self.torch = torch
+        self.device = "cuda" if jax.default_backend() == "gpu" else "cpu"
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise RuntimeError("this PyTorch has no CUDA")
+        self.temp_bytes: int | None = None
+
+    def prepare(self, args: Arrays) -> tuple[float, float]:
+        """Copy the arrays, run once; the loss and the norm of the head gradient."""
+        torch = self.torch
+        x, head, targets = (
+            torch.from_numpy(np.array(a, np.float32 if i < 2 else np.int64)).to(self.device)
+            for i, a in enumerate(args[:3])
+        )
+        self.x = x.to(getattr(torch, str(args[0].dtype))).requires_grad_()
+        self.head, self.targets = head.requires_grad_(), targets.flatten()
+
+        def f(x, head, targets):
+            logits = torch.nn.functional.linear(x, head.to(x.dtype)).float()
+            return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets, reduction="sum")
+
+        self.f = torch.compile(f)
+        self.seconds(1)
+        if self.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            self.seconds(1)
+            self.temp_bytes = torch.cuda.max_memory_allocated() - before
+        return self.value.item(), self.head.grad.norm().item()
+
+    def seconds(self, runs: int) -> float:
+        """Wall time of so many runs."""
+        began = time.perf_counter()
+        for _ in range(runs):
+            self.x.grad = self.head.grad = None
+            self.value = self.f(self.x, self.head, self.targets)
+            self.value.backward()
+        if self.device == "cuda":
+            self.torch.cuda.synchronize()
+        else:
+            self.value.item()
+        return time.perf_counter() - began
+
+
+def clock() -> float:
+    """TFLOP/s of a square matrix product."""
+    gpu = jax.default_backend() == "gpu"
+    n, dtype = (8192, jnp.bfloat16) if gpu else (2048, jnp.float32)
+    a = jnp.ones((n, n), dtype)
+    product = jax.jit(lambda a: a @ a)
+    product(a).block_until_ready()
+    rates = []
+    for _ in range(5):
+        began = time.perf_counter()
+        product(a).block_until_ready()
+        rates.append(2e-12 * n**3 / (time.perf_counter() - began))
+    return max(rates)
+
+
+def bench(case: Case, repeats: int, chunk_rows: list[int]) -> dict[str, Any]:
+    """All peers at one case."""
+    makers: dict[str, Callable[[], JaxPeer | TorchPeer]] = {
+        name: partial(JaxPeer, f, case) for name, f in jax_peers(case, chunk_rows).items()
+    }
+    if case.kind == "cross-entropy" and case.timed:
+        makers["torch.compile"] = partial(TorchPeer, case)
+    args = draw(case) if case.timed else ()
+    peers: dict[str, JaxPeer | TorchPeer] = {}
+    results: dict[str, dict[str, Any]] = {}
+    for name, make in makers.items():
+        try:
+            peer = make()
+            values = peer.prepare(args) if case.timed else None
+        except Exception as error:  # whatever it is, it goes into the report
+            results[name] = {"not_run": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+            continue
+        peers[name] = peer
+        results[name] = {"temp_bytes": peer.temp_bytes, "value_and_norm": values, "ms": []}
+    if case.timed:
+        block = BLOCK_SECONDS["gpu" if jax.default_backend() == "gpu" else "cpu"]
+        runs = {name: max(1, round(3 * block / p.seconds(3))) for name, p in peers.items()}
+        for _ in range(repeats):
+            for name, peer in peers.items():
+                results[name]["ms"].append(1e3 * peer.seconds(runs[name]) / runs[name])
+    ours = results[OURS]
+    for result in results.values():
+        if "not_run" in result or "not_run" in ours:
+            continue
+        if ours["temp_bytes"] and result["temp_bytes"]:
+            result["memory_ratio"] = ours["temp_bytes"] / result["temp_bytes"]
+        if case.timed:
+            ratios = [a / b for a, b in zip(result["ms"], ours["ms"], strict=True)]
+            result["speed_ratio"] = statistics.median(ratios)
+            pairs = zip(result["value_and_norm"], ours["value_and_norm"], strict=True)
+            result["relative_difference"] = [a / b - 1 for a, b in pairs]
+    return {"case": case._asdict(), "peers": results}
+
+
+def line(name: str, result: dict[str, Any]) -> str:
+    """One peer in words."""
+    if "not_run" in result:
+        return f"  {name:22} not run: {result['not_run']}"
+    text = f"  {name:22}"
+    if result["ms"]:
+        text += f" {statistics.median(result['ms']):9.2f} ms"
+    if result["temp_bytes"]:
+        text += f" {result['temp_bytes'] / 1e6:9.0f} MB"
+    if name != OURS and "speed_ratio" in result:
+        text += f"  {OURS} is {result['speed_ratio']:.2f}x as fast"
+    if name != OURS and "memory_ratio" in result:
+        text += f"  and takes {result['memory_ratio']:.3f}x the memory"
+    worst = max(map(abs, result.get("relative_difference", [0])))
+    return text + (f"  differs by {worst:.1e}" if name != OURS and result["ms"] else "")
+
+
+def plot(results: dict[str, Any], path: pathlib.Path) -> None:
+    """Bars: how many times as fast as each peer."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    timed = {k: v["peers"] for k, v in results["cases"].items() if v["case"]["timed"]}
+    figure, axes = plt.subplots(len(timed), 1, figsize=(8, 2 * len(timed)), squeeze=False)
+    for axis, (name, peers) in zip(axes[:, 0], timed.items(), strict=True):
+        ratios = {p: r.get("speed_ratio", math.nan) for p, r in peers.items() if p != OURS}
+        axis.barh([*ratios], [*ratios.values()])
+        axis.axvline(1, color="black")
+        axis.set_title(f"{name}: speed of {OURS} over that of")
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def main() -> None:
+    """Run all cases and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", help=f"comma-separated, of {', '.join(CASES)}")
+    parser.add_argument("--repeats", type=int, help="blocks per peer; 20 on a GPU, else 10")
+    parser.add_argument("--chunk_rows", default="", help="also time these, comma-separated")
+    parser.add_argument("--json", type=pathlib.Path, help="where to write all numbers")
+    parser.add_argument("--plot", type=pathlib.Path, help="where to draw them")
+    args = parser.parse_args()
+    keep_freed_memory()
+    flags.FLAGS.mark_as_parsed()  # tokamax reads some, and argparse does not parse them
+    device = "gpu" if jax.default_backend() == "gpu" else "cpu"
+    names = args.cases.split(",") if args.cases else [n for n in CASES if n.startswith(device)]
+    if unknown := [n for n in names if n not in CASES]:
+        parser.error(f"--cases: {unknown} are none of {', '.join(CASES)}")
+    results: dict[str, Any] = {
+        "device": jax.devices()[0].device_kind,
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "clock_tflops": [clock()],
+        "cases": {},
+    }
+    chunk_rows = [int(n) for n in args.chunk_rows.split(",") if n]
+    for name in names:
+        found = bench(CASES[name], args.repeats or (20 if device == "gpu" else 10), chunk_rows)
+        results["cases"][name] = found
+        print(f"{name}: {CASES[name]}")
+        for peer, result in found["peers"].items():
+            print(line(peer, result), flush=True)
+    results["clock_tflops"].append(clock())
+    print("clock: {:.2f} TFLOP/s before, {:.2f} after".format(*results["clock_tflops"]))
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=1) + "\n")
+    if args.plot:
+        plot(results, args.plot)
+
+
+if __name__ == "__main__":
+    main()
