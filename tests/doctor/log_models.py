@@ -1,0 +1,200 @@
+"""A small but real trainer, with the faults that its log should give away as options."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from lm_jax import metrics
+from lm_jax.data import ngram
+
+V, D, T, B = 1024, 32, 24, 8
+PEAK = 0.01
+
+
+def corpus(seed, windows):
+    """Windows [N, T + 1]: Zipfian words with likely successors, documents of unequal order."""
+    rng = np.random.default_rng(seed)
+    zipf = 1 / np.arange(1, V + 1)
+    zipf /= zipf.sum()
+    successors = np.random.default_rng(99).choice(V, (V, 3), p=zipf)
+    order = rng.beta(0.6, 0.6, (windows, 1))  # how predictable the document is
+    free = rng.choice(V, (windows, T + 1), p=zipf)
+    follow = rng.random((windows, T + 1)) < order
+    which = rng.integers(0, 3, (windows, T + 1))
+    tokens = free.copy()
+    for t in range(1, T + 1):
+        tokens[:, t] = np.where(follow[:, t], successors[tokens[:, t - 1], which[:, t]], free[:, t])
+    return tokens.astype(np.int32)
+
+
+def init(seed, scale=1.0):
+    shapes = {"table": (V, D), "pos": (T, D), "q": (D, D), "k": (D, D), "v": (D, D), "out": (D, D)}
+    keys = jax.random.split(jax.random.key(seed), len(shapes))
+    return {
+        name: scale * D**-0.5 * jax.random.normal(key, shape)
+        for key, (name, shape) in zip(keys, shapes.items(), strict=True)
+    }
+
+
+def logits(params, tokens, causal=True):
+    x = params["table"][tokens] + params["pos"][None]
+    scores = (x @ params["q"]) @ jnp.swapaxes(x @ params["k"], 1, 2) / D**0.5
+    if causal:
+        scores = jnp.where(jnp.tril(jnp.ones(scores.shape[1:], bool))[None], scores, -jnp.inf)
+    x = x + jax.nn.softmax(scores) @ (x @ params["v"]) @ params["out"]
+    return x @ params["table"].T
+
+
+def nats(params, window, *, shift=True, causal=True, crossed=False, dtype=jnp.float32):
+    """Nats of every target [B, T]."""
+    inputs = window[:, :-1] if shift else window[:, 1:]
+    log_p = jax.nn.log_softmax(logits(params, inputs, causal).astype(dtype))
+    targets = jnp.roll(window, crossed, 0)[:, 1:]
+    return -jnp.take_along_axis(log_p, targets[..., None], 2)[..., 0]
+
+
+@functools.lru_cache
+def compiled(shift, causal, crossed, dtype, extra):
+    """The update and the evaluation of one objective."""
+    tx = optax.scale_by_adam()
+
+    def objective(params, window, weights):
+        each = nats(params, window, shift=shift, causal=causal, crossed=crossed, dtype=dtype)
+        ce = (each * weights.astype(dtype)).sum() / weights.astype(
+            dtype
+        ).sum()  # 0 / 0 where nothing is scored
+        # `extra` weighs a distillation from a teacher that guesses.
+        student = jax.nn.log_softmax(logits(params, window[:, :-1]))
+        distance = -student.mean() if extra else 0.0
+        return ce + extra * distance, ce
+
+    def update(params, state, window, weights, lr, clip):
+        (total, ce), grads = jax.value_and_grad(objective, has_aux=True)(params, window, weights)
+        norm = optax.tree.norm(grads)
+        clipped = jax.tree.map(lambda g: g * jnp.minimum(1, clip / norm), grads)
+        direction, state = tx.update(clipped, state, params)
+        updates = jax.tree.map(lambda u: -lr * u, direction)
+        return (
+            optax.apply_updates(params, updates),
+            state,
+            {
+                "train/loss": ce,
+                "total": total,
+                "optim/lr": lr,
+                "optim/grad_norm": norm,
+                "optim/clip_rate": norm > clip,
+                "optim/update_norm": optax.tree.norm(updates),
+            },
+        )
+
+    def evaluate(params, windows):
+        each = nats(params, windows, shift=shift, causal=causal, crossed=crossed)
+        best = logits(params, windows[:, :-1], causal).argmax(-1)
+        return each, (best == windows[:, 1:]).mean()
+
+    return tx, jax.jit(update), jax.jit(evaluate)
+
+
+def train(
+    seed=0,
+    *,
+    steps=300,
+    windows=1600,
+    peak=PEAK,
+    scale=1.0,
+    shift=True,
+    causal=True,
+    crossed=False,  # the targets are those of the next row of the batch
+    dtype=jnp.float32,
+    extra=0.0,
+    clip=1.0,
+    micro_batches=1,  # the schedule is sized in these, a fault if not 1
+    stepping=True,  # else the optimiser's result is dropped
+    reshuffle=True,
+    resume_at=None,  # go on after this update with the data from the start, or
+    lost=(),  # with these lost: "data", "optimiser"
+    unscored_at=(),  # batches without a scored token
+    impute=False,  # non-finite losses become 0, and the update is made all the same
+    perplexity=lambda each, loss: metrics.exp(loss),
+    valid_slots=1,  # times that each token of the valid split is counted
+    tokens_counted=1,  # times that each training token is counted
+):
+    """Train and return the rows of the log."""
+    data = corpus(seed, windows)
+    valid = corpus(seed + 1000, 64)
+    tx, update, evaluate = compiled(shift, causal, crossed, dtype, extra)
+    length = max(steps, 30) * micro_batches
+    schedule = optax.warmup_cosine_decay_schedule(peak / 20, peak, 20, length, 0.0)
+    rates = np.asarray(schedule(jnp.arange(steps)))
+    params = init(seed, scale)
+    state, rows, per_epoch = tx.init(params), [], windows // B
+    position = 0
+    for step in range(1, steps + 1):
+        if resume_at == step - 1:
+            position = 0 if "data" in lost else position
+            if "optimiser" in lost:
+                params = jax.tree.map(lambda p: p + 0.08 * jnp.sign(p), params)
+                state = tx.init(params)
+        epoch, place = divmod(position, per_epoch)
+        order = np.random.default_rng((seed, epoch if reshuffle else 0)).permutation(windows)
+        batch = data[order[place * B : (place + 1) * B]]
+        position += 1
+        weights = np.full((B, T), 0.0 if step in unscored_at else 1.0, np.float32)
+        new_params, new_state, row = update(params, state, batch, weights, rates[step - 1], clip)
+        row = {name: float(x) for name, x in row.items()}
+        total = row.pop("total")
+        good = math.isfinite(row["train/loss"])
+        if stepping and good:
+            params, state = new_params, new_state
+        if impute and not good:
+            row["train/loss"] = 0.0
+        if extra:
+            row["distill/objective"] = total
+        row["optim/param_norm"] = float(optax.tree.norm(params))
+        rows.append(
+            {"step": step}
+            | {name: x if math.isfinite(x) else None for name, x in row.items()}
+            | {
+                "data/tokens": step * B * T * tokens_counted,
+                "data/epoch": step / per_epoch,
+            }
+        )
+        if step % 100 == 0:
+            each, accuracy = evaluate(params, valid)
+            each = np.asarray(each, np.float64)
+            loss = total if extra else each.mean()
+            rows.append(
+                {
+                    "step": step,
+                    "valid/loss": float(loss),
+                    "valid/token_ppl": perplexity(each, float(loss)),
+                    "valid/accuracy": float(accuracy),
+                    "valid/token_count": each.size * valid_slots,
+                }
+            )
+    return rows
+
+
+def references(seed=0, windows=1600):
+    """Unigram and bigram perplexity of the valid split."""
+    train_ids, ids = corpus(seed, windows).ravel(), corpus(seed + 1000, 64)[:, 1:].ravel()
+    return ngram.references(train_ids, ids, vocab_size=V, start=0, orders=(2,))
+
+
+def declared(seed=0, steps=300, windows=1600, peak=PEAK, **more):
+    """What a user would tell `examine_log` about the run."""
+    return {
+        "vocab_size": V,
+        "split_tokens": 64 * T,
+        "train_tokens": windows * T,
+        "tokens_per_step": B * T,
+        "parameters": V * D + 4 * D * D,
+        "lr_peak": peak,
+        "lr_end": 0.0,
+        "steps": steps,
+        "references": references(seed, windows),
+    } | more

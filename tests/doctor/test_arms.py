@@ -1,0 +1,310 @@
+"""Arms of an experiment: built by a small but real builder, with and without its faults."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lm_jax import config, step
+from lm_jax.doctor.arms import examine_arms, shapes
+
+fault = pytest.mark.fault
+SEEDS = (0, 1, 2)
+V = 61  # no other side of a matrix has this length
+
+
+def written(share, *, tied=True, lr=3e-3):
+    """A config as an experiment file writes it."""
+    return {
+        "model": {"table_share": share, "tied": tied, "budget": 60_000},
+        "optim": {"lr": lr, "weight_decay": 0.01},
+    }
+
+
+def build(cfg, *, nesting_bug=False, copied_head=False):
+    """Parameters and optimiser settings of a config; unknown keys raise."""
+    for section, keys in (("model", "table_share tied budget"), ("optim", "lr weight_decay")):
+        unknown = set(cfg[section]) - set(keys.split())
+        if unknown or set(cfg) - {"model", "optim"}:
+            raise ValueError(f"unknown keys {unknown or set(cfg)}")
+    model = cfg if nesting_bug else cfg["model"]  # the keys are one level deeper
+    share = model.get("table_share", 0.35)
+    budget = model.get("budget", 60_000)
+    width = int(share * budget / V) // 4 * 4
+    hidden = (budget - V * width) // (3 * width)
+    tree = {
+        "table": jnp.zeros((V, width)),
+        "up": jnp.zeros((width, hidden)),
+        "gate": jnp.zeros((width, hidden)),
+        "down": jnp.zeros((hidden, width)),
+    }
+    if not model.get("tied", True) or copied_head:
+        tree["head"] = jnp.zeros((V, width))
+    return {"tree": tree, "optim": dict(cfg["optim"])}
+
+
+def count(tree):
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def silent(report):
+    return not report.failed and not report.warned
+
+
+def arms(shares=(0.2, 0.35, 0.45), **bugs):
+    """What is known of the arms once they are built."""
+    made = {}
+    for share in shares:
+        built = build(written(share), **bugs)
+        made[f"share {share}"] = {
+            "config": written(share),
+            "tree": built["tree"],
+            "claimed_parameters": count(build(written(share))["tree"]),
+            "tied": True,
+            "run_dir": f"runs/{share}",
+            "budget": {"stated": 5e6, "steps": 2500, "tokens": 2000},
+        }
+    return made
+
+
+def test_healthy_arms_are_silent():
+    report = examine_arms(arms(), resolve=build, vocab_size=V, matched=False)
+    assert silent(report), report.findings
+    assert [f.check for f in report if f.status == "skip"] == ["config.ranking", "config.matched"]
+
+
+def test_an_untied_arm_has_two_tables():
+    cfg = written(0.3, tied=False)
+    arm = {"config": cfg, "tree": build(cfg)["tree"], "tied": False}
+    assert silent(examine_arms({"untied": arm}, resolve=build, vocab_size=V))
+
+
+@fault(47, "config.same_arms")
+@fault(47, "config.dead_keys")
+def test_keys_read_at_another_level():
+    broken = functools.partial(build, nesting_bug=True)
+    report = examine_arms(arms(nesting_bug=True), resolve=broken, vocab_size=V)
+    assert {"config.same_arms", "config.dead_keys"} <= set(report.failed)
+    same, dead = report["config.same_arms"], report["config.dead_keys"]
+    assert same.values["same"] == [["share 0.2", "share 0.35", "share 0.45"]]
+    assert set(dead.values["dead"]) == {"model.table_share", "model.tied", "model.budget"}
+    assert "nesting level" in same.remedy
+
+
+def test_without_configs_the_trees_only_warn():
+    """Arms of one shape may differ in what has no parameters."""
+    same = {name: {"tree": build(written(0.3))["tree"]} for name in "ab"}
+    report = examine_arms(same)
+    assert report.warned == ["config.same_arms"] and not report.failed
+    other = {name: {"parameters": n} for name, n in (("a", 5), ("b", 6))}
+    assert silent(examine_arms(other))
+
+
+def test_a_dead_key_among_live_ones():
+    def resolve(cfg):
+        return {"width": cfg["width"], "rate": cfg["optim"].get("rate", 0.1)}
+
+    cfg = {"width": 8, "optim": {"rate": 0.1, "decay": 0.0}, "name": "x"}
+    report = examine_arms({"a": {"config": cfg}}, resolve=resolve)
+    assert report["config.dead_keys"].values["dead"] == {"optim.decay": ["a"]}
+    assert "config.unknown_keys" in report.warned
+
+
+def test_no_key_of_the_package_itself_is_dead():
+    """Every field of a model changes the parameters or the graph that is built."""
+
+    def resolve(tree):
+        cfg = config.replace(config.Config(), data__seq_len=16)
+        for key, value in tree.items():
+            setattr(cfg.model, key, value)
+        cfg = config.resolve(config.validate(cfg), windows=10)
+        graphdef, init = step.create_model(cfg, V, "reference")
+        return {"graph": repr(graphdef), "tree": jax.eval_shape(init, jax.random.key(0))}
+
+    tree = {"layers": 1, "d_model": 16, "heads": 2, "d_ff": 32, "bias": False, "tied": True}
+    report = examine_arms({"a": {"config": tree}}, resolve=resolve)
+    assert silent(report) and report["config.dead_keys"].status == "pass"
+
+
+@jax.jit
+def trained(width, keys):
+    """Loss in nats of a bigram model of that width after 60 updates, one for each key."""
+    chances = jax.random.dirichlet(jax.random.key(0), jnp.full(V, 0.1), (V,))
+    tx = optax.adam(0.02)
+    used = (jnp.arange(32) < width) / jnp.sqrt(width)
+
+    def loss(params, pairs):
+        log_p = jax.nn.log_softmax((params[0][pairs[:, 0]] * used[None]) @ params[1].T)
+        return -jnp.take_along_axis(log_p, pairs[:, 1:], 1).mean()
+
+    def sample(key, n):
+        first, second = jax.random.split(key)
+        x = jax.random.randint(first, (n,), 0, V)
+        y = jax.random.categorical(second, jnp.log(chances + 1e-9)[x])
+        return jnp.stack([x, y], 1)
+
+    def update(carry, key):
+        params, state = carry
+        updates, state = tx.update(jax.grad(loss)(params, sample(key, 64)), state)
+        return (optax.apply_updates(params, updates), state), None
+
+    def run(key):
+        keys = jax.random.split(key, 3)
+        params = [jax.random.normal(k, (V, 32)) for k in keys[:2]]
+        carry, _ = jax.lax.scan(update, (params, tx.init(params)), jax.random.split(keys[2], 60))
+        return loss(carry[0], sample(jax.random.key(1), 2000))
+
+    return jax.vmap(run)(keys)
+
+
+def final_losses(width):
+    return trained(width, jnp.stack([jax.random.key(seed) for seed in SEEDS])).tolist()
+
+
+@fault(48, "config.ranking")
+def test_a_winner_inside_the_noise():
+    """Widths 16 and 17 differ by less than seeds do; 4 and 32 by more."""
+    near = {f"width {w}": {"losses": final_losses(w)} for w in (16, 17)}
+    winner = min(near, key=lambda name: np.mean(near[name]["losses"]))
+    report = examine_arms(near, winner=winner)
+    assert report.failed == ["config.ranking"]
+    assert "SE" in report["config.ranking"].evidence
+    assert examine_arms(near).warned == ["config.ranking"]
+
+    far = {f"width {w}": {"losses": final_losses(w)} for w in (4, 32)}
+    winner = min(far, key=lambda name: np.mean(far[name]["losses"]))
+    assert silent(examine_arms(far, winner=winner))
+    loser = ({*far} - {winner}).pop()
+    assert examine_arms(far, winner=loser).failed == ["config.ranking"]
+
+
+@fault(48, "config.ranking")
+def test_one_seed_each_is_no_ranking():
+    one = {f"width {w}": {"losses": final_losses(w)[:1]} for w in (4, 32)}
+    found = examine_arms(one, winner="width 32")["config.ranking"]
+    assert found.status == "fail" and "no estimate of the noise" in found.evidence
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_rankings_of_equal_arms_are_refused(seed):
+    """Seven arms of one distribution: the best is refused nearly always, here each time."""
+    rng = np.random.default_rng(seed)
+    equal = {f"arm {i}": {"losses": list(rng.normal(3, 0.01, 3))} for i in range(7)}
+    assert "config.ranking" in examine_arms(equal).warned
+
+
+@fault(48, "config.run_dirs")
+def test_a_shared_folder(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    both = {
+        name: {"run_dir": str(tmp_path / folder)} for name, folder in (("a", "run"), ("b", "link"))
+    }
+    assert examine_arms(both).failed == ["config.run_dirs"]
+    both["b"]["run_dir"] = str(tmp_path / "other")
+    assert silent(examine_arms(both))
+
+
+@fault(62, "config.parameters")
+def test_a_wrong_claim():
+    made = arms((0.35,))
+    made["share 0.35"]["claimed_parameters"] = 50_000
+    found = examine_arms(made, vocab_size=V)["config.parameters"]
+    assert found.status == "fail" and "in tables" in found.evidence
+
+
+@fault(61, "config.tied")
+@fault(61, "config.parameters")
+def test_a_tied_head_that_is_a_copy():
+    report = examine_arms(arms(copied_head=True), vocab_size=V)
+    assert {"config.tied", "config.parameters"} <= set(report.failed)
+    assert "head" in report["config.tied"].evidence
+
+
+def test_tables_may_be_named():
+    """Where a hidden layer is as wide as the vocabulary, shapes do not tell."""
+    tree = {"table": (V, 8), "up": (8, V), "down": (V, 8)}
+    report = examine_arms({"a": {"tree": tree, "tied": True}}, vocab_size=V)
+    assert report["config.tied"].status == "skip"
+    report = examine_arms({"a": {"tree": tree, "tied": True, "tables": ["table"]}})
+    assert report["config.tied"].status == "pass"
+
+
+def test_a_table_counted_twice_is_named():
+    tree = build(written(0.35))["tree"]
+    claim = count(tree) + tree["table"].size
+    found = examine_arms({"a": {"tree": tree, "claimed_parameters": claim}}, vocab_size=V)
+    assert "counted twice" in found["config.parameters"].evidence
+
+
+@fault(62, "config.matched")
+def test_a_baseline_that_is_not_matched():
+    """The untied head makes it larger; tied, the totals match and the tables do not."""
+    tree = build(written(0.35))["tree"]
+    untied = tree | {"head": tree["table"]}
+    report = examine_arms({"a": {"tree": tree}, "b": {"tree": untied}}, matched=True)
+    assert report.failed == ["config.matched"]
+    unlike = {str(s): {"tree": build(written(s))["tree"]} for s in (0.2, 0.8)}
+    report = examine_arms(unlike, vocab_size=V, matched=True)
+    assert report.warned == ["config.matched"] and not report.failed
+    same = {name: {"tree": tree, "resolved": {"lr": lr}} for name, lr in (("a", 1), ("b", 2))}
+    assert silent(examine_arms(same, vocab_size=V, matched=True))
+
+
+@fault(63, "config.budget")
+def test_a_budget_that_is_no_product():
+    arm = {"budget": {"stated": 6e9, "steps": 30_000, "sequences": 64, "length": 2048}}
+    found = examine_arms({"a": arm})["config.budget"]
+    assert found.status == "fail" and "3.932e+09" in found.evidence
+
+
+# Bad input
+
+
+def test_a_resolve_that_raises_skips():
+    def resolve(cfg):
+        raise KeyError("data")
+
+    report = examine_arms({"a": {"config": {"x": 1}}, "b": {"config": {"x": 2}}}, resolve=resolve)
+    assert not report.failed
+    assert "KeyError" in report["config.dead_keys"].evidence
+    assert report["config.same_arms"].status == "skip"
+
+
+def test_a_resolve_that_changes_each_time_skips():
+    numbers = iter(range(100))
+    report = examine_arms(
+        {"a": {"config": {"x": 1}}}, resolve=lambda cfg: {"x": cfg["x"], "at": next(numbers)}
+    )
+    assert report["config.dead_keys"].status == "skip"
+    assert "at" not in report.failed
+
+
+def test_arms_of_which_nothing_is_known():
+    report = examine_arms({"a": {}, "b": {}})
+    assert all(f.status == "skip" for f in report)
+    json.loads(report.to_json())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (dict(arms={}), "arms"),
+        (dict(arms=["a"]), "arms"),
+        (dict(arms={"a": {"losss": [1.0]}}), "losss"),
+        (dict(arms={"a": {"losses": 1.0}}), "losses"),
+        (dict(arms={"a": {"budget": {"steps": 3}}}), "stated"),
+        (dict(arms={"a": {}}, winner="b"), "winner"),
+    ],
+)
+def test_misuse_is_named(arguments, name):
+    with pytest.raises(ValueError, match=name):
+        examine_arms(**arguments)
+
+
+def test_shapes_of_arrays_and_of_shapes():
+    tree = {"a": {"b": np.zeros((2, 3))}, "c": (4,), "d": [5, 6]}
+    assert shapes(tree) == {"a/b": (2, 3), "c": (4,), "d": (5, 6)}

@@ -1,0 +1,295 @@
+import itertools
+import math
+import time
+import tracemalloc
+
+import numpy as np
+import pytest
+
+from lm_jax.data.pipeline import batch_hash
+from lm_jax.data.synthetic import MarkovSource
+from lm_jax.data.tokenizers import train_tokenizer
+from lm_jax.data.wikitext import split_articles
+from lm_jax.doctor.data import examine_data
+from tests.doctor.data_models import (
+    TEST,
+    TRAIN,
+    VALID,
+    VOCAB,
+    batches,
+    cut,
+    documents,
+    examine,
+    held_out,
+    read,
+    shuffled,
+    silent,
+    stream,
+)
+from tests.helpers import shared_data
+
+# Healthy twins.
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_silent_on_the_synthetic_corpus(seed):
+    train, valid, test = (
+        documents(120, 10 + seed),
+        documents(12, 20 + seed),
+        documents(12, 30 + seed),
+    )
+    epoch = len(read(train, seed=seed))
+    report = examine(
+        read(train, seed=seed),
+        held_out(valid),
+        held_out(test),
+        separator=0,
+        epochs=[
+            read(train, seed=seed),
+            read(train, seed=seed, first=epoch, epochs=2),
+            read(train, seed=seed, first=2 * epoch, epochs=3),
+        ],
+        readers=lambda n: [read(train, seed=seed, processes=n, process=i) for i in range(n)],
+        resume=(
+            [batch_hash(b) for b in read(train, seed=seed)],
+            [batch_hash(b) for b in read(train, seed=seed, first=epoch // 2)],
+        ),
+        split_ids={"train": range(1000), "valid": range(1000, 2000)},
+    )
+    made = "ids repetition target_overlap near_identical_rows gram_containment same_splits"
+    made += " document_containment epoch_order coverage readers_differ resume split_ids"
+    silent(report, *(f"data.{name}" for name in made.split()))
+
+
+def test_silent_on_documents_and_single_arrays():
+    made = ("data.repetition", "data.gram_containment", "data.document_containment")
+    silent(examine(TRAIN, VALID, TEST), *made)
+    silent(examine(stream(TRAIN), stream(VALID), separator=0), *made)
+    silent(examine(cut(stream(TRAIN)), cut(stream(VALID)), separator=0), *made)
+    silent(examine([d.tolist() for d in TRAIN], [d.astype(np.uint16) for d in VALID]), *made)
+
+
+def templates(seed, count=400):
+    """Records of one form with a few free fields."""
+    rng = np.random.default_rng(seed)
+    form = np.arange(1, 61)
+    records = np.tile(form, (count, 1))
+    for place in (7, 8, 20, 21, 33, 45, 46, 47):
+        records[:, place] = rng.integers(61, VOCAB, count)
+    return list(records)
+
+
+def slow_counter(seed, count=60, length=200, flips=0.01):
+    """A cycle through 24 ids, left now and then: about 0.08 nats a token."""
+    rng = np.random.default_rng(seed)
+    steps = 1 + (rng.random((count, length)) < flips) * rng.integers(0, 24, (count, length))
+    return list((np.cumsum(steps, 1) + rng.integers(0, 24, (count, 1))) % 24 + 1)
+
+
+LOW_ENTROPY = {
+    "constant": lambda seed: [np.ones(200, int)] * 50,
+    "alternating": lambda seed: [np.tile([1, 2], 100)] * 50,
+    "alphabet": lambda seed: [(np.arange(200) + seed) % 26 + 1] * 50,
+    "counting": lambda seed: [(np.arange(200) + 7 * i + seed) % 250 + 1 for i in range(60)],
+    "counter": slow_counter,
+    "templates": templates,
+    "markov": lambda seed: [
+        MarkovSource(5, symbols=12, successors=2).sample(250, (seed, i)) + 1 for i in range(80)
+    ],
+    "sentence": lambda seed: [np.frombuffer(b"the cat sat on the mat\n", np.uint8)] * 300,
+}
+
+
+@pytest.mark.parametrize("name", LOW_ENTROPY)
+@pytest.mark.parametrize("seed", range(3))
+def test_silent_on_low_entropy(name, seed):
+    train, valid = LOW_ENTROPY[name](seed), LOW_ENTROPY[name](seed + 100)[:12]
+    silent(examine(train, valid))
+    rows = shuffled(cut(stream(train)), seed)
+    silent(examine(batches(rows), cut(stream(valid)), separator=0))
+
+
+def test_silent_on_tiny_input():
+    silent(examine([np.arange(1, 5)], [np.arange(5, 9)]))
+    silent(examine([{"tokens": np.arange(1, 9).reshape(2, 4)}]))
+
+
+def wikitext():
+    folder = shared_data("wikitext-2")
+    texts = {}
+    for split in ("train", "valid", "test"):
+        with (folder / f"wiki.{split}.tokens").open(encoding="utf-8", newline="\n") as lines:
+            texts[split] = [text for _, text in split_articles(lines)]
+    return texts
+
+
+@pytest.mark.slow
+def test_silent_and_fast_on_wikitext():
+    texts = wikitext()
+    tokenizer = train_tokenizer("word", texts["train"], 0)
+    ids = {name: tokenizer.encode_all(of) for name, of in texts.items()}
+    began = time.process_time()
+    report = examine(
+        *ids.values(),
+        vocab_size=tokenizer.vocab_size,
+        unknown=int(tokenizer.encode("<unk>")[0]),
+        tokenizer=(tokenizer.encode, tokenizer.decode),
+        texts=texts["train"],
+        byte_counts={name: sum(len(text.encode()) for text in of) for name, of in texts.items()},
+    )
+    seconds = time.process_time() - began
+    silent(
+        report,
+        "data.repetition",
+        "data.gram_containment",
+        "data.document_containment",
+        "data.id_distribution",
+        "data.bytes_per_token",
+        "data.round_trip",
+    )
+    assert report["data.repetition"].values["tokens"] == 2_088_628
+    assert seconds < 10
+
+    rows = {name: cut(stream(of), 128, 127) for name, of in ids.items()}
+    report = examine(
+        batches(shuffled(rows["train"]), 32),
+        rows["valid"],
+        rows["test"],
+        vocab_size=tokenizer.vocab_size,
+        separator=0,
+    )
+    silent(report, "data.repetition", "data.target_overlap", "data.near_identical_rows")
+    # In the order of the text, neighbouring rows are of one article: no fault of a batch.
+    silent(examine(batches(rows["train"], 32), vocab_size=tokenizer.vocab_size))
+    # Lines as documents.
+    lines = {
+        n: [tokenizer.encode(x) for t in of for x in t.splitlines(True)] for n, of in texts.items()
+    }
+    silent(examine(*lines.values(), vocab_size=tokenizer.vocab_size), "data.gram_containment")
+
+
+@pytest.mark.parametrize("kind", ["char", "bpe"])
+def test_silent_on_shakespeare(kind):
+    text = shared_data("tinyshakespeare/input.txt").read_text()
+    end = len(text) * 9 // 10
+    tokenizer = train_tokenizer(kind, [text[:end]], 1024 if kind == "bpe" else 0)
+    ids = [tokenizer.encode(part) for part in (text[:end], text[end:])]
+    made = ("data.repetition", "data.gram_containment", "data.id_distribution")
+    silent(examine(*ids, vocab_size=tokenizer.vocab_size), *made)
+    rows = [shuffled(cut(part, 257, 256)) for part in ids]
+    silent(examine(batches(rows[0]), batches(rows[1]), vocab_size=tokenizer.vocab_size), *made)
+
+
+def test_memory_is_bounded_by_max_tokens():
+    endless = (np.random.default_rng(i).integers(0, VOCAB, 1000) for i in itertools.count())
+    tracemalloc.start()
+    report = examine(endless, max_tokens=200_000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert report["data.repetition"].values["tokens"] == 200_000
+    assert "the first 200,000 tokens" in report["data.repetition"].evidence
+    assert peak < 120e6
+
+
+# Power and calibration.
+
+
+def test_weakest_faults_that_must_be_seen():
+    """A tenth of the tokens read twice fails, a twentieth warns."""
+    more = documents(300, 7, length=100)
+    assert examine(more + more[:40])["data.repetition"].status == "fail"
+    assert examine(more + more[:20])["data.repetition"].status == "warn"
+    assert examine(more + more[:2])["data.repetition"].status == "pass"
+
+
+def test_entropy_decides_how_long_a_gram_must_be():
+    rng = np.random.default_rng(0)
+    assert examine(rng.integers(0, VOCAB, (99, 99)))["data.repetition"].values["n"] == 13
+    source = MarkovSource(5, symbols=64, successors=2)
+    low = [source.sample(2000, (1, i)) + 1 for i in range(40)]
+    report = examine(low, [source.sample(2000, (2, i)) + 1 for i in range(4)])
+    silent(report, "data.repetition", "data.gram_containment")
+    n = report["data.repetition"].values["n"]
+    assert n * source.entropy_rate > 1.4 * math.log(80_000)
+    assert n > 30
+    # The same text read twice is as informative as once, and is seen.
+    assert "data.repetition" in examine(low + low).failed
+
+
+# Bad input.
+
+
+def broken():
+    yield TRAIN[0]
+    raise RuntimeError("disk gone")
+
+
+@pytest.mark.parametrize(
+    ("train", "reason"),
+    [
+        (broken(), "RuntimeError: disk gone"),
+        ([np.array([0.5, np.nan])], "float64"),
+        ([np.array(["a", "b"])], "not an array of integer ids"),
+        ([{"input_ids": np.ones((2, 4), int)}], "no 'tokens'"),
+        ([{"tokens": np.ones((2, 4), int), "weights": np.ones((2, 5))}], "weights (2, 5)"),
+        ([{"tokens": np.ones((2, 4), int), "weights": np.full((2, 4), np.nan)}], "finite"),
+        ([[[1, 2], [3]]], "ValueError"),
+        ([3, 4], "shape ()"),
+        ([], "no token"),
+        ([np.zeros(0, int)], "no token"),
+        ([None], "shape ()"),
+    ],
+)
+def test_unreadable_train_is_a_failure_with_its_reason(train, reason):
+    report = examine(train, VALID, separator=0)
+    assert report.failed == ["data.items"]
+    assert reason in report["data.items"].evidence
+    skipped = {f.check for f in report if f.status == "skip"}
+    assert {"data.repetition", "data.gram_containment", "data.ids"} <= skipped
+    assert all(f.evidence for f in report)
+    report.to_json()
+
+
+def test_functions_that_raise_or_return_nonsense_are_skipped():
+    def fails(*_):
+        raise OSError("no file")
+
+    texts = ["some words are here"]
+    cases = [
+        dict(tokenizer=(fails, str), texts=texts),
+        dict(tokenizer=(lambda text: [1], fails), texts=texts),
+        dict(tokenizer=(lambda text: np.ones((2, 2)), str), texts=texts),
+        dict(tokenizer=(lambda text: [1], lambda ids: b"bytes"), texts=texts),
+        dict(tokenizer=(list, str), texts=[]),
+    ]
+    for case in cases:
+        assert examine(None, **case)["data.round_trip"].status == "skip"
+    report = examine(None, readers=fails, epochs=[broken(), broken()])
+    assert report["data.coverage"].status == "skip"
+    assert "no file" in report["data.coverage"].evidence
+    assert "disk gone" in report["data.epoch_order"].evidence
+    assert examine(None, readers=lambda n: [TRAIN])["data.coverage"].status == "skip"
+    endless = examine(None, epochs=[itertools.repeat(TRAIN[0])] * 2, max_tokens=1000)
+    assert endless["data.epoch_order"].status == "skip"
+    assert examine(None, resume=([], []))["data.resume"].status == "skip"
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (dict(vocab_size=1), "vocab_size"),
+        (dict(vocab_size="9"), "vocab_size"),
+        (dict(train=3), "train"),
+        (dict(valid="abc"), "valid"),
+        (dict(table_rows=0), "table_rows"),
+        (dict(max_tokens=1.5), "max_tokens"),
+        (dict(tokenizer=(1, 2)), "tokenizer"),
+        (dict(texts="abc"), "texts"),
+        (dict(round_trip_loss=2), "round_trip_loss"),
+        (dict(readers=3), "readers"),
+        (dict(resume=[1]), "resume"),
+    ],
+)
+def test_misuse(change, name):
+    with pytest.raises(ValueError, match=name):
+        examine_data(**(dict(train=TRAIN, vocab_size=VOCAB) | change))

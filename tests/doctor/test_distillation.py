@@ -1,0 +1,385 @@
+"""Faults planted in distillations, and the checks that must see them."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lm_jax.doctor.distillation import examine_distillation
+from lm_jax.kernels.linear_loss import linear_divergence
+from tests.doctor import toy_distillation as toy
+from tests.doctor.toy_distillation import V, kl
+
+PIPELINE = "teacher_fn teacher_params targets_fn batch".split()
+OBJECTIVE = "teacher_params targets_fn batch student_params objective_fn".split()
+LOOP = "targets_fn teacher_params batch init_fn step_fn student_of teacher_of".split()
+
+
+def silent(report, skipped=()):
+    assert not report.failed and not report.warned, [
+        (f.check, f.evidence) for f in report if f.status in ("fail", "warn")
+    ]
+    if skipped is not None:
+        assert {f.check for f in report if f.status == "skip"} == {f"distill.{n}" for n in skipped}
+
+
+def failed(check, names=None, given=None, **changes):
+    """The finding of the check, which alone or with others fails."""
+    given = given or {}
+    report = examine_distillation(**{n: given[n] for n in names or given} | changes)
+    assert check in report.failed, report[check]
+    assert report[check].remedy
+    return report[check]
+
+
+def topk(student, teacher, weights, temperature, k, *, unique=True):
+    """Divergence over the union of both models' most likely tokens, as ids and a mask."""
+    ids = jnp.concatenate([jax.lax.top_k(z, k)[1] for z in (teacher, student)], -1)
+    ids = jnp.sort(ids, -1)
+    repeat = jnp.pad(ids[..., 1:] == ids[..., :-1], ((0, 0), (0, 0), (1, 0)))
+    masked = [
+        jnp.where(repeat & unique, -1e9, jnp.take_along_axis(z, ids, -1))
+        for z in (student, teacher)
+    ]
+    return kl(*masked, weights, temperature)
+
+
+# Healthy twins
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_silent_on_a_healthy_distillation(seed):
+    given = toy.arguments(seed)
+    silent(examine_distillation(**given, records=toy.train(given), topk_fn=topk))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["forward", "reverse", "jsd"])
+def test_silent_on_the_divergence_of_this_package(kind):
+    @functools.partial(jax.jit, static_argnums=3)
+    def kd_fn(student, teacher, weights, temperature):
+        head = jnp.eye(student.shape[-1], dtype=student.dtype)
+        return linear_divergence(
+            student, head, teacher, head, weights, kind=kind, temperature=temperature, beta=0.3
+        )
+
+    for seed in range(3):
+        report = examine_distillation(
+            kd_fn=kd_fn, kind=kind, beta=0.3, t2=False, vocab_size=21, seed=seed
+        )
+        assert [f.check for f in report if f.status == "pass"] == [
+            f"distill.{n}" for n in "temperature divergence padding precision saturation".split()
+        ]
+        silent(report, None)
+
+
+def numpy_kl(student, teacher, weights, temperature, *, power=2):
+    def log_softmax(z):
+        z = np.asarray(z, np.float64) / temperature
+        z = z - z.max(-1, keepdims=True)
+        return z - np.log(np.exp(z).sum(-1, keepdims=True))
+
+    log_p, log_q = log_softmax(teacher), log_softmax(student)
+    nats = (np.exp(log_p) * (log_p - log_q)).sum(-1)
+    return temperature**power * (nats * weights).sum(), weights.sum()
+
+
+def test_a_numpy_divergence_is_examined_without_gradients():
+    report = examine_distillation(kd_fn=numpy_kl, vocab_size=V)
+    silent(report, None)
+    assert "cannot differentiate" in report["distill.precision"].evidence
+    for name in "temperature divergence padding saturation".split():
+        assert report[f"distill.{name}"].status == "pass"
+
+
+def test_silent_on_targets_stored_in_bfloat16():
+    given = toy.arguments(0)
+    whole = given["targets_fn"]
+
+    def stored(params, batch):
+        return whole(params, batch).astype(jnp.bfloat16)
+
+    given = {n: given[n] for n in PIPELINE} | {"targets_fn": stored}
+    report = examine_distillation(**given)
+    silent(report, None)
+    assert report["distill.alignment"].values["divergence"] > 1e-6
+
+
+# The divergence
+
+
+@pytest.mark.fault(81, "distill.temperature")
+@pytest.mark.parametrize("fn", [kl, numpy_kl])
+@pytest.mark.parametrize(("power", "word"), [(0, "T^2 missing"), (4, "T^2 too often")])
+def test_t2_missing_or_twice(fn, power, word):
+    finding = failed("distill.temperature", kd_fn=functools.partial(fn, power=power), vocab_size=V)
+    assert word in finding.evidence
+    assert np.isclose(finding.values["gradient_ratio"], 4.0 ** (2 - power), rtol=0.05)
+
+
+def reversed_kl(student, teacher, weights, temperature):
+    return kl(teacher, student, weights, temperature)
+
+
+def without_log(student, teacher, weights, temperature):
+    """As of a library whose KL expects log-probabilities and is given probabilities."""
+    p, q = (jax.nn.softmax(z / temperature) for z in (teacher, student))
+    nats = (p * (jnp.log(p) - q)).sum(-1)
+    return temperature**2 * (nats * weights).sum(), weights.sum()
+
+
+def batch_mean(student, teacher, weights, temperature):
+    total, _ = kl(student, teacher, weights, temperature)
+    return total, jnp.float32(len(student))
+
+
+def over_time(student, teacher, weights, temperature):
+    log_p, log_q = (jax.nn.log_softmax(z / temperature, axis=1) for z in (teacher, student))
+    nats = (jnp.exp(log_p) * (log_p - log_q)).sum(-1)
+    return temperature**2 * (nats * weights).sum(), weights.sum()
+
+
+@pytest.mark.fault(82, "distill.divergence")
+@pytest.mark.parametrize("kd_fn", [reversed_kl, without_log, batch_mean, over_time])
+def test_direction_logs_and_axis(kd_fn):
+    finding = failed("distill.divergence", kd_fn=kd_fn, vocab_size=V)
+    assert ("which is reverse" in finding.evidence) == (kd_fn is reversed_kl)
+
+
+def unmasked(student, teacher, weights, temperature):
+    return kl(student, teacher, jnp.ones_like(weights), temperature)
+
+
+@pytest.mark.fault(82, "distill.padding")
+@pytest.mark.parametrize("kd_fn", [batch_mean, over_time, unmasked])
+def test_padding_and_length(kd_fn):
+    failed("distill.padding", kd_fn=kd_fn, vocab_size=V)
+
+
+def narrow(student, teacher, weights, temperature):
+    """The softmax in bfloat16, its sum in float32."""
+    z, y = (jax.nn.log_softmax((x / temperature).astype(jnp.bfloat16)) for x in (student, teacher))
+    nats = (jnp.exp(y) * (y - z)).astype(jnp.float32).sum(-1)
+    return temperature**2 * (nats * weights).sum(), weights.sum()
+
+
+@pytest.mark.fault(88, "distill.precision")
+def test_divergence_in_bfloat16():
+    finding = failed("distill.precision", kd_fn=narrow, vocab_size=V)
+    assert finding.values["errors"]["float32"] > 0.03
+
+
+def guarded(student, teacher, weights, temperature, *, where):
+    z, y = student / temperature, teacher / temperature
+    if where == "clamp":
+        z, y = (jnp.clip(x, -20, 20) for x in (z, y))
+    if where == "half":
+        z, y = (jnp.nan_to_num(x.astype(jnp.float16), posinf=0.0) for x in (z, y))
+        return kl(z, y, weights, 1.0)
+    p, q = jax.nn.softmax(y), jax.nn.softmax(z)
+    log_p, log_q = jnp.log(p + 1e-8), jnp.log(q + 1e-8)
+    if where == "outside":
+        log_p, log_q = jax.nn.log_softmax(y) + 1e-3, jax.nn.log_softmax(z)
+    if where == "clamp":
+        log_p, log_q = jax.nn.log_softmax(y), jax.nn.log_softmax(z)
+    nats = (p * (log_p - log_q)).sum(-1)
+    return temperature**2 * (nats * weights).sum(), weights.sum()
+
+
+@pytest.mark.fault(94, "distill.saturation")
+@pytest.mark.parametrize("where", ["clamp", "half", "inside", "outside"])
+def test_epsilon_and_clamps(where):
+    failed("distill.saturation", kd_fn=functools.partial(guarded, where=where), vocab_size=V)
+
+
+@pytest.mark.fault(91, "distill.subset")
+def test_duplicates_in_the_union():
+    fn = functools.partial(topk, unique=False)
+    finding = failed("distill.subset", topk_fn=fn, vocab_size=V)
+    (whole, exact), (doubled, other) = finding.values["sums"].values()
+    # Where every token is there twice nothing is seen.
+    assert np.isclose(whole, exact) and not np.isclose(doubled, other, rtol=0.01)
+
+
+# The teacher
+
+
+@pytest.mark.fault(83, "distill.teacher_gradient")
+@pytest.mark.fault(83, "distill.teacher_fixed")
+def test_a_trainable_projection_of_the_teacher():
+    given = toy.arguments(0, project=True, frozen=False)
+    finding = failed("distill.teacher_gradient", OBJECTIVE, given)
+    assert "projection" in finding.evidence
+    finding = failed("distill.teacher_fixed", LOOP, given)
+    assert "projection" in finding.values["moved"] and finding.values["drift"] > 1e-3
+
+
+@pytest.mark.fault(83, "distill.teacher_gradient")
+def test_a_teacher_without_stop_gradient():
+    failed("distill.teacher_gradient", OBJECTIVE, toy.arguments(1, frozen=False))
+
+
+@pytest.mark.fault(84, "distill.teacher_eval")
+def test_dropout_in_the_teacher():
+    finding = failed("distill.teacher_eval", PIPELINE, toy.arguments(0, drop=True))
+    assert finding.values["changes"]["teacher_fn"] == 0 < finding.values["changes"]["targets_fn"]
+
+
+@pytest.mark.fault(84, "distill.alignment")
+def test_dropout_of_one_mask_in_the_teacher():
+    failed("distill.alignment", PIPELINE, toy.arguments(0, drop="one mask"))
+
+
+@pytest.mark.fault(85, "distill.present")
+@pytest.mark.parametrize("source", ["student", "weight 0"])
+def test_distillation_absent(source):
+    finding = failed("distill.present", OBJECTIVE, toy.arguments(0, source=source))
+    assert finding.values["moved"] == 0
+
+
+@pytest.mark.fault(86, "distill.alignment")
+@pytest.mark.parametrize("cache", ["shuffled", "shifted"])
+def test_targets_misaligned(cache):
+    finding = failed("distill.alignment", PIPELINE, toy.arguments(0, cache=cache))
+    assert finding.values["piped"] < finding.values["alone"]
+    assert finding.values["divergence"] > 0.5
+    assert ("1 position too late" in finding.evidence) == (cache == "shifted")
+
+
+@pytest.mark.fault(87, "distill.roles")
+@pytest.mark.fault(87, "distill.teacher_fixed")
+def test_teacher_and_student_swapped():
+    given = toy.arguments(0, swap=True, frozen=False)
+    finding = failed("distill.roles", LOOP, given)
+    assert not finding.values["moved"]
+    failed("distill.teacher_fixed", LOOP, given)
+
+
+@pytest.mark.fault(87, "distill.roles")
+def test_another_model_in_the_place_of_the_student():
+    given = toy.arguments(0)
+    finding = failed("distill.roles", LOOP, given, student_parameters=13)
+    assert "declared for the student are 13" in finding.evidence
+
+
+@pytest.mark.fault(89, "distill.information")
+def test_a_vocabulary_papered_over():
+    for seed in range(3):
+        given = toy.arguments(seed, project=True)
+        finding = failed("distill.information", PIPELINE, given)
+        assert finding.values["nats"] > finding.values["unigram"]
+    failed("distill.information", PIPELINE, given, unigram_nats=2.3)
+
+
+@pytest.mark.fault(90, "distill.future")
+def test_states_interpolated_along_time():
+    finding = failed("distill.future", PIPELINE, toy.arguments(0, blur=True))
+    assert finding.values["earlier"] > 0.01
+
+
+# The log
+
+
+@functools.lru_cache
+def log(**faults):
+    given = toy.arguments(0, **faults)
+    return tuple(toy.train(given))
+
+
+def fast(update):
+    return 8 * update
+
+
+@pytest.mark.fault(92, "distill.terms")
+@pytest.mark.parametrize(("total", "word"), [("raw", "add up"), ("scaled", "T^2 kd_kl")])
+def test_one_name_for_two_values(total, word):
+    assert word in failed("distill.terms", records=log(total=total)).evidence
+
+
+@pytest.mark.fault(93, "distill.clock")
+def test_a_curriculum_in_micro_steps():
+    finding = failed("distill.clock", records=log(clock=fast), weights_fn=toy.curriculum)
+    assert "8 times as fast" in finding.evidence
+
+
+@pytest.mark.fault(93, "distill.eval_components")
+def test_evaluation_at_the_temperature_of_training():
+    given = toy.arguments(0, eval_alpha=toy.curriculum)
+    names = "eval_fn student_params teacher_params batch steps".split()
+    finding = failed("distill.eval_components", names, given)
+    assert set(finding.values["changed"]) == {"kd_kl", "kd_kl_t2"}
+
+
+@pytest.mark.fault(95, "distill.contrastive")
+def test_few_candidates():
+    finding = failed("distill.contrastive", contrastive_candidates=4)
+    assert "ln 4 = 1.386" in finding.evidence
+
+
+# Bad input
+
+
+def test_nothing_given_is_nothing_examined():
+    report = examine_distillation()
+    assert {f.status for f in report} == {"skip"}
+    assert all("Not given" in f.evidence for f in report)
+
+
+def broken(*_):
+    raise RuntimeError("no such thing")
+
+
+def test_functions_that_raise_or_return_nonsense():
+    given = toy.arguments(0)
+    functions = [n for n in given if n.endswith("_fn")]
+    report = examine_distillation(**given | dict.fromkeys(functions, broken), records=())
+    assert {f.status for f in report} == {"skip", "pass"}
+    assert report["distill.divergence"].evidence.endswith("RuntimeError: no such thing")
+    assert [f.check for f in report if f.status == "pass"] == ["distill.contrastive"]
+
+    def nan(*_):
+        return jnp.float32(np.nan), jnp.float32(1)
+
+    report = examine_distillation(kd_fn=nan)
+    assert {"distill.temperature", "distill.divergence", "distill.padding"} <= set(report.failed)
+    assert not [f for f in report if f.status == "pass"]
+    report = examine_distillation(
+        **{n: given[n] for n in PIPELINE} | {"targets_fn": lambda *_: jnp.full((16, 12, V), np.nan)}
+    )
+    assert not [f for f in report if f.status == "pass"], [f for f in report if f.status == "pass"]
+    report = examine_distillation(kd_fn=lambda *_: 1.0, targets_fn=lambda *_: 1.0, **_rest(given))
+    assert not report.failed
+    assert "instead of (sum, count)" in report["distill.divergence"].evidence
+    assert "returned shape ()" in report["distill.future"].evidence
+
+
+def _rest(given):
+    return {n: given[n] for n in ("teacher_params", "batch")}
+
+
+def test_a_cache_that_ignores_the_tokens_is_not_passed():
+    given = toy.arguments(0)
+    stored = given["targets_fn"](given["teacher_params"], given["batch"])
+    report = examine_distillation(
+        **{n: given[n] for n in PIPELINE} | {"targets_fn": lambda *_: stored}
+    )
+    assert "a cache?" in report["distill.future"].evidence
+    silent(report, None)
+
+
+@pytest.mark.parametrize(
+    ("word", "changes"),
+    [
+        ("kind", dict(kind="backward")),
+        ("beta", dict(beta=1.0)),
+        ("vocab_size", dict(vocab_size=1)),
+        ("calls", dict(calls=0)),
+        ("kd_fn", dict(kd_fn=3)),
+        ("batch", dict(batch=[1])),
+    ],
+)
+def test_arguments_that_make_no_sense(word, changes):
+    with pytest.raises(ValueError, match=word):
+        examine_distillation(**changes)

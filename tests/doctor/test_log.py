@@ -1,0 +1,607 @@
+"""Post-mortems of logs: of a small real trainer with and without faults, and of bad files."""
+
+import json
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rich.console import Console
+
+from lm_jax.doctor.log import CHECKS, examine_log
+from lm_jax.doctor.records import METRICS, read_log
+from tests.doctor.log_models import PEAK, B, D, T, V, declared, train
+
+fault = pytest.mark.fault
+SEEDS = (0, 1, 2)
+
+
+@pytest.fixture(scope="module")
+def healthy():
+    """Log and declarations of three healthy runs."""
+    return [(train(seed), declared(seed)) for seed in SEEDS]
+
+
+def silent(report):
+    return not report.failed and not report.warned
+
+
+def failing(report, *names):
+    assert set(names) <= set(report.failed), [f for f in report if f.status in ("fail", "warn")]
+    for name in names:
+        assert report[name].remedy and report[name].evidence
+    report.show(Console(quiet=True))
+    json.loads(report.to_json())
+    return [report[name] for name in names]
+
+
+# Healthy logs
+
+
+def test_healthy_runs_are_silent(healthy):
+    for rows, facts in healthy:
+        report = examine_log(rows, **facts)
+        assert silent(report), [f for f in report if f.status in ("fail", "warn")]
+        skipped = {f.check for f in report if f.status == "skip"}
+        assert skipped <= {
+            "log.resume",
+            "log.throughput",
+            "log.components",
+            "eval.objective",
+            "eval.compared",
+        }
+
+
+def test_every_check_can_pass(healthy):
+    """With everything declared and logged, no check is left out."""
+    rows, facts = healthy[0]
+    rows = [
+        row
+        | (
+            {}
+            if "valid/loss" in row
+            else {
+                "perf/tokens_per_second": 1e5,
+                "distill/objective": row["train/loss"] + 0.7,
+                "distill/weighted/lm_ce": row["train/loss"],
+                "distill/weighted/kd": 0.7,
+            }
+        )
+        for row in rows
+    ]
+    rows = [
+        row | {"valid/lm_ce": row["valid/loss"]} if "valid/loss" in row else row for row in rows
+    ]
+    text = {"tokenizer": "words", "corpus": "zipf", "unit": "token"}
+    report = examine_log(
+        rows,
+        **facts | {"resumes": [150], "peak_flops": 1e12},
+        comparisons=[text | {"name": "other"}],
+        measured_on=text,
+    )
+    assert silent(report), [f for f in report if f.status in ("fail", "warn")]
+    assert [f.check for f in report if f.status == "skip"] == ["eval.ppl_of_loss"]
+
+
+def test_only_rows_and_nothing_declared(healthy):
+    for rows, _ in healthy:
+        assert silent(examine_log(rows))
+
+
+def character_level(seed, ending=1.4, steps=2000):
+    """A course as of characters, simulated: perplexities from 66 down to 4."""
+    rng = np.random.default_rng(seed)
+    step = np.arange(1, steps + 1)
+    course = ending + (4.19 - ending) * np.exp(-step / 40) + 0.8 * step**-0.4
+    loss = course + 0.06 * rng.standard_normal(steps)
+    rows = [
+        {
+            "step": int(s),
+            "train/loss": float(x),
+            "optim/lr": 3e-3 * min(1, s / 50) * (1 - s / (steps + 1)),
+            "optim/grad_norm": float(g),
+            "data/tokens": 768.0 * s,
+            "data/epoch": s / 700,
+        }
+        for s, x, g in zip(step, loss, rng.lognormal(0, 0.4, steps), strict=True)
+    ]
+    held_out = float(course[-1] + 0.1)
+    return [
+        *rows,
+        {"step": steps, "valid/loss": held_out, "valid/token_ppl": math.exp(held_out)},
+    ]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_character_level_perplexities_are_no_alarm(seed):
+    rows = character_level(seed)
+    assert 3 < rows[-1]["valid/token_ppl"] < 6
+    assert silent(examine_log(rows, vocab_size=66))
+    lines = {"unigram": 28.4, "kn2": 12.0}
+    assert silent(examine_log(rows, vocab_size=66, references=lines, resumes=[900]))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_source_of_hardly_any_entropy_is_no_alarm(seed):
+    """A loss near 0 is right where the entropy rate is near 0, whatever a bigram reaches."""
+    rows = character_level(seed, ending=-0.035)
+    lines = {"unigram": 60.0, "kn2": 20.0, "entropy_rate": 0.01}
+    assert silent(examine_log(rows, vocab_size=2000, references=lines, split_tokens=100_000))
+
+
+def test_overfitting_is_no_alarm_if_declared():
+    rows = train(0, steps=150, windows=B, reshuffle=False)
+    rows = [row for row in rows if "train/loss" in row]
+    assert rows[-1]["train/loss"] < 1
+    assert silent(examine_log(rows, vocab_size=V, train_tokens=B * T, overfit=True))
+
+
+def test_a_short_run_is_no_alarm():
+    assert silent(examine_log(train(0, steps=8), **declared(0, steps=30)))
+
+
+def test_an_interrupted_run_is_not_judged_by_its_end(healthy):
+    rows, facts = healthy[0]
+    report = examine_log(rows[:150], **facts)
+    assert silent(report)
+    assert report["log.lr_end"].status == "skip"
+
+
+def test_float16_may_skip_updates_while_it_seeks_its_scale():
+    rows = character_level(0)
+    for i in (0, 1, 1000):
+        rows[i] |= {"optim/grad_norm": None, "optim/skipped_updates": 1.0, "optim/loss_scale": 1024}
+    assert silent(examine_log(rows, vocab_size=66))
+
+
+# The loss itself
+
+
+@fault(1, "log.fall")
+@fault(74, "eval.floor")
+def test_copied_targets():
+    report = examine_log(train(0, shift=False), **declared(0))
+    fall, floor = failing(report, "log.fall", "eval.floor")
+    assert fall.values["exponent"] > 1 and "target.oracle" in fall.remedy
+    assert "causality.suffix_swap" in floor.remedy
+
+
+@fault(13, "eval.floor")
+def test_no_causal_mask():
+    rows = train(0, causal=False, steps=900, peak=0.02)
+    failing(examine_log(rows, **declared(0, steps=900, peak=0.02)), "eval.floor")
+
+
+def test_a_low_perplexity_without_references_only_warns():
+    rows = [{"step": 1000, "valid/loss": 1.2}]
+    assert examine_log(rows, vocab_size=16000).warned == ["eval.floor"]
+    assert silent(examine_log(rows, vocab_size=200))
+
+
+def test_below_the_entropy_of_the_source():
+    rows = character_level(0)
+    facts = dict(vocab_size=66, split_tokens=200_000, references={"entropy_rate": 1.7})
+    (found,) = failing(examine_log(rows, **facts), "eval.floor")
+    assert found.values["error"] < 0.01
+
+
+@fault(75, "eval.baseline")
+def test_worse_than_counting():
+    """With the targets of another row of the batch, context is of no use."""
+    report = examine_log(train(0, crossed=True), **declared(0))
+    (found,) = failing(report, "eval.baseline")
+    assert "causality.row_independence" in found.remedy
+
+
+@fault(75, "log.above_uniform")
+@fault(75, "eval.above_uniform")
+def test_worse_than_a_uniform_guess():
+    report = examine_log(train(0, peak=2.0), **declared(0, peak=2.0))
+    failing(report, "log.above_uniform", "eval.above_uniform")
+
+
+def test_a_model_that_learns_slowly_is_above_uniform_only_early():
+    rows = train(0, scale=2.0, steps=60)
+    assert rows[0]["train/loss"] > math.log(V)
+    assert "log.above_uniform" not in examine_log(rows, **declared(0, steps=60)).failed
+
+
+@fault(46, "log.trend")
+@fault(46, "log.updates")
+@fault(46, "eval.identical")
+def test_an_optimiser_that_never_steps():
+    report = examine_log(train(0, stepping=False), **declared(0))
+    trend, updates, same = failing(report, "log.trend", "log.updates", "eval.identical")
+    assert "hyper-parameter" in trend.remedy and "counter" in updates.remedy
+    assert same.values["same"] and trend.values["z"] < 2.33
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_frozen_model_is_seen_in_few_rows(seed):
+    """Seven rows are not decisive, but they are no trend either."""
+    rows = [row for row in train(seed, stepping=False) if "train/loss" in row][::45]
+    report = examine_log(rows, vocab_size=V)
+    assert "log.trend" in report.failed + report.warned
+
+
+@fault(12, "log.quantised")
+def test_a_loss_in_bfloat16():
+    report = examine_log(train(0, dtype=jnp.bfloat16, steps=100), **declared(0, steps=100))
+    # The sum over tokens is in bfloat16 as well.
+    assert "log.quantised" in report.failed
+
+
+@pytest.mark.parametrize(("digits", "status"), [(6, "fail"), (4, "fail"), (1, "skip")])
+def test_bfloat16_is_seen_through_the_printed_digits(digits, status):
+    rng = np.random.default_rng(0)
+    exact = np.asarray(jnp.asarray(rng.uniform(2.1, 3.9, 60), jnp.bfloat16), float)
+    rows = [{"step": i, "train/loss": round(float(x), digits)} for i, x in enumerate(exact)]
+    assert examine_log(rows)["log.quantised"].status == status
+    rows = [
+        {"step": i, "train/loss": round(float(x), digits)}
+        for i, x in enumerate(rng.uniform(2.1, 3.9, 60))
+    ]
+    assert examine_log(rows)["log.quantised"].status in ("pass", "skip")
+
+
+@fault(8, "log.finite")
+def test_a_batch_without_scored_tokens():
+    report = examine_log(train(0, unscored_at=(70,)), **declared(0))
+    (found,) = failing(report, "log.finite")
+    assert found.values["found"]["train/loss"] == {"first_step": 70, "count": 1, "stays": False}
+    assert "loss.nothing_scored" in found.remedy
+
+
+def test_poisoned_parameters_stay():
+    rows = character_level(0)
+    for row in rows[500:-1]:
+        row |= {"train/loss": None}
+    found = examine_log(rows).findings[1]
+    assert found.values["found"]["train/loss"]["stays"] and "every later row" in found.evidence
+
+
+@fault(53, "log.imputed")
+def test_a_loss_that_was_replaced_by_zero():
+    report = examine_log(train(0, unscored_at=(70, 150), impute=True), **declared(0))
+    (found,) = failing(report, "log.imputed")
+    assert found.values["steps"] == {"train/loss": [70, 150]}
+
+
+def test_spikes_are_named_with_the_gradient_norm():
+    rows = character_level(0)
+    for i in range(1200, 1206):
+        rows[i] = rows[i] | {"train/loss": 4.0, "optim/grad_norm": 60.0}
+    found = examine_log(rows)["log.spikes"]
+    assert found.status == "warn" and found.values["step"] == 1201
+    assert "gradient norm" in found.evidence
+
+
+# Resumes and epochs
+
+
+@fault(35, "log.resume")
+def test_a_resume_that_reads_the_data_again():
+    rows = train(0, resume_at=150, lost=("data",))
+    (found,) = failing(examine_log(rows, **declared(0), resumes=[150]), "log.resume")
+    assert "repeat the noise" in found.evidence and "beginning" in found.remedy
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_right_resume_is_silent(seed):
+    rows = train(seed, resume_at=150)
+    assert silent(examine_log(rows, **declared(seed), resumes=[150]))
+    assert rows == train(seed)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_right_resume_amid_a_steep_fall_is_silent(seed):
+    """The loss falls by 4 nats within the first 100 steps, in an S."""
+    rows = character_level(seed)
+    for row in rows[:-1]:
+        row["train/loss"] += 2 / (1 + math.exp((row["step"] - 60) / 8))
+    for at in (30, 50, 60, 80, 120):
+        assert silent(examine_log(rows, resumes=[at])), at
+
+
+def test_a_resume_that_loses_state_jumps_up():
+    rows = train(0, resume_at=150, lost=("optimiser",))
+    (found,) = failing(examine_log(rows, **declared(0), resumes=[150]), "log.resume")
+    assert "+" in found.values["wrong"][0]
+
+
+@pytest.mark.parametrize("jump", [-0.12, 0.12])
+def test_a_jump_of_half_the_noise_of_a_row_is_seen(jump):
+    """32 rows on either side, of noise 0.06: SE 0.03 at most."""
+    rows = character_level(1)
+    for row in rows[1000:-1]:
+        row["train/loss"] += 1.6 * jump
+    assert "log.resume" in examine_log(rows, resumes=[1000]).failed
+
+
+def test_a_killed_run_that_appended_to_its_log():
+    """Rows after the lost checkpoint are replaced, and the resume is found."""
+    rows = character_level(0)
+    longer = rows[:900] + rows[800:]
+    report = examine_log(longer, vocab_size=66)
+    assert silent(report) and "1 resumes" in report["log.resume"].evidence
+
+
+@fault(33, "log.epoch_order")
+def test_the_same_order_in_every_epoch():
+    facts = declared(0, windows=480)
+    assert "log.epoch_order" not in examine_log(train(0, windows=480), **facts).failed
+    report = examine_log(train(0, windows=480, reshuffle=False), **facts)
+    (found,) = failing(report, "log.epoch_order")
+    assert found.values["correlation"] > 0.5
+
+
+# Learning rate, norms, speed and budgets
+
+
+@fault(45, "log.lr_end")
+@pytest.mark.parametrize("micro_batches", [2, 4, 8])
+def test_a_schedule_sized_in_micro_batches(micro_batches):
+    rows = train(0, micro_batches=micro_batches)
+    (found,) = failing(examine_log(rows, **declared(0)), "log.lr_end")
+    assert found.values["accumulation"] == micro_batches
+    assert "micro-batches" in found.evidence
+
+
+def test_warm_up_from_zero_and_longer_than_the_run():
+    lr = np.arange(200) / 500 * 1e-3
+    rows = [
+        row | {"optim/lr": float(x)} for row, x in zip(character_level(0)[:200], lr, strict=True)
+    ]
+    report = examine_log(rows, vocab_size=66)
+    assert report.failed == ["log.warmup"] and report.warned == ["log.lr_zero"]
+
+
+def test_a_schedule_that_ends_too_early():
+    rows = character_level(0)
+    for row in rows[500:-1]:
+        row["optim/lr"] = 0.0
+    (found,) = failing(examine_log(rows, lr_end=0.0), "log.lr_zero")
+    assert found.values["idle"] > 0.7
+
+
+def test_clipping_is_explained_and_never_a_fault():
+    rows = train(0, clip=0.1)
+    report = examine_log(rows, **declared(0))
+    assert silent(report)
+    found = report["log.clipping"]
+    assert found.values["rate"] == 1 and "explains no bad loss" in found.evidence
+
+
+@fault(63, "log.throughput")
+@fault(63, "log.budget")
+def test_tokens_counted_once_for_each_of_8_micro_batches():
+    facts = declared(0)
+    N = facts["parameters"]
+    for counted, status in ((1, "pass"), (8, "fail")):
+        rows = train(0, tokens_counted=counted)
+        # Seconds of a step at 20 % of the peak.
+        speed = {"perf/tokens_per_second": counted * B * T / 0.001}
+        rows = [row | speed if "train/loss" in row else row for row in rows]
+        peak = 6 * N * B * T / 0.001 / 0.2
+        report = examine_log(rows, **facts | {"train_tokens": None, "peak_flops": peak})
+        assert report["log.throughput"].status == status
+        assert report["log.budget"].status == status
+
+
+def test_a_stated_budget():
+    budgets = [{"stated": 6e9, "steps": 30_000, "tokens": 131_072}]
+    found = examine_log(character_level(0), budgets=budgets)["log.budget"]
+    assert found.status == "fail" and "3.932e+09" in found.evidence
+
+
+@fault(92, "log.components")
+def test_weighted_terms_that_do_not_add_up():
+    rows = train(0, steps=100, extra=0.01)
+    for row in rows:
+        if "distill/objective" in row:
+            kd = row["distill/objective"] - row["train/loss"]
+            row |= {"distill/weighted/lm_ce": row["train/loss"], "distill/weighted/kd": kd}
+    assert examine_log(rows)["log.components"].status == "pass"
+    for row in rows:
+        if "distill/weighted/kd" in row:
+            row["distill/weighted/kd"] /= 0.01  # the raw value under the name of the weighted
+    failing(examine_log(rows), "log.components")
+
+
+# Evaluations
+
+
+@fault(71, "eval.capped")
+@fault(71, "eval.ppl_of_loss")
+def test_a_capped_perplexity():
+    rows = train(0, peak=2.0, perplexity=lambda each, loss: math.exp(min(loss, 20)))
+    assert rows[-1]["valid/loss"] > 20
+    capped, _ = failing(examine_log(rows, **declared(0)), "eval.capped", "eval.ppl_of_loss")
+    assert "e^20" in capped.evidence
+
+
+def test_a_perplexity_that_is_infinite_too_soon():
+    rows = [{"step": 200, "valid/loss": 10.5, "valid/token_ppl": math.inf}]
+    assert "eval.capped" in examine_log(rows).failed
+    rows = [{"step": 200, "valid/loss": 800.0, "valid/token_ppl": math.inf}]
+    assert "eval.capped" not in examine_log(rows).failed
+
+
+@fault(72, "eval.objective")
+def test_the_perplexity_of_a_total_objective():
+    rows = train(0, extra=2.0)
+    report = examine_log(rows, **declared(0))
+    objective, above = failing(report, "eval.objective", "eval.above_uniform")
+    assert "lm_ce" in objective.remedy and "total objective" in above.remedy
+
+
+def test_the_perplexity_beside_lm_ce():
+    row = {"step": 500, "valid/token_ppl": math.exp(3.0), "valid/lm_ce": 3.0, "valid/loss": 9.0}
+    assert silent(examine_log([row]))
+    assert examine_log([row | {"valid/token_ppl": math.exp(9.0)}]).failed == ["eval.objective"]
+
+
+@fault(70, "eval.ppl_of_loss")
+def test_averaged_exponentials():
+    rows = train(0, perplexity=lambda each, loss: float(np.exp(each.mean(1)).mean()))
+    (found,) = failing(examine_log(rows, **declared(0)), "eval.ppl_of_loss")
+    assert found.values["excess"] > 0
+
+
+@fault(73, "eval.logged_tokens")
+def test_more_tokens_than_the_split_has():
+    (found,) = failing(examine_log(train(0, valid_slots=3), **declared(0)), "eval.logged_tokens")
+    assert found.values["shares"] == [3]
+
+
+def test_accuracy_and_loss_of_other_tokens():
+    """Half of the scored slots are padding and copied at no cost; the accuracy leaves them out."""
+    row = {"step": 100, "valid/loss": 0.05, "valid/accuracy": 0.4}
+    assert examine_log([row]).failed == ["eval.accuracy"]
+    assert silent(examine_log([row | {"valid/accuracy": 0.95}]))
+
+
+def test_one_split_under_two_names():
+    row = {"step": 100, "valid/loss": 3.1415926, "test/loss": 3.1415926}
+    assert examine_log([row]).failed == ["eval.identical"]
+    assert silent(examine_log([row | {"test/loss": 3.1415927}]))
+
+
+def test_equal_evaluations_of_few_digits_or_no_learning_rate_are_no_alarm():
+    rows = [{"step": s, "valid/loss": 3.21} for s in (100, 200)]
+    assert silent(examine_log(rows))
+    rows = [{"step": s, "valid/loss": 3.2101234, "optim/lr": lr} for s, lr in ((1, 1), (200, 0))]
+    assert "eval.identical" not in examine_log(rows).failed
+
+
+@fault(76, "eval.compared")
+def test_perplexities_of_other_tokens():
+    mine = {"tokenizer": "bpe 50k", "corpus": "wikitext-2", "unit": "token"}
+    other = mine | {"name": "GPT-2", "tokenizer": "gpt2"}
+    report = examine_log([], comparisons=[other], measured_on=mine)
+    assert report["eval.compared"].status == "fail"
+    assert "bits per byte" in report["eval.compared"].remedy
+    report = examine_log([], comparisons=[{"name": "a paper"}], measured_on=mine)
+    assert report["eval.compared"].status == "warn"
+
+
+# Bad input
+
+
+def test_an_empty_log_fails_and_skips():
+    report = examine_log([])
+    assert report.failed == ["log.readable"]
+    assert all(f.status in ("fail", "skip") or f.check == "log.finite" for f in report)
+
+
+def test_rows_without_a_known_metric():
+    assert "log.readable" in examine_log([{"step": 1, "wer": 0.3}]).failed
+
+
+def test_numbers_that_are_none():
+    report = examine_log([{"step": 1, "train/loss": "high"}, {"step": 2, "train/loss": 3.0}])
+    assert report.failed == ["log.readable"] and "train/loss" in report.findings[0].evidence
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_nonsense_never_raises(seed):
+    """Rows of random metrics, values and order; every check says something."""
+    rng = np.random.default_rng(seed)
+    values = [None, math.nan, math.inf, -1, 0, 0.0, 1e-300, 1e300, 3.5, 20.0, "x", "nan", [1], {}]
+    for _ in range(60):
+        rows = [
+            {str(name): values[rng.integers(len(values))] for name in rng.choice(METRICS, 12)}
+            | ({"step": int(rng.integers(500))} if rng.random() < 0.9 else {})
+            for _ in range(rng.integers(1, 80))
+        ]
+        report = examine_log(
+            rows,
+            vocab_size=50,
+            split_tokens=100,
+            train_tokens=1000,
+            tokens_per_step=10,
+            references={"unigram": 20.0, "kn2": 10.0},
+            parameters=1e6,
+            peak_flops=1e12,
+            lr_end=0.0,
+            resumes=[100],
+        )
+        assert len(report.findings) == len(CHECKS)
+        json.loads(report.to_json())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "name"),
+    [
+        (dict(records=[3]), "records"),
+        (dict(records={"step": 1}), "records"),
+        (dict(vocab_size=1), "vocab_size"),
+        (dict(parameters=0), "parameters"),
+        (dict(references={"kn2": -1.0}), "references"),
+        (dict(budgets=[{"steps": 3}]), "budgets"),
+        (dict(comparisons=[{"ppl": 3}]), "comparisons"),
+    ],
+)
+def test_misuse_is_named(wrong, name):
+    with pytest.raises(ValueError, match=name):
+        examine_log(**{"records": []} | wrong)
+
+
+# Files
+
+
+def test_a_jsonl_file_with_broken_lines(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text(
+        '{"step": 1, "loss": 9.5}\nloss\n[1]\n{"step": 2, "loss": 9.1}\n{"step": 3, "lo'
+    )
+    log = read_log(path, {"loss": "loss"})
+    assert [row["train/loss"] for row in log.records] == [9.5, 9.1]
+    assert [p.line for p in log.problems] == [2, 3, 5]
+    report = examine_log(log.records, problems=log.problems)
+    assert report.failed == ["log.readable"]
+    assert report["log.readable"].values["lines"] == [2, 3, 5]
+
+
+def test_a_last_line_cut_off_warns(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"step": 1, "train/loss": 9.5}\n{"step": 2, "tr')
+    log = read_log(path)
+    report = examine_log(log.records, problems=log.problems)
+    assert not report.failed and report.warned == ["log.readable"]
+
+
+@pytest.mark.parametrize("comma", [",", "\t"])
+def test_a_csv_file(tmp_path, comma):
+    lines = ["iter,train_loss,val_loss,lr", "10,9.5,,1e-3", "20,nan,8.25,2e-3", "30,9"]
+    path = tmp_path / "log.csv"
+    path.write_text("\n".join(lines).replace(",", comma) + "\n")
+    mapping = {"step": "iter", "loss": "train_loss", "valid_loss": "val_loss"}
+    log = read_log(path, mapping)
+    assert log.records[0] == {"step": "10", "train/loss": "9.5", "lr": "1e-3"}
+    assert log.records[1]["valid/loss"] == "8.25" and [p.line for p in log.problems] == [4]
+    report = examine_log(log.records)
+    assert report["log.finite"].values["found"]["train/loss"]["first_step"] == 20
+
+
+def test_files_of_nothing(tmp_path):
+    path = tmp_path / "log.jsonl"
+    for text in ("", "\n\n", "{", "\x00\xff"):
+        path.write_text(text)
+        log = read_log(path)
+        assert examine_log(log.records, problems=log.problems)["log.readable"].status == "fail"
+
+
+def test_a_wrong_mapping_is_named(tmp_path):
+    path = tmp_path / "log.csv"
+    path.write_text("step,loss\n1,2.0\n")
+    with pytest.raises(ValueError, match="train_loss.*choose from loss, step"):
+        read_log(path, {"loss": "train_loss"})
+    with pytest.raises(ValueError, match="did you mean 'valid/loss'"):
+        read_log(path, {"val/loss": "loss"})
+
+
+def test_the_toy_is_what_it_says():
+    """The declared parameters are those of the tree; the run is one of the scale assumed."""
+    assert declared()["parameters"] == V * D + 4 * D * D
+    assert max(row["optim/lr"] for row in train(0) if "optim/lr" in row) == pytest.approx(PEAK)

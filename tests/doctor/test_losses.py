@@ -1,0 +1,472 @@
+"""Planted faults of loss functions, and healthy losses that must pass every check."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lm_jax.doctor.losses import examine_loss
+from lm_jax.loss import cross_entropy
+
+V = 131  # beyond 100, so that a label of -100 can wrap
+T = 12
+
+
+def examine(loss_fn, **changes):
+    return examine_loss(loss_fn, **{"vocab_size": V, "seq_len": T} | changes)
+
+
+def in_range(tokens, weights, vocab_size):
+    """What a data pipeline asserts on the host; compiled code cannot."""
+    if not isinstance(tokens, jax.core.Tracer):
+        scored = np.asarray(tokens)[np.asarray(weights) > 0]
+        if scored.size and not (0 <= scored.min() and scored.max() < vocab_size):
+            raise ValueError("a scored label is outside the vocabulary")
+
+
+def shifted(nats_of):
+    """A loss from per-token nats of (logits, targets, weights), shifted, masked and guarded."""
+
+    def loss(logits, tokens, weights):
+        in_range(tokens, weights, logits.shape[-1])
+        logits, targets, weights = logits[:, :-1], tokens[:, 1:], weights[:, 1:]
+        targets = jnp.where(weights > 0, targets, 0)
+        logits = jnp.where(weights[..., None] > 0, logits, 0).astype(jnp.float32)
+        nats = nats_of(logits, targets, weights)
+        return (nats * weights).sum(), weights.sum()
+
+    return loss
+
+
+def plain(logits, targets, weights):
+    return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+
+
+def real(dtype):
+    """The loss of lm_jax behind the range check that its store makes."""
+
+    def loss(logits, tokens, weights):
+        in_range(tokens, weights, logits.shape[-1])
+        return cross_entropy(logits[:, :-1].astype(dtype), tokens[:, 1:], weights[:, 1:])
+
+    return loss
+
+
+def numpy_loss(logits, tokens, weights):
+    in_range(tokens, weights, logits.shape[-1])
+    scored = weights[:, 1:] > 0
+    z = logits[:, :-1].astype(np.float64)[scored]
+    y, w = tokens[:, 1:][scored], weights[:, 1:][scored].astype(np.float64)
+    top = z.max(-1, keepdims=True)
+    norm = np.log(np.exp(z - top).sum(-1)) + top[:, 0]
+    return float(((norm - z[np.arange(len(y)), y]) * w).sum()), float(w.sum())
+
+
+def one_hot_loss(logits, targets, weights):
+    return -(jax.nn.one_hot(targets, logits.shape[-1]) * jax.nn.log_softmax(logits)).sum(-1)
+
+
+def chunked(logits, tokens, weights):
+    """Row by row, as a fused loss works through its batch."""
+
+    def row(carry, row):
+        total, count = shifted(plain)(*(x[None] for x in row))
+        return (carry[0] + total, carry[1] + count), None
+
+    in_range(tokens, weights, logits.shape[-1])
+    start = jnp.zeros(()), jnp.zeros(())
+    return jax.lax.scan(row, start, (logits, tokens, weights))[0]
+
+
+def quiet(report):
+    return {f.check: f.evidence for f in report if f.status in ("fail", "warn")} == {}
+
+
+REAL = {dtype: real(dtype) for dtype in ("float32", "bfloat16")}
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("dtype", REAL)
+def test_own_loss_is_silent(dtype, seed):
+    report = examine(REAL[dtype], seed=seed)
+    assert quiet(report), report.to_json()
+    assert all(f.status == "pass" for f in report)
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "seq_len", "batch_size"),
+    [
+        (2, 4, 2),
+        (3, 5, 2),
+        pytest.param(1025, 129, 5, marks=pytest.mark.slow),
+        pytest.param(40_000, 64, 4, marks=pytest.mark.slow),
+    ],
+)
+def test_sizes_are_silent(vocab_size, seq_len, batch_size):
+    report = examine(REAL["float32"], vocab_size=vocab_size, seq_len=seq_len, batch_size=batch_size)
+    assert quiet(report), report.to_json()
+
+
+@pytest.mark.parametrize(
+    "loss", [shifted(plain), shifted(one_hot_loss), chunked], ids=["optax", "one_hot", "chunked"]
+)
+def test_healthy_jax_losses_are_silent(loss):
+    report = examine(loss)
+    assert quiet(report), report.to_json()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_numpy_loss_is_silent(seed):
+    report = examine(numpy_loss, seed=seed)
+    assert quiet(report), report.to_json()
+    assert "not traceable" in report["loss.contract"].evidence
+
+
+def torch_loss(torch, *, ignore_index=-100):
+    def loss(logits, tokens, weights):
+        z = torch.from_numpy(logits.astype(np.float32))[:, :-1].flatten(0, 1)
+        y = torch.from_numpy(tokens)[:, 1:].flatten().long()
+        w = torch.from_numpy(weights)[:, 1:].flatten()
+        kept = w > 0
+        nats = torch.nn.functional.cross_entropy(
+            z[kept], y[kept], reduction="none", ignore_index=ignore_index
+        )
+        return (nats * w[kept]).sum(), w.sum()
+
+    return loss
+
+
+def test_a_torch_loss_is_silent():
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    for seed in range(3):
+        report = examine(torch_loss(torch, ignore_index=V + 1_000), seed=seed)
+        assert quiet(report), report.to_json()
+
+
+@pytest.mark.fault(9, "loss.label_range")
+def test_torch_counts_an_ignored_label():
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    report = examine(torch_loss(torch))
+    assert report.failed == ["loss.label_range"]
+    assert report["loss.label_range"].values["answers"][-100] == "scored, but as no token"
+
+
+def test_a_bidirectional_objective_is_declared():
+    def loss(logits, tokens, weights):
+        in_range(tokens, weights, V)
+        return cross_entropy(logits, tokens, weights)
+
+    report = examine(loss, objective="bidirectional")
+    assert quiet(report), report.to_json()
+    assert report["target.edges"].status == "skip"
+    assert "target.oracle" in examine(loss).failed
+
+
+# Planted faults.
+
+
+@pytest.mark.fault(1, "target.oracle")
+def test_no_shift():
+    report = examine(lambda z, y, w: cross_entropy(z, y, w))
+    assert {"target.oracle", "loss.definition"} <= set(report.failed)
+    assert report["target.oracle"].values["means"][0] < 1e-3
+
+
+@pytest.mark.fault(2, "target.oracle")
+def test_double_shift():
+    """The collator has shifted the labels already, the loss shifts again."""
+    report = examine(lambda z, y, w: cross_entropy(z[:, :-2], y[:, 2:], w[:, 2:]))
+    assert "target.oracle" in report.failed
+    means = report["target.oracle"].values["means"]
+    assert min(means, key=means.get) == 2
+
+
+def flattened(logits, tokens, weights):
+    """The shift comes after flattening."""
+    flat = logits.reshape(1, -1, logits.shape[-1])[:, :-1]
+    return cross_entropy(flat, tokens.reshape(1, -1)[:, 1:], weights.reshape(1, -1)[:, 1:])
+
+
+@pytest.mark.fault(3, "target.row_crossing")
+def test_shift_crosses_rows():
+    report = examine(flattened)
+    assert {"target.row_crossing", "target.edges"} <= set(report.failed)
+    assert "target.oracle" not in report.failed
+
+
+def test_labels_rolled_around():
+    report = examine(lambda z, y, w: cross_entropy(z, jnp.roll(y, -1, 1), jnp.roll(w, -1, 1)))
+    assert "target.edges" in report.failed
+
+
+@pytest.mark.fault(4, "loss.padding")
+def test_padding_is_a_target():
+    report = examine(lambda z, y, w: cross_entropy(z[:, :-1], y[:, 1:], jnp.ones_like(w)[:, 1:]))
+    assert {"loss.padding", "loss.count", "loss.nothing_scored"} <= set(report.failed)
+
+
+@pytest.mark.fault(5, "loss.uniform")
+def test_padding_in_the_sum_alone():
+    def loss(z, y, w):
+        nats = optax.softmax_cross_entropy_with_integer_labels(z[:, :-1], y[:, 1:])
+        return nats.sum(), w[:, 1:].sum()
+
+    report = examine(loss)
+    assert {"loss.uniform", "loss.padding"} <= set(report.failed)
+    assert max(report["loss.uniform"].values["means"].values()) > np.log(V)
+
+
+@pytest.mark.fault(5, "loss.uniform")
+def test_padding_in_the_count_alone():
+    def loss(z, y, w):
+        return REAL["float32"](z, y, w)[0], 1.0 * w[:, 1:].size
+
+    assert {"loss.uniform", "loss.count", "loss.padding"} <= set(examine(loss).failed)
+
+
+@pytest.mark.fault(6, "loss.repetition")
+def test_sum_is_backpropagated():
+    """What is differentiated is the sum: the count that divides it is 1."""
+    report = examine(lambda z, y, w: (REAL["float32"](z, y, w)[0], jnp.ones(())))
+    assert {"loss.repetition", "loss.count"} <= set(report.failed)
+
+
+@pytest.mark.fault(44, "loss.split")
+def test_mean_of_rows():
+    """Every row counts the same, however many tokens it has."""
+
+    def loss(z, y, w):
+        totals, counts = jax.vmap(lambda *row: REAL["float32"](*(x[None] for x in row)))(z, y, w)
+        return (totals / counts).mean() * counts.sum(), counts.sum()
+
+    report = examine(loss)
+    assert {"loss.split", "loss.nothing_scored", "loss.definition"} <= set(report.failed)
+
+
+@pytest.mark.fault(8, "loss.nothing_scored")
+def test_zero_over_zero():
+    def loss(z, y, w):
+        total, count = REAL["float32"](z, y, w)
+        return total / count * count, count
+
+    report = examine(loss)
+    assert report.failed == ["loss.nothing_scored"]
+    assert "nan" in report["loss.nothing_scored"].evidence
+
+
+@pytest.mark.fault(9, "loss.label_range")
+def test_labels_wrap():
+    """Labels are kept as they are; -100 indexes token V - 100."""
+
+    def loss(z, y, w):
+        z, y, w = z[:, :-1], jnp.where(w[:, 1:] > 0, y[:, 1:], 0), w[:, 1:]
+        z = jnp.where(w[..., None] > 0, z, 0).astype(jnp.float32)
+        return (plain(z, y, w) * w).sum(), w.sum()
+
+    report = examine(loss)
+    assert report.failed == ["loss.label_range"]
+    answers = report["loss.label_range"].values["answers"]
+    assert answers == {
+        -1: f"scored as token {V - 1}",
+        -100: f"scored as token {V - 100}",
+        V: "not a number",
+        V + 7: "not a number",
+    }
+
+
+@pytest.mark.fault(9, "loss.label_range")
+@pytest.mark.parametrize("how", ["clipped", "one_hot"])
+def test_labels_clipped_or_without_a_one_hot(how):
+    def nats(z, y, w):
+        return plain(z, jnp.clip(y, 0, V - 1), w) if how == "clipped" else one_hot_loss(z, y, w)
+
+    def loss(z, y, w):
+        masked = jnp.where(w[:, 1:] > 0, y[:, 1:], 0)
+        logits = jnp.where(w[:, 1:, None] > 0, z[:, :-1], 0).astype(jnp.float32)
+        return (nats(logits, masked, w) * w[:, 1:]).sum(), w[:, 1:].sum()
+
+    report = examine(loss)
+    assert report.failed == ["loss.label_range"]
+
+
+@pytest.mark.fault(9, "loss.masked_labels")
+def test_an_ignored_label_reaches_the_loss():
+    """The product masks the sum, but label V has made it NaN before."""
+
+    def loss(z, y, w):
+        nats = plain(z[:, :-1].astype(jnp.float32), y[:, 1:], w)
+        return (nats * w[:, 1:]).sum(), w[:, 1:].sum()
+
+    report = examine(loss)
+    assert {"loss.masked_labels", "loss.masked_logits", "loss.label_range"} == set(report.failed)
+
+
+@pytest.mark.fault(11, "loss.floor")
+def test_label_smoothing_is_reported():
+    def nats(z, y, w, epsilon=0.01):
+        smooth = optax.smooth_labels(jax.nn.one_hot(y, z.shape[-1]), epsilon)
+        return optax.softmax_cross_entropy(z, smooth)
+
+    report = examine(shifted(nats))
+    assert "loss.floor" in report.failed
+    assert "target.oracle" not in report.failed
+
+
+@pytest.mark.fault(11, "loss.floor")
+def test_auxiliary_loss_is_reported():
+    def nats(z, y, w):
+        return plain(z, y, w) + 1e-4 * jax.nn.logsumexp(z, axis=-1) ** 2
+
+    report = examine(shifted(nats))
+    assert {"loss.floor", "loss.uniform", "loss.definition"} <= set(report.failed)
+
+
+def short(z, y, w):
+    """The logits' own type all the way."""
+    in_range(y, w, V)
+    y, w = jnp.where(w > 0, y, 0)[:, 1:], w[:, 1:]
+    z = jnp.where(w[..., None] > 0, z[:, :-1], 0)
+    return (plain(z, y, w) * w).sum(), w.sum()
+
+
+@pytest.mark.fault(12, "loss.dtype")
+@pytest.mark.parametrize("seed", range(3))
+def test_loss_in_bfloat16(seed):
+    report = examine(short, seed=seed)
+    assert report.failed == ["loss.dtype"]
+
+
+@pytest.mark.fault(12, "loss.accumulation")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_sums_in_a_short_type(dtype):
+    def loss(z, y, w):
+        total, count = REAL["float32"](z, y, w)
+        return total.astype(dtype), count.astype(dtype)
+
+    report = examine(loss)
+    assert {"loss.accumulation", "loss.dtype", "loss.count"} <= set(report.failed)
+
+
+@pytest.mark.fault(55, "loss.extreme_logits")
+def test_where_hides_the_logarithm_of_zero():
+    """Masked positions take log(0) and hide it in the value, not in the gradient."""
+
+    def loss(z, y, w):
+        in_range(y, w, V)
+        y, w = jnp.where(w > 0, y, 0)[:, 1:], w[:, 1:]
+        z = z[:, :-1].astype(jnp.float32)
+        p = jax.nn.softmax(z)
+        picked = jnp.take_along_axis(p, y[..., None], -1)[..., 0]
+        # A scored token of probability 0 costs its margin; only the masked ones hide log(0).
+        margin = z.max(-1) - jnp.take_along_axis(z, y[..., None], -1)[..., 0]
+        nats = jnp.where(picked > 0, -jnp.log(picked), margin)
+        return jnp.where(w > 0, nats * w, 0).sum(), w.sum()
+
+    report = examine(loss)
+    finding = report["loss.extreme_logits"]
+    assert finding.status == "fail"
+    assert np.isnan(finding.values["differences"]["gradient, target on top"])
+    assert finding.values["differences"]["sum, target on top"] == 0
+
+
+@pytest.mark.fault(94, "loss.extreme_logits")
+def test_epsilon_outside_the_softmax():
+    def nats(z, y, w):
+        p = jnp.take_along_axis(jax.nn.softmax(z), y[..., None], -1)[..., 0]
+        return -jnp.log(p + 1e-8)
+
+    assert "loss.extreme_logits" in examine(shifted(nats)).failed
+
+
+def test_weights_taken_for_a_mask():
+    def loss(z, y, w):
+        return REAL["float32"](z, y, (w > 0).astype(jnp.float32))
+
+    assert {"loss.fractional_weights", "loss.count"} <= set(examine(loss).failed)
+
+
+def test_wrong_backward():
+    """The forward pass is right; the hand-written backward forgets the one-hot of the target."""
+
+    @jax.custom_vjp
+    def nats(z, y):
+        return plain(z, y, None)
+
+    nats.defvjp(lambda z, y: (nats(z, y), jax.nn.softmax(z)), lambda p, g: (p * g[..., None], None))
+    report = examine(shifted(lambda z, y, w: nats(z, y)))
+    assert report.failed == ["loss.definition"]
+
+
+# Thresholds: the weakest fault that must be seen.
+
+
+def test_a_small_share_of_smoothing_is_seen(share=1e-4):
+    def nats(z, y, w):
+        return (1 - share) * plain(z, y, w) + share * (-jax.nn.log_softmax(z)).mean(-1)
+
+    assert "loss.floor" in examine(shifted(nats)).failed
+
+
+def test_one_crossing_pair_is_seen():
+    """Only the last row borders on the next: one position in the whole batch is wrong."""
+
+    def loss(z, y, w):
+        total, count = REAL["float32"](z, y, w)
+        extra = cross_entropy(z[1:2, -1:], y[2:3, :1], w[2:3, :1])
+        return total + extra[0], count + extra[1]
+
+    assert "target.edges" in examine(loss, seed=1).failed
+
+
+# Bad input.
+
+
+@pytest.mark.parametrize(
+    ("loss", "reason"),
+    [
+        (lambda z, y, w: 1 / 0, "ZeroDivisionError"),
+        (lambda z, y, w: z.sum(), "instead of (sum, count)"),
+        (lambda z, y, w: (z, w), "instead of two scalars"),
+        (lambda z, y, w: ("a", "b"), "raised ValueError"),
+        (lambda z, y, w: None, "NoneType"),
+        (lambda z, y: (z.sum(), 1.0), "TypeError"),
+    ],
+    ids=["raises", "scalar", "arrays", "text", "none", "two_arguments"],
+)
+def test_bad_functions_are_reported(loss, reason):
+    report = examine(loss)
+    assert report["loss.contract"].status == "fail"
+    assert reason in report["loss.contract"].evidence
+    assert {f.status for f in report} == {"fail", "skip"}
+    assert not any(f.status == "pass" for f in report)
+
+
+def test_nan_never_passes():
+    report = examine(lambda z, y, w: (z.sum() * jnp.nan, w.sum()))
+    assert "loss.contract" in report.failed
+    passed = {f.check for f in report if f.status == "pass"}
+    assert passed <= {"loss.label_range"} and report["loss.contract"].evidence.count("nan")
+
+
+def test_raising_for_some_input_skips_that_check():
+    def loss(z, y, w):
+        if z.dtype == jnp.bfloat16:
+            raise TypeError("float32 only")
+        return REAL["float32"](z, y, w)
+
+    report = examine(loss)
+    assert report["loss.dtype"].status == "skip"
+    assert "float32 only" in report["loss.dtype"].evidence
+    assert quiet(report)
+
+
+@pytest.mark.parametrize(
+    "bad", [dict(vocab_size=1), dict(seq_len=3), dict(batch_size=1), dict(objective="masked")]
+)
+def test_misuse_names_the_argument(bad):
+    (name,) = bad
+    with pytest.raises(ValueError, match=name):
+        examine(REAL["float32"], **bad)
+    with pytest.raises(ValueError, match="loss_fn"):
+        examine(None)

@@ -1,0 +1,580 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from lm_jax import step
+from lm_jax.doctor.causality import probe_cuts
+from lm_jax.doctor.model import examine_model
+from tests.doctor import leaks
+from tests.helpers import tiny_config
+
+V = 61
+
+
+@functools.cache
+def jitted(kind, chunk=16):
+    return jax.jit(leaks.forward(kind, chunk))
+
+
+@functools.cache
+def packed(fault):
+    return jax.jit(leaks.packed(fault))
+
+
+@functools.cache
+def grouped(**how):
+    return jax.jit(leaks.grouped(**how))
+
+
+def examine(kind="correct", T=48, chunk=16, seed=0, **kwargs):
+    params = leaks.init(kind, V, seed)
+    kwargs = dict(params=params, vocab_size=V, seq_len=T, seed=seed) | kwargs
+    return examine_model(jitted(kind, chunk), **kwargs)
+
+
+def silent(report):
+    """No failure, no warning; a skip says why."""
+    assert not report.failed, [report[name].evidence for name in report.failed]
+    assert not report.warned, [report[name].evidence for name in report.warned]
+    assert all(f.evidence and (f.status == "pass" or not f.remedy) for f in report)
+    return report
+
+
+def fault(*rows):
+    """Parameters of a test, each with the mark of the fault that it plants."""
+    marked = []
+    for number, check, *values in rows:
+        name = "-".join(str(v) for v in values)
+        marked.append(pytest.param(check, *values, marks=pytest.mark.fault(number, check), id=name))
+    return marked
+
+
+# --- causality ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_healthy_twins_are_silent(seed):
+    for kind in leaks.HEALTHY:
+        report = silent(examine(kind, seed=seed))
+        assert report["causality.suffix_swap"].status == "pass"
+        assert report["model.randomised"].status == "pass"
+
+
+@pytest.mark.parametrize(
+    "check, kind",
+    fault(*((row, check, kind) for kind, (row, check) in leaks.LEAKS.items())),
+)
+def test_every_leak_is_seen(check, kind):
+    report = examine(kind, chunk=12)
+    assert check in report.failed
+    assert "differ by" in report[check].evidence or "change by" in report[check].evidence
+    assert report[check].remedy
+    assert report["init.loss"].status == "pass"
+
+
+@pytest.mark.parametrize("T, chunk", [(37, 5), (100, 24), (100, 50)])
+def test_leaks_inside_chunks_of_any_length(T, chunk):
+    report = examine("chunk_mean", T=T, chunk=chunk)
+    assert {"causality.suffix_swap", "causality.token_swap"} <= set(report.failed)
+
+
+@pytest.mark.parametrize("kind", sorted(set(leaks.LEAKS) - {"gated"}))
+def test_every_leak_is_seen_without_parameters(kind):
+    params = leaks.init(kind, V)
+    f = jitted(kind, 12)
+    report = examine_model(lambda t: np.asarray(f(params, t)), vocab_size=V, seq_len=48)
+    assert leaks.LEAKS[kind][1] in report.failed + report.warned
+    assert report.failed
+    assert report["model.randomised"].status == "skip"
+
+
+def test_cuts_lie_inside_chunks_of_every_length():
+    for T in (5, 32, 48, 100, 257):
+        cuts = probe_cuts(T, 0)
+        assert {1, 3, T - 1} <= set(cuts) and max(cuts) < T
+        for chunk in range(2, T):
+            assert any(cut % chunk for cut in cuts)
+
+
+def test_weak_leak_and_position_of_it():
+    apply = leaks.forward("correct")
+
+    def weak(params, tokens):  # position 20 sees a ten-thousandth of token 45
+        logits = apply(params, tokens)
+        return logits.at[:, 20].add(1e-4 * params["embedding"][tokens[:, 45]] @ params["head"])
+
+    report = examine_model(jax.jit(weak), params=leaks.init("correct", V), vocab_size=V, seq_len=48)
+    assert report["causality.suffix_swap"].values["position"] == 20
+    assert report["causality.suffix_swap"].status == "fail"
+
+
+@pytest.mark.fault(14, "causality.token_swap")
+def test_off_by_one_is_named_as_distance_one():
+    report = examine("off_by_one")
+    assert report["causality.token_swap"].values["distances"] == "1 to 1"
+
+
+@pytest.mark.parametrize("objective", ["bidirectional", "masked"])
+def test_declared_objective_skips_the_causal_checks(objective):
+    report = silent(examine("bidirectional", objective=objective))
+    for name in ("suffix_swap", "token_swap", "truncation"):
+        assert report[f"causality.{name}"].status == "skip"
+        assert objective in report[f"causality.{name}"].evidence
+    assert report["causality.row_independence"].status == "pass"
+    assert "causality.row_independence" in examine("row_zero", objective=objective).failed
+
+
+@pytest.mark.slow
+def test_low_precision_is_silent_and_still_sees_leaks():
+    def low(kind):
+        params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), leaks.init(kind, V))
+        return examine_model(jitted(kind, 12), params=params, vocab_size=V, seq_len=48)
+
+    report = silent(low("correct"))
+    assert "bfloat16" in report["model.output"].evidence
+    for kind in ("reshape", "row_zero"):
+        assert leaks.LEAKS[kind][1] in low(kind).failed
+
+
+@pytest.mark.parametrize(
+    "check, name",
+    fault(
+        (24, "causality.segment_isolation", "across"),
+        (24, "causality.segment_restart", "no_restart"),
+        (20, "causality.padding_mask", "replaces"),
+        (25, "causality.masked_rows", "nan_forward"),
+        (25, "causality.masked_rows", "nan_backward"),
+    ),
+)
+def test_packed_rows(check, name):
+    fn, params = jitted("correct"), leaks.init("correct", V)
+
+    def report_of(name):
+        kwargs = dict(params=params, vocab_size=V, seq_len=48, segmented=packed(name))
+        return examine_model(fn, **kwargs)
+
+    assert check in report_of(name).failed
+    assert silent(report_of(""))[check].status == "pass"
+
+
+@pytest.mark.parametrize(
+    "check, change",
+    [
+        pytest.param(
+            "causality.reference",
+            dict(block=16, clamped=True),
+            marks=pytest.mark.fault(19, "causality.reference"),
+        ),
+        pytest.param(
+            "causality.reference",
+            dict(order="tile"),
+            marks=pytest.mark.fault(27, "causality.reference"),
+        ),
+    ],
+)
+def test_second_implementation(check, change):
+    params = leaks.init("correct", V)
+    kwargs = dict(params=params, vocab_size=V, seq_len=50, reference=grouped())
+    assert check in examine_model(grouped(**change), **kwargs).failed
+    healthy = examine_model(grouped(block=16), **kwargs)
+    assert silent(healthy)[check].status == "pass"
+
+
+@pytest.mark.parametrize(
+    "check, name",
+    fault(
+        (28, "causality.attention_sums", "dropped"), (28, "causality.attention_softmax", "twice")
+    ),
+)
+def test_attention_probabilities(check, name):
+    assert check in examine(attention=leaks.attention_maps(name)).failed
+    assert silent(examine(attention=leaks.attention_maps()))[check].status == "pass"
+
+
+@pytest.mark.fault(28, "init.probabilities")
+def test_probabilities_in_place_of_logits():
+    f, params = jitted("correct"), leaks.init("correct", V)
+    report = examine_model(
+        lambda p, t: jax.nn.softmax(f(p, t)), params=params, vocab_size=V, seq_len=48
+    )
+    assert report.failed == ["init.probabilities"]
+
+
+# --- target ------------------------------------------------------------------------------------
+
+
+@functools.cache
+def trained_on_chain(shift):
+    """A model trained on a noisy chain with labels `shift` ahead, and rows of the chain."""
+    rng = np.random.default_rng(0)
+    follow = rng.permutation(V)
+
+    def rows(n):
+        tokens = rng.integers(0, V, (n, 32), dtype=np.int32)
+        for t in range(1, 32):
+            tokens[:, t] = np.where(rng.random(n) < 0.8, follow[tokens[:, t - 1]], tokens[:, t])
+        return tokens
+
+    init_fn, step_fn, _ = leaks.trainer("correct", V, shift=shift, rate=1e-2)
+    state = init_fn(0)
+    for _ in range(120):
+        state, _ = step_fn(state, rows(16))
+    return state[0], rows(40)
+
+
+@pytest.mark.parametrize(
+    "check, shift", fault((1, "target.offset_scan", 0), (2, "target.offset_scan", 2))
+)
+def test_offset_of_the_labels(check, shift):
+    params, sample = trained_on_chain(shift)
+    kwargs = dict(vocab_size=V, seq_len=32, trained=True)
+    report = examine_model(jitted("correct"), params=params, sample=sample, **kwargs)
+    assert report[check].status == "fail" and report[check].values["best"] == shift
+    params, sample = trained_on_chain(1)
+    report = silent(examine_model(jitted("correct"), params=params, sample=sample, **kwargs))
+    assert report[check].status == "pass"
+    # Without text, or with text of another kind, it does not pass.
+    report = examine_model(jitted("correct"), params=params, **kwargs)
+    assert report[check].status == "skip"
+    other = np.random.default_rng(1).integers(0, V, (40, 32))
+    report = examine_model(jitted("correct"), params=params, sample=other, **kwargs)
+    assert report[check].status in ("warn", "fail")
+
+
+@pytest.mark.fault(17, "target.future_known")
+def test_a_trained_leak_shows_on_random_tokens():
+    init_fn, step_fn, _ = leaks.trainer("pair", V, rate=1e-2)
+    state, rng = init_fn(0), np.random.default_rng(0)
+    for _ in range(60):
+        state, _ = step_fn(state, rng.integers(0, V, (16, 48), dtype=np.int32))
+    report = examine("pair", params=state[0], trained=True)
+    assert "target.future_known" in report.failed
+
+
+# --- init --------------------------------------------------------------------------------------
+
+
+@pytest.mark.fault(59, "init.identical_leaves")
+@pytest.mark.parametrize("stacked", [False, True])
+def test_layers_of_one_seed(stacked):
+    def report_of(same):
+        keys = [0, 0, 0] if same else [0, 1, 2]
+        layers = [np.asarray(jax.random.normal(jax.random.key(k), (8, 8))) for k in keys]
+        blocks = np.stack(layers) if stacked else layers
+        ones = [np.ones(8, np.float32), np.ones(8, np.float32)]  # norms are alike everywhere
+        params = {"blocks": blocks, "norms": ones, **leaks.init("correct", V)}
+        return examine("correct", params=params)
+
+    assert report_of(True).failed == ["init.identical_leaves"]
+    assert "blocks" in report_of(True)["init.identical_leaves"].evidence
+    silent(report_of(False))
+
+
+@pytest.mark.fault(60, "init.position_scale")
+def test_positions_drown_tokens():
+    def report_of(amplitude):
+        params = leaks.init("correct", V)
+        angles = np.arange(leaks.LENGTHS)[:, None] / 50 ** (np.arange(leaks.D) / leaks.D)
+        params["positions"] = jnp.asarray(amplitude * np.sin(angles), jnp.float32)
+        tables = dict(token_table=params["embedding"], position_table=params["positions"])
+        return examine("correct", params=params, **tables)
+
+    finding = report_of(5.0)["init.position_scale"]
+    assert finding.status == "fail" and finding.values["ratio"] > 10
+    assert report_of(2.0)["init.position_scale"].status == "warn"
+    assert silent(report_of(0.2))["init.position_scale"].status == "pass"
+
+
+@pytest.mark.fault(60, "init.loss")
+@pytest.mark.parametrize("seed", range(3))
+def test_first_loss_far_above_chance(seed):
+    params = leaks.init("correct", V, seed)
+    for factor in (0.02, 1.0, 1.4):  # half the logit variance up to 1
+        silent(examine("correct", params={**params, "head": factor * params["head"]}))
+    report = examine("correct", params={**params, "head": 5 * params["head"]})
+    assert "init.loss" in report.failed
+
+
+@pytest.mark.fault(61, "init.loss")
+def test_tied_table_of_unit_scale():
+    params = leaks.init("tied", V)
+    params["embedding"] = params["embedding"] * 10  # std 1
+    assert "init.loss" in examine("tied", params=params).failed
+
+
+@pytest.mark.parametrize(
+    "check, way", fault((61, "init.identical_leaves", "copied"), (61, "init.tied_table", "apart"))
+)
+def test_table_tied_in_name_only(check, way):
+    params = leaks.init("correct", V)
+    if way == "copied":  # at the start
+        params["head"] = params["embedding"].T * 1.0
+    report = examine(params=params, token_table=params["embedding"], tied=True)
+    assert {check, "init.tied_table"} <= set(report.failed)
+    params = leaks.init("tied", V)
+    silent(examine("tied", params=params, token_table=params["embedding"], tied=True))
+    # One array under two names is one parameter, as in a state dict of another framework.
+    twice = params | {"again": params["embedding"]}
+    assert examine("tied", params=twice)["init.identical_leaves"].status == "pass"
+
+
+@pytest.mark.fault(59, "init.declared_std")
+def test_declared_standard_deviation():
+    declared = {"embedding": 0.2, "positions": 0.1, "query": leaks.D**-0.5}
+    silent(examine(init_std=declared))
+    report = examine(init_std={"embedding": 0.02})
+    assert report.failed == ["init.declared_std"]
+    assert "embedding has" in report["init.declared_std"].evidence
+    assert examine(init_std={"no such": 1.0}).failed == ["init.declared_std"]
+
+
+# --- dropout -----------------------------------------------------------------------------------
+
+
+def dropped(how):
+    """Forward pass of an update with dropout on the logits."""
+    f, calls = jitted("correct"), iter(range(10**6))
+
+    def train(params, tokens, step):
+        logits = f(params, tokens)
+        key = jax.random.fold_in(jax.random.key(0), step)
+        if how == "off":
+            return logits
+        if how == "same_key":
+            key = jax.random.key(0)
+        if how == "clock":
+            key = jax.random.key(next(calls))
+        shape = (1, *logits.shape[1:]) if how == "same_rows" else logits.shape
+        return jnp.where(jax.random.bernoulli(key, 0.9, shape), logits / 0.9, 0)
+
+    return train
+
+
+@pytest.mark.parametrize(
+    "check, how",
+    fault(
+        (57, "training.dropout_varies", "same_key"),
+        (57, "training.dropout_varies", "same_rows"),
+        (57, "training.dropout_repeats", "clock"),
+        (58, "training.dropout_on", "off"),
+    ),
+)
+def test_dropout(check, how):
+    assert check in examine(train_fn=dropped(how)).failed
+    assert silent(examine(train_fn=dropped("right")))[check].status == "pass"
+
+
+@pytest.mark.fault(58, "training.eval_repeats")
+def test_dropout_left_on():
+    train, calls = dropped("right"), iter(range(10**6))
+    report = examine_model(
+        lambda p, t: train(p, t, next(calls)),
+        params=leaks.init("correct", V),
+        vocab_size=V,
+        seq_len=48,
+    )
+    assert "training.eval_repeats" in report.failed
+
+
+# --- real models -------------------------------------------------------------------------------
+
+FAMILIES = {
+    "llama_scanned": dict(model__scan_layers=True),
+    "gpt2_bfloat16": dict(
+        model__norm="layernorm", model__positions="learned", model__mlp="gelu", model__bias=True
+    ),
+    "grouped_untied": dict(model__kv_heads=2, model__qk_norm=True, model__tied=False),
+    "grouped_bfloat16": dict(model__kv_heads=1, model__init="normal"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_of_the_package_are_silent(family):
+    T = 40
+    cfg = tiny_config(data__seq_len=T, **FAMILIES[family])
+    dtype = jnp.dtype("bfloat16" if "bfloat16" in family else "float32")
+    graphdef, init = step.create_model(cfg, V, "reference")
+    params = init(jax.random.key(1))
+
+    @jax.jit
+    def segmented(params, tokens, ids):
+        index = jnp.arange(ids.shape[1], dtype=jnp.int32)[None]
+        first = jnp.pad(ids[:, 1:] != ids[:, :-1], ((0, 0), (1, 0)))
+        positions = index - jax.lax.cummax(jnp.where(first, index, 0), axis=1)
+        model = nnx.merge(graphdef, params)
+        return model.logits(model(tokens, ids, positions, dtype=dtype))
+
+    report = silent(
+        examine_model(
+            lambda params, tokens: segmented(params, tokens, jnp.ones(tokens.shape, jnp.int32)),
+            params=params,
+            vocab_size=V,
+            seq_len=T,
+            segmented=segmented,
+            token_table=params["embedding"],
+            position_table=params.get("position_embedding"),
+            tied=cfg.model.tied,
+            init_std={"embedding": 0.02},
+        )
+    )
+    checked = ["suffix_swap", "truncation", "segment_isolation", "segment_restart", "masked_rows"]
+    assert {report[f"causality.{name}"].status for name in checked} == {"pass"}
+    assert str(dtype) in report["model.output"].evidence
+
+
+def torch_model(torch, causal, dtype):
+    """A small model written for PyTorch, as a function of numpy arrays."""
+    torch.manual_seed(0)
+    embed, place = torch.nn.Embedding(V, 32), torch.nn.Embedding(64, 32)
+    layer = torch.nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True)
+    head = torch.nn.Linear(32, V)
+    modules = torch.nn.ModuleList([embed, place, layer, head]).eval().to(dtype)
+    assert modules is not None
+
+    @torch.no_grad()
+    def fn(tokens):
+        T = tokens.shape[1]
+        x = embed(torch.from_numpy(tokens)) + place(torch.arange(T))[None]
+        mask = torch.full((T, T), -torch.inf, dtype=dtype).triu(1) if causal else None
+        return head(layer(x, src_mask=mask)).float().numpy()
+
+    return fn
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_pytorch_model(dtype):
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    kwargs = dict(vocab_size=V, seq_len=33)
+    report = silent(examine_model(torch_model(torch, True, getattr(torch, dtype)), **kwargs))
+    assert report["causality.suffix_swap"].values["difference"] == 0
+    report = examine_model(torch_model(torch, False, getattr(torch, dtype)), **kwargs)
+    assert {"causality.suffix_swap", "causality.truncation"} <= set(report.failed)
+
+
+def test_hugging_face_model():
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    cfg = transformers.GPT2Config(vocab_size=V, n_positions=64, n_embd=32, n_layer=2, n_head=4)
+    torch.manual_seed(0)
+    model = transformers.GPT2LMHeadModel(cfg).eval()
+    params = {k: v.detach().numpy() for k, v in model.state_dict().items()}
+
+    @torch.no_grad()
+    def fn(params, tokens):
+        model.load_state_dict({k: torch.from_numpy(np.array(v)) for k, v in params.items()})
+        return model(torch.from_numpy(tokens).long(), use_cache=False).logits.numpy()
+
+    tables = dict(
+        token_table=params["transformer.wte.weight"],
+        position_table=params["transformer.wpe.weight"],
+    )
+    params = {k: np.array(v) for k, v in params.items() if k != "lm_head.weight"}
+
+    def tied(params, tokens):
+        return fn(params | {"lm_head.weight": params["transformer.wte.weight"]}, tokens)
+
+    kwargs = dict(vocab_size=V, seq_len=33, init_std={"transformer.wte.weight": 0.02})
+    report = silent(examine_model(tied, params=params, tied=True, **tables, **kwargs))
+    assert report["init.tied_table"].status == "pass"
+
+
+# --- bad input ---------------------------------------------------------------------------------
+
+
+def raises(tokens):
+    raise RuntimeError("no such table")
+
+
+@pytest.mark.parametrize(
+    "fn, reason",
+    [
+        (raises, "RuntimeError: no such table"),
+        (lambda t: np.full((*t.shape, V), np.nan), "non-finite"),
+        (lambda t: np.zeros(t.shape), "shape"),
+        (lambda t: np.zeros((*t.shape, V + 1)), "expected [3, 48, 61]"),
+        (lambda t: np.zeros((*t.shape, V), np.int32), "int32"),
+        (lambda t: None, "shape"),
+        (lambda t, extra: t, "TypeError"),
+    ],
+)
+def test_unfit_functions_fail_once_and_skip_the_rest(fn, reason):
+    report = examine_model(fn, vocab_size=V, seq_len=48)
+    assert report.failed == ["model.output"] and reason in report["model.output"].evidence
+    rest = [f for f in report if f.check != "model.output"]
+    assert rest and {f.status for f in rest} == {"skip"}
+    assert all(f.evidence == "model.output failed" for f in rest)
+
+
+def test_functions_that_take_one_length_or_one_batch_size():
+    f, params = jitted("correct"), leaks.init("correct", V)
+
+    def fixed(tokens):
+        assert tokens.shape == (3, 48), "compiled for [3, 48]"
+        return f(params, tokens)
+
+    report = silent(examine_model(fixed, vocab_size=V, seq_len=48, compute_dtype="float32"))
+    assert "compiled for" in report["causality.truncation"].evidence
+    assert report["causality.truncation"].status == "skip"
+    assert "batch of one was refused" in report["causality.row_independence"].evidence
+
+
+def test_noise_that_the_function_does_not_bear():
+    f = jitted("correct")
+
+    def logs(params, tokens):
+        return f(params, tokens) + 0 * jnp.log(params["scale"]).sum()
+
+    params = leaks.init("correct", V) | {"scale": jnp.ones(4)}
+    report = silent(examine_model(logs, params=params, vocab_size=V, seq_len=48))
+    assert report["model.randomised"].status == "skip"
+    assert "non-finite" in report["model.randomised"].evidence
+
+
+def test_masks_among_the_parameters_are_left_alone():
+    def fn(params, tokens):  # the mask is a leaf, as in the buffers of other frameworks
+        T = tokens.shape[1]
+        x = params["embedding"][tokens]
+        mix = params["mask"][:T, :T] / jnp.arange(1, T + 1)[:, None]
+        return jnp.einsum("ts,bsd->btd", mix, x) @ params["head"]
+
+    params = leaks.init("correct", V) | {"mask": jnp.tril(jnp.ones((48, 48)))}
+    silent(examine_model(jax.jit(fn), params=params, vocab_size=V, seq_len=48))
+
+
+def test_input_that_is_written_to():
+    f, params = jitted("correct"), leaks.init("correct", V)
+
+    def rude(tokens):
+        out = np.asarray(f(params, tokens))
+        tokens[:] = 0
+        return out
+
+    silent(examine_model(rude, vocab_size=V, seq_len=48, compute_dtype="float32"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(vocab_size=1),
+        dict(vocab_size=2.5),
+        dict(seq_len=2),
+        dict(batch_size=1),
+        dict(objective="left"),
+        dict(segmented=3),
+        dict(compute_dtype="int32"),
+    ],
+)
+def test_impossible_arguments(change):
+    with pytest.raises(ValueError, match=next(iter(change))):
+        examine(**change)
+    with pytest.raises(ValueError, match="fn is"):
+        examine_model(3, vocab_size=V, seq_len=48)
+
+
+def test_report_is_json():
+    assert '"causality.suffix_swap"' in examine("bidirectional").to_json()

@@ -1,0 +1,129 @@
+"""The checks before a run, and the command line."""
+
+import json
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import pytest
+from rich.console import Console
+
+from lm_jax import config, doctor, loss, train
+from lm_jax.config import Config
+from tests.helpers import shared_data
+from tests.test_configs import load
+from tests.test_train import small, text  # noqa: F401
+
+
+def not_in_order(report):
+    return [(f.check, f.status, f.evidence) for f in report if f.status in ("fail", "warn")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_the_quickstart_is_in_order(tmp_path, seed):
+    cfg = load("quickstart").get_config()
+    cfg.seed, cfg.data.cache_dir = seed, str(tmp_path)
+    report = doctor.examine_config(cfg)
+    assert not not_in_order(report)
+    assert sum(f.status == "pass" for f in report) > 50
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(model__tied=False, model__norm="layernorm", model__positions="learned"),
+        dict(train__compute_dtype="bfloat16", model__scan_layers=True, optim__ema_decay=0.99),
+        dict(loss__impl="fused", attention__impl="blockwise", optim__name="muon"),
+        dict(model__kv_heads=1, model__qk_norm=True, data__document_mask=False, model__bias=True),
+    ],
+    ids=lambda changes: " ".join(changes),
+)
+def test_families_of_models_are_in_order(text, changes):  # noqa: F811
+    assert not not_in_order(doctor.examine_config(small(text, **changes)))
+
+
+@pytest.mark.slow
+def test_the_full_set_is_in_order(text):  # noqa: F811
+    report = doctor.examine_config(small(text), level="full")
+    assert not not_in_order(report)
+    assert report["target.gibbs"].status == report["gradient.directional"].status == "pass"
+
+
+@pytest.mark.slow
+def test_wikitext2_is_in_order(tmp_path):
+    cfg = load("wikitext2").get_config()
+    cfg.data.source_dir = str(shared_data("wikitext-2"))
+    cfg.data.cache_dir = str(tmp_path)
+    assert not not_in_order(doctor.examine_config(cfg))
+
+
+def test_a_run_with_a_broken_loss_is_refused(text, tmp_path, monkeypatch, capsys):  # noqa: F811
+    right = loss.shift
+
+    def no_shift(batch):
+        b = right(batch)
+        return b._replace(targets=b.inputs)
+
+    monkeypatch.setattr(loss, "shift", no_shift)
+    with pytest.raises(doctor.Unfit, match=r"target\.oracle.*--config\.doctor=off"):
+        train.train_and_evaluate(small(text, doctor="fast"), tmp_path)
+    found = json.loads((tmp_path / "doctor.json").read_text())
+    assert "target.oracle" in found["failed"]
+    assert "target.oracle" in capsys.readouterr().out
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_an_unknown_level_is_named():
+    with pytest.raises(ValueError, match="level: 'deep' is neither fast nor full"):
+        doctor.examine_config(Config(), level="deep")
+    with pytest.raises(config.ConfigError, match="config.doctor"):
+        config.validate(config.replace(Config(), doctor="deep"))
+
+
+def command(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "lm_jax.doctor", *arguments], capture_output=True, text=True
+    )
+
+
+def test_exit_codes_of_the_command(tmp_path):
+    log = tmp_path / "log.csv"
+    log.write_text("it,train_loss\n" + "".join(f"{10 * i},{12 + i % 3}\n" for i in range(200)))
+    arguments = (f"--log={log}", "--map=step=it,loss=train_loss", "--vocab_size=1000")
+    failed = command(*arguments, "--json")
+    assert failed.returncode == 1, failed.stderr
+    assert "log.above_uniform" in json.loads(failed.stdout)["failed"]
+    log.write_text("it,train_loss\n" + "".join(f"{10 * i},{6.5 - i / 200}\n" for i in range(200)))
+    clean = command(*arguments)
+    assert clean.returncode == 0 and "log.trend" in clean.stdout, clean.stdout + clean.stderr
+    for misuse in ((), (f"--log={tmp_path / 'none'}",), (*arguments, "--workdir=x"), ("--what",)):
+        result = command(*misuse)
+        assert result.returncode == 2 and len(result.stderr.strip().splitlines()) == 1
+        assert "Traceback" not in result.stderr
+
+
+def test_a_run_is_examined_from_its_folder(text, tmp_path):  # noqa: F811
+    train.train_and_evaluate(small(text), tmp_path)
+    result = command(f"--workdir={tmp_path}", "--json")
+    findings = json.loads(result.stdout)["findings"]
+    assert result.returncode == 0, result.stdout
+    passed = {f["check"] for f in findings if f["status"] == "pass"}
+    assert {"log.updates", "eval.logged_tokens", "eval.ppl_of_loss"} <= passed
+
+
+def test_a_report_prints_and_finds():
+    report = doctor.Report(
+        (
+            doctor.Finding("a.b", "fail", "3 [of] 4", "mend it", {"x": jnp.float32("nan")}),
+            doctor.Finding("a.c", "pass", "fine"),
+        )
+    )
+    console = Console(record=True, width=100)
+    report.show(console, everything=False)
+    assert "3 [of] 4" in (shown := console.export_text()) and "fine" not in shown
+    assert report.failed == ["a.b"] and report["a.c"].status == "pass"
+    assert json.loads(report.to_json())["findings"][0]["check"] == "a.b"
+    with pytest.raises(KeyError):
+        report["a.d"]
