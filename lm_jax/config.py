@@ -151,7 +151,14 @@ class OptimConfig(_Section):
 class AttentionConfig(_Section):
     """Which attention implementation runs."""
 
-    impl: str = "auto"  # auto | reference | xla
+    impl: str = "auto"  # auto | reference | xla | cudnn | blockwise | pallas
+
+
+@dataclasses.dataclass
+class LossConfig(_Section):
+    """How the loss is computed from hidden states and head."""
+
+    impl: str = "auto"  # auto | materialised (all logits at once) | fused (logits in chunks)
 
 
 @dataclasses.dataclass
@@ -192,11 +199,13 @@ class Config(_Section):
     """One run."""
 
     seed: int = 0  # of parameters, order of the data and dropout
+    doctor: str = "fast"  # checks before a new run starts: off | fast (seconds) | full (minutes)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     attention: AttentionConfig = dataclasses.field(default_factory=AttentionConfig)
+    loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
@@ -210,7 +219,9 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "model.init": ("normal", "fan_in"),
     "optim.name": ("adamw", "muon"),
     "optim.schedule": ("cosine", "linear", "constant", "wsd"),
-    "attention.impl": ("auto", "reference", "xla"),
+    "attention.impl": ("auto", "reference", "xla", "cudnn", "blockwise", "pallas"),
+    "doctor": ("off", "fast", "full"),
+    "loss.impl": ("auto", "materialised", "fused"),
     "train.compute_dtype": ("float32", "bfloat16", "float16"),
     "train.matmul_precision": ("float32", "tensorfloat32"),
 }
@@ -360,10 +371,10 @@ def validate(cfg: Config) -> Config:
         "lower it, or give 0 for the window length",
     )
     require(
-        cfg.attention.impl != "xla" or model.attention_dropout == 0,
+        cfg.attention.impl not in ("xla", "cudnn") or model.attention_dropout == 0,
         "model.attention_dropout",
-        "cannot be had from the xla implementation",
-        "set it to 0, or config.attention.impl to reference",
+        f"cannot be had from the {cfg.attention.impl} implementation",
+        "set it to 0, or config.attention.impl to blockwise",
     )
     for name in eval_splits(cfg):
         require(

@@ -213,7 +213,11 @@ def open_run(workdir: pathlib.Path, *, best: bool = True) -> Run:
             "is now; restore the data."
         )
     mesh = sharding.make_mesh(cfg.mesh.fsdp)
-    impl, _ = attention.choose(cfg.attention.impl, attention_dropout=cfg.model.attention_dropout)
+    impl, _ = attention.choose(
+        cfg.attention.impl,
+        seq_len=cfg.data.seq_len,
+        attention_dropout=cfg.model.attention_dropout,
+    )
     graphdef, init = step.create_model(cfg, store.tokenizer.vocab_size, impl)
     abstract = jax.eval_shape(lambda: step.init_state(cfg, init(jax.random.key(0))))
     shardings = sharding.by_shape(mesh, abstract)

@@ -6,27 +6,19 @@ Any field can be overridden, for instance `--config.optim.peak_lr=1e-3`.
 import ctypes
 import pathlib
 import platform
-import re
 import sys
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from lm_jax import config
+from lm_jax.flags import define_config, parse
 
-config_flags.register_flag_parser_for_type(config.Duration, flags.ArgumentParser())
-
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, as configs/quickstart.py.")
+_CONFIG = define_config()
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run; the same folder resumes it. Default: runs/<config>-<seed>."
 )
 flags.mark_flag_as_required("config")
-
-
-def override_paths(argv: list[str]) -> list[str]:
-    """Dotted paths of the `--config.a.b=...` and `--noconfig.a.b` arguments."""
-    found = (re.match(r"--?(?:no)?config\.([^=]+)", argument) for argument in argv)
-    return [match[1] for match in found if match]
 
 
 def keep_freed_memory() -> None:
@@ -51,7 +43,7 @@ def keep_freed_memory() -> None:
 
 def main(_: list[str]) -> None:
     """Run the training that the flags describe; a mistake in them is one sentence."""
-    from lm_jax import evaluate, sharding
+    from lm_jax import doctor, evaluate, sharding
     from lm_jax.train import train_and_evaluate
 
     if "verbosity" not in {flag.split("=")[0].lstrip("-") for flag in sys.argv[1:]}:
@@ -65,21 +57,7 @@ def main(_: list[str]) -> None:
         sys.exit(str(error))
     try:
         train_and_evaluate(_CONFIG.value, workdir)
-    except config.ConfigError as error:
-        sys.exit(str(error))
-
-
-def parse(argv: list[str]) -> list[str]:
-    """Parse the flags; a mistake in them or in the config file is one sentence."""
-    for argument in argv:
-        name, _, path = argument.partition("=")
-        # A string for `get_config` may follow the path after a colon.
-        if name in ("-config", "--config") and not pathlib.Path(path.split(":")[0]).exists():
-            sys.exit(f"--config={path}: no such file; give a path as configs/quickstart.py.")
-    try:
-        config.check_names(override_paths(argv))
-        return flags.FLAGS(argv)
-    except (config.ConfigError, flags.Error) as error:
+    except (config.ConfigError, doctor.Unfit) as error:
         sys.exit(str(error))
 
 

@@ -20,7 +20,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from rich.console import Console
 
-from lm_jax import checkpoint, config, evaluate, metrics, optim, sharding, step
+from lm_jax import checkpoint, config, doctor, evaluate, metrics, optim, sharding, step
+from lm_jax import loss as losses
 from lm_jax.config import Config
 from lm_jax.data import pipeline
 from lm_jax.data.store import Store
@@ -46,6 +47,7 @@ def train_and_evaluate(cfg: Config, workdir: str | pathlib.Path) -> dict[str, An
     Raises:
         ConfigError: for an impossible config, or one that differs from the workdir's.
         FloatingPointError: after `train.max_nonfinite` skipped updates in a row.
+        Unfit: if the doctor finds the run at fault before it starts.
         Interrupted: after SIGTERM or SIGINT, once the state is saved.
     """
     workdir = pathlib.Path(workdir)
@@ -55,7 +57,14 @@ def train_and_evaluate(cfg: Config, workdir: str | pathlib.Path) -> dict[str, An
     cfg = config.resolve(cfg, windows=windows)
     steps = int(cfg.train.steps)
     impl, reason = attention.choose(
-        cfg.attention.impl, attention_dropout=cfg.model.attention_dropout
+        cfg.attention.impl,
+        seq_len=cfg.data.seq_len,
+        attention_dropout=cfg.model.attention_dropout,
+    )
+    loss_impl, loss_reason = losses.choose(
+        cfg.loss.impl,
+        tokens=cfg.data.batch_size // cfg.optim.accumulation * cfg.data.seq_len,
+        vocab_size=store.tokenizer.vocab_size,
     )
     mesh = sharding.make_mesh(cfg.mesh.fsdp)
     rows = cfg.data.batch_size // cfg.optim.accumulation
@@ -83,6 +92,7 @@ def train_and_evaluate(cfg: Config, workdir: str | pathlib.Path) -> dict[str, An
             best = checkpoints.manifest(best=True)
             manifest |= {"best_loss": best["best_loss"], "best_position": best["best_position"]}
     else:
+        preflight(cfg, store, workdir)
         state = jax.jit(init_state, out_shardings=shardings)(jax.random.key(cfg.seed))
         manifest = {"position": 0, "tokens": 0, "best_loss": None, "best_position": None}
     calls = dispatches(cfg, start)
@@ -105,6 +115,7 @@ def train_and_evaluate(cfg: Config, workdir: str | pathlib.Path) -> dict[str, An
     writers.say(
         f"{parameter_count(abstract.params):,} parameters on {jax.device_count()} "
         f"{jax.devices()[0].device_kind} device(s); attention {impl} ({reason}); "
+        f"loss {loss_impl} ({loss_reason}); "
         f"{len(train_split.tokens):,} training tokens, {steps:,} updates of "
         f"{cfg.data.batch_size * cfg.data.seq_len:,} from update {start:,}"
     )
@@ -229,6 +240,25 @@ def train_and_evaluate(cfg: Config, workdir: str | pathlib.Path) -> dict[str, An
     del state  # the best parameters take its place
     with jax.set_mesh(mesh):
         return final_report(cfg, workdir, evaluator)
+
+
+def preflight(cfg: Config, store: Store, workdir: pathlib.Path) -> None:
+    """Examine a new run; keep the findings in `doctor.json`, print what is not in order.
+
+    Raises:
+        Unfit: if a check failed.
+    """
+    if cfg.doctor == "off":
+        return
+    report = doctor.examine_config(cfg, level=cfg.doctor, store=store)
+    if jax.process_index() == 0:
+        (workdir / "doctor.json").write_text(report.to_json() + "\n")
+        report.show(Console(), everything=False)
+    if report.failed:
+        raise doctor.Unfit(
+            f"the doctor refuses this run: {', '.join(report.failed)} failed (above, and in "
+            f"{workdir / 'doctor.json'}); mend it, or give --config.doctor=off."
+        )
 
 
 _LOGGED = ("loss", "token_ppl", "word_ppl", "bits_per_byte", "accuracy", "token_count")

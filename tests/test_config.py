@@ -70,7 +70,7 @@ def test_int_becomes_float():
         ({"data__valid_fraction": 0.6, "data__test_fraction": 0.5}, "data.valid_fraction"),
         ({"eval__stride": 300}, "eval.stride"),
         ({"eval__splits": "valid,dev"}, "eval.splits"),
-        ({"attention__impl": "cudnn"}, "attention.impl"),
+        ({"attention__impl": "flash"}, "attention.impl"),
         ({"train__steps": "0"}, "train.steps"),
         ({"train__log_every": "0"}, "train.log_every"),
     ],

@@ -27,6 +27,7 @@ from lm_jax.data.pipeline import batch_hash
 V = 29
 
 BASE = {
+    "doctor": "off",
     "data.corpus": "text",
     "data.source_dir": "{root}/a",
     "data.files": "*.txt",
@@ -51,6 +52,7 @@ BASE = {
 # field: (another value, aspects that must change, what else must be set for it to matter)
 TABLE = {
     "seed": (1, "parameters train_batches", {}),
+    "doctor": ("fast", "examined", {}),
     "data.corpus": (
         "wikitext2",
         "error: after 0 updates: .*wiki",
@@ -104,6 +106,7 @@ TABLE = {
     "optim.accumulation": (2, "train_step", {}),
     "optim.ema_decay": (0.9, "train_step evaluated_midway evaluated_at_end", {}),
     "attention.impl": ("xla", "implementation", {}),
+    "loss.impl": ("fused", "train_step eval_step", {"loss.impl": "materialised"}),
     "train.steps": ("7", "calls train_step", {}),
     "train.eval_every": ("2", "evaluated_midway rows", {}),
     "train.checkpoint_every": (
@@ -176,7 +179,11 @@ double = jax.jit(lambda params: jax.tree.map(lambda x: 2 * x, params))
 def loop(cfg, workdir):
     """The real loop around a step that notes what it is given; updates 2 and 3 are not finite."""
     seen = {name: [] for name in "train_batches eval_batches calls evaluated saved".split()}
-    seen["tensorboard"], seen["reader_threads"] = [], []
+    seen["tensorboard"], seen["reader_threads"], seen["examined"] = [], [], []
+
+    def examine_config(cfg, *, level, store):
+        seen["examined"].append(level)
+        return train.doctor.Report()
 
     def create_model(cfg, vocab_size, impl):
         seen["implementation"] = impl
@@ -252,6 +259,8 @@ def loop(cfg, workdir):
         patch.setattr(train.checkpoint, "Checkpoints", Checkpoints)
         patch.setattr(train.evaluate, "open_data", open_data)
         patch.setattr(train, "git_revision", lambda: None)
+        patch.setattr(train.doctor, "examine_config", examine_config)
+        patch.setattr(train.provenance, "trace", lambda *_, **__: None)
         patch.setattr(grain, "ReadOptions", note_threads)
         patch.setattr(corpora, "SYNTHETIC_LENGTH", 40)
         tensorboard = types.SimpleNamespace(SummaryWriter=SummaryWriter)

@@ -45,6 +45,7 @@ def test_config_resolves(name):
 def test_the_character_config_trains_from_one_text_file(tmp_path):
     (tmp_path / "input.txt").write_text("To be, or not to be: that is the question.\n" * 200)
     cfg = load("shakespeare_char").get_config()
+    cfg.doctor = "off"
     cfg.data.source_dir, cfg.data.cache_dir = str(tmp_path), str(tmp_path / "cache")
     cfg.train.steps, cfg.optim.warmup = config.Duration("2"), config.Duration("1")
     assert list(train.train_and_evaluate(cfg, tmp_path / "run")) == ["valid"]

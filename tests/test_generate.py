@@ -272,6 +272,7 @@ def workdir(tmp_path_factory):
         (folder / f"{i:02}.txt").write_text("to be or not to be\n" * (i + 3))
     cfg = config.replace(
         Config(),
+        doctor="off",
         data__corpus="text",
         data__source_dir=str(folder),
         data__files="*.txt",

@@ -33,6 +33,7 @@ def text(tmp_path_factory):
 
 def small(text, **changes):
     base = dict(
+        doctor="off",
         data__corpus="text",
         data__source_dir=str(text),
         data__files="*.txt",

@@ -77,18 +77,20 @@ class Report:
         rows = [_plain(dataclasses.asdict(finding)) for finding in self.findings]
         return json.dumps({"failed": self.failed, "findings": rows}, indent=1, allow_nan=False)
 
-    def show(self, console: Console, *, passed: bool = True) -> None:
-        """Print a table; without `passed`, only what is not in order."""
+    def show(self, console: Console, *, everything: bool = True) -> None:
+        """Print a table; without `everything`, only failures and warnings."""
         table = Table("check", "status", "evidence", "remedy")
         for f in self.findings:
-            if passed or f.status != "pass":
+            if everything or f.status in ("fail", "warn"):
                 colour = _COLOURS[f.status]
                 status = f"[{colour}]{f.status}[/{colour}]"
                 table.add_row(f.check, status, escape(f.evidence), escape(f.remedy))
         if table.row_count:
             console.print(table)
-        counts = {status: len(self._with(status)) for status in _COLOURS}
-        console.print(", ".join(f"{n} {status}" for status, n in counts.items()))
+        counts = {s: sum(f.status == s for f in self.findings) for s in _COLOURS}
+        seconds = sum(f.seconds for f in self.findings)
+        summary = ", ".join(f"{n} {status}" for status, n in counts.items() if n)
+        console.print(f"doctor: {summary or 'no checks'}, {seconds:.0f} s")
 
 
 class Verdict(NamedTuple):
@@ -159,12 +161,10 @@ def _plain(value: Any) -> Any:
     """The value in the types of JSON."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, np.ndarray):
-        return _plain(value.tolist())
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
-    if isinstance(value, np.generic):
-        value = value.item()
+    if hasattr(value, "__array__"):  # of NumPy, JAX or PyTorch
+        return _plain(np.asarray(value).tolist())
     if isinstance(value, float) and not np.isfinite(value):
         return None
     return value

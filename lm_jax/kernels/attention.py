@@ -4,64 +4,132 @@ Letters: B batch, T query positions, S key positions, H query heads, K key/value
 G = H / K query heads per key/value head, C head width.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
-_MASKED = -1e30  # finite, so that a fully masked row gives no NaN; representable in bfloat16
+from lm_jax.kernels import dropout
+from lm_jax.kernels.blockwise import blockwise
+from lm_jax.kernels.mosaic import unavailable
+
+_MASKED = -1e30  # finite, so that a maximum over masked scores is no infinity
 
 
-def choose(impl: str, *, attention_dropout: float) -> tuple[str, str]:
+def choose(
+    impl: str,
+    *,
+    seq_len: int,
+    attention_dropout: float = 0.0,
+    device: Any = None,
+) -> tuple[str, str]:
     """The implementation that `impl` stands for on this device, and the reason.
 
     Args:
-        impl: auto, reference or xla.
-        attention_dropout: rate on the probabilities, which xla cannot do.
+        impl: auto, or the name of an implementation of `attend`.
+        seq_len: positions T of a row.
+        attention_dropout: rate on the probabilities.
+        device: a `jax.Device`; the first one if None.
     """
     if impl != "auto":
         return impl, "named in the config"
+    device = device or jax.devices()[0]
+    if device.platform == "cpu":
+        if seq_len < 256:
+            return "reference", f"as fast as blockwise on a cpu at {seq_len} positions"
+        return "blockwise", f"the fastest on a cpu at {seq_len} positions, and the leanest"
+    unmeasured = f"cudnn and pallas are not measured on {device.device_kind}"
+    if seq_len > 1024:
+        return "blockwise", f"keeps no scores of {seq_len} x {seq_len}; {unmeasured}"
     if attention_dropout:
-        return "reference", "the only one with attention dropout"
-    if jax.default_backend() == "cpu":
-        return "reference", "as fast as xla on a cpu"
-    return "xla", "fused by the compiler"
+        return "reference", f"xla has no dropout; {unmeasured}"
+    return "xla", f"fused by the compiler; {unmeasured}"
 
 
 def attend(
     q_BTHC: jax.Array,
-    k_BSKC: jax.Array,
-    v_BSKC: jax.Array,
+    k_BTKC: jax.Array,
+    v_BTKC: jax.Array,
     *,
-    segment_ids_BT: jax.Array,
     impl: str,
+    causal: bool = True,
+    segment_ids_BT: jax.Array | None = None,
+    window: int | None = None,
+    softcap: float = 0.0,
+    scale: float | None = None,
     dropout_rate: float = 0.0,
     dropout_key: jax.Array | None = None,
-) -> jax.Array:
-    """Causal self-attention inside segments: softmax(q k' / sqrt(C)) v, as [B, T, H, C].
+    return_lse: bool = False,
+) -> Any:
+    """Self-attention softmax(scale q k') v as [B, T, H, C] in the dtype of the queries.
 
-    Position t attends to s <= t of the same non-zero segment; where there is none (padding,
-    segment 0) the output and its gradients are 0.
+    Position t attends to s where all of these hold: s <= t, if `causal`; t - s < `window`, if there
+    is one; both are in the same non-zero segment, if there are segments. Padding (segment 0) may
+    hold anything, NaN too: there the output and all gradients are 0. Query head h reads key/value
+    head h // G. With `return_lse` the result is the pair of the output and the log-sum-exp of the
+    scores, [B, T, H] in float32 or wider, -inf in padding; it may be differentiated.
+
+    Dropout drops the same probabilities in every implementation (see `kernels.dropout`); the
+    log-sum-exp is that without dropout.
 
     Args:
         q_BTHC: queries.
-        k_BSKC: keys, S = T; H must be a multiple of K.
-        v_BSKC: values.
-        segment_ids_BT: document number per position, 0 for padding.
-        impl: reference or xla (see `choose`).
-        dropout_rate: share of probabilities set to 0 (reference only).
+        k_BTKC: keys; H must be a multiple of K.
+        v_BTKC: values.
+        impl: reference (plain JAX), xla or cudnn (`jax.nn.dot_product_attention`), blockwise (plain
+            JAX, memory linear in T) or pallas (flash attention for Hopper GPUs).
+        causal: whether a position sees only itself and what is before it.
+        segment_ids_BT: document number per position, 0 for padding; None for one document.
+        window: number of positions seen, itself included, counted to the left; None for all.
+        softcap: c > 0 turns scores z into c tanh(z / c).
+        scale: factor on the products of queries and keys; C^-0.5 if None.
+        dropout_rate: share of probabilities set to 0.
         dropout_key: random key; None switches dropout off.
+        return_lse: whether to return the log-sum-exp as well.
+
+    Raises:
+        ValueError: where this implementation cannot do what is asked, with the reason.
     """
-    T = q_BTHC.shape[1]
-    same_B1TS = segment_ids_BT[:, None, :, None] == segment_ids_BT[:, None, None, :]
-    real_B1TS = segment_ids_BT[:, None, :, None] > 0
-    causal_TS = jnp.tril(jnp.ones((T, T), bool))
-    mask_B1TS = same_B1TS & real_B1TS & causal_TS[None, None]
+    if window is not None and window < 1:
+        raise ValueError(f"A window of {window} sees nothing; choose at least 1, or None for all.")
+    scale = q_BTHC.shape[-1] ** -0.5 if scale is None else scale
+    if scale < 0:  # so that the largest product is the largest score
+        q_BTHC, scale = -q_BTHC, -scale
+    seed = None
+    if dropout_key is not None and dropout_rate > 0:
+        seed = jax.random.bits(dropout_key, (2,), "uint32")
+    options: dict[str, Any] = dict(
+        causal=causal,
+        window=window,
+        softcap=softcap,
+        scale=scale,
+        dropout_rate=0.0 if seed is None else dropout_rate,
+    )
+    reason = _refusal(impl, q_BTHC, k_BTKC, options, segment_ids_BT is not None, return_lse)
+    if reason:
+        raise ValueError(f"attention.impl {impl} {reason}.")
+    if segment_ids_BT is not None:
+        real_BT11 = segment_ids_BT[:, :, None, None] > 0
+        q_BTHC, k_BTKC, v_BTKC = (jnp.where(real_BT11, x, 0) for x in (q_BTHC, k_BTKC, v_BTKC))
+    inputs = (q_BTHC, k_BTKC, v_BTKC, segment_ids_BT)
+    lse_BTH = None
     if impl == "reference":
-        out_BTHC = _reference(q_BTHC, k_BSKC, v_BSKC, mask_B1TS, dropout_rate, dropout_key)
+        out_BTHC, lse_BTH = _reference(*inputs, seed, **options)
+    elif impl == "blockwise":
+        out_BTHC, lse_BTH = blockwise(*inputs, seed, **options)
+    elif impl == "pallas":
+        from lm_jax.kernels.flash import flash  # needs a newer JAX than the rest
+
+        out_BTHC, lse_BTH = flash(*inputs, seed, **options)
     else:
-        out_BTHC = jax.nn.dot_product_attention(
-            q_BTHC, k_BSKC, v_BSKC, mask=mask_B1TS, implementation="xla"
-        )
-    return jnp.where(segment_ids_BT[:, :, None, None] > 0, out_BTHC, 0)
+        out_BTHC = _from_jax(*inputs, impl, options)
+    if segment_ids_BT is not None:
+        out_BTHC = jnp.where(real_BT11, out_BTHC, 0)
+    if lse_BTH is None or not return_lse:
+        return out_BTHC
+    if segment_ids_BT is not None:
+        lse_BTH = jnp.where(real_BT11[..., 0], lse_BTH, -jnp.inf)
+    return out_BTHC, lse_BTH
 
 
 def attend_cache(
@@ -73,30 +141,99 @@ def attend_cache(
     """
     slots_TS = jnp.arange(k_BSKC.shape[1])[None]
     mask_TS = slots_TS <= start + jnp.arange(q_BTHC.shape[1])[:, None]
-    return _reference(q_BTHC, k_BSKC, v_BSKC, mask_TS[None, None], 0.0, None)
+    scale = q_BTHC.shape[-1] ** -0.5
+    return _masked(q_BTHC, k_BSKC, v_BSKC, mask_TS[None, None], None, 0.0, scale, 0.0)[0]
 
 
-def _reference(q_BTHC, k_BSKC, v_BSKC, mask_B1TS, dropout_rate, dropout_key) -> jax.Array:
-    B, T, H, C = q_BTHC.shape
-    K = k_BSKC.shape[2]
-    precision = jnp.promote_types(q_BTHC.dtype, jnp.float32)
-    q_BTKGC = q_BTHC.reshape(B, T, K, H // K, C) * jnp.asarray(C**-0.5, q_BTHC.dtype)
-    scores_BKGTS = jnp.einsum(
-        "btkgc,bskc->bkgts", q_BTKGC, k_BSKC, preferred_element_type=precision
+def _refusal(impl: str, q_BTHC, k_BTKC, options, segments: bool, return_lse: bool) -> str | None:
+    """Why this implementation cannot run, and what to do about it."""
+    T, H, C = q_BTHC.shape[1:]
+    if H % k_BTKC.shape[2]:
+        return f"needs query heads ({H}) that are a multiple of key/value heads; change kv_heads"
+    if impl in ("reference", "blockwise"):
+        return None
+    if impl == "pallas":
+        reason = unavailable(q_BTHC.dtype, C)
+        return reason and f"cannot run: {reason}; use blockwise"
+    anything = "use reference or blockwise"
+    if impl not in ("xla", "cudnn"):
+        return f"does not exist; {anything}"
+    if options["softcap"]:
+        return f"has no softcap; {anything}"
+    if options["dropout_rate"]:
+        return f"has no dropout; {anything}, or set attention_dropout to 0"
+    if return_lse:
+        return f"has no log-sum-exp that can be differentiated; {anything}"
+    if impl == "xla":
+        wide = q_BTHC.dtype == jnp.float64
+        return f"rounds float64 scores to float32; {anything}" if wide else None
+    if jax.default_backend() != "gpu" or float(jax.devices()[0].compute_capability) < 8:
+        return f"needs an Ampere GPU or a later one; {anything}, or xla"
+    if q_BTHC.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"cannot compute in {q_BTHC.dtype}; use xla, or compute in bfloat16"
+    if C % 8 or C > 128:
+        return f"needs a head width that is a multiple of 8 up to 128, not {C}; use xla"
+    if options["window"] is not None and not options["causal"]:
+        return "has a window only where it is causal; use xla"
+    if segments and T % 2:
+        return f"needs an even number of positions with segments, not {T}; use xla"
+    return None
+
+
+def _from_jax(q_BTHC, k_BTKC, v_BTKC, segment_ids_BT, impl: Any, options) -> jax.Array:
+    T = q_BTHC.shape[1]
+    same_B1TS = None
+    if segment_ids_BT is not None:
+        # Padding sees padding here, so that no row is empty; `attend` discards the result.
+        same_B1TS = segment_ids_BT[:, None, :, None] == segment_ids_BT[:, None, None, :]
+    sides = None
+    if options["window"] is not None:
+        sides = (options["window"] - 1, 0 if options["causal"] else T)
+    return jax.nn.dot_product_attention(
+        q_BTHC,
+        k_BTKC,
+        v_BTKC,
+        mask=same_B1TS,
+        is_causal=options["causal"],
+        local_window_size=sides,
+        scale=options["scale"],
+        implementation=impl,
     )
-    scores_BKGTS = jnp.where(mask_B1TS[:, :, None], scores_BKGTS, _MASKED)
-    probs_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BSKC.dtype)
-    probs_BKGTS = dropout(probs_BKGTS, dropout_rate, dropout_key)
-    out_BTKGC = jnp.einsum("bkgts,bskc->btkgc", probs_BKGTS, v_BSKC)
-    return out_BTKGC.reshape(B, T, H, C)
 
 
-def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Zero each element with probability `rate` and scale the rest by 1 / (1 - rate).
+def _reference(
+    q_BTHC, k_BTKC, v_BTKC, segment_ids_BT, seed, *, causal, window, softcap, scale, dropout_rate
+):
+    t, s = jnp.arange(q_BTHC.shape[1])[:, None], jnp.arange(q_BTHC.shape[1])[None]
+    mask_TS = jnp.ones((t.size, s.size), bool)
+    if causal:
+        mask_TS &= s <= t
+    if window is not None:
+        mask_TS &= t - s < window
+    mask_B1TS = mask_TS[None, None]
+    if segment_ids_BT is not None:
+        same_BTS = segment_ids_BT[:, :, None] == segment_ids_BT[:, None]
+        mask_B1TS = mask_B1TS & same_BTS[:, None]
+    return _masked(q_BTHC, k_BTKC, v_BTKC, mask_B1TS, seed, softcap, scale, dropout_rate)
 
-    Without a key, as in evaluation, `x` is returned as it is.
-    """
-    if key is None or rate == 0:
-        return x
-    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
-    return jnp.where(keep, x / (1 - rate), 0)
+
+def _masked(q_BTHC, k_BSKC, v_BSKC, mask_B1TS, seed, softcap, scale, dropout_rate):
+    """Output and log-sum-exp under a mask that leaves every row at least one key."""
+    B, T, H, _ = q_BTHC.shape
+    wide = jnp.promote_types(q_BTHC.dtype, jnp.float32)
+    groups = H // k_BSKC.shape[2]
+    k_BSHC, v_BSHC = (x if groups == 1 else jnp.repeat(x, groups, axis=2) for x in (k_BSKC, v_BSKC))
+    scores_BHTS = jnp.einsum("bthc,bshc->bhts", q_BTHC, k_BSHC, preferred_element_type=wide)
+    scores_BHTS *= scale
+    if softcap:
+        scores_BHTS = softcap * jnp.tanh(scores_BHTS / softcap)
+    scores_BHTS = jnp.where(mask_B1TS, scores_BHTS, _MASKED)
+    probs_BHTS = jax.nn.softmax(scores_BHTS, axis=-1).astype(v_BSHC.dtype)
+    if dropout_rate:
+        row_BH11 = jnp.arange(B * H).reshape(B, H, 1, 1)
+        t_11T1 = jnp.arange(T)[None, None, :, None]
+        s_111S = jnp.arange(T)[None, None, None, :]
+        keep_BHTS = dropout.keep(dropout.row_words(seed, row_BH11, t_11T1), s_111S, dropout_rate)
+        probs_BHTS = jnp.where(keep_BHTS, probs_BHTS / (1 - dropout_rate), 0)
+    out_BTHC = jnp.einsum("bhts,bshc->bthc", probs_BHTS, v_BSHC)
+    return out_BTHC, jax.nn.logsumexp(scores_BHTS, axis=-1).swapaxes(1, 2)

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lm_jax.config import ModelConfig
-from lm_jax.kernels.attention import attend, attend_cache, dropout
+from lm_jax.kernels.attention import attend, attend_cache
+from lm_jax.kernels.dropout import dropout
 from lm_jax.kernels.linear import linear
 
 Initializer = Callable[[jax.Array, tuple[int, ...]], jax.Array]
@@ -200,7 +201,16 @@ class Block(nnx.Module):
 class Transformer(nnx.Module):
     """Tokens to final hidden states; the head is applied by `logits` or inside the loss."""
 
-    def __init__(self, cfg: ModelConfig, vocab_size: int, max_len: int, impl: str, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        cfg: ModelConfig,
+        vocab_size: int,
+        max_len: int,
+        impl: str,
+        rngs: nnx.Rngs,
+        *,
+        segmented: bool = True,
+    ):
         """Draw all parameters in float32.
 
         Args:
@@ -209,8 +219,10 @@ class Transformer(nnx.Module):
             max_len: rows of the position table, if there is one.
             impl: attention implementation.
             rngs: stream "params".
+            segmented: whether a row may hold several documents. If not, attention needs no mask
+                but the causal one: padding comes last, where no other position sees it.
         """
-        self.cfg = cfg
+        self.cfg, self.segmented = cfg, segmented
         D = cfg.d_model
         table_std = normal(cfg.init_std)
         self.embedding = nnx.Param(table_std(rngs.params(), (vocab_size, D)))
@@ -243,7 +255,8 @@ class Transformer(nnx.Module):
             dtype: compute dtype.
             key: random key that switches dropout on; None in evaluation.
         """
-        return self._forward(tokens_BT, segment_ids_BT, positions_BT, dtype, key, None)[0]
+        ids_BT = segment_ids_BT if self.segmented else None
+        return self._forward(tokens_BT, ids_BT, positions_BT, dtype, key, None)[0]
 
     def extend(
         self, tokens_BT: jax.Array, cache: Cache, *, dtype: jnp.dtype

@@ -140,6 +140,16 @@ def test_low_precision_is_silent_and_still_sees_leaks():
         assert leaks.LEAKS[kind][1] in low(kind).failed
 
 
+def test_no_pass_where_rounding_hides_everything():
+    report = silent(examine(compute_dtype="float8_e5m2"))
+    for name in ("truncation", "segment_restart"):
+        assert report[f"causality.{name}"].status == "skip"
+    assert "rounding may move every logit" in report["causality.truncation"].evidence
+    # Calls of one shape are compared all the same.
+    assert report["causality.suffix_swap"].status == "pass"
+    assert "5 more were not made" not in report["causality.suffix_swap"].evidence
+
+
 @pytest.mark.parametrize(
     "check, name",
     fault(

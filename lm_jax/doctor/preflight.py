@@ -1,0 +1,335 @@
+"""The checks made before a run, on the run's own code and data."""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from lm_jax import config, evaluate, optim, step
+from lm_jax import loss as losses
+from lm_jax.config import Config
+from lm_jax.data import pipeline
+from lm_jax.data.store import Split, Store
+from lm_jax.doctor.data import examine_data
+from lm_jax.doctor.evaluation import examine_evaluation
+from lm_jax.doctor.findings import Report
+from lm_jax.doctor.gradients import examine_gradients
+from lm_jax.doctor.losses import examine_loss
+from lm_jax.doctor.model import examine_model
+from lm_jax.doctor.optimiser import examine_optimiser
+from lm_jax.doctor.training import examine_training
+from lm_jax.kernels import attention
+from lm_jax.models.transformer import empty_cache
+
+
+class Unfit(ValueError):
+    """A run that a check refuses."""
+
+
+_SPLITS = ("valid", "test")
+
+
+def examine_config(cfg: Config, *, level: str = "fast", store: Store | None = None) -> Report:
+    """Examine the run that a config describes, before it starts.
+
+    Data are the run's own. Model, loss, step and schedule are the run's own code and options, at
+    two layers, a few heads and short rows, where every fault of the code is as visible.
+
+    Args:
+        cfg: the config as written.
+        level: fast (seconds), or full, which adds short trainings on random tokens, gradients in
+            float64 and evaluation.
+        store: the tokenised corpus, if it is open already.
+
+    Raises:
+        ConfigError: if the config is impossible.
+        ValueError: if the corpus is.
+    """
+    if level not in ("fast", "full"):
+        raise ValueError(f"level: {level!r} is neither fast nor full.")
+    store = store or evaluate.open_data(config.validate(cfg))
+    split = store.split("train")
+    windows = len(pipeline.Windows(split, cfg.data.seq_len, cfg.data.document_mask))
+    cfg = config.resolve(cfg, windows=windows)
+    report = _data(cfg, store, windows)
+    small = _Small(cfg, store)
+    report += small.model() + small.loss() + small.optimiser()
+    if level == "full":
+        report += small.training() + small.gradients() + small.evaluation()
+    return report
+
+
+def _data(cfg: Config, store: Store, windows: int) -> Report:
+    """The splits, and the first batches of two epochs."""
+    splits = {name: store.split(name) for name in ("train", *_SPLITS) if name in _names(store)}
+    tokenizer = store.tokenizer
+    texts = [tokenizer.decode(document) for document in _first(splits["valid"], 20)]
+
+    def epoch(number: int) -> list[dict[str, np.ndarray]]:
+        first = number * -(-windows // cfg.data.batch_size)
+        calls = [range(first + i, first + i + 1) for i in range(2)]
+        return list(
+            pipeline.train_batches(
+                splits["train"],
+                seq_len=cfg.data.seq_len,
+                batch_size=cfg.data.batch_size,
+                document_mask=cfg.data.document_mask,
+                seed=cfg.seed,
+                calls=calls,
+                threads=0,
+            )
+        )
+
+    return examine_data(
+        _documents(splits["train"]),
+        *(_documents(splits[name]) if name in splits else None for name in _SPLITS),
+        vocab_size=tokenizer.vocab_size,
+        separator=tokenizer.separator,
+        tokenizer=(tokenizer.encode, tokenizer.decode),
+        texts=texts,
+        epochs=[epoch(0), epoch(1)],
+        max_tokens=1 << 21,
+    )
+
+
+def _names(store: Store) -> list[str]:
+    return list(store.manifest["splits"])
+
+
+def _documents(split: Split) -> Iterator[np.ndarray]:
+    for first, end in zip(split.document_starts[:-1], split.document_starts[1:], strict=True):
+        yield np.asarray(split.tokens[first:end])
+
+
+def _first(split: Split, count: int) -> list[np.ndarray]:
+    documents = _documents(split)
+    return [document for document, _ in zip(documents, range(count), strict=False)]
+
+
+class _Small:
+    """The code and options of a run at a size that takes seconds."""
+
+    def __init__(self, cfg: Config, store: Store):
+        """Cut the config down; everything that chooses code stays."""
+        self.full = cfg
+        model, group = cfg.model, cfg.model.heads // cfg.model.kv_heads
+        heads = group * (1 if group > 1 else min(2, model.kv_heads))
+        width = heads * (model.d_model // model.heads)
+        self.rows = 6
+        self.cfg = config.replace(
+            cfg,
+            model__layers=2,
+            model__heads=heads,
+            model__kv_heads=heads // group,
+            model__d_model=width,
+            model__d_ff=max(2, width * model.d_ff // model.d_model),
+            data__seq_len=min(cfg.data.seq_len, 65),
+            data__batch_size=self.rows,
+            optim__accumulation=min(cfg.optim.accumulation, 2),
+        )
+        self.vocab_size = min(store.tokenizer.vocab_size, 500)
+        impl, _ = attention.choose(
+            cfg.attention.impl,
+            seq_len=cfg.data.seq_len,
+            attention_dropout=model.attention_dropout,
+        )
+        self.graphdef, self.init = step.create_model(self.cfg, self.vocab_size, impl)
+        self.loss_impl, _ = losses.choose(
+            cfg.loss.impl,
+            tokens=cfg.data.batch_size // cfg.optim.accumulation * cfg.data.seq_len,
+            vocab_size=store.tokenizer.vocab_size,
+        )
+        self.cfg.loss.impl = self.loss_impl
+        self.dtype = jnp.dtype(cfg.train.compute_dtype)
+
+    @functools.cached_property
+    def params(self) -> Any:
+        """Fresh parameters."""
+        return jax.jit(self.init)(jax.random.key(self.cfg.seed))
+
+    def logits(self, params: Any, tokens_BT: Any, segment_ids_BT: Any, key: Any = None):
+        """Logits of the model, as evaluation computes them."""
+        model = nnx.merge(self.graphdef, params)
+        ids = jnp.pad(jnp.asarray(segment_ids_BT), ((0, 0), (0, 1)))
+        tokens = jnp.pad(jnp.asarray(tokens_BT), ((0, 0), (0, 1)))
+        b = losses.shift({"tokens": tokens, "segment_ids": ids, "weights": tokens * 0.0})
+        with jax.default_matmul_precision(self.cfg.train.matmul_precision):
+            x_BTD = model(b.inputs, b.segment_ids, b.positions, dtype=self.dtype, key=key)
+            return model.logits(x_BTD)
+
+    def model(self) -> Report:
+        """Causality, alignment and initialisation."""
+        logits = jax.jit(self.logits)
+        cfg = self.cfg.model
+        rates = (cfg.dropout, cfg.attention_dropout, cfg.embedding_dropout)
+
+        def of_update(params: Any, tokens: Any, update: Any) -> jax.Array:
+            key = jax.random.fold_in(jax.random.key(self.cfg.seed + 1), update)
+            return self.logits(params, tokens, jnp.ones_like(tokens), key)
+
+        return examine_model(
+            lambda params, tokens: logits(params, tokens, np.ones_like(tokens)),
+            params=self.params,
+            segmented=logits if self.cfg.data.document_mask else None,
+            train_fn=jax.jit(of_update) if any(rates) else None,
+            vocab_size=self.vocab_size,
+            seq_len=self.cfg.data.seq_len,
+            token_table=self.params["embedding"],
+            position_table=self.params.get("position_embedding"),
+            tied=cfg.tied,
+            compute_dtype=self.cfg.train.compute_dtype,
+            seed=self.cfg.seed,
+        )
+
+    def loss(self) -> Report:
+        """The loss of the run; the fused one gets logits as hidden states of a head that copies."""
+
+        def sums(logits_BTV: Any, tokens_BT: Any, weights_BT: Any) -> tuple[Any, Any]:
+            ids = jnp.ones_like(tokens_BT)
+            b = losses.shift({"tokens": tokens_BT, "segment_ids": ids, "weights": weights_BT})
+            head_VV = jnp.eye(logits_BTV.shape[-1], dtype=logits_BTV.dtype)
+            with jax.default_matmul_precision("float32"):
+                scored = losses.from_hidden(
+                    logits_BTV[:, :-1], head_VV, b, softcap=0.0, impl=self.loss_impl
+                )
+            return scored.nats, scored.count
+
+        return examine_loss(
+            sums, vocab_size=min(self.vocab_size, 61), seq_len=17, seed=self.cfg.seed
+        )
+
+    def batch(self) -> dict[str, np.ndarray]:
+        """Windows of random tokens whose rows hold unequal numbers of targets."""
+        rng = np.random.default_rng(self.cfg.seed)
+        shape = (self.rows, self.cfg.data.seq_len + 1)
+        weights = np.ones(shape, np.float32)
+        for row in range(self.rows):
+            weights[row, 2 + row * shape[1] // self.rows :] = 0
+        return {
+            "tokens": rng.integers(1, self.vocab_size, shape).astype(np.int32),
+            "segment_ids": np.ones(shape, np.int32),
+            "weights": weights,
+        }
+
+    @functools.cached_property
+    def train_step(self) -> Callable[[Any, Any], Any]:
+        """One update of the run's own step, without dropout, so that it can be repeated."""
+        still = config.replace(
+            self.cfg, model__dropout=0.0, model__attention_dropout=0.0, model__embedding_dropout=0.0
+        )
+        steps = step.make_train_step(still, self.graphdef)
+        return lambda state, batch: steps(
+            state, {k: jnp.asarray(v)[None] for k, v in batch.items()}
+        )
+
+    def optimiser(self) -> Report:
+        """Updates, decay, clipping, accumulation and schedule."""
+        cfg, full = self.cfg.optim, self.full.optim
+        batch, steps = self.batch(), int(self.full.train.steps)
+        bad = {**batch, "weights": batch["weights"].copy()}
+        bad["weights"][-1, 1] = np.inf
+
+        def gradient(params: Any, batch: Any, micro_batches: int) -> Any:
+            return step.gradients(
+                self.graphdef,
+                params,
+                batch,
+                accumulation=micro_batches,
+                dtype=self.dtype,
+                key=None,
+                loss_impl=self.loss_impl,
+            )[2]
+
+        return examine_optimiser(
+            params=self.params,
+            init_fn=jax.jit(functools.partial(step.init_state, self.cfg)),
+            step_fn=self.train_step,
+            params_of=lambda state: state.params,
+            updates_of=lambda state: state.step,
+            batch=batch,
+            empty_batch={**batch, "weights": 0 * batch["weights"]},
+            bad_batch=bad,
+            gradient_fn=jax.jit(gradient, static_argnums=2),
+            micro_batches=(self.rows,),
+            compute_dtype=self.cfg.train.compute_dtype,
+            learning_rate=optim.learning_rate(full, steps),
+            steps=steps,
+            end_lr=full.peak_lr if full.schedule == "constant" else full.end_lr * full.peak_lr,
+            weight_decay=cfg.weight_decay,
+            decayed=optim.decayed(cfg, self.params),
+            clip_norm=cfg.clip_norm,
+            ema_of=(lambda state: state.ema) if cfg.ema_decay else None,
+            seed=self.cfg.seed,
+        )
+
+    def training(self) -> Report:
+        """Short trainings on random tokens, which no model can predict."""
+        evaluate_step = step.make_eval_step(self.cfg, self.graphdef)
+
+        def window(tokens: Any) -> dict[str, Any]:
+            tokens = np.asarray(tokens, np.int32)
+            weights = np.ones(tokens.shape, np.float32)
+            return {"tokens": tokens, "segment_ids": np.ones_like(tokens), "weights": weights}
+
+        def init(seed: int) -> step.TrainState:
+            return step.init_state(self.cfg, self.init(jax.random.key(seed)))
+
+        def score(state: step.TrainState, tokens: Any) -> tuple[Any, Any]:
+            sums = evaluate_step(state.params, window(tokens))
+            return sums["nats"], sums["count"]
+
+        return examine_training(
+            jax.jit(init),
+            lambda state, tokens: self.train_step(state, window(tokens)),
+            score,
+            vocab_size=self.vocab_size,
+            seq_len=self.cfg.data.seq_len,
+            batch_size=self.rows,
+            params_of=lambda state: state.params,
+            seed=self.cfg.seed,
+        )
+
+    def gradients(self) -> Report:
+        """The gradient of the whole loss, in float64."""
+        batch = {name: jnp.asarray(x) for name, x in self.batch().items()}
+        leaves, tree = jax.tree.flatten(self.params)
+        rng = np.random.default_rng(self.cfg.seed)
+        params = jax.tree.unflatten(tree, [0.3 * rng.standard_normal(x.shape) for x in leaves])
+
+        def mean_loss(params: Any) -> jax.Array:
+            sums = step.loss_sums(
+                self.graphdef,
+                params,
+                batch,
+                dtype=jnp.dtype("float64"),
+                key=None,
+                loss_impl=self.loss_impl,
+            )
+            return sums.nats / sums.count
+
+        return examine_gradients(mean_loss, params, seed=self.cfg.seed)
+
+    def evaluation(self) -> Report:
+        """Evaluation that repeats, and decoding with a cache."""
+        cfg, slots = self.cfg.model, self.cfg.data.seq_len
+
+        @jax.jit
+        def extend(tokens_BT: Any, cache: Any) -> tuple[jax.Array, Any]:
+            model = nnx.merge(self.graphdef, self.params)
+            x_BTD, cache = model.extend(tokens_BT, cache, dtype=self.dtype)
+            return model.logits(x_BTD), cache
+
+        return examine_evaluation(
+            vocab_size=self.vocab_size,
+            seq_len=slots,
+            compute_dtype=self.cfg.train.compute_dtype,
+            logits_fn=jax.jit(lambda tokens: self.logits(self.params, tokens, tokens * 0 + 1)),
+            extend_fn=lambda tokens, cache: extend(
+                tokens, cache or empty_cache(cfg, len(tokens), slots, self.dtype)
+            ),
+            seed=self.cfg.seed,
+        )

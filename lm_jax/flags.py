@@ -1,0 +1,43 @@
+"""Command-line flags that hold a config; a mistake in them is one sentence."""
+
+import pathlib
+import re
+import sys
+from typing import NoReturn
+
+from absl import flags
+from ml_collections import config_flags
+
+from lm_jax import config
+
+
+def define_config() -> flags.FlagHolder:
+    """Define `--config=FILE` and `--config.a.b=value`."""
+    config_flags.register_flag_parser_for_type(config.Duration, flags.ArgumentParser())
+    return config_flags.DEFINE_config_file("config", None, "Config file, as configs/quickstart.py.")
+
+
+def override_paths(argv: list[str]) -> list[str]:
+    """Dotted paths of the `--config.a.b=...` and `--noconfig.a.b` arguments."""
+    found = (re.match(r"--?(?:no)?config\.([^=]+)", argument) for argument in argv)
+    return [match[1] for match in found if match]
+
+
+def parse(argv: list[str]) -> list[str]:
+    """Parse the flags; a mistake in them or in the config file ends with exit code 2."""
+    for argument in argv:
+        name, _, path = argument.partition("=")
+        # A string for `get_config` may follow the path after a colon.
+        if name in ("-config", "--config") and not pathlib.Path(path.split(":")[0]).exists():
+            misuse(f"--config={path}: no such file; give a path as configs/quickstart.py.")
+    try:
+        config.check_names(override_paths(argv))
+        return flags.FLAGS(argv)
+    except (config.ConfigError, flags.Error) as error:
+        misuse(str(error))
+
+
+def misuse(message: str) -> NoReturn:
+    """End the program with the message and exit code 2."""
+    print(message, file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,253 @@
+"""Attention in blocks of queries and keys: memory grows with T, not with T squared.
+
+The forward pass is the online softmax of Milakov and Gimelshein (2018, algorithm 3), block by
+block; the backward pass recomputes each block of probabilities from the log-sum-exp (Dao 2023,
+algorithm 2): five matrix products per pair of blocks and nothing of size [T, T] kept.
+
+Letters beside those of the package: N blocks, I queries of a block, J keys of a block,
+G = H / K query heads per key/value head.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from lm_jax.kernels import dropout
+
+_MASKED = -1e30  # finite: the difference of two of them is 0 and not NaN
+
+
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    length: int
+    block: int
+    causal: bool
+    window: int | None
+    softcap: float
+    scale: float
+    dropout_rate: float
+
+    @property
+    def factor(self) -> float:
+        """What the scores of `_scores` are to be multiplied with."""
+        return self.softcap or self.scale
+
+
+def blockwise(
+    q_BTHC: jax.Array,
+    k_BTKC: jax.Array,
+    v_BTKC: jax.Array,
+    segment_ids_BT: jax.Array | None,
+    seed: jax.Array | None,
+    *,
+    causal: bool,
+    window: int | None,
+    softcap: float,
+    scale: float,
+    dropout_rate: float,
+    block: int | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Attention output [B, T, H, C] and log-sum-exp [B, T, H]; see `attention.attend`.
+
+    Products are accumulated in float32, or float64 for float64 inputs. Blocks that the causal
+    mask or the window rules out are skipped.
+
+    Args:
+        q_BTHC: queries.
+        k_BTKC: keys; H must be a multiple of K.
+        v_BTKC: values.
+        segment_ids_BT: document number per position, 0 for padding; None for one document.
+        seed: uint32 [2] for dropout; None switches it off.
+        causal: whether a position sees only itself and what is before it.
+        window: number of positions seen, itself included, counted to the left; None for all.
+        softcap: c > 0 turns scores z into c tanh(z / c).
+        scale: factor on the products of queries and keys, not negative.
+        dropout_rate: share of probabilities set to 0.
+        block: most queries or keys in a block; None for a size that suits the device.
+    """
+    B, T, H, C = q_BTHC.shape
+    K = k_BTKC.shape[2]
+    N = -(-T // (block or _largest_block(B * H)))
+    block = -(-T // N)
+    options = _Options(
+        T, block, causal, window, softcap, scale, 0.0 if seed is None else dropout_rate
+    )
+
+    def split(x: jax.Array, *heads: int) -> jax.Array:
+        """[B, T, ...] as [N, B, block, ...], the last block filled up with zeros."""
+        x = jnp.pad(x, [(0, 0), (0, N * block - T)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(B, N, block, *heads), 1, 0)
+
+    q_NBKGIC = split(q_BTHC, K, H // K, C).transpose(0, 1, 3, 4, 2, 5)
+    k_NBKJC, v_NBKJC = (split(x, K, C).swapaxes(2, 3) for x in (k_BTKC, v_BTKC))
+    ids_NBI = None if segment_ids_BT is None else split(segment_ids_BT)
+    blocks = (q_NBKGIC, k_NBKJC, v_NBKJC, ids_NBI, seed)
+    out_NBKGIC, lse_NBKGI = _attend(options, *blocks)
+    out_BTHC = out_NBKGIC.transpose(1, 0, 4, 2, 3, 5).reshape(B, N * block, H, C)
+    lse_BTH = lse_NBKGI.transpose(1, 0, 4, 2, 3).reshape(B, N * block, H)
+    return out_BTHC[:, :T], lse_BTH[:, :T]
+
+
+def _largest_block(heads: int) -> int:
+    """On a CPU the scores of a block, over all rows and heads, should stay in its caches."""
+    if jax.default_backend() != "cpu":
+        return 256
+    return next((size for size in (256, 128) if heads * size**2 <= 2**19), 64)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(options: _Options, q_NBKGIC, k_NBKJC, v_NBKJC, ids_NBI, seed):
+    return _forward(options, q_NBKGIC, k_NBKJC, v_NBKJC, ids_NBI, seed)[0]
+
+
+def _forward(options: _Options, q_NBKGIC, k_NBKJC, v_NBKJC, ids_NBI, seed):
+    N, B, K, G, block, C = q_NBKGIC.shape
+    wide = jnp.promote_types(q_NBKGIC.dtype, jnp.float32)
+
+    def rows(i):
+        q_BKGIC = q_NBKGIC[i]
+
+        def columns(j, carry):
+            acc_BKGIC, max_BKGI, sum_BKGI = carry
+            scores, mask = _scores(options, q_BKGIC, k_NBKJC[j], _ids(ids_NBI, i, j), i, j)
+            scores = jnp.where(mask, scores, _MASKED)
+            new_max_BKGI = jnp.maximum(max_BKGI, scores.max(-1))
+            # Where a row has seen no key yet its maximum is _MASKED as well.
+            p_BKGIJ = jnp.exp(options.factor * (scores - new_max_BKGI[..., None]))
+            p_BKGIJ = jnp.where(mask, p_BKGIJ, 0)
+            rescale_BKGI = jnp.exp(options.factor * (max_BKGI - new_max_BKGI))
+            sum_BKGI = sum_BKGI * rescale_BKGI + p_BKGIJ.sum(-1)
+            p_BKGIJ = _drop(options, seed, p_BKGIJ, i, j).astype(v_NBKJC.dtype)
+            products_BKGIC = jnp.einsum(
+                "bkgij,bkjc->bkgic", p_BKGIJ, v_NBKJC[j], preferred_element_type=wide
+            )
+            return acc_BKGIC * rescale_BKGI[..., None] + products_BKGIC, new_max_BKGI, sum_BKGI
+
+        zeros_BKGI = jnp.zeros((B, K, G, block), wide)
+        carry = (jnp.zeros((B, K, G, block, C), wide), zeros_BKGI + _MASKED, zeros_BKGI)
+        first, end = _key_blocks(options, i, N)
+        acc_BKGIC, max_BKGI, sum_BKGI = jax.lax.fori_loop(first, end, columns, carry)
+        safe_BKGI = jnp.where(sum_BKGI > 0, sum_BKGI, 1)
+        out_BKGIC = (acc_BKGIC / safe_BKGI[..., None]).astype(q_NBKGIC.dtype)
+        return out_BKGIC, max_BKGI, sum_BKGI
+
+    out_NBKGIC, max_NBKGI, sum_NBKGI = jax.lax.map(rows, jnp.arange(N, dtype=jnp.int32))
+    lse_NBKGI = options.factor * max_NBKGI + jnp.log(jnp.where(sum_NBKGI > 0, sum_NBKGI, 1))
+    lse_NBKGI = jnp.where(sum_NBKGI > 0, lse_NBKGI, -jnp.inf)
+    # Not the log-sum-exp: where scores are large, its rounding would show in the probabilities.
+    residuals = (q_NBKGIC, k_NBKJC, v_NBKJC, ids_NBI, seed, out_NBKGIC, max_NBKGI, sum_NBKGI)
+    return (out_NBKGIC, lse_NBKGI), residuals
+
+
+def _backward(options: _Options, residuals, cotangents):
+    q_NBKGIC, k_NBKJC, v_NBKJC, ids_NBI, seed, out_NBKGIC, max_NBKGI, sum_NBKGI = residuals
+    dout_NBKGIC, dlse_NBKGI = cotangents
+    N = q_NBKGIC.shape[0]
+    dtype, wide = q_NBKGIC.dtype, sum_NBKGI.dtype
+    product = functools.partial(jnp.einsum, preferred_element_type=wide)
+    inverse_NBKGI = 1 / jnp.where(sum_NBKGI > 0, sum_NBKGI, 1)
+    # d softmax: ds = p (dp - <p, dp>) with <p, dp> = <dout, out>, and dlse/ds = p.
+    delta_NBKGI = (dout_NBKGIC.astype(wide) * out_NBKGIC.astype(wide)).sum(-1) - dlse_NBKGI
+
+    def columns(dq_NBKGIC, j):
+        k_BKJC, v_BKJC = k_NBKJC[j], v_NBKJC[j]
+
+        def rows(i, carry):
+            dq_NBKGIC, dk_BKJC, dv_BKJC = carry
+            q_BKGIC, dout_BKGIC = q_NBKGIC[i], dout_NBKGIC[i]
+            scores, mask = _scores(options, q_BKGIC, k_BKJC, _ids(ids_NBI, i, j), i, j)
+            p_BKGIJ = jnp.exp(options.factor * (scores - max_NBKGI[i][..., None]))
+            p_BKGIJ = jnp.where(mask, p_BKGIJ * inverse_NBKGI[i][..., None], 0)
+            dp_BKGIJ = product("bkgic,bkjc->bkgij", dout_BKGIC, v_BKJC)
+            dropped_BKGIJ = _drop(options, seed, p_BKGIJ, i, j).astype(dtype)
+            dp_BKGIJ = _drop(options, seed, dp_BKGIJ, i, j)
+            dv_BKJC += product("bkgij,bkgic->bkjc", dropped_BKGIJ, dout_BKGIC)
+            ds_BKGIJ = p_BKGIJ * (dp_BKGIJ - delta_NBKGI[i][..., None])
+            if options.softcap:
+                ds_BKGIJ *= 1 - jnp.square(scores)
+            ds_BKGIJ = ds_BKGIJ.astype(dtype)
+            dk_BKJC += product("bkgij,bkgic->bkjc", ds_BKGIJ, q_BKGIC)
+            dq_BKGIC = dq_NBKGIC[i] + product("bkgij,bkjc->bkgic", ds_BKGIJ, k_BKJC)
+            return dq_NBKGIC.at[i].set(dq_BKGIC), dk_BKJC, dv_BKJC
+
+        zeros_BKJC = jnp.zeros(k_BKJC.shape, wide)
+        first, end = _query_blocks(options, j, N)
+        carry = (dq_NBKGIC, zeros_BKJC, zeros_BKJC)
+        dq_NBKGIC, dk_BKJC, dv_BKJC = jax.lax.fori_loop(first, end, rows, carry)
+        return dq_NBKGIC, ((options.scale * dk_BKJC).astype(dtype), dv_BKJC.astype(dtype))
+
+    dq_NBKGIC = jnp.zeros(q_NBKGIC.shape, wide)
+    blocks = jnp.arange(N, dtype=jnp.int32)
+    dq_NBKGIC, (dk_NBKJC, dv_NBKJC) = jax.lax.scan(columns, dq_NBKGIC, blocks)
+    return (options.scale * dq_NBKGIC).astype(dtype), dk_NBKJC, dv_NBKJC, None, None
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _key_blocks(options: _Options, i, N):
+    """Key blocks [first, end) of which the queries of block i see something."""
+    first, end = jnp.zeros_like(i), jnp.full_like(i, N)
+    if options.window is not None:
+        first = jnp.maximum(first, i * options.block - options.window + 1) // options.block
+    if options.causal:
+        end = i + 1
+    return first, end
+
+
+def _query_blocks(options: _Options, j, N):
+    """Query blocks [first, end) that see something of key block j."""
+    first, end = jnp.zeros_like(j), jnp.full_like(j, N)
+    if options.causal:
+        first = j
+    if options.window is not None:
+        last_query = (j + 1) * options.block - 1 + options.window - 1
+        end = jnp.minimum(end, last_query // options.block + 1)
+    return first, end
+
+
+def _positions(options: _Options, i, j):
+    """Query positions [1, 1, 1, I, 1] of block i and key positions [1, 1, 1, 1, J] of block j."""
+    steps = jnp.arange(options.block, dtype=jnp.int32)
+    t = i * options.block + steps[None, None, None, :, None]
+    s = j * options.block + steps[None, None, None, None, :]
+    return t, s
+
+
+def _ids(ids_NBI, i, j):
+    return None if ids_NBI is None else (ids_NBI[i], ids_NBI[j])
+
+
+def _scores(options: _Options, q_BKGIC, k_BKJC, ids, i, j):
+    """Scores [B, K, G, I, J] of a pair of blocks, and which of them count (broadcastable).
+
+    They lack a factor: multiplied only after the maximum is subtracted, it costs large scores no
+    precision.
+    """
+    wide = jnp.promote_types(q_BKGIC.dtype, jnp.float32)
+    scores = jnp.einsum("bkgic,bkjc->bkgij", q_BKGIC, k_BKJC, preferred_element_type=wide)
+    if options.softcap:
+        scores = jnp.tanh(scores * (options.scale / options.softcap))
+    t, s = _positions(options, i, j)
+    mask = s < options.length
+    if options.causal:
+        mask = mask & (s <= t)
+    if options.window is not None:
+        mask = mask & (t - s < options.window)
+    if ids is not None:
+        t_ids, s_ids = ids[0][:, None, None, :, None], ids[1][:, None, None, None, :]
+        mask = mask & (t_ids == s_ids) & (s_ids > 0)
+    return scores, mask
+
+
+def _drop(options: _Options, seed, x_BKGIJ, i, j):
+    """Zero what dropout drops of a block and scale up the rest."""
+    if not options.dropout_rate:
+        return x_BKGIJ
+    B, K, G = x_BKGIJ.shape[:3]
+    t, s = _positions(options, i, j)
+    head = jnp.arange(B * K * G, dtype=jnp.uint32).reshape(B, K, G, 1, 1)
+    keep = dropout.keep(dropout.row_words(seed, head, t), s, options.dropout_rate)
+    return jnp.where(keep, x_BKGIJ / (1 - options.dropout_rate), 0)

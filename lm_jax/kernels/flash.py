@@ -1,0 +1,164 @@
+"""Flash attention for Hopper GPUs in Pallas Mosaic GPU, with its own backward pass.
+
+The scores are never in global memory (Dao et al. 2022, FlashAttention; the kernels say what they
+follow). Work is skipped in whole tiles where causality, the window or the segments hide all pairs.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import custom_batching
+
+from lm_jax.kernels import dropout, flash_backward, flash_forward, mosaic
+from lm_jax.kernels.flash_tile import LOG2E, Settings, block_ranges
+
+_ROWS = 128  # T is padded to a multiple of it; every tile divides it
+
+
+def flash(
+    q_BTHC: jax.Array,
+    k_BTKC: jax.Array,
+    v_BTKC: jax.Array,
+    segment_ids_BT: jax.Array | None,
+    seed: jax.Array | None,
+    *,
+    causal: bool,
+    window: int | None,
+    softcap: float,
+    scale: float,
+    dropout_rate: float,
+    deterministic: bool = False,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """Attention as (out [B, T, H, C], lse [B, T, H] float32), differentiable in both.
+
+    What a position sees is said at `lm_jax.kernels.attention.attend`. A row that sees nothing has
+    output 0, log-sum-exp -inf and gradient 0. Under `vmap` the mapped axis joins the batch.
+
+    Widths other than 64 and 128 are padded with zeros to the next of the two, and T to a multiple
+    of 128; both cost a copy.
+
+    Args:
+        q_BTHC: queries, bfloat16 or float16; C a multiple of 8 up to 128.
+        k_BTKC: keys; H must be a multiple of K.
+        v_BTKC: values.
+        segment_ids_BT: document number per position, 0 for padding; None for one document.
+        seed: uint32 [2] for `dropout.row_words`; None switches dropout off.
+        causal: whether a position sees only itself and what is before it.
+        window: number of positions seen, itself included, counted to the left; None for all.
+        softcap: c > 0 turns scores z into c tanh(z / c).
+        scale: factor on the products of queries and keys.
+        dropout_rate: share of probabilities set to 0.
+        deterministic: sum the gradient of the queries in a fixed order, with seven products a
+            tile instead of five; the other gradients always are.
+        interpret: run on the CPU interpreter, with race detection.
+
+    Raises:
+        ValueError: where the kernels cannot run, with the reason.
+    """
+    B, T, H, C = q_BTHC.shape
+    reason = mosaic.unavailable(q_BTHC.dtype, C, interpret=interpret)
+    if reason:
+        raise ValueError(f"Flash attention cannot run: {reason}; choose another implementation.")
+    if not q_BTHC.dtype == k_BTKC.dtype == v_BTKC.dtype:
+        dtypes = f"{q_BTHC.dtype}, {k_BTKC.dtype} and {v_BTKC.dtype}"
+        raise ValueError(f"q, k and v are {dtypes}; give all the same dtype.")
+    if scale == 0:
+        raise ValueError("A scale of 0 makes all scores equal; give another one.")
+    if scale < 0:  # the kernels take the largest score before they scale
+        q_BTHC, scale = -q_BTHC, -scale
+    assert k_BTKC.shape == v_BTKC.shape and H % k_BTKC.shape[2] == 0
+    settings = Settings(
+        length=T,
+        causal=causal,
+        window=window,
+        softcap=softcap,
+        scale=scale,
+        dropout_rate=0.0 if seed is None else dropout_rate,
+        deterministic=deterministic,
+        interpret=interpret,
+    )
+    rows, width = -T % _ROWS, (64 if C <= 64 else 128) - C
+    inputs = (jnp.pad(x, ((0, 0), (0, rows), (0, 0), (0, width))) for x in (q_BTHC, k_BTKC, v_BTKC))
+    words_BHT = None
+    if settings.dropout_rate > 0:
+        assert seed is not None
+        row_BH1 = jnp.arange(B * H).reshape(B, H, 1)
+        words_BHT = dropout.row_words(seed, row_BH1, jnp.arange(T + rows)[None, None])
+    if segment_ids_BT is not None:
+        segment_ids_BT = jnp.pad(segment_ids_BT.astype(jnp.int32), ((0, 0), (0, rows)))
+    out_BTHC, lse_BHT = _attention(settings, *inputs, segment_ids_BT, words_BHT)
+    return out_BTHC[:, :T, :, :C], lse_BHT[:, :, :T].swapaxes(1, 2)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(settings: Settings, q_BTHC, k_BTKC, v_BTKC, segment_ids_BT, words_BHT):
+    """(out [B, T, H, C], lse [B, H, T]) of padded inputs."""
+
+    def run(q_BTHC, k_BTKC, v_BTKC, segment_ids_BT, words_BHT):
+        B, T = q_BTHC.shape[:2]
+        ranges_BI4, _ = block_ranges(segment_ids_BT, settings, B, T, flash_forward.TILES)
+        return flash_forward.forward(
+            q_BTHC, k_BTKC, v_BTKC, segment_ids_BT, words_BHT, ranges_BI4, settings
+        )
+
+    return _batched(run)(q_BTHC, k_BTKC, v_BTKC, segment_ids_BT, words_BHT)
+
+
+def _attention_forward(settings: Settings, q_BTHC, k_BTKC, v_BTKC, segment_ids_BT, words_BHT):
+    inputs = (q_BTHC, k_BTKC, v_BTKC, segment_ids_BT, words_BHT)
+    out_BTHC, lse_BHT = _attention(settings, *inputs)
+    return (out_BTHC, lse_BHT), (*inputs, out_BTHC, lse_BHT)
+
+
+def _attention_backward(settings: Settings, residuals, gradients):
+    q_BTHC, k_BTKC, v_BTKC, segment_ids_BT, words_BHT, out_BTHC, lse_BHT = residuals
+    dout_BTHC, dlse_BHT = gradients
+
+    def run(q_BTHC, k_BTKC, v_BTKC, dout_BTHC, lse_BHT, delta_BHT, segment_ids_BT, words_BHT):
+        inputs = (q_BTHC, k_BTKC, v_BTKC, dout_BTHC, lse_BHT, delta_BHT, segment_ids_BT, words_BHT)
+        B, T, _, C = q_BTHC.shape
+        ranges = functools.partial(block_ranges, segment_ids_BT, settings, B, T)
+        _, ranges_BJ4 = ranges(flash_backward.key_value_tiles(C))
+        dq_BTHC, dk_BTKC, dv_BTKC = flash_backward.key_value_gradients(
+            *inputs, ranges_BJ4, settings
+        )
+        if settings.deterministic:
+            ranges_BI4, _ = ranges(flash_backward.query_tiles(C))
+            return flash_backward.query_gradient(*inputs, ranges_BI4, settings), dk_BTKC, dv_BTKC
+        return (dq_BTHC * settings.scale).astype(q_BTHC.dtype), dk_BTKC, dv_BTKC
+
+    # Softmax hands to each score of a row the same share: that of the output, and the row's own
+    # log-sum-exp with the opposite sign.
+    delta_BHT = jnp.einsum(
+        "bthc,bthc->bht", out_BTHC, dout_BTHC, preferred_element_type=jnp.float32
+    )
+    hidden_BHT = lse_BHT == -jnp.inf
+    delta_BHT = jnp.where(hidden_BHT, 0.0, delta_BHT - dlse_BHT)
+    lse_BHT = jnp.where(hidden_BHT, jnp.inf, lse_BHT * LOG2E)
+    gradients = _batched(run)(
+        q_BTHC, k_BTKC, v_BTKC, dout_BTHC, lse_BHT, delta_BHT, segment_ids_BT, words_BHT
+    )
+    return *gradients, None, None
+
+
+_attention.defvjp(_attention_forward, _attention_backward)
+
+
+def _batched(run: Callable) -> Callable:
+    """`run`, whose arrays all begin with B, such that `vmap` makes its axis part of B."""
+    run = custom_batching.custom_vmap(run)
+
+    @run.def_vmap
+    def rule(size, mapped, *inputs):
+        def merge(x, is_mapped):
+            x = x if is_mapped else jnp.broadcast_to(x, (size, *x.shape))
+            return x.reshape(size * x.shape[1], *x.shape[2:])
+
+        outputs = run(*jax.tree.map(merge, inputs, tuple(mapped)))
+        outputs = jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), outputs)
+        return outputs, jax.tree.map(lambda _: True, outputs)
+
+    return run

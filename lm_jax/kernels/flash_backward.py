@@ -1,0 +1,400 @@
+"""Flash attention, backward, for Hopper GPUs.
+
+`key_value_gradients` goes once over all visible pairs with five products: scores and their
+gradient are formed transposed, keys by queries, so that they are left operands of the products for
+values and keys as they stand, and each tile adds its share of the query gradient to float32 in
+global memory (Dao 2023, FlashAttention-2, section 3.1.2; Shah et al. 2024, FlashAttention-3,
+section 3.1 on the roles of the warpgroups). That sum runs in any order. `query_gradient` is its
+fixed-order alternative, for three more products of which two repeat what the other kernel did.
+
+Both take `lse_BHT`, the log-sum-exp in powers of 2, +inf in rows without a key so that their
+probabilities are 0, and `delta_BHT`, the gradient that all scores of a row share.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from lm_jax.kernels import mosaic
+from lm_jax.kernels.flash_tile import (
+    CONSUMERS,
+    LAYOUT,
+    WARPGROUP,
+    Masks,
+    Settings,
+    capped,
+    drain,
+    finish,
+    load_words,
+    operand,
+    shared,
+    start,
+    zeros,
+)
+
+STAGES = 2
+
+
+def key_value_tiles(width: int) -> tuple[int, int]:
+    """Queries and keys in a tile of `key_value_gradients`, as many as registers hold."""
+    return (128 if width == 64 else 64), CONSUMERS * WARPGROUP
+
+
+def query_tiles(width: int) -> tuple[int, int]:
+    """Queries and keys in a tile of `query_gradient`."""
+    return CONSUMERS * WARPGROUP, (128 if width == 64 else 64)
+
+
+def key_value_gradients(
+    q_BTHC, k_BTKC, v_BTKC, dout_BTHC, lse_BHT, delta_BHT,
+    segment_ids_BT, words_BHT, ranges_BJ4, settings: Settings,
+):  # fmt: skip
+    """(dq float32, dk, dv); dq is None if `settings.deterministic`, and lacks the factor scale.
+
+    Args: as `lm_jax.kernels.flash_forward.forward`, with the query tiles of each key tile as
+    `ranges_BJ4`. Under the interpreter, which has no adding copies, the shares of dq are summed
+    afterwards.
+    """
+    B, T, H, C = q_BTHC.shape
+    K = k_BTKC.shape[2]
+    tile_T, tile_S = key_value_tiles(C)
+    dtype = q_BTHC.dtype
+    row = plgpu.SMEM((STAGES, tile_T), jnp.float32)
+    staging: Any = shared((CONSUMERS, WARPGROUP, tile_T), dtype) if settings.interpret else None
+    word: Any = None if words_BHT is None else plgpu.SMEM((STAGES, tile_T), jnp.uint32)
+    dq_ref = None
+    dscores_smem: Any = None
+    dq_smem: Any = None
+    if not settings.deterministic:
+        dscores_smem = shared((2, tile_S, tile_T), dtype)
+        dq_smem = shared((CONSUMERS, WARPGROUP, 64), jnp.float32)
+        slots = (T // tile_S,) if settings.interpret else ()
+        dq_ref = jax.new_ref(jnp.zeros((*slots, *q_BTHC.shape), jnp.float32))
+    run = plgpu.kernel(
+        functools.partial(_key_value_kernel, settings=settings, group=H // K),
+        out_type=(
+            jax.ShapeDtypeStruct(k_BTKC.shape, dtype),
+            jax.ShapeDtypeStruct(v_BTKC.shape, dtype),
+        ),
+        grid=(B, K, T // tile_S),
+        grid_names=("batch", "head", "tile"),
+        num_threads=CONSUMERS + 1,
+        thread_name="warpgroup",
+        scratch_types=dict(
+            k_smem=shared((tile_S, C), dtype),
+            v_smem=shared((tile_S, C), dtype),
+            q_smem=shared((STAGES, tile_T, C), dtype),
+            dout_smem=shared((STAGES, tile_T, C), dtype),
+            lse_smem=row,
+            delta_smem=row,
+            words_smem=(word, word),
+            dscores_smem=dscores_smem,
+            dq_smem=dq_smem,
+            staging=staging,
+            kv_full=plgpu.Barrier(num_arrivals=2),
+            q_full=plgpu.Barrier(num_arrivals=2 if word is None else 4, num_barriers=STAGES),
+            dout_full=plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
+            free=plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=STAGES),
+            met=plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=2),
+        ),
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=mosaic.interpreter(settings.interpret),
+    )
+    dk_BTKC, dv_BTKC = run(
+        q_BTHC, k_BTKC, v_BTKC, dout_BTHC, lse_BHT, delta_BHT,
+        segment_ids_BT, words_BHT, ranges_BJ4, dq_ref,
+    )  # fmt: skip
+    if dq_ref is None:
+        return None, dk_BTKC, dv_BTKC
+    dq = jax.freeze(dq_ref)
+    return (dq.sum(0) if settings.interpret else dq), dk_BTKC, dv_BTKC
+
+
+def _key_value_kernel(
+    q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, segment_ref, words_refs, ranges_ref, dq_ref,
+    dk_ref, dv_ref, *, settings: Settings, group: int,
+    k_smem, v_smem, q_smem, dout_smem, lse_smem, delta_smem, words_smem, dscores_smem, dq_smem,
+    staging, kv_full, q_full, dout_full, free, met,
+):  # fmt: skip
+    batch, kv_head = lax.axis_index("batch"), lax.axis_index("head")
+    tile, own = lax.axis_index("tile"), lax.axis_index("warpgroup")
+    (tile_S, C), tile_T, dtype = k_smem.shape, q_smem.shape[1], q_smem.dtype
+    ranges = tuple(ranges_ref[batch, tile, n] for n in range(4))
+    first, _, _, end = ranges
+    count = end - first
+    steps = count * group  # all query tiles of one query head, then those of the next
+
+    def place(step):
+        """Query head and query tile of a step."""
+        return kv_head * group + lax.div(step, count), first + lax.rem(step, count)
+
+    @pl.when(own == CONSUMERS)
+    def load():
+        plgpu.set_max_registers(24, action="decrease")
+        keys = (batch, pl.ds(tile * tile_S, tile_S), kv_head)
+        plgpu.copy_gmem_to_smem(k_ref.at[keys], k_smem, kv_full)
+        plgpu.copy_gmem_to_smem(v_ref.at[keys], v_smem, kv_full)
+
+        @pl.loop(0, steps)
+        def _(step):
+            slot = lax.rem(step, jnp.int32(STAGES))
+            head, block = place(step)
+            queries = pl.ds(block * tile_T, tile_T)
+            row = (batch, head, queries)
+
+            @pl.when(step >= STAGES)
+            def _():
+                plgpu.barrier_wait(free.at[slot])
+
+            def copy(source, target, barrier):
+                plgpu.copy_gmem_to_smem(source, target.at[slot], barrier.at[slot])
+
+            copy(q_ref.at[batch, queries, head], q_smem, q_full)
+            copy(lse_ref.at[row], lse_smem, q_full)
+            if words_refs is not None:
+                copy(words_refs[0].at[row], words_smem[0], q_full)
+                copy(words_refs[1].at[row], words_smem[1], q_full)
+            copy(dout_ref.at[batch, queries, head], dout_smem, dout_full)
+            copy(delta_ref.at[row], delta_smem, dout_full)
+
+        drain(free, steps)
+
+    @pl.when(own < CONSUMERS)
+    def compute():
+        plgpu.set_max_registers(240, action="increase")
+        rows = pl.ds(own * WARPGROUP, WARPGROUP)
+        s = tile * tile_S + own * WARPGROUP
+        shape = (WARPGROUP, tile_T)
+        masks = Masks(settings, segment_ref, batch, shape, query_axis=1)
+        stage = None if staging is None else staging.at[own]
+        # The half of a tile's dq that this warpgroup forms: half its rows, or half its columns.
+        dq_rows, dq_columns = (own * 64, 0) if tile_T == 128 else (0, own * 64)
+
+        def per_query(smem, slot):
+            return plgpu.load(smem.at[slot], layout=LAYOUT.reduce(0))
+
+        def spread(values):
+            return lax.broadcast_in_dim(values, shape, [1])
+
+        def meet(step):
+            """Wait for the other warpgroup, which has then ended the step before."""
+            plgpu.barrier_arrive(met.at[lax.rem(step, jnp.int32(2))])
+            plgpu.barrier_wait(met.at[lax.rem(step, jnp.int32(2))])
+
+        def add_to_query_gradient(dq, head, block):
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            dq_smem[own] = dq
+            plgpu.commit_smem()
+            base = dq_ref.at[tile] if settings.interpret else dq_ref
+            queries = pl.ds(block * tile_T + dq_rows, 64)
+            plgpu.copy_smem_to_gmem(
+                dq_smem.at[own],
+                base.at[batch, queries, head, pl.ds(dq_columns, 64)],
+                reduction_op=None if settings.interpret else "add",
+            )
+
+        plgpu.barrier_wait(kv_full)
+
+        def one_step(step, carry):
+            dk, dv = carry
+            slot = lax.rem(step, jnp.int32(STAGES))
+            head, block = place(step)
+            t = block * tile_T
+            plgpu.barrier_wait(q_full.at[slot])
+            plgpu.barrier_wait(dout_full.at[slot])
+
+            def products(scores_acc, dprobs_acc, dv_acc):
+                start(dv_acc, dv, settings.interpret)
+                plgpu.wgmma(scores_acc, k_smem.at[rows], q_smem.at[slot].T)
+                plgpu.wgmma(dprobs_acc, v_smem.at[rows], dout_smem.at[slot].T)
+                scores = plgpu.wgmma_accumulator_load(scores_acc, wait_n=1)
+                scores, factor, slope = capped(scores, settings)
+                scores = masks.hide(scores, -jnp.inf, t, s, block, ranges)
+                probs = jnp.exp2(scores * factor - spread(per_query(lse_smem, slot)))
+                left = probs
+                if words_refs is not None:
+                    # Dropped ones become negative: a mask beside them would take more registers.
+                    keep = masks.keep(tuple(per_query(words, slot) for words in words_smem), s)
+                    probs = jnp.where(keep, probs, -probs)
+                    left = jnp.maximum(probs, 0.0)
+                left = operand(left.astype(dtype), stage)
+                plgpu.wgmma(dv_acc, left, dout_smem.at[slot])
+                dprobs = plgpu.wgmma_accumulator_load(dprobs_acc, wait_n=1)
+                if words_refs is not None:
+                    dprobs *= 1 / (1 - settings.dropout_rate)
+                    dprobs = jnp.where(probs >= 0, dprobs, 0.0)
+                    probs = jnp.abs(probs)
+                dscores = probs * (dprobs - spread(per_query(delta_smem, slot)))
+                if slope is not None:
+                    dscores *= slope
+                return dscores, finish(dv_acc, dv, settings.interpret)
+
+            score_acc = plgpu.ACC(shape, jnp.float32)
+            grad_acc = plgpu.ACC((WARPGROUP, C), jnp.float32)
+            dscores, dv = pl.run_scoped(products, score_acc, score_acc, grad_acc)
+            dscores = lax.optimization_barrier(dscores).astype(dtype)
+            half = lax.rem(step, jnp.int32(2))
+            if dq_ref is not None:
+                dscores_smem[half, rows] = dscores
+                plgpu.commit_smem()
+                meet(step)
+            left = operand(dscores, stage)
+
+            def sums(dk_acc, *dq_acc):
+                start(dk_acc, dk, settings.interpret)
+                plgpu.wgmma(dk_acc, left, q_smem.at[slot])
+                for acc in dq_acc:
+                    transposed = dscores_smem.at[half, :, pl.ds(dq_rows, 64)].T
+                    plgpu.wgmma(acc, transposed, k_smem.at[:, pl.ds(dq_columns, 64)])
+                return finish(dk_acc, dk, settings.interpret), *(acc[...] for acc in dq_acc)
+
+            dq_acc = () if dq_ref is None else (plgpu.ACC((WARPGROUP, 64), jnp.float32),)
+            dk, *dq = pl.run_scoped(sums, grad_acc, *dq_acc)
+            plgpu.barrier_arrive(free.at[slot])
+            if dq:
+                add_to_query_gradient(dq[0], head, block)
+            return dk, dv
+
+        nothing = zeros((WARPGROUP, C))
+        dk, dv = lax.fori_loop(0, steps, one_step, (nothing, nothing))
+        if dq_ref is not None:
+            meet(steps)  # the other one has read these keys
+        k_smem[rows] = (dk * settings.scale).astype(dtype)
+        v_smem[rows] = (dv * (1 / (1 - settings.dropout_rate))).astype(dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(k_smem.at[rows], dk_ref.at[batch, pl.ds(s, WARPGROUP), kv_head])
+        plgpu.copy_smem_to_gmem(v_smem.at[rows], dv_ref.at[batch, pl.ds(s, WARPGROUP), kv_head])
+        plgpu.wait_smem_to_gmem(0)
+
+
+def query_gradient(
+    q_BTHC, k_BTKC, v_BTKC, dout_BTHC, lse_BHT, delta_BHT,
+    segment_ids_BT, words_BHT, ranges_BI4, settings: Settings,
+):  # fmt: skip
+    """dq in the dtype of q, summed in a fixed order.
+
+    Args: as `key_value_gradients`, with the key tiles of each query tile as `ranges_BI4`.
+    """
+    B, T, H, C = q_BTHC.shape
+    tile_T, tile_S = query_tiles(C)
+    dtype = q_BTHC.dtype
+    staging: Any = shared((CONSUMERS, WARPGROUP, tile_S), dtype) if settings.interpret else None
+    row = plgpu.SMEM((tile_T,), jnp.float32)
+    run = plgpu.kernel(
+        functools.partial(_query_kernel, settings=settings, group=H // k_BTKC.shape[2]),
+        out_type=jax.ShapeDtypeStruct(q_BTHC.shape, dtype),
+        grid=(B, H, T // tile_T),
+        grid_names=("batch", "head", "tile"),
+        num_threads=CONSUMERS + 1,
+        thread_name="warpgroup",
+        scratch_types=dict(
+            q_smem=shared((tile_T, C), dtype),
+            dout_smem=shared((tile_T, C), dtype),
+            lse_smem=row,
+            delta_smem=row,
+            k_smem=shared((STAGES, tile_S, C), dtype),
+            v_smem=shared((STAGES, tile_S, C), dtype),
+            staging=staging,
+            q_full=plgpu.Barrier(num_arrivals=4),
+            kv_full=plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
+            free=plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=STAGES),
+        ),
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=mosaic.interpreter(settings.interpret),
+    )
+    return run(
+        q_BTHC, k_BTKC, v_BTKC, dout_BTHC, lse_BHT, delta_BHT,
+        segment_ids_BT, words_BHT, ranges_BI4,
+    )  # fmt: skip
+
+
+def _query_kernel(
+    q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, segment_ref, words_refs, ranges_ref, dq_ref,
+    *, settings: Settings, group: int,
+    q_smem, dout_smem, lse_smem, delta_smem, k_smem, v_smem, staging, q_full, kv_full, free,
+):  # fmt: skip
+    batch, head = lax.axis_index("batch"), lax.axis_index("head")
+    tile = ranges_ref.shape[1] - 1 - lax.axis_index("tile")  # most keys first
+    own = lax.axis_index("warpgroup")
+    (tile_T, C), tile_S, dtype = q_smem.shape, k_smem.shape[1], q_smem.dtype
+    ranges = tuple(ranges_ref[batch, tile, n] for n in range(4))
+    first, _, _, end = ranges
+
+    @pl.when(own == CONSUMERS)
+    def load():
+        plgpu.set_max_registers(24, action="decrease")
+        queries = pl.ds(tile * tile_T, tile_T)
+        plgpu.copy_gmem_to_smem(q_ref.at[batch, queries, head], q_smem, q_full)
+        plgpu.copy_gmem_to_smem(dout_ref.at[batch, queries, head], dout_smem, q_full)
+        plgpu.copy_gmem_to_smem(lse_ref.at[batch, head, queries], lse_smem, q_full)
+        plgpu.copy_gmem_to_smem(delta_ref.at[batch, head, queries], delta_smem, q_full)
+        kv_head = lax.div(head, jnp.int32(group))
+
+        @pl.loop(first, end)
+        def _(block):
+            slot = lax.rem(block - first, jnp.int32(STAGES))
+            keys = (batch, pl.ds(block * tile_S, tile_S), kv_head)
+
+            @pl.when(block - first >= STAGES)
+            def _():
+                plgpu.barrier_wait(free.at[slot])
+
+            plgpu.copy_gmem_to_smem(k_ref.at[keys], k_smem.at[slot], kv_full.at[slot])
+            plgpu.copy_gmem_to_smem(v_ref.at[keys], v_smem.at[slot], kv_full.at[slot])
+
+        drain(free, end - first)
+
+    @pl.when(own < CONSUMERS)
+    def compute():
+        plgpu.set_max_registers(240, action="increase")
+        rows = pl.ds(own * WARPGROUP, WARPGROUP)
+        t = tile * tile_T + own * WARPGROUP
+        shape = (WARPGROUP, tile_S)
+        masks = Masks(settings, segment_ref, batch, shape, query_axis=0)
+        words = load_words(words_refs, batch, head, t)
+        plgpu.barrier_wait(q_full)
+        lse = plgpu.load(lse_smem.at[rows], layout=LAYOUT.reduce(1))
+        delta = plgpu.load(delta_smem.at[rows], layout=LAYOUT.reduce(1))
+
+        def step(block, dq):
+            slot = lax.rem(block - first, jnp.int32(STAGES))
+            plgpu.barrier_wait(kv_full.at[slot])
+
+            def products(scores_acc, dprobs_acc):
+                plgpu.wgmma(scores_acc, q_smem.at[rows], k_smem.at[slot].T)
+                plgpu.wgmma(dprobs_acc, dout_smem.at[rows], v_smem.at[slot].T)
+                scores = plgpu.wgmma_accumulator_load(scores_acc, wait_n=1)
+                scores, factor, slope = capped(scores, settings)
+                scores = masks.hide(scores, -jnp.inf, t, block * tile_S, block, ranges)
+                probs = jnp.exp2(scores * factor - lax.broadcast_in_dim(lse, shape, [0]))
+                dprobs = dprobs_acc[...]
+                if words is not None:
+                    keep = masks.keep(words, block * tile_S)
+                    dprobs *= 1 / (1 - settings.dropout_rate)
+                    dprobs = jnp.where(keep, dprobs, 0.0)
+                dscores = probs * (dprobs - lax.broadcast_in_dim(delta, shape, [0]))
+                return dscores if slope is None else dscores * slope
+
+            score_acc = plgpu.ACC(shape, jnp.float32)
+            dscores = pl.run_scoped(products, score_acc, score_acc).astype(dtype)
+            left = operand(dscores, None if staging is None else staging.at[own])
+
+            def sums(dq_acc):
+                start(dq_acc, dq, settings.interpret)
+                plgpu.wgmma(dq_acc, left, k_smem.at[slot])
+                return finish(dq_acc, dq, settings.interpret)
+
+            dq = pl.run_scoped(sums, plgpu.ACC(dq.shape, jnp.float32))
+            plgpu.barrier_arrive(free.at[slot])
+            return dq
+
+        dq = lax.fori_loop(first, end, step, zeros((WARPGROUP, C)))
+        q_smem[rows] = (dq * settings.scale).astype(dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(q_smem.at[rows], dq_ref.at[batch, pl.ds(t, WARPGROUP), head])
+        plgpu.wait_smem_to_gmem(0)

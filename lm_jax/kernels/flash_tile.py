@@ -1,0 +1,244 @@
+"""What the flash attention kernels share: settings, block ranges, masks, tile products.
+
+Letters: B batch, T query positions, S key positions, H query heads, K key/value heads, C head
+width, I tiles of queries, J tiles of keys. A tile of scores is [queries, keys] where softmax runs
+along the keys and [keys, queries] in the kernel that sums over the queries.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from lm_jax.kernels import dropout
+
+WARPGROUP = 64  # rows that one warpgroup multiplies at a time (WGMMA's M)
+CONSUMERS = 2  # warpgroups that compute; one more loads
+LOG2E = math.log2(math.e)
+LAYOUT = plgpu.Layout.WGMMA
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The static arguments of the kernels.
+
+    Attributes:
+        length: T before padding; keys from there on do not exist.
+        causal, window, softcap, scale, dropout_rate: see `lm_jax.kernels.flash.flash`.
+        deterministic: sum gradients in a fixed order.
+        interpret: run on the CPU interpreter.
+    """
+
+    length: int
+    causal: bool
+    window: int | None
+    softcap: float
+    scale: float
+    dropout_rate: float
+    deterministic: bool
+    interpret: bool
+
+
+def block_ranges(
+    segment_ids_BT: jax.Array | None, settings: Settings, batch: int, padded: int, tiles
+) -> tuple[jax.Array, jax.Array]:
+    """Which tiles matter: for each tile of queries a range of key tiles, and the reverse.
+
+    A range is int32 (first, whole, masked, end): tiles [first, end) may hold visible pairs, and of
+    these [whole, masked) hold nothing else, so that they need no mask. Never empty. Ids need not
+    be sorted: a tile is skipped only if its ids and those of its counterpart do not overlap.
+
+    Args:
+        segment_ids_BT: document numbers padded with 0 to `padded`, or None.
+        settings: what hides keys.
+        batch: B.
+        padded: T after padding.
+        tiles: positions in a tile of queries and in a tile of keys.
+
+    Returns:
+        ranges of key tiles [B, I, 4] and ranges of query tiles [B, J, 4].
+    """
+    tile_T, tile_S = tiles
+    first_I1 = jnp.arange(0, padded, tile_T)[:, None]
+    first_1J = jnp.arange(0, padded, tile_S)[None]
+    last_I1, last_1J = first_I1 + tile_T - 1, first_1J + tile_S - 1
+    some_IJ = (first_1J < settings.length) & (first_I1 < settings.length)
+    all_IJ = jnp.broadcast_to(last_1J < settings.length, some_IJ.shape)
+    if settings.causal:
+        some_IJ &= first_1J <= last_I1
+        all_IJ &= last_1J <= first_I1
+    if settings.window is not None:
+        some_IJ &= first_I1 - last_1J < settings.window
+        all_IJ &= last_I1 - first_1J < settings.window
+    some_BIJ, all_BIJ = some_IJ[None], all_IJ[None]
+    if segment_ids_BT is not None:
+        low_BI1, high_BI1, least_BI1 = (x[:, :, None] for x in _extent(segment_ids_BT, tile_T))
+        low_B1J, high_B1J, least_B1J = (x[:, None] for x in _extent(segment_ids_BT, tile_S))
+        some_BIJ &= (low_BI1 <= high_B1J) & (low_B1J <= high_BI1)
+        one_id = (least_BI1 == high_BI1) & (least_B1J == high_B1J) & (high_BI1 == high_B1J)
+        all_BIJ &= one_id & (high_BI1 > 0)
+    shape = (batch, *some_IJ.shape)
+    some_BIJ, all_BIJ = jnp.broadcast_to(some_BIJ, shape), jnp.broadcast_to(all_BIJ, shape)
+    return _ranges(some_BIJ, all_BIJ), _ranges(some_BIJ.swapaxes(1, 2), all_BIJ.swapaxes(1, 2))
+
+
+def _extent(segment_ids_BT: jax.Array, tile: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Of each tile, the lowest and highest real id (an empty interval if none), and the least."""
+    ids = segment_ids_BT.reshape(segment_ids_BT.shape[0], -1, tile)
+    lowest = jnp.where(ids > 0, ids, jnp.iinfo(ids.dtype).max).min(-1)
+    return lowest, ids.max(-1), ids.min(-1)
+
+
+def _ranges(some: jax.Array, whole: jax.Array) -> jax.Array:
+    """(first, whole, masked, end) along the last axis, see `block_ranges`."""
+    count = some.shape[-1]
+    index = jnp.arange(count)[None, None]
+    first = jnp.argmax(some, axis=-1)
+    end = count - jnp.argmax(some[..., ::-1], axis=-1)
+    end = jnp.where(some.any(-1), end, 1)
+    start = jnp.where(whole.any(-1), jnp.argmax(whole, axis=-1), count)
+    stop = jnp.where(~whole & (index >= start[..., None]), index, count).min(-1)
+    return jnp.stack([first, start, stop, end], axis=-1).astype(jnp.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Masks:
+    """What is hidden or dropped in one tile of scores, [queries, keys] or [keys, queries].
+
+    Attributes:
+        settings: what hides keys.
+        segment_ref: int32 [B, T] in global memory, or None.
+        batch: row of the batch.
+        shape: of the tile.
+        query_axis: 0 or 1.
+    """
+
+    settings: Settings
+    segment_ref: Any
+    batch: jax.Array
+    shape: tuple[int, int]
+    query_axis: int
+
+    def _position(self, axis: int, start) -> jax.Array:
+        # Behind the barrier each use computes its own: shared ones would occupy registers for long.
+        start = lax.optimization_barrier(start)
+        return plgpu.broadcasted_iota(jnp.int32, self.shape, axis, layout=LAYOUT) + start
+
+    def _segments(self, axis: int, start) -> jax.Array:
+        ids = plgpu.load(
+            self.segment_ref.at[self.batch, pl.ds(start, self.shape[axis])],
+            layout=LAYOUT.reduce(1 - axis),
+            optimized=False,
+        )
+        return lax.broadcast_in_dim(ids, self.shape, [axis])
+
+    def hide(self, scores, value: float, t, s, block, ranges):
+        """`value` where the query may not see the key; unmasked blocks cost one comparison.
+
+        Args:
+            scores: the tile.
+            value: to put in hidden places.
+            t, s: first query and first key of the tile.
+            block: index of the block that moves.
+            ranges: of the block that stays, see `block_ranges`.
+        """
+        _, whole, masked, _ = ranges
+        some_hidden = (block < whole) | (block >= masked)
+        return lax.cond(some_hidden, lambda x: self._hide(x, value, t, s), lambda x: x, scores)
+
+    def _hide(self, scores, value: float, t, s) -> jax.Array:
+        # One condition after the other, for a mask of them all would take registers.
+        settings, query_axis = self.settings, self.query_axis
+        query = self._position(query_axis, t)
+        key = self._position(1 - query_axis, s)
+        if settings.causal:
+            scores = jnp.where(key <= query, scores, value)
+        elif self.segment_ref is None:
+            scores = jnp.where(key < settings.length, scores, value)
+        if settings.window is not None:
+            scores = jnp.where(query - key < settings.window, scores, value)
+        if self.segment_ref is not None:
+            rows, columns = (s, t) if query_axis else (t, s)
+            ids = self._segments(0, rows)
+            scores = jnp.where(ids > 0, scores, value)
+            scores = jnp.where(ids == self._segments(1, columns), scores, value)
+        return scores
+
+    def keep(self, words, s) -> jax.Array:
+        """Which probabilities survive dropout, from the words of the queries."""
+        words = tuple(lax.broadcast_in_dim(w, self.shape, [self.query_axis]) for w in words)
+        key = self._position(1 - self.query_axis, s)
+        return dropout.keep(words, key, self.settings.dropout_rate)
+
+
+def capped(products: jax.Array, settings: Settings):
+    """Scores from products of queries and keys: (x, factor, slope) of x * factor in powers of 2.
+
+    slope is the derivative of the softcap, None without one. The hyperbolic tangent is accurate to
+    the float32 rounding of 1; the approximate instruction would be off by 5e-4.
+    """
+    if not settings.softcap:
+        return products, settings.scale * LOG2E, None
+    power = jnp.exp2(products * (2 * LOG2E * settings.scale / settings.softcap))
+    tanh = 1 - 2 / (1 + power)
+    return tanh, settings.softcap * LOG2E, 1 - tanh * tanh
+
+
+def load_words(refs, batch, head, t):
+    """The words for dropout of the queries of a warpgroup, from global memory; None without."""
+    if refs is None:
+        return None
+    place = (batch, head, pl.ds(t, WARPGROUP))
+    return tuple(plgpu.load(r.at[place], layout=LAYOUT.reduce(1), optimized=False) for r in refs)
+
+
+def shared(shape, dtype) -> Any:
+    """Shared memory laid out for WGMMA and TMA: rows of 128 bytes, swizzled."""
+    columns = 128 // jnp.dtype(dtype).itemsize
+    tiling = plgpu.TilingTransform((8, columns))  # type: ignore[abstract]
+    transforms = (tiling, plgpu.SwizzleTransform(128))  # type: ignore[abstract]
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+def drain(barriers, loads) -> None:
+    """Wait at the end until every slot of a ring is free, so that no barrier is left half used.
+
+    Args:
+        barriers: one for each slot, arrived at when the slot is free.
+        loads: how often a slot was filled, all together.
+    """
+    for slot in range(barriers.shape[0]):
+
+        @pl.when(slot < loads)
+        def _(slot=slot):
+            plgpu.barrier_wait(barriers.at[slot])
+
+
+def zeros(shape) -> jax.Array:
+    """A float32 accumulator of zeros in registers."""
+    return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), LAYOUT)
+
+
+def operand(values: jax.Array, staging_ref):
+    """The left operand of WGMMA: registers, or shared memory where the interpreter needs it."""
+    if staging_ref is None:
+        return lax.optimization_barrier(values)
+    staging_ref[...] = values
+    plgpu.commit_smem()
+    return staging_ref
+
+
+def start(acc_ref, values: jax.Array, interpret: bool) -> None:
+    """Let an accumulator begin at `values`; the interpreter only knows ones that begin at 0."""
+    if not interpret:
+        acc_ref[...] = values
+
+
+def finish(acc_ref, values: jax.Array, interpret: bool) -> jax.Array:
+    """What an accumulator that began at `values` has come to."""
+    return acc_ref[...] + values if interpret else acc_ref[...]

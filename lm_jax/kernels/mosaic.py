@@ -1,0 +1,67 @@
+"""Pallas Mosaic GPU: where it runs, and its interpreter. Private JAX names stay in this module."""
+
+import os
+import re
+
+import jax
+import jax.numpy as jnp
+
+_OLDEST_JAX = (0, 11, 2)
+_WIDEST_HEAD = 128
+_INTERPRETER_THREADS = 8
+
+
+def unavailable(dtype, head_dim: int, *, interpret: bool = False) -> str | None:
+    """Why the Mosaic GPU kernels cannot run here, or None when they can.
+
+    Args:
+        dtype: of queries, keys and values.
+        head_dim: C.
+        interpret: whether the kernels are to be interpreted on the CPU instead of compiled.
+    """
+    if jax.__version_info__ < _OLDEST_JAX:
+        oldest = ".".join(map(str, _OLDEST_JAX))
+        return f"jax {jax.__version__} is older than {oldest} (which needs Python 3.12)"
+    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
+        return f"dtype {jnp.dtype(dtype)} is neither bfloat16 nor float16"
+    if head_dim % 8 or not 8 <= head_dim <= _WIDEST_HEAD:
+        return f"head width {head_dim} is not a multiple of 8 up to {_WIDEST_HEAD}"
+    return _too_few_threads() if interpret else _not_hopper()
+
+
+def _too_few_threads() -> str | None:
+    """Why the interpreter could hang: its warpgroups wait for each other in the threads of XLA."""
+    threads = int(os.environ.get("NPROC") or os.cpu_count() or 1)
+    if threads >= _INTERPRETER_THREADS:
+        return None
+    return (
+        f"the interpreter deadlocks with {threads} threads; set NPROC={_INTERPRETER_THREADS} in "
+        "the environment before JAX starts"
+    )
+
+
+def _not_hopper() -> str | None:
+    """Why the device that is compiled for has no WGMMA and TMA, or None for a Hopper GPU."""
+    # An abstract mesh says what a compilation without the device is for.
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+    if device.platform != "gpu":
+        return f"the device is a {device.platform}, not a Hopper GPU"
+    if not re.search(r"\b(G?H100|G?H200|H800|H20)\b", device.device_kind):
+        return f"{device.device_kind} is not a Hopper GPU (compute capability 9.0)"
+    return None
+
+
+def interpreter(interpret: bool):
+    """The `interpret` argument of a kernel: False, or the CPU interpreter with race detection."""
+    if not interpret:
+        return False
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    return plgpu.InterpretGPUParams(detect_races=True)
+
+
+def reset_interpreter() -> None:
+    """Make the interpreter usable again after an exception in a kernel."""
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+
+    gpu_callbacks.reset_gpu_interpret_mode_state()

@@ -1,0 +1,556 @@
+"""One suite for all implementations of attention; what is special to one comes after it."""
+
+import dataclasses
+import functools
+import os
+import pathlib
+import subprocess
+import sys
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+from lm_jax.kernels import attention as module
+from lm_jax.kernels import blockwise as blocks
+from lm_jax.kernels import dropout, mosaic
+from lm_jax.kernels.attention import attend, choose
+from lm_jax.kernels.blockwise import blockwise
+from tests.attention_suite import (
+    CASES,
+    Case,
+    attention,
+    check_exact,
+    check_rounded,
+    errors,
+    expectation,
+    inputs,
+    oracle,
+    run,
+)
+
+IMPLEMENTATIONS = ("reference", "xla", "cudnn", "blockwise", "pallas")
+WITH_LSE = ("reference", "blockwise", "pallas")
+SHORT = ("two blocks + 1", "segments and padding", "all at once", "scores of 1e4")
+ROUNDED = SHORT + ("one position", "not causal", "window 1")
+
+
+@pytest.fixture
+def ready(request, monkeypatch):
+    """The implementation of the test, made to run here where that is possible."""
+    impl = request.param
+    monkeypatch.setattr(blocks, "_largest_block", lambda heads: 64)
+    if impl == "cudnn" and jax.default_backend() != "gpu":
+        pytest.skip("cudnn needs a GPU")
+    if impl == "pallas":
+        interpret = jax.default_backend() == "cpu"
+        reason = mosaic.unavailable(jnp.bfloat16, 64, interpret=interpret)
+        if reason:
+            pytest.skip(f"pallas: {reason}")
+        from lm_jax.kernels import flash
+
+        monkeypatch.setattr(
+            module, "unavailable", functools.partial(mosaic.unavailable, interpret=interpret)
+        )
+        monkeypatch.setattr(flash, "flash", functools.partial(flash.flash, interpret=interpret))
+    return impl
+
+
+def every(*names):
+    return pytest.mark.parametrize("ready", names or IMPLEMENTATIONS, indirect=True)
+
+
+def dtype_of(impl):
+    return "bfloat16" if impl in ("cudnn", "pallas") else "float32"
+
+
+def sized(impl, case):
+    """The same case with fewer rows and heads for pallas, whose interpreter is slow."""
+    return dataclasses.replace(case, B=1, H=2, K=1) if impl == "pallas" else case
+
+
+@every("reference", "blockwise")
+@pytest.mark.parametrize("name", CASES)
+def test_float64(ready, name):
+    case = CASES[name]
+    with jax.enable_x64(True):
+        arrays = inputs(case, np.float64)
+        check_exact(case, run(attention(ready, case), arrays, quick=True), oracle(case, arrays))
+
+
+def held_to_the_rule(impl, name, dtype, quick=False):
+    case = sized(impl, CASES[name])
+    with_lse = impl in WITH_LSE
+    if not with_lse and (case.softcap or case.rate):
+        with pytest.raises(ValueError, match=f"attention.impl {impl} has no .*use reference or"):
+            jax.eval_shape(attention(impl, case, with_lse), *list(inputs(case, dtype).values())[:3])
+        return
+    arrays, truth, plain = expectation(case, dtype, with_lse, quick)
+    results = run(attention(impl, case, with_lse), arrays, with_lse, quick)
+    check_rounded(case, results, plain, truth)
+
+
+@every("xla")
+@pytest.mark.parametrize("name", CASES)
+def test_xla(ready, name):
+    held_to_the_rule(ready, name, "float32", quick=True)
+
+
+@every("blockwise")
+@pytest.mark.parametrize("name", ROUNDED)
+def test_float32(ready, name):
+    held_to_the_rule(ready, name, "float32")
+
+
+@every("xla", "cudnn", "blockwise")
+@pytest.mark.parametrize("name", SHORT[1:])
+def test_bfloat16(ready, name):
+    held_to_the_rule(ready, name, "bfloat16")
+
+
+@every("pallas")
+@pytest.mark.parametrize("name", [*SHORT[1:], "one position"])
+def test_pallas(ready, name):
+    held_to_the_rule(ready, name, "bfloat16")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", SHORT)
+def test_the_plain_one_rounds_a_few_times(name, dtype):
+    """What the others are measured against is itself as good as its dtype."""
+    case = CASES[name]
+    _, truth, plain = expectation(case, dtype, True)
+    sharpness = case.magnitude**2 if dtype == "float32" else case.magnitude
+    for array, (_, most) in errors(case, plain, truth).items():
+        assert most < 8 * sharpness * float(jnp.finfo(dtype).eps), array
+
+
+@every()
+def test_padding_may_hold_anything(ready):
+    case = sized(ready, Case(66, H=4, K=2, starts=(20,), padded=20))
+    with_lse = ready in WITH_LSE
+    arrays = inputs(case, jnp.dtype(dtype_of(ready)))
+    clean = run(attention(ready, case, with_lse), arrays, with_lse)
+    for name, garbage in (("q", np.nan), ("k", np.inf), ("v", np.nan), ("dout", np.nan)):
+        arrays[name] = arrays[name].copy()
+        arrays[name][:, case.T - case.padded :] = garbage
+    dirty = run(attention(ready, case, with_lse), arrays, with_lse)
+    for name in clean:
+        assert np.abs(np.nan_to_num(np.float32(clean[name]), neginf=0)).max() > 0.1
+        np.testing.assert_array_equal(clean[name], dirty[name], err_msg=name)
+
+
+@every()
+def test_rows_of_padding_only(ready):
+    case = Case(40, C=64, padded=40)
+    with_lse = ready in WITH_LSE
+    results = run(attention(ready, case, with_lse), inputs(case, dtype_of(ready)), with_lse)
+    for name, value in results.items():
+        np.testing.assert_array_equal(np.float32(value), -np.inf if name == "lse" else 0, name)
+
+
+@every()
+def test_runs_give_the_same_bits(ready):
+    case = sized(ready, Case(66, H=4, K=2, rate=0.3 if ready in WITH_LSE else 0.0))
+    arrays = inputs(case, jnp.dtype(dtype_of(ready)))
+    f = jax.jit(
+        jax.grad(
+            lambda q, k, v: (attention(ready, case, False)(q, k, v) * arrays["dout"]).sum(),
+            (0, 1, 2),
+        )
+    )
+    first = jax.device_get(f(arrays["q"], arrays["k"], arrays["v"]))
+    for _ in range(3):
+        again = jax.device_get(f(arrays["q"], arrays["k"], arrays["v"]))
+        for a, b in zip(first, again, strict=True):
+            assert a.tobytes() == b.tobytes() and np.isfinite(np.float32(a)).all()
+
+
+def gradient_and_arguments(impl):
+    case = Case(70, B=1, H=2, K=1, C=64, starts=(30,))
+    arrays = inputs(case, jnp.dtype(dtype_of(impl)))
+    f = attention(impl, case, False)
+
+    def gradient(q, k, v, dout, wrap=lambda f: f):
+        def loss(q, k, v):
+            return (wrap(f)(q, k, v) * dout).astype(jnp.float32).sum()
+
+        return jax.grad(loss, (0, 1, 2))(q, k, v)
+
+    return gradient, [arrays[name] for name in ("q", "k", "v", "dout")]
+
+
+def assert_close(impl, actual, expected):
+    tolerance = 20 * float(jnp.finfo(dtype_of(impl)).eps)
+    for a, b in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(np.float32(a), np.float32(b), rtol=tolerance, atol=tolerance)
+
+
+@every()
+def test_vmap(ready):
+    gradient, arguments = gradient_and_arguments(ready)
+    two = [np.stack([x, 0.5 * x]).astype(x.dtype) for x in arguments]
+    mapped = jax.jit(jax.vmap(gradient))(*two)
+    compiled = jax.jit(gradient)
+    for i in range(2):
+        assert_close(ready, [x[i] for x in mapped], compiled(*[x[i] for x in two]))
+
+
+@every()
+def test_remat_and_no_jit(ready):
+    if ready == "pallas" and jax.default_backend() == "cpu":
+        pytest.skip("pallas: checkpoint refuses the effects of the interpreter")
+    gradient, arguments = gradient_and_arguments(ready)
+    again = jax.jit(functools.partial(gradient, wrap=jax.checkpoint))(*arguments)
+    assert_close(ready, again, gradient(*arguments))
+
+
+@every("reference", "blockwise")
+def test_central_differences(ready, monkeypatch):
+    """Forward and backward agree, also on what dropout drops."""
+    monkeypatch.setattr(blocks, "_largest_block", lambda heads: 8)
+    case = Case(19, B=1, H=4, K=2, C=3, starts=(7,), padded=2, window=6, softcap=1.5, rate=0.3)
+    with jax.enable_x64(True):
+        arrays = inputs(case, np.float64)
+        f = attention(ready, case)
+        real = case.segment_ids()[..., None] > 0
+
+        def total(q, k, v):
+            out, lse = f(q, k, v)
+            return (out * arrays["dout"]).sum() + jnp.where(real, lse * arrays["dlse"], 0).sum()
+
+        primals = tuple(arrays[name] for name in ("q", "k", "v"))
+        check_grads(jax.jit(total), primals, order=1, modes=["rev"], atol=1e-7, rtol=1e-7, eps=1e-6)
+
+
+def test_tiling_changes_nothing():
+    """The same function whatever the block, dropout included; blocks that do not divide T too."""
+    case = CASES["all at once"]
+    with jax.enable_x64(True):
+        arrays = inputs(case, np.float64)
+        ids = jnp.asarray(case.segment_ids())
+        seed = jax.random.bits(jax.random.key(0), (2,), "uint32")
+        options = dict(causal=True, window=50, softcap=2.0, scale=0.3, dropout_rate=0.1)
+        one, *others = (
+            run(
+                lambda q, k, v, size=size: blockwise(q, k, v, ids, seed, block=size, **options),
+                arrays,
+                quick=True,
+            )
+            for size in (129, 50, 17)
+        )
+        assert (one["out"] != 0).mean() > 0.9
+        for other in others:
+            for name in one:
+                np.testing.assert_allclose(other[name], one[name], rtol=0, atol=1e-12)
+
+
+def test_rows_without_keys():
+    """Handed padding itself, blockwise gives 0, -inf and no gradient, and nothing leaks."""
+    case = CASES["segments and padding"]
+    ids = case.segment_ids()
+    ids[:, 10:20] = 0
+    arrays = inputs(case, np.float32)
+    options = dict(causal=True, window=None, softcap=0.0, scale=0.2, dropout_rate=0.0, block=32)
+    results = run(lambda q, k, v: blockwise(q, k, v, jnp.asarray(ids), None, **options), arrays)
+    for name, value in results.items():
+        np.testing.assert_array_equal(value[ids == 0], -np.inf if name == "lse" else 0, name)
+        assert np.isfinite(value[ids > 0]).all() and np.abs(value[ids > 0]).min() > 0
+
+
+def temporary_bytes(impl, backward):
+    """What XLA sets aside for T 4096, beside arguments and results."""
+    shape = jax.ShapeDtypeStruct((1, 4096, 4, 64), jnp.float32)
+    f = functools.partial(attend, impl=impl)
+    if backward:
+        f = jax.grad(lambda q, k, v: attend(q, k, v, impl=impl).sum(), (0, 1, 2))
+    return jax.jit(f).lower(shape, shape, shape).compile().memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_blockwise_memory(backward):
+    assert temporary_bytes("blockwise", backward) < temporary_bytes("xla", backward) / 8
+
+
+def test_work_outside_the_mask_is_skipped():
+    """With a window the loop over keys is bounded: 33 blocks of 64 keys count as at most 2."""
+    case = Case(64 * 33, B=1, H=1, K=1, window=64)
+    options = blocks._Options(case.T, 64, True, 64, 0.0, 1.0, 0.0)
+    for i in range(33):
+        assert [int(x) for x in blocks._key_blocks(options, jnp.int32(i), 33)] == [
+            max(0, i - 1),
+            i + 1,
+        ]
+        assert [int(x) for x in blocks._query_blocks(options, jnp.int32(i), 33)] == [
+            i,
+            min(33, i + 2),
+        ]
+
+
+SHARDED = """
+import functools, jax, jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from lm_jax.kernels.attention import attend
+
+mesh = Mesh(jax.devices(), ("x",))
+key = jax.random.key(0)
+
+def loss(q, k, v, ids):
+    out = attend(q, k, v, segment_ids_BT=ids, impl="blockwise", dropout_rate=0.1, dropout_key=key)
+    return jnp.square(out).sum((1, 2, 3))
+
+def gradient(q, k, v, ids):
+    out, pullback = jax.vjp(functools.partial(loss, ids=ids), q, k, v)
+    return pullback(jnp.ones_like(out))
+
+for arrays, rows in (((None, None, "x"), ()), (("x",), ("x",))):
+    arrays, rows = (NamedSharding(mesh, PartitionSpec(*spec)) for spec in (arrays, rows))
+    shape = jax.ShapeDtypeStruct((4, 300, 4, 16), jnp.float32, sharding=arrays)
+    ids = jax.ShapeDtypeStruct((4, 300), jnp.int32, sharding=rows)
+    text = jax.jit(gradient, out_shardings=arrays).lower(shape, shape, shape, ids).compile()
+    text = text.as_text()
+    assert "while" in text
+    for word in ("all-gather", "all-to-all", "collective-permute"):
+        assert word not in text, (arrays, word)
+"""
+
+
+def test_split_over_devices_nothing_is_gathered():
+    env = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+    }
+    root = pathlib.Path(__file__).parents[1]
+    subprocess.run([sys.executable, "-c", SHARDED], env=env, cwd=root, check=True, timeout=300)
+
+
+# What the suite must catch. Each of these is wrong in one way.
+
+
+def tiled_groups(q, k, v):
+    k, v = (jnp.tile(x, (1, 1, q.shape[2] // x.shape[2], 1)) for x in (k, v))
+    return attend(q, k, v, impl="reference", return_lse=True)
+
+
+def window_off_by_one(q, k, v):
+    return attend(q, k, v, impl="reference", window=q.shape[1] - 5, return_lse=True)
+
+
+def no_mask(q, k, v):
+    return attend(q, k, v, impl="reference", causal=False, return_lse=True)
+
+
+def padding_keys_enter(q, k, v):
+    T = q.shape[1]
+    q, k, v = (jnp.pad(x, [(0, 0), (0, 3), (0, 0), (0, 0)]) for x in (q, k, v))
+    out, lse = attend(q, k, v, impl="reference", causal=False, return_lse=True)
+    return out[:, :T], lse[:, :T]
+
+
+def lse_without_gradient(q, k, v):
+    out, lse = attend(q, k, v, impl="reference", return_lse=True)
+    return out, jax.lax.stop_gradient(lse)
+
+
+def scale_forgotten_in_backward(q, k, v):
+    half = q / 2 + jax.lax.stop_gradient(q / 2)
+    return attend(half, k, v, impl="reference", return_lse=True)
+
+
+@jax.custom_vjp
+def part_of_a_gradient_unwritten(q, k, v):
+    return attend(q, k, v, impl="reference", return_lse=True)
+
+
+def _pullback(residuals, cotangents):
+    dq, dk, dv = jax.vjp(functools.partial(attend, impl="reference", return_lse=True), *residuals)[
+        1
+    ](cotangents)
+    return dq, dk.at[:, -1].set(0.25), dv
+
+
+part_of_a_gradient_unwritten.defvjp(
+    lambda *args: (part_of_a_gradient_unwritten(*args), args), _pullback
+)
+
+PLANTED = {
+    tiled_groups: Case(33, H=4, K=2),
+    window_off_by_one: Case(33, window=27),
+    no_mask: Case(33),
+    padding_keys_enter: Case(33, causal=False),
+    lse_without_gradient: Case(33),
+    scale_forgotten_in_backward: Case(33),
+    part_of_a_gradient_unwritten: Case(33),
+}
+
+
+@pytest.mark.parametrize("wrong", PLANTED, ids=lambda f: f.__name__)
+def test_planted_faults_are_seen(wrong):
+    case = PLANTED[wrong]
+    arrays, truth, plain = expectation(case, "float32", True)
+    check_rounded(case, plain, plain, truth)
+    with pytest.raises(AssertionError, match="is off by"):
+        check_rounded(case, run(wrong, arrays), plain, truth)
+
+
+def test_a_uniform_row_in_padding_is_seen():
+    case = Case(33, padded=4)
+    arrays, truth, plain = expectation(case, "float32", True)
+    wrong = plain | {"out": plain["out"].copy()}
+    wrong["out"][:, -4:] = arrays["v"].mean(1, keepdims=True)
+    with pytest.raises(AssertionError, match="out in padding"):
+        check_rounded(case, wrong, plain, truth)
+
+
+# Refusals and choice.
+
+
+@pytest.mark.parametrize(
+    ("impl", "changes", "match"),
+    [
+        ("flash", {}, "attention.impl flash does not exist; use reference or blockwise"),
+        ("xla", {"return_lse": True}, "xla has no log-sum-exp that can be differentiated; use"),
+        ("xla", {"softcap": 2.0}, "xla has no softcap; use reference or blockwise"),
+        ("xla", {"dropout_rate": 0.1}, "xla has no dropout; .* or set attention_dropout to 0"),
+        ("blockwise", {"window": 0}, "A window of 0 sees nothing; choose at least 1"),
+    ],
+)
+def test_refusals_name_the_remedy(impl, changes, match):
+    x = jnp.ones((1, 4, 2, 8))
+    with pytest.raises(ValueError, match=match):
+        attend(x, x, x, impl=impl, dropout_key=jax.random.key(0), **changes)
+
+
+def test_more_refusals(monkeypatch):
+    x = jnp.ones((1, 5, 4, 8))
+    with pytest.raises(ValueError, match=r"query heads \(4\) that are a multiple of key/value"):
+        attend(x, x[:, :, :3], x[:, :, :3], impl="blockwise")
+    with jax.enable_x64(True):
+        wide = x.astype(jnp.float64)
+        with pytest.raises(ValueError, match="rounds float64 scores to float32; use reference"):
+            attend(wide, wide, wide, impl="xla")
+    for capability, matches in (
+        ("7.5", ["needs an Ampere GPU or a later one; use reference or blockwise, or xla"] * 4),
+        (
+            "9.0",
+            [
+                "cannot compute in float32; use xla, or compute in bfloat16",
+                "a multiple of 8 up to 128, not 4; use xla",
+                "a window only where it is causal; use xla",
+                "needs an even number of positions with segments, not 5; use xla",
+            ],
+        ),
+    ):
+        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+        gpu = types.SimpleNamespace(compute_capability=capability)
+        monkeypatch.setattr(jax, "devices", lambda gpu=gpu: [gpu])
+        half, ids = x.astype(jnp.bfloat16), np.ones((1, 5), np.int32)
+        for y, changes, match in zip(
+            (x, half[..., :4], half, half),
+            ({}, {}, {"window": 2, "causal": False}, {"segment_ids_BT": ids}),
+            matches,
+            strict=True,
+        ):
+            with pytest.raises(ValueError, match=match):
+                attend(y, y, y, impl="cudnn", **changes)
+
+
+def test_refusals_on_this_device():
+    if jax.default_backend() != "cpu":
+        pytest.skip("about a CPU")
+    x = jnp.ones((1, 4, 2, 64), jnp.bfloat16)
+    with pytest.raises(ValueError, match="cudnn needs an Ampere GPU or a later one"):
+        attend(x, x, x, impl="cudnn")
+    with pytest.raises(ValueError, match="attention.impl pallas cannot run: .*; use blockwise"):
+        attend(x, x, x, impl="pallas")
+
+
+def gpu(kind):
+    return types.SimpleNamespace(platform="gpu", device_kind=kind)
+
+
+@pytest.mark.parametrize(
+    ("device", "options", "expected"),
+    [
+        (None, dict(seq_len=64), "reference"),
+        (None, dict(seq_len=512), "blockwise"),
+        (None, dict(seq_len=4096, attention_dropout=0.1), "blockwise"),
+        (gpu("Tesla T4"), dict(seq_len=512), "xla"),
+        (gpu("Tesla T4"), dict(seq_len=512, attention_dropout=0.1), "reference"),
+        (gpu("NVIDIA H200"), dict(seq_len=1024), "xla"),
+        (gpu("NVIDIA H200"), dict(seq_len=2048), "blockwise"),
+    ],
+)
+def test_choose(device, options, expected):
+    impl, reason = choose("auto", device=device, **options)
+    assert impl == expected and len(reason) > 20
+    assert choose("cudnn", device=device, **options) == ("cudnn", "named in the config")
+    if device:
+        assert f"not measured on {device.device_kind}" in reason
+
+
+# The generator of dropout.
+
+
+def kept(seed, row, T, S, rate):
+    words = dropout.row_words(
+        jnp.asarray(seed, jnp.uint32), jnp.full((1, 1), row), jnp.arange(T)[:, None]
+    )
+    return np.asarray(jax.jit(lambda s: dropout.keep(words, s, rate))(jnp.arange(S)[None]))
+
+
+def test_dropout_keeps_its_share():
+    for rate in (0.1, 0.5, 0.9):
+        mask = kept((1, 2), 3, 512, 512, rate)
+        deviation = np.sqrt(rate * (1 - rate) / mask.size)
+        assert abs(mask.mean() - (1 - rate)) < 4 * deviation
+        for axis in (0, 1):  # every row and every column too: no stripes
+            counts = mask.sum(axis)
+            spread = np.sqrt(512 * rate * (1 - rate))
+            assert np.abs(counts - 512 * (1 - rate)).max() < 5 * spread
+            assert 0.8 < counts.std() / spread < 1.2
+    assert kept((1, 2), 3, 64, 64, 0.0).all()
+    assert kept((1, 2), 3, 64, 64, 1e-12).all()
+
+
+def uniform_bits(seed, row, T, S):
+    """Which of 16 equal classes each element falls into, read off nested thresholds."""
+    return sum(
+        (~kept(seed, row, T, S, i / 16)).astype(int) for i in range(1, 16)
+    )  # fmt: skip
+
+
+def test_dropout_is_uniform_and_pairs_are_independent():
+    """Chi-square of 16 classes, and of pairs of neighbours along s, t, head and seed."""
+    a = uniform_bits((5, 6), 0, 256, 256)
+    counts = np.bincount(a.ravel(), minlength=16)
+    assert (((counts - a.size / 16) ** 2) / (a.size / 16)).sum() < 37.7  # 0.1 % of chi2(15)
+    pairs = {
+        "s": (a[:, :-1], a[:, 1:]),
+        "t": (a[:-1], a[1:]),
+        "transposed": (a, a.T),
+        "head": (a, uniform_bits((5, 6), 1, 256, 256)),
+        "seed": (a, uniform_bits((6, 6), 0, 256, 256)),
+        "second word": (a, uniform_bits((5, 7), 0, 256, 256)),
+    }
+    for name, (x, y) in pairs.items():
+        if name == "transposed":
+            x, y = (z[np.triu_indices(256, 1)] for z in (x, y))
+        table = np.bincount((16 * x + y).ravel(), minlength=256)
+        expected = x.size / 256
+        assert (((table - expected) ** 2) / expected).sum() < 330.5, name  # 0.1 % of chi2(255)
+
+
+def test_dropout_rows_are_distinct_and_far_positions_count():
+    """No two of many rows share a mask, and high bits of heads and positions matter."""
+    rows = np.r_[np.arange(200), np.zeros(200, int), 2**20, 0]
+    positions = np.r_[np.zeros(200, int), np.arange(200), 0, 2**20]
+    words = dropout.row_words(
+        jnp.uint32([1, 2]), jnp.asarray(rows)[:, None], jnp.asarray(positions)[:, None]
+    )
+    mask = np.asarray(dropout.keep(words, jnp.arange(64)[None], 0.5))
+    assert len({row.tobytes() for row in mask}) == 401  # head 0, position 0 is there twice
+    assert (np.abs((mask[-2:] != mask[0]).sum(1) - 32) < 20).all()
