@@ -90,7 +90,7 @@ def test_log_probs_are_those_of_the_scoring_path(family):
         weights = np.float32(np.arange(25) > len(prompt))[None]
         assert tokens.shape == weights.shape and len(one.ids) == 19
         batch = {"tokens": tokens, "segment_ids": np.ones_like(tokens), "weights": weights}
-        nats, scored = score(batch)
+        nats, scored, _ = score(batch)
         assert scored == 19
         np.testing.assert_allclose(-np.sum(one.log_probs), nats, atol=1e-4)
         b = loss.shift(batch)

@@ -89,16 +89,17 @@ def final_state(workdir):
 
 def record_batches(monkeypatch):
     """Hashes of all batches that are fed to the step from now on."""
-    seen, real = [], train.stack
+    seen, real = [], pipeline.train_batches
 
-    def stack(batches, count):
-        stacked = real(batches, count)
-        seen.extend(
-            pipeline.batch_hash({k: v[i] for k, v in stacked.items()}) for i in range(count)
-        )
-        return stacked
+    def train_batches(*args, **options):
+        for stacked in real(*args, **options):
+            seen.extend(
+                pipeline.batch_hash({k: v[i] for k, v in stacked.items()})
+                for i in range(len(stacked["tokens"]))
+            )
+            yield stacked
 
-    monkeypatch.setattr(train, "stack", stack)
+    monkeypatch.setattr(pipeline, "train_batches", train_batches)
     return seen
 
 
@@ -308,7 +309,7 @@ def test_a_config_that_never_trained_can_be_mended(text, tmp_path):
 
 @pytest.mark.parametrize("split", ["valid", "test"])
 def test_a_split_to_be_scored_must_be_there(text, tmp_path, split):
-    cfg = small(text, **{f"data__{split}_fraction": 0.0})
+    cfg = small(text, eval__splits="valid,test", **{f"data__{split}_fraction": 0.0})
     with pytest.raises(ValueError, match=rf"--config\.data\.{split}_fraction"):
         train.train_and_evaluate(cfg, tmp_path / "run")
     assert not (tmp_path / "run").exists()
