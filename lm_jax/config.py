@@ -151,7 +151,7 @@ class OptimConfig(_Section):
 class AttentionConfig(_Section):
     """Which attention implementation runs."""
 
-    impl: str = "auto"  # auto | reference | xla | cudnn | blockwise | pallas
+    impl: str = "auto"  # or reference, xla, cudnn, blockwise, pallas, pallas_deterministic
 
 
 @dataclasses.dataclass
@@ -219,7 +219,10 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "model.init": ("normal", "fan_in"),
     "optim.name": ("adamw", "muon"),
     "optim.schedule": ("cosine", "linear", "constant", "wsd"),
-    "attention.impl": ("auto", "reference", "xla", "cudnn", "blockwise", "pallas"),
+    "attention.impl": (
+        *("auto", "reference", "xla", "cudnn", "blockwise", "pallas"),
+        "pallas_deterministic",
+    ),
     "doctor": ("off", "fast", "full"),
     "loss.impl": ("auto", "materialised", "fused"),
     "train.compute_dtype": ("float32", "bfloat16", "float16"),

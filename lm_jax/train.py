@@ -153,6 +153,8 @@ def train_and_evaluate(cfg: Config, workdir: str | pathlib.Path) -> dict[str, An
                 "data/epoch": now * cfg.data.batch_size / windows,
                 **speed,
             }
+            if now == start + 1 > 1:
+                row["resumed"] = start
             writers.write(now, row)
             if now % int(cfg.train.log_every) == 0 or now == steps:
                 writers.progress(now, row)
@@ -183,6 +185,8 @@ def train_and_evaluate(cfg: Config, workdir: str | pathlib.Path) -> dict[str, An
                 "gradient; lower config.optim.peak_lr or look at these batches."
             )
 
+    watch = doctor.Watch(workdir)
+
     def evaluate_now(state: step.TrainState, position: int) -> None:
         result = evaluator(state.ema if cfg.optim.ema_decay else state.params, "valid")
         writers.write(position, {f"valid/{k}": v for k, v in result.items() if k in _LOGGED})
@@ -190,6 +194,9 @@ def train_and_evaluate(cfg: Config, workdir: str | pathlib.Path) -> dict[str, An
             f"step {position}/{steps}  valid loss {result['loss']:.4f}  word ppl "
             f"{result['word_ppl']:.2f}  bits per byte {result['bits_per_byte']:.4f}"
         )
+        if cfg.doctor != "off" and jax.process_index() == 0:
+            for line in watch.look(evaluate.references(store, "valid")):
+                writers.say(line)
         best = math.inf if manifest["best_loss"] is None else manifest["best_loss"]
         if result["loss"] < best:
             manifest.update(best_loss=result["loss"], best_position=position)

@@ -21,7 +21,6 @@ import json
 import math
 import os
 import pathlib
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -32,6 +31,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs
 import jax
 import jax.numpy as jnp
 import numpy as np
+from benchmark import clock, device, machine, take_turns
 
 from lm_jax.kernels.attention import attend
 from lm_jax.kernels.mosaic import unavailable
@@ -74,7 +74,6 @@ CASES = {
     "cpu_window": Case(1, 4096, 4, 64, "float32", window=256),
     "cpu_dropout": Case(2, 1024, 4, 64, "float32", dropout=0.1),
 }
-BLOCK_SECONDS = {"cpu": 0.3, "gpu": 0.02}  # of one peer in one repeat
 PASSES = ("forward", "gradient")
 Attention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
@@ -99,15 +98,6 @@ def ours(case: Case, impl: str) -> Attention:
         dropout_rate=case.dropout,
         dropout_key=jax.random.key(1) if case.dropout else None,
     )
-
-
-def deterministic(case: Case) -> Attention:
-    """The Hopper kernels with gradients summed in a fixed order."""
-    from lm_jax.kernels.flash import flash
-
-    options: dict[str, Any] = dict(causal=True, window=None, softcap=0.0, dropout_rate=0.0)
-    options |= dict(scale=case.C**-0.5, deterministic=True)
-    return lambda q, k, v: flash(q, k, v, None, None, **options)[0]
 
 
 def jax_triton(case: Case) -> Attention:
@@ -229,7 +219,7 @@ def makers(case: Case, gradient: bool, args: list[jax.Array]) -> dict[str, Calla
     def of_torch(backend: str) -> Callable[[], Peer]:
         return lambda: TorchPeer(backend, case, gradient, args)
 
-    gpu = jax.default_backend() == "gpu"
+    gpu = device() == "gpu"
     hopper = unavailable(case.dtype, case.C) is None
     names = ["blockwise", "xla"]
     names = (["pallas", *names] if hopper else names) + (["cudnn"] if gpu else ["reference"])
@@ -241,7 +231,7 @@ def makers(case: Case, gradient: bool, args: list[jax.Array]) -> dict[str, Calla
         return peers
     if case.plain():
         if gradient and hopper:
-            peers["pallas, deterministic"] = of_jax(deterministic)
+            peers["pallas_deterministic"] = of_jax(ours, "pallas_deterministic")
         peers["jax mosaic"] = of_jax(jax_mosaic)
         peers["jax triton"] = of_jax(jax_triton)
         for kind in ("mosaic", "triton"):
@@ -250,20 +240,6 @@ def makers(case: Case, gradient: bool, args: list[jax.Array]) -> dict[str, Calla
         peers["torch flash"] = of_torch("FLASH_ATTENTION")
         peers["torch cudnn"] = of_torch("CUDNN_ATTENTION")
     return peers
-
-
-def clock() -> float:
-    """TFLOP/s of a square matrix product, the best of five."""
-    gpu = jax.default_backend() == "gpu"
-    n, dtype = (8192, jnp.bfloat16) if gpu else (2048, jnp.float32)
-    a = jax.random.normal(jax.random.key(0), (n, n), dtype)
-    product = jax.jit(lambda a: a @ a)
-    rates = []
-    for _ in range(6):
-        began = time.perf_counter()
-        product(a).block_until_ready()
-        rates.append(2e-12 * n**3 / (time.perf_counter() - began))
-    return max(rates)
 
 
 def difference(values: list[np.ndarray], expected: list[np.ndarray]) -> float:
@@ -291,13 +267,9 @@ def bench(case: Case, gradient: bool, repeats: int) -> dict[str, dict[str, Any]]
         results[name] = {
             "temp_bytes": peer.temp_bytes,
             "difference": difference(peer.values(), expected),
-            "ms": [],
         }
-    block = BLOCK_SECONDS["gpu" if jax.default_backend() == "gpu" else "cpu"]
-    runs = {name: max(1, round(3 * block / peer.seconds(3))) for name, peer in peers.items()}
-    for _ in range(repeats):
-        for name, peer in peers.items():
-            results[name]["ms"].append(1e3 * peer.seconds(runs[name]) / runs[name])
+    for name, ms in take_turns(peers, repeats).items():
+        results[name]["ms"] = ms
     first = results[next(iter(peers))]
     for name in peers:
         result = results[name]
@@ -357,19 +329,11 @@ def main() -> None:
     parser.add_argument("--plot", type=pathlib.Path, help="where to draw them")
     args = parser.parse_args()
     keep_freed_memory()
-    device = "gpu" if jax.default_backend() == "gpu" else "cpu"
-    names = args.cases.split(",") if args.cases else [n for n in CASES if n.startswith(device)]
+    names = args.cases.split(",") if args.cases else [n for n in CASES if n.startswith(device())]
     if unknown := [name for name in names if name not in CASES]:
         parser.error(f"--cases: {unknown} are none of {', '.join(CASES)}")
     began = time.perf_counter()
-    results: dict[str, Any] = {
-        "device": jax.devices()[0].device_kind,
-        "machine": platform.machine(),
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "clock_tflops": [clock()],
-        "cases": {},
-    }
+    results: dict[str, Any] = machine() | {"cases": {}}
     print(f"{results['device']}, jax {jax.__version__}, python {results['python']}")
     for name in names:
         if time.perf_counter() - began > args.seconds:
@@ -381,7 +345,7 @@ def main() -> None:
         for which in PASSES:
             print(f"  {which}")
             gradient = which == "gradient"
-            found = bench(case, gradient, args.repeats or (20 if device == "gpu" else 7))
+            found = bench(case, gradient, args.repeats or (20 if device() == "gpu" else 7))
             results["cases"][name][which] = found
             show(case, gradient, found)
     results["clock_tflops"].append(clock())

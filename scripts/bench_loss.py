@@ -19,7 +19,6 @@ import json
 import math
 import os
 import pathlib
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -33,6 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import flags
+from benchmark import clock, device, machine, take_turns
 
 from lm_jax import loss
 from lm_jax.kernels.linear_loss import linear_cross_entropy, linear_divergence
@@ -61,7 +61,6 @@ CASES = {
     "gpu_128k": Case(16_384, 768, 128_256, "bfloat16"),
     "gpu_kl": Case(16_384, 768, 50_257, "bfloat16", kind="divergence"),
 }
-BLOCK_SECONDS = {"cpu": 0.5, "gpu": 0.1}  # of one peer in one repeat
 OURS = "lm_jax"
 Arrays = tuple[jax.Array, ...]
 
@@ -228,21 +227,6 @@ class TorchPeer:
         return time.perf_counter() - began
 
 
-def clock() -> float:
-    """TFLOP/s of a square matrix product."""
-    gpu = jax.default_backend() == "gpu"
-    n, dtype = (8192, jnp.bfloat16) if gpu else (2048, jnp.float32)
-    a = jnp.ones((n, n), dtype)
-    product = jax.jit(lambda a: a @ a)
-    product(a).block_until_ready()
-    rates = []
-    for _ in range(5):
-        began = time.perf_counter()
-        product(a).block_until_ready()
-        rates.append(2e-12 * n**3 / (time.perf_counter() - began))
-    return max(rates)
-
-
 def bench(case: Case, repeats: int, chunk_rows: list[int]) -> dict[str, Any]:
     """All peers at one case."""
     makers: dict[str, Callable[[], JaxPeer | TorchPeer]] = {
@@ -263,11 +247,8 @@ def bench(case: Case, repeats: int, chunk_rows: list[int]) -> dict[str, Any]:
         peers[name] = peer
         results[name] = {"temp_bytes": peer.temp_bytes, "value_and_norm": values, "ms": []}
     if case.timed:
-        block = BLOCK_SECONDS["gpu" if jax.default_backend() == "gpu" else "cpu"]
-        runs = {name: max(1, round(3 * block / p.seconds(3))) for name, p in peers.items()}
-        for _ in range(repeats):
-            for name, peer in peers.items():
-                results[name]["ms"].append(1e3 * peer.seconds(runs[name]) / runs[name])
+        for name, ms in take_turns(peers, repeats).items():
+            results[name]["ms"] = ms
     ours = results[OURS]
     for result in results.values():
         if "not_run" in result or "not_run" in ours:
@@ -328,21 +309,13 @@ def main() -> None:
     args = parser.parse_args()
     keep_freed_memory()
     flags.FLAGS.mark_as_parsed()  # tokamax reads some, and argparse does not parse them
-    device = "gpu" if jax.default_backend() == "gpu" else "cpu"
-    names = args.cases.split(",") if args.cases else [n for n in CASES if n.startswith(device)]
+    names = args.cases.split(",") if args.cases else [n for n in CASES if n.startswith(device())]
     if unknown := [n for n in names if n not in CASES]:
         parser.error(f"--cases: {unknown} are none of {', '.join(CASES)}")
-    results: dict[str, Any] = {
-        "device": jax.devices()[0].device_kind,
-        "machine": platform.machine(),
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "clock_tflops": [clock()],
-        "cases": {},
-    }
+    results: dict[str, Any] = machine() | {"cases": {}}
     chunk_rows = [int(n) for n in args.chunk_rows.split(",") if n]
     for name in names:
-        found = bench(CASES[name], args.repeats or (20 if device == "gpu" else 10), chunk_rows)
+        found = bench(CASES[name], args.repeats or (20 if device() == "gpu" else 10), chunk_rows)
         results["cases"][name] = found
         print(f"{name}: {CASES[name]}")
         for peer, result in found["peers"].items():

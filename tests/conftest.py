@@ -1,10 +1,16 @@
-"""Settings for all tests: CPU, no silent rank promotion."""
+"""Settings for all tests: CPU, one cache of compiled code, no silent rank promotion."""
 
 import os
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # The warpgroups of an interpreted kernel wait for each other: each needs a thread of XLA's pool.
 os.environ.setdefault("NPROC", "8")
+# Most of the time of the tests is compiling, and many compile the same; workers inherit this.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    compiled = tempfile.TemporaryDirectory(prefix="lm_jax_tests_")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 import jax
 import pytest

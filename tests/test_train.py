@@ -172,7 +172,11 @@ def test_stop_and_resume_is_bit_identical(
     for a, b in zip(final_state(straight[0]), final_state(tmp_path), strict=True):
         np.testing.assert_array_equal(a, b)
     assert results == straight[1]
+    assert {row["step"]: row["resumed"] for row in rows(tmp_path) if "resumed" in row} == {
+        stop + 1: stop
+    }
     for a, b in zip(rows(straight[0]), rows(tmp_path), strict=True):
+        b.pop("resumed", None)
         assert {k: v for k, v in a.items() if not k.startswith("perf/")} == {
             k: v for k, v in b.items() if not k.startswith("perf/")
         }
@@ -356,6 +360,26 @@ def test_divergence_stops_with_the_reason(text, tmp_path, capsys):
     assert said.count("first nan in `") == 1
     assert "last parameter before it params/" in said
     assert [row["optim/skipped_updates"] for row in rows(tmp_path)] == [0, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({}, []),
+        (dict(optim__peak_lr=1e-30), ["log.updates (fail)", "eval.identical (fail)"]),
+        (dict(optim__clip_norm=1e-3), ["log.clipping (note)"]),
+    ],
+)
+def test_what_metrics_rule_out_is_told_once_while_training(
+    text, tmp_path, monkeypatch, capsys, changes, told
+):
+    monkeypatch.setattr(train, "preflight", lambda *_: None)
+    cfg = small(text, doctor="fast", train__eval_every="3", optim__clip_norm=100.0)
+    train.train_and_evaluate(config.replace(cfg, **changes), tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    assert [" ".join(x.split()[1:3]).strip(":") for x in lines if x.startswith("doctor")] == told
+    failed = json.loads((tmp_path / "watch.json").read_text())["failed"]
+    assert bool(failed) == ("fail" in str(told))
 
 
 def test_evaluate_command(straight, monkeypatch, capsys):

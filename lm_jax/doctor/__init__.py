@@ -13,11 +13,13 @@ from lm_jax.doctor.model import examine_model
 from lm_jax.doctor.optimiser import examine_optimiser
 from lm_jax.doctor.preflight import Unfit, examine_config
 from lm_jax.doctor.training import examine_training
+from lm_jax.doctor.workdir import Watch, examine_workdir
 
 __all__ = [
     "Finding",
     "Report",
     "Unfit",
+    "Watch",
     "examine_arms",
     "examine_config",
     "examine_data",
@@ -30,4 +32,5 @@ __all__ = [
     "examine_model",
     "examine_optimiser",
     "examine_training",
+    "examine_workdir",
 ]

@@ -7,7 +7,6 @@
 Exit code 0: no check failed; 1: a check failed; 2: the command cannot be followed.
 """
 
-import json
 import pathlib
 import sys
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 from absl import app, flags
 from rich.console import Console
 
-from lm_jax import config, doctor, metrics
+from lm_jax import doctor
 from lm_jax.doctor.records import read_log
 from lm_jax.flags import define_config, misuse, parse
 
@@ -31,43 +30,6 @@ _PARAMETERS = flags.DEFINE_float("parameters", None, "Parameters of the model of
 _PEAK_FLOPS = flags.DEFINE_float("peak_flops", None, "FLOP/s of all devices of --log.")
 _LR_END = flags.DEFINE_float("lr_end", None, "Configured last learning rate of --log.")
 _OVERFIT = flags.DEFINE_bool("overfit", False, "--log overfits a batch on purpose.")
-
-
-def examine_workdir(workdir: pathlib.Path) -> doctor.Report:
-    """Post-mortem of a run from what it left behind: config, metrics and evaluations.
-
-    Raises:
-        FileNotFoundError: if the folder holds no config or no metrics.
-    """
-    for name in ("config.json", "metrics.jsonl"):
-        if not (workdir / name).exists():
-            raise FileNotFoundError(f"{workdir / name}: no such file; give the folder of a run.")
-    record = json.loads((workdir / "config.json").read_text())
-    cfg = config.from_dict(record["config"])
-    log = read_log(workdir / "metrics.jsonl")
-    evaluations = {
-        path.stem.removeprefix("eval_"): json.loads(path.read_text())
-        for path in sorted(workdir.glob("eval_*.json"))
-    }
-    vocab_size = record["data"]["vocab_size"]
-    tokens = cfg.data.batch_size * cfg.data.seq_len
-    optim, flops = cfg.optim, metrics.flops_per_token(cfg, vocab_size)
-    return doctor.examine_log(
-        log.records,
-        problems=log.problems,
-        vocab_size=vocab_size,
-        split_tokens={name: s["tokens"] for name, s in record["data"]["splits"].items()},
-        train_tokens=record["data"]["splits"]["train"]["tokens"],
-        tokens_per_step=tokens,
-        parameters=flops / 6,
-        peak_flops=metrics.peak_flops(
-            record["devices"][0], cfg.train.compute_dtype, len(record["devices"])
-        ),
-        lr_peak=optim.peak_lr,
-        lr_end=optim.peak_lr * (1 if optim.schedule == "constant" else optim.end_lr),
-        steps=int(cfg.train.steps),
-        references=evaluations.get("valid", {}).get("references"),
-    )
 
 
 def examine_file(path: pathlib.Path) -> doctor.Report:
@@ -99,7 +61,7 @@ def main(_: list[str]) -> None:
         if _CONFIG.value is not None:
             report = doctor.examine_config(_CONFIG.value, level=_LEVEL.value)
         elif _WORKDIR.value is not None:
-            report = examine_workdir(pathlib.Path(_WORKDIR.value))
+            report = doctor.examine_workdir(pathlib.Path(_WORKDIR.value))
         else:
             report = examine_file(pathlib.Path(_LOG.value or ""))
     except (ValueError, OSError) as error:

@@ -18,6 +18,7 @@ from lm_jax.doctor.data import examine_data
 from lm_jax.doctor.evaluation import examine_evaluation
 from lm_jax.doctor.findings import Report
 from lm_jax.doctor.gradients import examine_gradients
+from lm_jax.doctor.kernels import examine_kernel
 from lm_jax.doctor.losses import examine_loss
 from lm_jax.doctor.model import examine_model
 from lm_jax.doctor.optimiser import examine_optimiser
@@ -42,7 +43,7 @@ def examine_config(cfg: Config, *, level: str = "fast", store: Store | None = No
     Args:
         cfg: the config as written.
         level: fast (seconds), or full, which adds short trainings on random tokens, gradients in
-            float64 and evaluation.
+            float64, attention against the plain one and evaluation.
         store: the tokenised corpus, if it is open already.
 
     Raises:
@@ -59,7 +60,7 @@ def examine_config(cfg: Config, *, level: str = "fast", store: Store | None = No
     small = _Small(cfg, store)
     report += small.model() + small.loss() + small.optimiser()
     if level == "full":
-        report += small.training() + small.gradients() + small.evaluation()
+        report += small.training() + small.gradients() + small.attention() + small.evaluation()
     return report
 
 
@@ -132,12 +133,12 @@ class _Small:
             optim__accumulation=min(cfg.optim.accumulation, 2),
         )
         self.vocab_size = min(store.tokenizer.vocab_size, 500)
-        impl, _ = attention.choose(
+        self.attention_impl, _ = attention.choose(
             cfg.attention.impl,
             seq_len=cfg.data.seq_len,
             attention_dropout=model.attention_dropout,
         )
-        self.graphdef, self.init = step.create_model(self.cfg, self.vocab_size, impl)
+        self.graphdef, self.init = step.create_model(self.cfg, self.vocab_size, self.attention_impl)
         self.loss_impl, _ = losses.choose(
             cfg.loss.impl,
             tokens=cfg.data.batch_size // cfg.optim.accumulation * cfg.data.seq_len,
@@ -294,7 +295,8 @@ class _Small:
         )
 
     def gradients(self) -> Report:
-        """The gradient of the whole loss, in float64."""
+        """The gradient of the whole loss, in float64, which not every attention can compute."""
+        graphdef, _ = step.create_model(self.cfg, self.vocab_size, "reference")
         batch = {name: jnp.asarray(x) for name, x in self.batch().items()}
         leaves, tree = jax.tree.flatten(self.params)
         rng = np.random.default_rng(self.cfg.seed)
@@ -302,7 +304,7 @@ class _Small:
 
         def mean_loss(params: Any) -> jax.Array:
             sums = step.loss_sums(
-                self.graphdef,
+                graphdef,
                 params,
                 batch,
                 dtype=jnp.dtype("float64"),
@@ -312,6 +314,23 @@ class _Small:
             return sums.nats / sums.count
 
         return examine_gradients(mean_loss, params, seed=self.cfg.seed)
+
+    def attention(self) -> Report:
+        """The attention of the run against the plain one, at lengths around those of blocks."""
+        model = self.cfg.model
+        width = model.d_model // model.heads
+
+        def make(length: int, rng: np.random.Generator) -> tuple[jax.Array, ...]:
+            shapes = [(1, length, heads, width) for heads in (model.heads, *[model.kv_heads] * 2)]
+            return tuple(jnp.asarray(rng.standard_normal(shape), self.dtype) for shape in shapes)
+
+        return examine_kernel(
+            functools.partial(attention.attend, impl=self.attention_impl),
+            functools.partial(attention.attend, impl="reference"),
+            make,
+            sizes=sorted({min(size, self.full.data.seq_len) for size in (1, 127, 128, 129, 513)}),
+            seed=self.cfg.seed,
+        )
 
     def evaluation(self) -> Report:
         """Evaluation that repeats, and decoding with a cache."""

@@ -241,8 +241,9 @@ class Log:
         return "distill/objective" if self.has("distill/objective") else "train/loss"
 
     def restarts(self) -> list[int]:
-        """Updates after which the run was resumed, declared or seen in the log."""
-        return sorted(set(self.resumes) | set(self._series[1].get("train/loss", ())))
+        """Updates after which the run was resumed: declared, logged or seen in the log."""
+        logged = self.series("resumed").values.astype(int).tolist() if self.has("resumed") else ()
+        return sorted({*self.resumes, *logged, *self._series[1].get("train/loss", ())})
 
     def tokens(self, steps: np.ndarray) -> np.ndarray | None:
         """Training tokens seen at the given steps, or None if it is not known."""

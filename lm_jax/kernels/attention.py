@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lm_jax.kernels import device as devices
 from lm_jax.kernels import dropout
 from lm_jax.kernels.blockwise import blockwise
 from lm_jax.kernels.mosaic import unavailable
@@ -29,11 +30,11 @@ def choose(
         impl: auto, or the name of an implementation of `attend`.
         seq_len: positions T of a row.
         attention_dropout: rate on the probabilities.
-        device: a `jax.Device`; the first one if None.
+        device: a `jax.Device`; the one that is compiled for if None.
     """
     if impl != "auto":
         return impl, "named in the config"
-    device = device or jax.devices()[0]
+    device = device or devices.target()
     if device.platform == "cpu":
         if seq_len < 256:
             return "reference", f"faster than blockwise on a cpu at {seq_len} positions"
@@ -79,7 +80,8 @@ def attend(
         k_BTKC: keys; H must be a multiple of K.
         v_BTKC: values.
         impl: reference (plain JAX), xla or cudnn (`jax.nn.dot_product_attention`), blockwise (plain
-            JAX, memory linear in T) or pallas (flash attention for Hopper GPUs).
+            JAX, memory linear in T), pallas (flash attention for Hopper GPUs), or
+            pallas_deterministic, whose gradient has the same bits in every run.
         causal: whether a position sees only itself and what is before it.
         segment_ids_BT: document number per position, 0 for padding; None for one document.
         window: number of positions seen, itself included, counted to the left; None for all.
@@ -90,10 +92,10 @@ def attend(
         return_lse: whether to return the log-sum-exp as well.
 
     Raises:
-        ValueError: where this implementation cannot do what is asked, with the reason.
+        ValueError: for arguments that mean nothing, and where this implementation cannot do what is
+            asked, with the reason.
     """
-    if window is not None and window < 1:
-        raise ValueError(f"A window of {window} sees nothing; choose at least 1, or None for all.")
+    _check(q_BTHC, k_BTKC, v_BTKC, window, softcap, dropout_rate)
     scale = q_BTHC.shape[-1] ** -0.5 if scale is None else scale
     if scale < 0:  # so that the largest product is the largest score
         q_BTHC, scale = -q_BTHC, -scale
@@ -107,7 +109,7 @@ def attend(
         scale=scale,
         dropout_rate=0.0 if seed is None else dropout_rate,
     )
-    reason = _refusal(impl, q_BTHC, k_BTKC, options, segment_ids_BT is not None, return_lse)
+    reason = _refusal(impl, q_BTHC, options, segment_ids_BT is not None, return_lse)
     if reason:
         raise ValueError(f"attention.impl {impl} {reason}.")
     if segment_ids_BT is not None:
@@ -119,10 +121,11 @@ def attend(
         out_BTHC, lse_BTH = _reference(*inputs, seed, **options)
     elif impl == "blockwise":
         out_BTHC, lse_BTH = blockwise(*inputs, seed, **options)
-    elif impl == "pallas":
+    elif impl in ("pallas", "pallas_deterministic"):
         from lm_jax.kernels.flash import flash  # needs a newer JAX than the rest
 
-        out_BTHC, lse_BTH = flash(*inputs, seed, **options)
+        deterministic = impl == "pallas_deterministic"
+        out_BTHC, lse_BTH = flash(*inputs, seed, deterministic=deterministic, **options)
     else:
         out_BTHC = _from_jax(*inputs, impl, options)
     if segment_ids_BT is not None:
@@ -147,15 +150,41 @@ def attend_cache(
     return _masked(q_BTHC, k_BSKC, v_BSKC, mask_TS[None, None], None, 0.0, scale, 0.0)[0]
 
 
-def _refusal(impl: str, q_BTHC, k_BTKC, options, segments: bool, return_lse: bool) -> str | None:
+def _check(q_BTHC, k_BTKC, v_BTKC, window, softcap: float, dropout_rate: float) -> None:
+    """Refuse arguments that no implementation can give a meaning."""
+    q, k, v = q_BTHC.shape, k_BTKC.shape, v_BTKC.shape
+    if k != v or (q[:2], q[3]) != (k[:2], k[3]):
+        raise ValueError(
+            f"q, k and v are {q}, {k} and {v}; give [B, T, H, C] and twice [B, T, K, C]."
+        )
+    if not q_BTHC.size:
+        raise ValueError(f"q is {q}, which is empty; give at least one position.")
+    if q[2] % k[2]:
+        raise ValueError(
+            f"{q[2]} query heads are no multiple of {k[2]} key/value heads; change kv_heads."
+        )
+    dtypes = q_BTHC.dtype, k_BTKC.dtype, v_BTKC.dtype
+    if len(set(dtypes)) > 1:
+        raise ValueError(f"q, k and v are {', '.join(map(str, dtypes))}; give all the same dtype.")
+    if window is not None and window < 1:
+        raise ValueError(f"A window of {window} sees nothing; choose at least 1, or None for all.")
+    if softcap < 0:
+        raise ValueError(f"A softcap of {softcap} turns scores around; give 0 for none, or more.")
+    if not 0 <= dropout_rate < 1:
+        raise ValueError(
+            f"A dropout rate of {dropout_rate} is not in [0, 1); give a share below 1."
+        )
+
+
+def _refusal(impl: str, q_BTHC, options, segments: bool, return_lse: bool) -> str | None:
     """Why this implementation cannot run, and what to do about it."""
-    T, H, C = q_BTHC.shape[1:]
-    if H % k_BTKC.shape[2]:
-        return f"needs query heads ({H}) that are a multiple of key/value heads; change kv_heads"
+    T, _, C = q_BTHC.shape[1:]
     if impl in ("reference", "blockwise"):
         return None
-    if impl == "pallas":
+    if impl in ("pallas", "pallas_deterministic"):
         reason = unavailable(q_BTHC.dtype, C)
+        if reason is None and jax.device_count() > 1:
+            reason = f"it is not split over {jax.device_count()} devices"
         return reason and f"cannot run: {reason}; use blockwise"
     anything = "use reference or blockwise"
     if impl not in ("xla", "cudnn"):
@@ -167,8 +196,11 @@ def _refusal(impl: str, q_BTHC, k_BTKC, options, segments: bool, return_lse: boo
     if return_lse:
         return f"has no log-sum-exp that can be differentiated; {anything}"
     if impl == "xla":
-        wide = q_BTHC.dtype == jnp.float64
-        return f"rounds float64 scores to float32; {anything}" if wide else None
+        if q_BTHC.dtype == jnp.float64:
+            return f"rounds float64 scores to float32; {anything}"
+        if q_BTHC.dtype == jnp.float16 and devices.target().platform == "cpu":
+            return f"cannot compute in float16 on a cpu; {anything}, or bfloat16"
+        return None
     if jax.default_backend() != "gpu" or float(jax.devices()[0].compute_capability) < 8:
         return f"needs an Ampere GPU or a later one; {anything}, or xla"
     if q_BTHC.dtype not in (jnp.bfloat16, jnp.float16):

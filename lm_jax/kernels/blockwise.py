@@ -14,7 +14,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from lm_jax.kernels import dropout
+from lm_jax.kernels import device, dropout
 
 _MASKED = -1e30  # finite: the difference of two of them is 0 and not NaN
 
@@ -92,7 +92,7 @@ def blockwise(
 
 def _largest_block(heads: int) -> int:
     """On a CPU the scores of a block, over all rows and heads, should stay in its caches."""
-    if jax.default_backend() != "cpu":
+    if device.target().platform != "cpu":
         return 256
     return next((size for size in (256, 128) if heads * size**2 <= 2**19), 64)
 

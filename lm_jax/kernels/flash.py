@@ -62,13 +62,8 @@ def flash(
     reason = mosaic.unavailable(q_BTHC.dtype, C, interpret=interpret)
     if reason:
         raise ValueError(f"Flash attention cannot run: {reason}; choose another implementation.")
-    if not q_BTHC.dtype == k_BTKC.dtype == v_BTKC.dtype:
-        dtypes = f"{q_BTHC.dtype}, {k_BTKC.dtype} and {v_BTKC.dtype}"
-        raise ValueError(f"q, k and v are {dtypes}; give all the same dtype.")
     if scale == 0:
         raise ValueError("A scale of 0 makes all scores equal; give another one.")
-    if scale < 0:  # the kernels take the largest score before they scale
-        q_BTHC, scale = -q_BTHC, -scale
     assert k_BTKC.shape == v_BTKC.shape and H % k_BTKC.shape[2] == 0
     settings = Settings(
         length=T,

@@ -6,6 +6,8 @@ import re
 import jax
 import jax.numpy as jnp
 
+from lm_jax.kernels import device
+
 _OLDEST_JAX = (0, 11, 2)
 _WIDEST_HEAD = 128
 _INTERPRETER_THREADS = 8
@@ -42,12 +44,11 @@ def _too_few_threads() -> str | None:
 
 def _not_hopper() -> str | None:
     """Why the device that is compiled for has no WGMMA and TMA, or None for a Hopper GPU."""
-    # An abstract mesh says what a compilation without the device is for.
-    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
-    if device.platform != "gpu":
-        return f"the device is a {device.platform}, not a Hopper GPU"
-    if not re.search(r"\b(G?H100|G?H200|H800|H20)\b", device.device_kind):
-        return f"{device.device_kind} is not a Hopper GPU (compute capability 9.0)"
+    target = device.target()
+    if target.platform != "gpu":
+        return f"the device is a {target.platform}, not a Hopper GPU"
+    if not re.search(r"\b(G?H100|G?H200|H800|H20)\b", target.device_kind):
+        return f"{target.device_kind} is not a Hopper GPU (compute capability 9.0)"
     return None
 
 

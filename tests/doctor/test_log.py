@@ -284,6 +284,9 @@ def test_a_resume_that_reads_the_data_again():
     rows = train(0, resume_at=150, lost=("data",))
     (found,) = failing(examine_log(rows, **declared(0), resumes=[150]), "log.resume")
     assert "repeat the noise" in found.evidence and "beginning" in found.remedy
+    rows[150]["resumed"] = 150  # as this trainer logs it
+    (logged,) = failing(examine_log(rows, **declared(0)), "log.resume")
+    assert logged.evidence == found.evidence
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -11,7 +11,7 @@ from rich.console import Console
 from lm_jax import config, doctor, loss, train
 from lm_jax.config import Config
 from tests.helpers import shared_data
-from tests.test_configs import load
+from tests.test_configs import CONFIGS, load
 from tests.test_train import small, text  # noqa: F401
 
 
@@ -19,14 +19,35 @@ def not_in_order(report):
     return [(f.check, f.status, f.evidence) for f in report if f.status in ("fail", "warn")]
 
 
+SHIPPED = {
+    "quickstart": None,
+    "shakespeare_char": "tinyshakespeare",
+    "wikitext2_cpu": "wikitext-2",
+    "wikitext2": "wikitext-2",
+}
+
+
+@pytest.fixture(scope="module")
+def cache_dir(tmp_path_factory):
+    """Tokenised corpora, prepared once."""
+    return str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
-def test_the_quickstart_is_in_order(tmp_path, seed):
-    cfg = load("quickstart").get_config()
-    cfg.seed, cfg.data.cache_dir = seed, str(tmp_path)
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_configs_are_in_order(name, seed, cache_dir):
+    cfg = load(name).get_config()
+    cfg.seed, cfg.data.cache_dir = seed, cache_dir
+    if SHIPPED[name]:
+        cfg.data.source_dir = str(shared_data(SHIPPED[name]))
     report = doctor.examine_config(cfg)
     assert not not_in_order(report)
     assert sum(f.status == "pass" for f in report) > 50
+
+
+def test_every_shipped_config_is_tried():
+    assert set(SHIPPED) == set(CONFIGS)
 
 
 @pytest.mark.slow
@@ -49,14 +70,6 @@ def test_the_full_set_is_in_order(text):  # noqa: F811
     report = doctor.examine_config(small(text), level="full")
     assert not not_in_order(report)
     assert report["target.gibbs"].status == report["gradient.directional"].status == "pass"
-
-
-@pytest.mark.slow
-def test_wikitext2_is_in_order(tmp_path):
-    cfg = load("wikitext2").get_config()
-    cfg.data.source_dir = str(shared_data("wikitext-2"))
-    cfg.data.cache_dir = str(tmp_path)
-    assert not not_in_order(doctor.examine_config(cfg))
 
 
 def test_a_run_with_a_broken_loss_is_refused(text, tmp_path, monkeypatch, capsys):  # noqa: F811

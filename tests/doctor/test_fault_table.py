@@ -1,0 +1,15 @@
+"""The table in the docs is that of the tests."""
+
+from scripts.fault_table import TABLE, names, planted_by
+
+
+def test_every_planted_fault_is_in_the_table(request):
+    rows = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in TABLE.open()]
+    table = {(row[0], row[1], row[2], row[3]) for row in rows if len(row) == 6}
+    named = names()
+    for item in request.session.items:
+        for number, check, status in planted_by(item):
+            assert (str(number), named[number], check, status) in table, (
+                f"{item.nodeid} plants fault {number}; run python scripts/fault_table.py"
+            )
+    assert {number for number, *_ in table} >= {str(number) for number in named}
