@@ -172,9 +172,7 @@ def steps() -> dict[str, Callable[[Mesh], Any]]:
 
     return {
         "wikitext2, pallas, fused": of(wikitext2, 16_384, "pallas", "fused"),
-        "wikitext2, blockwise, fused": of(wikitext2, 16_384, "blockwise", "fused"),
         "124M, pallas, fused": of(gpt2_124m, 50_304, "pallas", "fused"),
-        "124M, blockwise, fused": of(gpt2_124m, 50_304, "blockwise", "fused"),
         "124M, xla, materialised": of(gpt2_124m, 50_304, "xla", "materialised"),
     }
 

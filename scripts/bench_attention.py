@@ -323,7 +323,7 @@ def main() -> None:
     """Run all cases and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", help=f"comma-separated, of {', '.join(CASES)}")
-    parser.add_argument("--repeats", type=int, help="blocks per peer; 20 on a GPU, else 7")
+    parser.add_argument("--repeats", type=int, default=20, help="turns of each peer")
     parser.add_argument("--seconds", type=float, default=420, help="begin no case after so many")
     parser.add_argument("--json", type=pathlib.Path, help="where to write all numbers")
     parser.add_argument("--plot", type=pathlib.Path, help="where to draw them")
@@ -345,7 +345,7 @@ def main() -> None:
         for which in PASSES:
             print(f"  {which}")
             gradient = which == "gradient"
-            found = bench(case, gradient, args.repeats or (20 if device() == "gpu" else 7))
+            found = bench(case, gradient, args.repeats)
             results["cases"][name][which] = found
             show(case, gradient, found)
     results["clock_tflops"].append(clock())

@@ -302,7 +302,7 @@ def main() -> None:
     """Run all cases and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", help=f"comma-separated, of {', '.join(CASES)}")
-    parser.add_argument("--repeats", type=int, help="blocks per peer; 20 on a GPU, else 10")
+    parser.add_argument("--repeats", type=int, default=20, help="turns of each peer")
     parser.add_argument("--chunk_rows", default="", help="also time these, comma-separated")
     parser.add_argument("--json", type=pathlib.Path, help="where to write all numbers")
     parser.add_argument("--plot", type=pathlib.Path, help="where to draw them")
@@ -315,7 +315,7 @@ def main() -> None:
     results: dict[str, Any] = machine() | {"cases": {}}
     chunk_rows = [int(n) for n in args.chunk_rows.split(",") if n]
     for name in names:
-        found = bench(CASES[name], args.repeats or (20 if device() == "gpu" else 10), chunk_rows)
+        found = bench(CASES[name], args.repeats, chunk_rows)
         results["cases"][name] = found
         print(f"{name}: {CASES[name]}")
         for peer, result in found["peers"].items():

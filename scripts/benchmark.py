@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-BLOCK_SECONDS = {"cpu": 0.5, "gpu": 0.1}  # of one peer in one turn
+BLOCK_SECONDS = {"cpu": 0.2, "gpu": 0.1}  # of one peer in one turn
 
 
 class Peer(Protocol):

@@ -1,12 +1,12 @@
 """Every shipped config resolves, and its model has the size its docstring says."""
 
-import importlib.util
 import pathlib
 
 import jax
 import pytest
 
 from lm_jax import config, step, train
+from tests.helpers import load_module
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("*.py"))
@@ -20,10 +20,7 @@ SIZES = {
 
 
 def load(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_module(ROOT / "configs" / f"{name}.py")
 
 
 def test_every_config_is_listed():

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm_jax.doctor.divergence import log_softmax
-from lm_jax.doctor.findings import Skip, call
+from lm_jax.doctor.findings import Arguments, Skip, call
 from lm_jax.doctor.updates import Arrays, named, same
 
 
 @dataclasses.dataclass(frozen=True)
-class Given:
+class Given(Arguments):
     """The arguments of `examine_distillation`, which has their types and describes them."""
 
     teacher_fn: Any
@@ -39,12 +39,6 @@ class Given:
     steps: Any
     contrastive_candidates: Any
     seed: int
-
-    def need(self, *names: str) -> None:
-        """Raise `Skip` if one of the arguments was not given."""
-        missing = [name for name in names if getattr(self, name) is None]
-        if missing:
-            raise Skip(f"Not given: {', '.join(missing)}.")
 
     @property
     def eps(self) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from lm_jax.doctor import decoding
-from lm_jax.doctor.findings import Report, Skip, Verdict, call, check, run_all, verdict
+from lm_jax.doctor.findings import Report, Skip, Verdict, call, check, require, run_all, verdict
 from lm_jax.doctor.planted import Given
 
 # Token costs in nats, above the caps that are in use: exp(10), exp(20), 100 nats.
@@ -366,10 +366,6 @@ def examine_evaluation(
 
 
 def _validate(given: Given) -> None:
-    def require(ok: bool, name: str, remedy: str) -> None:
-        if not ok:
-            raise ValueError(f"{name}: {remedy}.")
-
     require(given.vocab_size >= 2, "vocab_size", "give 2 or more")
     require(given.seq_len >= 2, "seq_len", "give 2 or more")
     sizes = list(given.batch_sizes)

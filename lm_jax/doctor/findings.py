@@ -110,6 +110,16 @@ class Skip(Exception):
     """A check cannot be made; the message says why."""
 
 
+class Arguments:
+    """Arguments of an examination, some of which may be None: not given."""
+
+    def need(self, *names: str) -> None:
+        """Raise `Skip` if one of the arguments was not given."""
+        missing = [name for name in names if getattr(self, name) is None]
+        if missing:
+            raise Skip(f"Not given: {', '.join(missing)}.")
+
+
 def check(name: str, remedy: str) -> Callable[[Callable[..., Verdict]], Callable[..., Finding]]:
     """Turn a function that returns a `Verdict` into one that returns a `Finding`.
 
@@ -155,6 +165,12 @@ def call(what: str, function: Callable[..., Any], *args: Any) -> Any:
         return function(*args)
     except Exception as error:
         raise Skip(f"{what} raised {type(error).__name__}: {error}") from error
+
+
+def require(ok: bool, name: str, remedy: str) -> None:
+    """Raise ValueError for an argument that cannot be used."""
+    if not ok:
+        raise ValueError(f"{name}: {remedy}.")
 
 
 def _plain(value: Any) -> Any:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm_jax.doctor import rates
-from lm_jax.doctor.findings import Report, Skip, Verdict, check, run_all, verdict
+from lm_jax.doctor.findings import Report, Skip, Verdict, check, require, run_all, verdict
 from lm_jax.doctor.updates import (
     FLOAT32_EPS,
     UPDATES,
@@ -389,10 +389,6 @@ def examine_optimiser(
 
 
 def _validate(given: Given) -> None:
-    def require(ok: bool, name: str, remedy: str) -> None:
-        if not ok:
-            raise ValueError(f"{name}: {remedy}.")
-
     both = given.step_fn is not None and given.update_fn is not None
     require(not both, "step_fn", "give it or update_fn, not both")
     if given.step_fn is not None or given.update_fn is not None:

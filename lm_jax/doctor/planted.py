@@ -8,11 +8,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from lm_jax.doctor.findings import Skip, call
+from lm_jax.doctor.findings import Arguments, Skip, call
 
 
 @dataclasses.dataclass(frozen=True)
-class Given:
+class Given(Arguments):
     """The arguments of `examine_evaluation`, which has their types and describes them."""
 
     vocab_size: int
@@ -34,12 +34,6 @@ class Given:
     never_sampled: Any
     loss: float | None
     references: Any
-
-    def need(self, *names: str) -> None:
-        """Raise `Skip` if one of the arguments was not given."""
-        missing = [name for name in names if getattr(self, name) is None]
-        if missing:
-            raise Skip(f"Not given: {', '.join(missing)}.")
 
     @property
     def eps(self) -> float:

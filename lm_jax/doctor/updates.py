@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm_jax.doctor.findings import Skip, call
+from lm_jax.doctor.findings import Arguments, Skip, call
 from lm_jax.optim import path_name
 
 Arrays = dict[str, np.ndarray]
@@ -30,7 +30,7 @@ class Point(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Given:
+class Given(Arguments):
     """The arguments of `examine_optimiser`, which has their types and describes them."""
 
     params: Any
@@ -56,12 +56,6 @@ class Given:
     ema_of: Any
     first_eval: int
     seed: int
-
-    def need(self, *names: str) -> None:
-        """Raise `Skip` if one of the arguments was not given."""
-        missing = [name for name in names if getattr(self, name) is None]
-        if missing:
-            raise Skip(f"Not given: {', '.join(missing)}.")
 
     @functools.cached_property
     def loop(self) -> "Loop":

@@ -36,9 +36,9 @@ def choose(
         return impl, "named in the config"
     device = device or devices.target()
     if device.platform == "cpu":
-        if seq_len < 256:
-            return "reference", f"faster than blockwise on a cpu at {seq_len} positions"
         if seq_len < 512:
+            return "reference", f"faster than blockwise on a cpu at {seq_len} positions"
+        if seq_len < 1024:
             return "blockwise", f"about as fast as reference on a cpu at {seq_len}, and leaner"
         return "blockwise", f"trains faster than reference on a cpu at {seq_len}, and is leaner"
     unmeasured = f"cudnn and pallas are not measured on {device.device_kind}"
