@@ -209,17 +209,17 @@ def check_exact(case: Case, results, truth) -> None:
         assert most < 1e-11, f"{name} is off by {most:.1e}"
 
 
-def check_rounded(case: Case, results, plain, truth) -> None:
+def check_rounded(case: Case, results, plain, truth, largest: float = 2.0) -> None:
     """At most twice the error of the plain implementation in the same dtype.
 
-    The largest error, a matter of luck in a few elements, may be four times as large. The plain
-    error can be 0, where there is one key to see for instance; a few roundings of the float32 that
-    all accumulate in are allowed anyway.
+    That holds for the root mean square and for the largest error; `largest` relaxes the latter. The
+    plain error can be 0, where there is one key to see for instance; a few roundings of the float32
+    that all accumulate in are allowed anyway.
     """
     allowed = errors(case, plain, truth)
     rounding = 8 * float(jnp.finfo(np.float32).eps)
     for name, found in errors(case, results, truth).items():
-        for error, plain_error, factor in zip(found, allowed[name], (2, 4), strict=True):
+        for error, plain_error, factor in zip(found, allowed[name], (2, largest), strict=True):
             said = f"{name} is off by {error:.1e}, the plain one by {plain_error:.1e}"
             assert error <= factor * plain_error + rounding, said
 
