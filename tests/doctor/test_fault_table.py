@@ -9,7 +9,8 @@ SCRIPT = pathlib.Path(__file__).parents[2] / "scripts" / "fault_table.py"
 
 def test_every_planted_fault_is_in_the_table(request):
     script = load_module(SCRIPT)
-    rows = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in script.TABLE.open()]
+    lines = script.TABLE.read_text().splitlines()
+    rows = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in lines]
     table = {(row[0], row[1], row[2], row[3]) for row in rows if len(row) == 6}
     named = script.names()
     for item in request.session.items:
