@@ -92,17 +92,29 @@ def examine_arms(
     if not isinstance(arms, Mapping) or not arms:
         raise ValueError('arms: give a mapping like {"small": {"parameters": 10_000_000}}.')
     for name, arm in arms.items():
+        if not isinstance(arm, Mapping):
+            raise ValueError(f"arms[{name!r}]: {arm!r} is no mapping of facts; give one.")
         for key in arm:
             if key not in _KEYS:
                 raise ValueError(f"arms[{name!r}]: unknown key {key!r}; use {', '.join(_KEYS)}.")
         losses = arm.get("losses", (0.0,))
-        if not isinstance(losses, Sequence) or not len(losses):
-            raise ValueError(f"arms[{name!r}]: losses must be a list with a value for each seed.")
-        if "stated" not in arm.get("budget", {"stated": 0}):
+        if not _numbers(losses):
+            raise ValueError(
+                f"arms[{name!r}]: losses must be a list of finite numbers."
+            )
+        budget = arm.get("budget", {"stated": 0})
+        if not isinstance(budget, Mapping) or "stated" not in budget:
             raise ValueError(f'arms[{name!r}]: give "stated" and its factors in budget.')
     if winner is not None and winner not in arms:
         raise ValueError(f"winner: {winner!r} is none of {', '.join(arms)}.")
     return run_all(CHECKS, Arms(arms, resolve, vocab_size, matched, winner, ignore))
+
+
+def _numbers(values: Any) -> bool:
+    """Whether these are one or more finite numbers."""
+    if not isinstance(values, Sequence | np.ndarray) or isinstance(values, str) or not len(values):
+        return False
+    return all(isinstance(x, int | float | np.number) and math.isfinite(x) for x in values)
 
 
 @check(

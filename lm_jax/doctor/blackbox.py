@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm_jax.doctor.findings import Skip, call
+from lm_jax.doctor.findings import Skip, call, whole
 
 CAUSAL = "causal"
 OBJECTIVES = (CAUSAL, "bidirectional", "masked")
+MOST_LOGITS = 1 << 24  # of one call
 LEAF_STD = 0.3  # of randomised parameters up to a width of 32, as the leaks were measured
 
 
@@ -50,19 +51,25 @@ class Model:
         for name in ("segmented", "train_fn", "attention", "reference"):
             if getattr(self, name) is not None and not callable(getattr(self, name)):
                 raise ValueError(f"{name} is no function; give one, or leave it out.")
-        for name, least in (("vocab_size", 2), ("seq_len", 4), ("batch_size", 2)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-                raise ValueError(f"{name} is {value!r}; give a whole number of {least} or more.")
+        for name, least in (("vocab_size", 2), ("seq_len", 4), ("batch_size", 2), ("seed", 0)):
+            whole(getattr(self, name), name, least)
         if self.objective not in OBJECTIVES:
             raise ValueError(
                 f"objective is {self.objective!r}; give one of {', '.join(OBJECTIVES)}."
             )
-        if self.compute_dtype is not None and not is_floating(jnp.dtype(self.compute_dtype)):
+        if self.compute_dtype is not None and not names_float(self.compute_dtype):
             raise ValueError(f"compute_dtype is {self.compute_dtype!r}; give a float dtype.")
+        if self.init_std is not None and not (
+            isinstance(self.init_std, Mapping)
+            and all(isinstance(std, int | float) for std in self.init_std.values())
+        ):
+            raise ValueError(f"init_std is {self.init_std!r}; give a mapping of patterns to stds.")
         # Id 0 stands for padding in many vocabularies, and a box may well act on it.
         self.lowest = 1 if self.vocab_size > 3 else 0
         self.tokens = self.random_tokens(self.rng(0), self.batch_size)
+        rows = min(self.seq_len - 1, MOST_LOGITS // (self.seq_len * self.vocab_size))
+        # The same rows again and again, for many comparisons in one call.
+        self.wide = self.tokens[np.arange(max(rows, self.batch_size)) % self.batch_size]
         self.dropped = ""  # why the randomised parameters are not used
 
     def rng(self, stream: int) -> np.random.Generator:
@@ -142,7 +149,7 @@ class Variant:
         name = "the model" if fn is None else getattr(fn, "__name__", "the function")
         # A copy: a function that writes into its argument must not spoil the next comparison.
         raw = call(name, fn or self.model.fn, *self.leading, tokens.copy(), *more)
-        values = call(f"numpy.asarray of what {name} returned", np.asarray, raw)
+        values = call(f"numpy.asarray of what {name} returned", as_array, raw)
         expected = (*tokens.shape, self.model.vocab_size)
         if values.shape != expected:
             raise Skip(f"{name} returned shape {list(values.shape)}, expected {list(expected)}")
@@ -162,6 +169,15 @@ class Variant:
     def base(self) -> np.ndarray:
         """Logits of the model's own tokens."""
         return self.logits(self.model.tokens)
+
+    @functools.cached_property
+    def wide(self) -> np.ndarray:
+        """Logits of the rows of `Model.wide`; no more rows than usual if the function refuses."""
+        try:
+            return self.logits(self.model.wide)
+        except Skip:
+            self.model.wide = self.model.tokens
+            return self.base
 
     @functools.cached_property
     def scale(self) -> float:
@@ -203,21 +219,39 @@ def is_floating(dtype: Any) -> bool:
     return bool(jnp.issubdtype(dtype, jnp.floating))
 
 
+def as_array(value: Any) -> np.ndarray:
+    """A NumPy array of anything that has one inside, PyTorch tensors of every dtype included."""
+    if hasattr(value, "detach"):
+        value = value.detach().cpu()
+        value = value.float() if value.is_floating_point() and value.element_size() < 4 else value
+    return np.asarray(value)
+
+
+def names_float(dtype: Any) -> bool:
+    """Whether this is, or is the name of, a float dtype."""
+    try:
+        return is_floating(jnp.dtype(dtype))
+    except TypeError:
+        return False
+
+
 def named_leaves(params: Any) -> dict[str, np.ndarray]:
     """Floating-point leaves by path, `a/b/0/c`; leaves that are the same object come once."""
     found: dict[str, np.ndarray] = {}
     seen: set[int] = set()
     for path, leaf in jax.tree.leaves_with_path(params):
-        if hasattr(leaf, "dtype") and is_float_leaf(leaf) and id(leaf) not in seen:
+        if is_float_leaf(leaf) and id(leaf) not in seen:
             seen.add(id(leaf))
-            found[jax.tree_util.keystr(path, simple=True, separator="/")] = np.asarray(leaf)
+            found[jax.tree_util.keystr(path, simple=True, separator="/")] = as_array(leaf)
     return found
 
 
 def is_float_leaf(leaf: Any) -> bool:
-    """Whether a leaf is an array of floats."""
+    """Whether a leaf is an array of floats, of NumPy, JAX or PyTorch."""
+    if hasattr(leaf, "is_floating_point"):
+        return bool(leaf.is_floating_point())
     try:
-        return is_floating(leaf.dtype)
+        return hasattr(leaf, "dtype") and is_floating(leaf.dtype)
     except TypeError:  # a dtype of another framework, or of random keys
         return False
 
@@ -231,14 +265,14 @@ def randomise(params: Any, seed: int) -> Any:
     rng = np.random.default_rng((seed, 1))
 
     def noise(leaf: Any) -> Any:
-        if not (hasattr(leaf, "dtype") and is_float_leaf(leaf)):
+        if not is_float_leaf(leaf):
             return leaf
-        low, high = np.min(leaf), np.max(leaf)
-        if np.ndim(leaf) > 1 and low < high and np.all((leaf == low) | (leaf == high)):
+        values = as_array(leaf)
+        if values.ndim > 1 and np.unique(values).size == 2:
             return leaf
-        width = sorted(np.shape(leaf))[-2] if np.ndim(leaf) > 1 else 1
+        width = sorted(values.shape)[-2] if values.ndim > 1 else 1
         std = LEAF_STD * min(1.0, (32 / max(width, 1)) ** 0.5)
-        return like(leaf, std * rng.standard_normal(np.shape(leaf)))
+        return like(leaf, std * rng.standard_normal(values.shape))
 
     return jax.tree.map(noise, params)
 
@@ -248,16 +282,18 @@ def nudge(params: Any, size: float, seed: int) -> Any:
     rng = np.random.default_rng((seed, 2))
 
     def move(leaf: Any) -> Any:
-        if not (hasattr(leaf, "dtype") and is_float_leaf(leaf)):
+        if not is_float_leaf(leaf):
             return leaf
-        sign = rng.choice([-1.0, 1.0], np.shape(leaf))
-        return like(leaf, np.asarray(leaf).astype(np.float64) * (1 + size * sign))
+        values = as_array(leaf).astype(np.float64)
+        return like(leaf, values * (1 + size * rng.choice([-1.0, 1.0], values.shape)))
 
     return jax.tree.map(move, params)
 
 
 def like(leaf: Any, values: np.ndarray) -> Any:
     """`values` in the dtype and the kind of array of `leaf`."""
+    if hasattr(leaf, "detach"):
+        return leaf.detach().new_tensor(values)
     if isinstance(leaf, jax.Array):
         return jnp.asarray(values, leaf.dtype)
     return np.asarray(values).astype(leaf.dtype)

@@ -10,17 +10,21 @@ import numpy as np
 from lm_jax.doctor.blackbox import Model, Variant, is_float_leaf
 from lm_jax.doctor.findings import Skip, Verdict, call, check, verdict
 
+MOST_CALLS = 8  # of one check, where one call has a row for every cut
 
-def probe_cuts(seq_len: int, seed: int) -> list[int]:
-    """Where suffixes start: beside every power of two, at 1 and T - 1, and three at random.
 
-    All odd but the last and the random ones: a leak inside chunks shows at no multiple of the
-    chunk's length.
+def probe_cuts(seq_len: int, most: int, seed: int) -> list[int]:
+    """Where suffixes start: everywhere or, in long rows, in somewhat more than `most` places.
+
+    These are 1 and T - 1, those beside every power of two, since a leak inside chunks shows at no
+    multiple of the chunk's length, and a stretch without gaps, for leaks across borders of chunks.
     """
+    if seq_len - 1 <= most:
+        return list(range(1, seq_len))
     powers = [2**k for k in range(1, seq_len.bit_length() + 1)]
+    start = int(np.random.default_rng((seed, 3)).integers(1, seq_len - most))
     cuts = {1, seq_len - 1, *(n + side for n in powers for side in (-1, 1))}
-    cuts |= {int(cut) for cut in np.random.default_rng((seed, 3)).integers(1, seq_len, 3)}
-    return sorted(cut for cut in cuts if 0 < cut < seq_len)
+    return sorted(cut for cut in cuts | {*range(start, start + most)} if 0 < cut < seq_len)
 
 
 def odd_lengths(seq_len: int) -> list[int]:
@@ -114,12 +118,16 @@ def suffix_swap(model: Model) -> Verdict:
     model.causal_only()
     worst = Worst()
     for variant in model.variants:
-        rng = model.rng(10)
-        for cut in probe_cuts(model.seq_len, model.seed):
-            tokens = model.tokens.copy()
-            tokens[:, cut:] = model.other_tokens(rng, tokens[:, cut:])
-            change = variant.logits(tokens)[:, :cut] - variant.base[:, :cut]
-            worst.add(change, variant.same_shape, variant, cut=cut)
+        rng, rows = model.rng(10), len(variant.wide)
+        cuts = probe_cuts(model.seq_len, MOST_CALLS * rows, model.seed)
+        for first in range(0, len(cuts), rows):
+            tokens = model.wide.copy()
+            for row, cut in enumerate(cuts[first : first + rows]):
+                tokens[row, cut:] = model.other_tokens(rng, tokens[row, cut:])
+            change = variant.logits(tokens) - variant.wide
+            for row, cut in enumerate(cuts[first : first + rows]):
+                before = change[row : row + 1, :cut]
+                worst.add(before, variant.same_shape, variant, cut=cut, row=row)
     return worst.verdict("Tokens from {cut} on replaced", SAME)
 
 
@@ -191,6 +199,9 @@ def row_independence(model: Model) -> Verdict:
         order = np.roll(np.arange(rows), 1)
         change = variant.logits(model.tokens[order]) - variant.base[order]
         worst.add(change, variant.other_shape, variant, how="rows permuted")
+        if len(variant.wide) > rows:
+            change = variant.wide - variant.base[np.arange(len(variant.wide)) % rows]
+            worst.add(change, variant.other_shape, variant, how="more rows in the batch")
         try:
             for row in {0, rows - 1}:
                 alone = variant.logits(model.tokens[row : row + 1])

@@ -13,7 +13,17 @@ import numpy as np
 from lm_jax.doctor import divergence, teacher
 from lm_jax.doctor.distillbox import Given
 from lm_jax.doctor.divergence import KINDS, Divergence
-from lm_jax.doctor.findings import Finding, Report, Skip, Verdict, call, check, run_all, verdict
+from lm_jax.doctor.findings import (
+    Finding,
+    Report,
+    Skip,
+    Verdict,
+    call,
+    check,
+    run_all,
+    verdict,
+    whole,
+)
 from lm_jax.doctor.lossbox import gap
 from lm_jax.doctor.records import number
 from lm_jax.doctor.updates import is_floating, listed
@@ -302,10 +312,11 @@ def examine_distillation(
         if name.endswith(("_fn", "_of")):
             require(value is None or callable(value), name, "give a function")
     require(kind in KINDS, "kind", f"use one of {', '.join(KINDS)}")
-    require(0 < beta < 1, "beta", "give a number inside (0, 1)")
-    require(vocab_size >= 4, "vocab_size", "give 4 or more")
-    require(calls >= 1, "calls", "give 1 or more")
-    require(steps is None or steps >= 1, "steps", "give 1 or more")
+    number = isinstance(beta, int | float)
+    require(number and 0 < beta < 1, "beta", "give a number inside (0, 1)")
+    for name, low in {"vocab_size": 4, "calls": 1, "steps": 1, "seed": 0}.items():
+        if arguments[name] is not None:
+            whole(arguments[name], name, low)
     require(batch is None or isinstance(batch, Mapping), "batch", "give a mapping with 'tokens'")
     least = contrastive_candidates is None or contrastive_candidates >= 1
     require(least, "contrastive_candidates", "give 1 or more")

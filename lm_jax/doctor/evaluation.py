@@ -8,7 +8,17 @@ from typing import Any
 import numpy as np
 
 from lm_jax.doctor import decoding
-from lm_jax.doctor.findings import Report, Skip, Verdict, call, check, require, run_all, verdict
+from lm_jax.doctor.findings import (
+    Report,
+    Skip,
+    Verdict,
+    call,
+    check,
+    require,
+    run_all,
+    verdict,
+    whole,
+)
 from lm_jax.doctor.planted import Given
 
 # Token costs in nats, above the caps that are in use: exp(10), exp(20), 100 nats.
@@ -366,12 +376,17 @@ def examine_evaluation(
 
 
 def _validate(given: Given) -> None:
-    require(given.vocab_size >= 2, "vocab_size", "give 2 or more")
-    require(given.seq_len >= 2, "seq_len", "give 2 or more")
-    sizes = list(given.batch_sizes)
-    require(bool(sizes) and min(sizes) >= 1, "batch_sizes", "give one or more sizes above 0")
-    require(min(given.strides, default=1) >= 1, "strides", "give numbers above 0")
-    require(given.processes >= 1, "processes", "give 1 or more")
+    for name, low in (("vocab_size", 2), ("seq_len", 2), ("processes", 1), ("seed", 0)):
+        whole(getattr(given, name), name, low)
+    for name in ("batch_sizes", "strides"):
+        sizes = getattr(given, name)
+        require(isinstance(sizes, Sequence), name, "give a list of whole numbers")
+        for size in sizes:
+            whole(size, name, 1)
+    require(bool(given.batch_sizes), "batch_sizes", "give one or more")
+    options = given.sampler_options
+    named = isinstance(options, Collection) and not isinstance(options, str)
+    require(named, "sampler_options", "give the names of options")
     if given.targets is not None:
         ids = np.asarray(given.targets)
         ok = bool(ids.size) and np.issubdtype(ids.dtype, np.integer)

@@ -136,6 +136,9 @@ def check(name: str, remedy: str) -> Callable[[Callable[..., Verdict]], Callable
                 status, evidence, values = body(*args, **kwargs)
             except Skip as reason:
                 status, evidence, values = "skip", str(reason), {}
+            except Exception as error:  # of what was handed in; said, and the other checks go on
+                evidence = f"not made, {type(error).__name__}: {error}"
+                status, values = "skip", {}
             return Finding(
                 check=name,
                 status=status,
@@ -171,6 +174,13 @@ def require(ok: bool, name: str, remedy: str) -> None:
     """Raise ValueError for an argument that cannot be used."""
     if not ok:
         raise ValueError(f"{name}: {remedy}.")
+
+
+def whole(value: Any, name: str, least: int) -> None:
+    """Raise ValueError for an argument that is no whole number of at least `least`."""
+    is_whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    remedy = f"give a whole number of {least} or more"
+    require(is_whole and value >= least, f"{name}={value!r}", remedy)
 
 
 def _plain(value: Any) -> Any:

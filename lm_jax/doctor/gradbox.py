@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm_jax.doctor import differences
+from lm_jax.doctor.blackbox import as_array, is_float_leaf
 from lm_jax.doctor.differences import Slope, slope
 from lm_jax.doctor.findings import Skip, Verdict, call, verdict
 
@@ -71,11 +72,11 @@ class Gradients:
         self.places = [
             i
             for i, leaf in enumerate(self.all_leaves)
-            if jnp.issubdtype(getattr(leaf, "dtype", type(leaf)), jnp.floating) and np.size(leaf)
+            if (is_float_leaf(leaf) or isinstance(leaf, float)) and as_array(leaf).size
         ]
         keys = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
         self.names = [keys[i] or "parameters" for i in self.places]
-        self.leaves = [np.asarray(self.all_leaves[i]).astype(np.float64) for i in self.places]
+        self.leaves = [as_array(self.all_leaves[i]).astype(np.float64) for i in self.places]
 
     def merge(self, leaves: Iterable) -> Any:
         """The parameters with other floating-point leaves."""
@@ -118,11 +119,14 @@ class Gradients:
         grads = jax.tree.leaves(tree, is_leaf=lambda x: x is None)
         if len(grads) not in (len(leaves), len(self.all_leaves)):
             raise Skip(f"the gradient has {len(grads)} leaves for {len(leaves)} parameters")
+        if self.grad_fn and len(grads) == len(self.all_leaves):
+            found: Any = jax.tree.structure(tree, is_leaf=lambda x: x is None)
+            if found != self.tree:
+                raise Skip(f"the gradient has the structure {found}, the parameters {self.tree}")
         if len(grads) != len(leaves):
             grads = [grads[i] for i in self.places]
         arrays = [
-            np.array(call("a gradient as an array", np.asarray, g)).astype(np.float64)
-            for g in grads
+            np.array(call("a gradient as an array", as_array, g)).astype(np.float64) for g in grads
         ]
         for name, array, leaf in zip(self.names, arrays, leaves, strict=True):
             if array.shape != leaf.shape:

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from lm_jax.doctor import differences
-from lm_jax.doctor.findings import Finding, Report, Skip, Verdict, check, run_all, verdict
+from lm_jax.doctor.findings import Finding, Report, Skip, Verdict, check, run_all, verdict, whole
 from lm_jax.doctor.gradbox import Comparison, Gradients
 
 COORDINATES = 12  # of each leaf
@@ -235,6 +235,9 @@ def examine_gradients(
     """
     if not callable(loss_fn) or not (grad_fn is None or callable(grad_fn)):
         raise ValueError("loss_fn and grad_fn must be functions of the parameters.")
+    if isinstance(unused, str) or not isinstance(unused, Iterable):
+        raise ValueError(f"unused={unused!r}: give a list of names of leaves.")
+    whole(seed, "seed", 0)
     with jax.enable_x64(True):
         gradients = Gradients(loss_fn, params, grad_fn, seed, tuple(unused))
         if not sum(leaf.size for leaf in gradients.leaves):

@@ -9,7 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm_jax.doctor.findings import Finding, Report, Skip, Verdict, call, check, run_all, verdict
+from lm_jax.doctor.findings import (
+    Finding,
+    Report,
+    Skip,
+    Verdict,
+    call,
+    check,
+    run_all,
+    verdict,
+    whole,
+)
 
 SIZES = (1, 7, 127, 128, 129, 200, 1025)
 
@@ -121,6 +131,8 @@ def _error(given: np.ndarray, expected: np.ndarray) -> float:
     """Largest difference relative to the largest finite entry; equal infinities agree."""
     if given.shape != expected.shape:
         return float("inf")
+    if not given.size:
+        raise Skip("an output or a gradient is empty: there is nothing to compare")
     size = np.abs(expected[np.isfinite(expected)]).max(initial=0.0)
     with np.errstate(invalid="ignore"):
         off = np.where(given == expected, 0.0, np.abs(given - expected))
@@ -174,6 +186,8 @@ def examine_kernel(
     for name, function in {"fn": fn, "reference": reference, "make": make}.items():
         if not callable(function):
             raise ValueError(f"{name} must be a function.")
-    if not sizes or min(sizes) < 1:
-        raise ValueError(f"sizes={tuple(sizes)} must be positive: give the lengths to try.")
+    if isinstance(sizes, str) or not isinstance(sizes, Sequence) or not sizes:
+        raise ValueError(f"sizes={sizes!r}: give a list of the lengths to try.")
+    for size in sizes:
+        whole(size, "sizes", 1)
     return run_all(CHECKS, Kernel(fn, reference, make, tuple(sizes), seed))

@@ -1,10 +1,13 @@
 """Post-mortem of a run from its metrics alone."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from lm_jax.doctor import log_eval, log_loss, log_optim, log_ppl
-from lm_jax.doctor.findings import Report, run_all
+from lm_jax.doctor.findings import Report, require, run_all, whole
 from lm_jax.doctor.records import Log, Problem
 
 CHECKS = log_loss.CHECKS + log_optim.CHECKS + log_eval.CHECKS + log_ppl.CHECKS
@@ -60,15 +63,9 @@ def examine_log(
     Raises:
         ValueError: for an argument of the wrong type or an impossible value.
     """
-    records = list(records) if isinstance(records, Iterable) else [records]  # type: ignore[list-item]
-    for row in records:
-        if not isinstance(row, Mapping):
-            raise ValueError(
-                f"records: {type(row).__name__} instead of a mapping like "
-                '{"step": 1, "train/loss": 9.7}; give a list of such rows, or use read_log.'
-            )
-    if vocab_size is not None and vocab_size < 2:
-        raise ValueError(f"vocab_size: {vocab_size!r} leaves nothing to predict; give 2 or more.")
+    records = _records(records)
+    if vocab_size is not None:
+        whole(vocab_size, "vocab_size", 2)
     positive = {
         "train_tokens": train_tokens,
         "tokens_per_step": tokens_per_step,
@@ -76,18 +73,41 @@ def examine_log(
         "peak_flops": peak_flops,
         "lr_peak": lr_peak,
         "steps": steps,
-    } | {f"references[{name!r}]": x for name, x in (references or {}).items()}
+    }
     for name, value in positive.items():
-        if value is not None and not value > 0:
-            raise ValueError(f"{name}: {value!r} is not above 0; give a positive number or None.")
-    for budget in budgets:
-        if "stated" not in budget or len(budget) < 2:
-            raise ValueError('budgets: give "stated" and at least one factor in each row.')
-    for other in comparisons:
-        if "name" not in other:
-            raise ValueError('comparisons: give "name", and "tokenizer", "corpus" and "unit".')
-    if isinstance(split_tokens, int):
+        if value is not None:
+            _above(value, name)
+    if lr_end is not None:
+        _above(lr_end, "lr_end", or_equal=True)
+    if split_tokens is not None and not isinstance(split_tokens, Mapping):
         split_tokens = {"valid": split_tokens}
+    for name, value in (split_tokens or {}).items():
+        _above(value, f"split_tokens of {name!r}")
+    require(
+        references is None or isinstance(references, Mapping),
+        f"references={references!r}",
+        'give a mapping like {"unigram": 760.0}',
+    )
+    for name, value in (references or {}).items():
+        # A source may be without surprise.
+        _above(value, f"references[{name!r}]", or_equal=name == "entropy_rate")
+    for at in _rows(resumes, "resumes", "updates"):
+        whole(at, "resumes", 0)
+    for budget in _rows(budgets, "budgets", "mappings"):
+        if not isinstance(budget, Mapping) or "stated" not in budget or len(budget) < 2:
+            raise ValueError('budgets: give "stated" and at least one factor in each row.')
+        for name, value in budget.items():
+            require(_real(value), f"budgets: {name!r} is {value!r}", "give a number")
+    for other in _rows(comparisons, "comparisons", "mappings"):
+        if not isinstance(other, Mapping) or "name" not in other:
+            raise ValueError('comparisons: give "name", and "tokenizer", "corpus" and "unit".')
+    require(
+        measured_on is None or isinstance(measured_on, Mapping),
+        f"measured_on={measured_on!r}",
+        'give a mapping with "tokenizer", "corpus" and "unit"',
+    )
+    for problem in _rows(problems, "problems", "problems"):
+        require(isinstance(problem, Problem), "problems", "give those that read_log returned")
     log = Log(
         records=records,
         problems=problems,
@@ -108,3 +128,41 @@ def examine_log(
         measured_on=measured_on or {},
     )
     return run_all(CHECKS, log)
+
+
+def _records(records: Any) -> list[Mapping[str, Any]]:
+    """The rows as a list; ValueError if they are none."""
+    iterable = isinstance(records, Iterable) and not isinstance(records, Mapping | str | bytes)
+    rows = list(records) if iterable else [records]
+    for row in rows:
+        if not iterable or not isinstance(row, Mapping):
+            raise ValueError(
+                f"records: {type(row).__name__} instead of a mapping like "
+                '{"step": 1, "train/loss": 9.7}; give a list of such rows, or use read_log.'
+            )
+        for key in row:
+            require(isinstance(key, str), f"records: {key!r} names a metric", "give a string")
+    return rows
+
+
+def _rows(given: Any, name: str, what: str) -> Sequence[Any]:
+    """The argument if it is a sequence; ValueError otherwise."""
+    is_rows = isinstance(given, Sequence | np.ndarray) and not isinstance(given, str | bytes)
+    require(is_rows, f"{name}={given!r}", f"give a list of {what}")
+    return given  # type: ignore[no-any-return]
+
+
+def _real(value: Any) -> bool:
+    """Whether a value is a finite real number; scalars of NumPy and JAX are."""
+    if isinstance(value, str | bytes | bool) or value is None:
+        return False
+    try:
+        return math.isfinite(float(value))
+    except (TypeError, ValueError, OverflowError):
+        return False
+
+
+def _above(value: Any, name: str, *, or_equal: bool = False) -> None:
+    """Raise ValueError unless a value is a number above 0, or at least 0."""
+    ok = _real(value) and (value > 0 or (or_equal and value == 0))
+    require(ok, f"{name}: {value!r}", f"give a number {'of 0 or more' if or_equal else 'above 0'}")

@@ -1,6 +1,7 @@
 """What logged evaluation numbers can and cannot be."""
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +21,9 @@ from lm_jax.metrics import exp
 def above_uniform(log: Log) -> Verdict:
     """A trained model's perplexity is at most V, its loss at most ln V."""
     V = _vocabulary(log)
-    wrong, seen, falling = [], [], True
+    if log.overfit:
+        raise Skip("overfitting is declared.")
+    wrong, seen, overfit, falling = [], [], "", True
     start = log.finite("train/loss").values[0] if log.has("train/loss") else math.inf
     for split in _scored(log):
         for name, limit in (("loss", math.log(V)), ("token_ppl", V)):
@@ -30,16 +33,39 @@ def above_uniform(log: Log) -> Verdict:
             x = series.values[~np.isnan(series.values)]
             if not len(x) or not log.settled(series.steps):
                 continue
+            if x[-1] > limit and (course := _overfits(log, split)):
+                overfit = course["text"]
+                continue
             text = f"{split}/{name} = {x[-1]:.5g} against {limit:.5g}"
             seen.append(text)
             if x[-1] > limit:
                 wrong.append(text)
                 falling &= len(x) > 1 and x[-1] < x[0] and _nats(log, split).values[-1] < start
+    if overfit and not seen:
+        raise Skip(f"it overfits (eval.overfit): {overfit}.")
     if not seen:
         raise Skip("no evaluation after the first 100 updates or the first epoch.")
     text = f"Last against the uniform guess over {V} ids: {'; '.join(wrong or seen)}."
     text += " It still falls." if wrong and falling else ""
     return verdict(not wrong, text, otherwise="warn" if falling else "fail", wrong=wrong)
+
+
+@check(
+    "eval.overfit",
+    "The run overfits: keep the parameters of the lowest evaluation, and train on more data, for "
+    "fewer epochs, with a smaller model or with dropout and weight decay.",
+)
+def overfit(log: Log) -> Verdict:
+    """The held-out loss does not lose half of what it had gained while the training loss falls."""
+    if log.overfit:
+        raise Skip("overfitting is declared.")
+    splits = [split for split in _scored(log) if len(_nats(log, split)) > 1]
+    if not splits or not log.has("train/loss"):
+        raise Skip("no two evaluations beside a training loss.")
+    found = {split: course for split in splits if (course := _overfits(log, split))}
+    text = "; ".join(f"it overfits: {course['text']}" for course in found.values())
+    text = text or f"{', '.join(splits)}: less than half of what was gained is lost again"
+    return verdict(not found, f"{text[0].upper()}{text[1:]}.", otherwise="warn", found=found)
 
 
 @check(
@@ -128,13 +154,14 @@ def floor(log: Log) -> Verdict:
 
     A model of under 1e9 parameters does not reach a tenth of the perplexity of a bigram model.
     Without reference lines only sub-word vocabularies (1000 ids or more) are judged, since
-    perplexities of 3 to 6 are ordinary for characters.
+    perplexities of 3 to 6 are ordinary for characters. A training loss on data that may not be new
+    is never decisive.
     """
     if log.overfit:
         raise Skip("overfitting is declared.")
     best = _best(log)
     if not best:
-        raise Skip("no evaluation and no training loss on new data.")
+        return _train_floor(log)
     name, nats, count = best
     if "entropy_rate" in log.references:
         limit = log.references["entropy_rate"]
@@ -186,11 +213,15 @@ def baseline(log: Log) -> Verdict:
     if not reference:
         raise Skip("no reference lines are given.")
     split = next(iter(_scored(log)), "train")
+    if log.overfit and split != "train":
+        raise Skip("overfitting is declared.")
     loss = log.finite("train/loss") if split == "train" else _nats(log, split)
     last = loss.tail(0.25 if split == "train" else 0)
     if not log.settled(loss.steps):
         raise Skip(f"the log ends at step {loss.steps[-1]:g}, too early for this check.")
     nats = float(last.values.mean())
+    if split != "train" and (course := _overfits(log, split)):
+        raise Skip(f"it overfits (eval.overfit): {course['text']}.")
     epochs = log.epochs(loss.steps[-1:])
     limit_name = "kn2" if epochs is not None and epochs[0] >= 3 else "unigram"
     limit_name = limit_name if limit_name in reference else next(iter(reference))
@@ -213,6 +244,28 @@ def baseline(log: Log) -> Verdict:
     )
 
 
+def _train_floor(log: Log) -> Verdict:
+    """`floor` of a training loss where it is not known whether the data were new."""
+    loss = log.finite("train/loss")
+    if log.epochs(loss.steps) is not None:
+        raise Skip("no evaluation and no training loss on new data.")
+    if _vocabulary(log) < 1000:
+        raise Skip("with fewer than 1000 ids, low perplexities are ordinary; give references.")
+    limit = math.log(5)
+    if "kn2" in log.references:
+        limit = min(limit, math.log(log.references["kn2"] / 10))
+    limit = min(limit, log.references.get("entropy_rate", limit))
+    last = loss.tail(0.1).values
+    nats = float(last.mean())
+    error = noise(loss.values) / math.sqrt(len(last)) if len(loss) >= 4 else 0.0
+    text = (
+        f"train/loss ends at {nats:.4g} +- {error:.2g} (SE) nats over {log.vocab_size} ids; "
+        f"whether its data are new is not known. Below {limit:.3g} it is memory or no natural text."
+    )
+    ok = nats >= limit - 3 * error
+    return verdict(ok, text, otherwise="warn", loss=nats, limit=limit, probes=LEAK_PROBES)
+
+
 def _nats(log: Log, split: str) -> Series:
     """The loss of a split, or the logarithm of its perplexity where only that is logged."""
     if log.has(f"{split}/loss"):
@@ -221,6 +274,33 @@ def _nats(log: Log, split: str) -> Series:
     if ppl.values.min() <= 0:
         raise Skip(f"{split}/token_ppl is not positive (eval.ppl_of_loss).")
     return Series(ppl.steps, np.log(ppl.values))
+
+
+def _overfits(log: Log, split: str) -> dict[str, Any] | None:
+    """How a split's loss rose while the training loss fell, or None.
+
+    The rise is above half of the fall before it, from the first row of either loss. The means of
+    up to 8 training rows before the lowest evaluation and at the end differ by more than 3 SE.
+    """
+    if not log.has("train/loss"):
+        return None
+    loss, train = _nats(log, split), log.finite("train/loss")
+    place = int(np.argmin(loss.values))
+    low, end, step = float(loss.values[place]), float(loss.values[-1]), loss.steps[place]
+    start = max(float(loss.values[0]), float(train.values[0]))
+    before, after = train.values[train.steps <= step], train.values[train.steps > step]
+    size = min(8, len(before), len(after))
+    if not size or end - low <= max(0.5 * (start - low), 0):
+        return None
+    first, last = float(before[-size:].mean()), float(after[-size:].mean())
+    spread = noise(train.values) if len(train) >= 4 else 0.0
+    if first - last <= 3 * spread * math.sqrt(2 / size):
+        return None
+    text = (
+        f"{split} fell to {low:.4g} nats by step {step:g} and rose to {end:.4g} while train/loss "
+        f"went from {first:.4g} to {last:.4g}"
+    )
+    return {"text": text, "step": int(step), "lowest": low, "end": end}
 
 
 def _vocabulary(log: Log) -> int:
@@ -278,6 +358,7 @@ def _token_sd(log: Log) -> float:
 
 CHECKS = (
     above_uniform,
+    overfit,
     logged_tokens,
     accuracy,
     identical,

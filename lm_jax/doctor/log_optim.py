@@ -1,4 +1,4 @@
-"""What learning rate, norms, speed and budgets in a log say about the loop."""
+"""What learning rate, norms, speed, budgets and resumes in a log say about the loop."""
 
 import math
 
@@ -6,7 +6,15 @@ import numpy as np
 
 from lm_jax.doctor.findings import Skip, Verdict, check, verdict
 from lm_jax.doctor.log_loss import UPDATE_PROBES
-from lm_jax.doctor.records import Log, Series, half_unit, products
+from lm_jax.doctor.records import (
+    Log,
+    Series,
+    half_unit,
+    noise,
+    products,
+    rank_correlation,
+    residuals,
+)
 
 _MAX_MFU = 0.75  # no training of a language model is known to reach more
 
@@ -89,6 +97,11 @@ def warmup(log: Log) -> Verdict:
     place = int(np.argmax(lr.values))
     share = float((lr.steps[place] - lr.steps[0]) / (lr.steps[-1] - lr.steps[0]))
     rises = place == len(lr) - 1 and lr.values[-1] > lr.values[-2]
+    if log.steps is None and share > 0.5 and lr.values[-1] > 0.5 * lr.values[place]:
+        raise Skip(
+            f"the log ends at {lr.values[-1] / lr.values[place]:.0%} of the peak of the learning "
+            "rate, in the middle of a schedule, and steps is not given."
+        )
     text = f"The peak of {lr.values[place]:.3g} comes at step {lr.steps[place]:g}, {share:.0%} on."
     if log.lr_peak and rises and lr.values[place] < 0.99 * log.lr_peak:
         text += f" {log.lr_peak:.3g} is configured."
@@ -115,6 +128,10 @@ def lr_end(log: Log) -> Verdict:
     text += f"; {log.lr_end:.4g} is configured."
     slack = 0.05 * log.lr_end + 0.01 * peak
     high, low = last - log.lr_end > slack, log.lr_end - last > slack
+    if (high or low) and log.steps is None:
+        if last == lr.values.max():
+            raise Skip("the log ends at the peak of the learning rate and steps is not given.")
+        text += " The run may have ended early: steps is not given."
     if high and accumulation:
         text += (
             f" A {accumulation[1]} schedule sized in micro-batches with {accumulation[0]} of them "
@@ -123,6 +140,7 @@ def lr_end(log: Log) -> Verdict:
     return verdict(
         not (high or low),
         text,
+        otherwise="warn" if log.steps is None else "fail",
         ratio=ratio,
         accumulation=accumulation[0] if high and accumulation else None,
     )
@@ -157,7 +175,12 @@ def throughput(log: Log) -> Verdict:
         text = f"6 x {log.parameters:.4g} parameters x {rate:.4g} tokens/s"
         text += f" = {6 * log.parameters * rate:.3g} FLOP/s of {log.peak_flops:.3g}: {mfu:.0%}"
     elif log.has("perf/mfu"):
-        mfu = float(np.median(log.finite("perf/mfu").values))
+        logged = log.finite("perf/mfu").values
+        logged = logged[logged >= 0]  # nanoGPT has -1 until it is measured
+        if not len(logged):
+            raise Skip("perf/mfu is negative: not measured.")
+        mfu = float(np.median(logged))
+        mfu = mfu / 100 if 1 < mfu <= 100 else mfu  # in percent
         text = f"The logged share of the peak is {mfu:.0%}"
     else:
         raise Skip("needs perf/tokens_per_second, parameters and peak_flops, or perf/mfu.")
@@ -176,7 +199,8 @@ def budget(log: Log) -> Verdict:
         tokens = log.finite("data/tokens")
         seen += 1
         expected = float(tokens.steps[-1] * log.tokens_per_step)
-        if tokens.values[-1] > 1.005 * expected:  # fewer: padding is not counted
+        # Fewer: padding is not counted. One more step: they are counted from 0.
+        if tokens.values[-1] > 1.005 * expected + log.tokens_per_step:
             wrong.append(
                 f"{tokens.steps[-1]:g} steps x {log.tokens_per_step:g} tokens = {expected:.4g}, "
                 f"but data/tokens is {tokens.values[-1]:.4g}"
@@ -219,6 +243,107 @@ def components(log: Log) -> Verdict:
     return verdict(excess <= 1, text, step=step, sum=added, objective=value)
 
 
+@check(
+    "log.spikes",
+    "Look at the batches of these updates; if they are ordinary, lower the peak learning rate or "
+    "lengthen the warm-up.",
+)
+def spikes(log: Log) -> Verdict:
+    """The loss does not jump above its recent past and stay there for several updates."""
+    loss = log.finite("train/loss", 60)
+    width = 50
+    past = np.median(np.lib.stride_tricks.sliding_window_view(loss.values, width)[:-1], axis=1)
+    over = (loss.values[width:] - past) / noise(loss.values) > 6
+    starts = np.flatnonzero(over[2:] & over[1:-1] & over[:-2])
+    if not len(starts):
+        return verdict(True, f"No 3 rows in a row lie 6 sd above the median of {width} before.")
+    first = starts[0]
+    step, height = int(loss.steps[first + width]), loss.values[first + width] - past[first]
+    text = (
+        f"{len(starts)} runs of 3 rows lie over 6 sd ({6 * noise(loss.values):.3g} nats) above "
+        f"the median of the {width} rows before; the first at step {step}, {height:.3g} above"
+    )
+    if log.has("optim/grad_norm"):
+        norms = log.finite("optim/grad_norm")
+        near = (norms.steps >= loss.steps[first]) & (norms.steps <= step)
+        if near.any():
+            peak, usual = norms.values[near].max(), np.median(norms.values[near])
+            text += f", with a gradient norm up to {peak / usual:.3g} times its median before"
+    return verdict(False, text + ".", otherwise="warn", step=step, count=len(starts))
+
+
+@check(
+    "log.resume",
+    "A fall, or the rises and falls of the start of the run over again: the data were read from "
+    "the beginning, so save the reader's position. A rise: optimiser state, schedule or averages "
+    "were not restored. Compare N updates with N/2, resume, N/2 (examine_data: data.resume).",
+)
+def resume(log: Log) -> Verdict:
+    """The loss does not jump, and batches do not repeat, where the run was resumed."""
+    restarts = log.restarts()
+    if not restarts:
+        raise Skip("no resume is declared or seen.")
+    loss = log.finite("train/loss")
+    spread, wrong, least, judged = noise(loss.values), [], math.inf, 0
+    for at in restarts:
+        split = int(np.searchsorted(loss.steps, at, side="right"))
+        size = min(32, split // 6, len(loss) - split)
+        if size < 4:
+            continue
+        judged += 1
+        jump = _jump(loss.values, split, size)
+        # Where nothing was resumed the same fit shows what curvature and drift amount to.
+        near = range(max(size, split // 2), min(len(loss) - size, 2 * split) + 1, size // 2)
+        null = [_jump(loss.values, p, size) for p in near if abs(p - split) >= size]
+        error = spread * math.sqrt(8 / size)  # of a step beside a common slope
+        if null:
+            error = max(error, 1.4826 * float(np.median(np.abs(null))))
+        least = min(least, 4.5 * error)
+        if abs(jump) > 4.5 * error:
+            wrong.append(f"{jump:+.3g} nats after step {at} (SE {error:.2g}, 4.5 SE allowed)")
+        rows = min(len(loss) - split, split)
+        if rows >= 30:
+            left = residuals(loss.values)
+            again = rank_correlation(left[:rows], left[split : split + rows])
+            if again > 5 / math.sqrt(rows):
+                wrong.append(
+                    f"the {rows} rows after step {at} repeat the noise of the first rows of the "
+                    f"log (rank correlation {again:.2f}, {5 / math.sqrt(rows):.2f} allowed)"
+                )
+    if not judged:
+        raise Skip("fewer than 4 rows before or after every resume.")
+    text = f"Loss after a resume: {'; '.join(wrong)}." if wrong else ""
+    text = text or f"{judged} resumes, no jump above {least:.3g} nats (4.5 SE)."
+    return verdict(not wrong, text, wrong=wrong)
+
+
+@check(
+    "log.epoch_order",
+    "Every epoch visits the same batches in the same order. Draw the order from (seed, epoch); "
+    "examine_data (data.epoch_order) shows it.",
+)
+def epoch_order(log: Log) -> Verdict:
+    """The noise of the loss does not repeat with the period of an epoch."""
+    if log.overfit:
+        raise Skip("overfitting is declared.")
+    loss = log.finite("train/loss", 60)
+    epochs = log.epochs(loss.steps)
+    if epochs is None or epochs[-1] <= epochs[0]:
+        raise Skip("epochs are not known; log data/epoch or give train_tokens.")
+    period = round((len(loss) - 1) / (epochs[-1] - epochs[0]))
+    rows = len(loss) - period
+    if period < 20 or rows < 30:
+        raise Skip(f"{len(loss)} rows of {period} an epoch do not repeat often enough.")
+    left = residuals(loss.values)
+    again = rank_correlation(left[:-period], left[period:])
+    error = 1 / math.sqrt(rows)
+    text = (
+        f"Rows one epoch ({period} rows) apart have noise with rank correlation {again:.2f} "
+        f"+- {error:.2g} (SE) over {rows} rows; more than 0.3 + 3 SE means the same batches."
+    )
+    return verdict(again <= 0.3 + 3 * error, text, correlation=again)
+
+
 def _whole_lr(log: Log) -> Series:
     lr = log.finite("optim/lr", 3)
     if not lr.values.max():
@@ -247,6 +372,14 @@ def _accumulation(lr: Series, ratio: float) -> tuple[int, str] | None:
     return None
 
 
+def _jump(values: np.ndarray, split: int, size: int) -> float:
+    """The step at `split` in a fit of a slope and a step to `size` rows on either side."""
+    place = np.arange(-size, size) + 0.5
+    design = np.stack([np.ones_like(place), place, (place > 0).astype(float)], axis=1)
+    rows = values[split - size : split + size]
+    return float(np.linalg.lstsq(design, rows, rcond=None)[0][2])
+
+
 CHECKS = (
     updates,
     lr_zero,
@@ -256,4 +389,7 @@ CHECKS = (
     throughput,
     budget,
     components,
+    spikes,
+    resume,
+    epoch_order,
 )

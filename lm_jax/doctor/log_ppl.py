@@ -11,6 +11,7 @@ from lm_jax.doctor.records import Log, Series, half_unit, pairs
 _CAPPED_LOSSES = (5, 7, 10, 12, 15, 20, 30, 50, 80, 88, 100)
 _CAPS = {math.exp(x): f"e^{x}" for x in _CAPPED_LOSSES} | {10.0**x: f"1e{x}" for x in range(3, 13)}
 _UNKNOWN = "not stated"
+_OVERFLOW = math.floor(math.log(np.finfo(np.float32).max))  # nats, of a float32 perplexity
 
 
 @check(
@@ -32,7 +33,7 @@ def objective(log: Log) -> Verdict:
                 if abs(math.log(value) - nats) > _tolerance(value, nats):
                     wrong.append(f"ln {value:.6g} = {math.log(value):.4g} at step {step:g}, but "
                                  f"{split}/lm_ce = {nats:.4g}")  # fmt: skip
-        elif parts and log.vocab_size and log.has(f"{split}/loss"):
+        elif parts and log.vocab_size and not log.overfit and log.has(f"{split}/loss"):
             last = float(log.finite(f"{split}/loss").values[-1])
             seen += 1
             if last > math.log(log.vocab_size) + 0.5:
@@ -54,12 +55,13 @@ def objective(log: Log) -> Verdict:
 def capped(log: Log) -> Verdict:
     """No perplexity or loss sits on a constant at which trainers cut them off."""
     found = []
-    for name in [n for n in log.names if n.endswith("/token_ppl")]:
+    names = [n for n in log.names if n.endswith(("/token_ppl", "/loss"))]
+    for name in [n for n in names if n.endswith("/token_ppl")]:
         ppl = log.series(name)
         losses = log.series(loss) if log.has(loss := name.replace("token_ppl", "loss")) else None
         for step, value in zip(ppl.steps, ppl.values, strict=True):
             nats = None if losses is None else _at(losses, step)
-            if math.isinf(value) and nats is not None and nats < 700:
+            if math.isinf(value) and nats is not None and nats < _OVERFLOW:
                 found.append(f"{name} is inf at step {step:g} where the loss is {nats:.4g}")
             if not math.isfinite(value) or value <= 0:
                 continue
@@ -70,13 +72,13 @@ def capped(log: Log) -> Verdict:
                 found.append(f"{name} = {value:.10g} = {label} at step {step:g}")
         if losses is not None and (top := _plateau(ppl, losses)):
             found.append(f"{name} is {top:.10g} at several steps of different loss")
-    for name in [n for n in log.names if n.endswith("/loss")]:
+    for name in [n for n in names if n.endswith("/loss")]:
         x = log.series(name).values
         top = np.nanmax(x) if np.isfinite(x).any() else math.nan
         if top in (10.0, 20.0, 50.0, 100.0) and np.count_nonzero(x == top) > 1:
             found.append(f"{name} is exactly {top:g} in {np.count_nonzero(x == top)} rows")
-    if not any(n.endswith(("/token_ppl", "/loss")) for n in log.names):
-        raise Skip("the log has no perplexity and no loss.")
+    if not found and not any(np.isfinite(log.series(n).values).any() for n in names):
+        raise Skip("the log has no finite perplexity and no finite loss.")
     text = f"{'; '.join(found[:3])}." if found else "No value is a known cap."
     return verdict(not found, text, count=len(found))
 

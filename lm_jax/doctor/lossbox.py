@@ -49,6 +49,11 @@ class Loss:
         """T of ordinary calls."""
         return max(4, min(self.seq_len, 64, NUMBERS // (self.rows * self.vocab_size)))
 
+    @property
+    def full_length(self) -> int:
+        """T of the longest call, of a single row."""
+        return max(self.length, min(self.seq_len, NUMBERS // self.vocab_size))
+
     @functools.cached_property
     def forward(self) -> Callable:
         """The function compiled."""

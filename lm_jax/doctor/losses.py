@@ -8,7 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm_jax.doctor import loss_tokens
-from lm_jax.doctor.findings import Finding, Report, Skip, Verdict, call, check, run_all, verdict
+from lm_jax.doctor.findings import (
+    Finding,
+    Report,
+    Skip,
+    Verdict,
+    call,
+    check,
+    run_all,
+    verdict,
+    whole,
+)
 from lm_jax.doctor.lossbox import (
     EPS,
     EXTREME,
@@ -87,10 +97,18 @@ def by_definition(loss: Loss) -> Verdict:
     target = batch.tokens[b, t + loss.ahead]
     log_p = batch.logits[b, t, v] - batch.logits[b, t, target] - nats[b, t]
     exact = weights[b, t] * (np.exp(log_p) - (v == target))
+    row = loss.batch(1, draw=2, length=loss.full_length)
+    row.weights[:, :] = 1
+    row_nats, row_weights = definition(row, loss.ahead)
+    expected = np.array([(row_nats * row_weights).sum(), row_weights.sum()])
     return judge(
         {
             "sum": (gap(total, (nats * weights).sum()), loss.rounding(batch)),
             "gradient": (gap(slopes, exact), rounding),
+            f"sum or count of {loss.full_length} tokens": (
+                gap(loss(row), expected),
+                loss.rounding(row),
+            ),
         },
         f"Against the definition in float64 (sum {(nats * weights).sum():.6g}, {len(b)} slopes)",
         total=float(total),
@@ -286,8 +304,8 @@ def examine_loss(
             weights[:, t + 1]. It gets JAX arrays if JAX can differentiate it, else NumPy arrays;
             gradients then come from central differences.
         vocab_size: V, at least 2.
-        seq_len: T of ordinary calls, at least 4; shortened so that a call has about 2^21 logits.
-            Other lengths and batch sizes are tried as well.
+        seq_len: T of the longest call, at least 4, of one row and of about 2^21 logits at most.
+            Ordinary calls are shorter, 64 at most; other lengths and batch sizes are tried as well.
         batch_size: B of ordinary calls, at least 2.
         seed: of the random logits, tokens and weights.
         objective: causal; or bidirectional, where logits[:, t] are scored on tokens[:, t].
@@ -298,9 +316,9 @@ def examine_loss(
     if not callable(loss_fn):
         raise ValueError("loss_fn must be a function of (logits, tokens, weights).")
     least = {"vocab_size": (vocab_size, 2), "seq_len": (seq_len, 4), "batch_size": (batch_size, 2)}
+    least["seed"] = (seed, 0)
     for name, (value, low) in least.items():
-        if value < low:
-            raise ValueError(f"{name}={value} is too small: give at least {low}.")
+        whole(value, name, low)
     if objective not in ("causal", "bidirectional"):
         raise ValueError(f"objective={objective!r} is unknown: use 'causal' or 'bidirectional'.")
     ahead = 1 if objective == "causal" else 0

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lm_jax.doctor import attention, causality, initial, repeat, target
-from lm_jax.doctor.blackbox import CAUSAL, Model
+from lm_jax.doctor.blackbox import CAUSAL, Model, named_leaves
 from lm_jax.doctor.findings import Finding, Report, Skip, Verdict, check, run_all, verdict
 
 
@@ -33,6 +33,8 @@ def randomised(model: Model) -> Verdict:
     """The checks are repeated with noise in place of the parameters, if the function bears it."""
     if model.params is None:
         raise Skip("no parameters were given (params): a leak behind a zero gate is not seen")
+    if not named_leaves(model.params):
+        raise Skip("params hold no floating-point array of NumPy, JAX or PyTorch")
     try:
         scale = model.randomised.scale
     except Skip as reason:

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm_jax.doctor import rates
-from lm_jax.doctor.findings import Report, Skip, Verdict, check, require, run_all, verdict
+from lm_jax.doctor.blackbox import named_leaves
+from lm_jax.doctor.findings import Report, Skip, Verdict, check, require, run_all, verdict, whole
 from lm_jax.doctor.updates import (
     FLOAT32_EPS,
     UPDATES,
@@ -397,18 +398,24 @@ def _validate(given: Given) -> None:
     if given.step_fn is not None:
         for name in ("params_of", "batch"):
             require(getattr(given, name) is not None, name, "give it with step_fn")
-    for name in ("calls_per_update", "first_eval"):
-        require(getattr(given, name) >= 1, name, "give 1 or more")
+    lows = {"calls_per_update": 1, "first_eval": 1, "first_update": 0, "seed": 0}
+    for name, low in (lows if given.steps is None else lows | {"steps": 1}).items():
+        whole(getattr(given, name), name, low)
     require(
         given.update_fn is None or given.calls_per_update == 1,
         "calls_per_update",
         "an update_fn makes an update in every call; leave it at 1",
     )
-    require(given.steps is None or given.steps >= 1, "steps", "give 1 or more")
-    require(given.first_update >= 0, "first_update", "give 0 or more")
-    require(not (given.clip_norm or 0) < 0, "clip_norm", "give the norm, or 0 for no clipping")
+    norm = given.clip_norm
     require(
-        all(n >= 2 for n in given.micro_batches or ()),
-        "micro_batches",
-        "give numbers of 2 or more; one micro-batch is what they are compared with",
+        norm is None or (isinstance(norm, int | float) and norm >= 0),
+        "clip_norm",
+        "give the norm, or 0 for no clipping",
+    )
+    for count in given.micro_batches or ():  # one micro-batch is what they are compared with
+        whole(count, "micro_batches", 2)
+    require(
+        given.params is None or any(leaf.size for leaf in named_leaves(given.params).values()),
+        "params",
+        "give a pytree that holds floating-point arrays",
     )

@@ -200,7 +200,10 @@ class _Small:
             return scored.nats, scored.count
 
         return examine_loss(
-            sums, vocab_size=min(self.vocab_size, 61), seq_len=17, seed=self.cfg.seed
+            sums,
+            vocab_size=min(self.vocab_size, 61),
+            seq_len=self.full.data.seq_len,
+            seed=self.cfg.seed,
         )
 
     def batch(self) -> dict[str, np.ndarray]:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lm_jax.doctor.findings import Skip
+from lm_jax.doctor.findings import Skip, require
 
 # Names that the checks read, in the order in which a short form ("loss", "lr") stands for one.
 METRICS = (
@@ -60,25 +60,51 @@ class LogFile(NamedTuple):
     problems: list[Problem]
 
 
-def read_log(path: str | pathlib.Path, mapping: Mapping[str, str] | None = None) -> LogFile:
+def read_log(
+    path: str | pathlib.Path,
+    mapping: Mapping[str, str] | None = None,
+    *,
+    null_is_nan: bool = False,
+) -> LogFile:
     """Read a JSONL or CSV log (comma or tab) of any trainer.
 
     Args:
-        path: the file; it is JSONL if its first character is a brace.
+        path: the file; it is JSONL if its first character is a brace. Empty lines and lines that
+            begin with # may stand before the first row.
         mapping: name of a metric -> name of the file's column, like {"loss": "train_loss"}. A
             metric is named as in `METRICS`, with "_" for "/" (`valid_loss`) or by its last part
             (`loss` is `train/loss`, `token_ppl` is of the valid split).
+        null_is_nan: every null is a non-finite value, as this trainer writes it. Otherwise nulls
+            of a column that is logged in fewer than half of its rows, or just where another is
+            not, mean "not logged", as pandas and wandb write them.
 
     Returns:
         The records, their columns renamed, and the lines that could not be used.
 
     Raises:
-        ValueError: if `mapping` names an unknown metric, or a column that no record has.
+        ValueError: if the file is no table of rows, if `mapping` names an unknown metric or one
+            twice, or a column that no record has.
     """
-    text = pathlib.Path(path).read_text(errors="replace")
-    columns = {column: metric_name(name) for name, column in (mapping or {}).items()}
-    read = _read_json_lines if text.lstrip()[:1] == "{" else _read_csv
-    records, problems = read(text)
+    columns: dict[str, str] = {}
+    for name, column in (mapping or {}).items():
+        metric = metric_name(name)
+        require(metric not in columns.values(), f"mapping: {metric}", "give it one column")
+        require(column not in columns, f"mapping: column {column!r}", "give it one metric")
+        columns[column] = metric
+    lines = pathlib.Path(path).read_text(encoding="utf-8-sig", errors="replace").splitlines()
+    skipped = 0
+    while skipped < len(lines) and lines[skipped].strip()[:1] in ("", "#"):
+        skipped += 1
+    lines = lines[skipped:]
+    first = lines[0].lstrip()[:1] if lines else ""
+    require(first != "[", f"{path} begins with '['", "write one JSON object a line, without a list")
+    try:
+        records, problems = (_read_json_lines if first == "{" else _read_csv)(lines)
+    except csv.Error as error:
+        raise ValueError(f"{path}: {error}; give a JSONL or CSV file.") from error
+    problems = [p._replace(line=p.line + skipped) for p in problems]
+    if not null_is_nan:
+        records = _without_gaps(records)
     present = {key for record in records for key in record}
     for column in columns:
         if records and column not in present:
@@ -98,6 +124,23 @@ def read_log(path: str | pathlib.Path, mapping: Mapping[str, str] | None = None)
     return LogFile(renamed, problems)
 
 
+def _without_gaps(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records without the nulls that stand for "not logged"."""
+    null: dict[str, set[int]] = {}
+    logged: dict[str, set[int]] = {}
+    for i, record in enumerate(records):
+        for name, x in record.items():
+            (null if x is None else logged).setdefault(name, set()).add(i)
+    others = {frozenset(logged[name]) for name in null if name in logged}
+    gaps = {
+        name
+        for name, rows in null.items()
+        if name in logged
+        and (len(rows) > len(logged[name]) and min(rows) < max(logged[name]) or rows in others)
+    }
+    return [{k: x for k, x in r.items() if x is not None or k not in gaps} for r in records]
+
+
 def metric_name(name: str) -> str:
     """The metric that a full or short name stands for; ValueError if there is none."""
     for candidate in METRICS:
@@ -109,16 +152,16 @@ def metric_name(name: str) -> str:
     raise ValueError(f"mapping: {name!r} is no metric; did you mean {near!r}?")
 
 
-def _read_json_lines(text: str) -> LogFile:
+def _read_json_lines(lines: list[str]) -> LogFile:
     records, problems = [], []
-    lines = text.splitlines()
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
-            problems.append(Problem(number, f"no JSON ({error.msg})", number == len(lines)))
+        except (ValueError, RecursionError) as error:  # of digits or brackets there can be too many
+            what = getattr(error, "msg", str(error))
+            problems.append(Problem(number, f"no JSON ({what})", number == len(lines)))
             continue
         if isinstance(record, dict):
             records.append(record)
@@ -127,9 +170,8 @@ def _read_json_lines(text: str) -> LogFile:
     return LogFile(records, problems)
 
 
-def _read_csv(text: str) -> LogFile:
+def _read_csv(lines: list[str]) -> LogFile:
     records, problems = [], []
-    lines = text.splitlines()
     rows = csv.DictReader(lines, delimiter="\t" if lines and "\t" in lines[0] else ",")
     for row in rows:
         if None in row or None in row.values():
@@ -319,6 +361,8 @@ def number(raw: Any) -> float | None:
         return math.nan
     try:
         return float(raw)
+    except OverflowError:  # an integer of hundreds of digits
+        return math.inf if raw > 0 else -math.inf
     except (TypeError, ValueError):
         return None
 

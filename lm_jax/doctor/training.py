@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from lm_jax.doctor.blackbox import is_float_leaf
-from lm_jax.doctor.findings import Report, Skip, Verdict, call, check, verdict
+from lm_jax.doctor.findings import Report, Skip, Verdict, call, check, verdict, whole
 from lm_jax.doctor.model import gated
 
 EARLY = 20  # updates after which every parameter must have moved
@@ -41,12 +41,10 @@ class Trainee:
         for name in ("init_fn", "step_fn", "score_fn"):
             if not callable(getattr(self, name)):
                 raise ValueError(f"{name} is no function; give one.")
-        least = dict(vocab_size=2, seq_len=4, batch_size=2, steps=EARLY)
+        least = dict(vocab_size=2, seq_len=4, batch_size=2, steps=EARLY, seed=0)
         for name, low in least.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < low:
-                raise ValueError(f"{name} is {value!r}; give a whole number of {low} or more.")
-        if not self.smallest_leak > 0:
+            whole(getattr(self, name), name, low)
+        if not isinstance(self.smallest_leak, int | float) or not self.smallest_leak > 0:
             raise ValueError(f"smallest_leak is {self.smallest_leak!r}; give nats above 0.")
         self.probe = self.batch(3)
 

@@ -3,9 +3,10 @@
 import json
 import pathlib
 from collections.abc import Mapping
+from typing import Any
 
 from lm_jax import config, metrics
-from lm_jax.doctor.findings import Finding, Report
+from lm_jax.doctor.findings import Finding, Report, require
 from lm_jax.doctor.log import examine_log
 from lm_jax.doctor.records import read_log
 
@@ -13,7 +14,7 @@ _SATURATED = 0.9  # of the updates
 
 
 def examine_workdir(
-    workdir: pathlib.Path, *, references: Mapping[str, float] | None = None
+    workdir: str | pathlib.Path, *, references: Mapping[str, float] | None = None
 ) -> Report:
     """Post-mortem of a run from what it left behind so far: config, metrics and evaluations.
 
@@ -23,34 +24,59 @@ def examine_workdir(
 
     Raises:
         FileNotFoundError: if the folder holds no config or no metrics.
+        ValueError: if a file in it is not as the trainer writes it.
     """
-    for name in ("config.json", "metrics.jsonl"):
-        if not (workdir / name).exists():
-            raise FileNotFoundError(f"{workdir / name}: no such file; give the folder of a run.")
-    record = json.loads((workdir / "config.json").read_text())
-    cfg = config.from_dict(record["config"])
-    log = read_log(workdir / "metrics.jsonl")
+    workdir = pathlib.Path(workdir)
+    path = workdir / "config.json"
+    for file in (path, workdir / "metrics.jsonl"):
+        if not file.exists():
+            raise FileNotFoundError(f"{file}: no such file; give the folder of a run.")
+    record = _object(path, "config", "data", "devices")
+    try:
+        cfg = config.from_dict(record["config"])
+        vocab_size, splits = record["data"]["vocab_size"], record["data"]["splits"]
+        split_tokens = {name: split["tokens"] for name, split in splits.items()}
+        train_tokens = split_tokens["train"]
+        devices = record["devices"]
+        flops = metrics.flops_per_token(cfg, vocab_size)
+        peak = metrics.peak_flops(devices[0], cfg.train.compute_dtype, len(devices))
+        tokens_per_step = cfg.data.batch_size * cfg.data.seq_len
+        lr_end = cfg.optim.peak_lr * (1 if cfg.optim.schedule == "constant" else cfg.optim.end_lr)
+        steps = int(cfg.train.steps)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        what = f"{type(error).__name__}: {error}".rstrip(".")
+        raise ValueError(f"{path}: not as a run writes it ({what}); restore the file.") from error
     scored = workdir / "eval_valid.json"
     if references is None and scored.exists():
-        references = json.loads(scored.read_text())["references"]
-    vocab_size = record["data"]["vocab_size"]
-    optim, flops = cfg.optim, metrics.flops_per_token(cfg, vocab_size)
+        references = _object(scored, "references")["references"]
+        require(isinstance(references, dict), f"{scored}: references", "evaluate the run again")
+    log = read_log(workdir / "metrics.jsonl", null_is_nan=True)
     return examine_log(
         log.records,
         problems=log.problems,
         vocab_size=vocab_size,
-        split_tokens={name: s["tokens"] for name, s in record["data"]["splits"].items()},
-        train_tokens=record["data"]["splits"]["train"]["tokens"],
-        tokens_per_step=cfg.data.batch_size * cfg.data.seq_len,
+        split_tokens=split_tokens,
+        train_tokens=train_tokens,
+        tokens_per_step=tokens_per_step,
         parameters=flops / 6,
-        peak_flops=metrics.peak_flops(
-            record["devices"][0], cfg.train.compute_dtype, len(record["devices"])
-        ),
-        lr_peak=optim.peak_lr,
-        lr_end=optim.peak_lr * (1 if optim.schedule == "constant" else optim.end_lr),
-        steps=int(cfg.train.steps),
+        peak_flops=peak,
+        lr_peak=cfg.optim.peak_lr,
+        lr_end=lr_end,
+        steps=steps,
         references=references,
     )
+
+
+def _object(path: pathlib.Path, *keys: str) -> dict[str, Any]:
+    """The JSON object in a file, which must have the keys."""
+    try:
+        read = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: no JSON ({error}); restore the file.") from error
+    require(isinstance(read, dict), str(path), "restore the file, which holds no JSON object")
+    missing = [key for key in keys if key not in read]
+    require(not missing, str(path), f"restore the file, which lacks {', '.join(missing)}")
+    return read  # type: ignore[no-any-return]
 
 
 class Watch:

@@ -97,6 +97,7 @@ def test_tinker_200m_copies_and_nothing_else_is_needed():
     assert "labels are not shifted" in text and "no causal mask" in text
     assert "target.oracle" in text and "causality.suffix_swap" in text
     assert not blames(text, "TF32", "flash", "kernel", "take", "repe[at]", "duplicate", "worker")
+    assert "near-zero entropy would look alike" in text
     # If the log does not say whether the data were new, it is not decisive alone.
     assert examine_log(rows, **facts).warned == ["log.fall"]
 
@@ -135,6 +136,7 @@ def test_mu_sota_may_see_the_future_and_its_schedule_never_ends():
         train_tokens=2_088_628,
         lr_peak=3e-4,
         lr_end=0.0,
+        steps=5230,  # the 10 epochs that were published as the whole run
         references=WIKITEXT_2,
         measured_on=text_of,
         comparisons=[

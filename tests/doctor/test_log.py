@@ -10,7 +10,7 @@ from rich.console import Console
 
 from lm_jax.doctor.log import CHECKS, examine_log
 from lm_jax.doctor.records import METRICS, read_log
-from tests.doctor.log_models import PEAK, B, D, T, V, declared, train
+from tests.doctor.log_models import PEAK, B, D, T, V, declared, train, train_on_a_cycle
 
 fault = pytest.mark.fault
 SEEDS = (0, 1, 2)
@@ -93,7 +93,7 @@ def character_level(seed, ending=1.4, steps=2000):
     rng = np.random.default_rng(seed)
     step = np.arange(1, steps + 1)
     course = ending + (4.19 - ending) * np.exp(-step / 40) + 0.8 * step**-0.4
-    loss = course + 0.06 * rng.standard_normal(steps)
+    loss = np.abs(course + 0.06 * rng.standard_normal(steps))  # no loss is below 0
     rows = [
         {
             "step": int(s),
@@ -224,6 +224,73 @@ def test_a_frozen_model_is_seen_in_few_rows(seed):
     assert "log.trend" in report.failed + report.warned
 
 
+def curve(*points, noise=0.02, rows=300):
+    """Training losses between points (step, loss), with noise."""
+    steps, values = zip(*points, strict=True)
+    at = np.linspace(steps[0], steps[-1], rows).round()
+    loss = np.interp(at, steps, values) + noise * np.random.default_rng(0).standard_normal(rows)
+    return [{"step": int(s), "train/loss": float(x)} for s, x in zip(at, loss, strict=True)]
+
+
+def test_a_divergence_is_no_frozen_model():
+    rows = curve((1, 10.8), (300, 3.2), (600, 6.2))
+    report = examine_log(rows, vocab_size=50_000)
+    (found,) = failing(report, "log.divergence")
+    assert report["log.trend"].status == "pass"
+    assert "fell to 3." in found.evidence and "rose to 6." in found.evidence
+    assert found.values["step"] == pytest.approx(300, abs=20)
+    rows = curve((1, 10.8), (600, 14.0))
+    report = examine_log(rows, vocab_size=50_000)
+    assert "log.divergence" in report.failed and report["log.trend"].status == "skip"
+    rows = curve((1, 10.8), (300, 3.2), (600, 4.2))
+    report = examine_log(rows, vocab_size=50_000)
+    assert not report.failed and "log.divergence" in report.warned
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_batches_like_their_neighbours_are_no_divergence(seed):
+    rng = np.random.default_rng(seed)
+    drift = np.zeros(600)  # correlation 0.9 of one row and the next, sd 0.5
+    for i in range(1, 600):
+        drift[i] = 0.9 * drift[i - 1] + 0.22 * rng.standard_normal()
+    rows = curve((1, 10.8), (100, 4.2), (600, 3.5), rows=600)
+    rows = [row | {"train/loss": row["train/loss"] + x} for row, x in zip(rows, drift, strict=True)]
+    assert examine_log(rows)["log.divergence"].status == "pass"
+
+
+@pytest.mark.parametrize(("ending", "noise"), [(1.80, 0.012), (0.0055, 0.0005)])
+def test_a_log_that_begins_again_after_the_fall_is_no_frozen_model(ending, noise):
+    rows = curve((10, ending), (3000, ending), noise=noise)
+    rows = [{"step": 0, "train/loss": 4.17}, *rows]
+    assert silent(examine_log(rows, vocab_size=65))
+
+
+def test_text_without_entropy_is_not_taken_for_a_copied_target():
+    rows = train_on_a_cycle()
+    assert rows[-1]["train/loss"] < 0.1
+    lines = {"unigram": 2000.0, "kn2": 1.02}
+    report = examine_log(rows, vocab_size=2000, references=lines)
+    assert silent(report) and "bigram" in report["log.fall"].evidence
+    assert silent(examine_log(rows, vocab_size=2000, references={"entropy_rate": 0.0}))
+    report = examine_log(rows, vocab_size=2000)
+    assert not report.failed and "log.fall" in report.warned
+    assert "near-zero entropy" in report["log.fall"].evidence
+
+
+@pytest.mark.parametrize("name", ["train/loss", "valid/loss", "test/loss", "distill/kd_kl"])
+def test_a_loss_below_zero(name):
+    assert examine_log([{"step": 1, name: -0.01}]).failed == ["log.negative"]
+    assert silent(examine_log([{"step": 1, name: -1e-6}]))
+
+
+def test_a_low_training_loss_on_unknown_data_warns():
+    rows = curve((1, 9.7), (400, 4.0), (2000, 1.2))
+    assert examine_log(rows, vocab_size=16_000).warned == ["eval.floor"]
+    assert silent(examine_log(rows, vocab_size=16_000, overfit=True))
+    assert silent(examine_log(rows, vocab_size=16_000, references={"kn2": 9.0}))
+    assert silent(examine_log(curve((1, 9.7), (400, 4.0), (2000, 2.9)), vocab_size=16_000))
+
+
 @fault(12, "log.quantised")
 def test_a_loss_in_bfloat16():
     report = examine_log(train(0, dtype=jnp.bfloat16, steps=100), **declared(0, steps=100))
@@ -265,6 +332,16 @@ def test_a_loss_that_was_replaced_by_zero():
     report = examine_log(train(0, unscored_at=(70, 150), impute=True), **declared(0))
     (found,) = failing(report, "log.imputed")
     assert found.values["steps"] == {"train/loss": [70, 150]}
+
+
+def test_small_losses_that_are_printed_as_zero_are_not_replaced():
+    rng = np.random.default_rng(0)
+    rows = [
+        {"step": i, "train/loss": round(x, 2)} for i, x in enumerate(rng.uniform(4e-3, 8e-3, 60))
+    ]
+    assert silent(examine_log(rows, vocab_size=10))
+    rows = [{"step": i, "train/loss": 0.0 if i == 30 else 0.31 + i % 2 / 100} for i in range(60)]
+    assert examine_log(rows, vocab_size=10).failed == ["log.imputed"]
 
 
 def test_spikes_are_named_with_the_gradient_norm():
@@ -355,8 +432,25 @@ def test_warm_up_from_zero_and_longer_than_the_run():
     rows = [
         row | {"optim/lr": float(x)} for row, x in zip(character_level(0)[:200], lr, strict=True)
     ]
-    report = examine_log(rows, vocab_size=66)
+    report = examine_log(rows, vocab_size=66, steps=200)
     assert report.failed == ["log.warmup"] and report.warned == ["log.lr_zero"]
+    assert examine_log(rows, vocab_size=66)["log.warmup"].status == "skip"
+
+
+def test_a_run_of_unknown_length_is_not_judged_by_its_end():
+    """500 of 5000 updates, with a warm-up of 300."""
+    rows = curve((1, 4.2), (500, 2.9), rows=500)
+    for row in rows:
+        s = row["step"]
+        row["optim/lr"] = min(s / 300, 0.5 * (1 + math.cos(math.pi * max(0, s - 300) / 4700)))
+    for end in (299, 300, 350, 500):
+        report = examine_log(rows[:end], vocab_size=66, lr_end=0.0)
+        assert not report.failed and set(report.warned) <= {"log.lr_end"}, end
+    assert "steps is not given" in report["log.lr_end"].evidence
+    for end in (299, 300):
+        report = examine_log(rows[:end], vocab_size=66, lr_end=0.0)
+        assert {report[f"log.{name}"].status for name in ("lr_end", "warmup")} == {"skip"}
+    assert examine_log(rows, lr_end=0.0, steps=500).failed == ["log.lr_end"]
 
 
 def test_a_schedule_that_ends_too_early():
@@ -389,6 +483,20 @@ def test_tokens_counted_once_for_each_of_8_micro_batches():
         report = examine_log(rows, **facts | {"train_tokens": None, "peak_flops": peak})
         assert report["log.throughput"].status == status
         assert report["log.budget"].status == status
+
+
+@pytest.mark.parametrize(
+    ("logged", "status"),
+    [((-100.0, 38.0, 37.0), "pass"), ((-1.0, 0.38), "pass"), ((-1.0,), "skip"), ((88.0,), "fail")],
+)
+def test_a_share_of_the_peak_in_percent(logged, status):
+    rows = [{"step": i, "perf/mfu": x} for i, x in enumerate(logged)]
+    assert examine_log(rows)["log.throughput"].status == status
+
+
+def test_steps_that_are_counted_from_zero():
+    rows = [{"step": s, "data/tokens": 1000.0 * (s + 1)} for s in range(0, 50, 7)]
+    assert examine_log(rows, tokens_per_step=1000)["log.budget"].status == "pass"
 
 
 def test_a_stated_budget():
@@ -426,8 +534,24 @@ def test_a_capped_perplexity():
 def test_a_perplexity_that_is_infinite_too_soon():
     rows = [{"step": 200, "valid/loss": 10.5, "valid/token_ppl": math.inf}]
     assert "eval.capped" in examine_log(rows).failed
-    rows = [{"step": 200, "valid/loss": 800.0, "valid/token_ppl": math.inf}]
-    assert "eval.capped" not in examine_log(rows).failed
+    for nats in (103.0, 800.0):  # float32 ends at 88.7
+        rows = [{"step": 200, "valid/loss": nats, "valid/token_ppl": math.inf}]
+        assert "eval.capped" not in examine_log(rows).failed
+
+
+def test_overfitting_is_named():
+    rows = curve((1, 4.2), (500, 2.4), (3000, 0.3))
+    valid = ((500, 2.6), (1000, 2.5), (2000, 3.9), (3000, 4.99))
+    rows += [{"step": s, "valid/loss": x} for s, x in ((1, 4.1), *valid)]
+    facts = dict(vocab_size=65, references={"unigram": 28.0})
+    report = examine_log(rows, **facts)
+    assert not report.failed and report.warned == ["eval.overfit"]
+    assert "overfits" in report["eval.above_uniform"].evidence
+    report = examine_log(rows, overfit=True, **facts)
+    assert silent(report) and report["eval.baseline"].status == "skip"
+    for row in rows[:-5]:
+        row["train/loss"] = 2.4 + row["train/loss"] / 100  # does not go on
+    assert "eval.above_uniform" in examine_log(rows[:300] + rows[-1:], **facts).failed
 
 
 @fault(72, "eval.objective")
@@ -494,7 +618,12 @@ def test_perplexities_of_other_tokens():
 def test_an_empty_log_fails_and_skips():
     report = examine_log([])
     assert report.failed == ["log.readable"]
-    assert all(f.status in ("fail", "skip") or f.check == "log.finite" for f in report)
+    assert all(f.status in ("fail", "skip") for f in report)
+    for rows in ([{}, {}], [{"train/loss": "high"}] * 3):
+        assert examine_log(rows)["log.finite"].status == "skip"
+    report = examine_log([{"step": i, "valid/loss": math.nan} for i in range(9)])
+    assert report.failed == ["log.finite"]
+    assert report["eval.capped"].status == "skip"
 
 
 def test_rows_without_a_known_metric():
@@ -543,6 +672,27 @@ def test_nonsense_never_raises(seed):
         (dict(references={"kn2": -1.0}), "references"),
         (dict(budgets=[{"steps": 3}]), "budgets"),
         (dict(comparisons=[{"ppl": 3}]), "comparisons"),
+        (dict(records=5), "records"),
+        (dict(records="rows"), "records"),
+        (dict(records=[{"step": 1, 3: 2.0}]), "records"),
+        (dict(vocab_size="abc"), "vocab_size"),
+        (dict(steps="a"), "steps"),
+        (dict(train_tokens="a"), "train_tokens"),
+        (dict(lr_end="a"), "lr_end"),
+        (dict(lr_end=-1.0), "lr_end"),
+        (dict(split_tokens="a"), "split_tokens"),
+        (dict(split_tokens=0), "split_tokens"),
+        (dict(split_tokens={"valid": None}), "split_tokens"),
+        (dict(references="a"), "references"),
+        (dict(references={"unigram": None}), "references"),
+        (dict(resumes=[None]), "resumes"),
+        (dict(resumes=5), "resumes"),
+        (dict(budgets=[{"stated": 3.0, "steps": None}]), "budgets"),
+        (dict(budgets=[None]), "budgets"),
+        (dict(budgets=3), "budgets"),
+        (dict(comparisons=[None]), "comparisons"),
+        (dict(measured_on="gpt2"), "measured_on"),
+        (dict(problems=["x"]), "problems"),
     ],
 )
 def test_misuse_is_named(wrong, name):
@@ -585,6 +735,54 @@ def test_a_csv_file(tmp_path, comma):
     assert log.records[1]["valid/loss"] == "8.25" and [p.line for p in log.problems] == [4]
     report = examine_log(log.records)
     assert report["log.finite"].values["found"]["train/loss"]["first_step"] == 20
+
+
+def test_null_in_a_foreign_log_is_not_logged(tmp_path):
+    """As of an outer join: rows of training and of evaluation, each without the other's columns."""
+    path = tmp_path / "log.jsonl"
+    rows = [{"step": i, "train/loss": 3.0, "valid/loss": None} for i in range(40)]
+    for i in range(0, 40, 10):
+        rows.insert(i + i // 10, {"step": i, "train/loss": None, "valid/loss": 3.1})
+    rows[5]["optim/lr"] = None
+    path.write_text("\n".join(map(json.dumps, rows)))
+    log = read_log(path)
+    assert sum("train/loss" in row for row in log.records) == 40
+    found = examine_log(log.records)["log.finite"].values["found"]
+    assert list(found) == ["optim/lr"]  # logged once, and null
+    assert "log.finite" in examine_log(read_log(path, null_is_nan=True).records).failed
+    rows = [{"step": i, "train/loss": None if i > 20 else 3.0} for i in range(60)]  # poisoned
+    path.write_text("\n".join(map(json.dumps, rows)))
+    assert "log.finite" in examine_log(read_log(path).records).failed
+
+
+@pytest.mark.parametrize("start", ["\ufeff", "\n", "# made by x\n", "\ufeff\n# made by x\n\n"])
+def test_what_may_stand_before_the_first_row(tmp_path, start):
+    path = tmp_path / "log"
+    for text in ("step,train/loss\n1,2.0\n2,2.5,7\n", '{"step": 1, "train/loss": 2.0}\n?\n'):
+        path.write_text(start + text, encoding="utf-8")
+        log = read_log(path, {"step": "step"})
+        assert [float(row["train/loss"]) for row in log.records] == [2.0]
+        last = len((start + text).splitlines())
+        assert [p.line for p in log.problems] == [last]
+
+
+def test_a_list_and_a_metric_given_twice_are_refused(tmp_path):
+    path = tmp_path / "log.json"
+    path.write_text('[{"step": 1, "train/loss": 2.0}]')
+    with pytest.raises(ValueError, match=r"log.json.*one JSON object a line"):
+        read_log(path)
+    with pytest.raises(ValueError, match="train/loss"):
+        read_log(path, {"loss": "a", "train/loss": "b"})
+    with pytest.raises(ValueError, match="column 'a'"):
+        read_log(path, {"loss": "a", "lr": "a"})
+
+
+def test_numbers_of_too_many_digits(tmp_path):
+    path = tmp_path / "log.jsonl"
+    for digits in (400, 5000):
+        path.write_text(f'{{"step": 1, "train/loss": 1{"0" * digits}}}\n')
+        log = read_log(path)
+        assert examine_log(log.records, problems=log.problems).failed
 
 
 def test_files_of_nothing(tmp_path):

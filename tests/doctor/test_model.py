@@ -94,10 +94,45 @@ def test_every_leak_is_seen_without_parameters(kind):
 
 def test_cuts_lie_inside_chunks_of_every_length():
     for T in (5, 32, 48, 100, 257):
-        cuts = probe_cuts(T, 0)
+        assert probe_cuts(T, T, 0) == list(range(1, T))
+        cuts = probe_cuts(T, 3, 0)
         assert {1, 3, T - 1} <= set(cuts) and max(cuts) < T
         for chunk in range(2, T):
             assert any(cut % chunk for cut in cuts)
+    cuts = probe_cuts(4096, 200, 0)
+    assert any(set(range(k, k + 200)) <= set(cuts) for k in range(1, 4096))
+    assert len(cuts) < 240
+
+
+@pytest.mark.parametrize("chunk, T", [(12, 64), (20, 64), (24, 64), (48, 64), (16, 100), (7, 33)])
+def test_a_leak_across_the_borders_of_chunks(chunk, T):
+    """Where a chunk ends, and nowhere else, the next token is seen."""
+    apply = leaks.forward("correct")
+
+    def border(params, tokens):
+        logits = apply(params, tokens)
+        ahead = 0.1 * params["embedding"][jnp.roll(tokens, -1, 1)] @ params["head"]
+        ends = jnp.arange(T) % chunk == chunk - 1
+        ends = ends.at[-1].set(False)
+        return logits + jnp.where(ends[None, :, None], ahead, 0)
+
+    for seed in range(3):
+        params = leaks.init("correct", V, seed)
+        report = examine_model(jax.jit(border), params=params, vocab_size=V, seq_len=T, seed=seed)
+        assert "causality.suffix_swap" in report.failed
+
+
+def test_rows_that_mix_in_larger_batches_only():
+    apply = leaks.forward("correct")
+
+    def mixed(params, tokens):
+        logits = apply(params, tokens)
+        return logits + 0.1 * logits[:1] if len(tokens) > 3 else logits
+
+    params = leaks.init("correct", V)
+    report = examine_model(jax.jit(mixed), params=params, vocab_size=V, seq_len=33)
+    assert "causality.row_independence" in report.failed
+    assert "more rows" in report["causality.row_independence"].evidence
 
 
 def test_weak_leak_and_position_of_it():
@@ -464,6 +499,39 @@ def test_pytorch_model(dtype):
     assert report["causality.suffix_swap"].values["difference"] == 0
     report = examine_model(torch_model(torch, False, getattr(torch, dtype)), **kwargs)
     assert {"causality.suffix_swap", "causality.truncation"} <= set(report.failed)
+
+
+def test_pytorch_parameters_are_randomised():
+    """A mean over time behind a gate of zero, with the parameters of PyTorch itself."""
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    generator = torch.Generator().manual_seed(0)
+
+    def leaf(*shape):
+        return torch.nn.Parameter(0.3 * torch.randn(*shape, generator=generator))
+
+    params = {"E": leaf(V, 16), "A": leaf(16, 16), "W": leaf(16, V), "g": leaf(1).detach() * 0}
+
+    def fn(params, tokens):
+        x = params["E"][torch.from_numpy(tokens).long()]
+        past = x.cumsum(1) / torch.arange(1, x.shape[1] + 1)[None, :, None]
+        return (x + past @ params["A"] + params["g"] * x.mean(1, keepdim=True)) @ params["W"]
+
+    report = examine_model(fn, params=params, vocab_size=V, seq_len=33)
+    assert report["model.randomised"].status == "pass"
+    assert "causality.suffix_swap" in report.failed
+    half = {name: x.to(torch.bfloat16) for name, x in params.items()}
+    report = examine_model(fn, params=half, vocab_size=V, seq_len=33)
+    assert report["model.output"].status == "pass"
+    assert "causality.suffix_swap" in report.failed
+
+
+@pytest.mark.parametrize("params", [{}, {"a": object()}])
+def test_parameters_that_hold_nothing_are_said(params):
+    apply, real = leaks.forward("correct"), leaks.init("correct", V)
+    report = examine_model(
+        lambda params, tokens: apply(real, tokens), params=params, vocab_size=V, seq_len=33
+    )
+    assert report["model.randomised"].status == "skip"
 
 
 def test_hugging_face_model():

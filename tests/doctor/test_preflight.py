@@ -111,10 +111,76 @@ def test_exit_codes_of_the_command(tmp_path):
     log.write_text("it,train_loss\n" + "".join(f"{10 * i},{6.5 - i / 200}\n" for i in range(200)))
     clean = command(*arguments)
     assert clean.returncode == 0 and "log.trend" in clean.stdout, clean.stdout + clean.stderr
-    for misuse in ((), (f"--log={tmp_path / 'none'}",), (*arguments, "--workdir=x"), ("--what",)):
+    for misuse in (
+        (),
+        (f"--log={tmp_path / 'none'}",),
+        (*arguments, "--workdir=x"),
+        ("--what",),
+        (*arguments, "other.csv"),
+        (*arguments, "--split_tokens=0"),
+        (arguments[0], "--map=loss=train_loss,loss=it"),
+        (*arguments, "--references=unigram=many"),
+        (*arguments, "--references=kn9=3"),
+    ):
         result = command(*misuse)
-        assert result.returncode == 2 and len(result.stderr.strip().splitlines()) == 1
+        assert result.returncode == 2 and len(result.stderr.strip().splitlines()) == 1, misuse
         assert "Traceback" not in result.stderr
+    facts = ("--steps=9000", "--train_tokens=1e6", "--tokens_per_step=100", "--lr_peak=0.1")
+    described = command(*arguments, *facts, "--references=unigram=760,kn2=250", "--json")
+    assert described.returncode == 0, described.stderr
+    found = {f["check"]: f["evidence"] for f in json.loads(described.stdout)["findings"]}
+    assert "760 (unigram), 250 (kn2)" in found["eval.baseline"]
+
+
+def folder(path, **changes):
+    """A folder as a run leaves it, with other contents of files where given."""
+    record = {
+        "config": config.to_dict(Config()),
+        "data": {"vocab_size": 1000, "splits": {"train": {"tokens": 10_000}}},
+        "devices": ["cpu"],
+    }
+    files = {
+        "config.json": json.dumps(record),
+        "metrics.jsonl": '{"step": 1, "train/loss": 6.9}\n',
+        "eval_valid.json": '{"references": {"unigram": 300.0}}',
+    } | changes.pop("files", {})
+    for name, content in files.items():
+        (path / name).write_text(content)
+    (path / "config.json").write_text(
+        json.dumps(record | changes) if changes else files["config.json"]
+    )
+    return str(path)
+
+
+def test_a_folder_is_given_as_a_path_or_as_text(tmp_path):
+    assert not doctor.examine_workdir(folder(tmp_path)).failed
+    assert not doctor.examine_workdir(tmp_path).failed
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "null", '{"config": {"mod'])
+def test_a_folder_with_a_broken_config_is_named(tmp_path, content):
+    with pytest.raises(ValueError, match="config.json"):
+        doctor.examine_workdir(folder(tmp_path, files={"config.json": content}))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"devices": []}, {"data": {}}, {"data": None}, {"config": 3}, {"config": {"data": None}}],
+)
+def test_a_folder_with_another_config_is_named(tmp_path, changes):
+    with pytest.raises(ValueError, match="config.json"):
+        doctor.examine_workdir(folder(tmp_path, **changes))
+
+
+@pytest.mark.parametrize("content", ["{}", "null", "3", '{"references": null}', '{"refer'])
+def test_a_folder_with_a_broken_evaluation_is_named(tmp_path, content):
+    with pytest.raises(ValueError, match="eval_valid.json"):
+        doctor.examine_workdir(folder(tmp_path, files={"eval_valid.json": content}))
+
+
+def test_a_broken_folder_ends_the_command_with_one_sentence(tmp_path):
+    result = command(f"--workdir={folder(tmp_path, devices=[])}")
+    assert result.returncode == 2 and len(result.stderr.strip().splitlines()) == 1, result.stderr
 
 
 def test_a_run_is_examined_from_its_folder(text, tmp_path):  # noqa: F811
