@@ -521,3 +521,28 @@ def test_kernels_that_refuse_a_size():
     assert "gradient.kernel_value" in report.failed
     report = examine_kernel(kernel, logsumexp_reference, lambda n, rng: np.arange(n), sizes=(2, 3))
     assert {f.status for f in report} == {"skip"}
+
+
+def test_gradients_under_other_names_are_not_compared():
+    params = {"a": np.ones(3) * 0.5, "b": np.ones(3) * 0.7}
+
+    def loss(p):
+        return (p["a"] ** 2 + p["b"] ** 3).sum()
+
+    def gradient(p):
+        return {"a": 2 * p["a"], "b": 3 * p["b"] ** 2}
+
+    right = examine_gradients(loss, params, grad_fn=gradient)
+    assert not right.failed and right["gradient.directional"].status == "pass"
+    renamed = examine_gradients(
+        loss, params, grad_fn=lambda p: dict(zip("xy", gradient(p).values(), strict=True))
+    )
+    assert renamed["gradient.directional"].status == "skip"
+    assert "structure" in renamed["gradient.directional"].evidence
+
+
+def test_parameters_of_pytorch():
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    params = {"a": torch.nn.Parameter(torch.full((3,), 0.5))}
+    report = examine_gradients(lambda p: (p["a"] ** 2).sum(), params)
+    assert not report.failed and report["gradient.directional"].status == "pass"

@@ -171,6 +171,18 @@ def test_no_shift():
     assert report["target.oracle"].values["means"][0] < 1e-3
 
 
+def test_a_loss_of_the_first_positions_only():
+    """Right for rows of up to 64 tokens, and examined with longer ones."""
+
+    def first(z, y, w):
+        return shifted(plain)(z[:, :64], y[:, :64], w[:, :64])
+
+    report = examine_loss(first, vocab_size=V, seq_len=100)
+    assert report.failed == ["loss.definition"]
+    assert "of 100 tokens" in report["loss.definition"].evidence
+    assert quiet(examine_loss(shifted(plain), vocab_size=V, seq_len=1000))
+
+
 @pytest.mark.fault(2, "target.oracle")
 def test_double_shift():
     """The collator has shifted the labels already, the loss shifts again."""

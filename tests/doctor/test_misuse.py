@@ -1,0 +1,95 @@
+"""What is handed in amiss is refused in one sentence, or a check says why it was not made."""
+
+import numpy as np
+import pytest
+
+from lm_jax import doctor
+from lm_jax.doctor.findings import check, verdict
+
+RNG = np.random.default_rng(0)
+
+
+def logits(tokens):
+    return np.zeros((*tokens.shape, 5), np.float32)
+
+
+def loss(logits, tokens, weights):
+    return 0.0, weights.sum()
+
+
+def scalar(params):
+    return (params["a"] ** 2).sum()
+
+
+def train(state, tokens):
+    return state
+
+
+MISUSES = [
+    (doctor.examine_model, (logits,), dict(vocab_size="5", seq_len=8), "vocab_size='5'"),
+    (doctor.examine_model, (logits,), dict(vocab_size=5, seq_len=2.5), "seq_len=2.5"),
+    (doctor.examine_model, (logits,), dict(vocab_size=5, seq_len=8, seed=None), "seed=None"),
+    (
+        doctor.examine_model,
+        (logits,),
+        dict(vocab_size=5, seq_len=8, compute_dtype="abc"),
+        "compute_dtype is 'abc'",
+    ),
+    (
+        doctor.examine_model,
+        (logits,),
+        dict(vocab_size=5, seq_len=8, init_std={"a": None}),
+        "init_std is",
+    ),
+    (doctor.examine_loss, (loss,), dict(vocab_size=None, seq_len=8), "vocab_size=None"),
+    (doctor.examine_loss, (loss,), dict(vocab_size=5, seq_len="x"), "seq_len='x'"),
+    (doctor.examine_gradients, (scalar, {"a": np.ones(2)}), dict(unused=5), "unused=5"),
+    (doctor.examine_gradients, (scalar, {"a": "text"}), {}, "no floating-point leaf"),
+    (
+        doctor.examine_training,
+        (train, train, train),
+        dict(vocab_size=5, seq_len=8, smallest_leak="x"),
+        "smallest_leak is 'x'",
+    ),
+    (doctor.examine_evaluation, (), dict(vocab_size="a", seq_len=8), "vocab_size='a'"),
+    (
+        doctor.examine_evaluation,
+        (),
+        dict(vocab_size=5, seq_len=8, strides=[None]),
+        "strides=None",
+    ),
+    (doctor.examine_optimiser, (), dict(steps="a"), "steps='a'"),
+    (doctor.examine_optimiser, (), dict(clip_norm="a"), "clip_norm"),
+    (doctor.examine_optimiser, (), dict(params={}), "params"),
+    (doctor.examine_distillation, (), dict(vocab_size=8, beta="a"), "beta"),
+    (doctor.examine_arms, ({"a": None},), {}, "is no mapping of facts"),
+    (doctor.examine_arms, ({"a": {"losses": [np.nan]}},), {}, "list of finite numbers"),
+    (doctor.examine_arms, ({"a": {"budget": None}},), {}, 'give "stated"'),
+    (doctor.examine_kernel, (logits, logits, logits), dict(sizes="ab"), "sizes='ab'"),
+    (doctor.examine_kernel, (logits, logits, logits), dict(sizes=[0]), "sizes=0"),
+]
+
+
+@pytest.mark.parametrize("examine, args, kwargs, said", MISUSES)
+def test_arguments_that_mean_nothing_are_named(examine, args, kwargs, said):
+    with pytest.raises(ValueError) as refusal:
+        examine(*args, **kwargs)
+    assert said in str(refusal.value)
+
+
+def test_what_a_check_did_not_foresee_is_said_and_is_no_pass():
+    @check("a.b", remedy="")
+    def broken(_):
+        raise KeyError("x")
+
+    @check("a.c", remedy="")
+    def fine(_):
+        return verdict(True, "fine")
+
+    assert broken(None).status == "skip" and "KeyError: 'x'" in broken(None).evidence
+    assert fine(None).status == "pass"
+
+
+def test_losses_of_seeds_may_be_an_array():
+    report = doctor.examine_arms({n: {"losses": RNG.normal(size=3)} for n in "ab"})
+    assert "config.ranking" in {f.check for f in report}
