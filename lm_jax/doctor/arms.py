@@ -99,9 +99,7 @@ def examine_arms(
                 raise ValueError(f"arms[{name!r}]: unknown key {key!r}; use {', '.join(_KEYS)}.")
         losses = arm.get("losses", (0.0,))
         if not _numbers(losses):
-            raise ValueError(
-                f"arms[{name!r}]: losses must be a list of finite numbers."
-            )
+            raise ValueError(f"arms[{name!r}]: losses must be a list of finite numbers.")
         budget = arm.get("budget", {"stated": 0})
         if not isinstance(budget, Mapping) or "stated" not in budget:
             raise ValueError(f'arms[{name!r}]: give "stated" and its factors in budget.')

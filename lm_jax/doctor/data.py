@@ -6,8 +6,14 @@ from typing import Any
 import numpy as np
 
 from lm_jax.doctor import coverage, overlap, tokenisation
-from lm_jax.doctor.findings import Report, Skip, Verdict, check, run_all, verdict
-from lm_jax.doctor.inputs import Inputs
+from lm_jax.doctor.findings import Report, Skip, Verdict, check, require, run_all, verdict
+from lm_jax.doctor.inputs import (
+    Inputs,
+    require_names,
+    require_sizes,
+    require_streams,
+    require_text,
+)
 from lm_jax.doctor.sample import Sample, read
 
 EMPTY_FAIL, EMPTY_WARN = 0.10, 0.01  # share of rows without a target
@@ -74,27 +80,16 @@ def examine_data(
     Raises:
         ValueError: an argument has the wrong type or range.
     """
-    if not _is_count(vocab_size, 2):
-        raise ValueError(f"vocab_size={vocab_size!r} must be an integer of at least 2.")
-    counts = {"table_rows": table_rows, "epoch_tokens": epoch_tokens, "max_tokens": max_tokens}
-    for name, count in counts.items():
-        if count is not None and not _is_count(count, 1):
-            raise ValueError(f"{name}={count!r} must be a positive integer or left out.")
     given = {"train": train, "valid": valid, "test": test}
     given = {name: stream for name, stream in given.items() if stream is not None}
-    for name, stream in given.items():
-        if isinstance(stream, str | bytes) or not hasattr(stream, "__iter__"):
-            raise ValueError(f"{name} must be an iterable of token arrays or batches.")
-    if tokenizer is not None and (len(tokenizer) != 2 or not all(map(callable, tokenizer))):
-        raise ValueError("tokenizer must be the two functions (encode, decode).")
-    if isinstance(texts, str):
-        raise ValueError("texts must be an iterable of strings: wrap a single one in a list.")
-    if not 0 <= round_trip_loss < 1:
-        raise ValueError(f"round_trip_loss={round_trip_loss!r} must be a share from 0 to 1.")
-    if readers is not None and not callable(readers) and not isinstance(readers, Mapping):
-        raise ValueError("readers must be a function or a mapping from a number to streams.")
-    if resume is not None and len(resume) != 2:
-        raise ValueError("resume must hold two sequences: uninterrupted and resumed.")
+    require_sizes(
+        vocab_size,
+        counts={"table_rows": table_rows, "epoch_tokens": epoch_tokens, "max_tokens": max_tokens},
+        ids={"separator": separator, "end": end, "unknown": unknown, "padding": padding},
+    )
+    require_text(tokenizer, texts, round_trip_loss, byte_counts)
+    require_streams(given, epochs, readers, reader_counts, resume)
+    require_names(split_ids, fingerprints)
 
     reading = {
         "max_tokens": max_tokens,
@@ -125,12 +120,6 @@ def examine_data(
     return run_all(CHECKS + tokenisation.CHECKS + overlap.CHECKS + coverage.CHECKS, data)
 
 
-def _is_count(value: Any, least: int) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        return False
-    return bool(value >= least)
-
-
 def _read(name: str, stream: Any, reading: Mapping[str, Any]) -> Sample | Skip:
     try:
         return read(name, stream, **reading)
@@ -142,6 +131,7 @@ def _head(texts: Iterable[str]) -> list[str]:
     """The first texts, about `MOST_TEXT` characters in all; a longer one is cut between words."""
     kept: list[str] = []
     for text in texts:
+        require(isinstance(text, str), f"texts holds {text!r:.60}", "give strings only")
         if len(text) > MOST_TEXT:
             text = text[:MOST_TEXT].rsplit(maxsplit=1)[0]
         kept.append(text)

@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from lm_jax.doctor import findings
-from lm_jax.doctor.sample import Sample
+from lm_jax.doctor.sample import PIECE, Sample, mix
 
 SHORTEST = 13  # the customary length (Brown et al. 2020, appendix C)
 LONGEST_CONTEXT = 6
@@ -17,6 +17,8 @@ FEWEST = 1000  # n-grams from which anything is said
 BLOCK = 256  # neighbouring grams are dependent; standard errors are those of block means
 SAME_PIECE = 0.75  # share of a piece's tokens that makes it the same text as earlier ones
 PROBES = 4096  # rows of which the overlap with others is measured
+SEEN = 16  # sightings of a context from which its frequencies are known to 1 / sqrt(16)
+ODD = 0.01  # share of pieces that may be more predictable than the text is taken to be
 
 
 def limit(share: float, count: float) -> float:
@@ -45,27 +47,29 @@ def rate(hits: np.ndarray, n: int) -> Rate:
     return Rate(mean, error)
 
 
-def token_nats(sample: Sample, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Nats of each token given the few before it [N], and which of them the counts are of [N].
+def token_nats(
+    sample: Sample, vocab_size: int, counted_at: np.ndarray, kind: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Nats of each token given the few before it [N], as well by frequent contexts alone [N].
 
-    Tokens that end a 13-gram for the first time are counted, so text that is merely read twice
-    stays as informative as it is. A token is predicted from the counts of the others (leave one
-    out, smoothed by one uniform observation) given up to six tokens before it; the context that
-    predicts it best decides, so that no more nats are claimed than the text has.
+    The third array says which tokens are counted [N]. Of the tokens at `counted_at` [K] the first
+    of each `kind` [K] is, so text that is merely read twice stays as informative as it is. A token
+    is predicted from the counts of the others (leave one out, smoothed by one uniform observation)
+    given up to six tokens before it; the context that predicts it best decides, so that no more
+    nats are claimed than the text has.
     """
-    positions, hashes = sample.grams(SHORTEST)
-    _, first, kind = np.unique(hashes, return_index=True, return_inverse=True)
+    _, first, number = np.unique(kind, return_index=True, return_inverse=True)
     # Of a large text, pieces spread over all of it.
     every = -(-len(first) // MOST_COUNTED) or 1
-    chosen = sample.piece_of[positions[first]] % every == 0
+    chosen = sample.piece_of[counted_at[first]] % every == 0
     counted, own = np.zeros((2, len(sample.tokens)), bool)
-    counted[positions[first[chosen]] + SHORTEST - 1] = True
-    own[positions + SHORTEST - 1] = chosen[kind]
+    counted[counted_at[first[chosen]]] = True
+    own[counted_at] = chosen[number]
 
     place = np.arange(len(sample.tokens))
     new = np.diff(sample.units, prepend=-1) != 0
     depth = place - np.maximum.accumulate(np.where(new, place, 0))
-    probability = np.full(len(sample.tokens), 1 / vocab_size)
+    probability, cautious = np.full((2, len(sample.tokens)), 1 / vocab_size)
     for context in range(min(LONGEST_CONTEXT + 1, len(sample.tokens))):
         ends = slice(context, None)
         of_gram = sample.gram_hashes(context + 1)
@@ -75,8 +79,58 @@ def token_nats(sample: Sample, vocab_size: int) -> tuple[np.ndarray, np.ndarray]
             of_context = np.zeros(len(of_gram), np.uint64)
         seen, before = (_others(x, counted[ends], own[ends]) for x in (of_gram, of_context))
         here = (seen + 1 / vocab_size) / (before + 1)
-        np.maximum(probability[ends], here, out=probability[ends], where=depth[ends] >= context)
-    return -np.log(probability), counted
+        within = depth[ends] >= context
+        np.maximum(probability[ends], here, out=probability[ends], where=within)
+        within &= before >= SEEN
+        np.maximum(cautious[ends], here, out=cautious[ends], where=within)
+    return -np.log(probability), -np.log(cautious), counted
+
+
+def least_of(total: int) -> float:
+    """Nats from which text is telling among so many tokens; see `Index.least_nats`."""
+    return 2 * math.log(total)
+
+
+def independent_nats(
+    sample: Sample, vocab_size: int, least_nats: float, longest: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """`token_nats` with repeats of a length removed that are copies and no coincidence.
+
+    A template with a few free fields repeats its fixed text by nature. Were that counted once, it
+    would look informative. So the length grows until grams of it carry `least_nats` in all but a
+    hundredth of the pieces of text, up to `longest`. Contexts that were seen a few times do not
+    count in that: edited copies of a text are no template.
+    """
+    n = SHORTEST
+    while True:
+        positions, hashes = sample.grams(n)
+        nats, cautious, counted = token_nats(sample, vocab_size, positions + n - 1, hashes)
+        if n >= longest or not counted.any():
+            return nats, counted
+        number = np.bincount(sample.piece_of[counted])
+        total = np.bincount(sample.piece_of[counted], cautious[counted])
+        low = float(np.quantile((total / np.maximum(number, 1))[number > 0], ODD))
+        if n * low >= least_nats:
+            return nats, counted
+        n = min(longest, max(2 * n, math.ceil(least_nats / max(low, 1e-9))))
+
+
+def row_nats(sample: Sample, vocab_size: int) -> np.ndarray:
+    """Information of each row [R], rows that occur several times counted once."""
+    place = np.flatnonzero(sample.real)
+    kind = mix(sample.row_hashes[sample.row_of[place]] + mix(sample.offset_of[place]))
+    nats, _, counted = token_nats(sample, vocab_size, place, kind)
+    if counted.sum() < FEWEST:
+        raise findings.Skip(
+            f"{sample.size} hold only {counted.sum():,} tokens in distinct rows: too little text "
+            f"to tell copies from coincidence (needs {FEWEST:,})"
+        )
+    return _of_rows(sample, nats)
+
+
+def _of_rows(sample: Sample, nats: np.ndarray) -> np.ndarray:
+    """Nats of the text of each row, without its padding [R]."""
+    return np.bincount(sample.row_of, nats * sample.real, minlength=len(sample.lengths))
 
 
 def _others(hashes: np.ndarray, counted: np.ndarray, own: np.ndarray) -> np.ndarray:
@@ -122,16 +176,17 @@ class Index:
     @staticmethod
     def build(sample: Sample, total: int, vocab_size: int) -> "Index":
         """Chooses n for comparisons among `total` tokens; `Skip` where nothing is telling."""
-        token_nats_N, counted = token_nats(sample, vocab_size)
+        least_nats = least_of(total)
+        width = int(np.median(np.repeat(sample.lengths, sample.lengths)))  # of the median token
+        longest = max(SHORTEST, min(width, PIECE) // 2)
+        token_nats_N, counted = independent_nats(sample, vocab_size, least_nats, longest)
         if counted.sum() < FEWEST:
             raise findings.Skip(
-                f"{sample.size} hold only {counted.sum():,} distinct {SHORTEST}-grams: too little "
+                f"{sample.size} hold only {counted.sum():,} distinct n-grams: too little "
                 f"text, or too predictable, to tell copies from coincidence (needs {FEWEST:,})"
             )
         mean = float(token_nats_N[counted].mean())
-        least_nats = 2 * math.log(total)
         n = max(SHORTEST, math.ceil(1.5 * least_nats / max(mean, 1e-9)))
-        width = int(np.median(np.repeat(sample.lengths, sample.lengths)))  # of the median token
         if n > width / 2:
             raise findings.Skip(
                 f"{sample.name} has about {mean:.2f} nats a token, so only {n}-grams are no "
@@ -183,7 +238,7 @@ class Index:
     @property
     def nats_of_rows(self) -> np.ndarray:
         """Information of each row [R]."""
-        return self.nats[self.sample.starts[1:]] - self.nats[self.sample.starts[:-1]]
+        return _of_rows(self.sample, np.diff(self.nats))
 
     def find(self, hashes: np.ndarray) -> np.ndarray:
         """First position of each gram in this sample, -1 where it does not occur."""

@@ -13,8 +13,8 @@ from lm_jax.doctor.sample import Sample
 
 ERRORS = 5  # standard errors
 ALIKE = 0.05  # excess over rows of other batches at which rows of a batch are near-identical
-NO_SAYING = 10  # times the nats that chance repeats: what no two documents share by custom
 BATCHES = 64  # batches compared
+NO_YARDSTICK = "train repeats itself and is no yardstick"
 
 
 @check(
@@ -100,7 +100,10 @@ def near_identical_rows(data: Inputs) -> Verdict:
     positions, hashes = sample.grams(n)
     share = np.zeros((len(chosen), 2))
     agree = np.zeros((len(chosen), 2))
-    p = np.bincount(sample.tokens[sample.real]) / sample.real.sum() if alone else np.zeros(1)
+    p = np.zeros(1)
+    if alone:
+        _, times = np.unique(sample.tokens[sample.real], return_counts=True)
+        p = times / max(int(times.sum()), 1)
     for i, (own, other) in enumerate(zip(chosen, far, strict=True)):
         a, b = _of_batch(sample, positions, own), _of_batch(sample, positions, other)
         share[i] = _in_other_row(hashes[a], sample.row_of[positions[a]]), 0.0
@@ -188,7 +191,11 @@ def gram_containment(data: Inputs) -> Verdict:
     evaluation = data.evaluation()
     index = data.index
     n, train = index.n, index.sample
-    usual = grams.Rate(0.0, 0.0) if data.train_repeats else index.usual
+    if data.train_repeats:
+        usual, yardstick = grams.Rate(0.0, 0.0), NO_YARDSTICK
+    else:
+        usual = index.usual
+        yardstick = f"{usual.mean:.2%} recur within train itself"
     ok, evidence = True, []
     values: dict[str, Any] = {}
     for sample in evaluation:
@@ -201,8 +208,7 @@ def gram_containment(data: Inputs) -> Verdict:
         limit = usual.mean + CONTAINED + ERRORS * math.hypot(found.error, usual.error)
         values[sample.name] = {"share": found.mean, "limit": limit}
         text = f"{found.mean:.2%} of the {n}-grams of {sample.size} stand in train (limit "
-        text += f"{limit:.2%}: {usual.mean:.2%} recur within train itself, {CONTAINED:.0%} and "
-        text += f"{ERRORS} standard errors)"
+        text += f"{limit:.2%}: {yardstick}, {CONTAINED:.0%} and {ERRORS} standard errors)"
         if found.mean > limit:
             ok = False
             at = np.sort(first[first >= 0])
@@ -222,38 +228,80 @@ def gram_containment(data: Inputs) -> Verdict:
     "content, before anything is tokenised or windowed.",
 )
 def document_containment(data: Inputs) -> Verdict:
-    """Documents or rows of valid and test that stand in train, token by token."""
+    """Documents or rows of valid and test that stand in train, token by token.
+
+    Only those count that hold more information than chance repeats. What is left are copies and
+    what documents share by custom; how much that is, train shows by what recurs within itself.
+    """
     evaluation = data.evaluation()
-    index = data.index
-    train, least_nats = index.sample, NO_SAYING * index.least_nats
-    telling = index.nats_of_rows >= least_nats
+    train, nats = data.first_epoch, data.row_nats
+    least_nats = grams.least_of(data.total)
+    telling = nats >= least_nats
+    if not telling.any():
+        raise Skip(
+            f"no row of {train.size} holds the {least_nats:.0f} nats that rule out coincidence: "
+            "the rows are too short or too predictable"
+        )
+    # What is not found in train is judged by its length.
+    shortest = least_nats * train.real.sum() / nats.sum()
     known, first, count = np.unique(train.row_hashes, return_index=True, return_counts=True)
-    twice = np.isin(train.row_hashes, known[count > 1])
-    usual = 0.0 if data.train_repeats else float(train.lengths[twice].sum() / len(train.tokens))
-    limit = usual + CONTAINED
+    size = _text_of_rows(train)
+    twice = telling & np.isin(train.row_hashes, known[count > 1])
+    recurs = float(size[twice].sum()) / max(int(size[telling].sum()), 1)
+    usual, yardstick = recurs, f"{recurs:.2%} of train stand in it twice"
+    if data.known_to_repeat:
+        usual, yardstick = 0.0, NO_YARDSTICK
+    if usual > 0.5:
+        raise Skip(
+            f"{usual:.0%} of train stands in it twice, so it is no yardstick: set epoch_tokens if "
+            "it was given for several epochs"
+        )
     ok, evidence = True, []
     values: dict[str, Any] = {}
     for sample in evaluation:
-        text_of_row = np.bincount(sample.row_of[sample.real], minlength=len(sample.lengths))
+        text = _text_of_rows(sample)
         place = np.minimum(np.searchsorted(known, sample.row_hashes), len(known) - 1)
-        held = (known[place] == sample.row_hashes) & telling[first[place]]
-        share = float(text_of_row[held].sum()) / max(int(text_of_row.sum()), 1)
-        values[sample.name] = {"share": share, "documents": int(held.sum())}
-        text = f"{held.sum()} of {len(held):,} documents or rows of {sample.name}, {share:.2%} of "
-        text += "its tokens, stand in train as they are"
+        found = known[place] == sample.row_hashes
+        held = found & telling[first[place]]
+        judged = np.where(found, held, text >= shortest)
+        aside = f"{(~judged).sum():,} of {len(judged):,} documents or rows of {sample.name} "
+        aside += f"are not judged: fewer than {least_nats:.0f} nats may be equal by chance"
+        if not judged.any():
+            evidence.append(f"{aside}.")
+            continue
+        share = float(text[held].sum()) / max(int(text[judged].sum()), 1)
+        error = math.sqrt(usual * (1 - usual) * (_spread(size[telling]) + _spread(text[judged])))
+        limit = usual + CONTAINED + ERRORS * error
+        values[sample.name] = {
+            "share": share,
+            "documents": int(held.sum()),
+            "judged": int(judged.sum()),
+            "limit": limit,
+        }
+        told = f"{held.sum():,} of {judged.sum():,} documents or rows of {sample.name}, "
+        told += f"{share:.2%} of their tokens, stand in train as they are (limit {limit:.2%}: "
+        told += f"{yardstick}, {CONTAINED:.0%} and {ERRORS} standard errors)"
         if share > limit:
             ok = False
             examples = np.flatnonzero(held)[:3]
             pairs = list(zip(examples.tolist(), first[place[examples]].tolist(), strict=True))
             values[sample.name]["pairs"] = pairs
-            text += " (number in the split, number in train: "
-            text += "; ".join(f"{a}, {b}" for a, b in pairs) + ")"
-        evidence.append(text + ".")
-    evidence.append(
-        f"Limit {limit:.2%} of tokens ({usual:.2%} of train stand in it twice); those with fewer "
-        f"than {least_nats:.0f} nats, such as sayings, do not count."
-    )
-    return verdict(ok, " ".join(evidence), limit=limit, **values)
+            told += " (number in the split, number in train: "
+            told += "; ".join(f"{a}, {b}" for a, b in pairs) + ")"
+        evidence += [f"{told}."] + [f"{aside}."] * (not judged.all())
+    if not values:
+        raise Skip(" ".join(evidence))
+    return verdict(ok, " ".join(evidence), **values)
+
+
+def _text_of_rows(sample: Sample) -> np.ndarray:
+    """Tokens of each row without its padding [R]."""
+    return np.bincount(sample.row_of[sample.real], minlength=len(sample.lengths))
+
+
+def _spread(sizes: np.ndarray) -> float:
+    """One over the number of rows of equal size that would say as much as these."""
+    return float((sizes.astype(float) ** 2).sum()) / max(float(sizes.sum()) ** 2, 1.0)
 
 
 @check(

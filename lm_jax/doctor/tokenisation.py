@@ -49,8 +49,10 @@ def unknown_share(data: Inputs) -> Verdict:
 def vocabulary(data: Inputs) -> Verdict:
     """Distinct ids and their entropy."""
     sample = data.sample("train")
-    counts = np.bincount(np.maximum(sample.tokens[sample.real], 0))
+    counts = _histogram(sample, sample.real, data.vocab_size)[1:-1]
     total = int(counts.sum())
+    if not total:
+        raise Skip(f"no id of train is from 0 to {data.vocab_size - 1}")
     p: np.ndarray = counts[counts > 0] / total
     entropy = float(-(p * np.log(p)).sum())
     used = len(p) / data.vocab_size
@@ -95,8 +97,8 @@ def id_distribution(data: Inputs) -> Verdict:
     for sample in evaluation:
         share = min(0.5, int(sample.real.sum()) / int(train.real.sum()))
         part = (rank < math.ceil(share * pieces))[train.piece_of]
-        usual = _distance(_histogram(train, train.real & part), _histogram(train, ~part))
-        found = _distance(_histogram(train, train.real), _histogram(sample, sample.real))
+        usual = _distance(*(_histogram(train, p, data.vocab_size) for p in (part, ~part)))
+        found = _distance(*(_histogram(s, s.real, data.vocab_size) for s in (train, sample)))
         limit = (1 + usual) / 2 if usual < 0.5 else 1.0
         known, by_chance = (_known_pairs(sample, whole, seed) for seed in (None, 0))
         error = math.sqrt(0.25 / len(known) + 0.25 / len(known_of_part))
@@ -115,14 +117,15 @@ def id_distribution(data: Inputs) -> Verdict:
     return verdict(ok, " ".join(evidence), **values)
 
 
-def _histogram(sample: Sample, chosen: np.ndarray) -> np.ndarray:
-    return np.bincount(np.maximum(sample.tokens[chosen & sample.real], 0)).astype(np.float64)
+def _histogram(sample: Sample, chosen: np.ndarray, vocab_size: int) -> np.ndarray:
+    """Counts of ids, after those below 0 and before those beyond the vocabulary [V + 2]."""
+    bins = np.clip(sample.tokens[chosen & sample.real], -1, vocab_size) + 1
+    return np.bincount(bins, minlength=vocab_size + 2)
 
 
 def _distance(a: np.ndarray, b: np.ndarray) -> float:
     """Total variation between two histograms."""
-    size = max(len(a), len(b))
-    p, q = (np.pad(x, (0, size - len(x))) / max(x.sum(), 1) for x in (a, b))
+    p, q = (x / max(x.sum(), 1) for x in (a, b))
     return float(np.abs(p - q).sum()) / 2
 
 

@@ -86,6 +86,18 @@ def silent(report, *made):
     return True
 
 
+def log_lines(form, seed, count, lines=50):
+    """Documents of bytes whose lines have one form with free numbers, drawn below the bounds."""
+    text, bounds = form
+    rng = np.random.default_rng(seed)
+    documents = []
+    for _ in range(count):
+        numbers = rng.integers(0, bounds, (lines, len(bounds))).tolist()
+        joined = "".join(text.format(*line) for line in numbers)
+        documents.append(np.frombuffer(joined.encode(), np.uint8).astype(int))
+    return documents
+
+
 # Text that looks like language, for tokenizers.
 
 

@@ -12,6 +12,7 @@ from lm_jax.data.tokenizers import train_tokenizer
 from lm_jax.data.wikitext import split_articles
 from lm_jax.doctor.data import examine_data
 from tests.doctor.data_models import (
+    PROSE,
     TEST,
     TRAIN,
     VALID,
@@ -21,6 +22,8 @@ from tests.doctor.data_models import (
     documents,
     examine,
     held_out,
+    log_lines,
+    prose,
     read,
     shuffled,
     silent,
@@ -107,6 +110,56 @@ def test_silent_on_low_entropy(name, seed):
     silent(examine(train, valid))
     rows = shuffled(cut(stream(train)), seed)
     silent(examine(batches(rows), cut(stream(valid)), separator=0))
+
+
+TASK = "2024-03-01 {:02}:{:02}:{:02} INFO worker-{} finished task in {} ms\n"
+FIXED = "the same long message of a server that has nothing new to tell about its state, at "
+LOG_LINES = {
+    "full": (TASK, (24, 60, 60, 10, 1000)),
+    "worker and ms": (TASK.replace("{:02}", "12"), (10, 100)),
+    "ms": (TASK.replace("{:02}", "12").replace("-{}", ""), (1000,)),
+    "long": (FIXED + "{:05}\n", (100_000,)),
+}
+
+
+@pytest.mark.parametrize("name", LOG_LINES)
+def test_lines_of_one_form_are_no_copies(name):
+    """Fixed text recurs everywhere; only what the free fields tell can be copied."""
+    form = LOG_LINES[name]
+    train, valid = log_lines(form, 1, 60), log_lines(form, 2, 20)
+    made = ("data.repetition", "data.gram_containment")
+    silent(examine(train, valid), *made)
+    silent(examine([stream(train)], [stream(valid)]), *made)
+    silent(examine(batches(shuffled(cut(stream(train)))), batches(cut(stream(valid)))))
+    # Real copies are seen all the same.
+    assert "data.repetition" in examine(train + train[:20], valid).failed
+    assert "data.gram_containment" in examine(train + valid[:6], valid).failed
+
+
+def test_lines_of_one_form_among_prose():
+    train, valid = (
+        [np.frombuffer(t.encode(), np.uint8).astype(int) for t in PROSE[name]]
+        + log_lines(LOG_LINES["long"], seed, count)
+        for seed, (name, count) in enumerate({"train": 30, "valid": 6}.items())
+    )
+    silent(examine(train, valid), "data.repetition", "data.gram_containment")
+
+
+def test_lines_equal_by_custom():
+    """Short documents that many texts hold are no leak, as train shows by its own."""
+    customs = ["\n", " \n", "The end .", "Thank you for reading this page of ours."]
+
+    def lines(seed):
+        rng = np.random.default_rng(seed)
+        own = [line for text in prose(seed, 1000) for line in text.splitlines() if line]
+        texts = [customs[rng.integers(4)] if rng.random() < 0.3 else line for line in own]
+        return [np.frombuffer(text.encode(), np.uint8).astype(int) for text in texts]
+
+    train, valid = lines(1), lines(2)
+    healthy = examine(train, valid)["data.document_containment"]
+    assert healthy.status == "pass"
+    assert "are not judged" in healthy.evidence
+    assert "data.document_containment" in examine(train + valid[:500], valid).failed
 
 
 def test_silent_on_tiny_input():
@@ -288,8 +341,27 @@ def test_functions_that_raise_or_return_nonsense_are_skipped():
         (dict(round_trip_loss=2), "round_trip_loss"),
         (dict(readers=3), "readers"),
         (dict(resume=[1]), "resume"),
+        (dict(resume=5), "resume"),
+        (dict(resume=(None, None)), "resume"),
+        (dict(separator="a"), "separator"),
+        (dict(tokenizer=5), "tokenizer"),
+        (dict(texts=5), "texts"),
+        (dict(texts=[None]), "texts"),
+        (dict(round_trip_loss="a"), "round_trip_loss"),
+        (dict(round_trip_loss=math.nan), "round_trip_loss"),
+        (dict(byte_counts="a"), "byte_counts"),
+        (dict(byte_counts={"train": None}), "byte_counts"),
+        (dict(epochs=5), "epochs"),
+        (dict(readers={"a": []}), "readers"),
+        (dict(readers=list, reader_counts=5), "reader_counts"),
+        (dict(readers=list, reader_counts=[0]), "reader_counts"),
+        (dict(split_ids=5), "split_ids"),
+        (dict(split_ids={"train": 5}), "split_ids"),
+        (dict(fingerprints="a"), "fingerprints"),
+        (dict(fingerprints={"tokenizer": None}), "fingerprints"),
+        (dict(fingerprints={"tokenizer": {"a": 1, "b": 2}}), "fingerprints"),
     ],
 )
 def test_misuse(change, name):
-    with pytest.raises(ValueError, match=name):
+    with pytest.raises(ValueError, match=rf"^{name}\b.*: give .*[^.]\.$"):
         examine_data(**(dict(train=TRAIN, vocab_size=VOCAB) | change))

@@ -24,7 +24,7 @@ from tests.doctor.data_models import (
 
 
 @pytest.mark.fault(10, "data.ids")
-@pytest.mark.parametrize("wrong", [-1, -100, VOCAB])
+@pytest.mark.parametrize("wrong", [-1, -100, VOCAB, 2**62])
 def test_ids_outside_the_table(wrong):
     rows = cut(stream(TRAIN)).copy()
     rows[7, 5] = wrong
@@ -32,6 +32,9 @@ def test_ids_outside_the_table(wrong):
     assert report.failed == ["data.ids"]
     assert f"({wrong}) in row 7 at 5" in report["data.ids"].evidence
     assert "data.ids" in examine(TRAIN, [np.array([1, wrong])]).failed
+    alone = examine([rows], rows[:9])  # the other checks are made all the same
+    for name in ("vocabulary", "id_distribution", "near_identical_rows"):
+        assert alone[f"data.{name}"].status == "pass", alone[f"data.{name}"].evidence
     assert "data.ids" in examine(TRAIN, table_rows=VOCAB - 1).failed
     silent(examine(TRAIN, table_rows=VOCAB), "data.ids")
 
@@ -93,6 +96,32 @@ def test_evaluation_documents_in_train():
     assert "data.document_containment" in report.failed
     assert report["data.document_containment"].values["valid"]["pairs"] == [(3, len(TRAIN))]
     silent(examine(TRAIN, VALID), "data.document_containment")
+
+
+@pytest.mark.fault(42, "data.document_containment")
+@pytest.mark.parametrize("length", [8, 12, 20, 25, 27, 30])
+def test_short_evaluation_documents_in_train(length):
+    """Too short for n-grams, but not for whole documents."""
+    train, valid = documents(400, 1, length), documents(100, 2, length)
+    report = examine(train, train[:100])
+    assert "data.document_containment" in report.failed
+    assert report["data.document_containment"].values["valid"]["share"] == 1
+    assert "data.document_containment" in examine(train, valid[3:] + train[:3]).failed
+    silent(examine(train, valid), "data.document_containment")
+
+
+def test_documents_too_short_to_be_judged():
+    """No document of two tokens says anything: that is no pass."""
+    train = documents(1000, 1, 2)
+    finding = examine(train, train[:100])["data.document_containment"]
+    assert finding.status == "skip"
+    assert "nats that rule out coincidence" in finding.evidence
+    # Read twice, train cannot tell what recurs by custom.
+    train = documents(400, 1, 12)
+    finding = examine(train + train, train[:100])["data.document_containment"]
+    assert finding.status == "skip" and "epoch_tokens" in finding.evidence
+    once = examine(train + train, train[:100], epoch_tokens=400 * 12)
+    assert "data.document_containment" in once.failed
 
 
 @pytest.mark.fault(42, "data.same_splits")
