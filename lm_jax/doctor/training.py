@@ -15,7 +15,7 @@ from lm_jax.doctor.model import gated
 EARLY = 20  # updates after which every parameter must have moved
 BLOCK = 64  # batches scored between looks at the standard error
 PAIRS = 4  # batches whose halves are exchanged
-MOST_BLOCKS = 8  # then the power is what it is
+MOST_BLOCKS = 56  # some seconds; then the power is what it is
 
 
 @dataclasses.dataclass
