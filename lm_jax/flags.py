@@ -34,7 +34,8 @@ def parse(argv: list[str]) -> list[str]:
         config.check_names(override_paths(argv))
         return flags.FLAGS(argv)
     except (config.ConfigError, flags.Error) as error:
-        misuse(str(error))
+        # What `get_config` refuses comes with a traceback before it.
+        misuse(str(error).rpartition("\nValueError: ")[2].strip())
 
 
 def misuse(message: str) -> NoReturn:

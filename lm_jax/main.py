@@ -49,7 +49,8 @@ def main(_: list[str]) -> None:
     if "verbosity" not in {flag.split("=")[0].lstrip("-") for flag in sys.argv[1:]}:
         logging.set_verbosity(logging.WARNING)  # Orbax and Grain tell every step at INFO
     sharding.initialize()
-    name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
+    path, _, variant = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
+    name = pathlib.Path(path).stem + (f"-{variant}" if variant else "")
     workdir = _WORKDIR.value or f"runs/{name}-{_CONFIG.value.seed}"
     try:
         evaluate.open_data(config.validate(_CONFIG.value))

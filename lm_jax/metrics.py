@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 from lm_jax.config import Config
+from lm_jax.models import sizing
 
 # Dense 16-bit tensor-core FLOP/s from the makers' data sheets, by a part of the device name.
 _PEAK_FLOPS = {
@@ -62,17 +63,8 @@ def exp(nats: float) -> float:
 
 
 def flops_per_token(cfg: Config, vocab_size: int) -> float:
-    """Multiply-adds count two; forward and backward of one token; attention counted causally.
-
-    6 FLOPs for each weight of the blocks' matrices and of the head, and 6 L T D for scores and
-    mixing, half of the full square (Hoffmann et al. 2022, appendix F, causal).
-    """
-    m = cfg.model
-    head_width = m.d_model // m.heads
-    attention = m.d_model * (2 * m.heads + 2 * m.kv_heads) * head_width
-    mlp = (3 if m.mlp == "swiglu" else 2) * m.d_model * m.d_ff
-    weights = m.layers * (attention + mlp) + vocab_size * m.d_model
-    return 6.0 * weights + 6.0 * m.layers * cfg.data.seq_len * m.d_model
+    """FLOPs of one token in training, see `models.sizing.size`."""
+    return sizing.size(cfg.model, vocab_size, cfg.data.seq_len).flops
 
 
 def peak_flops(device_kind: str, compute_dtype: str, devices: int) -> float | None:

@@ -12,6 +12,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("*.py"))
 # Name: (vocabulary with the separator, millions of parameters).
 SIZES = {
+    "phase1": (16_000, 10.3),
     "quickstart": (257, None),
     "shakespeare_char": (66, None),
     "wikitext2": (16_384, 17.0),
@@ -37,6 +38,18 @@ def test_config_resolves(name):
     count = train.parameter_count(jax.eval_shape(init, jax.random.key(0)))
     if millions:
         assert abs(count / 1e6 - millions) < 0.2, count
+
+
+def test_arms_of_the_allocation_study_differ():
+    """All but the two that are the same by definition, where both axes meet."""
+    module = load("phase1")
+    models = {}
+    for arm in module.ARMS:
+        model = config.resolve(module.get_config(arm), windows=5000).model
+        models.setdefault((model.d_model, model.d_ff, model.layers), []).append(arm)
+    assert ["emb35", "glu266x"] in models.values() and len(models) == 6
+    with pytest.raises(ValueError, match="phase1.py:glu9x: no such arm; use one of emb25, emb35"):
+        module.get_config("glu9x")
 
 
 def test_the_character_config_trains_from_one_text_file(tmp_path):

@@ -269,6 +269,10 @@ def test_command_line_errors_are_one_sentence(text, tmp_path):
         ("--config.model.heads=3", "config.model.heads: 3 does not divide"),
         ("--config.data.files=none*.txt", "none*.txt"),
         ("--config=nowhere.py", "nowhere.py"),
+        (
+            f"--config={ROOT / 'configs' / 'phase1.py'}:emb99",
+            "emb99: no such arm; use one of emb25",
+        ),
     ):
         process = start([*command(text, tmp_path / "run"), override])
         out, _ = process.communicate(timeout=100)

@@ -125,9 +125,19 @@ def suffix_swap(model: Model) -> Verdict:
             for row, cut in enumerate(cuts[first : first + rows]):
                 tokens[row, cut:] = model.other_tokens(rng, tokens[row, cut:])
             change = variant.logits(tokens) - variant.wide
+            seen = []
             for row, cut in enumerate(cuts[first : first + rows]):
                 before = change[row : row + 1, :cut]
-                worst.add(before, variant.same_shape, variant, cut=cut, row=row)
+                if np.abs(before).max() > variant.same_shape:
+                    seen.append((np.abs(before).max(), cut))
+                else:
+                    worst.add(before, variant.same_shape, variant, cut=cut, row=row)
+            # What a row sees may be another row: with one cut for all rows it is later tokens.
+            for _, cut in sorted(seen)[-MOST_CALLS:]:
+                tokens = model.tokens.copy()
+                tokens[:, cut:] = model.other_tokens(rng, tokens[:, cut:])
+                change = variant.logits(tokens)[:, :cut] - variant.base[:, :cut]
+                worst.add(change, variant.same_shape, variant, cut=cut)
     return worst.verdict("Tokens from {cut} on replaced", SAME)
 
 

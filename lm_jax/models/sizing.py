@@ -1,0 +1,170 @@
+"""How large a dense model is, and dense models of a wanted size.
+
+Symbols as in `models.transformer`; L is the number of layers, T the positions of a row.
+"""
+
+import dataclasses
+import math
+from typing import Literal, NamedTuple
+
+from lm_jax.config import ModelConfig
+
+Quantity = Literal["total", "blocks", "flops"]
+
+
+class Size(NamedTuple):
+    """Parameters by what they are for, and FLOPs (a multiply-add counts two) of one token.
+
+    Attention counts causally: half of the square of scores (Hoffmann et al. 2022, appendix F).
+    """
+
+    table: int  # token table, and the head where it is not tied
+    positions: int  # position table
+    blocks: int  # layers and final norm
+    forward_flops: float
+    backward_flops: float
+
+    @property
+    def total(self) -> int:
+        """All parameters."""
+        return self.table + self.positions + self.blocks
+
+    @property
+    def flops(self) -> float:
+        """FLOPs of one token in training."""
+        return self.forward_flops + self.backward_flops
+
+
+def size(cfg: ModelConfig, vocab_size: int, seq_len: int) -> Size:
+    """The size of a model.
+
+    Args:
+        cfg: a resolved model config.
+        vocab_size: V.
+        seq_len: T, also the rows of a position table.
+    """
+    D, H, K, F = cfg.d_model, cfg.heads, cfg.kv_heads, cfg.d_ff
+    C = D // H
+    inner = 2 * F if cfg.mlp == "swiglu" else F
+    matrices = D * (H + 2 * K) * C + D * D + D * inner + F * D
+    biases = (H + 2 * K) * C + D + inner + D if cfg.bias else 0
+    norm = D * (2 if cfg.norm == "layernorm" and cfg.bias else 1)
+    layer = matrices + biases + 2 * norm + (2 * C if cfg.qk_norm else 0)
+    forward = 2.0 * (cfg.layers * matrices + vocab_size * D) + 2.0 * cfg.layers * seq_len * D
+    return Size(
+        table=vocab_size * D * (1 if cfg.tied else 2),
+        positions=seq_len * D if cfg.positions == "learned" else 0,
+        blocks=cfg.layers * layer + norm,
+        forward_flops=forward,
+        backward_flops=2 * forward,
+    )
+
+
+def matched(
+    cfg: ModelConfig,
+    vocab_size: int,
+    seq_len: int,
+    *,
+    on: Quantity,
+    wanted: float,
+    tolerance: float = 0.005,
+) -> ModelConfig:
+    """The model of this depth and kind whose `on` is `wanted`; only its widths are changed.
+
+    Of all widths D that the heads divide, the one is taken whose MLP is nearest to the proportion
+    F / D of `cfg`; F moves away from it only where D alone does not come within the tolerance.
+
+    Args:
+        cfg: a resolved model config.
+        vocab_size: V.
+        seq_len: T.
+        on: total (parameters), blocks (parameters that are in no table) or flops (of a token).
+        wanted: the value to match.
+        tolerance: largest relative difference.
+
+    Raises:
+        ValueError: if there is no such model, with the nearest one.
+    """
+    step = cfg.heads * (2 if cfg.positions == "rotary" else 1)  # rotary turns pairs
+    proportion = cfg.d_ff / cfg.d_model
+    found: list[tuple[float, float, ModelConfig]] = []
+    nearest: tuple[float, float, ModelConfig] | None = None
+    for D in range(step, 1 << 16, step):
+        usual = max(1, round(proportion * D))
+        widths = [dataclasses.replace(cfg, d_model=D, d_ff=F) for F in (usual, usual + 1)]
+        have, more = (getattr(size(c, vocab_size, seq_len), on) for c in widths)
+        F = max(1, usual + round((wanted - have) / (more - have)))
+        for candidate in (widths[0], dataclasses.replace(cfg, d_model=D, d_ff=F)):
+            got = getattr(size(candidate, vocab_size, seq_len), on)
+            error = abs(got / wanted - 1)
+            bend = abs(math.log(candidate.d_ff / (proportion * D)))
+            if nearest is None or error < nearest[0]:
+                nearest = error, got, candidate
+            if error <= tolerance:
+                found.append((bend, error, candidate))
+                break
+        if have > 4 * wanted:
+            break
+    if not found:
+        assert nearest is not None
+        _, got, best = nearest
+        raise ValueError(
+            f"No {cfg.layers}-layer model has {on} of {wanted:,.0f} within {tolerance:.1%}; the "
+            f"nearest has {got:,.0f} at d_model={best.d_model}, d_ff={best.d_ff}: change layers or "
+            "the wanted value."
+        )
+    return min(found, key=lambda row: row[:2])[2]
+
+
+def allocated(
+    cfg: ModelConfig,
+    vocab_size: int,
+    seq_len: int,
+    *,
+    budget: float,
+    table_share: float,
+    expansion: float,
+    tolerance: float = 0.05,
+) -> ModelConfig:
+    """The model that spends a budget of parameters with a given share on the token table.
+
+    D is the largest multiple of the heads whose table stays within the share, F = floor(expansion
+    D), and the layers are as many as come nearest to the budget, positions and norms counted.
+
+    Args:
+        cfg: what is kept: heads, norm, positions, MLP, tying.
+        vocab_size: V.
+        seq_len: T.
+        budget: parameters in all.
+        table_share: part of the budget for the token table (and the head, if untied).
+        expansion: F / D.
+        tolerance: largest relative difference from the budget.
+
+    Raises:
+        ValueError: if no number of layers comes within the tolerance, with what is possible nearby.
+    """
+    if not 0 < table_share < 1:
+        raise ValueError(f"table_share={table_share}: give a share between 0 and 1.")
+    step = cfg.heads * (2 if cfg.positions == "rotary" else 1)
+    tables = vocab_size * (1 if cfg.tied else 2)
+    D = int(table_share * budget / tables) // step * step
+    if D < step:
+        raise ValueError(
+            f"A table of {vocab_size:,} rows of {step} takes {tables * step / budget:.0%} of a "
+            f"budget of {budget:,.0f}, more than table_share={table_share:.0%}; raise one of them."
+        )
+
+    def deep(layers: int) -> ModelConfig:
+        return dataclasses.replace(cfg, d_model=D, d_ff=int(expansion * D), layers=layers)
+
+    one, two = (size(deep(n), vocab_size, seq_len).total for n in (1, 2))
+    layers = max(1, round(1 + (budget - one) / (two - one)))
+    total = size(deep(layers), vocab_size, seq_len).total
+    if abs(total / budget - 1) > tolerance:
+        other = max(1, layers + (1 if total < budget else -1))
+        raise ValueError(
+            f"d_model={D} with d_ff={int(expansion * D)} has {total:,} parameters with {layers} "
+            f"layers and {size(deep(other), vocab_size, seq_len).total:,} with {other}; neither is "
+            f"within {tolerance:.1%} of {budget:,.0f}: change the budget, table_share or expansion."
+        )
+    return deep(layers)
