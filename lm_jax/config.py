@@ -219,9 +219,8 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "model.init": ("normal", "fan_in"),
     "optim.name": ("adamw", "muon"),
     "optim.schedule": ("cosine", "linear", "constant", "wsd"),
-    "attention.impl": (
-        *("auto", "reference", "xla", "cudnn", "blockwise", "pallas"),
-        "pallas_deterministic",
+    "attention.impl": tuple(
+        "auto reference xla cudnn blockwise pallas pallas_deterministic".split()
     ),
     "doctor": ("off", "fast", "full"),
     "loss.impl": ("auto", "materialised", "fused"),

@@ -54,6 +54,7 @@ class Case(NamedTuple):
 CASES = {
     "cpu_16k": Case(4096, 256, 16_384, "float32"),
     "cpu_50k": Case(8192, 768, 50_257, "float32", timed=False),
+    "cpu_50k_bf16": Case(8192, 768, 50_257, "bfloat16", timed=False),
     "cpu_kl": Case(4096, 256, 16_384, "float32", kind="divergence"),
     "gpu_16k_d256": Case(65_536, 256, 16_384, "bfloat16"),
     "gpu_16k": Case(65_536, 768, 16_384, "bfloat16"),

@@ -22,7 +22,11 @@ class Size(NamedTuple):
     positions: int  # position table
     blocks: int  # layers and final norm
     forward_flops: float
-    backward_flops: float
+
+    @property
+    def backward_flops(self) -> float:
+        """Two products for each one of the forward pass."""
+        return 2 * self.forward_flops
 
     @property
     def total(self) -> int:
@@ -56,7 +60,6 @@ def size(cfg: ModelConfig, vocab_size: int, seq_len: int) -> Size:
         positions=seq_len * D if cfg.positions == "learned" else 0,
         blocks=cfg.layers * layer + norm,
         forward_flops=forward,
-        backward_flops=2 * forward,
     )
 
 
@@ -85,10 +88,9 @@ def matched(
     Raises:
         ValueError: if there is no such model, with the nearest one.
     """
-    step = cfg.heads * (2 if cfg.positions == "rotary" else 1)  # rotary turns pairs
+    step = _width_step(cfg)
     proportion = cfg.d_ff / cfg.d_model
-    found: list[tuple[float, float, ModelConfig]] = []
-    nearest: tuple[float, float, ModelConfig] | None = None
+    tried: list[tuple[float, float, float, ModelConfig]] = []
     for D in range(step, 1 << 16, step):
         usual = max(1, round(proportion * D))
         widths = [dataclasses.replace(cfg, d_model=D, d_ff=F) for F in (usual, usual + 1)]
@@ -96,24 +98,18 @@ def matched(
         F = max(1, usual + round((wanted - have) / (more - have)))
         for candidate in (widths[0], dataclasses.replace(cfg, d_model=D, d_ff=F)):
             got = getattr(size(candidate, vocab_size, seq_len), on)
-            error = abs(got / wanted - 1)
             bend = abs(math.log(candidate.d_ff / (proportion * D)))
-            if nearest is None or error < nearest[0]:
-                nearest = error, got, candidate
-            if error <= tolerance:
-                found.append((bend, error, candidate))
-                break
+            tried.append((abs(got / wanted - 1), bend, got, candidate))
         if have > 4 * wanted:
             break
-    if not found:
-        assert nearest is not None
-        _, got, best = nearest
-        raise ValueError(
-            f"No {cfg.layers}-layer model has {on} of {wanted:,.0f} within {tolerance:.1%}; the "
-            f"nearest has {got:,.0f} at d_model={best.d_model}, d_ff={best.d_ff}: change layers or "
-            "the wanted value."
-        )
-    return min(found, key=lambda row: row[:2])[2]
+    if near := [row for row in tried if row[0] <= tolerance]:
+        return min(near, key=lambda row: (row[1], row[0]))[3]
+    _, _, got, best = min(tried, key=lambda row: row[0])
+    raise ValueError(
+        f"No {cfg.layers}-layer model has {on} of {wanted:,.0f} within {tolerance:.1%}; the "
+        f"nearest has {got:,.0f} at d_model={best.d_model}, d_ff={best.d_ff}: change layers or "
+        "the wanted value."
+    )
 
 
 def allocated(
@@ -145,7 +141,7 @@ def allocated(
     """
     if not 0 < table_share < 1:
         raise ValueError(f"table_share={table_share}: give a share between 0 and 1.")
-    step = cfg.heads * (2 if cfg.positions == "rotary" else 1)
+    step = _width_step(cfg)
     tables = vocab_size * (1 if cfg.tied else 2)
     D = int(table_share * budget / tables) // step * step
     if D < step:
@@ -168,3 +164,8 @@ def allocated(
             f"within {tolerance:.1%} of {budget:,.0f}: change the budget, table_share or expansion."
         )
     return deep(layers)
+
+
+def _width_step(cfg: ModelConfig) -> int:
+    """What D must be a multiple of: heads of equal width, which rotary positions turn in pairs."""
+    return cfg.heads * (2 if cfg.positions == "rotary" else 1)

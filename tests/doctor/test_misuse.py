@@ -92,4 +92,4 @@ def test_what_a_check_did_not_foresee_is_said_and_is_no_pass():
 
 def test_losses_of_seeds_may_be_an_array():
     report = doctor.examine_arms({n: {"losses": RNG.normal(size=3)} for n in "ab"})
-    assert "config.ranking" in {f.check for f in report}
+    assert report["config.ranking"].status != "skip"
