@@ -24,7 +24,6 @@ from lm_jax.config import Config, ConfigError
 from lm_jax.data import corpora, ngram, pipeline
 from lm_jax.data.store import Store, prepare
 from lm_jax.data.tokenizers import WordTokenizer
-from lm_jax.kernels import attention
 
 # Reference predictors are fitted on at most this many training tokens: sorting them takes seconds.
 _REFERENCE_TOKENS = 20_000_000
@@ -213,11 +212,7 @@ def open_run(workdir: pathlib.Path, *, best: bool = True) -> Run:
             "is now; restore the data."
         )
     mesh = sharding.make_mesh(cfg.mesh.fsdp)
-    impl, _ = attention.choose(
-        cfg.attention.impl,
-        seq_len=cfg.data.seq_len,
-        attention_dropout=cfg.model.attention_dropout,
-    )
+    impl, _ = step.choose_attention(cfg)
     graphdef, init = step.create_model(cfg, store.tokenizer.vocab_size, impl)
     abstract = jax.eval_shape(lambda: step.init_state(cfg, init(jax.random.key(0))))
     shardings = sharding.by_shape(mesh, abstract)

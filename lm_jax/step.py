@@ -11,6 +11,7 @@ from flax import nnx
 from lm_jax import loss as losses
 from lm_jax import optim
 from lm_jax.config import Config
+from lm_jax.kernels import attention
 from lm_jax.models.transformer import Transformer
 
 Params = Any
@@ -26,6 +27,21 @@ class TrainState(NamedTuple):
     ema: Params  # running average of params; None if off
     loss_scale: jax.Array  # float32; 1 unless the compute dtype is float16
     good_steps: jax.Array  # int32, finite updates since the loss scale last changed
+
+
+def choose_attention(cfg: Config) -> tuple[str, str]:
+    """The attention that a resolved config gets on this device, and the reason."""
+    return attention.choose(
+        cfg.attention.impl,
+        seq_len=cfg.data.seq_len,
+        attention_dropout=cfg.model.attention_dropout,
+    )
+
+
+def choose_loss(cfg: Config, vocab_size: int) -> tuple[str, str]:
+    """The loss that a resolved config gets, by the size of a micro-batch, and the reason."""
+    rows = cfg.data.batch_size // cfg.optim.accumulation
+    return losses.choose(cfg.loss.impl, tokens=rows * cfg.data.seq_len, vocab_size=vocab_size)
 
 
 def create_model(cfg: Config, vocab_size: int, impl: str) -> tuple[nnx.GraphDef, Callable]:

@@ -21,12 +21,10 @@ from jax.experimental import multihost_utils
 from rich.console import Console
 
 from lm_jax import checkpoint, config, doctor, evaluate, metrics, optim, sharding, step
-from lm_jax import loss as losses
 from lm_jax.config import Config
 from lm_jax.data import pipeline
 from lm_jax.data.store import Store
 from lm_jax.doctor import provenance
-from lm_jax.kernels import attention
 from lm_jax.writers import Writers
 
 
@@ -56,16 +54,8 @@ def train_and_evaluate(cfg: Config, workdir: str | pathlib.Path) -> dict[str, An
     windows = len(pipeline.Windows(train_split, cfg.data.seq_len, cfg.data.document_mask))
     cfg = config.resolve(cfg, windows=windows)
     steps = int(cfg.train.steps)
-    impl, reason = attention.choose(
-        cfg.attention.impl,
-        seq_len=cfg.data.seq_len,
-        attention_dropout=cfg.model.attention_dropout,
-    )
-    loss_impl, loss_reason = losses.choose(
-        cfg.loss.impl,
-        tokens=cfg.data.batch_size // cfg.optim.accumulation * cfg.data.seq_len,
-        vocab_size=store.tokenizer.vocab_size,
-    )
+    impl, reason = step.choose_attention(cfg)
+    loss_impl, loss_reason = step.choose_loss(cfg, store.tokenizer.vocab_size)
     mesh = sharding.make_mesh(cfg.mesh.fsdp)
     rows = cfg.data.batch_size // cfg.optim.accumulation
     if rows % jax.device_count():

@@ -133,17 +133,9 @@ class _Small:
             optim__accumulation=min(cfg.optim.accumulation, 2),
         )
         self.vocab_size = min(store.tokenizer.vocab_size, 500)
-        self.attention_impl, _ = attention.choose(
-            cfg.attention.impl,
-            seq_len=cfg.data.seq_len,
-            attention_dropout=model.attention_dropout,
-        )
+        self.attention_impl, _ = step.choose_attention(cfg)
         self.graphdef, self.init = step.create_model(self.cfg, self.vocab_size, self.attention_impl)
-        self.loss_impl, _ = losses.choose(
-            cfg.loss.impl,
-            tokens=cfg.data.batch_size // cfg.optim.accumulation * cfg.data.seq_len,
-            vocab_size=store.tokenizer.vocab_size,
-        )
+        self.loss_impl, _ = step.choose_loss(cfg, store.tokenizer.vocab_size)
         self.cfg.loss.impl = self.loss_impl
         self.dtype = jnp.dtype(cfg.train.compute_dtype)
 
