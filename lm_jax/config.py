@@ -106,6 +106,7 @@ class TokenizerConfig(_Section):
 class ModelConfig(_Section):
     """The decoder."""
 
+    family: str = "dense"  # dense | musota (gated 8 x 8 matrices, see models/musota.py)
     layers: int = 4  # blocks
     d_model: int = 128  # D, width of the residual stream
     heads: int = 4  # H, query heads
@@ -213,6 +214,7 @@ class Config(_Section):
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "tokenizer.kind": ("byte", "char", "word", "bpe"),
+    "model.family": ("dense", "musota"),
     "model.norm": ("rmsnorm", "layernorm"),
     "model.positions": ("rotary", "learned", "none"),
     "model.mlp": ("swiglu", "gelu", "relu2"),
@@ -240,6 +242,10 @@ _NOT_NEGATIVE = (
     "seed data.threads tokenizer.vocab_size model.kv_heads model.d_ff model.logit_softcap "
     "optim.end_lr optim.weight_decay optim.clip_norm eval.batch_size eval.stride"
 ).split()
+
+
+# What a layer of family musota can be told; the rest of it is fixed.
+_MUSOTA = "family layers init_std dropout embedding_dropout logit_softcap scan_layers remat".split()
 
 
 def fields(section: _Section, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -332,6 +338,14 @@ def validate(cfg: Config) -> Config:
         f"does not fit config.data.corpus={data.corpus!r}",
         'name the training files with corpus "text", and only there',
     )
+    if model.family == "musota":
+        for path, default in fields(ModelConfig(), "model."):
+            require(
+                path.removeprefix("model.") in _MUSOTA or get(cfg, path) == default,
+                path,
+                "has no meaning for config.model.family='musota'",
+                f"leave it at {default!r}",
+            )
     held_out = data.valid_fraction + data.test_fraction
     require(held_out < 1, "data.valid_fraction", "and test_fraction leave no text", "lower them")
     require(
@@ -439,10 +453,11 @@ def resolve(cfg: Config, *, windows: int) -> Config:
             section, name = path.split(".")
             setattr(getattr(cfg, section), name, str(steps))
     model = cfg.model
-    model.kv_heads = model.kv_heads or model.heads
-    if model.d_ff == 0:
-        width = 8 * model.d_model / 3 if model.mlp == "swiglu" else 4 * model.d_model
-        model.d_ff = 8 * round(width / 8)
+    if model.family == "dense":
+        model.kv_heads = model.kv_heads or model.heads
+        if model.d_ff == 0:
+            width = 8 * model.d_model / 3 if model.mlp == "swiglu" else 4 * model.d_model
+            model.d_ff = 8 * round(width / 8)
     cfg.eval.batch_size = cfg.eval.batch_size or cfg.data.batch_size
     cfg.eval.stride = cfg.eval.stride or cfg.data.seq_len
 

@@ -1,8 +1,10 @@
 """Command-line flags that hold a config; a mistake in them is one sentence."""
 
+import importlib.util
 import pathlib
 import re
 import sys
+from types import ModuleType
 from typing import NoReturn
 
 from absl import flags
@@ -36,6 +38,26 @@ def parse(argv: list[str]) -> list[str]:
     except (config.ConfigError, flags.Error) as error:
         # What `get_config` refuses comes with a traceback before it.
         misuse(str(error).rpartition("\nValueError: ")[2].strip())
+
+
+def run_name(spec: str, seed: int) -> str:
+    """The folder of a run: `phase1-emb25-0` for `configs/phase1.py:emb25` and seed 0."""
+    path, _, variant = spec.partition(":")
+    return "-".join([pathlib.Path(path).stem, *([variant] if variant else []), str(seed)])
+
+
+def load_module(path: pathlib.Path) -> ModuleType:
+    """A Python file, as of a config, as a module.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None or not path.exists():
+        raise FileNotFoundError(f"{path}: no such file; give a path as configs/quickstart.py.")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def misuse(message: str) -> NoReturn:

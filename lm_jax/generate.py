@@ -20,7 +20,6 @@ from flax import nnx
 
 from lm_jax import config, evaluate
 from lm_jax.data.tokenizers import Tokenizer
-from lm_jax.models.transformer import empty_cache
 
 
 class ArgumentError(ValueError):
@@ -143,7 +142,7 @@ def _decode(
         return (cache, ids_B1), (ids_B1, log_probs_B1)
 
     # Nothing reads the last token, so it needs no slot.
-    cache = empty_cache(model.cfg, B, P + tokens - 1, dtype)
+    cache = model.empty_cache(B, P + tokens - 1, dtype)
     carry, first = read_and_sample((cache, context_BP), 0)
     _, rest = jax.lax.scan(read_and_sample, carry, jnp.arange(1, tokens))
     return jax.tree.map(

@@ -12,7 +12,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from lm_jax import config
-from lm_jax.flags import define_config, parse
+from lm_jax.flags import define_config, parse, run_name
 
 _CONFIG = define_config()
 _WORKDIR = flags.DEFINE_string(
@@ -49,9 +49,8 @@ def main(_: list[str]) -> None:
     if "verbosity" not in {flag.split("=")[0].lstrip("-") for flag in sys.argv[1:]}:
         logging.set_verbosity(logging.WARNING)  # Orbax and Grain tell every step at INFO
     sharding.initialize()
-    path, _, variant = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
-    name = pathlib.Path(path).stem + (f"-{variant}" if variant else "")
-    workdir = _WORKDIR.value or f"runs/{name}-{_CONFIG.value.seed}"
+    spec = config_flags.get_config_filename(flags.FLAGS["config"])
+    workdir = _WORKDIR.value or f"runs/{run_name(spec, _CONFIG.value.seed)}"
     try:
         evaluate.open_data(config.validate(_CONFIG.value))
     except (ValueError, OSError) as error:

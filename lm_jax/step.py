@@ -12,6 +12,7 @@ from lm_jax import loss as losses
 from lm_jax import optim
 from lm_jax.config import Config
 from lm_jax.kernels import attention
+from lm_jax.models.musota import MuSota
 from lm_jax.models.transformer import Transformer
 
 Params = Any
@@ -47,8 +48,10 @@ def choose_loss(cfg: Config, vocab_size: int) -> tuple[str, str]:
 def create_model(cfg: Config, vocab_size: int, impl: str) -> tuple[nnx.GraphDef, Callable]:
     """The structure of the model, and a function from a random key to its parameters."""
 
-    def build(key: jax.Array) -> Transformer:
-        return Transformer(
+    family = {"dense": Transformer, "musota": MuSota}[cfg.model.family]
+
+    def build(key: jax.Array) -> nnx.Module:
+        return family(
             cfg.model,
             vocab_size,
             cfg.data.seq_len,

@@ -17,7 +17,6 @@ that takes more than half of what xla and all logits take. Nothing is run: no sp
 
 import argparse
 import functools
-import importlib.util
 import json
 import os
 import pathlib
@@ -35,6 +34,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lm_jax import config, step
 from lm_jax.config import Config, Duration
+from lm_jax.flags import load_module
 from lm_jax.kernels.attention import attend
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -101,15 +101,6 @@ def compile_for(mesh: Mesh, function: Any, *args: Any) -> Any:
         return function.trace(*args).lower(lowering_platforms=("cuda",)).compile()
 
 
-def wikitext2() -> Config:
-    """The config of that name."""
-    spec = importlib.util.spec_from_file_location("wikitext2", ROOT / "configs" / "wikitext2.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config()
-
-
 def kernels() -> dict[str, Callable[[Mesh], Any]]:
     """The gradient of attention by implementation and case, compiled when called."""
     everything = dict(segments=True, window=300, softcap=20.0, dropout_rate=0.1)
@@ -170,8 +161,9 @@ def steps() -> dict[str, Callable[[Mesh], Any]]:
         cfg = config.replace(make(), loss__impl=loss)
         return lambda mesh: compile_step(cfg, vocab_size, mesh, attention)
 
+    path = ROOT / "configs" / "wikitext2.py"
     return {
-        "wikitext2, pallas, fused": of(wikitext2, 16_384, "pallas", "fused"),
+        "wikitext2, pallas, fused": of(load_module(path).get_config, 16_384, "pallas", "fused"),
         "124M, pallas, fused": of(gpt2_124m, 50_304, "pallas", "fused"),
         "124M, xla, materialised": of(gpt2_124m, 50_304, "xla", "materialised"),
     }

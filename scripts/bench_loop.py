@@ -9,7 +9,6 @@ in a process of its own and waits for its first row of metrics.
 """
 
 import argparse
-import importlib.util
 import json
 import pathlib
 import statistics
@@ -19,16 +18,8 @@ import tempfile
 import time
 from typing import Any
 
+from lm_jax.flags import load_module
 from lm_jax.main import keep_freed_memory
-
-
-def load_config(path: pathlib.Path) -> Any:
-    """The config that a file's `get_config` returns."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config()
 
 
 def bench_loop(cfg: Any, workdir: pathlib.Path, updates: int) -> dict[str, float]:
@@ -111,7 +102,7 @@ def main() -> None:
     parser.add_argument("--json", type=pathlib.Path, help="where to write the numbers")
     args = parser.parse_args()
     keep_freed_memory()
-    cfg = load_config(args.config)
+    cfg = load_module(args.config).get_config()
     cfg.data.source_dir = args.source_dir
     with tempfile.TemporaryDirectory() as folder:
         workdir = pathlib.Path(folder)

@@ -1,6 +1,5 @@
 """What several tests share."""
 
-import importlib.util
 import os
 import pathlib
 
@@ -18,15 +17,6 @@ def shared_data(name: str) -> pathlib.Path:
     if not path.exists():
         pytest.skip(f"{name} is not in LM_JAX_SHARED_DATA or ../shared/data")
     return path
-
-
-def load_module(path: pathlib.Path):
-    """A file of Python outside the packages."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def tiny_config(**changes):

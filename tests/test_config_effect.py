@@ -72,6 +72,11 @@ TABLE = {
     "data.threads": (2, "reader_threads", {}),
     "tokenizer.kind": ("byte", "manifest train_batches", {}),
     "tokenizer.vocab_size": (5, "manifest train_batches", {"tokenizer.kind": "word"}),
+    "model.family": (
+        "musota",
+        "initialisation train_step eval_step",
+        {"model.d_model": 128, "model.heads": 4},
+    ),
     "model.layers": (2, "initialisation train_step eval_step", {}),
     "model.d_model": (16, "initialisation train_step eval_step", {"model.d_ff": 24}),
     "model.heads": (1, "train_step eval_step", {}),

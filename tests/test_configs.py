@@ -6,12 +6,14 @@ import jax
 import pytest
 
 from lm_jax import config, step, train
-from tests.helpers import load_module
+from lm_jax.flags import load_module
+from lm_jax.models.sizing import size
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("*.py"))
 # Name: (vocabulary with the separator, millions of parameters).
 SIZES = {
+    "musota": (8192, 2.0),
     "phase1": (16_000, 10.3),
     "quickstart": (257, None),
     "shakespeare_char": (66, None),
@@ -50,6 +52,20 @@ def test_arms_of_the_allocation_study_differ():
     assert ["emb35", "glu266x"] in models.values() and len(models) == 6
     with pytest.raises(ValueError, match="phase1.py:glu9x: no such arm; use one of emb25, emb35"):
         module.get_config("glu9x")
+
+
+def test_baselines_of_mu_sota_are_matched():
+    module = load("musota")
+    sizes = {}
+    for arm in module.ARMS:
+        cfg = config.resolve(module.get_config(arm), windows=5000)
+        sizes[arm] = size(cfg.model, cfg.tokenizer.vocab_size, cfg.data.seq_len)
+    for arm in ("total", "blocks", "flops"):
+        ratio = getattr(sizes[arm], arm) / getattr(sizes["musota"], arm)
+        assert abs(ratio - 1) <= 0.005
+    assert len({found.total for found in sizes.values()}) == 4
+    with pytest.raises(ValueError, match="musota.py:dense: no such arm; use one of musota, total"):
+        module.get_config("dense")
 
 
 def test_the_character_config_trains_from_one_text_file(tmp_path):

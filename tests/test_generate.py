@@ -13,7 +13,6 @@ from lm_jax import config, evaluate, generate, loss, step, train
 from lm_jax.config import Config
 from lm_jax.data.tokenizers import CharTokenizer
 from lm_jax.generate import ArgumentError, sample, shortlist
-from lm_jax.models.transformer import empty_cache
 from tests.helpers import randomise, tiny_config
 
 FAMILIES = {
@@ -24,6 +23,9 @@ FAMILIES = {
     "none": dict(model__positions="none", model__logit_softcap=5.0),
     "grouped": dict(model__kv_heads=2, model__qk_norm=True, model__tied=False),
     "scanned": dict(model__scan_layers=True, model__remat=True, model__kv_heads=1),
+    "musota": dict(
+        model__family="musota", model__d_model=128, model__heads=4, model__init="normal"
+    ),
     "dropout": dict(model__dropout=0.5, model__attention_dropout=0.5, model__embedding_dropout=0.5),
 }
 LETTERS = CharTokenizer(" .abcdefghijklmnopqrstuvwxyz")
@@ -68,7 +70,8 @@ def test_cache_gives_the_logits_of_the_full_forward(family):
         return model.logits(x_BTD), cache
 
     for sizes in ([1] * 24, [10, 4] + [1] * 10):
-        cache, found, start = empty_cache(run.cfg.model, 3, 24, jnp.float32), [], 0
+        empty = nnx.merge(run.graphdef, run.params).empty_cache(3, 24, jnp.float32)
+        cache, found, start = empty, [], 0
         for size in sizes:
             assert int(cache.length) == start
             out, cache = extend(cache, tokens[:, start : start + size])

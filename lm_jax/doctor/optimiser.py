@@ -1,6 +1,6 @@
 """Checks of the optimiser: that updates happen, are whole, and survive a bad batch."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ from lm_jax.doctor.updates import (
 @check(
     "optimiser.updates",
     remedy="Look for a gradient that is cut off, an optimiser that does not hold these leaves, or "
-    "a step that is never reached. Leave leaves that are frozen on purpose out of params_of.",
+    "a step that is never reached; or declare leaves that are frozen on purpose with unused=.",
 )
 def updates(given: Given) -> Verdict:
     """Every leaf has moved after the first updates."""
@@ -33,7 +33,8 @@ def updates(given: Given) -> Verdict:
     if broken:
         evidence = f"After {UPDATES} updates there are non-finite numbers in {listed(broken)}."
         return verdict(False, evidence, nonfinite=broken)
-    still = [name for name, x in end.params.items() if same(start.params[name], x)]
+    read = {name: x for name, x in end.params.items() if name not in given.unused}
+    still = [name for name, x in read.items() if same(start.params[name], x)]
     excused = []
     if given.learning_rate is not None:
         # An early warm-up may move less than float32 resolves at a leaf's scale.
@@ -42,7 +43,7 @@ def updates(given: Given) -> Verdict:
             n for n in still if 0 < lr < FLOAT32_EPS * np.abs(start.params[n]).max(initial=0)
         ]
     still = [name for name in still if name not in excused]
-    leaves = len(end.params)
+    leaves = len(read)
     evidence = f"After {UPDATES} updates {leaves - len(still)} of {leaves} leaves have moved"
     evidence += f"; bit-unchanged: {listed(still)}." if still else "."
     if excused:
@@ -341,6 +342,7 @@ def examine_optimiser(
     clip_norm: float | None = None,
     ema_of: Callable[..., Any] | None = None,
     first_eval: int = 100,
+    unused: Collection[str] = (),
     seed: int = 0,
 ) -> Report:
     """Examine how a loop updates its parameters; what is not given is skipped by name.
@@ -355,7 +357,7 @@ def examine_optimiser(
         init_fn: `(params) -> state` of the whole step, or `(params) -> opt_state` for `update_fn`.
         step_fn: `(state, batch) -> state` or `(state, metrics)`; metrics are read under
             `optim/lr`, `optim/grad_norm`, `optim/grad_norm_clipped`, `optim/skipped_updates`.
-        params_of: `(state) -> params`, without leaves that are frozen on purpose.
+        params_of: `(state) -> params`.
         batch: what `step_fn` and `gradient_fn` read. For the accumulation check a dict whose
             `weights` [B, ...] leave rows with unequal numbers of scored tokens.
         empty_batch: one of which no token is scored, so that its gradient is zero.
@@ -379,6 +381,7 @@ def examine_optimiser(
         clip_norm: largest global norm of the gradient; None or 0: not clipped.
         ema_of: `(state) -> average of params`, as evaluation uses it.
         first_eval: updates before the average is first evaluated.
+        unused: names of leaves ("block/gate") that need not move.
         seed: of the noise.
 
     Raises:

@@ -11,9 +11,10 @@ from flax import nnx
 
 from lm_jax import config, evaluate, optim, step
 from lm_jax import loss as losses
-from lm_jax.config import Config
+from lm_jax.config import Config, ModelConfig
 from lm_jax.data import pipeline
 from lm_jax.data.store import Split, Store
+from lm_jax.doctor.blackbox import named_leaves
 from lm_jax.doctor.data import examine_data
 from lm_jax.doctor.evaluation import examine_evaluation
 from lm_jax.doctor.findings import Report
@@ -24,7 +25,7 @@ from lm_jax.doctor.model import examine_model
 from lm_jax.doctor.optimiser import examine_optimiser
 from lm_jax.doctor.training import examine_training
 from lm_jax.kernels import attention
-from lm_jax.models.transformer import empty_cache
+from lm_jax.models import musota
 
 
 class Unfit(ValueError):
@@ -111,23 +112,30 @@ def _first(split: Split, count: int) -> list[np.ndarray]:
     return [document for document, _ in zip(documents, range(count), strict=False)]
 
 
+def _narrow(model: ModelConfig) -> dict[str, int]:
+    """A dense model with few heads of the same kind and proportions."""
+    group = model.heads // model.kv_heads
+    heads = group * (1 if group > 1 else min(2, model.kv_heads))
+    width = heads * (model.d_model // model.heads)
+    return {
+        "model__heads": heads,
+        "model__kv_heads": heads // group,
+        "model__d_model": width,
+        "model__d_ff": max(2, width * model.d_ff // model.d_model),
+    }
+
+
 class _Small:
     """The code and options of a run at a size that takes seconds."""
 
     def __init__(self, cfg: Config, store: Store):
         """Cut the config down; everything that chooses code stays."""
         self.full = cfg
-        model, group = cfg.model, cfg.model.heads // cfg.model.kv_heads
-        heads = group * (1 if group > 1 else min(2, model.kv_heads))
-        width = heads * (model.d_model // model.heads)
         self.rows = 6
         self.cfg = config.replace(
             cfg,
             model__layers=2,
-            model__heads=heads,
-            model__kv_heads=heads // group,
-            model__d_model=width,
-            model__d_ff=max(2, width * model.d_ff // model.d_model),
+            **(_narrow(cfg.model) if cfg.model.family == "dense" else {}),
             data__seq_len=min(cfg.data.seq_len, 65),
             data__batch_size=self.rows,
             optim__accumulation=min(cfg.optim.accumulation, 2),
@@ -143,6 +151,12 @@ class _Small:
     def params(self) -> Any:
         """Fresh parameters."""
         return jax.jit(self.init)(jax.random.key(self.cfg.seed))
+
+    @functools.cached_property
+    def unused(self) -> list[str]:
+        """Names of parameters that the model does not read."""
+        names = (optim.path_name(path) for path, _ in jax.tree.leaves_with_path(self.params))
+        return [name for name in names if name.endswith(musota.UNUSED)]
 
     def logits(self, params: Any, tokens_BT: Any, segment_ids_BT: Any, key: Any = None):
         """Logits of the model, as evaluation computes them."""
@@ -173,7 +187,7 @@ class _Small:
             seq_len=self.cfg.data.seq_len,
             token_table=self.params["embedding"],
             position_table=self.params.get("position_embedding"),
-            tied=cfg.tied,
+            tied=cfg.tied and cfg.family == "dense",
             compute_dtype=self.cfg.train.compute_dtype,
             seed=self.cfg.seed,
         )
@@ -259,6 +273,7 @@ class _Small:
             decayed=optim.decayed(cfg, self.params),
             clip_norm=cfg.clip_norm,
             ema_of=(lambda state: state.ema) if cfg.ema_decay else None,
+            unused=self.unused,
             seed=self.cfg.seed,
         )
 
@@ -285,7 +300,9 @@ class _Small:
             vocab_size=self.vocab_size,
             seq_len=self.cfg.data.seq_len,
             batch_size=self.rows,
-            params_of=lambda state: state.params,
+            params_of=lambda state: {
+                name: x for name, x in named_leaves(state.params).items() if name not in self.unused
+            },
             seed=self.cfg.seed,
         )
 
@@ -308,15 +325,18 @@ class _Small:
             )
             return sums.nats / sums.count
 
-        return examine_gradients(mean_loss, params, seed=self.cfg.seed)
+        return examine_gradients(mean_loss, params, seed=self.cfg.seed, unused=self.unused)
 
     def attention(self) -> Report:
         """The attention of the run against the plain one, at lengths around those of blocks."""
         model = self.cfg.model
-        width = model.d_model // model.heads
+        queries, keys, width = model.heads, model.kv_heads, model.d_model // model.heads
+        if model.family == "musota":
+            queries = keys = musota.K * musota.BLOCK_HEADS
+            width = musota.D // queries
 
         def make(length: int, rng: np.random.Generator) -> tuple[jax.Array, ...]:
-            shapes = [(1, length, heads, width) for heads in (model.heads, *[model.kv_heads] * 2)]
+            shapes = [(1, length, heads, width) for heads in (queries, keys, keys)]
             return tuple(jnp.asarray(rng.standard_normal(shape), self.dtype) for shape in shapes)
 
         return examine_kernel(
@@ -329,7 +349,8 @@ class _Small:
 
     def evaluation(self) -> Report:
         """Evaluation that repeats, and decoding with a cache."""
-        cfg, slots = self.cfg.model, self.cfg.data.seq_len
+        slots = self.cfg.data.seq_len
+        empty_cache = nnx.merge(self.graphdef, self.params).empty_cache
 
         @jax.jit
         def extend(tokens_BT: Any, cache: Any) -> tuple[jax.Array, Any]:
@@ -343,7 +364,7 @@ class _Small:
             compute_dtype=self.cfg.train.compute_dtype,
             logits_fn=jax.jit(lambda tokens: self.logits(self.params, tokens, tokens * 0 + 1)),
             extend_fn=lambda tokens, cache: extend(
-                tokens, cache or empty_cache(cfg, len(tokens), slots, self.dtype)
+                tokens, cache or empty_cache(len(tokens), slots, self.dtype)
             ),
             seed=self.cfg.seed,
         )

@@ -55,6 +55,7 @@ class Given(Arguments):
     clip_norm: Any
     ema_of: Any
     first_eval: int
+    unused: Any
     seed: int
 
     @functools.cached_property

@@ -1,4 +1,4 @@
-"""How large a dense model is, and dense models of a wanted size.
+"""How large a model is, and dense models of a wanted size.
 
 Symbols as in `models.transformer`; L is the number of layers, T the positions of a row.
 """
@@ -8,6 +8,7 @@ import math
 from typing import Literal, NamedTuple
 
 from lm_jax.config import ModelConfig
+from lm_jax.models import musota
 
 Quantity = Literal["total", "blocks", "flops"]
 
@@ -18,7 +19,7 @@ class Size(NamedTuple):
     Attention counts causally: half of the square of scores (Hoffmann et al. 2022, appendix F).
     """
 
-    table: int  # token table, and the head where it is not tied
+    table: int  # all with a row for each id: token table, the head if it is not tied
     positions: int  # position table
     blocks: int  # layers and final norm
     forward_flops: float
@@ -47,6 +48,8 @@ def size(cfg: ModelConfig, vocab_size: int, seq_len: int) -> Size:
         vocab_size: V.
         seq_len: T, also the rows of a position table.
     """
+    if cfg.family == "musota":
+        return _musota(cfg.layers, vocab_size, seq_len)
     D, H, K, F = cfg.d_model, cfg.heads, cfg.kv_heads, cfg.d_ff
     C = D // H
     inner = 2 * F if cfg.mlp == "swiglu" else F
@@ -60,6 +63,22 @@ def size(cfg: ModelConfig, vocab_size: int, seq_len: int) -> Size:
         positions=seq_len * D if cfg.positions == "learned" else 0,
         blocks=cfg.layers * layer + norm,
         forward_flops=forward,
+    )
+
+
+def _musota(layers: int, vocab_size: int, seq_len: int) -> Size:
+    """In all V (129 + 16 n) + 64 T + 52,640 n + 128 parameters, n the number of layers."""
+    D, K, F, G = musota.D, musota.K, musota.D_FF, musota.GATE_HIDDEN
+    within, across, gate = K * (4 * 12 + 4 * 4), D * 3 * D + D * D, (K + 1) * G + G * K
+    matrices = within + across + 2 * D * F + gate
+    biases = K * (12 + 4) + 4 * D + F + D + G + K
+    rest = 2 * 2 * D + K + K * K  # two norms, the gate's base, the interaction
+    attention = 2 * 2.0 * seq_len * D  # inside blocks and across them
+    return Size(
+        table=vocab_size * (D + D + 1 + layers * K),
+        positions=seq_len * D,
+        blocks=layers * (matrices + biases + rest) + 2 * D,
+        forward_flops=2.0 * (layers * matrices + vocab_size * (D + 1)) + layers * attention,
     )
 
 

@@ -101,9 +101,8 @@ class Cache(NamedTuple):
         )
 
 
-def empty_cache(cfg: ModelConfig, rows: int, slots: int, dtype: jnp.dtype) -> Cache:
-    """A cache for `slots` tokens in each of `rows` rows."""
-    shape = (cfg.layers, rows, slots, cfg.kv_heads, cfg.d_model // cfg.heads)
+def zero_cache(shape: tuple[int, int, int, int, int], dtype: jnp.dtype) -> Cache:
+    """An empty cache of keys and values [L, B, S, K, C]."""
     zero = jnp.zeros((), jnp.int32)
     return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), zero, zero)
 
@@ -265,7 +264,7 @@ class Transformer(nnx.Module):
 
         Args:
             tokens_BT: the next T tokens; the cache has free slots for them.
-            cache: what went before, as returned by `empty_cache` or by this function.
+            cache: what went before, as returned by `empty_cache` or by this method.
             dtype: compute dtype, that of the cache.
         """
         T = tokens_BT.shape[1]
@@ -273,6 +272,12 @@ class Transformer(nnx.Module):
         cache = cache._replace(layer=jnp.zeros((), jnp.int32))
         x_BTD, cache = self._forward(tokens_BT, None, positions_1T, dtype, None, cache)
         return x_BTD, cache._replace(length=cache.length + T)
+
+    def empty_cache(self, rows: int, slots: int, dtype: jnp.dtype) -> Cache:
+        """A cache for `slots` tokens in each of `rows` rows."""
+        cfg = self.cfg
+        width = cfg.d_model // cfg.heads
+        return zero_cache((cfg.layers, rows, slots, cfg.kv_heads, width), dtype)
 
     def _forward(self, tokens_BT, segment_ids_BT, positions_BT, dtype, key, cache):
         cfg = self.cfg
@@ -286,28 +291,9 @@ class Transformer(nnx.Module):
         x_BTD = dropout(x_BTD, cfg.embedding_dropout, keys[-1])
 
         def apply(block, x_BTD, key, cache):
-            return block.with_cache(x_BTD, segment_ids_BT, positions_BT, key, cache)
+            return *block.with_cache(x_BTD, segment_ids_BT, positions_BT, key, cache), None
 
-        if cfg.scan_layers:
-            graphdef, stacked = nnx.split(self.blocks)
-
-            def body(carry, layer):
-                x_BTD, cache = carry
-                params, key = layer
-                return apply(nnx.merge(graphdef, params), x_BTD, key, cache), None
-
-            body = jax.checkpoint(body) if cfg.remat else body
-            layer_keys = None if key is None else keys[:-1]
-            (x_BTD, cache), _ = jax.lax.scan(body, (x_BTD, cache), (stacked, layer_keys))
-        else:
-            for i, block in enumerate(self.blocks):
-                graphdef, params = nnx.split(block)
-
-                def layer(params, x_BTD, key, cache, graphdef=graphdef):
-                    return apply(nnx.merge(graphdef, params), x_BTD, key, cache)
-
-                layer = jax.checkpoint(layer) if cfg.remat else layer
-                x_BTD, cache = layer(params, x_BTD, keys[i], cache)
+        x_BTD, cache, _ = through_layers(self.blocks, cfg, x_BTD, keys[:-1], cache, apply)
         return self.final_norm(x_BTD), cache
 
     def head_VD(self) -> jax.Array:
@@ -317,6 +303,47 @@ class Transformer(nnx.Module):
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Logits [B, T, V] in float32 or wider from hidden states."""
         return head_logits(x_BTD, self.head_VD(), self.cfg.logit_softcap)
+
+
+def through_layers(
+    blocks: Any, cfg: ModelConfig, x_BTD: jax.Array, keys: Any, cache: Any, apply: Callable
+) -> tuple[jax.Array, Any, Any]:
+    """Apply the layers in turn, scanned and rematerialised as the config says.
+
+    Args:
+        blocks: the layers: one module with stacked parameters if scanned, else a list.
+        cfg: a resolved model config.
+        x_BTD: hidden states.
+        keys: one random key a layer, or None for each.
+        cache: what decoding carries from layer to layer, or None.
+        apply: `(layer, x_BTD, key, cache) -> (x_BTD, cache, seen)`.
+
+    Returns:
+        Hidden states, cache, and what was `seen` with a leading axis of layers.
+    """
+    if cfg.scan_layers:
+        graphdef, stacked = nnx.split(blocks)
+
+        def body(carry, layer):
+            params, key = layer
+            x_BTD, cache, seen = apply(nnx.merge(graphdef, params), carry[0], key, carry[1])
+            return (x_BTD, cache), seen
+
+        body = jax.checkpoint(body) if cfg.remat else body
+        layer_keys = None if keys[0] is None else keys
+        (x_BTD, cache), seen = jax.lax.scan(body, (x_BTD, cache), (stacked, layer_keys))
+        return x_BTD, cache, seen
+    seen = []
+    for block, key in zip(blocks, keys, strict=True):
+        graphdef, params = nnx.split(block)
+
+        def layer(params, x_BTD, key, cache, graphdef=graphdef):
+            return apply(nnx.merge(graphdef, params), x_BTD, key, cache)
+
+        layer = jax.checkpoint(layer) if cfg.remat else layer
+        x_BTD, cache, here = layer(params, x_BTD, key, cache)
+        seen.append(here)
+    return x_BTD, cache, jax.tree.map(lambda *layers: jnp.stack(layers), *seen)
 
 
 def head_logits(x_BTD: jax.Array, head_VD: jax.Array, softcap: float) -> jax.Array:

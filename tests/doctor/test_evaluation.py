@@ -14,7 +14,6 @@ from lm_jax.data import pipeline
 from lm_jax.data.store import Split
 from lm_jax.data.tokenizers import CharTokenizer
 from lm_jax.doctor.evaluation import examine_evaluation
-from lm_jax.models.transformer import empty_cache
 from tests.doctor import toy_decoder
 from tests.helpers import randomise, tiny_config
 
@@ -121,6 +120,7 @@ def package_model(dtype, name="adamw"):
         params = init(jax.random.key(seed))
         params = params if std is None else randomise(params, seed, std)
         run = evaluate.Run(cfg, Letters(None), None, graphdef, params, 7)
+        empty_cache = nnx.merge(graphdef, params).empty_cache
         made = generate.generate(run, "abc", tokens=20, temperature=1.0, seed=seed)[0]
         context = [0, *Letters.tokenizer.encode("abc").tolist()]
         return dict(
@@ -131,7 +131,7 @@ def package_model(dtype, name="adamw"):
             logits_fn=functools.partial(forward, params),
             train_logits_fn=lambda tokens, seed: forward(params, tokens, jax.random.key(seed)),
             extend_fn=lambda tokens, cache: extend(
-                params, tokens, cache or empty_cache(cfg.model, len(tokens), 31, dtype)
+                params, tokens, cache or empty_cache(len(tokens), 31, dtype)
             ),
             continuation=(context, made.ids, made.log_probs),
         )

@@ -1,0 +1,52 @@
+"""MU-SOTA on WikiText-2 against dense models of its size, by three meanings of size.
+
+python -m lm_jax.main --config=configs/musota.py:ARM [--config.data.source_dir=DIR]
+
+Arms: musota; and dense models (GPT's: LayerNorm, biases, GELU, learned positions, tied head) with
+as many parameters in all (total), as many outside the tables (blocks), as many FLOPs of a token
+(flops). All arms and seeds, with their comparison:
+
+python scripts/sweep.py 'configs/musota.py:*' --seeds=0,1,2 --root=runs/musota --jobs=2
+
+Expected time and numbers: not measured.
+"""
+
+from lm_jax.config import Config, Duration
+from lm_jax.models.sizing import Quantity, matched, size
+
+BASELINES: tuple[Quantity, ...] = ("total", "blocks", "flops")
+ARMS = ("musota", *BASELINES)
+
+
+def get_config(arm: str = "musota") -> Config:
+    """One arm of the comparison."""
+    if arm not in ARMS:
+        raise ValueError(f"configs/musota.py:{arm}: no such arm; use one of {', '.join(ARMS)}.")
+    cfg = Config()
+    cfg.data.corpus = "wikitext2"
+    cfg.data.seq_len = 128
+    cfg.data.batch_size = 16
+    cfg.tokenizer.kind = "bpe"
+    cfg.tokenizer.vocab_size = 8192
+    cfg.model.family = "musota"
+    cfg.model.layers = 4
+    cfg.model.dropout = 0.1
+    if arm != "musota":
+        quantity = next(name for name in BASELINES if name == arm)
+        sizes = cfg.tokenizer.vocab_size, cfg.data.seq_len
+        wanted = size(cfg.model, *sizes)
+        cfg.model.family = "dense"
+        cfg.model.heads = cfg.model.kv_heads = 4
+        cfg.model.d_model, cfg.model.d_ff = 64, 256
+        cfg.model.norm, cfg.model.positions, cfg.model.mlp = "layernorm", "learned", "gelu"
+        cfg.model.bias = True
+        cfg.model = matched(cfg.model, *sizes, on=quantity, wanted=getattr(wanted, quantity))
+    cfg.optim.peak_lr = 3e-3
+    cfg.optim.warmup = Duration("200k tokens")
+    cfg.optim.end_lr = 0.05
+    cfg.optim.weight_decay = 0.1
+    cfg.train.steps = Duration("1 epoch")
+    cfg.train.eval_every = Duration("500k tokens")
+    cfg.train.checkpoint_every = Duration("1M tokens")
+    cfg.train.log_every = Duration("100")
+    return cfg
