@@ -115,7 +115,7 @@ class ModelConfig(_Section):
     norm: str = "rmsnorm"  # rmsnorm | layernorm
     positions: str = "rotary"  # rotary | learned | none
     rope_theta: float = 10_000.0  # base of the rotary wavelengths
-    mlp: str = "swiglu"  # swiglu | gelu | relu2 (squared ReLU)
+    mlp: str = "swiglu"  # swiglu | gelu | gelu_tanh (as in GPT-2) | relu2 (squared ReLU)
     qk_norm: bool = False  # RMS-normalise queries and keys per head before rotary
     bias: bool = False  # biases in the linear maps of the blocks and in layernorm
     tied: bool = True  # the head is the embedding table
@@ -217,7 +217,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "model.family": ("dense", "musota"),
     "model.norm": ("rmsnorm", "layernorm"),
     "model.positions": ("rotary", "learned", "none"),
-    "model.mlp": ("swiglu", "gelu", "relu2"),
+    "model.mlp": ("swiglu", "gelu", "gelu_tanh", "relu2"),
     "model.init": ("normal", "fan_in"),
     "optim.name": ("adamw", "muon"),
     "optim.schedule": ("cosine", "linear", "constant", "wsd"),

@@ -13,7 +13,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("*.py"))
 # Name: (vocabulary with the separator, millions of parameters).
 SIZES = {
-    "musota": (8192, 2.0),
+    "gpt_demo": (2000, None),
+    "musota": (8192, 1.8),
     "phase1": (16_000, 10.3),
     "quickstart": (257, None),
     "shakespeare_char": (66, None),

@@ -127,7 +127,7 @@ def test_attention():
     )
 
 
-@pytest.mark.parametrize("mlp", ["swiglu", "gelu", "relu2"])
+@pytest.mark.parametrize("mlp", ["swiglu", "gelu", "gelu_tanh", "relu2"])
 def test_mlp(mlp):
     cfg = tiny_config(model__mlp=mlp, model__d_ff=5, model__bias=True).model
     graphdef, params = nnx.split(MLP(cfg, nnx.Rngs(params=0)))

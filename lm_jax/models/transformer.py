@@ -150,7 +150,10 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """SwiGLU (Shazeer 2020), exact GELU (Hendrycks and Gimpel 2016) or squared ReLU (So 2021)."""
+    """SwiGLU (Shazeer 2020), GELU (Hendrycks and Gimpel 2016) or squared ReLU (So 2021).
+
+    gelu is exact; gelu_tanh is its approximation in the same paper, section 2.
+    """
 
     def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
         """For swiglu one matrix makes gate and value: [D, 2 F]."""
@@ -167,7 +170,7 @@ class MLP(nnx.Module):
             return self.down(jax.nn.silu(gate_BTF) * value_BTF)
         if self.kind == "relu2":
             return self.down(jnp.square(jax.nn.relu(y)))
-        return self.down(jax.nn.gelu(y, approximate=False))
+        return self.down(jax.nn.gelu(y, approximate=self.kind == "gelu_tanh"))
 
 
 class Block(nnx.Module):

@@ -20,6 +20,7 @@ def not_in_order(report):
 
 
 SHIPPED = {
+    "gpt_demo": "tinyshakespeare",
     "musota": "wikitext-2",
     "phase1": "wikitext-2",
     "quickstart": None,
