@@ -1,12 +1,13 @@
 """Exact evaluation: the whole split, every target once, at any batch size.
 
 `python -m lm_jax.evaluate --workdir=DIR [--split=test] [--stride=N]` scores the best checkpoint
-of a run and writes `eval_<split>.json`.
+of a run and writes `eval_<split>.json` and, document by document, `documents_<split>.npz`.
 """
 
 import argparse
 import dataclasses
 import fcntl
+import itertools
 import json
 import math
 import os
@@ -15,6 +16,8 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
@@ -39,11 +42,16 @@ class Evaluator:
     eval_step: Callable[..., step.Metrics]
 
     def __call__(self, params: Any, split_name: str) -> dict[str, Any]:
-        """Score a whole split.
+        """Score a whole split; see `score`."""
+        return self.score(params, split_name)[0]
+
+    def score(self, params: Any, split_name: str) -> tuple[dict[str, Any], np.ndarray]:
+        """Score a whole split, as a whole and by document.
 
         Returns:
             `loss` (nats per token), `token_ppl`, `word_ppl`, `bits_per_byte`, `accuracy`,
-            `token_count`, `split_token_count` (equal, or this raises) and `stride`.
+            `token_count`, `split_token_count` (equal, or this raises) and `stride`; and the nats
+            of each document, float64 [documents].
         """
         cfg, split = self.cfg, self.store.split(split_name)
         batches = pipeline.eval_batches(
@@ -55,25 +63,58 @@ class Evaluator:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
-        total, pending = metrics.Sums(), None
-        for batch in batches:
-            result = self.eval_step(params, sharding.put_batch(self.mesh, batch, axis=0))
+        total, parts, pending = metrics.Sums(), [], None
+        for batch in itertools.chain(batches, [None]):
+            begun = None
+            if batch is not None:
+                on_device = sharding.put_batch(self.mesh, batch, axis=0)
+                begun = self.eval_step(params, on_device), on_device["weights"]
             # Read the batch before while this one computes.
-            total += _fetch(pending)
-            pending = result
-        total += _fetch(pending)
+            if pending is not None:
+                sums, nats_N = _fetch(*pending)
+                total += sums
+                parts.append(nats_N)
+            pending = begun
         assert int(total.count) == len(split.tokens), (total.count, len(split.tokens))
-        return {
+        result = {
             **metrics.summarise(total, split_bytes=split.bytes, split_words=split.words),
             "split_token_count": len(split.tokens),
             "stride": cfg.eval.stride,
         }
+        # The windows score every token once and in the order of the split, whatever their stride.
+        nats_N = np.concatenate(parts)
+        return result, np.add.reduceat(nats_N, split.document_starts[:-1], dtype=np.float64)
 
 
-def _fetch(result: step.Metrics | None) -> metrics.Sums:
-    if result is None:
-        return metrics.Sums()
-    return metrics.Sums(**{name: float(value) for name, value in result.items()})
+def _fetch(result: step.Metrics, weights_BT: jax.Array) -> tuple[metrics.Sums, np.ndarray]:
+    """Sums of a batch, and the nats of its scored tokens in order."""
+    sums = {name: float(result[name]) for name in ("nats", "count", "correct")}
+    nats_BT, weights_BT = (_whole(x) for x in (result["token_nats"], weights_BT))
+    return metrics.Sums(**sums), nats_BT[weights_BT[:, 1:] > 0]
+
+
+def _whole(x: jax.Array) -> np.ndarray:
+    """The array on the host, with the rows of all processes."""
+    if jax.process_count() == 1:
+        return np.asarray(x)
+    return multihost_utils.process_allgather(x, tiled=True)
+
+
+def documents(store: Store, split_name: str, nats_D: np.ndarray) -> dict[str, np.ndarray]:
+    """What is kept of each document of a split, in its order.
+
+    Returns:
+        `nats` float64, `tokens` and `bytes` int64, all [documents]. There is no `bytes` where the
+        ids do not tell them: kind "word", with white space or words that it does not keep.
+    """
+    split, tokenizer = store.split(split_name), store.tokenizer
+    result = {"nats": nats_D, "tokens": np.diff(split.document_starts)}
+    pieces = tokenizer.token_bytes(np.arange(tokenizer.vocab_size))
+    bytes_V = np.array([len(piece) for piece in pieces], np.uint32)
+    bytes_D = np.add.reduceat(bytes_V[split.tokens], split.document_starts[:-1], dtype=np.int64)
+    if bytes_D.sum() == split.bytes:
+        result["bytes"] = bytes_D
+    return result
 
 
 def references(store: Store, split_name: str) -> dict[str, float]:
@@ -226,14 +267,23 @@ def open_run(workdir: pathlib.Path, *, best: bool = True) -> Run:
     return Run(cfg, store, mesh, graphdef, params, position)
 
 
-def evaluate_split(evaluator: Evaluator, params: Any, name: str) -> dict[str, Any]:
-    """One split's result with its references."""
-    result = evaluator(params, name)
-    return {**result, "references": references(evaluator.store, name)}
+def score_run(evaluator: Evaluator, run: Run, workdir: pathlib.Path, name: str) -> dict[str, Any]:
+    """Score one split of a run; write and print the result, which is `eval_<split>.json`."""
+    result, nats_D = evaluator.score(run.params, name)
+    result = {"step": run.step, **result, "references": references(evaluator.store, name)}
+    if jax.process_index() == 0:
+        path = workdir / f"documents_{name}.npz"
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        with temporary.open("wb") as file:
+            np.savez(file, **documents(evaluator.store, name, nats_D))
+        temporary.replace(path)
+        write_json(workdir / f"eval_{name}.json", result)
+        report(name, result, Console())
+    return result
 
 
 def main() -> None:
-    """Score one split of a run and write `eval_<split>.json`."""
+    """Score one split of a run; write `eval_<split>.json` and `documents_<split>.npz`."""
     parser = argparse.ArgumentParser(prog="python -m lm_jax.evaluate", description=main.__doc__)
     parser.add_argument("--workdir", type=pathlib.Path, required=True, help="folder of the run")
     parser.add_argument("--split", default="test", choices=("train", "valid", "test"))
@@ -250,9 +300,7 @@ def main() -> None:
     except (ValueError, OSError) as error:
         parser.exit(2, f"{error}\n")
     evaluator = Evaluator(cfg, run.store, run.mesh, step.make_eval_step(cfg, run.graphdef))
-    result = {"step": run.step, **evaluate_split(evaluator, run.params, args.split)}
-    write_json(args.workdir / f"eval_{args.split}.json", result)
-    report(args.split, result, Console())
+    score_run(evaluator, run, args.workdir, args.split)
 
 
 if __name__ == "__main__":

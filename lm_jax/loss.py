@@ -44,7 +44,7 @@ def shift(batch: Batch) -> Shifted:
 
 
 class Scored(NamedTuple):
-    """Sums over scored tokens, float32 or wider."""
+    """Sums over scored tokens, or their terms [B, T]; float32 or wider."""
 
     nats: jax.Array
     count: jax.Array  # type: ignore[assignment]
@@ -68,7 +68,13 @@ def choose(impl: str, *, tokens: int, vocab_size: int) -> tuple[str, str]:
 
 
 def from_hidden(
-    x_BTD: jax.Array, head_VD: jax.Array, b: Shifted, *, softcap: float, impl: str
+    x_BTD: jax.Array,
+    head_VD: jax.Array,
+    b: Shifted,
+    *,
+    softcap: float,
+    impl: str,
+    summed: bool = True,
 ) -> Scored:
     """Next-token loss of hidden states under a head matrix; `nats` can be differentiated.
 
@@ -78,14 +84,18 @@ def from_hidden(
         b: what to predict.
         softcap: cap on the logits, 0 for none.
         impl: see `choose`.
+        summed: else the terms of the sums are returned, for evaluation.
     """
     impl, _ = choose(impl, tokens=b.targets.size, vocab_size=head_VD.shape[0])
     if impl == "fused":
-        sums = linear_cross_entropy(x_BTD, head_VD, b.targets, b.weights, softcap=softcap)
-        return Scored(sums.objective, sums.count, sums.correct)
+        fused = linear_cross_entropy(
+            x_BTD, head_VD, b.targets, b.weights, softcap=softcap, summed=summed
+        )
+        return Scored(fused.objective, fused.count, fused.correct)
     logits_BTV = head_logits(x_BTD, head_VD, softcap)
-    nats, count = cross_entropy(logits_BTV, b.targets, b.weights)
-    return Scored(nats, count, correct(logits_BTV, b.targets, b.weights))
+    nats_BT, count_BT = token_nats(logits_BTV, b.targets, b.weights)
+    terms = Scored(nats_BT, count_BT, correct(logits_BTV, b.targets, b.weights))
+    return jax.tree.map(jnp.sum, terms) if summed else terms
 
 
 def cross_entropy(
@@ -101,22 +111,30 @@ def cross_entropy(
             outside gives NaN.
         weights_BT: 1 where the target is scored, else 0.
     """
+    nats_BT, count_BT = token_nats(logits_BTV, targets_BT, weights_BT)
+    return nats_BT.sum(), count_BT.sum()
+
+
+def token_nats(
+    logits_BTV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The terms of the two sums of `cross_entropy`, [B, T]."""
     logits_BTV = logits_BTV.astype(jnp.promote_types(logits_BTV.dtype, jnp.float32))
     scored_BT = weights_BT > 0
     picked_BT = _pick(logits_BTV, jnp.where(scored_BT, targets_BT, 0))
     nats_BT = jax.nn.logsumexp(logits_BTV, axis=-1) - picked_BT
     # `where` and not the product alone: a padded row may hold anything, 0 * inf included.
     nats_BT = jnp.where(scored_BT, nats_BT, 0)
-    return (nats_BT * weights_BT).sum(), weights_BT.astype(nats_BT.dtype).sum()
+    return nats_BT * weights_BT, weights_BT.astype(nats_BT.dtype)
 
 
 def correct(logits_BTV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array) -> jax.Array:
-    """Weighted number of positions where no token is more likely than the target.
+    """The weight where no token is more likely than the target, else 0, [B, T].
 
     The maximum is one that the loss needs anyway; an argmax would be another pass.
     """
     picked_BT = _pick(logits_BTV, jnp.where(weights_BT > 0, targets_BT, 0))
-    return ((picked_BT >= logits_BTV.max(-1)) * weights_BT).sum()
+    return (picked_BT >= logits_BTV.max(-1)) * weights_BT
 
 
 def _pick(logits_BTV: jax.Array, ids_BT: jax.Array) -> jax.Array:

@@ -88,13 +88,16 @@ def loss_sums(
     dtype: jnp.dtype,
     key: jax.Array | None,
     loss_impl: str = "auto",
+    summed: bool = True,
 ) -> losses.Scored:
-    """Sums of one micro-batch."""
+    """Sums of one micro-batch; without `summed`, their terms [B, T]."""
     model = nnx.merge(graphdef, params)
     b = losses.shift(batch)
     x_BTD = model(b.inputs, b.segment_ids, b.positions, dtype=dtype, key=key)
     softcap = model.cfg.logit_softcap
-    return losses.from_hidden(x_BTD, model.head_VD(), b, softcap=softcap, impl=loss_impl)
+    return losses.from_hidden(
+        x_BTD, model.head_VD(), b, softcap=softcap, impl=loss_impl, summed=summed
+    )
 
 
 def gradients(
@@ -234,14 +237,23 @@ def make_train_step(cfg: Config, graphdef: nnx.GraphDef) -> Callable:
 
 
 def make_eval_step(cfg: Config, graphdef: nnx.GraphDef) -> Callable:
-    """`(params, batch) -> {"nats", "count", "correct"}`, sums over one batch, jitted."""
+    """`(params, batch) -> metrics` of one batch, jitted.
+
+    `nats`, `count` and `correct` are sums; `token_nats` [B, T] holds the terms of the first.
+    """
     dtype = jnp.dtype(cfg.train.compute_dtype)
 
     def eval_step(params: Params, batch: losses.Batch) -> Metrics:
         with jax.default_matmul_precision(cfg.train.matmul_precision):
-            sums = loss_sums(
-                graphdef, params, batch, dtype=dtype, key=None, loss_impl=cfg.loss.impl
+            terms = loss_sums(
+                graphdef,
+                params,
+                batch,
+                dtype=dtype,
+                key=None,
+                loss_impl=cfg.loss.impl,
+                summed=False,
             )
-        return sums._asdict()
+        return jax.tree.map(jnp.sum, terms)._asdict() | {"token_nats": terms.nats}
 
     return jax.jit(eval_step)

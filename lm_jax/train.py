@@ -266,16 +266,8 @@ def final_report(
 ) -> dict[str, Any]:
     """Score the best checkpoint on the configured splits; write and print the results."""
     run = evaluate.open_run(workdir)
-    results = {}
-    for name in config.eval_splits(cfg, evaluator.store.manifest["splits"]):
-        results[name] = {
-            "step": run.step,
-            **evaluate.evaluate_split(evaluator, run.params, name),
-        }
-        if jax.process_index() == 0:
-            evaluate.write_json(workdir / f"eval_{name}.json", results[name])
-            evaluate.report(name, results[name], Console())
-    return results
+    names = config.eval_splits(cfg, evaluator.store.manifest["splits"])
+    return {name: evaluate.score_run(evaluator, run, workdir, name) for name in names}
 
 
 def dispatches(cfg: Config, start: int) -> list[range]:

@@ -223,8 +223,9 @@ def loop(cfg, workdir):
             batch = jax.device_get(batch)
             seen["eval_batches"].append(batch_hash(batch))
             seen["evaluated"].append((sum(seen["calls"]), digest(arrays(jax.device_get(params)))))
+            nats_BT = 2 * batch["weights"][:, 1:]
             count = batch["weights"][:, 1:].sum()
-            return {"nats": 2 * count, "count": count, "correct": 0}
+            return {"nats": 2 * count, "count": count, "correct": 0, "token_nats": nats_BT}
 
         return eval_step
 

@@ -99,5 +99,5 @@ def test_extreme_logits_stay_finite():
 def test_correct_counts_scored_positions_only():
     batch = random_batch(np.random.default_rng(6), (4, 9), V)
     b = loss.shift(batch)
-    right = loss.correct(jax.nn.one_hot(b.targets, V), b.targets, b.weights)
+    right = loss.correct(jax.nn.one_hot(b.targets, V), b.targets, b.weights).sum()
     assert right == b.weights.sum() < b.weights.size

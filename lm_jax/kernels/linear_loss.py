@@ -13,11 +13,11 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-Sums = tuple[jax.Array, ...]
+Values = tuple[jax.Array, ...]
 
 
 class LinearLoss(NamedTuple):
-    """Sums over weighted tokens, float32 (float64 for float64 inputs)."""
+    """Sums over weighted tokens, or their terms; float32 (float64 for float64 inputs)."""
 
     objective: jax.Array  # what to minimise; the only differentiable one
     nats: jax.Array  # plain negative log likelihood, what is reported
@@ -35,6 +35,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
     chunk_rows: int | None = None,
+    summed: bool = True,
 ) -> LinearLoss:
     """Cross-entropy of z = x head' without an array of the size [B, T, V].
 
@@ -63,10 +64,11 @@ def linear_cross_entropy(
         label_smoothing: e in [0, 1).
         chunk_rows: rows whose logits exist at a time, those of all devices together where jit
             splits B over several; default see `rows_per_chunk`.
+        summed: else the fields are the terms of the sums, [B, T], for use without a gradient.
     """
     assert x_BTD.shape[:2] == targets_BT.shape == weights_BT.shape
 
-    def score(z_NV: jax.Array, weights_N: jax.Array, rows, _) -> tuple[Sums, jax.Array]:
+    def score(z_NV: jax.Array, weights_N: jax.Array, rows, _) -> tuple[Values, jax.Array]:
         V = z_NV.shape[1]
         target_N = jnp.where(weights_N != 0, rows, 0)
         # A negative id is out of range, which gives NaN, and not counted from the end.
@@ -79,7 +81,7 @@ def linear_cross_entropy(
         if label_smoothing:
             objective_N += label_smoothing * (picked_N - z_NV.mean(1))
         per_row = (objective_N, nats_N, jnp.ones_like(nats_N), picked_N >= top_N)
-        sums = tuple((weights_N * values_N).sum() for values_N in per_row)
+        values = tuple(weights_N * value_N for value_N in per_row)
 
         p_NV = jnp.exp(z_NV - lse_N[:, None])
         is_target_NV = jnp.arange(V)[None] == target_N1
@@ -88,10 +90,11 @@ def linear_cross_entropy(
         dz_NV = p_NV * lse_slope_N[:, None] - jnp.where(is_target_NV, target_slope_N[:, None], 0)
         if label_smoothing:
             dz_NV -= weights_N[:, None] * (label_smoothing / V)
-        return sums, dz_NV
+        return values, dz_NV
 
     how = _How(score, softcap, _width(x_BTD.shape, chunk_rows))
-    return LinearLoss(*_in_chunks(how, x_BTD, head_VD, weights_BT, targets_BT, ()))
+    arguments = (how, x_BTD, head_VD, weights_BT, targets_BT, ())
+    return LinearLoss(*(_in_chunks(*arguments) if summed else _per_row(*arguments)))
 
 
 def linear_divergence(
@@ -153,7 +156,7 @@ def linear_divergence(
         )
     assert x_BTD.shape[:2] == teacher_x_BTE.shape[:2] == weights_BT.shape
 
-    def score(z_NV: jax.Array, weights_N: jax.Array, rows, head) -> tuple[Sums, jax.Array]:
+    def score(z_NV: jax.Array, weights_N: jax.Array, rows, head) -> tuple[Values, jax.Array]:
         teacher_NV, _ = _logits(_scored(rows, weights_N), head, z_NV.shape[1], teacher_softcap)
         log_p_NV = jax.nn.log_softmax(teacher_NV.astype(z_NV.dtype) / temperature)
         log_q_NV = jax.nn.log_softmax(z_NV / temperature)
@@ -171,8 +174,8 @@ def linear_divergence(
             slope_NV = share * q_NV * excess_NV - q_NV * value_N[:, None]
             if kind == "jsd":
                 value_N += beta * (p_NV * (log_p_NV - log_m_NV)).sum(1)
-        sums = (weights_N * value_N).sum(), weights_N.sum()
-        return sums, slope_NV * (weights_N / temperature)[:, None]
+        values = weights_N * value_N, weights_N
+        return values, slope_NV * (weights_N / temperature)[:, None]
 
     how = _How(score, softcap, _width(x_BTD.shape, chunk_rows))
     teacher_head = _operand(teacher_head_VE, teacher_x_BTE.dtype)
@@ -210,18 +213,24 @@ def _operand(head_VD: jax.Array, dtype: jnp.dtype) -> jax.Array:
 class _How(NamedTuple):
     """The static part: what to do with the logits of a chunk."""
 
-    # (logits_NV, weights_N, rows, shared) -> (sums, gradient of the first sum by the logits)
-    score: Callable[[jax.Array, jax.Array, Any, Any], tuple[Sums, jax.Array]]
+    # (logits_NV, weights_N, rows, shared) -> (values_N, gradient by logits of the first one's sum)
+    score: Callable[[jax.Array, jax.Array, Any, Any], tuple[Values, jax.Array]]
     softcap: float
     width: int  # positions of T per chunk
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _in_chunks(how: _How, x_BTD, head_VD, weights_BT, rows_BT, shared) -> Sums:
-    """Sums of `how.score` over all chunks; the first has a gradient, by x and head.
+def _in_chunks(how: _How, x_BTD, head_VD, weights_BT, rows_BT, shared) -> Values:
+    """Sums of `how.score` over all rows; the first has a gradient, by x and head.
 
     `rows_BT` [B, T, ...] is cut into chunks as x is; `shared` is what every chunk needs.
     """
+    per_row = _per_row(how, x_BTD, head_VD, weights_BT, rows_BT, shared)
+    return jax.tree.map(jnp.sum, per_row)
+
+
+def _per_row(how: _How, x_BTD, head_VD, weights_BT, rows_BT, shared) -> Values:
+    """Values of `how.score`, [B, T]."""
     return _scan(how, x_BTD, head_VD, weights_BT, rows_BT, shared, differentiate=False)[0]
 
 
@@ -233,7 +242,7 @@ def _forward(how: _How, x_BTD, head_VD, weights_BT, rows_BT, shared):
     return sums, (dx_BTD, dhead_VD, like)
 
 
-def _backward(how: _How, residuals, g: Sums):
+def _backward(how: _How, residuals, g: Values):
     *gradients, like = residuals
     dx_BTD, dhead_VD = ((g[0] * d).astype(a.dtype) for d, a in zip(gradients, like, strict=True))
     return dx_BTD, dhead_VD, None, None, None
@@ -243,7 +252,10 @@ _in_chunks.defvjp(_forward, _backward)
 
 
 def _scan(how: _How, x_BTD, head_VD, weights_BT, rows_BT, shared, *, differentiate: bool):
-    """The sums, and the gradients of the first by x and head in float32 or wider."""
+    """The sums, and the gradients of the first by x and head in float32 or wider.
+
+    Without the gradients, not the sums but the values of all rows, [B, T].
+    """
     B, T, D = x_BTD.shape
     wide = jnp.promote_types(x_BTD.dtype, jnp.float32)
     # Small probabilities times a weight would underflow in float16.
@@ -265,9 +277,9 @@ def _scan(how: _How, x_BTD, head_VD, weights_BT, rows_BT, shared, *, differentia
         weights_N = cut(weights_BT)
         x_ND = _scored(cut(x_BTD), weights_N)
         z_NV, slope_NV = _logits(x_ND, operand_VD, V, how.softcap)
-        sums, dz_NV = how.score(z_NV, weights_N, cut(rows_BT), shared)
+        values, dz_NV = how.score(z_NV, weights_N, cut(rows_BT), shared)
         if not differentiate:
-            return carry, sums
+            return carry, values
         dx_BTD, dhead_DV = carry
         dz_NV = (dz_NV * slope_NV * scale).astype(x_ND.dtype)
         dz_NV = jnp.pad(dz_NV, ((0, 0), (0, operand_VD.shape[0] - V)))
@@ -276,12 +288,18 @@ def _scan(how: _How, x_BTD, head_VD, weights_BT, rows_BT, shared, *, differentia
             dx_BTD, dx_ND.reshape(B, how.width, D), start, axis=1
         )
         # [D, V] and not [V, D]: XLA on CPUs transposes the left operand, here the narrow one.
-        return (dx_BTD, dhead_DV + _product(x_ND, dz_NV, 0, 0, wide)), sums
+        dhead_DV += _product(x_ND, dz_NV, 0, 0, wide)
+        return (dx_BTD, dhead_DV), jax.tree.map(jnp.sum, values)
 
     starts = how.width * jnp.arange(chunks)
     if not differentiate:
-        _, sums = jax.lax.scan(body, None, starts)
-        return jax.tree.map(lambda s: s.sum(), sums), None, None
+
+        def join(a: jax.Array) -> jax.Array:
+            """[chunks, B width] to [B, T]."""
+            return a.reshape(chunks, B, how.width).swapaxes(0, 1).reshape(B, -1)[:, :T]
+
+        _, values = jax.lax.scan(body, None, starts)
+        return jax.tree.map(join, values), None, None
     # `zeros_like`: inside shard_map they vary over the mesh axes over which x and head do.
     zeros = (jnp.zeros_like(x_BTD, wide), jnp.zeros_like(operand_VD.T, wide))
     (dx_BTD, dhead_DV), sums = jax.lax.scan(body, zeros, starts)

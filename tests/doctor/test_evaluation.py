@@ -69,11 +69,12 @@ def evaluator(split, cfg):
         def eval_step(params, batch):
             b = loss.shift(batch)
             logits = predict(b.inputs)
-            nats, count = loss.cross_entropy(logits, b.targets, b.weights)
+            nats, count = loss.token_nats(logits, b.targets, b.weights)
             return {
-                "nats": nats,
-                "count": count,
-                "correct": loss.correct(logits, b.targets, b.weights),
+                "nats": nats.sum(),
+                "count": count.sum(),
+                "correct": loss.correct(logits, b.targets, b.weights).sum(),
+                "token_nats": nats,
             }
 
         mesh = sharding.make_mesh(1)
