@@ -27,6 +27,7 @@ from lm_jax.config import Config, ConfigError
 from lm_jax.data import corpora, ngram, pipeline
 from lm_jax.data.store import Store, prepare
 from lm_jax.data.tokenizers import WordTokenizer
+from lm_jax.models import musota
 
 # Reference predictors are fitted on at most this many training tokens: sorting them takes seconds.
 _REFERENCE_TOKENS = 20_000_000
@@ -50,8 +51,9 @@ class Evaluator:
 
         Returns:
             `loss` (nats per token), `token_ppl`, `word_ppl`, `bits_per_byte`, `accuracy`,
-            `token_count`, `split_token_count` (equal, or this raises) and `stride`; and the nats
-            of each document, float64 [documents].
+            `token_count`, `split_token_count` (equal, or this raises) and `stride`, of family
+            musota also `sensitivity`, for each block its mean by layer; and the nats of each
+            document, float64 [documents].
         """
         cfg, split = self.cfg, self.store.split(split_name)
         batches = pipeline.eval_batches(
@@ -64,6 +66,7 @@ class Evaluator:
             process_count=jax.process_count(),
         )
         total, parts, pending = metrics.Sums(), [], None
+        sensitivity_Lk = np.zeros((cfg.model.layers, musota.K))
         for batch in itertools.chain(batches, [None]):
             begun = None
             if batch is not None:
@@ -74,13 +77,17 @@ class Evaluator:
                 sums, nats_N = _fetch(*pending)
                 total += sums
                 parts.append(nats_N)
+                sensitivity_Lk += pending[0].get("sensitivity", 0.0)
             pending = begun
         assert int(total.count) == len(split.tokens), (total.count, len(split.tokens))
-        result = {
+        result: dict[str, Any] = {
             **metrics.summarise(total, split_bytes=split.bytes, split_words=split.words),
             "split_token_count": len(split.tokens),
             "stride": cfg.eval.stride,
         }
+        if cfg.model.family == "musota":
+            means_kL = (sensitivity_Lk / total.count).T.tolist()
+            result["sensitivity"] = dict(zip(musota.BLOCKS, means_kL, strict=True))
         # The windows score every token once and in the order of the split, whatever their stride.
         nats_N = np.concatenate(parts)
         return result, np.add.reduceat(nats_N, split.document_starts[:-1], dtype=np.float64)
@@ -89,8 +96,8 @@ class Evaluator:
 def _fetch(result: step.Metrics, weights_BT: jax.Array) -> tuple[metrics.Sums, np.ndarray]:
     """Sums of a batch, and the nats of its scored tokens in order."""
     sums = {name: float(result[name]) for name in ("nats", "count", "correct")}
-    nats_BT, weights_BT = (_whole(x) for x in (result["token_nats"], weights_BT))
-    return metrics.Sums(**sums), nats_BT[weights_BT[:, 1:] > 0]
+    scored_BT = _whole(weights_BT)[:, 1:] > 0
+    return metrics.Sums(**sums), _whole(result["token_nats"])[scored_BT]
 
 
 def _whole(x: jax.Array) -> np.ndarray:
@@ -183,6 +190,14 @@ def report(name: str, result: dict[str, Any], console: Console) -> None:
             style="bold" if key == "this model" else None,
         )
     console.print(table)
+    if "sensitivity" in result:
+        rows_by_block = result["sensitivity"]
+        table = Table(title="mean sensitivity of each block, by layer")
+        for heading in ("block", *range(len(next(iter(rows_by_block.values()))))):
+            table.add_column(str(heading), justify="right")
+        for block, means in rows_by_block.items():
+            table.add_row(block, *(f"{mean:.3f}" for mean in means))
+        console.print(table)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,7 +290,7 @@ def score_run(evaluator: Evaluator, run: Run, workdir: pathlib.Path, name: str) 
         path = workdir / f"documents_{name}.npz"
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
         with temporary.open("wb") as file:
-            np.savez(file, **documents(evaluator.store, name, nats_D))
+            np.savez(file, allow_pickle=False, **documents(evaluator.store, name, nats_D))
         temporary.replace(path)
         write_json(workdir / f"eval_{name}.json", result)
         report(name, result, Console())

@@ -88,16 +88,13 @@ def loss_sums(
     dtype: jnp.dtype,
     key: jax.Array | None,
     loss_impl: str = "auto",
-    summed: bool = True,
 ) -> losses.Scored:
-    """Sums of one micro-batch; without `summed`, their terms [B, T]."""
+    """Sums of one micro-batch."""
     model = nnx.merge(graphdef, params)
     b = losses.shift(batch)
     x_BTD = model(b.inputs, b.segment_ids, b.positions, dtype=dtype, key=key)
     softcap = model.cfg.logit_softcap
-    return losses.from_hidden(
-        x_BTD, model.head_VD(), b, softcap=softcap, impl=loss_impl, summed=summed
-    )
+    return losses.from_hidden(x_BTD, model.head_VD(), b, softcap=softcap, impl=loss_impl)
 
 
 def gradients(
@@ -239,21 +236,29 @@ def make_train_step(cfg: Config, graphdef: nnx.GraphDef) -> Callable:
 def make_eval_step(cfg: Config, graphdef: nnx.GraphDef) -> Callable:
     """`(params, batch) -> metrics` of one batch, jitted.
 
-    `nats`, `count` and `correct` are sums; `token_nats` [B, T] holds the terms of the first.
+    `nats`, `count` and `correct` are sums; `token_nats` [B, T] holds the terms of the first. Of
+    family musota also `sensitivity` [L, 16], sums over the scored tokens.
     """
     dtype = jnp.dtype(cfg.train.compute_dtype)
 
     def eval_step(params: Params, batch: losses.Batch) -> Metrics:
+        model = nnx.merge(graphdef, params)
+        b, seen = losses.shift(batch), {}
+        read = (b.inputs, b.segment_ids, b.positions)
         with jax.default_matmul_precision(cfg.train.matmul_precision):
-            terms = loss_sums(
-                graphdef,
-                params,
-                batch,
-                dtype=dtype,
-                key=None,
-                loss_impl=cfg.loss.impl,
+            if cfg.model.family == "musota":
+                x_BTD, s_LBTk = model.observed(*read, dtype=dtype)
+                seen["sensitivity"] = jnp.einsum("bt,lbtk->lk", b.weights, s_LBTk)
+            else:
+                x_BTD = model(*read, dtype=dtype)
+            terms = losses.from_hidden(
+                x_BTD,
+                model.head_VD(),
+                b,
+                softcap=cfg.model.logit_softcap,
+                impl=cfg.loss.impl,
                 summed=False,
             )
-        return jax.tree.map(jnp.sum, terms)._asdict() | {"token_nats": terms.nats}
+        return jax.tree.map(jnp.sum, terms)._asdict() | {"token_nats": terms.nats} | seen
 
     return jax.jit(eval_step)

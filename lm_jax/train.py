@@ -179,7 +179,10 @@ def train_and_evaluate(cfg: Config, workdir: str | pathlib.Path) -> dict[str, An
 
     def evaluate_now(state: step.TrainState, position: int) -> None:
         result = evaluator(state.ema if cfg.optim.ema_decay else state.params, "valid")
-        writers.write(position, {f"valid/{k}": v for k, v in result.items() if k in _LOGGED})
+        row = {k: v for k, v in result.items() if k in _LOGGED}
+        for block, by_layer in result.get("sensitivity", {}).items():
+            row[f"sensitivity/{block}"] = sum(by_layer) / len(by_layer)
+        writers.write(position, {f"valid/{k}": v for k, v in row.items()})
         writers.say(
             f"step {position}/{steps}  valid loss {result['loss']:.4f}  word ppl "
             f"{result['word_ppl']:.2f}  bits per byte {result['bits_per_byte']:.4f}"

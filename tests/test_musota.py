@@ -1,15 +1,18 @@
 """The matrix model against its equations, written out block by block in float64."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from lm_jax import config, step
+from lm_jax import config, evaluate, sharding, step
 from lm_jax.config import ConfigError
 from lm_jax.models import musota
 from tests.helpers import randomise, tiny_config
+from tests.test_train import small, text  # noqa: F401
 
 V = 29
 MUSOTA = dict(model__family="musota", model__d_model=128, model__heads=4, model__init="normal")
@@ -106,16 +109,22 @@ def by_equations(params, tokens):
 def test_the_model_is_its_equations(impl):
     cfg = tiny_config(**MUSOTA)
     graphdef, init = step.create_model(cfg, V, impl)
-    params = randomise(init(jax.random.key(0)), 1, 0.5)
+    params = randomise(jax.jit(init)(jax.random.key(0)), 1, 0.5)
     rng = np.random.default_rng(2)
     tokens_BT = rng.integers(0, V, (3, 9)).astype(np.int32)
     positions_BT = np.broadcast_to(np.arange(9, dtype=np.int32), (3, 9))
-    model = nnx.merge(graphdef, params)
-    x_BTD, s_LBTk = model.observed(tokens_BT, np.ones_like(tokens_BT), positions_BT)
+
+    @jax.jit
+    def observe(params):
+        model = nnx.merge(graphdef, params)
+        x_BTD, s_LBTk = model.observed(tokens_BT, jnp.ones_like(tokens_BT), positions_BT)
+        return model.logits(x_BTD), s_LBTk
+
+    logits_BTV, s_LBTk = observe(params)
     wide = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
     for b in range(3):
         logits, seen = by_equations(wide, tokens_BT[b])
-        np.testing.assert_allclose(model.logits(x_BTD)[b], logits, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(logits_BTV[b], logits, rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(s_LBTk[:, b], seen, rtol=1e-4, atol=1e-5)
 
 
@@ -132,3 +141,32 @@ def test_fields_without_meaning_are_refused():
         tiny_config(**MUSOTA | {"model__heads": 2})
     again = config.from_dict(config.to_dict(tiny_config(**MUSOTA)))
     assert config.resolve(again, windows=50) == tiny_config(**MUSOTA)
+
+
+def test_evaluation_reports_the_sensitivity_of_every_block(text):  # noqa: F811
+    kind = {"model__layers": 2, "model__d_model": 128, "model__heads": 4, "model__family": "musota"}
+    cfg = config.resolve(small(text, **kind), windows=50)
+    store = evaluate.open_data(cfg)
+    graphdef, init = step.create_model(cfg, store.tokenizer.vocab_size, "reference")
+    params = randomise(jax.jit(init)(jax.random.key(0)), 3, 0.5)
+    eval_step = step.make_eval_step(cfg, graphdef)
+    evaluator = evaluate.Evaluator(cfg, store, sharding.make_mesh(1), eval_step)
+    found = evaluator(params, "valid")["sensitivity"]
+    assert tuple(found) == musota.BLOCKS
+    split = store.split("valid")
+
+    @jax.jit
+    def observe(tokens):
+        model = nnx.merge(graphdef, params)
+        return model.observed(tokens, jnp.ones_like(tokens), jnp.arange(32)[None])[1][:, 0]
+
+    total = np.zeros((2, 16))
+    for start, end in itertools.pairwise(split.document_starts):
+        document = np.concatenate([[split.separator], split.tokens[start:end]])[:-1]
+        for first in range(0, len(document), 32):
+            part = document[first : first + 32]
+            padded = np.pad(part, (0, 32 - len(part)))[None].astype(np.int32)
+            total += np.asarray(observe(padded))[:, : len(part)].sum(1)
+    # Documents are cut into windows elsewhere here, so the context of some tokens differs.
+    means = total / len(split.tokens)
+    np.testing.assert_allclose(np.array(list(found.values())).T, means, rtol=0.02)
