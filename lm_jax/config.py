@@ -160,6 +160,7 @@ class LossConfig(_Section):
     """How the loss is computed from hidden states and head."""
 
     impl: str = "auto"  # auto | materialised (all logits at once) | fused (logits in chunks)
+    label_smoothing: float = 0.0  # share of each target spread over all ids; not in what is logged
 
 
 @dataclasses.dataclass
@@ -236,7 +237,7 @@ _POSITIVE = (
 ).split()
 _SHARE = (  # in [0, 1)
     "data.valid_fraction data.test_fraction model.dropout model.attention_dropout "
-    "model.embedding_dropout optim.b1 optim.b2 optim.ema_decay"
+    "model.embedding_dropout loss.label_smoothing optim.b1 optim.b2 optim.ema_decay"
 ).split()
 _NOT_NEGATIVE = (
     "seed data.threads tokenizer.vocab_size model.kv_heads model.d_ff model.logit_softcap "

@@ -46,6 +46,7 @@ def shift(batch: Batch) -> Shifted:
 class Scored(NamedTuple):
     """Sums over scored tokens, or their terms [B, T]; float32 or wider."""
 
+    objective: jax.Array  # what training minimises: nats, smoothed if asked for
     nats: jax.Array
     count: jax.Array  # type: ignore[assignment]
     correct: jax.Array  # where no token is more likely than the target
@@ -74,9 +75,10 @@ def from_hidden(
     *,
     softcap: float,
     impl: str,
+    label_smoothing: float = 0.0,
     summed: bool = True,
 ) -> Scored:
-    """Next-token loss of hidden states under a head matrix; `nats` can be differentiated.
+    """Next-token loss of hidden states under a head matrix; `objective` can be differentiated.
 
     Args:
         x_BTD: final hidden states.
@@ -84,17 +86,32 @@ def from_hidden(
         b: what to predict.
         softcap: cap on the logits, 0 for none.
         impl: see `choose`.
+        label_smoothing: e in the objective -sum_v ((1 - e) [v = target] + e / V) log p_v (Szegedy
+            et al. 2016, section 7); `nats` stay those of the target.
         summed: else the terms of the sums are returned, for evaluation.
     """
     impl, _ = choose(impl, tokens=b.targets.size, vocab_size=head_VD.shape[0])
     if impl == "fused":
-        fused = linear_cross_entropy(
-            x_BTD, head_VD, b.targets, b.weights, softcap=softcap, summed=summed
+        return Scored(
+            *linear_cross_entropy(
+                x_BTD,
+                head_VD,
+                b.targets,
+                b.weights,
+                softcap=softcap,
+                label_smoothing=label_smoothing,
+                summed=summed,
+            )
         )
-        return Scored(fused.objective, fused.count, fused.correct)
     logits_BTV = head_logits(x_BTD, head_VD, softcap)
     nats_BT, count_BT = token_nats(logits_BTV, b.targets, b.weights)
-    terms = Scored(nats_BT, count_BT, correct(logits_BTV, b.targets, b.weights))
+    objective_BT = nats_BT
+    if label_smoothing:
+        evenly_BT = jax.nn.logsumexp(logits_BTV, axis=-1) - logits_BTV.mean(-1)
+        evenly_BT = jnp.where(b.weights > 0, evenly_BT, 0) * b.weights
+        objective_BT = (1 - label_smoothing) * nats_BT + label_smoothing * evenly_BT
+    right_BT = correct(logits_BTV, b.targets, b.weights)
+    terms = Scored(objective_BT, nats_BT, count_BT, right_BT)
     return jax.tree.map(jnp.sum, terms) if summed else terms
 
 

@@ -88,13 +88,20 @@ def loss_sums(
     dtype: jnp.dtype,
     key: jax.Array | None,
     loss_impl: str = "auto",
+    label_smoothing: float = 0.0,
 ) -> losses.Scored:
     """Sums of one micro-batch."""
     model = nnx.merge(graphdef, params)
     b = losses.shift(batch)
     x_BTD = model(b.inputs, b.segment_ids, b.positions, dtype=dtype, key=key)
-    softcap = model.cfg.logit_softcap
-    return losses.from_hidden(x_BTD, model.head_VD(), b, softcap=softcap, impl=loss_impl)
+    return losses.from_hidden(
+        x_BTD,
+        model.head_VD(),
+        b,
+        softcap=model.cfg.logit_softcap,
+        impl=loss_impl,
+        label_smoothing=label_smoothing,
+    )
 
 
 def gradients(
@@ -107,16 +114,25 @@ def gradients(
     key: jax.Array | None,
     scale: jax.typing.ArrayLike = 1.0,
     loss_impl: str = "auto",
+    label_smoothing: float = 0.0,
 ) -> tuple[jax.Array, jax.Array, Params]:
-    """Summed nats, scored tokens and the gradient of the mean, over all micro-batches.
+    """Summed nats, scored tokens and the gradient of the mean objective, over all micro-batches.
 
     Micro-batches add sums and counts and are divided once, so their token counts may differ.
     `scale` multiplies the loss before differentiation and divides the gradient after it.
     """
 
     def scaled(params: Params, batch: losses.Batch, key: jax.Array | None):
-        sums = loss_sums(graphdef, params, batch, dtype=dtype, key=key, loss_impl=loss_impl)
-        return sums.nats * scale, (sums.nats, sums.count)
+        sums = loss_sums(
+            graphdef,
+            params,
+            batch,
+            dtype=dtype,
+            key=key,
+            loss_impl=loss_impl,
+            label_smoothing=label_smoothing,
+        )
+        return sums.objective * scale, (sums.nats, sums.count)
 
     differentiate = jax.grad(scaled, has_aux=True)
     if accumulation == 1:
@@ -158,6 +174,7 @@ def make_gradients(cfg: Config, graphdef: nnx.GraphDef) -> Callable:
             key=key,
             scale=loss_scale,
             loss_impl=cfg.loss.impl,
+            label_smoothing=cfg.loss.label_smoothing,
         )
 
     return of_update
@@ -259,6 +276,7 @@ def make_eval_step(cfg: Config, graphdef: nnx.GraphDef) -> Callable:
                 impl=cfg.loss.impl,
                 summed=False,
             )
-        return jax.tree.map(jnp.sum, terms)._asdict() | {"token_nats": terms.nats} | seen
+        sums = {name: getattr(terms, name).sum() for name in ("nats", "count", "correct")}
+        return sums | {"token_nats": terms.nats} | seen
 
     return jax.jit(eval_step)

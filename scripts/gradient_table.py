@@ -70,10 +70,12 @@ def parts(cfg: Config, seed: int = 0) -> Iterator[Part]:
         sums = step.loss_sums(
             graphdef, params, batch, dtype=jnp.dtype("float64"), key=None, loss_impl=impl
         )
-        return sums.nats / sums.count
+        return sums.objective / sums.count
 
     def head_and_loss(head_VD: Any, x_BTD: Any, impl: str) -> jax.Array:
-        return loss.from_hidden(x_BTD, head_VD, b, softcap=cfg.model.logit_softcap, impl=impl).nats
+        return loss.from_hidden(
+            x_BTD, head_VD, b, softcap=cfg.model.logit_softcap, impl=impl
+        ).objective
 
     head_VD = np.asarray(model.head_VD())
     for impl in ("materialised", "fused"):

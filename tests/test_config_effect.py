@@ -112,6 +112,7 @@ TABLE = {
     "optim.ema_decay": (0.9, "train_step evaluated_midway evaluated_at_end", {}),
     "attention.impl": ("xla", "implementation", {}),
     "loss.impl": ("fused", "train_step eval_step", {"loss.impl": "materialised"}),
+    "loss.label_smoothing": (0.1, "train_step", {}),
     "train.steps": ("7", "calls train_step", {}),
     "train.eval_every": ("2", "evaluated_midway rows", {}),
     "train.checkpoint_every": (
@@ -366,6 +367,7 @@ def test_the_same_config_gives_the_same_run(lab):
     [
         ({"model.positions": "none"}, "model.rope_theta", "train_step"),
         ({"model.init": "normal"}, "model.dropout", "eval_step"),
+        ({}, "loss.label_smoothing", "eval_step"),
         ({"optim.schedule": "constant"}, "optim.end_lr", "train_step"),
         ({}, "seed", "train_step"),
         ({}, "optim.peak_lr", "initialisation"),

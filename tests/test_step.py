@@ -176,8 +176,8 @@ def test_eval_is_exact_and_repeatable():
     batch = random_batch(np.random.default_rng(10), (4, 12), V)
     eval_step = step.make_eval_step(cfg, graphdef)
     a, b = eval_step(state.params, batch), eval_step(state.params, batch)
-    nats, count, _ = step.loss_sums(graphdef, state.params, batch, dtype=jnp.float32, key=None)
+    sums = step.loss_sums(graphdef, state.params, batch, dtype=jnp.float32, key=None)
     jax.tree.map(np.testing.assert_array_equal, a, b)
-    assert a["count"] == count
-    np.testing.assert_allclose(a["nats"], nats, rtol=1e-6)
-    np.testing.assert_allclose(a["token_nats"].sum(), nats, rtol=1e-6)
+    assert a["count"] == sums.count
+    np.testing.assert_allclose(a["nats"], sums.nats, rtol=1e-6)
+    np.testing.assert_allclose(a["token_nats"].sum(), sums.nats, rtol=1e-6)

@@ -203,7 +203,7 @@ class _Small:
                 scored = losses.from_hidden(
                     logits_BTV[:, :-1], head_VV, b, softcap=0.0, impl=self.loss_impl
                 )
-            return scored.nats, scored.count
+            return scored.objective, scored.count
 
         return examine_loss(
             sums,
@@ -252,6 +252,7 @@ class _Small:
                 dtype=self.dtype,
                 key=None,
                 loss_impl=self.loss_impl,
+                label_smoothing=self.cfg.loss.label_smoothing,
             )[2]
 
         return examine_optimiser(
@@ -322,8 +323,9 @@ class _Small:
                 dtype=jnp.dtype("float64"),
                 key=None,
                 loss_impl=self.loss_impl,
+                label_smoothing=self.cfg.loss.label_smoothing,
             )
-            return sums.nats / sums.count
+            return sums.objective / sums.count
 
         return examine_gradients(mean_loss, params, seed=self.cfg.seed, unused=self.unused)
 
