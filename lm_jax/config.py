@@ -119,6 +119,7 @@ class ModelConfig(_Section):
     qk_norm: bool = False  # RMS-normalise queries and keys per head before rotary
     bias: bool = False  # biases in the linear maps of the blocks and in layernorm
     tied: bool = True  # the head is the embedding table
+    embedding_rank: int = 0  # r of a token table [V, r] times [r, D]; 0: one table [V, D]
     init: str = "normal"  # normal: N(0, init_std^2) | fan_in: N(0, 1/inputs)
     init_std: float = 0.02  # std of every table, and of matrices under init "normal"
     dropout: float = 0.0  # rate on the residual branches
@@ -240,8 +241,9 @@ _SHARE = (  # in [0, 1)
     "model.embedding_dropout loss.label_smoothing optim.b1 optim.b2 optim.ema_decay"
 ).split()
 _NOT_NEGATIVE = (
-    "seed data.threads tokenizer.vocab_size model.kv_heads model.d_ff model.logit_softcap "
-    "optim.end_lr optim.weight_decay optim.clip_norm eval.batch_size eval.stride"
+    "seed data.threads tokenizer.vocab_size model.kv_heads model.d_ff model.embedding_rank "
+    "model.logit_softcap optim.end_lr optim.weight_decay optim.clip_norm eval.batch_size "
+    "eval.stride"
 ).split()
 
 
@@ -362,6 +364,12 @@ def validate(cfg: Config) -> Config:
         "model.heads",
         f"does not divide config.model.d_model={model.d_model}",
         "choose a divisor",
+    )
+    require(
+        model.embedding_rank < model.d_model,
+        "model.embedding_rank",
+        f"is not below config.model.d_model={model.d_model} and would save nothing",
+        "lower it, or give 0 for one table",
     )
     require(
         model.kv_heads == 0 or model.heads % model.kv_heads == 0,

@@ -89,6 +89,7 @@ TABLE = {
     "model.qk_norm": (True, "initialisation train_step eval_step", {}),
     "model.bias": (True, "initialisation train_step eval_step", {}),
     "model.tied": (False, "initialisation train_step eval_step", {}),
+    "model.embedding_rank": (4, "initialisation train_step eval_step", {}),
     "model.init": ("fan_in", "initialisation", {}),
     "model.init_std": (0.1, "initialisation", {}),
     "model.dropout": (0.1, "train_step", {}),

@@ -33,6 +33,8 @@ STELLUX = dataclasses.replace(GPT, mlp="swiglu", bias=False)
         dict(tied=False, bias=True, norm="layernorm", positions="learned", mlp="gelu"),
         dict(kv_heads=1, qk_norm=True, bias=True, mlp="relu2"),
         dict(scan_layers=True, d_ff=50, positions="none"),
+        dict(embedding_rank=20),
+        dict(embedding_rank=20, tied=False),
     ],
 )
 def test_size_counts_the_parameters_of_the_model(changes):
@@ -43,7 +45,8 @@ def test_size_counts_the_parameters_of_the_model(changes):
     params = jax.eval_shape(init, jax.random.key(0))
     found = size(cfg.model, 101, cfg.data.seq_len)
     assert found.total == sum(leaf.size for leaf in jax.tree.leaves(params))
-    assert found.table == 101 * 48 * (1 if cfg.model.tied else 2)
+    table = 101 * 20 + 20 * 48 if cfg.model.embedding_rank else 101 * 48
+    assert found.table == table + (0 if cfg.model.tied else 101 * 48)
     assert found.positions == (cfg.data.seq_len * 48 if "position_embedding" in params else 0)
     assert found.flops == 3 * found.forward_flops
 

@@ -18,6 +18,7 @@ FAMILIES = {
     "grouped": dict(model__kv_heads=2, model__qk_norm=True, model__tied=False),
     "plain": dict(model__positions="none", model__logit_softcap=5.0),
     "scanned": dict(model__scan_layers=True, model__remat=True),
+    "factorised": dict(model__embedding_rank=7),
     "musota": dict(
         model__family="musota", model__d_model=128, model__heads=4, model__init="normal"
     ),

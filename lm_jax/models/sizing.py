@@ -57,12 +57,15 @@ def size(cfg: ModelConfig, vocab_size: int, seq_len: int) -> Size:
     biases = (H + 2 * K) * C + D + inner + D if cfg.bias else 0
     norm = D * (2 if cfg.norm == "layernorm" and cfg.bias else 1)
     layer = matrices + biases + 2 * norm + (2 * C if cfg.qk_norm else 0)
-    forward = 2.0 * (cfg.layers * matrices + vocab_size * D) + 2.0 * cfg.layers * seq_len * D
+    rank = cfg.embedding_rank
+    table = vocab_size * rank + rank * D if rank else vocab_size * D
+    head = table if cfg.tied else vocab_size * D
+    products = cfg.layers * matrices + head + rank * D
     return Size(
-        table=vocab_size * D * (1 if cfg.tied else 2),
+        table=table + (0 if cfg.tied else head),
         positions=seq_len * D if cfg.positions == "learned" else 0,
         blocks=cfg.layers * layer + norm,
-        forward_flops=forward,
+        forward_flops=2.0 * products + 2.0 * cfg.layers * seq_len * D,
     )
 
 

@@ -227,7 +227,10 @@ class Transformer(nnx.Module):
         self.cfg, self.segmented = cfg, segmented
         D = cfg.d_model
         table_std = normal(cfg.init_std)
-        self.embedding = nnx.Param(table_std(rngs.params(), (vocab_size, D)))
+        rank = cfg.embedding_rank
+        self.embedding = nnx.Param(table_std(rngs.params(), (vocab_size, rank or D)))
+        if rank:  # Lan et al. 2020 (ALBERT), section 3.1
+            self.projection = nnx.Param(normal(rank**-0.5)(rngs.params(), (rank, D)))
         if cfg.positions == "learned":
             self.position_embedding = nnx.Param(table_std(rngs.params(), (max_len, D)))
         if cfg.scan_layers:
@@ -249,6 +252,8 @@ class Transformer(nnx.Module):
         key: jax.Array | None = None,
     ) -> jax.Array:
         """Hidden states after the final norm, [B, T, D] in `dtype`.
+
+        With a tied head and factorised embeddings they are projected to the rank of the table.
 
         Args:
             tokens_BT: ids in [0, V); checked on the host, not here.
@@ -289,6 +294,8 @@ class Transformer(nnx.Module):
             keys = jax.random.split(key, cfg.layers + 1)
         # Gather, then cast: the gradient of a table is summed in the table's float32.
         x_BTD = self.embedding[...][tokens_BT].astype(dtype)
+        if cfg.embedding_rank:
+            x_BTD = linear(x_BTD, self.projection[...], dtype)
         if cfg.positions == "learned":
             x_BTD = x_BTD + self.position_embedding[...][positions_BT].astype(dtype)
         x_BTD = dropout(x_BTD, cfg.embedding_dropout, keys[-1])
@@ -297,7 +304,10 @@ class Transformer(nnx.Module):
             return *block.with_cache(x_BTD, segment_ids_BT, positions_BT, key, cache), None
 
         x_BTD, cache, _ = through_layers(self.blocks, cfg, x_BTD, keys[:-1], cache, apply)
-        return self.final_norm(x_BTD), cache
+        x_BTD = self.final_norm(x_BTD)
+        if cfg.embedding_rank and cfg.tied:
+            x_BTD = linear(x_BTD, self.projection[...].T, dtype)
+        return x_BTD, cache
 
     def head_VD(self) -> jax.Array:
         """The matrix that turns hidden states into logits, one row per vocabulary entry."""
