@@ -44,11 +44,11 @@ def get_config(arm: str = "musota") -> Config:
         cfg.model.bias = True
         cfg.model = matched(cfg.model, *sizes, on=quantity, wanted=getattr(wanted, quantity))
     cfg.optim.peak_lr = PEAK_LR[arm]
-    cfg.optim.warmup = Duration("200k tokens")
+    cfg.optim.warmup = Duration("100")
     cfg.optim.end_lr = 0.05
     cfg.optim.weight_decay = 0.1
-    cfg.train.steps = Duration("1 epoch")
-    cfg.train.eval_every = Duration("500k tokens")
-    cfg.train.checkpoint_every = Duration("1M tokens")
+    cfg.train.steps = Duration("800")
+    cfg.train.eval_every = Duration("200")
+    cfg.train.checkpoint_every = Duration("400")
     cfg.train.log_every = Duration("100")
     return cfg
