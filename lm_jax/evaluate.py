@@ -182,6 +182,8 @@ def open_data(cfg: Config) -> Store:
             corpus,
             tokenizer_kind=cfg.tokenizer.kind,
             vocab_size=cfg.tokenizer.vocab_size,
+            sample=cfg.tokenizer.sample,
+            workers=data.workers,
             cache_dir=str(cache_dir),
         )
     for name in ["valid", *config.eval_splits(cfg, store.manifest["splits"])]:
