@@ -41,16 +41,11 @@ ROOT = pathlib.Path(__file__).parents[1]
 def make_lexicon(seed: int) -> list[str]:
     """Pronounceable words, the frequent ones short."""
     rng = np.random.default_rng(seed)
-    letters = [list("tnshrdlcmfpgwybvkxjqz"), list("eaoiu")]
-    weights = [
-        [9, 7, 6, 6, 6, 4, 4, 3, 2, 2, 2, 2, 2, 2, 1, 1, 1, 0.2, 0.2, 0.1, 0.1],
-        [13, 8, 8, 7, 3],
-    ]
+    consonants = np.array(list("tnshrdlcmfpgwybvkxjqz")), np.arange(21, 0, -1) / 231
+    vowels = np.array(list("eaoiu")), np.array([13, 8, 8, 7, 3]) / 39
     lengths = 1 + rng.poisson(0.6 + 1.35 * np.log10(np.arange(1, 3 * LEXICON)))
-    drawn = [
-        rng.choice(of, int(lengths.sum()), p=np.array(weight) / sum(weight)).tolist()
-        for of, weight in zip(letters, weights, strict=True)
-    ]
+    total = int(lengths.sum())
+    drawn = [rng.choice(letters, total, p=p).tolist() for letters, p in (consonants, vowels)]
     words: dict[str, None] = {}
     at = 0
     for length, kind in zip(
