@@ -5,10 +5,10 @@
 Writes a corpus of made-up words with the frequencies and lengths of a natural language, no two
 documents alike, as JSONL shards. Prepares an eighth, a quarter, half and all of it as
 `configs/stream_226m.py` would, with two processes, the smallest also with one (of one thread);
-reads training batches for one epoch, and examines the largest with the doctor. Every stage runs in a process of
-its own, whose memory (with that of its children) is looked at 20 times a second. Kills a small
-preparation with SIGKILL and compares what follows byte for byte. The corpus and the stores are
-deleted at the end; they take three times the size of the text.
+reads training batches for one epoch, and examines the largest with the doctor. Every stage runs in
+a process of its own, whose memory (with that of its children) is looked at 20 times a second. Kills
+a small preparation with SIGKILL and compares what follows byte for byte. The corpus and the stores
+are deleted at the end; they take three times the size of the text.
 """
 
 import argparse
