@@ -208,6 +208,12 @@ def _shift_document(path):
     np.save(path / "train.documents.npy", starts)
 
 
+def _swap_documents(path):
+    starts = np.load(path / "train.documents.npy")
+    starts[[1, 2]] = starts[[2, 1]]
+    np.save(path / "train.documents.npy", starts)
+
+
 def _truncate(path):
     whole = (path / "train.tokens.npy").read_bytes()
     (path / "train.tokens.npy").write_bytes(whole[:-5])
@@ -234,10 +240,13 @@ def _drop_key(path):
         (_put_id(257), "holds ids 11 to 257, not 1 to 256"),
         (_put_id(0), "holds ids 0 to"),
         (_shift_document, "train.documents.npy does not divide"),
+        (_swap_documents, "train.documents.npy does not divide"),
         (_damage_tokens, "train.tokens.npy differs from the sha256"),
     ],
 )
-def test_a_damaged_store_is_refused(tmp_path, damage, message):
+@pytest.mark.parametrize("block", [2, 1 << 20])
+def test_a_damaged_store_is_refused(tmp_path, monkeypatch, damage, message, block):
+    monkeypatch.setattr(store_module, "BLOCK", block)
     path = _prepare(tmp_path).path
     open_store(path)
     damage(path)
