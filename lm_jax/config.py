@@ -84,10 +84,13 @@ class DataConfig(_Section):
     files: str = ""  # corpus "text": path or glob of the training files
     valid_files: str = ""  # corpus "text": files held out for validation; empty: a share of files
     test_files: str = ""  # corpus "text": files held out for the test
-    document: str = "file"  # corpus "text": what one document is: file | line | jsonl:FIELD
+    # corpus "text": what one document is: file | line | jsonl:FIELD | parquet:FIELD |
+    # arrayrecord (each record is a text) | arrayrecord:FIELD (each record is JSON)
+    document: str = "file"
     valid_fraction: float = 0.1  # share held out for validation where the corpus has no such split
     test_fraction: float = 0.0  # share held out for the test where the corpus has no such split
     cache_dir: str = "~/.cache/lm_jax"  # prepared corpora and token stores live here
+    workers: int = 0  # processes that tokenise a corpus of more than 32 MB; 0: one a core
     seq_len: int = 256  # T, tokens predicted per window
     batch_size: int = 32  # sequences per update, over all devices and micro-batches
     document_mask: bool = True  # attention and positions restart at each document
@@ -100,6 +103,7 @@ class TokenizerConfig(_Section):
 
     kind: str = "char"  # byte | char | word | bpe
     vocab_size: int = 0  # ids with the separator, for bpe and word; 0: all types (word)
+    sample: int = 0  # characters of the train split that bpe and word learn from; 0: all
 
 
 @dataclasses.dataclass
@@ -241,9 +245,9 @@ _SHARE = (  # in [0, 1)
     "model.embedding_dropout loss.label_smoothing optim.b1 optim.b2 optim.ema_decay"
 ).split()
 _NOT_NEGATIVE = (
-    "seed data.threads tokenizer.vocab_size model.kv_heads model.d_ff model.embedding_rank "
-    "model.logit_softcap optim.end_lr optim.weight_decay optim.clip_norm eval.batch_size "
-    "eval.stride"
+    "seed data.workers data.threads tokenizer.vocab_size tokenizer.sample model.kv_heads "
+    "model.d_ff model.embedding_rank model.logit_softcap optim.end_lr optim.weight_decay "
+    "optim.clip_norm eval.batch_size eval.stride"
 ).split()
 
 
@@ -358,6 +362,12 @@ def validate(cfg: Config) -> Config:
         "tokenizer.vocab_size",
         f"does not fit config.tokenizer.kind={cfg.tokenizer.kind!r}",
         "give more than 257 for bpe, 0 or more for word, and 0 for byte and char",
+    )
+    require(
+        cfg.tokenizer.kind in ("bpe", "word") or cfg.tokenizer.sample == 0,
+        "tokenizer.sample",
+        f"does not fit config.tokenizer.kind={cfg.tokenizer.kind!r}, which must see all characters",
+        "give 0",
     )
     require(
         model.d_model % model.heads == 0,

@@ -29,8 +29,10 @@ from lm_jax.data.store import Store, prepare
 from lm_jax.data.tokenizers import WordTokenizer
 from lm_jax.models import musota
 
-# Reference predictors are fitted on at most this many training tokens: sorting them takes seconds.
+# Reference predictors are fitted on and score at most this many tokens: sorting takes seconds, and
+# some 140 bytes of memory for each.
 _REFERENCE_TOKENS = 20_000_000
+_REFERENCE_SCORED = 4_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +130,8 @@ def references(store: Store, split_name: str) -> dict[str, float]:
     """What simple predictors reach on the same tokens; computed once and kept in the store.
 
     `uniform`, `unigram`, `kn2` and `kn3` are perplexities per token, fitted on the training split
-    (its first 20 million tokens); `entropy_rate`, where the source is known, is in nats per token.
+    (its first 20 million tokens) and of a split of more than 4 million tokens only on the first 4
+    million; `entropy_rate`, where the source is known, is in nats per token.
     """
     path = store.path / f"references_{split_name}.json"
     if path.exists():
@@ -138,7 +141,7 @@ def references(store: Store, split_name: str) -> dict[str, float]:
     start = tokenizer.line_end if isinstance(tokenizer, WordTokenizer) else tokenizer.separator
     result = ngram.references(
         store.split("train").tokens[:_REFERENCE_TOKENS],
-        split.tokens,
+        split.tokens[:_REFERENCE_SCORED],
         vocab_size=tokenizer.vocab_size - 1,
         start=start,
     )
@@ -238,6 +241,8 @@ def open_data(cfg: Config) -> Store:
             corpus,
             tokenizer_kind=cfg.tokenizer.kind,
             vocab_size=cfg.tokenizer.vocab_size,
+            sample=cfg.tokenizer.sample,
+            workers=data.workers,
             cache_dir=str(cache_dir),
         )
     for name in ["valid", *config.eval_splits(cfg, store.manifest["splits"])]:

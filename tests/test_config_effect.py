@@ -9,7 +9,10 @@ import contextlib
 import hashlib
 import io
 import json
+import pathlib
 import re
+import shutil
+import subprocess
 import sys
 import types
 
@@ -21,7 +24,7 @@ import pytest
 
 from lm_jax import config, step, train
 from lm_jax.config import Config
-from lm_jax.data import corpora
+from lm_jax.data import corpora, shards
 from lm_jax.data.pipeline import batch_hash
 
 V = 29
@@ -66,12 +69,18 @@ TABLE = {
     "data.valid_fraction": (0.5, "manifest train_batches eval_batches", {}),
     "data.test_fraction": (0.5, "manifest train_batches", {}),
     "data.cache_dir": ("{root}/elsewhere", "store_folder", {}),
+    "data.workers": (3, "processes", {"data.workers": 2}),
     "data.seq_len": (6, "train_batches eval_batches", {}),
     "data.batch_size": (2, "train_batches", {"eval.batch_size": 4}),
     "data.document_mask": (True, "train_batches eval_batches", {}),
     "data.threads": (2, "reader_threads", {}),
     "tokenizer.kind": ("byte", "manifest train_batches", {}),
     "tokenizer.vocab_size": (5, "manifest train_batches", {"tokenizer.kind": "word"}),
+    "tokenizer.sample": (
+        60,
+        "manifest train_batches",
+        {"tokenizer.kind": "word", "tokenizer.vocab_size": 5},
+    ),
     "model.family": (
         "musota",
         "initialisation train_step eval_step",
@@ -186,7 +195,7 @@ double = jax.jit(lambda params: jax.tree.map(lambda x: 2 * x, params))
 def loop(cfg, workdir):
     """The real loop around a step that notes what it is given; updates 2 and 3 are not finite."""
     seen = {name: [] for name in "train_batches eval_batches calls evaluated saved".split()}
-    seen["tensorboard"], seen["reader_threads"], seen["examined"] = [], [], []
+    seen |= {name: [] for name in "tensorboard reader_threads examined processes".split()}
 
     def examine_config(cfg, *, level, store):
         seen["examined"].append(level)
@@ -252,12 +261,18 @@ def loop(cfg, workdir):
         seen["reader_threads"].append(options["num_threads"])
         return read_options(**options)
 
-    prepare = train.evaluate.open_data
+    prepare, popen = train.evaluate.open_data, subprocess.Popen
 
     def open_data(cfg):
+        if "manifest" not in seen:  # otherwise nothing would be left to tokenise
+            shutil.rmtree(pathlib.Path(cfg.data.cache_dir) / "stores", ignore_errors=True)
         store = prepare(cfg)
         seen["manifest"], seen["store_folder"] = store.manifest, str(store.path.parent)
         return store
+
+    def note_process(command, **options):
+        seen["processes"].append(command[0])
+        return popen(command, **options)
 
     screen = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(screen):
@@ -271,6 +286,9 @@ def loop(cfg, workdir):
         patch.setattr(train.provenance, "trace", lambda *_, **__: None)
         patch.setattr(grain, "ReadOptions", note_threads)
         patch.setattr(corpora, "SYNTHETIC_LENGTH", 40)
+        if cfg.data.workers:
+            patch.setattr(shards, "PIECE", 200)
+        patch.setattr(subprocess, "Popen", note_process)
         tensorboard = types.SimpleNamespace(SummaryWriter=SummaryWriter)
         patch.setitem(sys.modules, "tensorboardX", tensorboard)
         try:

@@ -14,10 +14,12 @@ CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("*.py"))
 # Name: (vocabulary with the separator, millions of parameters).
 SIZES = {
     "gpt_demo": (2000, None),
+    "gpt2_124m": (50_257, 124.439808),
     "musota": (8192, 1.8),
     "phase1": (16_000, 10.3),
     "quickstart": (257, None),
     "shakespeare_char": (66, None),
+    "stream_226m": (32_768, 226.546432),
     "wikitext2": (16_384, 17.0),
     "wikitext2_cpu": (8192, None),
 }
@@ -41,6 +43,16 @@ def test_config_resolves(name):
     count = train.parameter_count(jax.eval_shape(init, jax.random.key(0)))
     if millions:
         assert abs(count / 1e6 - millions) < 0.2, count
+
+
+@pytest.mark.parametrize("name", ["gpt2_124m", "stream_226m"])
+def test_published_sizes_are_exact(name):
+    cfg = config.resolve(load(name).get_config(), windows=5000)
+    vocab_size, millions = SIZES[name]
+    assert cfg.tokenizer.vocab_size == vocab_size
+    _, init = step.create_model(cfg, vocab_size, "reference")
+    count = train.parameter_count(jax.eval_shape(init, jax.random.key(0)))
+    assert count == round(1e6 * millions)
 
 
 def test_arms_of_the_allocation_study_differ():

@@ -19,7 +19,7 @@ def _open(tmp_path, corpus="text", **options):
 
 
 def _documents(corpus):
-    return {name: list(split()) for name, split in corpus.splits.items()}
+    return {name: list(corpus.documents(name)) for name in corpus.splits}
 
 
 def _wikitext_files(folder, **texts):
@@ -46,7 +46,7 @@ def test_wikitext2_has_the_published_articles_and_every_byte(wikitext2, split, a
     Without the second condition the train split has 601: one heading-like line of a reference list
     follows a blank line; 28 more, from formulas and table legends, follow text.
     """
-    documents = list(wikitext2.splits[split]())
+    documents = list(wikitext2.documents(split))
     assert len(documents) == articles
     assert all(re.match(r" \n = [^=].* = \n \n", text) for text in documents)
     original = (shared_data("wikitext-2") / f"wiki.{split}.tokens").read_bytes()
@@ -287,13 +287,14 @@ def test_synthetic_splits_come_from_one_source(tmp_path):
     sizes = {"train": 200, "valid": 20, "test": 20}
     seen: set[str] = set()
     for name, count in sizes.items():
-        documents = list(corpus.splits[name]())
+        documents = list(corpus.documents(name))
         assert [len(text) for text in documents] == [10_000] * count
         assert not seen & {text[:50] for text in documents}
         seen |= {text[:50] for text in documents}
         nats = np.concatenate([source.nats(source.from_text(text)) for text in documents])
         assert abs(nats.mean() - source.entropy_rate) < 0.01
-    assert next(corpus.splits["train"]()) == next(_open(tmp_path, "synthetic").splits["train"]())
+    again = _open(tmp_path, "synthetic")
+    assert next(corpus.documents("train")) == next(again.documents("train"))
 
 
 # --- any TensorFlow data set ---------------------------------------------------------------------

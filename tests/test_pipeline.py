@@ -1,3 +1,5 @@
+import pathlib
+import re
 import subprocess
 import sys
 import time
@@ -296,6 +298,41 @@ def test_a_memory_map_is_not_read_into_memory(mapped_split):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < mapped_split.tokens.nbytes / 10
+
+
+@pytest.mark.parametrize("stride", [1, 5, T])
+@pytest.mark.parametrize("lengths", [LENGTHS, [1], [T + 1], [0, 2]])
+def test_windows_of_a_file_equal_those_of_an_array(tmp_path, lengths, stride):
+    split = make_split(lengths)
+    np.save(tmp_path / "tokens.npy", split.tokens)
+    mapped = make_split(lengths, np.load(tmp_path / "tokens.npy", mmap_mode="r"))
+    batches = [Windows(s, T, True, stride) for s in (split, mapped)]
+    indices = np.arange(-1, len(batches[0])).reshape(1, -1)
+    assert_same([batches[1].batch(indices)], [batches[0].batch(indices)])
+
+
+def resident(path):
+    """Bytes of a file that this process holds in memory through maps."""
+    maps = pathlib.Path("/proc/self/smaps").read_text().split(str(path))[1:]
+    return sum(1024 * int(re.search(r"Rss: +(\d+) kB", rest)[1]) for rest in maps)
+
+
+def test_an_epoch_leaves_no_page_of_the_file_in_memory(mapped_split):
+    path = mapped_split.tokens.filename
+    batches = train_batches(
+        mapped_split,
+        seq_len=256,
+        batch_size=32,
+        document_mask=True,
+        seed=0,
+        calls=one_by_one(0, 250),
+        threads=1,
+    )
+    assert sum(batch["tokens"].size for batch in batches) > len(mapped_split.tokens)
+    assert resident(path) == 0
+    assert (
+        mapped_split.tokens[::2000].sum() and resident(path) > 1e6
+    )  # the map is what was looked at
 
 
 def test_throughput_from_a_memory_map(mapped_split):

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lm_jax.data import parts
 from lm_jax.data import store as store_module
 from lm_jax.data.corpora import Corpus, open_corpus
 from lm_jax.data.store import open_store, prepare
@@ -20,7 +21,7 @@ DOCUMENTS = {
 
 
 def _corpus(documents: dict[str, list[str]] = DOCUMENTS, fingerprint="f" * 64, **options: Any):
-    splits = {name: functools.partial(iter, texts) for name, texts in documents.items()}
+    splits = {name: [functools.partial(iter, texts)] for name, texts in documents.items()}
     return Corpus("tfds:some/set", fingerprint, splits, **options)
 
 
@@ -82,7 +83,7 @@ def test_a_finished_store_is_reused(tmp_path):
     def refuse():
         raise AssertionError("the corpus was read again")
 
-    again = _prepare(tmp_path, Corpus("tfds:some/set", "f" * 64, {"train": refuse}))
+    again = _prepare(tmp_path, Corpus("tfds:some/set", "f" * 64, {"train": [refuse]}))
     assert again.path == first.path
     assert again.manifest == first.manifest
 
@@ -108,7 +109,7 @@ def test_two_preparations_agree_bit_for_bit(tmp_path):
 
 def test_batching_changes_nothing(tmp_path, monkeypatch):
     whole = _prepare(tmp_path / "one", kind="char")
-    monkeypatch.setattr(store_module, "BATCH_CHARACTERS", 1)
+    monkeypatch.setattr(parts, "BATCH_CHARACTERS", 1)
     assert _prepare(tmp_path / "two", kind="char").manifest == whole.manifest
 
 
@@ -119,15 +120,30 @@ def test_the_tokenizer_learns_from_the_train_split_alone(tmp_path):
     assert list((tmp_path / "stores").iterdir()) == []
 
 
-def test_a_crash_leaves_nothing_behind(tmp_path):
+def test_a_crash_leaves_only_what_is_finished(tmp_path):
     def breaks_off():
         yield "text"
         raise KeyboardInterrupt
 
-    corpus = Corpus("c", "f", {"train": lambda: iter(["text"]), "valid": breaks_off})
+    def refuse():
+        raise AssertionError("a finished part was read again")
+
+    train, valid = (functools.partial(iter, [text]) for text in ("text", "more"))
     with pytest.raises(KeyboardInterrupt):
-        _prepare(tmp_path, corpus)
-    assert list((tmp_path / "stores").iterdir()) == []
+        _prepare(tmp_path, Corpus("c", "f", {"train": [train], "valid": [breaks_off]}))
+    (left,) = (tmp_path / "stores").iterdir()
+    assert sorted(path.name for path in left.iterdir()) == [
+        "tokenizer.json",
+        "train.000000-of-000001",
+    ]
+    with pytest.raises(FileNotFoundError):
+        open_store(left)
+    store = _prepare(tmp_path, Corpus("c", "f", {"train": [refuse], "valid": [valid]}))
+    assert [path.name for path in (tmp_path / "stores").iterdir()] == [store.path.name]
+    assert [store.tokenizer.decode(store.split(name).tokens) for name in ("train", "valid")] == [
+        "text",
+        "more",
+    ]
 
 
 def test_another_process_may_finish_first(tmp_path, monkeypatch):
@@ -141,7 +157,7 @@ def test_another_process_may_finish_first(tmp_path, monkeypatch):
         return iter(DOCUMENTS["train"])
 
     corpus = _corpus()
-    corpus = Corpus(corpus.name, corpus.fingerprint, {**corpus.splits, "train": train})
+    corpus = Corpus(corpus.name, corpus.fingerprint, {**corpus.splits, "train": [train]})
     assert _prepare(tmp_path, corpus).manifest == rival.manifest
     assert len(list((tmp_path / "stores").iterdir())) == 1
 
@@ -192,6 +208,12 @@ def _shift_document(path):
     np.save(path / "train.documents.npy", starts)
 
 
+def _swap_documents(path):
+    starts = np.load(path / "train.documents.npy")
+    starts[[1, 2]] = starts[[2, 1]]
+    np.save(path / "train.documents.npy", starts)
+
+
 def _truncate(path):
     whole = (path / "train.tokens.npy").read_bytes()
     (path / "train.tokens.npy").write_bytes(whole[:-5])
@@ -218,10 +240,13 @@ def _drop_key(path):
         (_put_id(257), "holds ids 11 to 257, not 1 to 256"),
         (_put_id(0), "holds ids 0 to"),
         (_shift_document, "train.documents.npy does not divide"),
+        (_swap_documents, "train.documents.npy does not divide"),
         (_damage_tokens, "train.tokens.npy differs from the sha256"),
     ],
 )
-def test_a_damaged_store_is_refused(tmp_path, damage, message):
+@pytest.mark.parametrize("block", [2, 1 << 20])
+def test_a_damaged_store_is_refused(tmp_path, monkeypatch, damage, message, block):
+    monkeypatch.setattr(store_module, "BLOCK", block)
     path = _prepare(tmp_path).path
     open_store(path)
     damage(path)

@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -29,7 +30,7 @@ READ_AHEAD_PER_THREAD = 2
 
 
 class Windows:
-    """The windows of a split, by number; only document starts are held in memory.
+    """The windows of a split, by number; in memory are 8 bytes for each document and no tokens.
 
     With a stride shorter than T (evaluation), the first window scores all its targets and every
     later one only its last `stride`: each target is scored once and, past the first window, with
@@ -52,7 +53,8 @@ class Windows:
                 f"choose it between 1 and seq_len={seq_len}."
             )
         documents = len(split.document_starts) - 1
-        self._separators = split.document_starts[:-1] + np.arange(documents)
+        self._separators = np.arange(documents)
+        self._separators += split.document_starts[:-1]
         self.stream_len = len(split.tokens) + documents
 
     def __len__(self) -> int:
@@ -72,9 +74,8 @@ class Windows:
         real_BT = (indices_B != PADDING_ROW)[..., None] & (position_BT < self.stream_len)
         text_BT = real_BT & (self._separators[document_BT] != position_BT)
 
-        tokens = self.split.tokens
-        offset_BT = np.clip(position_BT - document_BT - 1, 0, len(tokens) - 1)
-        tokens_BT = np.where(text_BT, tokens[offset_BT], self.split.separator)
+        offset_BT = np.clip(position_BT - document_BT - 1, 0, len(self.split.tokens) - 1)
+        tokens_BT = np.where(text_BT, _take(self.split.tokens, offset_BT), self.split.separator)
 
         segment_ids_BT = real_BT.astype(np.int32)
         if self.document_mask:
@@ -88,6 +89,27 @@ class Windows:
             "segment_ids": segment_ids_BT,
             "weights": weights_BT,
         }
+
+
+def _take(tokens: np.ndarray, offset_BT: np.ndarray) -> np.ndarray:
+    """tokens[offset_BT]; in a row offsets never fall.
+
+    Of a file each row is read as one stretch: pages touched through its map would stay in memory.
+    """
+    if not isinstance(tokens, np.memmap):
+        return tokens[offset_BT]
+    assert tokens.filename is not None
+    taken = np.empty(offset_BT.shape, tokens.dtype)
+    width = offset_BT.shape[-1]
+    with open(tokens.filename, "rb", buffering=0) as file:
+        for row_T, offset_T in zip(
+            taken.reshape(-1, width), offset_BT.reshape(-1, width), strict=True
+        ):
+            first, last = offset_T[0], offset_T[-1]
+            place = tokens.offset + first * tokens.itemsize
+            read = os.pread(file.fileno(), (last + 1 - first) * tokens.itemsize, place)
+            row_T[:] = np.frombuffer(read, tokens.dtype)[offset_T - first]
+    return taken
 
 
 def example_index(position: ArrayLike, num_windows: int, seed: int) -> np.ndarray:

@@ -2,26 +2,28 @@
 
 import dataclasses
 import hashlib
-import itertools
 import json
 import os
 import re
-import tempfile
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
+from lm_jax.data import parts
 from lm_jax.data.corpora import Corpus
-from lm_jax.data.tokenizers import Tokenizer, count_words, train_tokenizer
+from lm_jax.data.parts import Part
+from lm_jax.data.shards import Documents
+from lm_jax.data.tokenizers import Tokenizer, train_tokenizer
 
 FORMAT = 1  # raised whenever the same corpus and tokenizer would give other files
 MANIFEST_KEYS = (
     "format corpus corpus_fingerprint tokenizer_kind tokenizer_hash vocab_size entropy_rate splits"
 ).split()
-SPLIT_KEYS = "tokens documents empty_documents bytes words sha256".split()
-BATCH_CHARACTERS = 1 << 20  # text tokenised at once
+SPLIT_KEYS = [*parts.COUNTS, "sha256"]
+BLOCK = 1 << 20  # ids or offsets read at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,33 +61,56 @@ class Store:
         )
 
 
-def prepare(corpus: Corpus, *, tokenizer_kind: str, vocab_size: int, cache_dir: str) -> Store:
+def prepare(
+    corpus: Corpus,
+    *,
+    tokenizer_kind: str,
+    vocab_size: int,
+    sample: int = 0,
+    workers: int = 0,
+    cache_dir: str,
+) -> Store:
     """Tokenises every split of a corpus once; later calls open the finished store.
 
-    The tokenizer learns from the train split alone. The store appears under its name only when
-    it is complete.
+    The tokenizer learns from the train split alone: from `sample` characters of it, taken in equal
+    shares from the start of every piece, or from all (0). `workers` processes tokenise (0: one a
+    core); the store is the same, byte for byte, for any number. It appears under its name only when
+    it is complete; what a killed preparation had finished is beside it, and the next goes on from
+    there. One process at a time may prepare a store.
+
+    Raises:
+        ValueError: if the corpus cannot be tokenised; then nothing is left behind.
+        ChildProcessError: if a process that tokenised was killed.
     """
     stores = Path(cache_dir).expanduser() / "stores"
-    key = json.dumps([corpus.fingerprint, tokenizer_kind, vocab_size, FORMAT])
+    key = json.dumps([corpus.fingerprint, tokenizer_kind, vocab_size, sample, FORMAT])
     name = re.sub(r"[^\w.]+", "-", corpus.name)
     path = stores / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     if path.exists():
         return open_store(path)
-    stores.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=stores, prefix="partial-") as partial:
-        folder = Path(partial) / "store"
-        folder.mkdir()
-        _write(corpus, tokenizer_kind, vocab_size, folder)
-        try:
-            os.replace(folder, path)
-        except OSError:
-            if not path.exists():  # otherwise another process finished the same store first
-                raise
+    unfinished = path.with_name(f"{path.name}.parts")
+    unfinished.mkdir(parents=True, exist_ok=True)
+    try:
+        if not (unfinished / "tokenizer.json").exists():
+            _learn(corpus, tokenizer_kind, vocab_size, sample).save(unfinished)
+        tokenizer = Tokenizer.load(unfinished)
+        all_parts = parts.plan(corpus.splits)
+        parts.write_all(all_parts, tokenizer, unfinished, workers)
+        _join(corpus, all_parts, tokenizer, unfinished)
+    except ValueError:
+        shutil.rmtree(unfinished)
+        raise
+    try:
+        os.replace(unfinished / "store", path)
+    except OSError:
+        if not path.exists():  # otherwise another process finished the same store first
+            raise
+    shutil.rmtree(unfinished)
     return open_store(path)
 
 
 def open_store(path: str | os.PathLike) -> Store:
-    """Opens a finished store and checks every array against the manifest."""
+    """Opens a finished store and checks every array against the manifest, in bounded memory."""
     path = Path(path)
     manifest = _read_manifest(path / "manifest.json")
     tokenizer = Tokenizer.load(path / "tokenizer")
@@ -101,21 +126,70 @@ def open_store(path: str | os.PathLike) -> Store:
         if len(starts) != counts["documents"] + 1:
             problem = f"holds {len(starts) - 1} documents, the manifest says {counts['documents']}"
             raise _broken(_documents_path(path, name), problem)
-        lowest, highest = int(tokens.min()), int(tokens.max())
-        if lowest <= tokenizer.separator or highest >= tokenizer.vocab_size:
-            problem = f"holds ids {lowest} to {highest}, not 1 to {tokenizer.vocab_size - 1}"
-            raise _broken(_tokens_path(path, name), problem)
-        if starts[0] != 0 or starts[-1] != len(tokens) or (np.diff(starts) <= 0).any():
-            raise _broken(_documents_path(path, name), "does not divide the tokens into documents")
-        if _content_hash(tokens, starts) != counts["sha256"]:
-            raise _broken(_tokens_path(path, name), "differs from the sha256 in the manifest")
+        _check_content(path, name, tokens, starts, tokenizer, counts["sha256"])
     return Store(path, manifest, tokenizer)
 
 
-def _write(corpus: Corpus, tokenizer_kind: str, vocab_size: int, folder: Path) -> None:
-    if not any(corpus.splits["train"]()):
+def _check_content(
+    path: Path,
+    name: str,
+    tokens: np.memmap,
+    starts: np.memmap,
+    tokenizer: Tokenizer,
+    sha256: str,
+) -> None:
+    digest = hashlib.sha256()
+    lowest, highest = tokenizer.vocab_size, -1
+    for block in _blocks(tokens):
+        digest.update(block)
+        lowest, highest = min(lowest, int(block.min())), max(highest, int(block.max()))
+    if lowest <= tokenizer.separator or highest >= tokenizer.vocab_size:
+        problem = f"holds ids {lowest} to {highest}, not 1 to {tokenizer.vocab_size - 1}"
+        raise _broken(_tokens_path(path, name), problem)
+    ascending, last = starts[0] == 0, -1
+    for block in _blocks(starts):
+        digest.update(block)
+        ascending &= bool((np.diff(block, prepend=last) > 0).all())
+        last = int(block[-1])
+    if not ascending or last != len(tokens):
+        raise _broken(_documents_path(path, name), "does not divide the tokens into documents")
+    if digest.hexdigest() != sha256:
+        raise _broken(_tokens_path(path, name), "differs from the sha256 in the manifest")
+
+
+def _blocks(array: np.memmap) -> Iterator[np.ndarray]:
+    """The array, read block by block: pages touched through its map would stay in memory."""
+    assert array.filename is not None
+    with open(array.filename, "rb") as file:
+        file.seek(array.offset)
+        while len(block := np.fromfile(file, array.dtype, BLOCK)):
+            yield block
+
+
+def _learn(corpus: Corpus, kind: str, vocab_size: int, sample: int) -> Tokenizer:
+    """The tokenizer of the train split."""
+    if not any(corpus.documents("train")):
         raise _no_tokens(corpus, "train", "no documents, or empty ones")
-    tokenizer = train_tokenizer(tokenizer_kind, corpus.splits["train"](), vocab_size)
+    documents = _heads(corpus.splits["train"], sample) if sample else corpus.documents("train")
+    return train_tokenizer(kind, documents, vocab_size)
+
+
+def _heads(pieces: Sequence[Documents], characters: int) -> Iterator[str]:
+    """So many characters in all, in equal shares from the start of every piece."""
+    share = -(-characters // len(pieces))
+    for piece in pieces:
+        left = share
+        for text in piece():
+            yield text[:left]
+            left -= len(text)
+            if left <= 0:
+                break
+
+
+def _join(corpus: Corpus, all_parts: list[Part], tokenizer: Tokenizer, unfinished: Path) -> None:
+    """Writes the folder `store` from the finished parts."""
+    folder = unfinished / "store"
+    folder.mkdir(exist_ok=True)
     tokenizer.save(folder / "tokenizer")
     manifest = {
         "format": FORMAT,
@@ -125,65 +199,52 @@ def _write(corpus: Corpus, tokenizer_kind: str, vocab_size: int, folder: Path) -
         "tokenizer_hash": tokenizer.content_hash,
         "vocab_size": tokenizer.vocab_size,
         "entropy_rate": corpus.entropy_rate,
-        "splits": {name: _write_split(corpus, name, tokenizer, folder) for name in corpus.splits},
+        "splits": {
+            name: _join_split(
+                corpus,
+                name,
+                [unfinished / part.name for part in all_parts if part.split == name],
+                parts.id_type(tokenizer),
+                folder,
+            )
+            for name in corpus.splits
+        },
     }
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 
-def _write_split(corpus: Corpus, name: str, tokenizer: Tokenizer, folder: Path) -> dict[str, Any]:
-    """Streams a split's ids to disk and returns its entry in the manifest."""
-    dtype = np.dtype("<u2" if tokenizer.vocab_size < 1 << 16 else "<u4")
-    lengths: list[int] = []
-    empty = n_bytes = n_words = 0
+def _join_split(
+    corpus: Corpus, name: str, folders: list[Path], dtype: np.dtype, folder: Path
+) -> dict[str, Any]:
+    """Copies a split's parts end to end and returns its entry in the manifest."""
+    of_parts = [json.loads((part / "counts.json").read_text()) for part in folders]
+    counts = {key: sum(of_part[key] for of_part in of_parts) for key in parts.COUNTS}
+    if not counts["tokens"]:
+        raise _no_tokens(corpus, name, f"{counts['empty_documents']} empty documents")
+    digest = hashlib.sha256()
     with _tokens_path(folder, name).open("wb") as file:
-        _write_header(file, dtype, 0)
-        for texts in _batches(corpus.splits[name]()):
-            for text, ids in zip(texts, _encode(texts, tokenizer, name), strict=True):
-                if len(ids) == 0:
-                    empty += 1
-                    continue
-                file.write(ids.astype(dtype).tobytes())
-                lengths.append(len(ids))
-                n_bytes += len(text.encode())
-                n_words += count_words(text)
-        file.seek(0)
-        _write_header(file, dtype, sum(lengths))
-    if not lengths:
-        raise _no_tokens(corpus, name, f"{empty} empty documents")
-    starts = np.concatenate([[0], np.cumsum(lengths)]).astype("<i8")
-    np.save(_documents_path(folder, name), starts)
-    tokens, starts = _arrays(folder, name)
-    return {
-        "tokens": len(tokens),
-        "documents": len(lengths),
-        "empty_documents": empty,
-        "bytes": n_bytes,
-        "words": n_words,
-        "sha256": _content_hash(tokens, starts),
-    }
+        _write_header(file, dtype, counts["tokens"])
+        for part in folders:
+            with (part / "ids").open("rb") as ids_file:
+                while block := ids_file.read(BLOCK):
+                    digest.update(block)
+                    file.write(block)
+    with _documents_path(folder, name).open("wb") as file:
+        _write_header(file, np.dtype("<i8"), counts["documents"] + 1)
+        starts = np.zeros(1, "<i8")
+        digest.update(starts)
+        file.write(starts.tobytes())
+        for part in folders:
+            lengths = np.fromfile(part / "lengths", "<i8")
+            starts = np.cumsum(np.concatenate([starts[-1:], lengths]))
+            digest.update(starts[1:])
+            file.write(starts[1:].tobytes())
+    return {**counts, "sha256": digest.hexdigest()}
 
 
 def _write_header(file: BinaryIO, dtype: np.dtype, length: int) -> None:
-    """NumPy's header, which leaves room for any length and so can be written again at the end."""
     header = {"descr": dtype.str, "fortran_order": False, "shape": (length,)}
     np.lib.format.write_array_header_1_0(file, header)
-
-
-def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
-    """Documents in groups of about BATCH_CHARACTERS."""
-    for first in documents:
-        batch, size = [first], len(first)
-        while size < BATCH_CHARACTERS and (more := list(itertools.islice(documents, 1))):
-            batch += more
-            size += len(more[0]) + 1
-        yield batch
-
-
-def _encode(texts: list[str], tokenizer: Tokenizer, split: str) -> list[np.ndarray]:
-    try:
-        return tokenizer.encode_all(texts)
-    except ValueError as error:
-        raise ValueError(f"Split {split!r} cannot be tokenised: {error}") from error
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -205,7 +266,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _arrays(path: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
+def _arrays(path: Path, name: str) -> tuple[np.memmap, np.memmap]:
     loaded = []
     for file in (_tokens_path(path, name), _documents_path(path, name)):
         if not file.is_file():
@@ -215,13 +276,6 @@ def _arrays(path: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
         except ValueError as error:
             raise _broken(file, f"is cut short or damaged ({error})") from error
     return loaded[0], loaded[1]
-
-
-def _content_hash(tokens: np.ndarray, starts: np.ndarray) -> str:
-    """sha256 of the ids followed by the offsets, as little-endian bytes."""
-    digest = hashlib.sha256(np.ascontiguousarray(tokens))
-    digest.update(np.ascontiguousarray(starts))
-    return digest.hexdigest()
 
 
 def _tokens_path(path: Path, name: str) -> Path:

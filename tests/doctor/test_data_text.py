@@ -14,7 +14,7 @@ from tests.doctor.data_models import PROSE, TRAIN, T, documents, examine, silent
 def stores(tmp_path_factory):
     """Stores that lm_jax prepares of prose, by kind of tokenizer."""
     folder = tmp_path_factory.mktemp("stores")
-    splits = {name: (lambda texts=texts: iter(texts)) for name, texts in PROSE.items()}
+    splits = {name: [lambda texts=texts: iter(texts)] for name, texts in PROSE.items()}
     corpus = Corpus("prose", "f" * 64, splits)
     sizes = {"byte": 0, "char": 0, "word": 800, "bpe": 600}
     return {

@@ -1,0 +1,44 @@
+"""226.5M parameters on a corpus of any size, read from shards, for one GPU.
+
+python -m lm_jax.main --config=configs/stream_226m.py --config.data.source_dir=DIR
+
+DIR holds shards `*.jsonl` with one document a line in the field "text"; for others give
+--config.data.files='*.parquet' --config.data.document=parquet:text. One document in 2,000 is held
+out, by the hash of its content. The corpus must give 32,768 ids: some 10 MB of text or more.
+
+30,000 updates of 131,072 tokens: 3.93B tokens. Expected time and numbers: not measured.
+"""
+
+from lm_jax.config import Config, Duration
+
+
+def get_config() -> Config:
+    """32 layers, 768 wide, 12 query and 4 key/value heads, byte-level BPE of 32,768, T 2048."""
+    cfg = Config()
+    cfg.data.corpus = "text"
+    cfg.data.files = "*.jsonl"
+    cfg.data.document = "jsonl:text"
+    cfg.data.valid_fraction = 0.0005
+    cfg.data.seq_len = 2048
+    cfg.data.batch_size = 64
+    cfg.tokenizer.kind = "bpe"
+    cfg.tokenizer.vocab_size = 32_768
+    cfg.tokenizer.sample = 100_000_000
+    cfg.model.layers = 32
+    cfg.model.d_model = 768
+    cfg.model.heads = 12
+    cfg.model.kv_heads = 4
+    cfg.model.d_ff = 2048
+    cfg.model.qk_norm = True
+    cfg.model.scan_layers = True
+    cfg.model.remat = True
+    cfg.optim.peak_lr = 3e-3
+    cfg.optim.warmup = Duration("2000")
+    cfg.optim.accumulation = 4
+    cfg.train.steps = Duration("30000")
+    cfg.train.eval_every = Duration("500")
+    cfg.train.checkpoint_every = Duration("500")
+    cfg.train.log_every = Duration("50")
+    cfg.train.compute_dtype = "bfloat16"
+    cfg.train.matmul_precision = "tensorfloat32"
+    return cfg

@@ -1,0 +1,250 @@
+"""Files cut into pieces: no document is lost, repeated or changed, whatever the format or cut."""
+
+import functools
+import json
+import pickle
+import sys
+import tracemalloc
+
+import numpy as np
+import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from lm_jax.data import shards
+from lm_jax.data.corpora import open_corpus
+
+TEXTS = [f"text {i} é👩\u2028\n" * (i % 5 + 1) for i in range(40)]
+LINES = ["one", "", "é two 👩", "\x0b three\u2028", "", "four", "  ", "five five five"]
+
+
+def parquet(path, texts, rows=3, **columns):
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.table({"text": texts, "id": list(range(len(texts))), **columns})
+    pyarrow.parquet.write_table(table, path, row_group_size=rows)
+
+
+def array_record(path, records):
+    writer = ArrayRecordWriter(str(path), "group_size:1")
+    for record in records:
+        writer.write(record)
+    writer.close()
+
+
+def write(folder, document, texts):
+    """Two files of so many texts in a format, and the glob that names them."""
+    kind, _, field = document.partition(":")
+    folder.mkdir()
+    for number, part in enumerate((texts[:25], texts[25:])):
+        path = folder / f"{number}.data"
+        records = [json.dumps({field: text, "id": 1}) for text in part]
+        if kind == "jsonl":
+            path.write_text("\n".join(records) + "\n")
+        elif kind == "parquet":
+            parquet(path, part)
+        elif kind == "arrayrecord":
+            array_record(path, [text.encode() for text in (records if field else part)])
+    return str(folder / "*.data")
+
+
+def read(paths, document):
+    return list(shards.chain(shards.pieces(paths, document)))
+
+
+FORMATS = ["jsonl:text", "parquet:text", "arrayrecord", "arrayrecord:text"]
+
+
+@pytest.mark.parametrize("piece", [1, 100, 1000, 1 << 25])
+@pytest.mark.parametrize("document", FORMATS)
+def test_every_format_gives_the_same_documents(tmp_path, monkeypatch, document, piece):
+    files = write(tmp_path / "files", document, TEXTS)
+    monkeypatch.setattr(shards, "PIECE", piece)
+    corpus = open_corpus(
+        "text",
+        files=files,
+        document=document,
+        valid_fraction=0.3,
+        cache_dir=str(tmp_path / "cache"),
+    )
+    found = {name: list(corpus.documents(name)) for name in corpus.splits}
+    assert len(corpus.splits["train"]) == len(corpus.splits["valid"]) > 0
+    assert (len(corpus.splits["train"]) > 1) == (piece < 1 << 25)
+    assert sorted(found["train"] + found["valid"]) == sorted(TEXTS)
+    assert [text for text in TEXTS if text in found["train"]] == found["train"]
+    expected = held_out(tmp_path)  # the same whatever the format
+    assert 3 <= len(expected) <= 25
+    assert found["valid"] == [text for text in TEXTS if text in expected]
+    again = pickle.loads(pickle.dumps(corpus.splits["train"]))
+    assert list(shards.chain(again)) == found["train"]
+
+
+def held_out(tmp_path):
+    (tmp_path / "lines").mkdir(exist_ok=True)
+    for i, text in enumerate(TEXTS):
+        (tmp_path / "lines" / f"{i}.txt").write_text(text, newline="")
+    corpus = open_corpus(
+        "text",
+        files=str(tmp_path / "lines" / "*.txt"),
+        valid_fraction=0.3,
+        cache_dir=str(tmp_path / "cache"),
+    )
+    return set(corpus.documents("valid"))
+
+
+@pytest.mark.parametrize("end", ["", "\n", "\r\n", "\n\n"])
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_cuts_of_a_file_lose_and_repeat_no_line(tmp_path, newline, end):
+    path = tmp_path / "lines.txt"
+    path.write_bytes((newline.join(LINES) + end).encode())
+    size = path.stat().st_size
+    expected = [*LINES, ""] if end == "\n\n" else LINES
+    whole = [line for _, line in shards._lines(path, 0, size)]
+    assert whole == expected
+    for cut in range(size + 1):
+        parts = [shards._lines(path, 0, cut), shards._lines(path, cut, size)]
+        assert [line for part in parts for _, line in part] == whole, cut
+    offsets = [offset for offset, _ in shards._lines(path, 0, size)]
+    content = path.read_bytes()
+    assert all(offset == 0 or content[offset - 1 : offset] == b"\n" for offset in offsets)
+
+
+@pytest.mark.parametrize("piece", range(1, 40))
+def test_pieces_of_any_size_lose_and_repeat_nothing(tmp_path, monkeypatch, piece):
+    monkeypatch.setattr(shards, "PIECE", piece)
+    paths = [tmp_path / name for name in "abc"]
+    for path in paths:
+        path.write_bytes("\r\n".join([path.name, *LINES]).encode())
+    for document in ("line", "file"):
+        found = shards.pieces(paths, document)
+        assert read(paths, document) == [
+            text
+            for path in paths
+            for text in (
+                [path.name, *LINES] if document == "line" else [path.read_bytes().decode()]
+            )
+        ]
+        assert len(found) == 3 if document == "file" else len(found) >= 3
+
+
+def test_small_files_share_a_piece(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "PIECE", 10)
+    paths = [tmp_path / f"{i}" for i in range(7)]
+    for path, size in zip(paths, [3, 3, 3, 3, 25, 4, 6], strict=True):
+        path.write_text("x" * size)
+    sizes = [[len(text) for text in piece()] for piece in shards.pieces(paths, "file")]
+    assert sizes == [[3, 3, 3], [3], [25], [4, 6]]
+
+
+def test_a_long_file_is_read_in_bounded_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "PIECE", 1 << 18)
+    monkeypatch.setattr(shards, "BLOCK", 1 << 16)
+    path, count = tmp_path / "long.jsonl", 4000
+    with path.open("w") as file:
+        for i in range(count):
+            file.write(json.dumps({"text": f"{i} " * 200}) + "\n")
+    parquet(tmp_path / "long.parquet", [f"{i} " * 200 for i in range(count)], rows=100)
+    for document, name in (("jsonl:text", "long.jsonl"), ("parquet:text", "long.parquet")):
+        pieces = shards.pieces([tmp_path / name], document)
+        list(pieces[0]())  # imports
+        tracemalloc.start()
+        assert sum(1 for piece in pieces for _ in piece()) == count
+        shards.hash_files([tmp_path / name], tmp_path, text=False)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < path.stat().st_size / 4, document
+
+
+def test_hashes_of_unchanged_files_are_remembered(tmp_path, monkeypatch):
+    path, cache = tmp_path / "a.txt", tmp_path / "cache"
+    path.write_text("one")
+    hash_files = functools.partial(shards.hash_files, [path], cache, text=True)
+    first = hash_files()
+    assert not cache.exists()  # changed a moment ago: it may change again within a clock tick
+    monkeypatch.setattr(shards, "SETTLED", -1)
+    assert hash_files() == first
+    monkeypatch.setattr(shards, "_hash", lambda path, text: pytest.fail("hashed again"))
+    assert hash_files() == first
+    monkeypatch.undo()
+    assert shards.hash_files([path], cache, text=False) == first
+    path.write_text("two")
+    assert hash_files() != first
+    path.write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"a\.txt is not UTF-8 at byte 0"):
+        hash_files()
+
+
+@pytest.mark.parametrize("block", range(1, 9))
+def test_the_first_byte_that_is_not_utf8_is_named(tmp_path, monkeypatch, block):
+    monkeypatch.setattr(shards, "BLOCK", block)
+    path = tmp_path / "a.txt"
+    for good in ("", "é👩 abc", "👩👩"):
+        for bad in (b"\xff tail", b"\xc3", b"\xf0\x9f\x91", b"\xc3(", b"\x80"):
+            path.write_bytes(good.encode() + bad)
+            at = len(good.encode())
+            with pytest.raises(ValueError, match=f"a.txt is not UTF-8 at byte {at} "):
+                shards.hash_files([path], tmp_path, text=True)
+        path.write_bytes(good.encode() + b".")
+        shards.hash_files([path], tmp_path, text=True)
+
+
+def test_errors_name_the_place_in_a_later_piece(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "PIECE", 20)
+    monkeypatch.setattr(shards, "BLOCK", 7)
+    path = tmp_path / "t.jsonl"
+    path.write_text('{"text": "a"}\n\n' * 10 + '{"text": 3}\n')
+    with pytest.raises(ValueError, match=r"t\.jsonl, line 21 has no text field 'text' but"):
+        read([path], "jsonl:text")
+    parquet(path, [f"{i}" for i in range(8)] + [None])
+    with pytest.raises(ValueError, match=r"t\.jsonl, row 9 has no text field 'text' but NoneType"):
+        read([path], "parquet:text")
+    with pytest.raises(ValueError, match=r"row 1 has no text field 'id' but int"):
+        read([path], "parquet:id")
+    with pytest.raises(ValueError, match=r"no text field 'body' but \['id', 'text'\]"):
+        read([path], "parquet:body")
+    array_record(path, [b'{"text": "a"}'] * 3 + [b"{", b"\xff"])
+    with pytest.raises(ValueError, match=r"t\.jsonl, record 4 is not JSON"):
+        read([path], "arrayrecord:text")
+    with pytest.raises(ValueError, match=r"t\.jsonl, record 5 is not UTF-8"):
+        read([path], "arrayrecord")
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        ("parquet", r"data\.document='parquet' does not exist: set .*parquet:FIELD"),
+        ("line:text", "does not exist"),
+        ("file:text", "does not exist"),
+        ("parquet:text", "a.data is no complete Parquet file"),
+        ("arrayrecord", "a.data is no complete ArrayRecord file"),
+    ],
+)
+def test_errors_are_one_sentence(tmp_path, document, message):
+    (tmp_path / "a.data").write_bytes(b"neither of them")
+    with pytest.raises(ValueError, match=message) as raised:
+        open_corpus(
+            "text",
+            files="a.data",
+            source_dir=str(tmp_path),
+            document=document,
+            cache_dir=str(tmp_path),
+        )
+    assert "\n" not in str(raised.value) and str(raised.value).endswith(".")
+
+
+def test_parquet_without_its_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(ValueError, match=r"pip install 'lm_jax\[parquet\]'\.$"):
+        shards.parse("parquet:text")
+
+
+def test_parquet_columns_of_other_string_types(tmp_path):
+    import pyarrow
+
+    path = tmp_path / "a.parquet"
+    large = pyarrow.array(TEXTS, pyarrow.large_string())
+    coded = pyarrow.array(TEXTS).dictionary_encode()
+    parquet(path, TEXTS, large=large, coded=coded)
+    assert read([path], "parquet:large") == read([path], "parquet:coded") == TEXTS
+    assert np.array_equal(read([path], "parquet:text"), TEXTS)
