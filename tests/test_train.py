@@ -137,6 +137,11 @@ def test_a_run_leaves_what_it_promises(straight):
         np.testing.assert_allclose(
             result["bits_per_byte"], nats / np.log(2) / counts["bytes"], rtol=1e-9
         )
+        documents = np.load(workdir / f"documents_{name}.npz")
+        assert len(documents["nats"]) == counts["documents"] > 1
+        np.testing.assert_allclose(documents["nats"].sum(), nats, rtol=1e-6)
+        assert documents["tokens"].sum() == counts["tokens"]
+        assert documents["bytes"].sum() == counts["bytes"]
     training = [row for row in rows(workdir) if "train/loss" in row]
     assert [row["step"] for row in training] == list(range(1, 13))
     assert training[0]["optim/lr"] > 0
