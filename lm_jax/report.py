@@ -10,6 +10,8 @@ from typing import Any
 Table = tuple[list[str], list[list[str]]]  # headings, rows
 Values = Mapping[str, Any]
 
+_BRACKETS = "Brackets: 95 % intervals over seeds."
+
 # Okabe and Ito's colours, which colour-blind readers can tell apart, and lighter ones for a dark
 # page; markers differ as well. Figures are drawn in the first and name them by CSS variables.
 _LIGHT = ("#0072b2", "#d55e00", "#007a5a", "#a8518a", "#8a6500", "#2f2f2f")
@@ -27,11 +29,11 @@ h1 { font-size: 1.5rem; line-height: 1.25; } h2 { font-size: 1.15rem; margin-top
 .ranking { background: var(--soft); border-left: .3rem solid var(--c0); padding: .7rem 1rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--rule); text-align: right;
+th, td { padding: .3rem .55rem; border-bottom: 1px solid var(--rule); text-align: right;
   white-space: nowrap; }
 th:first-child { text-align: left; position: sticky; left: 0; background: var(--page); }
-.figures { display: grid; gap: 1.5rem;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); }
+.figures { display: grid; gap: 1.5rem; align-items: start;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); }
 figure { margin: 0; } figcaption { font-size: .9rem; margin-bottom: .3rem; }
 svg { width: 100%; height: auto; } svg text { font-family: inherit !important; }
 """
@@ -39,7 +41,8 @@ svg { width: 100%; height: auto; } svg text { font-family: inherit !important; }
 
 def markdown(c: Values) -> str:
     """Tables, ranking and notes."""
-    parts = [f"# {_title(c)}", _ranking(c), _markdown_table(_arm_table(c))]
+    parts = [f"# {_title(c)}", _ranking(c), _markdown_table(_result_table(c)), _BRACKETS]
+    parts += ["## Size and cost", _markdown_table(_size_table(c))]
     parts += ["## Reference lines", _markdown_table(_reference_table(c))]
     if c["pairs"]:
         best = c["arms"][0]["name"]
@@ -63,7 +66,7 @@ def html(c: Values) -> str:
     ]
     figures += [
         _figure(
-            f"Test of worth: bits per byte against {name}, with 95 % intervals over seeds. "
+            f"Bits per byte against {name}, with 95 % intervals over seeds. "
             "The line joins the arms that no other beats in both.",
             _pareto(c, key),
             c,
@@ -76,7 +79,9 @@ def html(c: Values) -> str:
     sections = [
         f"<h1>{text(_title(c))}</h1>",
         f'<p class="ranking">{text(_ranking(c))}</p>',
-        "<h2>Arms</h2>" + _html_table(_arm_table(c), "Arms"),
+        "<h2>Results</h2>" + _html_table(_result_table(c), "Results"),
+        f"<p>{_BRACKETS}</p>",
+        "<h2>Size and cost</h2>" + _html_table(_size_table(c), "Size and cost"),
         f'<h2>Figures</h2><div class="figures">{"".join(figures)}</div>',
         "<h2>Reference lines</h2>" + _html_table(_reference_table(c), "Reference lines"),
     ]
@@ -118,53 +123,62 @@ def _ranking(c: Values) -> str:
     return f"No ranking: {names} cannot be told apart."
 
 
-def _arm_table(c: Values) -> Table:
-    headings = (
-        "arm,tokenizer,seeds,parameters,table,positions,blocks,FLOPs per token,tokens seen,"
-        "tokens/s,bits per byte,word perplexity"
-    ).split(",")
-    if c["one_tokenizer"]:
-        headings.append("token perplexity")
-    counts = "parameters_total parameters_table parameters_positions parameters_blocks"
+def _result_table(c: Values) -> Table:
+    headings = ["arm", "bits per byte", "word perplexity", "token perplexity", "seeds", "tokenizer"]
     rows = []
     for arm in c["arms"]:
-        row = [arm["name"], arm["tokenizer"], str(len(arm["seeds"]))]
-        row += [_short(arm[key]) for key in counts.split()]
-        row += [_short(arm[k]) for k in ("flops_per_token", "tokens_seen", "tokens_per_second")]
-        row += [_interval(arm["bits_per_byte"], 4), _interval(arm["word_perplexity"], 2)]
-        if c["one_tokenizer"]:
-            row.append(_interval(arm["token_perplexity"], 2))
-        rows.append(row)
-    return headings, rows
+        row = [arm["name"], _interval(arm["bits_per_byte"], 4)]
+        row += [_interval(arm[f"{key}_perplexity"], 2) for key in ("word", "token")]
+        rows.append([*row, str(len(arm["seeds"])), arm["tokenizer"]])
+    return _without_token_perplexity(c, headings, rows)
+
+
+def _size_table(c: Values) -> Table:
+    columns = {
+        "parameters": "parameters_total",
+        "table": "parameters_table",
+        "positions": "parameters_positions",
+        "blocks": "parameters_blocks",
+        "FLOPs per token": "flops_per_token",
+        "tokens seen": "tokens_seen",
+        "tokens/s": "tokens_per_second",
+    }
+    rows = [[arm["name"], *(_short(arm[key]) for key in columns.values())] for arm in c["arms"]]
+    return ["arm", *columns], rows
 
 
 def _reference_table(c: Values) -> Table:
-    headings = ["predictor", "tokenizer", "bits per byte", "word perplexity"]
-    keys = ["word_perplexity"]
-    if c["one_tokenizer"]:
-        headings.append("token perplexity")
-        keys.append("token_perplexity")
-    rows = [
-        [row["name"], row["tokenizer"], f"{row['bits_per_byte']:.4f}"]
-        + ["-" if row[key] is None else f"{row[key]:,.2f}" for key in keys]
-        for row in c["references"]
-    ]
-    return headings, rows
+    headings = ["predictor", "bits per byte", "word perplexity", "token perplexity", "tokenizer"]
+    rows = []
+    for row in c["references"]:
+        perplexities = (row[f"{key}_perplexity"] for key in ("word", "token"))
+        cells = ["-" if x is None else f"{x:,.2f}" for x in perplexities]
+        rows.append([row["name"], f"{row['bits_per_byte']:.4f}", *cells, row["tokenizer"]])
+    return _without_token_perplexity(c, headings, rows)
+
+
+def _without_token_perplexity(c: Values, headings: list[str], rows: list[list[str]]) -> Table:
+    """Drop the column where the tokenizers differ."""
+    lines = [headings, *rows]
+    if not c["one_tokenizer"]:
+        at = headings.index("token perplexity")
+        lines = [[*line[:at], *line[at + 1 :]] for line in lines]
+    return lines[0], lines[1:]
 
 
 def _pair_table(c: Values, only: str | None = None) -> Table:
-    headings = ["better", "worse", "gap, bits per byte", "SE, seeds", "SE, documents", "SE"]
-    headings += ["95 % interval", "verdict"]
+    headings = ["better", "worse", "verdict", "gap, bits per byte", "95 % interval", "SE, seeds"]
+    headings += ["SE, documents", "SE", "reason"]
     rows = []
     for pair in c["pairs"]:
         if only not in (None, pair["better"]):
             continue
-        errors = ("standard_error_seeds", "standard_error_documents", "standard_error")
-        row = [pair["better"], pair["worse"], f"{pair['gap_bits_per_byte']:.4f}"]
-        row += ["-" if pair[key] is None else f"{pair[key]:.4f}" for key in errors]
         bounds = pair["gap_low95"], pair["gap_high95"]
-        row.append("-" if None in bounds else "[{:.4f}, {:.4f}]".format(*bounds))
-        rows.append([*row, f"{pair['verdict']} ({pair['reason']})"])
+        interval = "-" if None in bounds else "[{:.4f}, {:.4f}]".format(*bounds)
+        errors = ("standard_error_seeds", "standard_error_documents", "standard_error")
+        row = [pair["better"], pair["worse"], pair["verdict"], f"{pair['gap_bits_per_byte']:.4f}"]
+        row += [interval, *("-" if pair[key] is None else f"{pair[key]:.4f}" for key in errors)]
+        rows.append([*row, pair["reason"]])
     return headings, rows
 
 
@@ -212,13 +226,17 @@ def _figure(caption: str, draw: Callable[[Any], str], c: Values) -> str:
     """A captioned SVG; `draw` fills the axes and returns its content in words."""
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
 
     style = {key: _INK for key in ("text.color", "axes.labelcolor", "axes.edgecolor")}
     style |= {"xtick.color": _INK, "ytick.color": _INK, "grid.color": _RULE, "font.size": "10"}
     style |= {"svg.fonttype": "none", "svg.hashsalt": "lm_jax", "axes.grid": "True"}
     with matplotlib.rc_context({"axes.spines.top": False, "axes.spines.right": False, **style}):
         figure = Figure(figsize=(4.8, 3.3 + 0.22 * -(-len(c["arms"]) // 2)), layout="constrained")
-        words = draw(figure.subplots())
+        axes = figure.subplots()
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.locator_params(axis="x", nbins=5)
+        words = draw(axes)
         figure.legend(loc="outside lower center", ncols=2, frameon=False)
         file = io.StringIO()
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
@@ -259,7 +277,7 @@ def _curves(c: Values, kind: str) -> Callable[[Any], str]:
                     markevery=max(1, len(tokens) // 8),
                     label=None if i else arm["name"],
                 )
-                late += [b for t, b in zip(tokens, bits, strict=True) if t > 0.1 * tokens[-1]]
+                late += [b for t, b in zip(tokens, bits, strict=True) if t > 0.2 * tokens[-1]]
             if bits:
                 words.append(f"{arm['name']} ends at {bits[-1]:.3f}")
         if late:  # the fall from chance would leave no room for what differs

@@ -4,17 +4,15 @@ import html.parser
 import importlib.util
 import json
 import math
-import pathlib
 import re
 import sys
 
 import numpy as np
 import pytest
 
-from lm_jax import compare, config, ranking, train
+from lm_jax import compare, config, ranking
 from lm_jax.config import Config
 from lm_jax.models import sizing
-from tests.test_train import small, text  # noqa: F401 (a fixture)
 
 DOCUMENTS, TOKENS, BYTES = 50, 40, 160  # of the split, and of each document
 STEPS = 20
@@ -120,17 +118,16 @@ def test_interval_covers_the_truth_as_often_as_it_says():
 def test_bootstrap_gives_the_analytic_error_of_a_ratio(documents):
     rng = np.random.default_rng(1)
     bytes_D = rng.integers(50, 5000, documents).astype(float)
+    if documents == 2:  # where the answer for the ratio of two sums holds only for equal ones
+        bytes_D[:] = 1000
     common_D = bytes_D * rng.normal(1, 0.5, documents)  # pairing removes it
     a_D, b_D = common_D, common_D + bytes_D * rng.normal(0.01, 0.05, documents)
     found = ranking.document_errors({"a": a_D, "b": b_D}, bytes_D)[frozenset("ab")]
     d_D = (b_D - a_D) / math.log(2)
     residual_D = d_D - d_D.sum() / bytes_D.sum() * bytes_D  # of the ratio, by the delta method
     exact = math.sqrt(documents / (documents - 1) * np.square(residual_D).sum()) / bytes_D.sum()
-    if documents > 2:  # two documents are no large sample, which the delta method wants
-        # Resamples err by 1/sqrt(2 * 10000), 2000 blocks of documents by 1/sqrt(2 * 2000).
-        assert found == pytest.approx(exact, rel=0.06)
-    else:
-        assert 0 < found < 3 * exact
+    # 10,000 resamples err by 1/sqrt(2 * 10000), 2,000 blocks of documents by 1/sqrt(2 * 2000).
+    assert found == pytest.approx(exact, rel=0.06)
 
 
 def test_equal_arms_are_separated_at_most_once_in_twenty():
@@ -421,7 +418,10 @@ def test_command_writes_all_three_files(three, tmp_path, monkeypatch, capsys):
     assert printed.strip() == (out / "compare.md").read_text().strip()
     values = json.loads((out / "compare.json").read_text())
     assert values["ranking"] == [["good", "fair"], ["poor"]]
-    assert set(values) == set(re.findall(r"`(\w+)`", compare.__doc__)) & set(values)
+    documented = set(re.findall(r"`(\w+)`", compare.__doc__))
+    for part in (values, values["pairs"][0], values["arms"][0]["bits_per_byte"]):
+        assert set(part) <= documented
+    assert {k for k in values["arms"][0] if not k.startswith("parameters_")} <= documented
     assert (out / "compare.html").read_text().startswith("<!doctype html>")
 
 
@@ -439,17 +439,3 @@ def test_command_refuses_in_one_sentence(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err == (
         f"{tmp_path}/config.json: no such file; give the workdir of a finished run.\n"
     )
-
-
-def test_real_runs_can_be_compared(text, tmp_path):  # noqa: F811
-    folders = [tmp_path / f"tiny-{seed}" for seed in range(2)]
-    for seed, folder in enumerate(folders):
-        cfg = small(text, seed=seed, train__steps="4", train__eval_every="2", optim__warmup="1")
-        result = train.train_and_evaluate(cfg, folder)
-    (arm,) = compare.compare(folders).values["arms"]
-    assert arm["name"] == "tiny" and arm["seeds"] == [0, 1]
-    assert arm["bits_per_byte"]["by_seed"][1] == result["test"]["bits_per_byte"]
-    assert arm["token_perplexity"]["by_seed"][1] == pytest.approx(result["test"]["token_ppl"])
-    assert arm["word_perplexity"]["by_seed"][1] == pytest.approx(result["test"]["word_ppl"])
-    assert len(arm["curves"][0]["valid_tokens"]) == 2
-    assert pathlib.Path(arm["folders"][0]) == folders[0]
