@@ -265,8 +265,9 @@ def score_run(evaluator: Evaluator, run: Run, workdir: pathlib.Path, name: str) 
     if jax.process_index() == 0:
         path = workdir / f"documents_{name}.npz"
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        arrays: dict[str, Any] = documents(evaluator.store, name, nats_D)
         with temporary.open("wb") as file:
-            np.savez(file, **documents(evaluator.store, name, nats_D))
+            np.savez(file, **arrays)
         temporary.replace(path)
         write_json(workdir / f"eval_{name}.json", result)
         report(name, result, Console())

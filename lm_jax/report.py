@@ -228,10 +228,17 @@ def _figure(caption: str, draw: Callable[[Any], str], c: Values) -> str:
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
-    style = {key: _INK for key in ("text.color", "axes.labelcolor", "axes.edgecolor")}
-    style |= {"xtick.color": _INK, "ytick.color": _INK, "grid.color": _RULE, "font.size": "10"}
-    style |= {"svg.fonttype": "none", "svg.hashsalt": "lm_jax", "axes.grid": "True"}
-    with matplotlib.rc_context({"axes.spines.top": False, "axes.spines.right": False, **style}):
+    inked = "text.color axes.labelcolor axes.edgecolor xtick.color ytick.color".split()
+    style: dict[Any, Any] = {
+        **dict.fromkeys(inked, _INK),
+        "grid.color": _RULE,
+        "axes.grid": True,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "svg.fonttype": "none",
+        "svg.hashsalt": "lm_jax",  # else the page would differ from one time to the next
+    }
+    with matplotlib.rc_context(style):
         figure = Figure(figsize=(4.8, 3.3 + 0.22 * -(-len(c["arms"]) // 2)), layout="constrained")
         axes = figure.subplots()
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
