@@ -236,6 +236,7 @@ def _figure(caption: str, draw: Callable[[Any], str], c: Values) -> str:
         "axes.spines.top": False,
         "axes.spines.right": False,
         "svg.fonttype": "none",
+        "text.parse_math": False,
         "svg.hashsalt": "lm_jax",  # else the page would differ from one time to the next
     }
     with matplotlib.rc_context(style):
@@ -252,9 +253,7 @@ def _figure(caption: str, draw: Callable[[Any], str], c: Values) -> str:
     svg = svg[svg.index("<svg") :]
     used = set(re.findall(r"#([\w-]+)", svg))
     svg = re.sub(r' id="([^"]+)"', lambda m: m[0] if m[1] in used else "", svg)
-    svg = re.sub(
-        r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg)
-    )
+    svg = re.sub(' (width|height)="[^"]*"', "", svg, count=2)  # the page decides
     for i, colour in enumerate(_LIGHT):
         svg = svg.replace(colour, f"var(--c{i})")
     svg = svg.replace(_INK, "currentColor").replace(_RULE, "var(--rule)")

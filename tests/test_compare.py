@@ -162,7 +162,7 @@ def test_error_has_both_sources():
     fixed = np.array([1.0, 1.0])
     assert ranking.judge(fixed, fixed, 0.0)["verdict"] == "not distinguishable"
     assert ranking.judge(fixed, fixed + 1, 0.1)["verdict"] == "separated"
-    assert ranking.judge(fixed, fixed + 0.19, 0.1)["verdict"] == "not distinguishable"
+    assert ranking.judge(fixed, fixed + 0.198, 0.1)["verdict"] == "not distinguishable"
     assert ranking.judge(fixed, fixed + 1, None)["verdict"] == "not ranked"
 
 
@@ -267,15 +267,28 @@ def test_another_tokenizer_leaves_no_token_perplexity(three, tmp_path):
     assert comparison.values["documents_weighed_by"] == "bytes"
     assert set(verdicts(comparison).values()) == {"separated", "not distinguishable"}
     assert len(comparison.values["references"]) == 8
-    alone = compare.compare(words).values
-    assert alone["documents_weighed_by"] == "tokens" and alone["one_tokenizer"]
 
 
-def test_other_documents_are_not_paired(three, tmp_path):
+def test_documents_of_unknown_bytes_are_weighed_by_tokens(tmp_path):
+    errors = []
+    for known in (True, False):
+        options = {"kind": "word", "bytes_known": known}
+        root = tmp_path / str(known)
+        folders = write_arm(root, "a", [4.0, 4.1], **options)
+        folders += write_arm(root, "b", [4.2, 4.1], model__d_model=64, **options)
+        comparison = compare.compare(folders)
+        assert comparison.values["documents_weighed_by"] == ("bytes" if known else "tokens")
+        assert known != any("weighed by their tokens" in x for x in comparison.values["notes"])
+        errors.append(comparison.values["pairs"][0]["standard_error_documents"])
+    assert errors[0] == pytest.approx(errors[1]) != 0  # here every token has as many bytes
+
+
+@pytest.mark.parametrize("kept", ["nats tokens bytes", "nats tokens"])
+def test_other_documents_are_not_paired(three, tmp_path, kept):
     fewer = write_arm(tmp_path, "fewer", [4.0, 4.1, 4.0], tokenizer="t1")
     for folder in fewer:
         arrays = dict(np.load(folder / "documents_test.npz"))
-        joined = {k: np.append(v[:-2], v[-2:].sum()) for k, v in arrays.items()}
+        joined = {k: np.append(v[:-2], v[-2:].sum()) for k, v in arrays.items() if k in kept}
         np.savez(folder / "documents_test.npz", **joined)
     comparison = compare.compare([*three, *fewer])
     assert set(verdicts(comparison).values()) == {"not ranked"}
