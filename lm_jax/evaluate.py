@@ -17,7 +17,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
@@ -72,14 +71,13 @@ class Evaluator:
         for batch in itertools.chain(batches, [None]):
             begun = None
             if batch is not None:
-                on_device = sharding.put_batch(self.mesh, batch, axis=0)
-                begun = self.eval_step(params, on_device), on_device["weights"]
+                begun = self.eval_step(params, sharding.put_batch(self.mesh, batch, axis=0))
             # Read the batch before while this one computes.
             if pending is not None:
-                sums, nats_N = _fetch(*pending)
+                sums, nats_N = _fetch(pending)
                 total += sums
                 parts.append(nats_N)
-                sensitivity_Lk += pending[0].get("sensitivity", 0.0)
+                sensitivity_Lk += pending.get("sensitivity", 0.0)
             pending = begun
         assert int(total.count) == len(split.tokens), (total.count, len(split.tokens))
         result: dict[str, Any] = {
@@ -95,18 +93,11 @@ class Evaluator:
         return result, np.add.reduceat(nats_N, split.document_starts[:-1], dtype=np.float64)
 
 
-def _fetch(result: step.Metrics, weights_BT: jax.Array) -> tuple[metrics.Sums, np.ndarray]:
+def _fetch(result: step.Metrics) -> tuple[metrics.Sums, np.ndarray]:
     """Sums of a batch, and the nats of its scored tokens in order."""
     sums = {name: float(result[name]) for name in ("nats", "count", "correct")}
-    scored_BT = _whole(weights_BT)[:, 1:] > 0
-    return metrics.Sums(**sums), _whole(result["token_nats"])[scored_BT]
-
-
-def _whole(x: jax.Array) -> np.ndarray:
-    """The array on the host, with the rows of all processes."""
-    if jax.process_count() == 1:
-        return np.asarray(x)
-    return multihost_utils.process_allgather(x, tiled=True)
+    scored_BT = np.asarray(result["token_weights"]) > 0
+    return metrics.Sums(**sums), np.asarray(result["token_nats"])[scored_BT]
 
 
 def documents(store: Store, split_name: str, nats_D: np.ndarray) -> dict[str, np.ndarray]:
@@ -294,8 +285,9 @@ def score_run(evaluator: Evaluator, run: Run, workdir: pathlib.Path, name: str) 
     if jax.process_index() == 0:
         path = workdir / f"documents_{name}.npz"
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        arrays: dict[str, Any] = documents(evaluator.store, name, nats_D)
         with temporary.open("wb") as file:
-            np.savez(file, allow_pickle=False, **documents(evaluator.store, name, nats_D))
+            np.savez(file, allow_pickle=False, **arrays)
         temporary.replace(path)
         write_json(workdir / f"eval_{name}.json", result)
         report(name, result, Console())
@@ -319,7 +311,8 @@ def main() -> None:
         run.store.split(args.split)
     except (ValueError, OSError) as error:
         parser.exit(2, f"{error}\n")
-    evaluator = Evaluator(cfg, run.store, run.mesh, step.make_eval_step(cfg, run.graphdef))
+    eval_step = step.make_eval_step(cfg, run.graphdef, run.mesh)
+    evaluator = Evaluator(cfg, run.store, run.mesh, eval_step)
     score_run(evaluator, run, args.workdir, args.split)
 
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lm_jax import loss as losses
 from lm_jax import optim
@@ -250,11 +251,11 @@ def make_train_step(cfg: Config, graphdef: nnx.GraphDef) -> Callable:
     return jax.jit(train_steps, donate_argnums=0)
 
 
-def make_eval_step(cfg: Config, graphdef: nnx.GraphDef) -> Callable:
-    """`(params, batch) -> metrics` of one batch, jitted.
+def make_eval_step(cfg: Config, graphdef: nnx.GraphDef, mesh: Mesh | None = None) -> Callable:
+    """`(params, batch) -> metrics` of one batch, jitted; on a mesh, every process gets them whole.
 
-    `nats`, `count` and `correct` are sums; `token_nats` [B, T] holds the terms of the first. Of
-    family musota also `sensitivity` [L, 16], sums over the scored tokens.
+    `nats`, `count` and `correct` are sums; `token_nats` and `token_weights` [B, T] hold the terms
+    of the first two. Of family musota also `sensitivity` [L, 16], sums over the scored tokens.
     """
     dtype = jnp.dtype(cfg.train.compute_dtype)
 
@@ -277,6 +278,8 @@ def make_eval_step(cfg: Config, graphdef: nnx.GraphDef) -> Callable:
                 summed=False,
             )
         sums = {name: getattr(terms, name).sum() for name in ("nats", "count", "correct")}
-        return sums | {"token_nats": terms.nats} | seen
+        return sums | {"token_nats": terms.nats, "token_weights": terms.count} | seen
 
-    return jax.jit(eval_step)
+    if mesh is None:
+        return jax.jit(eval_step)
+    return jax.jit(eval_step, out_shardings=NamedSharding(mesh, PartitionSpec()))

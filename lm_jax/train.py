@@ -98,7 +98,7 @@ def train_and_evaluate(cfg: Config, workdir: str | pathlib.Path) -> dict[str, An
         threads=cfg.data.threads,
     )
     train_steps = step.make_train_step(cfg, graphdef)
-    evaluator = evaluate.Evaluator(cfg, store, mesh, step.make_eval_step(cfg, graphdef))
+    evaluator = evaluate.Evaluator(cfg, store, mesh, step.make_eval_step(cfg, graphdef, mesh))
 
     writers = Writers(workdir, steps=steps, start=start, tensorboard=cfg.train.tensorboard)
     decays = optim.decayed(cfg.optim, abstract.params)

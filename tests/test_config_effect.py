@@ -229,14 +229,14 @@ def loop(cfg, workdir):
 
         return train_steps
 
-    def make_eval_step(cfg, graphdef):
+    def make_eval_step(cfg, graphdef, mesh):
         def eval_step(params, batch):
             batch = jax.device_get(batch)
             seen["eval_batches"].append(batch_hash(batch))
             seen["evaluated"].append((sum(seen["calls"]), digest(arrays(jax.device_get(params)))))
-            nats_BT = 2 * batch["weights"][:, 1:]
-            count = batch["weights"][:, 1:].sum()
-            return {"nats": 2 * count, "count": count, "correct": 0, "token_nats": nats_BT}
+            scored_BT = batch["weights"][:, 1:]
+            sums = {"nats": 2 * scored_BT.sum(), "count": scored_BT.sum(), "correct": 0}
+            return {**sums, "token_nats": 2 * scored_BT, "token_weights": scored_BT}
 
         return eval_step
 

@@ -106,7 +106,7 @@ def test_tokens_go_to_their_documents_without_the_help_of_segments(cfg, store, b
         b = loss.shift(batch)
         nats_BT = (jnp.square(b.targets) / 7 + b.inputs) * b.weights
         sums = {"nats": nats_BT.sum(), "count": b.weights.sum(), "correct": 0}
-        return {**sums, "token_nats": nats_BT}
+        return {**sums, "token_nats": nats_BT, "token_weights": b.weights}
 
     changed = resolved(
         cfg, data__document_mask=False, eval__batch_size=batch_size, eval__stride=stride

@@ -20,6 +20,8 @@ def test_references_of_wikitext_by_words(tmp_path):
     store = evaluate.open_data(cfg)
     split = store.split("test")
     assert len(split.tokens) == split.words == 245_569
+    documents = evaluate.documents(store, "test", np.zeros(len(split.document_starts) - 1))
+    assert documents["bytes"].sum() == split.bytes  # words in WikiText's own layout
     references = evaluate.references(store, "test")
     assert references["uniform"] == 33_278
     assert round(references["unigram"], 1) == 911.7

@@ -63,7 +63,9 @@ def plain_divergence(x_BTD, head_VD, y_BTE, other_VE, weights_BT, *, kind, beta,
     return (weights_BT * value_BT).sum()
 
 
-run = jax.jit(linear_cross_entropy, static_argnames=(*PLAIN, "chunk_rows"), compiler_options=QUICK)
+run = jax.jit(
+    linear_cross_entropy, static_argnames=(*PLAIN, "chunk_rows", "summed"), compiler_options=QUICK
+)
 
 
 def objective(x_BTD, head_VD, targets_BT, weights_BT, **options):
@@ -120,6 +122,19 @@ def test_against_the_definition():
     np.testing.assert_allclose(out.objective, whole, rtol=1e-6)
     for name in ("nats", "count", "correct"):
         np.testing.assert_allclose(getattr(out, name), expected[name], rtol=1e-6)
+
+
+@pytest.mark.parametrize("chunk_rows", [7, 9, 1024])  # 2, 3 or all of the positions at a time
+def test_terms_of_the_sums(chunk_rows):
+    x, head, targets, weights = inputs()
+    terms = run(x, head, targets, weights, chunk_rows=chunk_rows, summed=False)
+    log_p_BTV = jax.nn.log_softmax(head_logits(x, head, 0.0))
+    nats_BT = -jnp.take_along_axis(log_p_BTV, targets[..., None], axis=-1)[..., 0]
+    np.testing.assert_allclose(terms.nats, weights * nats_BT, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(terms.count, weights)
+    sums = run(x, head, targets, weights, chunk_rows=chunk_rows)
+    for term_BT, total in zip(terms, sums, strict=True):
+        np.testing.assert_allclose(term_BT.sum(), total, rtol=1e-6)
 
 
 @pytest.mark.parametrize("options", [PLAIN, OPTIONS], ids=["plain", "all"])

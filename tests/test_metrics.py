@@ -103,10 +103,10 @@ def products(jaxpr):
     return total
 
 
-FACTORISED = [dict(model__embedding_rank=5, model__tied=tied) for tied in (True, False)]
+FACTORISED: list[dict] = [dict(model__embedding_rank=5, model__tied=tied) for tied in (True, False)]
 
 
-@pytest.mark.parametrize("changes", SHAPES + FACTORISED)
+@pytest.mark.parametrize("changes", [*SHAPES, *FACTORISED])
 def test_flops_are_those_of_the_traced_gradient(changes):
     cfg = tiny_config(**changes)
     graphdef, init = step.create_model(cfg, V, "reference")

@@ -342,3 +342,6 @@ def test_two_processes_are_one_run(two):
         result = json.loads((workdirs / "two" / f"eval_{split}.json").read_text())
         assert result["token_count"] == single[split]["token_count"]
         np.testing.assert_allclose(result["loss"], single[split]["loss"], rtol=1e-4)
+        ours, theirs = (np.load(workdirs / n / f"documents_{split}.npz") for n in ("one", "two"))
+        for name in ("nats", "tokens", "bytes"):  # in the same order
+            np.testing.assert_allclose(theirs[name], ours[name], rtol=1e-3)

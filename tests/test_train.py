@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from lm_jax import config, evaluate, step, train
+from lm_jax import compare, config, evaluate, step, train
 from lm_jax.config import Config, ConfigError
 from lm_jax.data import pipeline
 
@@ -137,6 +137,11 @@ def test_a_run_leaves_what_it_promises(straight):
         np.testing.assert_allclose(
             result["bits_per_byte"], nats / np.log(2) / counts["bytes"], rtol=1e-9
         )
+        documents = np.load(workdir / f"documents_{name}.npz")
+        assert len(documents["nats"]) == counts["documents"] > 1
+        np.testing.assert_allclose(documents["nats"].sum(), nats, rtol=1e-6)
+        assert documents["tokens"].sum() == counts["tokens"]
+        assert documents["bytes"].sum() == counts["bytes"]
     training = [row for row in rows(workdir) if "train/loss" in row]
     assert [row["step"] for row in training] == list(range(1, 13))
     assert training[0]["optim/lr"] > 0
@@ -392,3 +397,17 @@ def test_evaluate_command(straight, monkeypatch, capsys):
     evaluate.main()
     assert json.loads((workdir / "eval_valid.json").read_text()) == results["valid"]
     assert "this model" in capsys.readouterr().out
+
+
+def test_a_run_can_be_compared(straight):
+    workdir, results = straight
+    (arm,) = compare.compare([workdir]).values["arms"]
+    assert arm["folders"] == [str(workdir)] and arm["seeds"] == [0]
+    assert arm["bits_per_byte"]["by_seed"] == [results["test"]["bits_per_byte"]]
+    assert arm["token_perplexity"]["mean"] == pytest.approx(results["test"]["token_ppl"])
+    assert arm["word_perplexity"]["mean"] == pytest.approx(results["test"]["word_ppl"])
+    training = [row for row in rows(workdir) if "train/loss" in row]
+    assert arm["tokens_seen"] == training[-1]["data/tokens"]
+    (curve,) = arm["curves"]
+    assert curve["valid_tokens"] == [training[i - 1]["data/tokens"] for i in (6, 12)]
+    assert curve["train_tokens"] == [row["data/tokens"] for row in training]

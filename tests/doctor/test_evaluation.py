@@ -75,6 +75,7 @@ def evaluator(split, cfg):
                 "count": count.sum(),
                 "correct": loss.correct(logits, b.targets, b.weights).sum(),
                 "token_nats": nats,
+                "token_weights": count,
             }
 
         mesh = sharding.make_mesh(1)

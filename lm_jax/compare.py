@@ -1,0 +1,441 @@
+"""Runs side by side: size, cost, bits per byte with intervals, and what of it can be ranked.
+
+    python -m lm_jax.compare RUN RUN ... [--split=test] [--out=DIR]
+
+Each RUN is the workdir of a finished run. Runs whose folders differ only in a trailing `-<seed>`
+are the seeds of one arm and must have equal configs. Prints Markdown; with `--out` writes
+`compare.md`, `compare.json` and `compare.html`.
+
+The values of `compare.json`:
+
+- `split`, `corpus`, `split_bytes`, `split_words`, `documents`: what was scored;
+  `documents_weighed_by` bytes, tokens, or null where documents cannot be paired.
+- `one_tokenizer`: whether perplexities per token can be compared; else there are none.
+- `arms`, best first: `name`, `folders`, `seeds`, `tokenizer` (kind and number of ids),
+  `parameters_{total,table,positions,blocks}`, `flops_per_token` (training), `tokens_seen` (mean
+  over seeds), `tokens_per_second` (median over updates, then seeds), `training_seconds` (mean;
+  without evaluations); `bits_per_byte`, `word_perplexity` and `token_perplexity`, each with `mean`,
+  `low95`, `high95` (Student's t over seeds, null with one seed; for a perplexity exp of mean and
+  bounds of the nats) and `by_seed`; and `curves`, for each seed `valid_tokens`,
+  `valid_bits_per_byte`, `train_tokens`, `train_bits_per_byte` (means of up to 100 stretches).
+- `references`: for each tokenizer the predictors of `eval_<split>.json` in the same units.
+- `pairs`: `better`, `worse`, `gap_bits_per_byte`, `standard_error_seeds`,
+  `standard_error_documents`, `standard_error` (root of the sum of squares), `degrees_of_freedom`
+  (null: infinite), `needed_standard_errors`, `gap_low95`, `gap_high95`, `verdict` (separated,
+  not distinguishable or not ranked) and `reason`; see `lm_jax.ranking.judge`.
+- `ranking`: groups of arms, best first; every arm of a group is separated from every arm of the
+  groups after it. Empty where there is nothing to rank.
+- `same_model`: groups of arms whose configs are equal. `notes`: sentences.
+"""
+
+import argparse
+import dataclasses
+import importlib.util
+import itertools
+import json
+import math
+import pathlib
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from lm_jax import config, doctor, evaluate, metrics, ranking, report
+from lm_jax.config import Config
+from lm_jax.models import sizing
+
+_FEW_DOCUMENTS = 20
+# Where a run lies, what it reports and how it is fed: nothing that changes the trained model.
+_INCIDENTAL = {
+    "seed",
+    "doctor",
+    "data.source_dir",
+    "data.cache_dir",
+    "data.workers",
+    "data.threads",
+    "train.checkpoint_every",
+    "train.keep",
+    "train.log_every",
+    "train.layer_norms",
+    "train.tensorboard",
+    "eval.splits",
+    "eval.batch_size",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a finished run left behind."""
+
+    folder: pathlib.Path
+    cfg: Config
+    data: Mapping[str, Any]  # the manifest of its store
+    result: Mapping[str, Any]  # eval_<split>.json
+    documents: Mapping[str, np.ndarray]  # documents_<split>.npz
+    tokens_seen: int
+    tokens_per_second: float
+    training_seconds: float
+    curve: Mapping[str, list[float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """The seeds of one config."""
+
+    name: str
+    runs: tuple[Run, ...]
+
+    @property
+    def bits_per_byte(self) -> np.ndarray:
+        """One value a seed."""
+        return np.array([run.result["bits_per_byte"] for run in self.runs])
+
+    @property
+    def nats_D(self) -> np.ndarray:
+        """Nats of each document, mean over seeds."""
+        return np.mean([run.documents["nats"] for run in self.runs], axis=0)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that makes the trained model but the seed."""
+        run = self.runs[0]
+        return {**_settings(run.cfg), "tokenizer": run.data["tokenizer_hash"]}
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """The outcome; `values` is described at the top of this module."""
+
+    values: dict[str, Any]
+
+    def markdown(self) -> str:
+        """The tables and the ranking as Markdown."""
+        return report.markdown(self.values)
+
+    def html(self) -> str:
+        """One page with the figures; needs matplotlib."""
+        return report.html(self.values)
+
+
+def compare(workdirs: Sequence[str | pathlib.Path], split: str = "test") -> Comparison:
+    """Compare finished runs by their exact evaluations of a split.
+
+    Raises:
+        FileNotFoundError: for a folder that lacks a file of a finished and evaluated run.
+        ValueError: for runs that cannot be compared; the sentence names them.
+    """
+    arms = group([load_run(pathlib.Path(workdir), split) for workdir in workdirs])
+    _require_one_text(arms, split)
+    arms.sort(key=lambda arm: arm.bits_per_byte.mean())
+    runs = [run for arm in arms for run in arm.runs]
+    first = runs[0]
+    counts = first.data["splits"][split]
+    one_tokenizer = len({run.data["tokenizer_hash"] for run in runs}) == 1
+    weighed_by, bytes_D = document_bytes(runs, counts["bytes"])
+    pairs = _pairs(arms, bytes_D)
+    separated = {frozenset((p["better"], p["worse"])) for p in pairs if p["verdict"] == "separated"}
+    several = [arm.name for arm in arms if len(arm.runs) > 1]
+    values = {
+        "split": split,
+        "corpus": first.data["corpus"],
+        "split_bytes": counts["bytes"],
+        "split_words": counts["words"],
+        "documents": len(first.documents["nats"]),
+        "documents_weighed_by": weighed_by,
+        "one_tokenizer": one_tokenizer,
+        "arms": [_describe(arm, counts["words"], one_tokenizer) for arm in arms],
+        "references": _references(runs, counts, one_tokenizer),
+        "pairs": pairs,
+        "ranking": ranking.rank(several, separated) if len(several) > 1 else [],
+        "same_model": _same_models(arms),
+    }
+    values["notes"] = _notes(arms, values)
+    return Comparison(evaluate.finite_or_none(values))
+
+
+def _pairs(arms: Sequence[Arm], bytes_D: np.ndarray | None) -> list[dict[str, Any]]:
+    errors = {}
+    if bytes_D is not None and len(bytes_D) > 1:
+        errors = ranking.document_errors({arm.name: arm.nats_D for arm in arms}, bytes_D)
+    return [
+        {"better": a.name, "worse": b.name}
+        | ranking.judge(a.bits_per_byte, b.bits_per_byte, errors.get(frozenset((a.name, b.name))))
+        for a, b in itertools.combinations(arms, 2)
+    ]
+
+
+def load_run(folder: pathlib.Path, split: str) -> Run:
+    """Read a finished run."""
+    path = folder / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file; give the workdir of a finished run.")
+    record = json.loads(path.read_text())
+    cfg, data = config.from_dict(record["config"]), record["data"]
+    if split not in data["splits"]:
+        raise ValueError(
+            f"{folder}: its corpus has no {split} split; "
+            f"give --split={' or --split='.join(data['splits'])}."
+        )
+    log = folder / "metrics.jsonl"
+    # A kill can leave half a last line.
+    lines = [x for x in log.read_text().splitlines() if x.endswith("}")] if log.exists() else []
+    rows = [json.loads(line) for line in lines]
+    training = [row for row in rows if "train/loss" in row]
+    done = training[-1]["step"] if training else 0
+    if done < int(cfg.train.steps):
+        raise ValueError(
+            f"{folder}: stopped after update {done} of {cfg.train.steps}; finish it with "
+            f"`python -m lm_jax.main --config=FILE --workdir={folder}`."
+        )
+    again = f"`python -m lm_jax.evaluate --workdir={folder} --split={split}`"
+    names = (f"eval_{split}.json", f"documents_{split}.npz")
+    for name in names:
+        if not (folder / name).exists():
+            raise FileNotFoundError(f"{folder}: has no {name}; write it with {again}.")
+    result = json.loads((folder / names[0]).read_text())
+    with np.load(folder / names[1]) as file:
+        documents = dict(file)
+    if result["loss"] is None:
+        raise ValueError(f"{folder}: the loss in {names[0]} is not finite; leave this run out.")
+    nats, tokens = result["loss"] * result["token_count"], documents["tokens"].sum()
+    if tokens != result["token_count"] or not np.isclose(documents["nats"].sum(), nats, rtol=1e-5):
+        raise ValueError(
+            f"{folder}: {names[0]} and {names[1]} are of different evaluations; write both with "
+            f"{again}."
+        )
+    return Run(
+        folder=folder,
+        cfg=cfg,
+        data=data,
+        result=result,
+        documents=documents,
+        tokens_seen=int(training[-1]["data/tokens"]),
+        tokens_per_second=float(np.median([row["perf/tokens_per_second"] for row in training])),
+        training_seconds=sum(row["perf/step_ms"] for row in training) / 1e3,
+        curve=_curve(rows, training, data["splits"]["train"]),
+    )
+
+
+def _curve(rows: list, training: list, counts: Mapping[str, int]) -> dict[str, list[float]]:
+    """Loss in bits per byte against tokens seen."""
+    seen = {row["step"]: row["data/tokens"] for row in training}
+    valid = [row for row in rows if row.get("valid/bits_per_byte") is not None]
+    loss = np.array([row["train/loss"] for row in training], float)  # null becomes NaN
+    bits = loss * counts["tokens"] / counts["bytes"] / math.log(2)
+    finite = np.flatnonzero(np.isfinite(bits))
+    stretches = [s for s in np.array_split(finite, 100) if len(s)]
+    return {
+        "valid_tokens": [seen[row["step"]] for row in valid],
+        "valid_bits_per_byte": [row["valid/bits_per_byte"] for row in valid],
+        "train_tokens": [training[s[-1]]["data/tokens"] for s in stretches],
+        "train_bits_per_byte": [float(bits[s].mean()) for s in stretches],
+    }
+
+
+def group(runs: Sequence[Run]) -> list[Arm]:
+    """Runs as the seeds of their arms, by the names of their folders."""
+    by_name: dict[str, list[Run]] = {}
+    for run in runs:
+        name = run.folder.resolve().name.removesuffix(f"-{run.cfg.seed}")
+        by_name.setdefault(name, []).append(run)
+    arms = []
+    for name, members in by_name.items():
+        members.sort(key=lambda run: run.cfg.seed)
+        for a, b in itertools.pairwise(members):
+            both = f"{a.folder} and {b.folder} are taken for seeds of {name!r}"
+            if a.cfg.seed == b.cfg.seed:
+                raise ValueError(f"{both}, but both have seed {a.cfg.seed}; leave one out.")
+            ours, others = (
+                {**_settings(run.cfg), "eval.stride": run.result["stride"]} for run in (a, b)
+            )
+            for path in ours:
+                if ours[path] != others[path]:
+                    raise ValueError(
+                        f"{both}, but config.{path} is {ours[path]!r} in one and {others[path]!r} "
+                        "in the other; rename a folder to make it an arm of its own."
+                    )
+            if a.data["tokenizer_hash"] != b.data["tokenizer_hash"]:
+                raise ValueError(f"{both}, but their tokenizers differ; rename a folder.")
+        arms.append(Arm(name, tuple(members)))
+    return arms
+
+
+def _settings(cfg: Config) -> dict[str, Any]:
+    return {path: value for path, value in config.fields(cfg) if path not in _INCIDENTAL}
+
+
+def _require_one_text(arms: Sequence[Arm], split: str) -> None:
+    def text(run: Run) -> tuple:
+        counts = run.data["splits"][split]
+        return run.data["corpus_fingerprint"], counts["bytes"], counts["words"]
+
+    runs = [run for arm in arms for run in arm.runs]
+    for run in runs[1:]:
+        if text(run) != text(runs[0]):
+            raise ValueError(
+                f"{runs[0].folder} and {run.folder} were trained and scored on different texts "
+                f"(data of {runs[0].data['corpus']} and {run.data['corpus']}); compare runs of one "
+                "corpus."
+            )
+
+
+def document_bytes(runs: Sequence[Run], split_bytes: int) -> tuple[str | None, np.ndarray | None]:
+    """Bytes of each document, float64, and how they were found.
+
+    Where no run knows them, each token stands for as many bytes as a token has on average
+    ("tokens" and not "bytes"). None twice where the runs do not have the same documents.
+    """
+    how, known = "bytes", [run.documents["bytes"] for run in runs if "bytes" in run.documents]
+    if not known:
+        how, known = "tokens", [run.documents["tokens"] for run in runs]
+    lengths = {len(run.documents["nats"]) for run in runs}
+    if len(lengths) > 1 or any(not np.array_equal(known[0], other) for other in known):
+        return None, None
+    return how, known[0] * (split_bytes / known[0].sum())
+
+
+def _same_models(arms: Sequence[Arm]) -> list[list[str]]:
+    """Groups of arms that differ in nothing that makes the model."""
+    if len(arms) < 2:
+        return []
+    found = doctor.examine_arms({arm.name: {"resolved": arm.settings} for arm in arms}, ignore=())
+    return found["config.same_arms"].values["same"]
+
+
+def _size(arm: Arm) -> sizing.Size:
+    run = arm.runs[0]
+    return sizing.size(run.cfg.model, run.data["vocab_size"], run.cfg.data.seq_len)
+
+
+def _describe(arm: Arm, words: int, one_tokenizer: bool) -> dict[str, Any]:
+    size, first = _size(arm), arm.runs[0]
+    loss = np.array([run.result["loss"] for run in arm.runs])
+    tokens = first.result["token_count"]
+    return {
+        "name": arm.name,
+        "folders": [str(run.folder) for run in arm.runs],
+        "seeds": [run.cfg.seed for run in arm.runs],
+        "tokenizer": _tokenizer(first),
+        "parameters_total": size.total,
+        "parameters_table": size.table,
+        "parameters_positions": size.positions,
+        "parameters_blocks": size.blocks,
+        "flops_per_token": size.flops,
+        "tokens_seen": float(np.mean([run.tokens_seen for run in arm.runs])),
+        "tokens_per_second": float(np.median([run.tokens_per_second for run in arm.runs])),
+        "training_seconds": float(np.mean([run.training_seconds for run in arm.runs])),
+        "bits_per_byte": _interval(arm.bits_per_byte),
+        "word_perplexity": _interval(loss * tokens / words, metrics.exp) if words else None,
+        "token_perplexity": _interval(loss, metrics.exp) if one_tokenizer else None,
+        "curves": [run.curve for run in arm.runs],
+    }
+
+
+def _interval(values: np.ndarray, unit: Any = float) -> dict[str, Any]:
+    mean, low, high = map(unit, ranking.interval(values))
+    return {"mean": mean, "low95": low, "high95": high, "by_seed": [unit(x) for x in values]}
+
+
+def _tokenizer(run: Run) -> str:
+    return f"{run.data['tokenizer_kind']} {run.data['vocab_size']:,}"
+
+
+def _references(
+    runs: Sequence[Run], counts: Mapping[str, int], one_tokenizer: bool
+) -> list[dict[str, Any]]:
+    """The simple predictors of each tokenizer, worst first."""
+    rows = []
+    for run in {run.data["tokenizer_hash"]: run for run in runs}.values():
+        tokens = run.result["token_count"]
+        for name, value in run.result["references"].items():
+            nats = value if name == "entropy_rate" else math.log(value)
+            words = counts["words"]
+            rows.append(
+                {
+                    "name": name,
+                    "tokenizer": _tokenizer(run),
+                    "bits_per_byte": nats * tokens / counts["bytes"] / math.log(2),
+                    "word_perplexity": metrics.exp(nats * tokens / words) if words else None,
+                    "token_perplexity": metrics.exp(nats) if one_tokenizer else None,
+                }
+            )
+    return sorted(rows, key=lambda row: -row["bits_per_byte"])
+
+
+def _notes(arms: Sequence[Arm], values: Mapping[str, Any]) -> list[str]:
+    """What a reader must know before he believes a table."""
+    notes = [
+        f"{' and '.join(names)} have one config: they are the same model."
+        for names in values["same_model"]
+    ]
+    same = {frozenset(p) for g in values["same_model"] for p in itertools.combinations(g, 2)}
+    notes += [
+        f"{a.name} and {b.name} have equally many parameters in tables, positions and blocks, "
+        f"{_size(a).total:,}."
+        for a, b in itertools.combinations(arms, 2)
+        if _size(a)[:3] == _size(b)[:3] and frozenset((a.name, b.name)) not in same
+    ]
+    if not values["one_tokenizer"]:
+        notes.append(
+            "The tokenizers differ, so perplexities per token cannot be compared and are left out; "
+            "bits per byte and perplexity per word can."
+        )
+    if single := [arm.name for arm in arms if len(arm.runs) < 2]:
+        notes.append(f"One seed of {', '.join(single)}: without the noise of seeds, no ranking.")
+    pairs, documents = len(values["pairs"]), values["documents"]
+    if values["documents_weighed_by"] is None:
+        notes.append("The tokenizers keep different documents, which cannot be paired: no ranking.")
+    elif documents == 1:
+        notes.append("The split is one document: how far it decides is not known, so no ranking.")
+    elif documents < _FEW_DOCUMENTS:
+        notes.append(f"{documents} documents are few to estimate the noise over documents from.")
+    if values["documents_weighed_by"] == "tokens":
+        notes.append(
+            "The bytes of each document are not known, since words became <unk>; documents are "
+            "weighed by their tokens."
+        )
+    windows = {(a.runs[0].cfg.data.seq_len, a.runs[0].result["stride"]) for a in arms}
+    if len(windows) > 1:
+        notes.append(
+            "The arms were scored with different contexts, (tokens of a window, targets scored in "
+            f"it): {', '.join(map(str, sorted(windows)))}."
+        )
+    seen = [np.mean([run.tokens_seen for run in arm.runs]) for arm in arms]
+    if max(seen) > 1.01 * min(seen):
+        notes.append(f"The arms saw from {min(seen):,.0f} to {max(seen):,.0f} tokens.")
+    if pairs > 1:
+        notes.append(
+            f"{pairs} pairs were compared, each by itself: of arms that are all equally good, one "
+            f"pair in 20 would seem separated, here {pairs / 20:.1g} on average."
+        )
+    return notes
+
+
+def main() -> None:
+    """Compare finished runs."""
+    parser = argparse.ArgumentParser(prog="python -m lm_jax.compare", description=main.__doc__)
+    parser.add_argument("runs", nargs="+", type=pathlib.Path, help="workdirs of finished runs")
+    parser.add_argument("--split", default="test", choices=("train", "valid", "test"))
+    parser.add_argument(
+        "--out", type=pathlib.Path, help="folder for compare.md, compare.json and compare.html"
+    )
+    args = parser.parse_args()
+    try:
+        comparison = compare(args.runs, args.split)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"{error}\n")
+    print(comparison.markdown())
+    if args.out is None:
+        return
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "compare.md").write_text(comparison.markdown())
+    evaluate.write_json(args.out / "compare.json", comparison.values)
+    if importlib.util.find_spec("matplotlib") is None:
+        print("No compare.html without matplotlib: pip install 'lm_jax[plots]'.", file=sys.stderr)
+        return
+    (args.out / "compare.html").write_text(comparison.html())
+
+
+if __name__ == "__main__":
+    main()
