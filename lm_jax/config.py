@@ -94,6 +94,7 @@ class DataConfig(_Section):
     seq_len: int = 256  # T, tokens predicted per window
     batch_size: int = 32  # sequences per update, over all devices and micro-batches
     document_mask: bool = True  # attention and positions restart at each document
+    window_offset: bool = False  # cut the text into windows elsewhere in every epoch
     threads: int = 1  # threads that assemble batches ahead of the step; 0: in the loop itself
 
 

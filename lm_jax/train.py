@@ -51,7 +51,7 @@ def train_and_evaluate(cfg: Config, workdir: str | pathlib.Path) -> dict[str, An
     workdir = pathlib.Path(workdir)
     store = evaluate.open_data(config.validate(cfg))
     train_split = store.split("train")
-    windows = len(pipeline.Windows(train_split, cfg.data.seq_len, cfg.data.document_mask))
+    windows = pipeline.count_windows(train_split, cfg.data.seq_len, cfg.data.window_offset)
     cfg = config.resolve(cfg, windows=windows)
     steps = int(cfg.train.steps)
     impl, reason = step.choose_attention(cfg)
@@ -93,6 +93,7 @@ def train_and_evaluate(cfg: Config, workdir: str | pathlib.Path) -> dict[str, An
         document_mask=cfg.data.document_mask,
         seed=cfg.seed,
         calls=calls,
+        movable=cfg.data.window_offset,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         threads=cfg.data.threads,

@@ -171,7 +171,7 @@ def read(options: dict[str, Any]) -> dict[str, Any]:
 
     data = load_config().data
     split = store.open_store(options["path"]).split("train")
-    count = len(pipeline.Windows(split, data.seq_len, data.document_mask)) // data.batch_size
+    count = pipeline.count_windows(split, data.seq_len, False) // data.batch_size
     batches = pipeline.train_batches(
         split,
         seq_len=data.seq_len,

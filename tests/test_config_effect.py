@@ -73,6 +73,7 @@ TABLE = {
     "data.seq_len": (6, "train_batches eval_batches", {}),
     "data.batch_size": (2, "train_batches", {"eval.batch_size": 4}),
     "data.document_mask": (True, "train_batches eval_batches", {}),
+    "data.window_offset": (True, "train_batches", {}),
     "data.threads": (2, "reader_threads", {}),
     "tokenizer.kind": ("byte", "manifest train_batches", {}),
     "tokenizer.vocab_size": (5, "manifest train_batches", {"tokenizer.kind": "word"}),

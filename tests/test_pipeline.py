@@ -10,7 +10,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from lm_jax.data.pipeline import Windows, batch_hash, eval_batches, example_index, train_batches
+from lm_jax.data.pipeline import (
+    Windows,
+    batch_hash,
+    eval_batches,
+    example_index,
+    train_batches,
+    window_offset,
+)
 
 T = 8
 LENGTHS = [1, T, 3, 0, 29, 1, 1, T - 1, 17, 2, 2 * T, 5]
@@ -133,6 +140,32 @@ def test_every_token_is_a_target_exactly_once_an_epoch(lengths):
         batch = windows.batch(example_index(positions, len(windows), seed=5))
         assert scored_pairs([batch]) == expected
         assert batch["weights"][:, 1:].sum() == len(split.tokens)
+
+
+@pytest.mark.parametrize("document_mask", [True, False])
+@pytest.mark.parametrize("earlier", range(T))
+@pytest.mark.parametrize("lengths", [LENGTHS, [1], [T - 1], [T], [T + 1], [3 * T - 1], [0, 2]])
+def test_windows_of_any_offset_score_every_token_once(lengths, earlier, document_mask):
+    split = make_split(lengths)
+    windows = Windows(split, T, document_mask, movable=True)
+    batch = windows.batch(np.arange(len(windows)), earlier=earlier)
+    assert scored_pairs([batch]) == expected_pairs(split)
+    padding = batch["segment_ids"] == 0
+    assert not batch["weights"][padding].any() and not batch["tokens"][padding].any()
+    assert padding[0, :earlier].all() and not padding[0, earlier]
+    first = batch["segment_ids"].max(axis=1, where=~padding, initial=0) > 0
+    assert (np.where(padding, 99, batch["segment_ids"]).min(axis=1)[first] == 1).all()
+
+
+def test_every_epoch_of_movable_windows_is_cut_elsewhere():
+    split, batch_size, epochs = make_split(), 5, 5
+    steps = len(Windows(split, T, True, movable=True))
+    moved = train(split, batch_size=batch_size, steps=steps, movable=True)
+    assert scored_pairs(moved) == Counter({pair: epochs for pair in expected_pairs(split)})
+    offsets = window_offset(np.arange(200), T, seed=3)
+    assert set(offsets) == set(range(T))
+    np.testing.assert_array_equal(window_offset([7, 7, 3], T, seed=3), offsets[[7, 7, 3]])
+    assert (window_offset(np.arange(200), T, seed=4) != offsets).any()
 
 
 def test_batches_run_on_through_the_end_of_an_epoch():

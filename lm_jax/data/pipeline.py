@@ -3,7 +3,8 @@
 The stream of a split is, for each document, one separator and then the document's tokens. A window
 is T + 1 consecutive stream positions. Windows follow each other at a stride of T, so that every
 position but the first is a target exactly once: the first token of a document is predicted from
-the separator that opens it, and separators themselves are inputs only.
+the separator that opens it, and separators themselves are inputs only. With a window offset every
+epoch cuts the stream elsewhere: its windows start 0 to T - 1 positions before the stream does.
 
 Batch number i of training holds the samples i*B ... (i+1)*B - 1 of an endless sequence that is a
 function of the seed alone. The position in the data is therefore one integer, the batch number, and
@@ -38,15 +39,26 @@ class Windows:
     """
 
     def __init__(
-        self, split: "Split", seq_len: int, document_mask: bool, stride: int | None = None
+        self,
+        split: "Split",
+        seq_len: int,
+        document_mask: bool,
+        stride: int | None = None,
+        *,
+        movable: bool = False,
     ):
-        """Indexes a split; the stride is `seq_len` unless given."""
+        """Indexes a split; the stride is `seq_len` unless given, and then windows may be movable.
+
+        Movable windows are one more, so that at any offset they reach the end of the stream.
+        """
         if not len(split.tokens):
             raise ValueError(f"split '{split.name}' holds no tokens: prepare its corpus again.")
         self.split = split
         self.seq_len = seq_len
         self.document_mask = document_mask
         self.stride = seq_len if stride is None else stride
+        self.movable = movable
+        assert not movable or stride is None
         if not 1 <= self.stride <= seq_len:
             raise ValueError(
                 f"stride={self.stride} would skip or repeat targets: "
@@ -60,18 +72,23 @@ class Windows:
     def __len__(self) -> int:
         """The number of windows that scores every token once."""
         after_first_window = max(self.stream_len - 1 - self.seq_len, 0)
-        return 1 + -(-after_first_window // self.stride)
+        return 1 + self.movable + -(-after_first_window // self.stride)
 
-    def batch(self, indices: ArrayLike) -> Batch:
+    def batch(self, indices: ArrayLike, earlier: ArrayLike = 0) -> Batch:
         """Gathers windows [..., B] into tokens, segment ids and weights [..., B, T+1].
 
         `weights[b, t]` says whether `tokens[b, t]` is scored as a target. Segments count the
         documents of a window from 1; padding is segment 0. Index -1 gives a row of padding.
+        Movable windows start `earlier` by less than T positions; what then lies before the stream
+        is padding.
         """
         indices_B = np.asarray(indices, np.int64)
-        position_BT = indices_B[..., None] * self.stride + np.arange(self.seq_len + 1)
+        start_B = indices_B * self.stride - np.asarray(earlier, np.int64)
+        position_BT = start_B[..., None] + np.arange(self.seq_len + 1)
         document_BT = np.searchsorted(self._separators, position_BT, side="right") - 1
-        real_BT = (indices_B != PADDING_ROW)[..., None] & (position_BT < self.stream_len)
+        document_BT = np.maximum(document_BT, 0)
+        inside_BT = (position_BT >= 0) & (position_BT < self.stream_len)
+        real_BT = (indices_B != PADDING_ROW)[..., None] & inside_BT
         text_BT = real_BT & (self._separators[document_BT] != position_BT)
 
         offset_BT = np.clip(position_BT - document_BT - 1, 0, len(self.split.tokens) - 1)
@@ -89,6 +106,11 @@ class Windows:
             "segment_ids": segment_ids_BT,
             "weights": weights_BT,
         }
+
+
+def count_windows(split: "Split", seq_len: int, movable: bool) -> int:
+    """Windows of an epoch of training."""
+    return len(Windows(split, seq_len, False, movable=movable))
 
 
 def _take(tokens: np.ndarray, offset_BT: np.ndarray) -> np.ndarray:
@@ -125,6 +147,16 @@ def example_index(position: ArrayLike, num_windows: int, seed: int) -> np.ndarra
     return index
 
 
+def window_offset(epoch: ArrayLike, seq_len: int, seed: int) -> np.ndarray:
+    """By how much an epoch's windows start earlier, in [0, T); a function of (seed, epoch)."""
+    epochs, place = np.unique(epoch, return_inverse=True)
+    offsets = [
+        np.random.Philox(np.random.SeedSequence(seed, spawn_key=(int(e), 1))).random_raw() % seq_len
+        for e in epochs
+    ]
+    return np.array(offsets, np.int64)[place]
+
+
 @functools.lru_cache(maxsize=2)
 def _permutation(num_windows: int, seed: int, epoch: int) -> np.ndarray:
     """Sorts raw generator words: NumPy keeps those stable over versions, `permutation` it may not.
@@ -153,7 +185,12 @@ class _CallSource:
     def __getitem__(self, item: int) -> Batch:
         first_K1 = self.batch_size * np.asarray(self.calls[item])[:, None]
         position_KB = first_K1 + np.arange(self.batch_size)[self.rows]
-        return self.windows.batch(example_index(position_KB, len(self.windows), self.seed))
+        indices_KB = example_index(position_KB, len(self.windows), self.seed)
+        if not self.windows.movable:
+            return self.windows.batch(indices_KB)
+        epoch_KB = position_KB // len(self.windows)
+        offsets_KB = window_offset(epoch_KB, self.windows.seq_len, self.seed)
+        return self.windows.batch(indices_KB, earlier=offsets_KB)
 
 
 def train_batches(
@@ -164,16 +201,18 @@ def train_batches(
     document_mask: bool,
     seed: int,
     calls: Sequence[range],
+    movable: bool = False,
     process_index: int = 0,
     process_count: int = 1,
     threads: int = 1,
 ) -> Iterator[Batch]:
     """Yields, for each call, the training batches of its numbers: [K, B/P, T+1], K = len(call).
 
-    The rows are those of this process. `threads` reads ahead; 0 reads when asked.
+    The rows are those of this process. `threads` reads ahead; 0 reads when asked. With `movable`
+    windows every epoch has an offset of its own.
     """
     rows = _process_rows(batch_size, process_index, process_count)
-    windows = Windows(split, seq_len, document_mask)
+    windows = Windows(split, seq_len, document_mask, movable=movable)
     if windows.stream_len < seq_len + 1:
         raise ValueError(
             f"split '{split.name}' has {len(split.tokens)} tokens, too few to fill one window of "

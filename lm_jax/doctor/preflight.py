@@ -55,7 +55,7 @@ def examine_config(cfg: Config, *, level: str = "fast", store: Store | None = No
         raise ValueError(f"level: {level!r} is neither fast nor full.")
     store = store or evaluate.open_data(config.validate(cfg))
     split = store.split("train")
-    windows = len(pipeline.Windows(split, cfg.data.seq_len, cfg.data.document_mask))
+    windows = pipeline.count_windows(split, cfg.data.seq_len, cfg.data.window_offset)
     cfg = config.resolve(cfg, windows=windows)
     report = _data(cfg, store, windows)
     small = _Small(cfg, store)
@@ -82,6 +82,7 @@ def _data(cfg: Config, store: Store, windows: int) -> Report:
                 document_mask=cfg.data.document_mask,
                 seed=cfg.seed,
                 calls=calls,
+                movable=cfg.data.window_offset,
                 threads=0,
             )
         )
