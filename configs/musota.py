@@ -20,18 +20,20 @@ ARMS = ("musota", *BASELINES)
 PEAK_LR = {"musota": 4e-2, "total": 1e-2, "blocks": 2e-2, "flops": 2e-2}
 
 
-def get_config(arm: str = "musota") -> Config:
+def get_config(
+    arm: str = "musota", layers: int = 4, seq_len: int = 128, vocab_size: int = 8192
+) -> Config:
     """One arm of the comparison."""
     if arm not in ARMS:
         raise ValueError(f"configs/musota.py:{arm}: no such arm; use one of {', '.join(ARMS)}.")
     cfg = Config()
     cfg.data.corpus = "wikitext2"
-    cfg.data.seq_len = 128
+    cfg.data.seq_len = seq_len
     cfg.data.batch_size = 16
     cfg.tokenizer.kind = "bpe"
-    cfg.tokenizer.vocab_size = 8192
+    cfg.tokenizer.vocab_size = vocab_size
     cfg.model.family = "musota"
-    cfg.model.layers = 4
+    cfg.model.layers = layers
     cfg.model.dropout = 0.1
     if arm != "musota":
         quantity = next(name for name in BASELINES if name == arm)

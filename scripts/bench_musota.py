@@ -1,0 +1,85 @@
+"""Train-step speed of MU-SOTA against the dense models matched to it, in turns in one process.
+
+    python scripts/bench_musota.py [--json=scripts/results/bench_musota_cpu.json]
+
+12 layers, rows of 192, a vocabulary of 16,000, 8 sequences an update, AdamW, float32; the dense
+models are those of `configs/musota.py` at this size.
+"""
+
+import argparse
+import json
+import pathlib
+import statistics
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from benchmark import machine, take_turns
+
+from lm_jax import config, step
+from lm_jax.config import Config
+from lm_jax.flags import load_module
+from lm_jax.main import keep_freed_memory
+from lm_jax.models.sizing import size
+
+ROOT = pathlib.Path(__file__).parents[1]
+LAYERS, T, V, B = 12, 192, 16_000, 8
+
+
+class Peer:
+    """The train step of one arm."""
+
+    def __init__(self, cfg: Config):
+        """Compile it."""
+        graphdef, init = step.create_model(cfg, V, step.choose_attention(cfg)[0])
+        self.state = jax.jit(lambda key: step.init_state(cfg, init(key)))(jax.random.key(0))
+        self.step = step.make_train_step(cfg, graphdef)
+        tokens = np.random.default_rng(0).integers(1, V, (1, B, T + 1)).astype(np.int32)
+        ones = np.ones_like(tokens)
+        batch = {"tokens": tokens, "segment_ids": ones, "weights": ones.astype(np.float32)}
+        self.batch = jax.device_put(batch)
+        self.seconds(1)
+
+    def seconds(self, runs: int) -> float:
+        """Wall time of so many updates."""
+        began = time.perf_counter()
+        for _ in range(runs):
+            self.state, metrics = self.step(self.state, self.batch)
+        jax.block_until_ready(metrics)
+        return time.perf_counter() - began
+
+
+def main() -> None:
+    """Time all arms and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--turns", type=int, default=9)
+    parser.add_argument("--json", type=pathlib.Path, help="where to write all numbers")
+    args = parser.parse_args()
+    keep_freed_memory()
+    module = load_module(ROOT / "configs" / "musota.py")
+    results: dict[str, Any] = machine()
+    peers = {}
+    for arm in module.ARMS:
+        cfg = module.get_config(arm, layers=LAYERS, seq_len=T, vocab_size=V)
+        cfg.data.batch_size = B
+        cfg = config.resolve(cfg, windows=10_000)
+        found = size(cfg.model, V, T)
+        results[arm] = {"parameters": found.total, "flops_per_token": found.flops}
+        peers[arm] = Peer(cfg)
+    for arm, ms in take_turns(peers, args.turns).items():
+        results[arm]["step_ms"] = ms
+    base = statistics.median(results["musota"]["step_ms"])
+    for arm in module.ARMS:
+        ms = statistics.median(results[arm]["step_ms"])
+        results[arm]["musota_takes"] = base / ms
+        print(
+            f"{arm:7} {results[arm]['parameters']:11,} parameters {ms:8.1f} ms a step; "
+            f"musota takes {base / ms:.2f}x"
+        )
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
