@@ -12,12 +12,13 @@ The values of `compare.json`:
   `documents_weighed_by` bytes, tokens, or null where documents cannot be paired.
 - `one_tokenizer`: whether perplexities per token can be compared; else there are none.
 - `arms`, best first: `name`, `folders`, `seeds`, `tokenizer` (kind and number of ids),
-  `parameters_{total,table,positions,blocks}`, `flops_per_token` (training), `tokens_seen` (mean
-  over seeds), `tokens_per_second` (median over updates, then seeds), `training_seconds` (mean;
-  without evaluations); `bits_per_byte`, `word_perplexity` and `token_perplexity`, each with `mean`,
-  `low95`, `high95` (Student's t over seeds, null with one seed; for a perplexity exp of mean and
-  bounds of the nats) and `by_seed`; and `curves`, for each seed `valid_tokens`,
-  `valid_bits_per_byte`, `train_tokens`, `train_bits_per_byte` (means of up to 100 stretches).
+  `parameters_{total,table,positions,blocks}`, `flops_per_token` (training), `tokens_seen` and
+  `text_bytes_seen` (in training; means over seeds), `tokens_per_second` (median over updates, then
+  seeds), `training_seconds` (mean; without evaluations); `bits_per_byte`, `word_perplexity` and
+  `token_perplexity`, each with `mean`, `low95`, `high95` (Student's t over seeds, null with one
+  seed; for a perplexity exp of mean and bounds of the nats) and `by_seed`; and `curves`, for each
+  seed `valid_tokens`, `valid_bits_per_byte`, `train_tokens`, `train_bits_per_byte` (means of up to
+  100 stretches).
 - `references`: for each tokenizer the predictors of `eval_<split>.json` in the same units.
 - `pairs`: `better`, `worse`, `gap_bits_per_byte`, `standard_error_seeds`,
   `standard_error_documents`, `standard_error` (root of the sum of squares), `degrees_of_freedom`
@@ -32,7 +33,6 @@ import argparse
 import dataclasses
 import importlib.util
 import itertools
-import json
 import math
 import pathlib
 import sys
@@ -41,66 +41,11 @@ from typing import Any
 
 import numpy as np
 
-from lm_jax import config, doctor, evaluate, metrics, ranking, report
-from lm_jax.config import Config
+from lm_jax import doctor, evaluate, metrics, ranking, report
 from lm_jax.models import sizing
+from lm_jax.runs import Arm, Run, group, load_run
 
 _FEW_DOCUMENTS = 20
-# Where a run lies, what it reports and how it is fed: nothing that changes the trained model.
-_INCIDENTAL = {
-    "seed",
-    "doctor",
-    "data.source_dir",
-    "data.cache_dir",
-    "data.workers",
-    "data.threads",
-    "train.checkpoint_every",
-    "train.keep",
-    "train.log_every",
-    "train.layer_norms",
-    "train.tensorboard",
-    "eval.splits",
-    "eval.batch_size",
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """What a finished run left behind."""
-
-    folder: pathlib.Path
-    cfg: Config
-    data: Mapping[str, Any]  # the manifest of its store
-    result: Mapping[str, Any]  # eval_<split>.json
-    documents: Mapping[str, np.ndarray]  # documents_<split>.npz
-    tokens_seen: int
-    tokens_per_second: float
-    training_seconds: float
-    curve: Mapping[str, list[float]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Arm:
-    """The seeds of one config."""
-
-    name: str
-    runs: tuple[Run, ...]
-
-    @property
-    def bits_per_byte(self) -> np.ndarray:
-        """One value a seed."""
-        return np.array([run.result["bits_per_byte"] for run in self.runs])
-
-    @property
-    def nats_D(self) -> np.ndarray:
-        """Nats of each document, mean over seeds."""
-        return np.mean([run.documents["nats"] for run in self.runs], axis=0)
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """All that makes the trained model but the seed."""
-        run = self.runs[0]
-        return {**_settings(run.cfg), "tokenizer": run.data["tokenizer_hash"]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,106 +110,6 @@ def _pairs(arms: Sequence[Arm], bytes_D: np.ndarray | None) -> list[dict[str, An
     ]
 
 
-def load_run(folder: pathlib.Path, split: str) -> Run:
-    """Read a finished run."""
-    path = folder / "config.json"
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file; give the workdir of a finished run.")
-    record = json.loads(path.read_text())
-    cfg, data = config.from_dict(record["config"]), record["data"]
-    if split not in data["splits"]:
-        raise ValueError(
-            f"{folder}: its corpus has no {split} split; "
-            f"give --split={' or --split='.join(data['splits'])}."
-        )
-    log = folder / "metrics.jsonl"
-    # A kill can leave half a last line.
-    lines = [x for x in log.read_text().splitlines() if x.endswith("}")] if log.exists() else []
-    rows = [json.loads(line) for line in lines]
-    training = [row for row in rows if "train/loss" in row]
-    done = training[-1]["step"] if training else 0
-    if done < int(cfg.train.steps):
-        raise ValueError(
-            f"{folder}: stopped after update {done} of {cfg.train.steps}; finish it with "
-            f"`python -m lm_jax.main --config=FILE --workdir={folder}`."
-        )
-    again = f"`python -m lm_jax.evaluate --workdir={folder} --split={split}`"
-    names = (f"eval_{split}.json", f"documents_{split}.npz")
-    for name in names:
-        if not (folder / name).exists():
-            raise FileNotFoundError(f"{folder}: has no {name}; write it with {again}.")
-    result = json.loads((folder / names[0]).read_text())
-    with np.load(folder / names[1]) as file:
-        documents = dict(file)
-    if result["loss"] is None:
-        raise ValueError(f"{folder}: the loss in {names[0]} is not finite; leave this run out.")
-    nats, tokens = result["loss"] * result["token_count"], documents["tokens"].sum()
-    if tokens != result["token_count"] or not np.isclose(documents["nats"].sum(), nats, rtol=1e-5):
-        raise ValueError(
-            f"{folder}: {names[0]} and {names[1]} are of different evaluations; write both with "
-            f"{again}."
-        )
-    return Run(
-        folder=folder,
-        cfg=cfg,
-        data=data,
-        result=result,
-        documents=documents,
-        tokens_seen=int(training[-1]["data/tokens"]),
-        tokens_per_second=float(np.median([row["perf/tokens_per_second"] for row in training])),
-        training_seconds=sum(row["perf/step_ms"] for row in training) / 1e3,
-        curve=_curve(rows, training, data["splits"]["train"]),
-    )
-
-
-def _curve(rows: list, training: list, counts: Mapping[str, int]) -> dict[str, list[float]]:
-    """Loss in bits per byte against tokens seen."""
-    seen = {row["step"]: row["data/tokens"] for row in training}
-    valid = [row for row in rows if row.get("valid/bits_per_byte") is not None]
-    loss = np.array([row["train/loss"] for row in training], float)  # null becomes NaN
-    bits = loss * counts["tokens"] / counts["bytes"] / math.log(2)
-    finite = np.flatnonzero(np.isfinite(bits))
-    stretches = [s for s in np.array_split(finite, 100) if len(s)]
-    return {
-        "valid_tokens": [seen[row["step"]] for row in valid],
-        "valid_bits_per_byte": [row["valid/bits_per_byte"] for row in valid],
-        "train_tokens": [training[s[-1]]["data/tokens"] for s in stretches],
-        "train_bits_per_byte": [float(bits[s].mean()) for s in stretches],
-    }
-
-
-def group(runs: Sequence[Run]) -> list[Arm]:
-    """Runs as the seeds of their arms, by the names of their folders."""
-    by_name: dict[str, list[Run]] = {}
-    for run in runs:
-        name = run.folder.resolve().name.removesuffix(f"-{run.cfg.seed}")
-        by_name.setdefault(name, []).append(run)
-    arms = []
-    for name, members in by_name.items():
-        members.sort(key=lambda run: run.cfg.seed)
-        for a, b in itertools.pairwise(members):
-            both = f"{a.folder} and {b.folder} are taken for seeds of {name!r}"
-            if a.cfg.seed == b.cfg.seed:
-                raise ValueError(f"{both}, but both have seed {a.cfg.seed}; leave one out.")
-            ours, others = (
-                {**_settings(run.cfg), "eval.stride": run.result["stride"]} for run in (a, b)
-            )
-            for path in ours:
-                if ours[path] != others[path]:
-                    raise ValueError(
-                        f"{both}, but config.{path} is {ours[path]!r} in one and {others[path]!r} "
-                        "in the other; rename a folder to make it an arm of its own."
-                    )
-            if a.data["tokenizer_hash"] != b.data["tokenizer_hash"]:
-                raise ValueError(f"{both}, but their tokenizers differ; rename a folder.")
-        arms.append(Arm(name, tuple(members)))
-    return arms
-
-
-def _settings(cfg: Config) -> dict[str, Any]:
-    return {path: value for path, value in config.fields(cfg) if path not in _INCIDENTAL}
-
-
 def _require_one_text(arms: Sequence[Arm], split: str) -> None:
     def text(run: Run) -> tuple:
         counts = run.data["splits"][split]
@@ -323,6 +168,7 @@ def _describe(arm: Arm, words: int, one_tokenizer: bool) -> dict[str, Any]:
         "parameters_blocks": size.blocks,
         "flops_per_token": size.flops,
         "tokens_seen": float(np.mean([run.tokens_seen for run in arm.runs])),
+        "text_bytes_seen": arm.bytes_seen,
         "tokens_per_second": float(np.median([run.tokens_per_second for run in arm.runs])),
         "training_seconds": float(np.mean([run.training_seconds for run in arm.runs])),
         "bits_per_byte": _interval(arm.bits_per_byte),
@@ -401,9 +247,11 @@ def _notes(arms: Sequence[Arm], values: Mapping[str, Any]) -> list[str]:
             "The arms were scored with different contexts, (tokens of a window, targets scored in "
             f"it): {', '.join(map(str, sorted(windows)))}."
         )
-    seen = [np.mean([run.tokens_seen for run in arm.runs]) for arm in arms]
+    seen = [arm.bytes_seen for arm in arms]
     if max(seen) > 1.01 * min(seen):
-        notes.append(f"The arms saw from {min(seen):,.0f} to {max(seen):,.0f} tokens.")
+        notes.append(
+            f"The arms saw from {min(seen):,.0f} to {max(seen):,.0f} bytes of training text."
+        )
     if pairs > 1:
         notes.append(
             f"{pairs} pairs were compared, each by itself: of arms that are all equally good, one "

@@ -193,6 +193,7 @@ def test_ranks_outside_the_noise_and_refuses_inside(three):
     assert comparison.values["ranking"] == [["good", "fair"], ["poor"]]
     assert "Ranking: {good, fair} < poor" in comparison.markdown()
     assert comparison.values["same_model"] == []
+    assert not any("training text" in note for note in comparison.values["notes"])
     inside = compare.compare([f for f in three if "poor" not in f.name])
     assert inside.values["ranking"] == [["good", "fair"]]
     assert "No ranking: good, fair cannot be told apart." in inside.markdown()
@@ -207,7 +208,8 @@ def test_values_are_those_of_the_runs(three):
     parts = [arm[f"parameters_{p}"] for p in ("total", "table", "positions", "blocks")]
     assert parts == [size.total, size.table, size.positions, size.blocks]
     assert arm["flops_per_token"] == size.flops
-    assert arm["tokens_seen"] == 2000 and arm["training_seconds"] == 10
+    assert arm["tokens_seen"] == 2000 and arm["text_bytes_seen"] == 2000 * BYTES / TOKENS
+    assert arm["training_seconds"] == 10
     assert arm["tokens_per_second"] == 1000
     per_byte = TOKENS / BYTES / math.log(2)
     assert arm["bits_per_byte"]["by_seed"] == pytest.approx(
@@ -264,6 +266,8 @@ def test_another_tokenizer_leaves_no_token_perplexity(three, tmp_path):
     assert all(arm["token_perplexity"] is None for arm in comparison.values["arms"])
     assert "token perplexity" not in comparison.markdown() + comparison.html()
     assert any(note.startswith("The tokenizers differ") for note in comparison.values["notes"])
+    # As many tokens, which stand for more text.
+    assert "The arms saw from 8,000 to 10,667 bytes of training text." in comparison.values["notes"]
     assert comparison.values["documents_weighed_by"] == "bytes"
     assert set(verdicts(comparison).values()) == {"separated", "not distinguishable"}
     assert len(comparison.values["references"]) == 8

@@ -1,0 +1,177 @@
+"""Finished runs, read from their workdirs and grouped by what was trained."""
+
+import dataclasses
+import itertools
+import json
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from lm_jax import config
+from lm_jax.config import Config
+
+# Where a run lies, what it reports and how it is fed: nothing that changes the trained model.
+_INCIDENTAL = {
+    "seed",
+    "doctor",
+    "data.source_dir",
+    "data.cache_dir",
+    "data.workers",
+    "data.threads",
+    "train.checkpoint_every",
+    "train.keep",
+    "train.log_every",
+    "train.layer_norms",
+    "train.tensorboard",
+    "eval.splits",
+    "eval.batch_size",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a finished run left behind."""
+
+    folder: pathlib.Path
+    cfg: Config
+    data: Mapping[str, Any]  # the manifest of its store
+    result: Mapping[str, Any]  # eval_<split>.json
+    documents: Mapping[str, np.ndarray]  # documents_<split>.npz
+    tokens_seen: int
+    tokens_per_second: float
+    training_seconds: float
+    curve: Mapping[str, list[float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """The seeds of one config."""
+
+    name: str
+    runs: tuple[Run, ...]
+
+    @property
+    def bits_per_byte(self) -> np.ndarray:
+        """One value a seed."""
+        return np.array([run.result["bits_per_byte"] for run in self.runs])
+
+    @property
+    def nats_D(self) -> np.ndarray:
+        """Nats of each document, mean over seeds."""
+        return np.mean([run.documents["nats"] for run in self.runs], axis=0)
+
+    @property
+    def bytes_seen(self) -> float:
+        """Bytes of the text that went through training, mean over seeds."""
+        counts = self.runs[0].data["splits"]["train"]
+        tokens = float(np.mean([run.tokens_seen for run in self.runs]))
+        return tokens * counts["bytes"] / counts["tokens"]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that makes the trained model but the seed."""
+        run = self.runs[0]
+        return {**_settings(run.cfg), "tokenizer": run.data["tokenizer_hash"]}
+
+
+def load_run(folder: pathlib.Path, split: str) -> Run:
+    """Read a finished run."""
+    path = folder / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file; give the workdir of a finished run.")
+    record = json.loads(path.read_text())
+    cfg, data = config.from_dict(record["config"]), record["data"]
+    if split not in data["splits"]:
+        raise ValueError(
+            f"{folder}: its corpus has no {split} split; "
+            f"give --split={' or --split='.join(data['splits'])}."
+        )
+    log = folder / "metrics.jsonl"
+    # A kill can leave half a last line.
+    lines = [x for x in log.read_text().splitlines() if x.endswith("}")] if log.exists() else []
+    rows = [json.loads(line) for line in lines]
+    training = [row for row in rows if "train/loss" in row]
+    done = training[-1]["step"] if training else 0
+    if done < int(cfg.train.steps):
+        raise ValueError(
+            f"{folder}: stopped after update {done} of {cfg.train.steps}; finish it with "
+            f"`python -m lm_jax.main --config=FILE --workdir={folder}`."
+        )
+    again = f"`python -m lm_jax.evaluate --workdir={folder} --split={split}`"
+    names = (f"eval_{split}.json", f"documents_{split}.npz")
+    for name in names:
+        if not (folder / name).exists():
+            raise FileNotFoundError(f"{folder}: has no {name}; write it with {again}.")
+    result = json.loads((folder / names[0]).read_text())
+    with np.load(folder / names[1]) as file:
+        documents = dict(file)
+    if result["loss"] is None:
+        raise ValueError(f"{folder}: the loss in {names[0]} is not finite; leave this run out.")
+    nats, tokens = result["loss"] * result["token_count"], documents["tokens"].sum()
+    if tokens != result["token_count"] or not np.isclose(documents["nats"].sum(), nats, rtol=1e-5):
+        raise ValueError(
+            f"{folder}: {names[0]} and {names[1]} are of different evaluations; write both with "
+            f"{again}."
+        )
+    return Run(
+        folder=folder,
+        cfg=cfg,
+        data=data,
+        result=result,
+        documents=documents,
+        tokens_seen=int(training[-1]["data/tokens"]),
+        tokens_per_second=float(np.median([row["perf/tokens_per_second"] for row in training])),
+        training_seconds=sum(row["perf/step_ms"] for row in training) / 1e3,
+        curve=_curve(rows, training, data["splits"]["train"]),
+    )
+
+
+def _curve(rows: list, training: list, counts: Mapping[str, int]) -> dict[str, list[float]]:
+    """Loss in bits per byte against tokens seen."""
+    seen = {row["step"]: row["data/tokens"] for row in training}
+    valid = [row for row in rows if row.get("valid/bits_per_byte") is not None]
+    loss = np.array([row["train/loss"] for row in training], float)  # null becomes NaN
+    bits = loss * counts["tokens"] / counts["bytes"] / math.log(2)
+    finite = np.flatnonzero(np.isfinite(bits))
+    stretches = [s for s in np.array_split(finite, 100) if len(s)]
+    return {
+        "valid_tokens": [seen[row["step"]] for row in valid],
+        "valid_bits_per_byte": [row["valid/bits_per_byte"] for row in valid],
+        "train_tokens": [training[s[-1]]["data/tokens"] for s in stretches],
+        "train_bits_per_byte": [float(bits[s].mean()) for s in stretches],
+    }
+
+
+def group(runs: Sequence[Run]) -> list[Arm]:
+    """Runs as the seeds of their arms, by the names of their folders."""
+    by_name: dict[str, list[Run]] = {}
+    for run in runs:
+        name = run.folder.resolve().name.removesuffix(f"-{run.cfg.seed}")
+        by_name.setdefault(name, []).append(run)
+    arms = []
+    for name, members in by_name.items():
+        members.sort(key=lambda run: run.cfg.seed)
+        for a, b in itertools.pairwise(members):
+            both = f"{a.folder} and {b.folder} are taken for seeds of {name!r}"
+            if a.cfg.seed == b.cfg.seed:
+                raise ValueError(f"{both}, but both have seed {a.cfg.seed}; leave one out.")
+            ours, others = (
+                {**_settings(run.cfg), "eval.stride": run.result["stride"]} for run in (a, b)
+            )
+            for path in ours:
+                if ours[path] != others[path]:
+                    raise ValueError(
+                        f"{both}, but config.{path} is {ours[path]!r} in one and {others[path]!r} "
+                        "in the other; rename a folder to make it an arm of its own."
+                    )
+            if a.data["tokenizer_hash"] != b.data["tokenizer_hash"]:
+                raise ValueError(f"{both}, but their tokenizers differ; rename a folder.")
+        arms.append(Arm(name, tuple(members)))
+    return arms
+
+
+def _settings(cfg: Config) -> dict[str, Any]:
+    return {path: value for path, value in config.fields(cfg) if path not in _INCIDENTAL}
