@@ -187,6 +187,15 @@ def test_a_killed_process_is_one_sentence_and_loses_only_its_part(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
+def test_a_long_preparation_says_how_far_it_is(tmp_path, monkeypatch, capsys, workers):
+    (tmp_path / "open").touch()
+    monkeypatch.setattr(parts, "REPORT_SECONDS", -1.0)
+    prepare_pieces(gated, tmp_path, workers)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 7 and lines[-1] == "tokenised 7 of 7 parts"
+
+
+@pytest.mark.parametrize("workers", [1, 2])
 def test_an_error_in_a_process_arrives_as_it_is(tmp_path, workers):
     with pytest.raises(ValueError) as raised:
         prepare_pieces(faulty, tmp_path, workers)
