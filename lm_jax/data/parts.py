@@ -90,9 +90,10 @@ def write_all(parts: Sequence[Part], tokenizer: Tokenizer, folder: Path, workers
             for driver in concurrent.futures.as_completed(drivers):
                 driver.result()
         except BaseException:
-            while not tasks.empty():  # the others stop after the part that they are at
-                tasks.get()
-            for _ in drivers:
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    tasks.get_nowait()
+            for _ in drivers:  # they stop after the part that they are at
                 tasks.put(None)
             raise
 
