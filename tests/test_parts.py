@@ -124,7 +124,7 @@ def test_a_killed_preparation_goes_on_from_its_finished_parts(tmp_path, monkeypa
     )
     # Pieces 0 to 2 can be finished; two processes wait in pieces 3 and 4.
     wait_for(lambda: len(finished(tmp_path)) == 3)
-    wait_for(lambda: len(list(tmp_path.glob("stores/*.parts/partial-*"))) == 2)
+    wait_for(lambda: len(list(tmp_path.glob("stores/*.parts/partial-*/part"))) == 2)
     tasks = pathlib.Path(f"/proc/{process.pid}/task").glob("*/children")
     children = [int(pid) for task in tasks for pid in task.read_text().split()]
     assert len(children) == 2
