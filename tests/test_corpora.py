@@ -1,5 +1,7 @@
+import dataclasses
 import hashlib
 import json
+import pickle
 import re
 import zipfile
 from typing import Any
@@ -7,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lm_jax.data import shards
 from lm_jax.data.corpora import open_corpus
 from lm_jax.data.synthetic import MarkovSource
 from tests.helpers import shared_data
@@ -350,9 +353,14 @@ def tfds_dir(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["tfds:notes", "tfds:notes:1.2.0"])
-def test_tfds_holds_out_a_missing_valid_split(tmp_path, tfds_dir, name):
+@pytest.mark.parametrize("piece", [1000, 1 << 25])
+def test_tfds_holds_out_a_missing_valid_split(tmp_path, monkeypatch, tfds_dir, name, piece):
+    monkeypatch.setattr(shards, "PIECE", piece)
     corpus = _open(tmp_path, name, source_dir=tfds_dir)
-    splits = _documents(corpus)
+    assert (len(corpus.splits["train"]) > 5) == (piece == 1000)
+    splits = _documents(
+        dataclasses.replace(corpus, splits=pickle.loads(pickle.dumps(corpus.splits)))
+    )
     assert set(splits) == {"train", "valid", "test"}
     assert splits["test"] == [f"test text {i} é" for i in range(3)]
     assert set(splits["train"]) | set(splits["valid"]) == {f"train text {i} é" for i in range(300)}

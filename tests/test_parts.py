@@ -124,7 +124,7 @@ def test_a_killed_preparation_goes_on_from_its_finished_parts(tmp_path, monkeypa
     )
     # Pieces 0 to 2 can be finished; two processes wait in pieces 3 and 4.
     wait_for(lambda: len(finished(tmp_path)) == 3)
-    wait_for(lambda: len(list(tmp_path.glob("stores/*.parts/partial-*"))) == 2)
+    wait_for(lambda: len(list(tmp_path.glob("stores/*.parts/partial-*/part"))) == 2)
     tasks = pathlib.Path(f"/proc/{process.pid}/task").glob("*/children")
     children = [int(pid) for task in tasks for pid in task.read_text().split()]
     assert len(children) == 2
@@ -184,6 +184,15 @@ def test_a_killed_process_is_one_sentence_and_loses_only_its_part(tmp_path):
     resumed = prepare_pieces(one_way, tmp_path, workers=2)
     whole = prepare_pieces(gated, tmp_path, workers=1, cache=tmp_path / "other")
     assert content(resumed.path) == content(whole.path)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_long_preparation_says_how_far_it_is(tmp_path, monkeypatch, capsys, workers):
+    (tmp_path / "open").touch()
+    monkeypatch.setattr(parts, "REPORT_SECONDS", -1.0)
+    prepare_pieces(gated, tmp_path, workers)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 7 and lines[-1] == "tokenised 7 of 7 parts"
 
 
 @pytest.mark.parametrize("workers", [1, 2])

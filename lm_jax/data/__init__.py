@@ -1,1 +1,1 @@
-"""From corpora to batches: corpora, tokenizers, store, pipeline, and reference perplexities."""
+"""From files to batches: shards, corpora, tokenizers, parts, store, pipeline; and n-grams."""

@@ -75,23 +75,25 @@ def write_all(parts: Sequence[Part], tokenizer: Tokenizer, folder: Path, workers
         shutil.rmtree(leftover, ignore_errors=True)
     todo = [part for part in parts if not (folder / part.name).exists()]
     workers = min(workers or os.cpu_count() or 1, len(todo))
+    report = _Report(folder, len(parts))
     if workers <= 1 or all(part.of == 1 for part in parts):
         for part in todo:
             write(part, tokenizer, folder)
+            report()
         return
     tasks: queue.SimpleQueue[Part | None] = queue.SimpleQueue()
     for task in [*todo, *[None] * workers]:
         tasks.put(task)
-    report = _Report(len(parts), len(todo))
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         drivers = [pool.submit(_drive, tasks, folder, report) for _ in range(workers)]
         try:
             for driver in concurrent.futures.as_completed(drivers):
                 driver.result()
         except BaseException:
-            while not tasks.empty():  # the others stop after the part that they are at
-                tasks.get()
-            for _ in drivers:
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    tasks.get_nowait()
+            for _ in drivers:  # they stop after the part that they are at
                 tasks.put(None)
             raise
 
@@ -148,15 +150,15 @@ def _encode(texts: list[str], tokenizer: Tokenizer, split: str) -> list[np.ndarr
 class _Report:
     """Says on standard error, now and then, how many parts are written."""
 
-    def __init__(self, total: int, left: int) -> None:
-        self.total, self.done = total, total - left
+    def __init__(self, folder: Path, total: int) -> None:
+        self.folder, self.total = folder, total
         self.due = time.monotonic() + REPORT_SECONDS
 
-    def add(self) -> None:
-        self.done += 1
+    def __call__(self) -> None:
         if time.monotonic() > self.due:
-            self.due += REPORT_SECONDS
-            print(f"tokenised {self.done} of {self.total} parts", file=sys.stderr)
+            self.due = time.monotonic() + REPORT_SECONDS
+            done = len(list(self.folder.glob("*-of-*")))
+            print(f"tokenised {done} of {self.total} parts", file=sys.stderr)
 
 
 def _drive(tasks: "queue.SimpleQueue[Part | None]", folder: Path, report: _Report) -> None:
@@ -184,7 +186,7 @@ def _drive(tasks: "queue.SimpleQueue[Part | None]", folder: Path, report: _Repor
                 _send(process.stdin, part)
                 if (error := pickle.load(process.stdout)) is not None:
                     raise error
-                report.add()
+                report()
         except (EOFError, pickle.UnpicklingError, BrokenPipeError) as error:
             raise ChildProcessError(
                 "A process that tokenises was killed, perhaps for lack of memory: set a smaller "
