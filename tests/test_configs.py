@@ -19,6 +19,7 @@ SIZES = {
     "phase1": (16_000, 10.3),
     "quickstart": (257, None),
     "shakespeare_char": (66, None),
+    "small_corpus": (8192, None),
     "stream_226m": (32_768, 226.546432),
     "wikitext2": (16_384, 17.0),
     "wikitext2_cpu": (8192, None),
@@ -65,6 +66,16 @@ def test_arms_of_the_allocation_study_differ():
     assert ["emb35", "glu266x"] in models.values() and len(models) == 6
     with pytest.raises(ValueError, match="phase1.py:glu9x: no such arm; use one of emb25, emb35"):
         module.get_config("glu9x")
+
+
+def test_arms_against_overfitting_change_one_thing_each():
+    module = load("small_corpus")
+    base = dict(config.fields(module.get_config("base")))
+    for arm, changes in module.ARMS.items():
+        changed = dict(config.fields(module.get_config(arm)))
+        different = [path for path in base if changed[path] != base[path]]
+        assert different == [path.replace("__", ".") for path in changes]
+        assert len(different) == (arm != "base")
 
 
 def test_baselines_of_mu_sota_are_matched():
