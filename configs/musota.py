@@ -4,7 +4,8 @@ python -m lm_jax.main --config=configs/musota.py:ARM [--config.data.source_dir=D
 
 Arms: musota; and dense models (GPT's: LayerNorm, biases, GELU, learned positions, tied head) with
 as many parameters in all (total), as many outside the tables (blocks), as many FLOPs of a token
-(flops). All arms and seeds, with their comparison:
+(flops). They are matched to the sizes written here: change those in this file and not by flags.
+All arms and seeds, and their comparison:
 
 python scripts/sweep.py 'configs/musota.py:*' --seeds=0,1,2 --root=runs/musota --jobs=2
 python -m lm_jax.compare runs/musota/*
@@ -18,7 +19,8 @@ from lm_jax.models.sizing import Quantity, matched, size
 
 BASELINES: tuple[Quantity, ...] = ("total", "blocks", "flops")
 ARMS = ("musota", *BASELINES)
-# The best of 3e-3, 1e-2, 2e-2 and (musota alone) 4e-2 after 300 updates, by valid loss, one seed.
+# The best of 3e-3, 1e-2, 2e-2 and (musota alone) 4e-2 after 300 updates, by valid loss, one seed;
+# that of musota is at the edge of what was tried.
 PEAK_LR = {"musota": 4e-2, "total": 1e-2, "blocks": 2e-2, "flops": 2e-2}
 
 

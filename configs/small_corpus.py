@@ -3,7 +3,7 @@
 python -m lm_jax.main --config=configs/small_corpus.py:ARM [--config.data.source_dir=DIR]
 
 Arms: base, the model of `configs/wikitext2_cpu.py` for 800 updates (1.2 epochs); every other arm
-changes one thing. All arms, and their comparison:
+changes one thing. All arms:
 
 python scripts/sweep.py 'configs/small_corpus.py:*' --root=runs/small_corpus --jobs=2
 

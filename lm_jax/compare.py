@@ -103,11 +103,14 @@ def _pairs(arms: Sequence[Arm], bytes_D: np.ndarray | None) -> list[dict[str, An
     errors = {}
     if bytes_D is not None and len(bytes_D) > 1:
         errors = ranking.document_errors({arm.name: arm.nats_D for arm in arms}, bytes_D)
-    return [
-        {"better": a.name, "worse": b.name}
-        | ranking.judge(a.bits_per_byte, b.bits_per_byte, errors.get(frozenset((a.name, b.name))))
-        for a, b in itertools.combinations(arms, 2)
-    ]
+    pairs = []
+    for a, b in itertools.combinations(arms, 2):
+        documents = errors.get(frozenset((a.name, b.name)))
+        pair = ranking.judge(a.bits_per_byte, b.bits_per_byte, documents)
+        if a.settings == b.settings:
+            pair |= {"verdict": "not ranked", "reason": "the same model"}
+        pairs.append({"better": a.name, "worse": b.name} | pair)
+    return pairs
 
 
 def _require_one_text(arms: Sequence[Arm], split: str) -> None:

@@ -111,7 +111,8 @@ class TokenizerConfig(_Section):
 class ModelConfig(_Section):
     """The decoder."""
 
-    family: str = "dense"  # dense | musota (gated 8 x 8 matrices, see models/musota.py)
+    # dense | musota: gated 8 x 8 matrices (models/musota.py), D 64 and untied whatever stands below
+    family: str = "dense"
     layers: int = 4  # blocks
     d_model: int = 128  # D, width of the residual stream
     heads: int = 4  # H, query heads

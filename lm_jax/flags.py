@@ -42,8 +42,19 @@ def parse(argv: list[str]) -> list[str]:
 
 def run_name(spec: str, seed: int) -> str:
     """The folder of a run: `phase1-emb25-0` for `configs/phase1.py:emb25` and seed 0."""
-    path, _, variant = spec.partition(":")
-    return "-".join([pathlib.Path(path).stem, *([variant] if variant else []), str(seed)])
+    path, _, arm = spec.partition(":")
+    return "-".join([pathlib.Path(path).stem, *([arm] if arm else []), str(seed)])
+
+
+def load_config(spec: str) -> config.Config:
+    """The config of FILE or FILE:ARM.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it has no such arm.
+    """
+    path, _, arm = spec.partition(":")
+    return load_module(pathlib.Path(path)).get_config(*([arm] if arm else []))
 
 
 def load_module(path: pathlib.Path) -> ModuleType:

@@ -67,7 +67,7 @@ def html(c: Values) -> str:
     figures += [
         _figure(
             f"Bits per byte against {name}, with 95 % intervals over seeds. "
-            "The line joins the arms that no other beats in both.",
+            "The line joins the arms that no other beats in both, by their means alone.",
             _pareto(c, key),
             c,
         )
@@ -245,7 +245,12 @@ def _figure(caption: str, draw: Callable[[Any], str], c: Values) -> str:
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.locator_params(axis="x", nbins=5)
         words = draw(axes)
-        figure.legend(loc="outside lower center", ncols=2, frameon=False)
+        # Given labels: of itself the legend leaves out those that begin with "_".
+        names = {arm["name"] for arm in c["arms"]}
+        drawn = {str(artist.get_label()): artist for artist in axes.get_children()}
+        labels = [name for name in drawn if name in names]
+        handles = [drawn[name] for name in labels]
+        figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
         file = io.StringIO()
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(file, format="svg", transparent=True, metadata=nothing)

@@ -33,11 +33,14 @@ class TrainState(NamedTuple):
 
 def choose_attention(cfg: Config) -> tuple[str, str]:
     """The attention that a resolved config gets on this device, and the reason."""
-    return attention.choose(
+    impl, reason = attention.choose(
         cfg.attention.impl,
         seq_len=cfg.data.seq_len,
         attention_dropout=cfg.model.attention_dropout,
     )
+    if cfg.model.family == "musota":
+        reason += "; inside blocks alone, across blocks all scores are kept for their entropy"
+    return impl, reason
 
 
 def choose_loss(cfg: Config, vocab_size: int) -> tuple[str, str]:
@@ -58,7 +61,7 @@ def create_model(cfg: Config, vocab_size: int, impl: str) -> tuple[nnx.GraphDef,
             cfg.data.seq_len,
             impl,
             nnx.Rngs(params=key),
-            segmented=cfg.data.document_mask,
+            segmented=cfg.data.document_mask or cfg.data.window_offset,
         )
 
     def init(key: jax.Array) -> Params:

@@ -161,9 +161,9 @@ def steps() -> dict[str, Callable[[Mesh], Any]]:
         cfg = config.replace(make(), loss__impl=loss)
         return lambda mesh: compile_step(cfg, vocab_size, mesh, attention)
 
-    path = ROOT / "configs" / "wikitext2.py"
+    wikitext2 = load_module(ROOT / "configs" / "wikitext2.py").get_config
     return {
-        "wikitext2, pallas, fused": of(load_module(path).get_config, 16_384, "pallas", "fused"),
+        "wikitext2, pallas, fused": of(wikitext2, 16_384, "pallas", "fused"),
         "124M, pallas, fused": of(gpt2_124m, 50_304, "pallas", "fused"),
         "124M, xla, materialised": of(gpt2_124m, 50_304, "xla", "materialised"),
     }

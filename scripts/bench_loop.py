@@ -18,7 +18,7 @@ import tempfile
 import time
 from typing import Any
 
-from lm_jax.flags import load_module
+from lm_jax.flags import load_config
 from lm_jax.main import keep_freed_memory
 
 
@@ -96,13 +96,13 @@ def first_update(workdir: pathlib.Path) -> float:
 def main() -> None:
     """Measure and print one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", type=pathlib.Path, required=True)
+    parser.add_argument("--config", required=True)
     parser.add_argument("--source_dir", default="")
     parser.add_argument("--updates", type=int, default=60)
     parser.add_argument("--json", type=pathlib.Path, help="where to write the numbers")
     args = parser.parse_args()
     keep_freed_memory()
-    cfg = load_module(args.config).get_config()
+    cfg = load_config(args.config)
     cfg.data.source_dir = args.source_dir
     with tempfile.TemporaryDirectory() as folder:
         workdir = pathlib.Path(folder)

@@ -11,7 +11,6 @@ the whole model only the leaf with the largest error is shown. The exit code is 
 
 import argparse
 import dataclasses
-import pathlib
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -23,7 +22,7 @@ from flax import nnx
 
 from lm_jax import config, doctor, loss, step
 from lm_jax.config import Config
-from lm_jax.flags import load_module
+from lm_jax.flags import load_config
 
 T = 7
 V = 101  # enough for every backward pass; the widths of the layers are those of the config
@@ -78,8 +77,9 @@ def parts(cfg: Config, seed: int = 0) -> Iterator[Part]:
         ).objective
 
     head_VD = np.asarray(model.head_VD())
+    final_BTD = rng.standard_normal((2, T, head_VD.shape[1]))
     for impl in ("materialised", "fused"):
-        yield Part(f"head and loss, {impl}", head_VD, x_BTD, _bind(head_and_loss, impl))
+        yield Part(f"head and loss, {impl}", head_VD, final_BTD, _bind(head_and_loss, impl))
     yield _module("final norm", model.final_norm, x_BTD)
     for i, block in reversed(list(enumerate(model.blocks))):
         yield _module(f"layer {i}, mlp", block.mlp, x_BTD)
@@ -88,6 +88,9 @@ def parts(cfg: Config, seed: int = 0) -> Iterator[Part]:
             f"layer {i}, attention", block.attention, x_BTD, b.segment_ids, b.positions, None
         )
         yield _module(f"layer {i}, attention norm", block.attention_norm, x_BTD)
+    if "projection" in params:
+        rows_BTr = rng.standard_normal((2, T, cfg.model.embedding_rank))
+        yield Part("embedding projection", params["projection"], rows_BTr, lambda w, x: x @ w)
     for name in ("embedding", "position_embedding"):
         if name in params:
             ids = b.inputs if name == "embedding" else b.positions
@@ -144,9 +147,13 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="configs/gpt_demo.py", help="FILE or FILE:ARM")
-    path, _, arm = parser.parse_args().config.partition(":")
-    make = load_module(pathlib.Path(path)).get_config
-    cfg = config.resolve(make(*([arm] if arm else [])), windows=1000)
+    try:
+        cfg = config.resolve(load_config(parser.parse_args().config), windows=1000)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"{error}\n")
+    if cfg.model.family != "dense":
+        parser.exit(2, "config.model.family: only dense models have a table; give such a config.\n")
+    cfg.model.scan_layers = False  # the same layers, one by one
     print("| layer | leaf | shape | directions | coordinates | explained |")
     print("|---|---|---|---|---|---|")
     failed, count = [], 0

@@ -12,19 +12,24 @@ a GPU's memory in equal parts.
 
 import argparse
 import dataclasses
+import hashlib
 import itertools
 import json
 import os
 import pathlib
+import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
-from lm_jax.flags import load_module, run_name
+from lm_jax.flags import load_config, load_module, run_name
 
 HEADROOM = 1.2  # free memory a run needs, over the most that one has used
+OWN_FLAGS = ("config", "config.seed", "workdir")  # set by the sweep for every run
 
 
 @dataclasses.dataclass
@@ -33,33 +38,53 @@ class Run:
 
     command: list[str]
     workdir: pathlib.Path
+    source: str  # sha256 of the config file
     process: subprocess.Popen | None = None
+    began: int = 0  # bytes of metrics.jsonl when it was started
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What makes the run: its flags and its config file."""
+        flags = [x for x in self.command[3:] if not x.startswith("--workdir=")]
+        return {"flags": flags, "config_sha256": self.source}
 
     @property
     def finished(self) -> bool:
-        """Whether the last run of the command went to its end."""
+        """Whether it went to its end."""
         return (self.workdir / "sweep.json").exists()
 
     def start(self, jobs: int) -> None:
         """Start it, or go on where it stopped."""
         self.workdir.mkdir(parents=True, exist_ok=True)
+        self.began = self.logged()
         share = {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 / jobs:.3f}"} if jobs > 1 else {}
         with (self.workdir / "log.txt").open("a") as log:
             self.process = subprocess.Popen(
-                self.command, stdout=log, stderr=subprocess.STDOUT, env=share | os.environ
+                self.command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=share | os.environ,
+                start_new_session=True,  # Ctrl-C is for the sweep, which then stops its runs
             )
 
-    def training(self) -> bool:
-        """Whether the first update is done, when nearly all memory is in use."""
+    def logged(self) -> int:
+        """Bytes of metrics.jsonl."""
         metrics = self.workdir / "metrics.jsonl"
-        return metrics.exists() and metrics.stat().st_size > 0
+        return metrics.stat().st_size if metrics.exists() else 0
 
-    def end(self, code: int) -> None:
-        """Note how it ended."""
-        if code == 0:
-            (self.workdir / "sweep.json").write_text(json.dumps(self.command) + "\n")
-        words = "finished" if code == 0 else f"failed with exit code {code}"
+    def training(self) -> bool:
+        """Whether it has logged an update since it was started: nearly all memory is in use."""
+        return self.logged() > self.began
+
+    def end(self, code: int) -> bool:
+        """Note how it ended; True if it went to its end."""
+        # A run that was told to stop saves, exits with 0 and has no evaluation.
+        whole = code == 0 and any(self.workdir.glob("eval_*.json"))
+        if whole:
+            (self.workdir / "sweep.json").write_text(json.dumps(self.record) + "\n")
+        words = "finished" if whole else "stopped" if code == 0 else f"failed with exit code {code}"
         print(f"{self.workdir}: {words}, see {self.workdir / 'log.txt'}", flush=True)
+        return whole
 
 
 def arms(spec: str) -> list[str]:
@@ -77,22 +102,27 @@ def plan(specs: Sequence[str], seeds: Sequence[int], root: pathlib.Path, flags: 
     """The runs, seed by seed, so that a sweep that is stopped has whole comparisons.
 
     Raises:
-        ValueError: if a finished run in the way had another command, or two runs one folder.
+        ValueError: if a finished run in the way was another one, if two runs would share a folder,
+            or for a flag that the sweep sets itself.
+        FileNotFoundError: if there is no such config file.
     """
+    for flag in flags:
+        if flag.lstrip("-").partition("=")[0] in OWN_FLAGS:
+            raise ValueError(f"{flag}: the sweep sets it for every run; leave it out.")
     runs = []
     for seed in seeds:
         for spec in itertools.chain.from_iterable(map(arms, specs)):
             workdir = root / run_name(spec, seed)
             command = [sys.executable, "-m", "lm_jax.main", f"--config={spec}"]
             command += [f"--config.seed={seed}", f"--workdir={workdir}", *flags]
-            run = Run(command, workdir)
-            if run.finished:
-                before = json.loads((workdir / "sweep.json").read_text())
-                if before[1:] != command[1:]:
-                    raise ValueError(
-                        f"{workdir}: was finished with `{' '.join(before[1:])}`, not with "
-                        f"`{' '.join(command[1:])}`; give another --root."
-                    )
+            source = pathlib.Path(spec.partition(":")[0])
+            load_config(spec)  # so that a mistake shows now and not when its turn comes
+            run = Run(command, workdir, hashlib.sha256(source.read_bytes()).hexdigest())
+            if run.finished and json.loads((workdir / "sweep.json").read_text()) != run.record:
+                raise ValueError(
+                    f"{workdir}: was finished with other flags or another text of {source}; give "
+                    "another --root, or delete the folder."
+                )
             runs.append(run)
     folders = [run.workdir for run in runs]
     for folder in folders:
@@ -128,8 +158,7 @@ def sweep(runs: Sequence[Run], jobs: int) -> bool:
                 assert run.process is not None
                 largest = max(largest, peak_bytes(run.process))
                 if (code := run.process.poll()) is not None:
-                    run.end(code)
-                    failed |= code != 0
+                    failed |= not run.end(code)
                     running.remove(run)
             settled = all(run.training() for run in running)
             fits = not running or (settled and free_bytes() > HEADROOM * largest)
@@ -161,14 +190,22 @@ def main() -> None:
         cut = arguments.index("--")
         arguments, flags = arguments[:cut], arguments[cut + 1 :]
     args = parser.parse_args(arguments)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
+        if not re.fullmatch(r"\d+(,\d+)*", args.seeds):
+            raise ValueError(f"--seeds={args.seeds}: give numbers with commas, as 0,1,2.")
         seeds = [int(seed) for seed in args.seeds.split(",")]
         runs = plan(args.configs, seeds, args.root, flags)
     except (ValueError, OSError) as error:
         parser.exit(2, f"{error}\n")
     complete = sweep(runs, max(1, args.jobs))
-    print(f"python -m lm_jax.compare {' '.join(str(run.workdir) for run in runs)}")
+    folders = [run.workdir for run in runs if run.finished]
+    splits = ("test", "valid")
+    scored = [s for s in splits if all((f / f"eval_{s}.json").exists() for f in folders)]
+    if folders and scored:
+        words = ["python", "-m", "lm_jax.compare", f"--split={scored[0]}", *map(str, folders)]
+        print(shlex.join(words))
     sys.exit(0 if complete else 1)
 
 

@@ -247,6 +247,8 @@ def test_the_same_model_is_flagged(three, tmp_path):
     values = compare.compare([*three, *twin]).values
     assert values["same_model"] == [["good", "twin"]] or values["same_model"] == [["twin", "good"]]
     assert any("they are the same model" in note for note in values["notes"])
+    (pair,) = (p for p in values["pairs"] if {p["better"], p["worse"]} == {"good", "twin"})
+    assert (pair["verdict"], pair["reason"]) == ("not ranked", "the same model")
     # "fair" differs in its learning rate alone.
     assert sum("equally many parameters" in note for note in values["notes"]) == 2
 

@@ -34,6 +34,16 @@ def test_every_layer_is_in_the_table():
     assert "whole model, materialised" in parts
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_factorised_embeddings_have_a_row(tied):
+    cfg = tiny_config(model__embedding_rank=5, model__tied=tied, model__layers=1)
+    parts = {part.name: part for part in table.parts(cfg)}
+    assert parts["embedding projection"].params.shape == (5, 16)
+    assert parts["head and loss, fused"].input.shape[-1] == (5 if tied else 16)
+    rows, failed = table.examine(parts["head and loss, materialised"])
+    assert not failed and len(rows) == 2
+
+
 @pytest.mark.parametrize("name", ["layer 0, attention", "layer 1, mlp", "head and loss, fused"])
 def test_a_backward_pass_is_verified_and_a_wrong_one_seen(name):
     part = next(part for part in table.parts(tiny_config(**GPT)) if part.name == name)

@@ -136,6 +136,20 @@ def test_entropy_is_a_share_of_its_maximum():
     np.testing.assert_allclose(found[1], 0, atol=1e-5)
 
 
+def test_dropout_reaches_the_gate():
+    """In the first layer nothing before the gate is random but the gate itself."""
+    cfg = tiny_config(**MUSOTA, model__dropout=0.5)
+    graphdef, init = step.create_model(cfg, V, "reference")
+    model = nnx.merge(graphdef, randomise(jax.jit(init)(jax.random.key(0)), 1, 0.5))
+    tokens_BT = np.arange(8, dtype=np.int32)[None]
+    read = (tokens_BT, np.ones_like(tokens_BT), tokens_BT)
+    first, second, still = (
+        np.asarray(model.observed(*read, key=key)[1][0])
+        for key in (jax.random.key(1), jax.random.key(2), None)
+    )
+    assert (first != second).any() and (first != still).any()
+
+
 def test_fields_without_meaning_are_refused():
     with pytest.raises(ConfigError, match="model.heads: 2 has no meaning for .*leave it at 4"):
         tiny_config(**MUSOTA | {"model__heads": 2})

@@ -94,7 +94,45 @@ def test_the_arms_of_the_allocation_study(table_share, expansion, expected):
 def test_impossible_budgets_say_what_is_possible():
     with pytest.raises(ValueError, match="takes 640% of a budget of 20,000, more than"):
         allocated(STELLUX, 16_000, 512, budget=20_000, table_share=0.5, expansion=2.0)
-    with pytest.raises(ValueError, match="parameters with 1 layers and .* neither is within 0.1%"):
+    with pytest.raises(
+        ValueError,
+        match=r"has [\d,]+ with layers=1 parameters, not 1,000,000",
+    ):
         allocated(STELLUX, 1000, 64, budget=1e6, table_share=0.5, expansion=4.0, tolerance=0.001)
     with pytest.raises(ValueError, match="table_share=1.5: give a share between 0 and 1"):
         allocated(STELLUX, 16_000, 512, budget=1e7, table_share=1.5, expansion=2.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "request_", "message"),
+    [
+        ({}, dict(wanted=0), "wanted=0: give a positive number"),
+        ({}, dict(on="params"), "on='params': give one of total, blocks, flops"),
+        (dict(family="musota"), {}, "only dense models are solved for"),
+        (dict(d_ff=0), {}, "give a resolved dense config"),
+    ],
+)
+def test_a_match_without_meaning_is_refused(changes, request_, message):
+    with pytest.raises(ValueError, match=message):
+        matched(
+            dataclasses.replace(GPT, **changes), V, T, **{"on": "total", "wanted": 1e6} | request_
+        )
+
+
+def test_a_factorised_table_is_narrower_than_the_model():
+    cfg = dataclasses.replace(STELLUX, embedding_rank=64)
+    assert matched(cfg, V, T, on="total", wanted=4.5e6).d_model > 64
+
+
+@pytest.mark.parametrize(
+    ("changes", "request_", "message"),
+    [
+        ({}, dict(budget=-1), "budget=-1: give a positive number"),
+        ({}, dict(expansion=0), "expansion=0: give a positive number"),
+        (dict(embedding_rank=64), {}, "embedding_rank: .* factorised table; give 0"),
+    ],
+)
+def test_an_allocation_without_meaning_is_refused(changes, request_, message):
+    usual = dict(budget=1e7, table_share=0.35, expansion=2.66)
+    with pytest.raises(ValueError, match=message):
+        allocated(dataclasses.replace(STELLUX, **changes), 16_000, 512, **usual | request_)

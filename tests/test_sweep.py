@@ -16,17 +16,36 @@ ROOT = pathlib.Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts" / "sweep.py"
 sweep = load_module(SCRIPT)
 
-# Stands for a training: notes when it runs, and is slow enough to meet the others.
+# Stands for a training: logs an update, takes its time, saves when it is told to stop.
 TRAIN = """
-import pathlib, sys, time
-workdir = pathlib.Path(sys.argv[1])
+import os, pathlib, signal, sys, time
+workdir, seconds, code = pathlib.Path(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])
+def stop(number, _):
+    with (workdir / "signals.txt").open("a") as file:
+        file.write(f"{os.getpid()} {number}\\n")
+    sys.exit(0)
+signal.signal(signal.SIGTERM, stop)
+signal.signal(signal.SIGINT, stop)
 begin = time.time()
-(workdir / "metrics.jsonl").write_text("{}")
-time.sleep(float(sys.argv[2]))
-(workdir / "ran.txt").open("a").write(f"{begin} {time.time()}\\n")
+time.sleep(0.3)
+with (workdir / "metrics.jsonl").open("a") as file:
+    file.write("{}\\n")
+time.sleep(seconds)
+with (workdir / "ran.txt").open("a") as file:
+    file.write(f"{begin} {time.time()}\\n")
 print("trained")
-sys.exit(int(sys.argv[3]))
+if code == 0:
+    (workdir / "eval_test.json").write_text("{}")
+sys.exit(code)
 """
+
+
+@pytest.fixture
+def specs(tmp_path):
+    """Two config files."""
+    for name in "ab":
+        (tmp_path / f"{name}.py").write_text("def get_config():\n    return None\n")
+    return [str(tmp_path / "a.py"), str(tmp_path / "b.py")]
 
 
 def pretend(runs, seconds=0.1, codes=None):
@@ -37,47 +56,68 @@ def pretend(runs, seconds=0.1, codes=None):
 
 
 def spans(runs):
-    lines = [(run.workdir / "ran.txt").read_text().split() for run in runs]
+    lines = [(run.workdir / "ran.txt").read_text().splitlines()[-1].split() for run in runs]
     return sorted((float(begin), float(end)) for begin, end in lines)
 
 
 def test_a_folder_for_every_arm_and_seed(tmp_path):
-    specs = ["configs/quickstart.py", f"{ROOT}/configs/musota.py:*"]
-    runs = sweep.plan(specs, [0, 7], tmp_path, ["--config.doctor=off"])
+    folder = ROOT / "configs"
+    runs = sweep.plan(
+        [f"{folder}/quickstart.py", f"{folder}/musota.py:*"],
+        [0, 7],
+        tmp_path,
+        ["--config.doctor=off"],
+    )
     arms = ["quickstart", "musota-musota", "musota-total", "musota-blocks", "musota-flops"]
     assert [run.workdir.name for run in runs] == [f"{arm}-{s}" for s in (0, 7) for arm in arms]
     assert runs[5].command[1:] == [
-        *("-m", "lm_jax.main", "--config=configs/quickstart.py", "--config.seed=7"),
+        *("-m", "lm_jax.main", f"--config={folder}/quickstart.py", "--config.seed=7"),
         *(f"--workdir={tmp_path}/quickstart-7", "--config.doctor=off"),
     ]
-    with pytest.raises(ValueError, match="quickstart-0: two runs would share it"):
-        sweep.plan(["configs/quickstart.py", "other/quickstart.py"], [0], tmp_path, [])
-    with pytest.raises(ValueError, match="quickstart.py: lists no ARMS"):
-        sweep.plan([f"{ROOT}/configs/quickstart.py:*"], [0], tmp_path, [])
-    with pytest.raises(FileNotFoundError, match="configs/none.py: no such file"):
-        sweep.plan(["configs/none.py:*"], [0], tmp_path, [])
+
+
+@pytest.mark.parametrize(
+    ("more", "flags", "message"),
+    [
+        (["{0}"], [], "a-0: two runs would share it"),
+        (["{1}:*"], [], "b.py: lists no ARMS"),
+        ([str(ROOT / "configs" / "musota.py:none")], [], "musota.py:none: no such arm"),
+        (["none.py"], [], "none.py: no such file"),
+        ([], ["--config.seed=5"], "--config.seed=5: the sweep sets it for every run"),
+        ([], ["--workdir=x"], "--workdir=x: the sweep sets it for every run"),
+    ],
+)
+def test_a_plan_that_cannot_be_followed_is_refused(tmp_path, specs, more, flags, message):
+    with pytest.raises((ValueError, OSError), match=message):
+        sweep.plan([specs[0], *(m.format(*specs) for m in more)], [0], tmp_path, flags)
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
-def test_runs_side_by_side(tmp_path, jobs):
-    runs = pretend(sweep.plan(["a.py", "b.py"], [0], tmp_path, []), seconds=1.0)
+@pytest.mark.parametrize("resumed", [False, True])
+def test_runs_side_by_side_once_the_first_has_its_memory(tmp_path, specs, jobs, resumed):
+    runs = pretend(sweep.plan(specs, [0], tmp_path, []), seconds=1.5)
+    if resumed:
+        for run in runs:
+            run.workdir.mkdir()
+            (run.workdir / "metrics.jsonl").write_text("{}\n")
     assert sweep.sweep(runs, jobs)
-    (_, first_end), (second_begin, _) = spans(runs)
+    (first_begin, first_end), (second_begin, _) = spans(runs)
     assert (second_begin < first_end) == (jobs == 2)
+    assert second_begin > first_begin + 0.3  # when the first had logged an update
     assert "trained" in (runs[0].workdir / "log.txt").read_text()
 
 
-def test_memory_that_is_not_there_is_waited_for(tmp_path, monkeypatch):
+def test_memory_that_is_not_there_is_waited_for(tmp_path, specs, monkeypatch):
     monkeypatch.setattr(sweep, "free_bytes", lambda: 0)
     monkeypatch.setattr(sweep, "peak_bytes", lambda process: 1)
-    runs = pretend(sweep.plan(["a.py", "b.py"], [0], tmp_path, []), seconds=0.6)
+    runs = pretend(sweep.plan(specs, [0], tmp_path, []), seconds=0.6)
     assert sweep.sweep(runs, jobs=2)
     (_, first_end), (second_begin, _) = spans(runs)
     assert second_begin > first_end
 
 
-def test_what_failed_runs_again_and_what_finished_does_not(tmp_path, capsys):
-    runs = pretend(sweep.plan(["a.py", "b.py"], [0], tmp_path, []), codes={"a-0": 3})
+def test_what_failed_runs_again_and_what_finished_does_not(tmp_path, specs, capsys):
+    runs = pretend(sweep.plan(specs, [0], tmp_path, []), codes={"a-0": 3})
     assert not sweep.sweep(runs, 1)
     assert "a-0: failed with exit code 3, see" in capsys.readouterr().out
     assert sweep.sweep(pretend(runs), 1)
@@ -86,19 +126,36 @@ def test_what_failed_runs_again_and_what_finished_does_not(tmp_path, capsys):
     assert counts == [2, 1]
 
 
-def test_another_command_for_a_finished_folder_is_refused(tmp_path):
-    (run,) = sweep.plan(["a.py"], [0], tmp_path, ["--config.optim.peak_lr=1"])
+def test_a_run_that_was_told_to_stop_is_not_finished(tmp_path, specs, capsys):
+    (run,) = pretend(sweep.plan(specs[:1], [0], tmp_path, []))
+    run.command = [sys.executable, "-c", "raise SystemExit(0)"]
+    assert not sweep.sweep([run], 1)
+    assert not run.finished and "a-0: stopped, see" in capsys.readouterr().out
+
+
+def test_another_run_in_the_folder_of_a_finished_one_is_refused(tmp_path, specs):
+    flags = ["--config.optim.peak_lr=1"]
+    (run,) = sweep.plan(specs[:1], [0], tmp_path, flags)
     run.workdir.mkdir()
-    (run.workdir / "sweep.json").write_text(json.dumps(run.command))
-    assert sweep.plan(["a.py"], [0], tmp_path, ["--config.optim.peak_lr=1"])[0].finished
-    with pytest.raises(ValueError, match="a-0: was finished with `.*peak_lr=1`, not with `.*_lr=2"):
-        sweep.plan(["a.py"], [0], tmp_path, ["--config.optim.peak_lr=2"])
+    (run.workdir / "eval_test.json").write_text("{}")
+    assert run.end(0)
+    (again,) = sweep.plan(specs[:1], [0], pathlib.Path(os.path.relpath(tmp_path)), flags)
+    assert again.finished
+    assert json.loads((run.workdir / "sweep.json").read_text()) == again.record
+    message = "a-0: was finished with other flags or another text of .*a.py; give another --root"
+    with pytest.raises(ValueError, match=message):
+        sweep.plan(specs[:1], [0], tmp_path, ["--config.optim.peak_lr=2"])
+    pathlib.Path(specs[0]).write_text("def get_config():\n    return 1\n")
+    with pytest.raises(ValueError, match=message):
+        sweep.plan(specs[:1], [0], tmp_path, flags)
 
 
-def test_a_stopped_sweep_stops_its_runs(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("whole_group", [False, True])
+def test_a_stopped_sweep_stops_its_runs_once(tmp_path, specs, number, whole_group):
     code = f"""
 import pathlib, sys
-sys.argv = ["sweep.py", "a.py", "--root={tmp_path}"]
+sys.argv = ["sweep.py", {specs[0]!r}, "--root={tmp_path}"]
 from lm_jax.flags import load_module
 sweep = load_module(pathlib.Path({str(SCRIPT)!r}))
 plan = sweep.plan
@@ -110,15 +167,26 @@ def slow(*arguments):
 sweep.plan = slow
 sweep.main()
 """
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([sys.executable, "-c", code], env=environment)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     metrics = tmp_path / "a-0" / "metrics.jsonl"
-    for _ in range(300):
-        if metrics.exists():
-            break
-        time.sleep(0.1)
+    deadline = time.time() + 60
+    while not metrics.exists() and time.time() < deadline:
+        time.sleep(0.05)
     assert metrics.exists()
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 143
-    assert not (tmp_path / "a-0" / "ran.txt").exists()
+    os.killpg(process.pid, number) if whole_group else process.send_signal(number)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 128 + number and said == ""
+    ((pid, received),) = (
+        map(int, line.split())
+        for line in (tmp_path / "a-0" / "signals.txt").read_text().splitlines()
+    )
+    assert received == signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
     assert not (tmp_path / "a-0" / "sweep.json").exists()

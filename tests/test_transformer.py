@@ -6,7 +6,7 @@ from flax import nnx
 
 from lm_jax import loss, step
 from lm_jax.kernels.attention import attend
-from lm_jax.models.transformer import rotary
+from lm_jax.models.transformer import add_bias, rotary
 from tests.helpers import random_batch, randomise, tiny_config
 
 V = 29
@@ -91,6 +91,25 @@ def test_documents_do_not_see_each_other(family):
     np.testing.assert_array_equal(packed[:, 5:], logits(graphdef, params, changed)[:, 5:])
     alone = {k: v[:, 5:] for k, v in batch.items()}
     np.testing.assert_allclose(packed[:, 5:], logits(graphdef, params, alone), atol=2e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "musota"])
+def test_padding_before_the_text_is_not_seen(family):
+    """As in the first window of an epoch whose windows are moved, also where documents mix."""
+    options = dict(data__document_mask=False, data__window_offset=True)
+    _, graphdef, params = build(**FAMILIES[family] | options)
+    batch = one_document(np.random.default_rng(4))
+    batch["segment_ids"][:, :5] = 0
+    other = {**batch, "tokens": batch["tokens"].copy()}
+    other["tokens"][:, :5] = (batch["tokens"][:, :5] + 3) % V
+    a, b = (np.asarray(logits(graphdef, params, x))[:, 5:] for x in (batch, other))
+    np.testing.assert_array_equal(a, b)
+
+
+def test_the_gradient_of_a_bias_is_summed_in_float32():
+    y = jnp.zeros((70_000, 1), jnp.float16)
+    _, backward = jax.vjp(lambda bias: add_bias(y, bias), jnp.zeros((1, 1)))
+    assert backward(jnp.ones_like(y))[0] == 70_000  # beyond float16
 
 
 def test_scan_and_remat_are_the_same_function():

@@ -18,6 +18,7 @@ from lm_jax.models.transformer import (
     Cache,
     Linear,
     Norm,
+    add_bias,
     along_last,
     head_logits,
     normal,
@@ -81,7 +82,7 @@ class BlockLinear(nnx.Module):
     def __call__(self, x_BTkI: jax.Array) -> jax.Array:
         """Map [B, T, 16, inputs] to [B, T, 16, outputs]."""
         y_BTkO = jnp.einsum("btki,kio->btko", x_BTkI, self.kernel[...].astype(x_BTkI.dtype))
-        return y_BTkO + self.bias[...].astype(y_BTkO.dtype)[None, None]
+        return add_bias(y_BTkO, self.bias[...][None, None])
 
 
 class Within(nnx.Module):

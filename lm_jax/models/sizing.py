@@ -5,7 +5,7 @@ Symbols as in `models.transformer`; L is the number of layers, T the positions o
 
 import dataclasses
 import math
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from lm_jax.config import ModelConfig
 from lm_jax.models import musota
@@ -108,12 +108,15 @@ def matched(
         tolerance: largest relative difference.
 
     Raises:
-        ValueError: if there is no such model, with the nearest one.
+        ValueError: if there is no such model, with the nearest one, or the request has no meaning.
     """
-    step = _width_step(cfg)
+    _check(cfg, wanted=wanted)
+    if on not in get_args(Quantity):
+        raise ValueError(f"on={on!r}: give one of {', '.join(get_args(Quantity))}.")
     proportion = cfg.d_ff / cfg.d_model
     tried: list[tuple[float, float, float, ModelConfig]] = []
-    for D in range(step, 1 << 16, step):
+    step = _width_step(cfg)
+    for D in range((cfg.embedding_rank // step + 1) * step, 1 << 16, step):
         usual = max(1, round(proportion * D))
         widths = [dataclasses.replace(cfg, d_model=D, d_ff=F) for F in (usual, usual + 1)]
         have, more = (getattr(size(c, vocab_size, seq_len), on) for c in widths)
@@ -159,10 +162,14 @@ def allocated(
         tolerance: largest relative difference from the budget.
 
     Raises:
-        ValueError: if no number of layers comes within the tolerance, with what is possible nearby.
+        ValueError: if no number of layers comes within the tolerance, with what is possible nearby,
+            or the request has no meaning.
     """
+    _check(cfg, budget=budget, expansion=expansion)
     if not 0 < table_share < 1:
         raise ValueError(f"table_share={table_share}: give a share between 0 and 1.")
+    if cfg.embedding_rank:
+        raise ValueError("embedding_rank: D does not follow from a factorised table; give 0.")
     step = _width_step(cfg)
     tables = vocab_size * (1 if cfg.tied else 2)
     D = int(table_share * budget / tables) // step * step
@@ -173,19 +180,29 @@ def allocated(
         )
 
     def deep(layers: int) -> ModelConfig:
-        return dataclasses.replace(cfg, d_model=D, d_ff=int(expansion * D), layers=layers)
+        F = max(1, int(expansion * D))
+        return dataclasses.replace(cfg, d_model=D, d_ff=F, layers=layers)
 
     one, two = (size(deep(n), vocab_size, seq_len).total for n in (1, 2))
     layers = max(1, round(1 + (budget - one) / (two - one)))
     total = size(deep(layers), vocab_size, seq_len).total
     if abs(total / budget - 1) > tolerance:
-        other = max(1, layers + (1 if total < budget else -1))
+        other = layers + (1 if total < budget else -1)
+        nearby = [n for n in (layers, other) if n]
+        sizes = (f"{size(deep(n), vocab_size, seq_len).total:,} with layers={n}" for n in nearby)
         raise ValueError(
-            f"d_model={D} with d_ff={int(expansion * D)} has {total:,} parameters with {layers} "
-            f"layers and {size(deep(other), vocab_size, seq_len).total:,} with {other}; neither is "
-            f"within {tolerance:.1%} of {budget:,.0f}: change the budget, table_share or expansion."
+            f"d_model={D} with d_ff={deep(1).d_ff} has {' and '.join(sizes)} parameters, not "
+            f"{budget:,.0f} within {tolerance:.1%}: change the budget, table_share or expansion."
         )
     return deep(layers)
+
+
+def _check(cfg: ModelConfig, **positive: float) -> None:
+    if cfg.family != "dense" or not cfg.d_ff or not cfg.kv_heads:
+        raise ValueError("cfg: only dense models are solved for; give a resolved dense config.")
+    for name, value in positive.items():
+        if not value > 0:
+            raise ValueError(f"{name}={value}: give a positive number.")
 
 
 def _width_step(cfg: ModelConfig) -> int:

@@ -40,7 +40,13 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map the last axis from `inputs` to `outputs`."""
         y = linear(x, self.kernel[...], x.dtype)
-        return y if self.bias is None else y + along_last(self.bias[...].astype(x.dtype), y)
+        return y if self.bias is None else add_bias(y, along_last(self.bias[...], y))
+
+
+def add_bias(y: jax.Array, bias: jax.Array) -> jax.Array:
+    """y + bias in the dtype of y; the bias's gradient, a sum over all positions, in float32."""
+    wide = jnp.promote_types(y.dtype, jnp.float32)
+    return (y.astype(wide) + bias).astype(y.dtype)
 
 
 class Norm(nnx.Module):
@@ -221,8 +227,9 @@ class Transformer(nnx.Module):
             max_len: rows of the position table, if there is one.
             impl: attention implementation.
             rngs: stream "params".
-            segmented: whether a row may hold several documents. If not, attention needs no mask
-                but the causal one: padding comes last, where no other position sees it.
+            segmented: whether a row may hold several documents, or padding before the text. If
+                not, attention needs no mask but the causal one: padding comes last, where no other
+                position sees it.
         """
         self.cfg, self.segmented = cfg, segmented
         D = cfg.d_model
