@@ -10,10 +10,12 @@ python scripts/sweep.py 'configs/small_corpus.py:*' --root=runs/small_corpus --j
 Expected time and numbers: not measured.
 """
 
+import pathlib
 from typing import Any
 
 from lm_jax import config
 from lm_jax.config import Config, Duration
+from lm_jax.flags import load_module
 
 ARMS: dict[str, dict[str, Any]] = {
     "base": {},
@@ -36,24 +38,8 @@ def get_config(arm: str = "base") -> Config:
         raise ValueError(
             f"configs/small_corpus.py:{arm}: no such arm; use one of {', '.join(ARMS)}."
         )
-    cfg = Config()
-    cfg.data.corpus = "wikitext2"
-    cfg.data.seq_len = 256
-    cfg.data.batch_size = 16
-    cfg.tokenizer.kind = "bpe"
-    cfg.tokenizer.vocab_size = 8192
-    cfg.model.layers = 4
-    cfg.model.d_model = 192
-    cfg.model.heads = 6
-    cfg.model.init = "fan_in"
-    cfg.model.mlp = "relu2"
-    cfg.optim.name = "muon"
-    cfg.optim.peak_lr = 8e-3
-    cfg.optim.warmup = Duration("100")
-    cfg.optim.end_lr = 0.02
-    cfg.optim.weight_decay = 0.1
+    base = load_module(pathlib.Path(__file__).with_name("wikitext2_cpu.py"))
+    cfg = base.get_config()
     cfg.train.steps = Duration("800")
-    cfg.train.eval_every = Duration("200")
-    cfg.train.checkpoint_every = Duration("200")
-    cfg.train.log_every = Duration("100")
+    cfg.train.eval_every = cfg.train.checkpoint_every = Duration("200")
     return config.replace(cfg, **ARMS[arm])

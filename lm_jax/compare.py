@@ -126,6 +126,14 @@ def _require_one_text(arms: Sequence[Arm], split: str) -> None:
                 f"(data of {runs[0].data['corpus']} and {run.data['corpus']}); compare runs of one "
                 "corpus."
             )
+        if run.data["tokenizer_hash"] != runs[0].data["tokenizer_hash"]:
+            for lossy in (run, runs[0]):
+                if "bytes" not in lossy.documents:
+                    raise ValueError(
+                        f"{lossy.folder}: its tokenizer drops part of the text (words that became "
+                        "<unk>, white space), so its bits per byte are not those of all bytes; "
+                        "compare it with runs of the same tokenizer."
+                    )
 
 
 def document_bytes(runs: Sequence[Run], split_bytes: int) -> tuple[str | None, np.ndarray | None]:

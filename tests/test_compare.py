@@ -261,7 +261,6 @@ def test_another_tokenizer_leaves_no_token_perplexity(three, tmp_path):
         kind="word",
         tokenizer="t1",
         tokens=30,
-        bytes_known=False,
     )
     comparison = compare.compare([*three, *words])
     assert not comparison.values["one_tokenizer"]
@@ -273,6 +272,14 @@ def test_another_tokenizer_leaves_no_token_perplexity(three, tmp_path):
     assert comparison.values["documents_weighed_by"] == "bytes"
     assert set(verdicts(comparison).values()) == {"separated", "not distinguishable"}
     assert len(comparison.values["references"]) == 8
+
+
+def test_a_tokenizer_that_drops_text_is_compared_with_itself_alone(three, tmp_path):
+    options = {"kind": "word", "tokenizer": "t1", "bytes_known": False}
+    words = write_arm(tmp_path, "words", [4.0, 4.1], **options)
+    for runs in ([*three, *words], [*words, *three]):
+        with pytest.raises(ValueError, match="words-[01]: its tokenizer drops part of the text"):
+            compare.compare(runs)
 
 
 def test_documents_of_unknown_bytes_are_weighed_by_tokens(tmp_path):
