@@ -8,9 +8,9 @@ DIR holds `input.txt` (1,115,394 characters); its last 10 % are the valid split.
 white space; the 1,997 most frequent have an id, all others are <unk>. The third command compares
 the backward pass of every layer of the model with differences in float64.
 
-Measured on 2 CPU cores that other work shared, seed 0: by words valid perplexity 44.2, <unk> counted
-as a word (Kneser-Ney trigram 44.7), after 2 min 54 s; by characters 1.717 nats (5.57; 7.73) after
-7 min 13 s.
+Measured on 2 CPU cores that other work shared, seed 0: by words valid perplexity 44.2, where <unk>
+counts as a word (Kneser-Ney trigram: 44.7), after 2 min 54 s; by characters 1.717 nats, perplexity
+5.57 (7.73), after 7 min 13 s.
 """
 
 from lm_jax.config import Config, Duration

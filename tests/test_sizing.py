@@ -109,7 +109,7 @@ def test_impossible_budgets_say_what_is_possible():
         ({}, dict(wanted=0), "wanted=0: give a positive number"),
         ({}, dict(on="params"), "on='params': give one of total, blocks, flops"),
         (dict(family="musota"), {}, "only dense models are solved for"),
-        (dict(d_ff=0), {}, "give a resolved dense config"),
+        (dict(d_ff=0), {}, "d_ff=0: give a positive number"),
     ],
 )
 def test_a_match_without_meaning_is_refused(changes, request_, message):

@@ -110,7 +110,7 @@ def matched(
     Raises:
         ValueError: if there is no such model, with the nearest one, or the request has no meaning.
     """
-    _check(cfg, wanted=wanted)
+    _check(cfg, d_ff=cfg.d_ff, wanted=wanted)
     if on not in get_args(Quantity):
         raise ValueError(f"on={on!r}: give one of {', '.join(get_args(Quantity))}.")
     proportion = cfg.d_ff / cfg.d_model
@@ -198,9 +198,9 @@ def allocated(
 
 
 def _check(cfg: ModelConfig, **positive: float) -> None:
-    if cfg.family != "dense" or not cfg.d_ff or not cfg.kv_heads:
-        raise ValueError("cfg: only dense models are solved for; give a resolved dense config.")
-    for name, value in positive.items():
+    if cfg.family != "dense":
+        raise ValueError(f"family={cfg.family!r}: only dense models are solved for; give one.")
+    for name, value in {"kv_heads": cfg.kv_heads, **positive}.items():
         if not value > 0:
             raise ValueError(f"{name}={value}: give a positive number.")
 
