@@ -19,6 +19,14 @@ from absl import flags
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory):
+    """Tokenised corpora, prepared once for all workers (one at a time: the cache is locked)."""
+    root = tmp_path_factory.getbasetemp()
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    return str((root.parent if worker else root) / "corpora")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def parsed_flags():
     """Grain and TFDS read absl flags, which pytest does not parse."""

@@ -19,6 +19,12 @@ def shared_data(name: str) -> pathlib.Path:
     return path
 
 
+def every(families):
+    """Names of model families; those that take long to compile are left to the slow tests."""
+    slow = ("scanned", "factorised", "musota")
+    return [pytest.param(name, marks=pytest.mark.slow if name in slow else ()) for name in families]
+
+
 def tiny_config(**changes):
     """A resolved config of a model small enough to differentiate coordinate by coordinate."""
     base = dict(

@@ -13,7 +13,7 @@ from lm_jax import config, evaluate, generate, loss, step, train
 from lm_jax.config import Config
 from lm_jax.data.tokenizers import CharTokenizer
 from lm_jax.generate import ArgumentError, sample, shortlist
-from tests.helpers import randomise, tiny_config
+from tests.helpers import every, randomise, tiny_config
 
 FAMILIES = {
     "rotary": {},
@@ -57,7 +57,7 @@ def full_logits(run, tokens_BT, dtype=jnp.float32):
     return forward(run.params)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", every(FAMILIES))
 def test_cache_gives_the_logits_of_the_full_forward(family):
     run = make_run(**FAMILIES[family])
     tokens = np.random.default_rng(0).integers(1, V, (3, 24)).astype(np.int32)
@@ -81,7 +81,7 @@ def test_cache_gives_the_logits_of_the_full_forward(family):
         np.testing.assert_allclose(np.concatenate(found, axis=1), expected, atol=2e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", every(FAMILIES))
 def test_log_probs_are_those_of_the_scoring_path(family):
     run = make_run(**FAMILIES[family])
     prompt = "ab c."

@@ -10,7 +10,7 @@ from jax.test_util import check_grads
 from lm_jax import loss, optim, step
 from lm_jax.kernels.attention import attend
 from lm_jax.models.transformer import MLP, Block, Norm, head_logits, rotary
-from tests.helpers import random_batch, randomise, tiny_config
+from tests.helpers import every, random_batch, randomise, tiny_config
 from tests.test_transformer import FAMILIES
 
 V = 7
@@ -146,7 +146,7 @@ def test_block():
     check(lambda p: (nnx.merge(graphdef, p)(x, ids, positions, None) * w).sum(), params)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", every(FAMILIES))
 def test_whole_model(family):
     cfg = tiny_config(data__seq_len=5, **FAMILIES[family])
     graphdef, init = step.create_model(cfg, V, "reference")

@@ -136,6 +136,7 @@ def test_entropy_is_a_share_of_its_maximum():
     np.testing.assert_allclose(found[1], 0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_dropout_reaches_the_gate():
     """In the first layer nothing before the gate is random but the gate itself."""
     cfg = tiny_config(**MUSOTA, model__dropout=0.5)
@@ -157,6 +158,7 @@ def test_fields_without_meaning_are_refused():
     assert config.resolve(again, windows=50) == tiny_config(**MUSOTA)
 
 
+@pytest.mark.slow
 def test_evaluation_reports_the_sensitivity_of_every_block(text):  # noqa: F811
     kind = {"model__layers": 2, "model__d_model": 128, "model__heads": 4, "model__family": "musota"}
     cfg = config.resolve(small(text, **kind), windows=50)

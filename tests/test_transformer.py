@@ -7,7 +7,7 @@ from flax import nnx
 from lm_jax import loss, step
 from lm_jax.kernels.attention import attend
 from lm_jax.models.transformer import add_bias, rotary
-from tests.helpers import random_batch, randomise, tiny_config
+from tests.helpers import every, random_batch, randomise, tiny_config
 
 V = 29
 FAMILIES = {
@@ -28,20 +28,24 @@ FAMILIES = {
 def build(seed=0, impl="reference", **changes):
     cfg = tiny_config(**changes)
     graphdef, init = step.create_model(cfg, V, impl)
-    return cfg, graphdef, randomise(init(jax.random.key(seed)), seed)
+    return cfg, graphdef, randomise(jax.jit(init)(jax.random.key(seed)), seed)
 
 
 def logits(graphdef, params, batch, **kwargs):
-    model = nnx.merge(graphdef, params)
-    b = loss.shift(batch)
-    return model.logits(model(b.inputs, b.segment_ids, b.positions, **kwargs))
+    @jax.jit  # op by op takes longer, most of it compiling each
+    def forward(params, batch):
+        model = nnx.merge(graphdef, params)
+        b = loss.shift(batch)
+        return model.logits(model(b.inputs, b.segment_ids, b.positions, **kwargs))
+
+    return forward(params, batch)
 
 
 def one_document(rng, rows=3, width=12):
     return random_batch(rng, (rows, width), V, documents=1)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", every(FAMILIES))
 def test_later_tokens_change_nothing_before(family):
     _, graphdef, params = build(**FAMILIES[family])
     rng = np.random.default_rng(0)
@@ -56,20 +60,20 @@ def test_later_tokens_change_nothing_before(family):
         assert (np.abs(before[:, cut:] - after[:, cut:]).max(axis=(1, 2)) > 1e-3).all()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", every(FAMILIES))
 def test_truncation_and_rows(family):
     _, graphdef, params = build(**FAMILIES[family])
     rng = np.random.default_rng(1)
     batch = one_document(rng)
     full = logits(graphdef, params, batch)
-    for n in (1, 2, 5, 8):
+    for n in (1, 5):
         short = {k: v[:, : n + 1] for k, v in batch.items()}
         np.testing.assert_allclose(logits(graphdef, params, short), full[:, :n], atol=2e-5)
     alone = logits(graphdef, params, {k: v[1:2] for k, v in batch.items()})
     np.testing.assert_allclose(alone, full[1:2], atol=2e-5)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", every(FAMILIES))
 def test_context_is_used(family):
     _, graphdef, params = build(**FAMILIES[family])
     batch = one_document(np.random.default_rng(2))
@@ -79,7 +83,7 @@ def test_context_is_used(family):
     assert (difference[:, 5].max(axis=-1) > 1e-4).all()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", every(FAMILIES))
 def test_documents_do_not_see_each_other(family):
     _, graphdef, params = build(**FAMILIES[family])
     rng = np.random.default_rng(3)

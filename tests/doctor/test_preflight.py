@@ -34,12 +34,6 @@ SHIPPED = {
 LARGE = {"gpt2_124m", "stream_226m"}
 
 
-@pytest.fixture(scope="module")
-def cache_dir(tmp_path_factory):
-    """Tokenised corpora, prepared once."""
-    return str(tmp_path_factory.mktemp("cache"))
-
-
 # Arms of studies, whose options are among the families below: one seed is enough here.
 STUDIES = {"gpt_demo", "musota", "small_corpus"}
 
