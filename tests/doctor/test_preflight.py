@@ -67,6 +67,9 @@ def test_every_shipped_config_is_tried():
             model__positions="learned",
             model__mlp="gelu",
             model__bias=True,
+            model__kv_heads=1,
+            model__qk_norm=True,
+            data__document_mask=False,
         ),
         dict(
             train__compute_dtype="bfloat16",
@@ -82,7 +85,6 @@ def test_every_shipped_config_is_tried():
             model__embedding_rank=6,
             data__window_offset=True,
         ),
-        dict(model__kv_heads=1, model__qk_norm=True, data__document_mask=False, model__bias=True),
     ],
     ids=lambda changes: " ".join(changes),
 )
