@@ -101,3 +101,22 @@ def test_correct_counts_scored_positions_only():
     b = loss.shift(batch)
     right = loss.correct(jax.nn.one_hot(b.targets, V), b.targets, b.weights).sum()
     assert right == b.weights.sum() < b.weights.size
+
+
+@pytest.mark.parametrize("impl", ["materialised", "fused"])
+def test_label_smoothing_is_in_the_objective_and_not_in_the_nats(impl):
+    rng = np.random.default_rng(5)
+    batch = random_batch(rng, (3, 9), V, padded=2)
+    b = loss.shift(jax.tree.map(jnp.asarray, batch))
+    x_BTD = jnp.asarray(rng.standard_normal((3, 8, 6)), jnp.float32)
+    head_VD = jnp.asarray(rng.standard_normal((V, 6)), jnp.float32)
+    plain, smooth = (
+        loss.from_hidden(x_BTD, head_VD, b, softcap=0.0, impl=impl, label_smoothing=share)
+        for share in (0.0, 0.2)
+    )
+    log_p = np.asarray(jax.nn.log_softmax(x_BTD @ head_VD.T), np.float64)
+    wanted = 0.8 * np.eye(V)[np.asarray(b.targets)] + 0.2 / V
+    expected = -(wanted * log_p).sum(-1) * np.asarray(b.weights)
+    np.testing.assert_allclose(smooth.objective, expected.sum(), rtol=1e-5)
+    np.testing.assert_allclose(smooth.nats, plain.nats, rtol=1e-6)
+    np.testing.assert_allclose(plain.objective, plain.nats, rtol=1e-6)
