@@ -13,7 +13,6 @@ are deleted at the end; they take three times the size of the text.
 
 import argparse
 import hashlib
-import importlib.util
 import json
 import os
 import pathlib
@@ -29,10 +28,13 @@ from typing import Any
 import numpy as np
 from benchmark import machine
 
+from lm_jax.flags import load_config
+
 GIB = 1 << 30
 SHARDS = 16
 LEXICON = 300_000
 ROOT = pathlib.Path(__file__).parents[1]
+CONFIG = str(ROOT / "configs" / "stream_226m.py")
 
 
 # --- the corpus ----------------------------------------------------------------------------------
@@ -91,21 +93,11 @@ def write_shards(folder: pathlib.Path, size: int) -> list[pathlib.Path]:
 # --- stages, each in a process of its own ---------------------------------------------------------
 
 
-def load_config() -> Any:
-    """The config of the run."""
-    path = ROOT / "configs" / "stream_226m.py"
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config()
-
-
 def open_corpus(options: dict[str, Any]) -> Any:
     """The corpus of a stage."""
     from lm_jax.data import corpora
 
-    data = load_config().data
+    data = load_config(CONFIG).data
     return corpora.open_corpus(
         "text",
         files=options["files"],
@@ -119,7 +111,7 @@ def prepare(options: dict[str, Any]) -> dict[str, Any]:
     """Tokenises; wall and CPU time of what parts write, and wall time of the rest."""
     from lm_jax.data import parts, store
 
-    tokenizer = load_config().tokenizer
+    tokenizer = load_config(CONFIG).tokenizer
     seconds: dict[str, float] = {}
 
     def cpu() -> float:
@@ -169,7 +161,7 @@ def read(options: dict[str, Any]) -> dict[str, Any]:
     """Training batches of one epoch, as the loop reads them."""
     from lm_jax.data import pipeline, store
 
-    data = load_config().data
+    data = load_config(CONFIG).data
     split = store.open_store(options["path"]).split("train")
     count = pipeline.count_windows(split, data.seq_len, False) // data.batch_size
     batches = pipeline.train_batches(
@@ -191,7 +183,7 @@ def examine(options: dict[str, Any]) -> dict[str, Any]:
     from lm_jax import doctor, evaluate
     from lm_jax.data import store
 
-    found, cfg = store.open_store(options["path"]), load_config()
+    found, cfg = store.open_store(options["path"]), load_config(CONFIG)
     began = time.perf_counter()
     report = doctor.examine_config(cfg, store=found)
     seconds = time.perf_counter() - began

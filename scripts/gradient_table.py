@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import jax
@@ -79,7 +80,7 @@ def parts(cfg: Config, seed: int = 0) -> Iterator[Part]:
     head_VD = np.asarray(model.head_VD())
     final_BTD = rng.standard_normal((2, T, head_VD.shape[1]))
     for impl in ("materialised", "fused"):
-        yield Part(f"head and loss, {impl}", head_VD, final_BTD, _bind(head_and_loss, impl))
+        yield Part(f"head and loss, {impl}", head_VD, final_BTD, partial(head_and_loss, impl=impl))
     yield _module("final norm", model.final_norm, x_BTD)
     for i, block in reversed(list(enumerate(model.blocks))):
         yield _module(f"layer {i}, mlp", block.mlp, x_BTD)
@@ -96,11 +97,7 @@ def parts(cfg: Config, seed: int = 0) -> Iterator[Part]:
             ids = b.inputs if name == "embedding" else b.positions
             yield Part(name.replace("_", " "), params[name], None, _lookup(ids))
     for impl in ("materialised", "fused"):
-        yield Part(f"whole model, {impl}", params, None, _bind(mean_loss, impl))
-
-
-def _bind(function: Callable, impl: str) -> Callable[[Any, Any], jax.Array]:
-    return lambda params, x: function(params, x, impl)
+        yield Part(f"whole model, {impl}", params, None, partial(mean_loss, impl=impl))
 
 
 def _lookup(ids_BT: jax.Array) -> Callable[[Any, Any], jax.Array]:

@@ -34,7 +34,7 @@ SHIPPED = {
 LARGE = {"gpt2_124m", "stream_226m"}
 
 
-# Arms of studies, whose options are among the families below: one seed is enough here.
+# One arm of each study, with one seed; large corpora and all arms take too long here.
 STUDIES = {"gpt_demo", "musota", "small_corpus"}
 
 
