@@ -63,6 +63,18 @@ class Checkpoints:
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
         return manager.restore(manager.latest_step(), args=args).state
 
+    def restore_part(self, abstract: dict[str, Any], *, best: bool = False) -> dict[str, Any]:
+        """The named fields of the newest (or best) state, as `restore`; others are not read."""
+        manager = self._best if best else self._newest
+        args = ocp.args.Composite(
+            state=ocp.args.PyTreeRestore(
+                abstract,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+                partial_restore=True,
+            )
+        )
+        return manager.restore(manager.latest_step(), args=args).state
+
     def wait(self) -> None:
         """Wait until running saves are finished."""
         for manager in (self._newest, self._best):

@@ -11,7 +11,7 @@ import json
 import math
 import re
 import typing
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any
 
 
@@ -21,6 +21,32 @@ class ConfigError(ValueError):
 
 class Duration(str):
     """A span of training: "2000" or "2000 steps", "2M tokens" or "3 epochs"."""
+
+
+class Curve(str):
+    """A value over the run: "0.7", or "0@0.1, 1@0.4": 0 up to a tenth, linear to 1 at 0.4."""
+
+    def points(self) -> list[tuple[float, float]]:
+        """(share of the run, value), in order; linear between them and constant outside.
+
+        Raises:
+            ValueError: if the text is no curve.
+        """
+        parts = [part.split("@") for part in self.split(",")]
+        if len(parts) == len(parts[0]) == 1:
+            parts[0].append("0")
+        points = [(float(share), float(value)) for value, share in parts]
+        shares = [share for share, _ in points]
+        if shares != sorted(set(shares)) or not 0 <= shares[0] <= shares[-1] <= 1:
+            raise ValueError("shares must rise from 0 or more to 1 or less")
+        if not all(math.isfinite(value) for _, value in points):
+            raise ValueError("values must be finite")
+        return points
+
+    @property
+    def zero(self) -> bool:
+        """Whether it is 0 throughout."""
+        return not any(value for _, value in self.points())
 
 
 _UNITS = {"k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9, "": 1.0}
@@ -41,6 +67,15 @@ def _typed(where: str, value: Any, expected: Any) -> Any:
                 'write a number of steps, or like "2M tokens" or "3 epochs".'
             )
         return Duration(str(value).strip())
+    if expected is Curve:
+        try:
+            Curve(value).points()
+        except ValueError as error:
+            raise ConfigError(
+                f"config.{where}: {value!r} is no curve ({error}); "
+                'write a number, or value@share as in "0@0.1, 1@0.4".'
+            ) from error
+        return Curve(str(value).strip())
     if expected is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
@@ -204,6 +239,37 @@ class MeshConfig(_Section):
 
 
 @dataclasses.dataclass
+class DistillConfig(_Section):
+    """Training from teachers; the fields of type Curve are raised and lowered over the run."""
+
+    # workdirs of runs or folders of Hugging Face checkpoints, with commas: the mean of their
+    # probabilities teaches; empty: no distillation
+    teachers: str = ""
+    cache: str = ""  # folder that scripts/cache_teacher.py wrote, in place of running teachers
+    alone: str = ""  # workdir of the same student without a teacher, for the report
+    kind: str = "forward"  # forward | reverse | jsd | skew, see kernels/divergences.py
+    beta: float = 0.5  # the teacher's share of the mixture in jsd and skew
+    # full vocabulary | top_k ids of the teacher and the rest as one | union of both models' top_k
+    support: str = "full"
+    top_k: int = 0  # ids of support top_k and union
+    temperature: Curve = Curve("2")  # T of both distributions
+    kd: Curve = Curve("0.7")  # weight of T^2 times the divergence
+    lm: Curve = Curve("0.3")  # weight of the next-token cross-entropy
+    feature: Curve = Curve("0")  # weight of the error of projected final states
+    layer: Curve = Curve("0")  # the same of the states after each layer
+    attention: Curve = Curve("0")  # weight of the divergence of attention maps
+    attention_layers: int = 1  # last layers whose maps are compared
+    contrastive: Curve = Curve("0")  # weight of telling the rows of a micro-batch apart
+    routed_feature: Curve = Curve("0")  # weight of the error against routed teacher layers
+    routed_attention: Curve = Curve("0")  # weight of reading the routed states before a token
+    router_balance: Curve = Curve("0")  # weight of using all experts evenly
+    experts: int = 4  # evenly spaced layers of the teacher between which the router chooses
+    router_top_k: int = 4  # experts of a token at the end of the run; 1 at its start
+    router_temperature: Curve = Curve("1@0, 0.1@1")  # of the router's choice
+    lr: float = 1e-3  # peak learning rate of projections and router, on the schedule of optim
+
+
+@dataclasses.dataclass
 class Config(_Section):
     """One run."""
 
@@ -218,6 +284,7 @@ class Config(_Section):
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    distill: DistillConfig = dataclasses.field(default_factory=DistillConfig)
 
 
 _CHOICES: dict[str, tuple[str, ...]] = {
@@ -234,13 +301,16 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     ),
     "doctor": ("off", "fast", "full"),
     "loss.impl": ("auto", "materialised", "fused"),
+    "distill.kind": ("forward", "reverse", "jsd", "skew"),
+    "distill.support": ("full", "top_k", "union"),
     "train.compute_dtype": ("float32", "bfloat16", "float16"),
     "train.matmul_precision": ("float32", "tensorfloat32"),
 }
 _POSITIVE = (
     "data.seq_len data.batch_size model.layers model.d_model model.heads model.rope_theta "
     "model.init_std optim.peak_lr optim.eps optim.accumulation train.keep "
-    "train.steps_per_call train.max_nonfinite mesh.fsdp"
+    "train.steps_per_call train.max_nonfinite mesh.fsdp distill.attention_layers distill.experts "
+    "distill.router_top_k distill.lr"
 ).split()
 _SHARE = (  # in [0, 1)
     "data.valid_fraction data.test_fraction model.dropout model.attention_dropout "
@@ -371,6 +441,7 @@ def validate(cfg: Config) -> Config:
         f"does not fit config.tokenizer.kind={cfg.tokenizer.kind!r}, which must see all characters",
         "give 0",
     )
+    _validate_distillation(cfg, require)
     require(
         model.d_model % model.heads == 0,
         "model.heads",
@@ -421,6 +492,78 @@ def validate(cfg: Config) -> Config:
             "give valid, test or both with a comma",
         )
     return cfg
+
+
+# Weights of distillation that read the states inside a teacher.
+INSIDE = "feature layer attention routed_feature routed_attention router_balance".split()
+
+
+def _validate_distillation(cfg: Config, require: Callable[[bool, str, str, str], None]) -> None:
+    """The rules for `config.distill`."""
+    distill = cfg.distill
+    if not (distill.teachers or distill.cache):
+        for path, default in fields(DistillConfig(), "distill."):
+            remedy = f"name config.distill.teachers, or leave it at {default!r}"
+            require(get(cfg, path) == default, path, "has no meaning without a teacher", remedy)
+        return
+    require(
+        not (distill.teachers and distill.cache),
+        "distill.cache",
+        "stands in the place of config.distill.teachers, which is given too",
+        "give one of the two",
+    )
+    require(0 < distill.beta < 1, "distill.beta", "must lie inside (0, 1)", "give a share")
+    for path, value in fields(distill, "distill."):
+        if isinstance(value, Curve):
+            lowest = min(value for _, value in value.points())
+            positive = path.endswith("temperature")
+            require(lowest > 0 or not positive, path, "must stay above 0", "raise it")
+            require(lowest >= 0, path, "is negative", "give 0 or more")
+    require(
+        (distill.support == "full") == (distill.top_k == 0),
+        "distill.top_k",
+        f"does not fit config.distill.support={distill.support!r}",
+        "give 1 or more for top_k and union, and 0 for full",
+    )
+    require(
+        distill.router_top_k <= distill.experts,
+        "distill.router_top_k",
+        f"is above config.distill.experts={distill.experts}",
+        "lower it",
+    )
+    one = bool(distill.teachers) and "," not in distill.teachers
+    for name in INSIDE:
+        require(
+            getattr(distill, name).zero or (one and cfg.model.family == "dense"),
+            f"distill.{name}",
+            "needs one teacher and a student of family 'dense'",
+            "set it to 0",
+        )
+    if distill.cache:
+        require(
+            distill.support == "top_k" and len(distill.temperature.points()) == 1,
+            "distill.cache",
+            "holds the most likely ids at one temperature",
+            "set config.distill.support to top_k and a constant config.distill.temperature",
+        )
+        require(
+            distill.contrastive.zero,
+            "distill.contrastive",
+            "needs a teacher's states, which config.distill.cache does not hold",
+            "set it to 0",
+        )
+        require(
+            not cfg.data.window_offset,
+            "data.window_offset",
+            "makes windows that are in no cache",
+            "set it to False, or name config.distill.teachers",
+        )
+    require(
+        cfg.loss.label_smoothing == 0,
+        "loss.label_smoothing",
+        "is not used beside a teacher, whose targets are soft already",
+        "set it to 0",
+    )
 
 
 def eval_splits(cfg: Config, available: Container[str] = ()) -> list[str]:

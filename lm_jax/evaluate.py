@@ -266,16 +266,17 @@ def open_run(workdir: pathlib.Path, *, best: bool = True) -> Run:
     mesh = sharding.make_mesh(cfg.mesh.fsdp)
     impl, _ = step.choose_attention(cfg)
     graphdef, init = step.create_model(cfg, store.tokenizer.vocab_size, impl)
-    abstract = jax.eval_shape(lambda: step.init_state(cfg, init(jax.random.key(0))))
+    # Parameters and their average look alike; nothing else of the state is read.
+    name = "ema" if cfg.optim.ema_decay else "params"
+    abstract = {name: jax.eval_shape(init, jax.random.key(0))}
     shardings = sharding.by_shape(mesh, abstract)
     checkpoints = checkpoint.Checkpoints(workdir, cfg.train.keep, read_only=True)
     position = checkpoints.position(best=best)
     if position is None:
         raise FileNotFoundError(f"{workdir}: holds no checkpoint; train the run first.")
-    state = checkpoints.restore(checkpoint.abstract_like(abstract, shardings), best=best)
+    part = checkpoints.restore_part(checkpoint.abstract_like(abstract, shardings), best=best)
     checkpoints.close()
-    params = state.ema if cfg.optim.ema_decay else state.params
-    return Run(cfg, store, mesh, graphdef, params, position)
+    return Run(cfg, store, mesh, graphdef, part[name], position)
 
 
 def score_run(evaluator: Evaluator, run: Run, workdir: pathlib.Path, name: str) -> dict[str, Any]:

@@ -15,7 +15,8 @@ from lm_jax import config
 
 def define_config() -> flags.FlagHolder:
     """Define `--config=FILE` and `--config.a.b=value`."""
-    config_flags.register_flag_parser_for_type(config.Duration, flags.ArgumentParser())
+    for kind in (config.Duration, config.Curve):
+        config_flags.register_flag_parser_for_type(kind, flags.ArgumentParser())
     return config_flags.DEFINE_config_file("config", None, "Config file, as configs/quickstart.py.")
 
 

@@ -29,6 +29,12 @@ class TrainState(NamedTuple):
     ema: Params  # running average of params; None if off
     loss_scale: jax.Array  # float32; 1 unless the compute dtype is float16
     good_steps: jax.Array  # int32, finite updates since the loss scale last changed
+    aux: Any = None  # distillation: projections and router (`params`) with their `opt_state`
+
+    @property
+    def trained(self) -> Any:
+        """What the gradient is taken of: the parameters, or the pair of them and those of `aux`."""
+        return self.params if self.aux is None else (self.params, self.aux["params"])
 
 
 def choose_attention(cfg: Config) -> tuple[str, str]:
@@ -138,44 +144,62 @@ def gradients(
         )
         return sums.objective * scale, (sums.nats, sums.count)
 
-    differentiate = jax.grad(scaled, has_aux=True)
-    if accumulation == 1:
-        grads, (nats, count) = differentiate(params, batch, key)
-    else:
-        # Neighbouring rows go to different micro-batches: a device's rows stay on the device.
-        def split(x: jax.Array) -> jax.Array:
-            return x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1)
-
-        def body(carry, micro):
-            index, rows = micro
-            micro_key = None if key is None else jax.random.fold_in(key, index)
-            grads, sums = differentiate(params, rows, micro_key)
-            return jax.tree.map(jnp.add, carry, (grads, sums)), None
-
-        zero = jnp.zeros((), jnp.promote_types(dtype, jnp.float32))
-        carry = (jax.tree.map(jnp.zeros_like, params), (zero, zero))
-        micros = (jnp.arange(accumulation), jax.tree.map(split, batch))
-        (grads, (nats, count)), _ = jax.lax.scan(body, carry, micros)
+    grads, (nats, count) = accumulated(scaled, params, batch, key, accumulation)
     # A batch without a scored token has gradient 0, not 0 / 0.
     divisor = jnp.maximum(count, 1) * scale
     return nats, count, jax.tree.map(lambda g: g / divisor.astype(g.dtype), grads)
 
 
+def accumulated(
+    function: Callable[[Params, losses.Batch, jax.Array | None], tuple[jax.Array, Any]],
+    params: Params,
+    batch: losses.Batch,
+    key: jax.Array | None,
+    accumulation: int,
+) -> tuple[Params, Any]:
+    """Gradient of `function(params, rows, key) -> (objective, sums)`, and the sums.
+
+    Both are added up over micro-batches, each with a key of its own.
+    """
+    differentiate = jax.grad(function, has_aux=True)
+    if accumulation == 1:
+        return differentiate(params, batch, key)
+
+    # Neighbouring rows go to different micro-batches: a device's rows stay on the device.
+    def split(x: jax.Array) -> jax.Array:
+        return x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1)
+
+    def one(micro):
+        index, rows = micro
+        micro_key = None if key is None else jax.random.fold_in(key, index)
+        return differentiate(params, rows, micro_key)
+
+    def body(carry, micro):
+        return jax.tree.map(jnp.add, carry, one(micro)), None
+
+    micros = (jnp.arange(accumulation), jax.tree.map(split, batch))
+    like = jax.eval_shape(one, jax.tree.map(lambda x: x[0], micros))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+    return jax.lax.scan(body, zeros, micros)[0]
+
+
+def dropout_key(cfg: Config, step: jax.Array) -> jax.Array | None:
+    """The key of an update's dropout; None without dropout."""
+    rates = cfg.model.dropout, cfg.model.attention_dropout, cfg.model.embedding_dropout
+    return jax.random.fold_in(jax.random.key(cfg.seed + 1), step) if any(rates) else None
+
+
 def make_gradients(cfg: Config, graphdef: nnx.GraphDef) -> Callable:
     """`(params, step, loss_scale, batch) -> (nats, count, gradient)` of one update of a config."""
-    has_dropout = bool(
-        cfg.model.dropout or cfg.model.attention_dropout or cfg.model.embedding_dropout
-    )
 
     def of_update(params: Params, step: jax.Array, loss_scale: jax.Array, batch: losses.Batch):
-        key = jax.random.fold_in(jax.random.key(cfg.seed + 1), step) if has_dropout else None
         return gradients(
             graphdef,
             params,
             batch,
             accumulation=cfg.optim.accumulation,
             dtype=jnp.dtype(cfg.train.compute_dtype),
-            key=key,
+            key=dropout_key(cfg, step),
             scale=loss_scale,
             loss_impl=cfg.loss.impl,
             label_smoothing=cfg.loss.label_smoothing,
@@ -190,12 +214,35 @@ def make_train_step(cfg: Config, graphdef: nnx.GraphDef) -> Callable:
     `batches` holds arrays [K, B, T + 1]; K updates run in one dispatch and every metric comes
     back with shape [K]. The state is donated.
     """
-    tx = optim.make_optimizer(cfg.optim)
-    schedule = optim.learning_rate(cfg.optim, int(cfg.train.steps))
     gradients_of = make_gradients(cfg, graphdef)
+    update = make_update(cfg)
 
     def train_step(state: TrainState, batch: losses.Batch) -> tuple[TrainState, Metrics]:
-        nats, count, grads = gradients_of(state.params, state.step, state.loss_scale, batch)
+        return update(state, *gradients_of(state.params, state.step, state.loss_scale, batch))
+
+    def train_steps(state: TrainState, batches: losses.Batch) -> tuple[TrainState, Metrics]:
+        with jax.default_matmul_precision(cfg.train.matmul_precision):
+            return jax.lax.scan(train_step, state, batches)
+
+    return jax.jit(train_steps, donate_argnums=0)
+
+
+def make_update(cfg: Config) -> Callable:
+    """`(state, nats, count, gradient) -> (state, metrics)`: the update that a gradient makes.
+
+    Where `nats`, the gradient or, by a further argument, something else is not finite, parameters
+    and optimiser stay as they are.
+    """
+    tx = optim.make_optimizer(cfg.optim)
+    schedule = optim.learning_rate(cfg.optim, int(cfg.train.steps))
+
+    def update(
+        state: TrainState,
+        nats: jax.Array,
+        count: jax.Array,
+        grads: Params,
+        finite: jax.typing.ArrayLike = True,
+    ) -> tuple[TrainState, Metrics]:
         layer_norms = {}
         if cfg.train.layer_norms:
             for path, g in jax.tree.leaves_with_path(grads):
@@ -212,7 +259,7 @@ def make_train_step(cfg: Config, graphdef: nnx.GraphDef) -> Callable:
             decay = jnp.minimum(cfg.optim.ema_decay, (1.0 + state.step) / (10.0 + state.step))
             ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), ema, params)
 
-        finite = jnp.isfinite(norm) & jnp.isfinite(nats)
+        finite = jnp.isfinite(norm) & jnp.isfinite(nats) & finite
         params, opt_state, ema = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old),
             (params, opt_state, ema),
@@ -237,7 +284,7 @@ def make_train_step(cfg: Config, graphdef: nnx.GraphDef) -> Callable:
             scale = jnp.where(finite, jnp.where(grow, scale * 2, scale), scale / 2)
             scale = jnp.clip(scale, 2.0**-16, 2.0**24)
             good_steps = jnp.where(finite & ~grow, good_steps + 1, 0)
-        new_state = TrainState(
+        new_state = state._replace(
             step=state.step + 1,
             params=params,
             opt_state=opt_state,
@@ -247,11 +294,7 @@ def make_train_step(cfg: Config, graphdef: nnx.GraphDef) -> Callable:
         )
         return new_state, metrics
 
-    def train_steps(state: TrainState, batches: losses.Batch) -> tuple[TrainState, Metrics]:
-        with jax.default_matmul_precision(cfg.train.matmul_precision):
-            return jax.lax.scan(train_step, state, batches)
-
-    return jax.jit(train_steps, donate_argnums=0)
+    return update
 
 
 def make_eval_step(cfg: Config, graphdef: nnx.GraphDef, mesh: Mesh | None = None) -> Callable:

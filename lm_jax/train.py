@@ -24,6 +24,8 @@ from lm_jax import checkpoint, config, doctor, evaluate, metrics, optim, shardin
 from lm_jax.config import Config
 from lm_jax.data import pipeline
 from lm_jax.data.store import Store
+from lm_jax.distill import step as distill_step
+from lm_jax.distill.teachers import open_teacher
 from lm_jax.doctor import provenance
 from lm_jax.writers import Writers
 
@@ -65,9 +67,14 @@ def train_and_evaluate(cfg: Config, workdir: str | pathlib.Path) -> dict[str, An
             f"{cfg.optim.accumulation * jax.device_count()}."
         )
     graphdef, init = step.create_model(cfg, store.tokenizer.vocab_size, impl)
+    distilling = bool(cfg.distill.teachers or cfg.distill.cache)
+    if distilling:
+        teacher = open_teacher(cfg, store)
+        auxiliary, init_aux = distill_step.create_auxiliary(cfg, graphdef, init, teacher)
 
     def init_state(key: jax.Array) -> step.TrainState:
-        return step.init_state(cfg, init(key))
+        state = step.init_state(cfg, init(key))
+        return state._replace(aux=init_aux(key)) if distilling else state
 
     abstract = jax.eval_shape(init_state, jax.random.key(cfg.seed))
     shardings = sharding.by_shape(mesh, abstract)
@@ -97,8 +104,14 @@ def train_and_evaluate(cfg: Config, workdir: str | pathlib.Path) -> dict[str, An
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         threads=cfg.data.threads,
+        extend=teacher.extend if distilling else dict,
     )
-    train_steps = step.make_train_step(cfg, graphdef)
+    if distilling:
+        train_steps = distill_step.make_train_step(cfg, graphdef, auxiliary, teacher)
+        gradients_of = distill_step.make_gradients(cfg, graphdef, auxiliary, teacher)
+    else:
+        train_steps = step.make_train_step(cfg, graphdef)
+        gradients_of = step.make_gradients(cfg, graphdef)
     evaluator = evaluate.Evaluator(cfg, store, mesh, step.make_eval_step(cfg, graphdef, mesh))
 
     writers = Writers(workdir, steps=steps, start=start, tensorboard=cfg.train.tensorboard)
@@ -163,10 +176,9 @@ def train_and_evaluate(cfg: Config, workdir: str | pathlib.Path) -> dict[str, An
         skipped.append(now)
         writers.say(f"update {now} skipped: loss or gradient of batch {now - 1} is not finite")
         if len(skipped) == 1 and jax.process_count() == 1:
-            of_update = step.make_gradients(cfg, graphdef)
             origin = provenance.trace(
-                lambda params, batch: of_update(params, now - 1, state.loss_scale, batch),
-                params=state.params,
+                lambda params, batch: gradients_of(params, now - 1, state.loss_scale, batch),
+                params=state.trained,
                 batch=batch,
             )
             writers.say(provenance.describe(origin))

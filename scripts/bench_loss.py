@@ -35,7 +35,8 @@ from absl import flags
 from benchmark import clock, device, machine, take_turns
 
 from lm_jax import loss
-from lm_jax.kernels.linear_loss import linear_cross_entropy, linear_divergence
+from lm_jax.kernels.linear_distillation import Member, linear_distillation
+from lm_jax.kernels.linear_loss import linear_cross_entropy
 from lm_jax.main import keep_freed_memory
 from lm_jax.models.transformer import head_logits
 
@@ -124,7 +125,10 @@ def jax_peers(case: Case, chunk_rows: list[int]) -> dict[str, Callable[..., jax.
 
     def ours(*args, chunk_rows=None):
         if case.kind == "divergence":
-            return linear_divergence(*args, kind="forward", chunk_rows=chunk_rows)[0]
+            x, head, y, other, weights = args
+            return linear_distillation(
+                x, head, [Member(y, other)], weights, kind="forward", chunk_rows=chunk_rows
+            ).objective
         return linear_cross_entropy(*args, chunk_rows=chunk_rows).objective
 
     peers: dict[str, Callable[..., jax.Array]] = {OURS: ours}

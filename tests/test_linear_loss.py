@@ -13,7 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm_jax.kernels.linear_loss import linear_cross_entropy, linear_divergence, rows_per_chunk
+from lm_jax.kernels.chunks import rows_per_chunk
+from lm_jax.kernels.linear_distillation import Member, linear_distillation
+from lm_jax.kernels.linear_loss import linear_cross_entropy
 from lm_jax.models.transformer import head_logits
 from tests.test_gradients import check
 
@@ -339,8 +341,19 @@ def traced(f, *args):
     return list(equations(jax.make_jaxpr(f)(*args).jaxpr))
 
 
-def divergence(*args, **options):
-    return linear_divergence(*args, **{"kind": "jsd", "chunk_rows": 12, **options})[0]
+def distil(x, head, y, other, weights, *, temperature=1.0, teacher_softcap=0.0, **options):
+    """Without the factor temperature^2, unless given."""
+    return linear_distillation(
+        x,
+        head,
+        [Member(y, other, teacher_softcap)],
+        weights,
+        **{"kd": temperature**-2, "temperature": temperature, "chunk_rows": 12, **options},
+    )
+
+
+def divergence(*args, kind="jsd", **options):
+    return distil(*args, kind=kind, **options).objective
 
 
 def divergence_of(*args, **options):
@@ -463,7 +476,7 @@ def test_divergence_as_good_as_the_plain_form(kind, beta, dtype):
     ours = value_and_grads(divergence, *args, **options)
     plain = value_and_grads(plain_divergence, *args, **options)
     assert_as_good(ours, plain, exact)
-    count = linear_divergence(*args, **options)[1]
+    count = distil(*args, **options).count
     np.testing.assert_allclose(count, args[-1].sum(), rtol=1e-6)
 
 
@@ -574,10 +587,11 @@ def test_divergence_of_extreme_logits_is_finite(kind, beta):
 )
 def test_divergence_names_the_option(options, message):
     with pytest.raises(ValueError, match=message):
-        linear_divergence(*pair(), **options)
+        x, head, y, other, weights = pair()
+        linear_distillation(x, head, [Member(y, other)], weights, **options)
 
 
 def test_divergence_needs_one_vocabulary():
     x, head, y, other, weights = pair()
-    with pytest.raises(ValueError, match="teacher_head: 96 tokens, but head has 97"):
-        linear_divergence(x, head, y, other[:-1], weights, kind="forward")
+    with pytest.raises(ValueError, match="teacher: 96 tokens, but the student has 97"):
+        distil(x, head, y, other[:-1], weights, kind="forward")

@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -178,11 +178,15 @@ class _CallSource:
     seed: int
     calls: Sequence[range]
     rows: slice
+    extend: Callable[[Batch], Batch]
 
     def __len__(self) -> int:
         return len(self.calls)
 
     def __getitem__(self, item: int) -> Batch:
+        return self.extend(self._windows(item))
+
+    def _windows(self, item: int) -> Batch:
         first_K1 = self.batch_size * np.asarray(self.calls[item])[:, None]
         position_KB = first_K1 + np.arange(self.batch_size)[self.rows]
         indices_KB = example_index(position_KB, len(self.windows), self.seed)
@@ -205,11 +209,12 @@ def train_batches(
     process_index: int = 0,
     process_count: int = 1,
     threads: int = 1,
+    extend: Callable[[Batch], Batch] = dict,
 ) -> Iterator[Batch]:
     """Yields, for each call, the training batches of its numbers: [K, B/P, T+1], K = len(call).
 
     The rows are those of this process. `threads` reads ahead; 0 reads when asked. With `movable`
-    windows every epoch has an offset of its own.
+    windows every epoch has an offset of its own. `extend` adds arrays to what a thread has read.
     """
     rows = _process_rows(batch_size, process_index, process_count)
     windows = Windows(split, seq_len, document_mask, movable=movable)
@@ -218,7 +223,7 @@ def train_batches(
             f"split '{split.name}' has {len(split.tokens)} tokens, too few to fill one window of "
             f"seq_len={seq_len}: set a smaller --config.data.seq_len or take a larger corpus."
         )
-    return _read(_CallSource(windows, batch_size, seed, calls, rows), threads)
+    return _read(_CallSource(windows, batch_size, seed, calls, rows, extend), threads)
 
 
 def _read(source: _CallSource, threads: int) -> Iterator[Batch]:

@@ -128,8 +128,11 @@ class Attention(nnx.Module):
 
     def __call__(
         self, x_BTD, segment_ids_BT, positions_BT, key, cache=None
-    ) -> tuple[jax.Array, Cache | None]:
-        """Attend inside segments, or to the cache; `key` switches dropout on."""
+    ) -> tuple[jax.Array, Cache | None, tuple[jax.Array, jax.Array]]:
+        """Attend inside segments, or to the cache; `key` switches dropout on.
+
+        Returns the output, the longer cache, and the queries [B, T, H, C] and keys [B, T, K, C].
+        """
         cfg = self.cfg
         B, T, _ = x_BTD.shape
         qkv_BTNC = self.qkv(x_BTD).reshape(B, T, -1, cfg.d_model // cfg.heads)
@@ -152,7 +155,7 @@ class Attention(nnx.Module):
                 dropout_rate=cfg.attention_dropout,
                 dropout_key=key,
             )
-        return self.out(y_BTHC.reshape(x_BTD.shape)), cache
+        return self.out(y_BTHC.reshape(x_BTD.shape)), cache, (q, k)
 
 
 class MLP(nnx.Module):
@@ -196,14 +199,25 @@ class Block(nnx.Module):
 
     def with_cache(
         self, x_BTD, segment_ids_BT, positions_BT, key, cache
-    ) -> tuple[jax.Array, Cache | None]:
-        """Apply the layer to tokens that continue what is in the cache, if there is one."""
+    ) -> tuple[jax.Array, Cache | None, tuple[jax.Array, jax.Array]]:
+        """Apply the layer to tokens that continue what is in the cache, if there is one.
+
+        Returns queries and keys besides.
+        """
         probs, branch, mlp = (None,) * 3 if key is None else jax.random.split(key, 3)
-        y, cache = self.attention(
+        y, cache, seen = self.attention(
             self.attention_norm(x_BTD), segment_ids_BT, positions_BT, probs, cache
         )
         x_BTD = x_BTD + dropout(y, self.rate, branch)
-        return x_BTD + dropout(self.mlp(self.mlp_norm(x_BTD)), self.rate, mlp), cache
+        return x_BTD + dropout(self.mlp(self.mlp_norm(x_BTD)), self.rate, mlp), cache, seen
+
+
+class Observed(NamedTuple):
+    """What a layer computes, with a leading axis of layers."""
+
+    x_LBTD: jax.Array  # the residual stream after it
+    q_LBTHC: jax.Array
+    k_LBTKC: jax.Array
 
 
 class Transformer(nnx.Module):
@@ -272,6 +286,16 @@ class Transformer(nnx.Module):
         ids_BT = segment_ids_BT if self.segmented else None
         return self._forward(tokens_BT, ids_BT, positions_BT, dtype, key, None)[0]
 
+    def observed(
+        self, tokens_BT, segment_ids_BT, positions_BT, *, dtype=jnp.float32, key=None
+    ) -> tuple[jax.Array, Observed]:
+        """The hidden states and what each layer computes."""
+        ids_BT = segment_ids_BT if self.segmented else None
+        x_BTD, _, seen = self._forward(
+            tokens_BT, ids_BT, positions_BT, dtype, key, None, observe=True
+        )
+        return x_BTD, seen
+
     def extend(
         self, tokens_BT: jax.Array, cache: Cache, *, dtype: jnp.dtype
     ) -> tuple[jax.Array, Cache]:
@@ -285,7 +309,7 @@ class Transformer(nnx.Module):
         T = tokens_BT.shape[1]
         positions_1T = cache.length + jnp.arange(T, dtype=jnp.int32)[None]
         cache = cache._replace(layer=jnp.zeros((), jnp.int32))
-        x_BTD, cache = self._forward(tokens_BT, None, positions_1T, dtype, None, cache)
+        x_BTD, cache, _ = self._forward(tokens_BT, None, positions_1T, dtype, None, cache)
         return x_BTD, cache._replace(length=cache.length + T)
 
     def empty_cache(self, rows: int, slots: int, dtype: jnp.dtype) -> Cache:
@@ -294,7 +318,7 @@ class Transformer(nnx.Module):
         width = cfg.d_model // cfg.heads
         return zero_cache((cfg.layers, rows, slots, cfg.kv_heads, width), dtype)
 
-    def _forward(self, tokens_BT, segment_ids_BT, positions_BT, dtype, key, cache):
+    def _forward(self, tokens_BT, segment_ids_BT, positions_BT, dtype, key, cache, observe=False):
         cfg = self.cfg
         keys: Any = [None] * (cfg.layers + 1)
         if key is not None:
@@ -308,13 +332,14 @@ class Transformer(nnx.Module):
         x_BTD = dropout(x_BTD, cfg.embedding_dropout, keys[-1])
 
         def apply(block, x_BTD, key, cache):
-            return *block.with_cache(x_BTD, segment_ids_BT, positions_BT, key, cache), None
+            x_BTD, cache, (q, k) = block.with_cache(x_BTD, segment_ids_BT, positions_BT, key, cache)
+            return x_BTD, cache, Observed(x_BTD, q, k) if observe else None
 
-        x_BTD, cache, _ = through_layers(self.blocks, cfg, x_BTD, keys[:-1], cache, apply)
+        x_BTD, cache, seen = through_layers(self.blocks, cfg, x_BTD, keys[:-1], cache, apply)
         x_BTD = self.final_norm(x_BTD)
         if cfg.embedding_rank and cfg.tied:
             x_BTD = linear(x_BTD, self.projection[...].T, dtype)
-        return x_BTD, cache
+        return x_BTD, cache, seen
 
     def head_VD(self) -> jax.Array:
         """The matrix that turns hidden states into logits, one row per vocabulary entry."""

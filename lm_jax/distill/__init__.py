@@ -1,0 +1,1 @@
+"""Distillation: a student trained from teachers as well as from the text."""

@@ -1,0 +1,125 @@
+"""The student-aware router: which of the teacher's experts a student token learns from."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lm_jax.distill import terms
+from lm_jax.distill.terms import Sums
+from lm_jax.kernels.attention import attend
+from lm_jax.models.transformer import Linear
+
+HEADS = 4
+SHARES = (0.4, 0.3, 0.3)  # of capacity, gap and expert scores
+
+
+class Routed(NamedTuple):
+    """Terms of a batch, as sums and counts."""
+
+    feature: Sums
+    attention: Sums
+    balance: Sums
+
+
+def choices(
+    scores_BTX: jax.Array, temperature: jax.Array, k: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Probabilities of the experts X, and the same of the k most likely renormalised, else 0.
+
+    Args:
+        scores_BTX: one score for each expert.
+        temperature: divides them.
+        k: int32, may be traced.
+    """
+    all_BTX = jax.nn.softmax(scores_BTX / temperature)
+    rank_BTX = jnp.argsort(jnp.argsort(-all_BTX, axis=-1), axis=-1)
+    chosen_BTX = jnp.where(rank_BTX < k, all_BTX, 0)
+    return all_BTX, chosen_BTX / chosen_BTX.sum(-1, keepdims=True)
+
+
+def balance(all_BTX: jax.Array, weights_BT: jax.Array) -> Sums:
+    """KL(uniform || mean use of the experts) times the number of tokens, and that number."""
+    count = weights_BT.sum()
+    mean_X = jnp.einsum("bt,btx->x", weights_BT, all_BTX) / jnp.maximum(count, 1)
+    # Without a token there is nothing to balance.
+    log_X = jnp.log(jnp.where(count > 0, mean_X, 1 / mean_X.size))
+    return -(jnp.log(mean_X.size) + log_X.mean()) * count, count
+
+
+class Router(nnx.Module):
+    """r = softmax((0.4 capacity(s) + 0.3 gap([s; P t]) + 0.3 expert(t)) / temperature).
+
+    s and t are the final states of student and teacher. With the k most likely experts the routed
+    target is sum_x r_x expert_x. The experts are states of the teacher, those of its mixture or of
+    evenly spaced layers, and get no gradient; the router does, so it also learns which experts are
+    easy to match, which the balance term holds in check.
+    """
+
+    def __init__(self, width: int, teacher_width: int, experts: int, rngs: nnx.Rngs):
+        """All maps are linear.
+
+        Args:
+            width: D of the student.
+            teacher_width: E.
+            experts: X.
+            rngs: stream "params".
+        """
+
+        def linear(inputs: int, outputs: int) -> Linear:
+            return Linear(inputs, outputs, inputs**-0.5, False, rngs)
+
+        self.capacity = linear(width, experts)
+        self.narrow = linear(teacher_width, width)
+        self.gap = linear(2 * width, experts)
+        self.expert = linear(teacher_width, experts)
+        self.project = linear(width, teacher_width)
+        self.compress = linear(teacher_width, HEADS * -(-width // HEADS))
+        self.query = linear(width, self.compress.kernel.shape[1])
+        self.out = linear(self.compress.kernel.shape[1], self.compress.kernel.shape[1])
+
+    def scores(self, x_BTD: jax.Array, teacher_BTE: jax.Array) -> jax.Array:
+        """One score for each expert, [B, T, X]."""
+        both = jnp.concatenate([x_BTD, self.narrow(teacher_BTE)], axis=-1)
+        parts = self.capacity(x_BTD), self.gap(both), self.expert(teacher_BTE)
+        return sum(share * part for share, part in zip(SHARES, parts, strict=True))
+
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        teacher_BTE: jax.Array,
+        experts_XBTE: jax.Array,
+        segment_ids_BT: jax.Array,
+        weights_BT: jax.Array,
+        *,
+        temperature: jax.Array,
+        k: jax.Array,
+    ) -> Routed:
+        """The three terms.
+
+        feature: squared error of the projected student against the routed target.
+        attention: with c the routed target compressed to the student's width, squared error of
+        attention from s_t to the c of the positions before t against c_t, which gets no gradient.
+        A position never reads its own c, which would be copied.
+        balance: see `balance`.
+        """
+        x_BTD = x_BTD.astype(jnp.float32)
+        teacher_BTE = terms.normalised(teacher_BTE)
+        all_BTX, chosen_BTX = choices(self.scores(x_BTD, teacher_BTE), temperature, k)
+        routed_BTE = jnp.einsum("btx,xbte->bte", chosen_BTX, terms.normalised(experts_XBTE))
+        feature = terms.squared_error(self.project(x_BTD), routed_BTE, weights_BT)
+
+        c_BTF = self.compress(routed_BTE)
+        # Position t asks, in the row moved by one, for what is before t.
+        B, T, F = c_BTF.shape
+        c_BTHC = c_BTF[:, :-1].reshape(B, T - 1, HEADS, F // HEADS)
+        q_BTHC = self.query(x_BTD)[:, 1:].reshape(c_BTHC.shape)
+        before_BTF = attend(
+            q_BTHC, c_BTHC, c_BTHC, impl="reference", segment_ids_BT=segment_ids_BT[:, :-1]
+        ).reshape(B, T - 1, F)
+        same_BT = segment_ids_BT[:, 1:] == segment_ids_BT[:, :-1]
+        attention = terms.squared_error(
+            self.out(before_BTF), terms.normalised(c_BTF[:, 1:]), weights_BT[:, 1:] * same_BT
+        )
+        return Routed(feature, attention, balance(all_BTX, weights_BT))

@@ -1,0 +1,106 @@
+"""Distillation of what is inside a model: states, attention maps, whole rows.
+
+Every term is a sum over weighted tokens (or rows) and the sum of the weights, in float32. Teacher
+arrays get no gradient. E is the width of the teacher.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from lm_jax.kernels.divergences import EXCLUDED, between
+
+Sums = tuple[jax.Array, jax.Array]
+CONTRAST_TEMPERATURE = 0.07  # of cosines (van den Oord et al. 2018; value of He et al. 2020)
+
+
+def normalised(x: jax.Array) -> jax.Array:
+    """A teacher's states in float32 with mean square 1 over the last axis, and no gradient."""
+    x = jax.lax.stop_gradient(x).astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6)
+
+
+def squared_error(y_BTE: jax.Array, target_BTE: jax.Array, weights_BT: jax.Array) -> Sums:
+    """Mean square over E of the difference; 1 for y = 0 and a normalised target.
+
+    Of projected student states this is the hint loss (Romero et al. 2015, section 2.2).
+    """
+    error_BT = jnp.square(y_BTE.astype(jnp.float32) - target_BTE).mean(-1)
+    return _sum(error_BT, weights_BT)
+
+
+def layer_for(layer: int, student_layers: int, teacher_layers: int) -> int:
+    """The teacher's layer as deep as a student's; the last for the last."""
+    return -(-(layer + 1) * teacher_layers // student_layers) - 1
+
+
+def layers(
+    y_LBTE: Sequence[jax.Array],
+    target_LBTE: Sequence[jax.Array],
+    share_L: jax.Array,
+    weights_BT: jax.Array,
+) -> Sums:
+    """Squared errors of several layers, layer l with the weight softmax(share)_l.
+
+    The weights are learned, so they move to the layers that are easiest to match.
+    """
+    pairs = zip(y_LBTE, target_LBTE, strict=True)
+    errors = [squared_error(y, target, weights_BT)[0] for y, target in pairs]
+    return (jax.nn.softmax(share_L) * jnp.stack(errors)).sum(), weights_BT.sum()
+
+
+def log_map(q_BTHC: jax.Array, k_BTKC: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
+    """Logarithm of the attention of position t to s, mean over heads, [B, T, T] in float32.
+
+    Causal and inside segments, computed with all scores; what is masked has about -1e30.
+    """
+    T, groups = q_BTHC.shape[1], q_BTHC.shape[2] // k_BTKC.shape[2]
+    k_BTHC = jnp.repeat(k_BTKC, groups, axis=2)
+    scores_BHTS = jnp.einsum("bthc,bshc->bhts", q_BTHC, k_BTHC, preferred_element_type=jnp.float32)
+    same_BTS = segment_ids_BT[:, :, None] == segment_ids_BT[:, None]
+    mask_BTS = same_BTS & jnp.tri(T, dtype=bool)[None]
+    scores_BHTS = jnp.where(mask_BTS[:, None], scores_BHTS * q_BTHC.shape[-1] ** -0.5, EXCLUDED)
+    log_BHTS = jax.nn.log_softmax(scores_BHTS)
+    return jax.nn.logsumexp(log_BHTS, axis=1) - jnp.log(q_BTHC.shape[2])
+
+
+def attention(student_BTS: jax.Array, teacher_BTS: jax.Array, weights_BT: jax.Array) -> Sums:
+    """KL(teacher || student) of two `log_map` over the keys of each query, in nats.
+
+    As Jiao et al. 2020 (TinyBERT), section 3.1, but on probabilities and averaged over heads, so
+    that the models may have different numbers of them.
+    """
+    teacher_BTS = jax.lax.stop_gradient(teacher_BTS)
+    return _sum(between(teacher_BTS, student_BTS, "forward", 0.5), weights_BT)
+
+
+def contrastive(
+    y_BTE: jax.Array, target_BTE: jax.Array, weights_BT: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """InfoNCE between the mean states of a student's and a teacher's rows, in nats per row.
+
+    Each row of the student must find its own among the teacher's rows with a token; guessing costs
+    the logarithm of their number. (Tian et al. 2020, section 3; in-batch negatives.)
+
+    Returns:
+        Summed nats, number of rows with a token, and of those that are found.
+    """
+
+    def pooled(x_BTE: jax.Array) -> jax.Array:
+        x_BE = jnp.einsum("bt,bte->be", weights_BT, x_BTE.astype(jnp.float32))
+        # A row without a token is 0 and has no direction.
+        return x_BE * jax.lax.rsqrt(jnp.square(x_BE).sum(-1, keepdims=True) + 1e-12)
+
+    there_B = weights_BT.sum(-1) > 0
+    scores_BB = pooled(y_BTE) @ pooled(jax.lax.stop_gradient(target_BTE)).T / CONTRAST_TEMPERATURE
+    scores_BB = jnp.where(there_B[None], scores_BB, EXCLUDED)
+    own_B = jnp.diagonal(scores_BB)
+    nats_B = jax.nn.logsumexp(scores_BB, axis=-1) - own_B
+    found_B = there_B & (own_B >= scores_BB.max(-1))
+    return jnp.where(there_B, nats_B, 0).sum(), there_B.sum(), found_B.sum()
+
+
+def _sum(x_BT: jax.Array, weights_BT: jax.Array) -> Sums:
+    """`where` and not the product alone: padding may hold anything, NaN included."""
+    return (jnp.where(weights_BT > 0, x_BT, 0) * weights_BT).sum(), weights_BT.sum()

@@ -1,0 +1,165 @@
+"""Distillation and cross-entropy of next-token logits that never exist as a whole."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lm_jax.kernels import chunks, divergences
+from lm_jax.kernels.divergences import Kept, Kind, Support
+from lm_jax.kernels.linear_loss import pick
+
+
+class Member(NamedTuple):
+    """A model whose logits x head' teach; `softcap` caps them, 0 for none."""
+
+    x_BTE: jax.Array
+    head_UE: jax.Array
+    softcap: float = 0.0
+
+
+class Groups(NamedTuple):
+    """Ids of two vocabularies by what they have in common, see `divergences.grouped`."""
+
+    student_V: jax.Array
+    teacher_U: jax.Array
+    number: int
+    aligned_BT: jax.Array  # factor of each position's divergence
+
+
+class Distilled(NamedTuple):
+    """Sums over weighted tokens; float32 (float64 for float64 inputs)."""
+
+    objective: jax.Array  # what to minimise; the only differentiable one
+    divergence: jax.Array  # of the softened distributions, not multiplied by temperature^2
+    nats: jax.Array  # plain negative log likelihood of the targets; 0 without targets
+    count: jax.Array  # type: ignore[assignment]  # sum of the weights
+    correct: jax.Array  # weight of the positions where no token is more likely than the target
+
+
+def linear_distillation(
+    x_BTD: jax.Array,
+    head_VD: jax.Array,
+    teacher: Sequence[Member] | Kept,
+    weights_BT: jax.Array,
+    targets_BT: jax.Array | None = None,
+    *,
+    kind: Kind,
+    temperature: jax.typing.ArrayLike = 1.0,
+    beta: float = 0.5,
+    kd: jax.typing.ArrayLike = 1.0,
+    lm: jax.typing.ArrayLike = 0.0,
+    support: Support = "full",
+    top_k: int = 0,
+    groups: Groups | None = None,
+    softcap: float = 0.0,
+    chunk_rows: int | None = None,
+) -> Distilled:
+    """Summed divergence of a student from its teacher, and cross-entropy, of the same logits.
+
+        objective = sum_bt w (kd T^2 divergence + lm nats)
+
+    where the divergence is between softmax(z / T) of both, see `divergences.between`. T^2 keeps the
+    size of its gradient whatever the temperature (Hinton et al. 2015, section 2). Several members
+    teach by the mean of their probabilities. Only x and head get a gradient. Dtypes as in
+    `linear_cross_entropy`. Per chunk this is one product for each member and one for the student,
+    and two more for the gradient.
+
+    Args:
+        x_BTD: hidden states of the student.
+        head_VD: head matrix of the student.
+        teacher: members over one vocabulary, the student's unless there are groups, or what is kept
+            of a distribution at the given temperature.
+        weights_BT: factor of each position; where it is 0, all other arrays may hold anything.
+        targets_BT: next tokens, as in `linear_cross_entropy`.
+        kind: which divergence.
+        temperature: T, divides both logits.
+        beta: the teacher's share of the mixture in `jsd` and `skew`, inside (0, 1).
+        kd: factor of the divergence times T^2.
+        lm: factor of the cross-entropy.
+        support: full, over all ids; top_k, over the teacher's k most likely ids and one class of
+            all others; union, over the ids among the k most likely of either, as if there were no
+            others.
+        top_k: k.
+        groups: compare the probabilities of groups of ids, where the vocabularies differ.
+        softcap: cap of the student's logits, 0 for none.
+        chunk_rows: as in `linear_cross_entropy`.
+
+    Raises:
+        ValueError: the vocabularies differ, or an option is outside its range.
+    """
+    _check(head_VD.shape[0], teacher, kind, temperature, beta, support, top_k, groups)
+    if isinstance(teacher, Kept):
+        taught: Any = teacher
+        heads, sizes, caps = (), (), ()
+    else:
+        taught = tuple(member.x_BTE for member in teacher)
+        heads = tuple(chunks.operand(m.head_UE, m.x_BTE.dtype) for m in teacher)
+        sizes = tuple(member.head_UE.shape[0] for member in teacher)
+        caps = tuple(member.softcap for member in teacher)
+
+    def score(z_NV: jax.Array, weights_N: jax.Array, rows, shared):
+        taught, target_N, aligned_N = rows
+        temperature, kd, lm, heads, of_ids = shared
+        if isinstance(taught, Kept):
+            log_p = taught
+        else:
+            logits = [
+                chunks.logits(chunks.scored(x_NE, weights_N), head, U, cap)[0].astype(z_NV.dtype)
+                for x_NE, head, U, cap in zip(taught, heads, sizes, caps, strict=True)
+            ]
+            log_p = divergences.mean_log_p(logits, temperature)
+            if groups is not None:
+                log_p = divergences.grouped(log_p, of_ids[1], groups.number)
+
+        def terms(z_NV: jax.Array):
+            log_q = jax.nn.log_softmax(z_NV / temperature)
+            if groups is not None:
+                log_q = divergences.grouped(log_q, of_ids[0], groups.number)
+            divergence_N = divergences.over(log_p, log_q, kind, beta, support, top_k)
+            if aligned_N is not None:
+                divergence_N *= aligned_N
+            objective_N = kd * temperature**2 * divergence_N
+            nats_N = correct_N = jnp.zeros_like(divergence_N)
+            if target_N is not None:
+                _, picked_N, top_N, lse_N = pick(z_NV, target_N, weights_N)
+                nats_N, correct_N = lse_N - picked_N, picked_N >= top_N
+                objective_N += lm * nats_N
+            return objective_N, (divergence_N, nats_N, jnp.ones_like(nats_N), correct_N)
+
+        objective_N, pull, others = jax.vjp(terms, z_NV, has_aux=True)
+        (dz_NV,) = pull(weights_N)
+        return tuple(weights_N * value_N for value_N in (objective_N, *others)), dz_NV
+
+    wide = jnp.promote_types(x_BTD.dtype, jnp.float32)
+    scalars = [jnp.asarray(value, wide) for value in (temperature, kd, lm)]
+    aligned_BT, of_ids = None, ()
+    if groups is not None:
+        aligned_BT, of_ids = groups.aligned_BT, (groups.student_V, groups.teacher_U)
+    return Distilled(
+        *chunks.sums(
+            chunks.How(score, softcap, chunk_rows),
+            x_BTD,
+            head_VD,
+            weights_BT,
+            (taught, targets_BT, aligned_BT),
+            (*scalars, heads, of_ids),
+        )
+    )
+
+
+def _check(V, teacher, kind, temperature, beta, support, top_k, groups) -> None:
+    """Raise the errors of `linear_distillation`."""
+    divergences.check(kind, beta)
+    if isinstance(temperature, int | float) and not temperature > 0:
+        raise ValueError(f"temperature: {temperature} must be above 0.")
+    kept = isinstance(teacher, Kept)
+    for member in () if kept or groups is not None else teacher:
+        if member.head_UE.shape[0] != V:
+            raise ValueError(
+                f"teacher: {member.head_UE.shape[0]} tokens, but the student has {V}; they must "
+                "share a tokenizer or be aligned."
+            )
+    if not kept and support != "full" and not 0 < top_k <= V:
+        raise ValueError(f"top_k: {top_k} is not between 1 and the {V} ids of the student.")

@@ -1,0 +1,85 @@
+"""Keep a teacher's most likely ids for every training window, for runs that learn from them.
+
+    python scripts/cache_teacher.py --config=configs/distill.py:cached --out=DIR \
+        --config.distill.teachers=RUN
+
+The config is the student's, with `distill.support` top_k, `distill.top_k` and a constant
+`distill.temperature`. Train with the same config, `--config.distill.teachers=` and
+`--config.distill.cache=DIR`. A token takes 4 k + 4 bytes for its log-probabilities and 2 k for its
+ids (4 k from 65,536 ids on).
+"""
+
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+
+from lm_jax import config, evaluate
+from lm_jax import loss as losses
+from lm_jax.data import pipeline
+from lm_jax.distill import cache, teachers
+from lm_jax.flags import define_config, parse
+from lm_jax.kernels import divergences
+from lm_jax.models.transformer import head_logits
+
+_CONFIG = define_config()
+_OUT = flags.DEFINE_string("out", None, "Folder of the cache.")
+flags.mark_flags_as_required(["config", "out"])
+
+
+def make_cache(cfg: config.Config, folder: pathlib.Path) -> int:
+    """Write the cache of a config as written; returns the number of windows.
+
+    Raises:
+        ConfigError: if the config names no teacher, or keeps no top-k at one temperature.
+        FileExistsError: if the folder holds a cache.
+    """
+    store = evaluate.open_data(config.validate(cfg))
+    windows = pipeline.count_windows(store.split("train"), cfg.data.seq_len, cfg.data.window_offset)
+    cfg = config.resolve(cfg, windows=windows)
+    read_back = config.replace(cfg, distill__cache=str(folder), distill__teachers="")
+    config.validate(read_back)
+    teacher = teachers.open_teacher(cfg, store)
+    temperature = cache.describe(cfg, store)["temperature"]
+    if cfg.distill.top_k > store.tokenizer.vocab_size:
+        raise config.ConfigError(
+            f"config.distill.top_k: {cfg.distill.top_k} is above the "
+            f"{store.tokenizer.vocab_size} ids of the tokenizer; lower it."
+        )
+
+    @jax.jit
+    def most_likely(params, batch):
+        b = losses.shift(batch)
+        reading = teacher.read(params, batch, b, jnp.dtype(cfg.train.compute_dtype), inside=False)
+
+        def row(states):  # so that the logits of one window exist at a time
+            logits = [
+                head_logits(x_TE, m.head_UE, m.softcap)
+                for x_TE, m in zip(states, reading.taught, strict=True)
+            ]
+            return divergences.most_likely(
+                divergences.mean_log_p(logits, temperature), cfg.distill.top_k
+            )
+
+        return jax.lax.map(row, [m.x_BTE for m in reading.taught])
+
+    def on_host(batch):
+        return tuple(np.asarray(x) for x in most_likely(teacher.params, batch))
+
+    return cache.write(folder, cfg, store, on_host, {"teachers": cfg.distill.teachers})
+
+
+def main(_: list[str]) -> None:
+    """Write the cache that the flags describe."""
+    try:
+        count = make_cache(_CONFIG.value, pathlib.Path(_OUT.value))
+    except (ValueError, OSError) as error:
+        sys.exit(str(error))
+    print(f"{count:,} windows in {_OUT.value}")
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse)
