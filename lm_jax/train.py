@@ -24,6 +24,7 @@ from lm_jax import checkpoint, config, doctor, evaluate, metrics, optim, shardin
 from lm_jax.config import Config
 from lm_jax.data import pipeline
 from lm_jax.data.store import Store
+from lm_jax.distill import report as distill_report
 from lm_jax.distill import step as distill_step
 from lm_jax.distill.teachers import open_teacher
 from lm_jax.doctor import provenance
@@ -252,7 +253,12 @@ def train_and_evaluate(cfg: Config, workdir: str | pathlib.Path) -> dict[str, An
                 raise Interrupted(0)
     del state  # the best parameters take its place
     with jax.set_mesh(mesh):
-        return final_report(cfg, workdir, evaluator)
+        run = evaluate.open_run(workdir)
+        names = config.eval_splits(cfg, store.manifest["splits"])
+        results = {name: evaluate.score_run(evaluator, run, workdir, name) for name in names}
+        if distilling:
+            distill_report.write(cfg, workdir, run, teacher)
+    return results
 
 
 def preflight(cfg: Config, store: Store, workdir: pathlib.Path) -> None:
@@ -275,15 +281,6 @@ def preflight(cfg: Config, store: Store, workdir: pathlib.Path) -> None:
 
 
 _LOGGED = ("loss", "token_ppl", "word_ppl", "bits_per_byte", "accuracy", "token_count")
-
-
-def final_report(
-    cfg: Config, workdir: pathlib.Path, evaluator: evaluate.Evaluator
-) -> dict[str, Any]:
-    """Score the best checkpoint on the configured splits; write and print the results."""
-    run = evaluate.open_run(workdir)
-    names = config.eval_splits(cfg, evaluator.store.manifest["splits"])
-    return {name: evaluate.score_run(evaluator, run, workdir, name) for name in names}
 
 
 def dispatches(cfg: Config, start: int) -> list[range]:

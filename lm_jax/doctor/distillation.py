@@ -263,8 +263,8 @@ def examine_distillation(
     Args:
         kd_fn: `(student_logits [B, T, V], teacher_logits [B, T, V], weights [B, T],
             temperature) -> (sum, count)`, the divergence.
-        kind: forward, KL(teacher || student); reverse; or jsd.
-        beta: weight of the teacher in jsd, inside (0, 1).
+        kind: forward, KL(teacher || student); reverse; jsd; or skew, KL(teacher || mixture).
+        beta: weight of the teacher in the mixture of jsd and skew, inside (0, 1).
         t2: whether the values of `kd_fn` and `topk_fn` contain temperature^2.
         topk_fn: like `kd_fn` with a further argument k: over the k most likely tokens only.
         topk_union: whether those are the union of the teacher's and the student's k.

@@ -14,7 +14,7 @@ from lm_jax.doctor.findings import Finding, Skip, Verdict, call, check, verdict
 from lm_jax.doctor.lossbox import EPS, gap, judge
 
 ROWS, LENGTH = 3, 5
-KINDS = ("forward", "reverse", "jsd")
+KINDS = ("forward", "reverse", "jsd", "skew")
 GRID = 2.0**-6  # logits below 4 on this grid are exact in bfloat16
 GRADIENT_LIMIT = 0.01  # of the gradient's norm; twice what rounding it to bfloat16 costs
 
@@ -67,6 +67,11 @@ class Divergence:
         p, q = np.exp(log_p), np.exp(log_q)
         if kind == "forward":
             value, slope = (p * (log_p - log_q)).sum(-1), q - p
+        elif kind == "skew":
+            log_m = np.logaddexp(math.log(self.beta) + log_p, math.log(1 - self.beta) + log_q)
+            value = (p * (log_p - log_m)).sum(-1)
+            pull = (1 - self.beta) * q * np.exp(log_p - log_m)
+            slope = q * pull.sum(-1)[..., None] - pull
         else:
             log_m, share = log_p, 1.0
             if kind == "jsd":
@@ -158,6 +163,7 @@ def temperature(kd: Divergence) -> Verdict:
     total, count = kd(logits, 16.0)
     half = 0.5 * ((student - teacher).astype(np.float64).var(-1) * weights).sum() / weights.sum()
     shares = {"forward": 1.0, "reverse": 1.0, "jsd": kd.beta * (1 - kd.beta)}
+    shares["skew"] = (1 - kd.beta) ** 2
     limit = half * shares[kd.kind] / (1 if kd.t2 else 256)
     against = float(total / count) / limit if count else math.nan
     powers = {0.0: "right", -2.0: "T^2 too often", 2.0: "T^2 missing"}

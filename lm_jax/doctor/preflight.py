@@ -14,6 +14,7 @@ from lm_jax import loss as losses
 from lm_jax.config import Config, ModelConfig
 from lm_jax.data import pipeline
 from lm_jax.data.store import Split, Store
+from lm_jax.doctor import distilled
 from lm_jax.doctor.blackbox import named_leaves
 from lm_jax.doctor.data import examine_data
 from lm_jax.doctor.evaluation import examine_evaluation
@@ -60,6 +61,8 @@ def examine_config(cfg: Config, *, level: str = "fast", store: Store | None = No
     report = _data(cfg, store, windows)
     small = _Small(cfg, store)
     report += small.model() + small.loss() + small.optimiser()
+    if cfg.distill.teachers or cfg.distill.cache:
+        report += distilled.examine(cfg, small.cfg, store)
     if level == "full":
         report += small.training() + small.gradients() + small.attention() + small.evaluation()
     return report

@@ -1,0 +1,168 @@
+"""Student alone, distilled student, teachers and their mean, side by side on one split."""
+
+import math
+import pathlib
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from rich.console import Console
+from rich.table import Table
+
+from lm_jax import config, evaluate, metrics, sharding
+from lm_jax import loss as losses
+from lm_jax.config import Config
+from lm_jax.data import pipeline
+from lm_jax.data.store import Store
+from lm_jax.distill.teachers import Teacher
+from lm_jax.kernels import divergences
+from lm_jax.models.transformer import head_logits
+
+TIMED_BATCHES = 5
+
+
+class Scored(NamedTuple):
+    """A model, or several that predict by their mean probability."""
+
+    name: str
+    models: Sequence[tuple[nnx.GraphDef, Any]]  # structure and parameters
+
+
+def write(
+    cfg: Config, workdir: pathlib.Path, run: evaluate.Run, teacher: Teacher
+) -> dict[str, Any] | None:
+    """Score everything on the last configured split; write `distillation.json` and print it.
+
+    Nothing is written for a cache, whose teacher is not at hand.
+
+    Args:
+        cfg: resolved config of the student.
+        workdir: its folder.
+        run: its best checkpoint.
+        teacher: what taught it.
+    """
+    if not teacher.models:
+        return None
+    split = config.eval_splits(cfg, run.store.manifest["splits"])[-1]
+    members = list(zip(teacher.models, teacher.params, strict=True))
+    scored = [Scored("distilled", [(run.graphdef, run.params)])]
+    if cfg.distill.alone:
+        alone = evaluate.open_run(pathlib.Path(cfg.distill.alone))
+        scored.append(Scored("alone", [(alone.graphdef, alone.params)]))
+    scored += [Scored(name, [m]) for name, m in zip(teacher.names, members, strict=True)]
+    taught_by = teacher.names[0]
+    if len(members) > 1:
+        taught_by = "mean of the teachers"
+        scored.append(Scored(taught_by, members))
+    rows = score(cfg, run.store, split, scored, taught_by)
+    result = {"split": split, "taught_by": taught_by, "models": rows}
+    evaluate.write_json(workdir / "distillation.json", result)
+    table = Table(title=f"{split}: agreement with and divergence from {taught_by}")
+    for heading in ("", *next(iter(rows.values()))):
+        table.add_column(heading.replace("_", " "), justify="right")
+    for name, row in rows.items():
+        cells = (f"{x:,}" if isinstance(x, int) else f"{x:,.4f}" for x in row.values())
+        table.add_row(name, *cells)
+    Console().print(table)
+    return result
+
+
+def score(cfg: Config, store: Store, split_name: str, all_scored: Sequence[Scored], taught_by: str):
+    """Each model over a whole split, and against the one that taught.
+
+    Args:
+        cfg: resolved config of the student, whose windows are read.
+        store: its data.
+        split_name: split to score.
+        all_scored: models over the vocabulary of the store.
+        taught_by: name of the one that the others are compared with.
+
+    Returns:
+        For each name `bits_per_byte`, `word_ppl`, `loss` (nats per token), `agreement` (share of
+        positions at which the likeliest id is the teacher's), `kl` (of the model from the teacher,
+        nats per token, temperature 1), `parameters` and `tokens_per_second` (forward pass with
+        head, median of a few batches).
+    """
+    split = store.split(split_name)
+    dtype = jnp.dtype(cfg.train.compute_dtype)
+    params = {s.name: [p for _, p in s.models] for s in all_scored}
+
+    def hidden(b: losses.Shifted, scored: Scored, params: list[Any]) -> list[tuple]:
+        made = []
+        for (graphdef, _), leaves in zip(scored.models, params, strict=True):
+            model = nnx.merge(graphdef, leaves)
+            x_BTD = model(b.inputs, b.segment_ids, b.positions, dtype=dtype)
+            made.append((x_BTD, model.head_VD(), model.cfg.logit_softcap))
+        return made
+
+    def log_p(parts: list[tuple], row: jax.Array) -> jax.Array:
+        """Log-probabilities [T, V] of one row: those of all rows would not fit."""
+        logits = [head_logits(x_BTD[row], head_VD, cap) for x_BTD, head_VD, cap in parts]
+        return divergences.mean_log_p(logits, 1.0)
+
+    @jax.jit
+    def compare(params, batch):
+        b = losses.shift(batch)
+        parts = {s.name: hidden(b, s, params[s.name]) for s in all_scored}
+
+        def of_row(row: jax.Array) -> dict[str, jax.Array]:
+            weights_T, target_T1 = b.weights[row], b.targets[row][:, None]
+            teacher_TV = log_p(parts[taught_by], row)
+            sums = {}
+            for s in all_scored:
+                mine_TV = log_p(parts[s.name], row)
+                same_T = mine_TV.argmax(-1) == teacher_TV.argmax(-1)
+                kl_T = divergences.between(teacher_TV, mine_TV, "forward", 0.5)
+                nats_T = -jnp.take_along_axis(mine_TV, target_T1, axis=1)[:, 0]
+                sums[s.name] = jnp.stack([weights_T @ x for x in (nats_T, 1.0 * same_T, kl_T)])
+            return sums
+
+        by_row = jax.lax.map(of_row, jnp.arange(len(b.inputs)))
+        return jax.tree.map(lambda x: x.sum(0), by_row)
+
+    totals = {s.name: np.zeros(3) for s in all_scored}
+    batch: dict[str, np.ndarray] = {}
+    for batch in pipeline.eval_batches(
+        split,
+        seq_len=cfg.data.seq_len,
+        batch_size=sharding.round_up(cfg.eval.batch_size),
+        document_mask=cfg.data.document_mask,
+        stride=cfg.eval.stride,
+    ):
+        for name, sums in jax.device_get(compare(params, batch)).items():
+            totals[name] += sums
+    count = len(split.tokens)
+    rows = {}
+    for s in all_scored:
+        nats, same, kl = totals[s.name]
+        sums = metrics.Sums(nats, count, math.nan)
+        found = metrics.summarise(sums, split_bytes=split.bytes, split_words=split.words)
+
+        def forward(params, batch, s=s):
+            b = losses.shift(batch)
+            parts = hidden(b, s, params)
+            return jax.lax.map(lambda row: log_p(parts, row).sum(), jnp.arange(len(b.inputs)))
+
+        rows[s.name] = {
+            **{name: found[name] for name in ("bits_per_byte", "word_ppl", "loss")},
+            "agreement": same / count,
+            "kl": kl / count,
+            "parameters": sum(x.size for x in jax.tree.leaves(params[s.name])),
+            "tokens_per_second": _speed(jax.jit(forward), params[s.name], batch),
+        }
+    return rows
+
+
+def _speed(forward: Any, params: Any, batch: dict[str, np.ndarray]) -> float:
+    """Positions of a batch a second, median."""
+    jax.block_until_ready(forward(params, batch))
+    seconds = []
+    for _ in range(TIMED_BATCHES):
+        began = time.perf_counter()
+        jax.block_until_ready(forward(params, batch))
+        seconds.append(time.perf_counter() - began)
+    return batch["weights"][:, 1:].size / float(np.median(seconds))

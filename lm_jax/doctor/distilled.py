@@ -1,0 +1,223 @@
+"""The preflight of a distillation: the run's own teacher and windows, its step at a small size."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from lm_jax import config, evaluate, step
+from lm_jax import loss as losses
+from lm_jax.config import Config
+from lm_jax.data import pipeline
+from lm_jax.data.store import Store
+from lm_jax.distill import objective, teachers
+from lm_jax.distill import step as distill_step
+from lm_jax.doctor.distillation import examine_distillation
+from lm_jax.doctor.findings import Report
+from lm_jax.kernels import divergences
+from lm_jax.kernels.divergences import EXCLUDED
+from lm_jax.kernels.linear_distillation import Member, linear_distillation
+from lm_jax.models.transformer import head_logits
+
+ROWS, CALLS = 4, 3
+
+
+def examine(cfg: Config, small: Config, store: Store) -> Report:
+    """All checks of a distillation.
+
+    Args:
+        cfg: resolved config of the run.
+        small: the same with a small student.
+        store: the tokenised corpus.
+
+    Raises:
+        ConfigError: if the teacher cannot teach this student.
+    """
+    return _Preflight(cfg, small, store).report()
+
+
+class _Preflight:
+    def __init__(self, cfg: Config, small: Config, store: Store):
+        self.cfg, self.store = cfg, store
+        self.small = config.replace(
+            small,
+            data__seq_len=cfg.data.seq_len,
+            data__batch_size=ROWS,
+            model__dropout=0.0,
+            model__attention_dropout=0.0,
+            model__embedding_dropout=0.0,
+            distill__attention_layers=min(cfg.distill.attention_layers, small.model.layers),
+        )
+        self.teacher = teachers.open_teacher(cfg, store)
+        self.dtype = jnp.dtype(cfg.train.compute_dtype)
+        impl, _ = step.choose_attention(cfg)
+        self.graphdef, self.init = step.create_model(self.small, store.tokenizer.vocab_size, impl)
+        self.auxiliary, self.init_aux = distill_step.create_auxiliary(
+            self.small, self.graphdef, self.init, self.teacher
+        )
+        windows = pipeline.train_batches(
+            store.split("train"),
+            seq_len=cfg.data.seq_len,
+            batch_size=ROWS,
+            document_mask=cfg.data.document_mask,
+            seed=cfg.seed,
+            calls=[range(1)],
+            movable=cfg.data.window_offset,
+            threads=0,
+            extend=self.teacher.extend,
+        )
+        self.batch = {name: np.asarray(x[0]) for name, x in next(windows).items()}
+
+    @property
+    def taught(self) -> Any:
+        """What the targets are made of: the teacher's parameters, or what was kept."""
+        return self.teacher.params if self.teacher.models else (self.batch["kept_log_p"],)
+
+    def rows(self, batch: dict[str, Any], taught: Any) -> tuple[losses.Batch, Any]:
+        """Batch and teacher parameters as the step takes them."""
+        if self.teacher.models:
+            return batch, taught
+        return batch | {"kept_log_p": taught[0]}, ()
+
+    @functools.cached_property
+    def targets(self) -> Any:
+        """`(taught, batch) -> logits [B, T + 1, V]` as the step reads the teacher."""
+        V = self.store.tokenizer.vocab_size
+        temperature = self.cfg.distill.temperature.points()[0][1]
+
+        @jax.jit
+        def logits(taught: Any, batch: losses.Batch) -> jax.Array:
+            rows, params = self.rows(batch, taught)
+            b = losses.shift(rows)
+            reading = self.teacher.read(params, rows, b, self.dtype, inside=False)
+            if self.teacher.models:
+                z_BTV = divergences.mean_log_p(
+                    [head_logits(m.x_BTE, m.head_UE, m.softcap) for m in reading.taught], 1.0
+                )
+            else:
+                ids_BTk, log_p_BTj = reading.taught
+                others = V - ids_BTk.shape[-1]
+                rest_BT1 = log_p_BTj[..., -1:] - np.log(max(others, 1))
+                z_BTV = jnp.broadcast_to(rest_BT1, (*ids_BTk.shape[:2], V))
+                picked = log_p_BTj[..., :-1]
+                z_BTV = jnp.put_along_axis(z_BTV, ids_BTk, picked, axis=-1, inplace=False)
+                z_BTV = jnp.maximum(z_BTV, EXCLUDED) * temperature
+            return jnp.pad(z_BTV, ((0, 0), (0, 1), (0, 0)))
+
+        return logits
+
+    def alone(self, params: Any, tokens: Any) -> jax.Array:
+        """The teacher by itself on the batch's tokens, [B, T + 1, V]; the last logits are 0."""
+        b = losses.shift({**self.batch, "tokens": tokens})
+        logits = []
+        for graphdef, leaves in zip(self.teacher.models, params, strict=True):
+            model = nnx.merge(graphdef, leaves)
+            x_BTE = model(b.inputs, b.segment_ids, b.positions, dtype=self.dtype)
+            logits.append(model.logits(x_BTE))
+        z_BTV = divergences.mean_log_p(logits, 1.0)
+        return jnp.pad(z_BTV, ((0, 0), (0, 1), (0, 0)))
+
+    @functools.cached_property
+    def of_rows(self) -> Any:
+        """The objective of the step."""
+        return distill_step.make_objective(self.small, self.graphdef, self.auxiliary, self.teacher)
+
+    def objective(self, params: Any, taught: Any, batch: losses.Batch, alpha: Any) -> Any:
+        """Divergence and cross-entropy alone, shared by alpha."""
+        rows, teacher_params = self.rows(batch, taught)
+        names = objective.used(self.small)
+        now = objective.schedule(self.small, 0)
+        now |= {name: jnp.zeros(()) for name in names} | {"kd": alpha, "lm": 1 - alpha}
+        counts = objective.counts(losses.shift(rows), names)
+        total, sums = self.of_rows(params, rows, now, counts, None, teacher_params)
+        parts = {"kd_kl_t2": sums["kd"] / counts["kd"], "lm_ce": sums["lm"] / counts["lm"]}
+        return total, parts
+
+    def kd_fn(self, student, teacher, weights, temperature, support="full", top_k=0):
+        """The run's divergence of logits, through heads that copy."""
+        head = jnp.eye(student.shape[-1], dtype=student.dtype)
+        found = linear_distillation(
+            student,
+            head,
+            [Member(teacher, head)],
+            weights,
+            kind=self.cfg.distill.kind,  # type: ignore[arg-type]
+            beta=self.cfg.distill.beta,
+            temperature=temperature,
+            support=support,
+            top_k=top_k,
+        )
+        return found.objective, found.count
+
+    def report(self) -> Report:
+        """Call the checks."""
+        d, cfg = self.cfg.distill, self.small
+        init_state = jax.jit(
+            lambda key: step.init_state(cfg, self.init(key))._replace(aux=self.init_aux(key))
+        )
+        steps = distill_step.make_train_step(cfg, self.graphdef, self.auxiliary, self.teacher)
+        stacked = jax.tree.map(lambda x: jnp.asarray(x)[None], self.batch)
+        records = []
+
+        def step_fn(state: step.TrainState, batch: Any) -> step.TrainState:
+            at = int(state.step)
+            state, values = steps(state, stacked)
+            records.append({n: float(x[0]) for n, x in values.items()} | {"step": at + 1})
+            return state
+
+        trained = init_state(jax.random.key(cfg.seed))
+        for _ in range(CALLS):
+            trained = step_fn(trained, None)
+        evaluate_step = step.make_eval_step(cfg, self.graphdef)
+        references = evaluate.references(self.store, "valid")
+        head_to_head: dict[str, Any] = {}
+        if self.teacher.models:
+            head_to_head["teacher_fn"] = jax.jit(self.alone)
+        if d.support != "full":
+            head_to_head["topk_fn"] = jax.jit(
+                functools.partial(self.kd_fn, support=d.support), static_argnums=4
+            )
+        candidates = self.cfg.data.batch_size // self.cfg.optim.accumulation
+        return examine_distillation(
+            **head_to_head,
+            kd_fn=jax.jit(self.kd_fn),
+            kind=d.kind,
+            beta=d.beta,
+            topk_union=d.support == "union",
+            teacher_params=self.taught,
+            targets_fn=self.targets,
+            batch={name: jnp.asarray(x) for name, x in self.batch.items()},
+            unigram_nats=float(np.log(references["unigram"])),
+            compute_dtype=cfg.train.compute_dtype,
+            student_params=init_state(jax.random.key(cfg.seed)).trained,
+            objective_fn=jax.jit(self.objective),
+            eval_fn=lambda params, taught, batch, update: {
+                name: evaluate_step(self.student(params), stripped(batch))[name]
+                for name in ("nats", "count", "correct")
+            },
+            init_fn=lambda seed: init_state(jax.random.key(seed)),
+            step_fn=step_fn,
+            student_of=lambda state: state.params,
+            teacher_of=lambda state: self.taught,
+            calls=CALLS,
+            records=records,
+            weights_fn=lambda update: {
+                objective.LOGGED_AS.get(name, name): float(value)
+                for name, value in objective.schedule(cfg, update).items()
+            },
+            steps=int(cfg.train.steps),
+            contrastive_candidates=None if d.contrastive.zero else candidates,
+            seed=cfg.seed,
+        )
+
+    def student(self, params: Any) -> Any:
+        """The model's part of `TrainState.trained`."""
+        return params if self.auxiliary is None else params[0]
+
+
+def stripped(batch: Any) -> losses.Batch:
+    """A batch without what a teacher added."""
+    return {name: batch[name] for name in ("tokens", "segment_ids", "weights")}
