@@ -26,7 +26,7 @@ from lm_jax.data import pipeline
 from lm_jax.data.store import Store
 from lm_jax.distill import report as distill_report
 from lm_jax.distill import step as distill_step
-from lm_jax.distill.teachers import open_teacher
+from lm_jax.distill.teachers import open_teacher, verify
 from lm_jax.doctor import provenance
 from lm_jax.writers import Writers
 
@@ -82,6 +82,7 @@ def train_and_evaluate(cfg: Config, workdir: str | pathlib.Path) -> dict[str, An
     checkpoints = checkpoint.Checkpoints(workdir, cfg.train.keep)
     start = checkpoints.position() or 0
     record_config(workdir, cfg, store, resuming=start > 0)
+    teaching: list[str] = []
     if start:
         state = checkpoints.restore(checkpoint.abstract_like(abstract, shardings))
         manifest = checkpoints.manifest()
@@ -90,6 +91,7 @@ def train_and_evaluate(cfg: Config, workdir: str | pathlib.Path) -> dict[str, An
             best = checkpoints.manifest(best=True)
             manifest |= {"best_loss": best["best_loss"], "best_position": best["best_position"]}
     else:
+        teaching = verify(teacher) if distilling else []
         preflight(cfg, store, workdir)
         state = jax.jit(init_state, out_shardings=shardings)(jax.random.key(cfg.seed))
         manifest = {"position": 0, "tokens": 0, "best_loss": None, "best_position": None}
@@ -124,6 +126,8 @@ def train_and_evaluate(cfg: Config, workdir: str | pathlib.Path) -> dict[str, An
         f"{len(train_split.tokens):,} training tokens, {steps:,} updates of "
         f"{cfg.data.batch_size * cfg.data.seq_len:,} from update {start:,}"
     )
+    for line in teaching:
+        writers.say(line)
     kept = [optim.path_name(p) for p, decay in jax.tree.leaves_with_path(decays) if not decay]
     writers.say(f"no weight decay on {len(kept)} leaves: {', '.join(kept)}")
     flops = metrics.flops_per_token(cfg, store.tokenizer.vocab_size)

@@ -58,13 +58,13 @@ def make_cache(cfg: config.Config, folder: pathlib.Path) -> int:
         def row(states):  # so that the logits of one window exist at a time
             logits = [
                 head_logits(x_TE, m.head_UE, m.softcap)
-                for x_TE, m in zip(states, reading.taught, strict=True)
+                for x_TE, m in zip(states, reading.members, strict=True)
             ]
             return divergences.most_likely(
                 divergences.mean_log_p(logits, temperature), cfg.distill.top_k
             )
 
-        return jax.lax.map(row, [m.x_BTE for m in reading.taught])
+        return jax.lax.map(row, [m.x_BTE for m in reading.members])
 
     def on_host(batch):
         return tuple(np.asarray(x) for x in most_likely(teacher.params, batch))
@@ -75,7 +75,7 @@ def make_cache(cfg: config.Config, folder: pathlib.Path) -> int:
 def main(_: list[str]) -> None:
     """Write the cache that the flags describe."""
     try:
-        count = make_cache(_CONFIG.value, pathlib.Path(_OUT.value))
+        count = make_cache(_CONFIG.value, pathlib.Path(str(_OUT.value)))
     except (ValueError, OSError) as error:
         sys.exit(str(error))
     print(f"{count:,} windows in {_OUT.value}")

@@ -1,10 +1,12 @@
 """The objective of a distillation: terms, their weights over the run, and their sum."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lm_jax.config import INSIDE, Config, Curve
+from lm_jax.config import INSIDE, Config, ConfigError, Curve
 from lm_jax.distill import terms
 from lm_jax.distill.router import Router
 from lm_jax.distill.teachers import Reading
@@ -56,12 +58,13 @@ def counts(b: Shifted, names: list[str]) -> dict[str, jax.Array]:
 
 
 def log(
-    names: list[str],
+    cfg: Config,
     sums: dict[str, jax.Array],
     counts: dict[str, jax.Array],
     now: dict[str, jax.Array],
 ) -> dict[str, jax.Array]:
     """Metrics of an update: raw terms, weighted terms, their sum as it was differentiated."""
+    names = used(cfg)
     row = {"distill/objective": sums["objective"], "distill/temperature": now["temperature"]}
     for name in names:
         raw, logged_as = sums[name] / counts[name], LOGGED_AS.get(name, name)
@@ -71,6 +74,7 @@ def log(
     if "contrastive" in names:
         rows = counts["contrastive"]
         row["distill/contrastive_accuracy"] = sums["contrastive_accuracy"] / rows
+        row["distill/contrastive_chance"] = jnp.log(cfg.data.batch_size // cfg.optim.accumulation)
     return row
 
 
@@ -90,18 +94,18 @@ class Auxiliary(nnx.Module):
             rngs: stream "params".
 
         Raises:
-            ValueError: for more layers or experts than there are.
+            ConfigError: for more layers or experts than there are.
         """
         self.cfg, self.teacher_layers = cfg, teacher_layers
         names, L = used(cfg), cfg.model.layers
         fewest = min(L, teacher_layers)
         if "attention" in names and cfg.distill.attention_layers > fewest:
-            raise ValueError(
+            raise ConfigError(
                 f"config.distill.attention_layers: {cfg.distill.attention_layers} is above "
                 f"{fewest}, the layers that both models have; lower it."
             )
         if set(ROUTED) & set(names) and cfg.distill.experts > teacher_layers:
-            raise ValueError(
+            raise ConfigError(
                 f"config.distill.experts: {cfg.distill.experts} is above the {teacher_layers} "
                 "layers of the teacher; lower it."
             )
@@ -122,7 +126,7 @@ class Auxiliary(nnx.Module):
     def __call__(
         self,
         x_BTD: jax.Array,
-        seen: Observed | None,
+        seen: Any,
         reading: Reading,
         b: Shifted,
         now: dict[str, jax.Array],
@@ -131,7 +135,7 @@ class Auxiliary(nnx.Module):
 
         Args:
             x_BTD: final states of the student.
-            seen: what its layers compute, if a term needs it.
+            seen: what its layers compute, `Observed`, if a term needs it.
             reading: the teacher's.
             b: the batch.
             now: values of `schedule`.

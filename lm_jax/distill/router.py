@@ -83,7 +83,8 @@ class Router(nnx.Module):
         """One score for each expert, [B, T, X]."""
         both = jnp.concatenate([x_BTD, self.narrow(teacher_BTE)], axis=-1)
         parts = self.capacity(x_BTD), self.gap(both), self.expert(teacher_BTE)
-        return sum(share * part for share, part in zip(SHARES, parts, strict=True))
+        shares_X = jnp.array(SHARES, x_BTD.dtype)
+        return jnp.tensordot(shares_X, jnp.stack(parts), 1)
 
     def __call__(
         self,

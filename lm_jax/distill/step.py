@@ -32,7 +32,7 @@ def create_auxiliary(
         teacher: what it learns from.
 
     Raises:
-        ValueError: for more layers or experts than the models have.
+        ConfigError: for more layers or experts than the models have.
     """
     if set(objective.used(cfg)) <= {"kd", "lm"}:
         return None, lambda key: None
@@ -88,7 +88,7 @@ def make_objective(
         found = linear_distillation(
             x_BTD,
             model.head_VD(),
-            reading.taught,
+            reading.kept or reading.members,
             b.weights,
             b.targets,
             kind=d.kind,  # type: ignore[arg-type]
@@ -139,7 +139,7 @@ def make_gradients(
         key = step.dropout_key(cfg, update)
         grads, sums = step.accumulated(scaled, params, batch, key, cfg.optim.accumulation)
         grads = jax.tree.map(lambda g: g / loss_scale.astype(g.dtype), grads)
-        logged = objective.log(names, sums, counts, now)
+        logged = objective.log(cfg, sums, counts, now)
         return sums["lm"], losses.shift(batch).weights.sum(), grads, logged
 
     return of_update

@@ -93,12 +93,11 @@ class _Preflight:
             rows, params = self.rows(batch, taught)
             b = losses.shift(rows)
             reading = self.teacher.read(params, rows, b, self.dtype, inside=False)
-            if self.teacher.models:
-                z_BTV = divergences.mean_log_p(
-                    [head_logits(m.x_BTE, m.head_UE, m.softcap) for m in reading.taught], 1.0
-                )
+            if reading.kept is None:
+                members = [head_logits(m.x_BTE, m.head_UE, m.softcap) for m in reading.members]
+                z_BTV = divergences.mean_log_p(members, 1.0)
             else:
-                ids_BTk, log_p_BTj = reading.taught
+                ids_BTk, log_p_BTj = reading.kept
                 others = V - ids_BTk.shape[-1]
                 rest_BT1 = log_p_BTj[..., -1:] - np.log(max(others, 1))
                 z_BTV = jnp.broadcast_to(rest_BT1, (*ids_BTk.shape[:2], V))
@@ -109,9 +108,9 @@ class _Preflight:
 
         return logits
 
-    def alone(self, params: Any, tokens: Any) -> jax.Array:
+    def alone(self, params: Any, tokens: jax.Array) -> jax.Array:
         """The teacher by itself on the batch's tokens, [B, T + 1, V]; the last logits are 0."""
-        b = losses.shift({**self.batch, "tokens": tokens})
+        b = losses.shift(stripped(self.batch) | {"tokens": tokens})
         logits = []
         for graphdef, leaves in zip(self.teacher.models, params, strict=True):
             model = nnx.merge(graphdef, leaves)
@@ -136,7 +135,7 @@ class _Preflight:
         parts = {"kd_kl_t2": sums["kd"] / counts["kd"], "lm_ce": sums["lm"] / counts["lm"]}
         return total, parts
 
-    def kd_fn(self, student, teacher, weights, temperature, support="full", top_k=0):
+    def kd_fn(self, student, teacher, weights, temperature, top_k=0, support="full"):
         """The run's divergence of logits, through heads that copy."""
         head = jnp.eye(student.shape[-1], dtype=student.dtype)
         found = linear_distillation(

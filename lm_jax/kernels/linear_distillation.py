@@ -90,24 +90,20 @@ def linear_distillation(
         ValueError: the vocabularies differ, or an option is outside its range.
     """
     _check(head_VD.shape[0], teacher, kind, temperature, beta, support, top_k, groups)
-    if isinstance(teacher, Kept):
-        taught: Any = teacher
-        heads, sizes, caps = (), (), ()
-    else:
-        taught = tuple(member.x_BTE for member in teacher)
-        heads = tuple(chunks.operand(m.head_UE, m.x_BTE.dtype) for m in teacher)
-        sizes = tuple(member.head_UE.shape[0] for member in teacher)
-        caps = tuple(member.softcap for member in teacher)
+    members = () if isinstance(teacher, Kept) else tuple(teacher)
+    taught: Any = tuple(m.x_BTE for m in members) or teacher
+    heads = tuple(chunks.operand(m.head_UE, m.x_BTE.dtype) for m in members)
 
     def score(z_NV: jax.Array, weights_N: jax.Array, rows, shared):
         taught, target_N, aligned_N = rows
         temperature, kd, lm, heads, of_ids = shared
-        if isinstance(taught, Kept):
-            log_p = taught
-        else:
+        log_p = taught
+        if members:
             logits = [
-                chunks.logits(chunks.scored(x_NE, weights_N), head, U, cap)[0].astype(z_NV.dtype)
-                for x_NE, head, U, cap in zip(taught, heads, sizes, caps, strict=True)
+                chunks.logits(chunks.scored(x_NE, weights_N), head, m.head_UE.shape[0], m.softcap)[
+                    0
+                ].astype(z_NV.dtype)
+                for x_NE, head, m in zip(taught, heads, members, strict=True)
             ]
             log_p = divergences.mean_log_p(logits, temperature)
             if groups is not None:
@@ -134,7 +130,8 @@ def linear_distillation(
 
     wide = jnp.promote_types(x_BTD.dtype, jnp.float32)
     scalars = [jnp.asarray(value, wide) for value in (temperature, kd, lm)]
-    aligned_BT, of_ids = None, ()
+    aligned_BT: jax.Array | None = None
+    of_ids: tuple[jax.Array, ...] = ()
     if groups is not None:
         aligned_BT, of_ids = groups.aligned_BT, (groups.student_V, groups.teacher_U)
     return Distilled(

@@ -1,0 +1,210 @@
+"""Distillation end to end: the loop, resuming, the cache, the report and the doctor."""
+
+import json
+import pathlib
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from lm_jax import config, evaluate, train
+from lm_jax.config import ConfigError
+from lm_jax.distill import cache, teachers
+from lm_jax.doctor import examine_config
+from lm_jax.flags import load_module
+from tests.distill.test_step import EVERYTHING
+from tests.test_train import StopAfter, final_state, rows, small, text  # noqa: F401
+
+ROOT = pathlib.Path(__file__).parents[2]
+CACHED = dict(distill__support="top_k", distill__top_k=5, distill__temperature="2")
+
+
+def student(text, **changes):  # noqa: F811
+    base = dict(model__dropout=0.0, train__steps="8", train__eval_every="8", model__d_model=8)
+    return small(text, **base | changes)
+
+
+@pytest.fixture(scope="module")
+def runs(text, tmp_path_factory):  # noqa: F811
+    """Two teachers, and a student alone."""
+    root = tmp_path_factory.mktemp("runs")
+    for seed in (0, 1):
+        cfg = small(
+            text,
+            seed=seed,
+            model__layers=3,
+            optim__peak_lr=1e-2,
+            train__steps="40",
+            train__eval_every="20",
+        )
+        train.train_and_evaluate(cfg, root / f"teacher-{seed}")
+    train.train_and_evaluate(student(text), root / "alone")
+    return root
+
+
+@pytest.fixture(scope="module")
+def distilled(text, runs):  # noqa: F811
+    """A student with every term."""
+    cfg = student(text, model__layers=2, distill__teachers=str(runs / "teacher-0"), **EVERYTHING)
+    train.train_and_evaluate(cfg, runs / "distilled")
+    return cfg, runs / "distilled"
+
+
+def test_resuming_is_bit_identical(distilled, tmp_path, monkeypatch):
+    cfg, straight = distilled
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "Signals", lambda: StopAfter(4))
+        with pytest.raises(train.Interrupted):
+            train.train_and_evaluate(cfg, tmp_path)
+    train.train_and_evaluate(cfg, tmp_path)
+    for a, b in zip(final_state(straight), final_state(tmp_path), strict=True):
+        np.testing.assert_array_equal(a, b)
+    for a, b in zip(rows(straight), rows(tmp_path), strict=True):
+        for name in a:
+            assert name.startswith("perf/") or a[name] == b[name], name
+
+
+def test_a_distilled_run_is_a_run(distilled, runs):
+    _, workdir = distilled
+    run = evaluate.open_run(workdir)
+    assert set(run.params) == set(evaluate.open_run(runs / "alone").params)
+    logged = [row for row in rows(workdir) if "train/loss" in row]
+    for row in logged:
+        assert row["distill/lm_ce"] == pytest.approx(row["train/loss"], rel=1e-6)
+        weighted = sum(x for name, x in row.items() if name.startswith("distill/weighted/"))
+        assert weighted == pytest.approx(row["distill/objective"], rel=1e-5)
+    # What is evaluated is the plain loss of next tokens, whatever the weights.
+    result = json.loads((workdir / "eval_valid.json").read_text())
+    assert not any(name.startswith("distill") for name in result)
+
+
+def test_the_report(text, runs, tmp_path):  # noqa: F811
+    names = [str(runs / f"teacher-{seed}") for seed in (0, 1)]
+    cfg = student(text, distill__teachers=",".join(names), distill__alone=str(runs / "alone"))
+    train.train_and_evaluate(cfg, tmp_path)
+    report = json.loads((tmp_path / "distillation.json").read_text())
+    mean = report["taught_by"]
+    assert list(report["models"]) == ["distilled", "alone", *names, mean]
+    folders = {"distilled": tmp_path, "alone": runs / "alone"} | {n: pathlib.Path(n) for n in names}
+    for name, folder in folders.items():
+        recorded = json.loads((folder / "eval_test.json").read_text())
+        for value in ("bits_per_byte", "word_ppl", "loss"):
+            assert report["models"][name][value] == pytest.approx(recorded[value], rel=1e-5)
+    itself = report["models"][mean]
+    assert itself["agreement"] == 1 and abs(itself["kl"]) < 1e-6
+    # A mean of probabilities is never worse than the mean of the losses.
+    each = [report["models"][name] for name in names]
+    assert itself["loss"] < np.mean([row["loss"] for row in each])
+    assert itself["parameters"] == sum(row["parameters"] for row in each)
+    assert all(row["kl"] > 1e-4 and row["agreement"] < 1 for row in each)
+
+
+@pytest.fixture(scope="module")
+def kept(text, runs):  # noqa: F811
+    """A cache of the first teacher."""
+    make_cache = load_module(ROOT / "scripts" / "cache_teacher.py").make_cache
+    cfg = student(text, distill__teachers=str(runs / "teacher-0"), **CACHED)
+    count = make_cache(cfg, runs / "cache")
+    assert count == np.load(runs / "cache" / cache.HASHES).size
+    with pytest.raises(FileExistsError, match="holds a cache already"):
+        make_cache(cfg, runs / "cache")
+    return runs / "cache"
+
+
+def test_a_cache_teaches_as_its_teacher_does(text, runs, kept, tmp_path):  # noqa: F811
+    live = student(text, distill__teachers=str(runs / "teacher-0"), **CACHED)
+    from_disk = student(text, distill__cache=str(kept), **CACHED, seed=0, doctor="fast")
+    found = []
+    for name, cfg in (("live", live), ("disk", from_disk)):
+        train.train_and_evaluate(cfg, tmp_path / name)
+        found.append([r["distill/kd_kl"] for r in rows(tmp_path / name) if "train/loss" in r])
+    np.testing.assert_allclose(*found, rtol=1e-4)
+    assert min(found[0]) > 0.01
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (dict(tokenizer__kind="byte"), "tokenizer_hash"),
+        (dict(data__valid_fraction=0.3), "train_sha256"),
+        (dict(data__seq_len=16), "seq_len"),
+        (dict(data__document_mask=False), "document_mask"),
+        (dict(distill__top_k=4), "top_k"),
+        (dict(distill__temperature="3"), "temperature"),
+    ],
+)
+def test_a_cache_of_something_else_is_refused(text, kept, changes, said):  # noqa: F811
+    cfg = student(text, distill__cache=str(kept), **CACHED | changes)
+    store = evaluate.open_data(cfg)
+    with pytest.raises(ConfigError, match=f"config.distill.cache: .* was made for {said}"):
+        teachers.open_teacher(cfg, store)
+
+
+def test_a_window_that_is_not_in_the_cache(text, kept):  # noqa: F811
+    cfg = student(text, distill__cache=str(kept), **CACHED)
+    extend = cache.open_cache(cfg, evaluate.open_data(cfg))
+    tokens = np.ones((1, 2, 33), np.int32)
+    with pytest.raises(ConfigError, match="lacks a window of this run"):
+        extend({"tokens": tokens, "segment_ids": tokens})
+
+
+def test_an_unfinished_cache_is_none(text, kept, tmp_path):  # noqa: F811
+    shutil.copytree(kept, tmp_path / "cache")
+    (tmp_path / "cache" / cache.MANIFEST).unlink()
+    cfg = student(text, distill__cache=str(tmp_path / "cache"), **CACHED)
+    with pytest.raises(ConfigError, match="holds no finished cache"):
+        cache.open_cache(cfg, evaluate.open_data(cfg))
+
+
+def test_a_teacher_of_another_tokenizer_is_refused(text, runs, tmp_path):  # noqa: F811
+    cfg = student(text, distill__teachers=str(runs / "teacher-0"), tokenizer__kind="byte")
+    with pytest.raises(ConfigError, match="config.distill.teachers: .* another tokenizer"):
+        train.train_and_evaluate(cfg, tmp_path)
+
+
+def test_a_teacher_that_is_not_there(text, tmp_path):  # noqa: F811
+    cfg = student(text, distill__teachers=str(tmp_path / "nothing"))
+    with pytest.raises(ConfigError, match="config.distill.teachers: .*no such file"):
+        train.train_and_evaluate(cfg, tmp_path / "run")
+
+
+def test_a_teacher_must_have_the_loss_on_its_record(text, runs, tmp_path):  # noqa: F811
+    other = tmp_path / "teacher"
+    shutil.copytree(runs / "teacher-0", other)
+    record = json.loads((other / "eval_valid.json").read_text())
+    record["loss"] *= 1.01
+    (other / "eval_valid.json").write_text(json.dumps(record))
+    with pytest.raises(ConfigError, match=r"eval_valid.json says .*; restore the run"):
+        train.train_and_evaluate(student(text, distill__teachers=str(other)), tmp_path / "run")
+
+
+def test_a_teacher_that_knows_nothing_is_refused(text, tmp_path):  # noqa: F811
+    cfg = student(text, train__steps="1", optim__warmup="0", optim__peak_lr=1e-9)
+    train.train_and_evaluate(cfg, tmp_path / "teacher")
+    cfg = student(text, distill__teachers=str(tmp_path / "teacher"))
+    with pytest.raises(ConfigError, match="no better than the .* of the frequencies"):
+        train.train_and_evaluate(cfg, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_the_preflight_is_in_order(distilled, text, runs):  # noqa: F811
+    cfg = config.replace(distilled[0], doctor="fast", data__batch_size=32)
+    report = examine_config(cfg, level="fast")
+    found = {f.check: f.status for f in report if f.check.startswith("distill.")}
+    assert set(found.values()) <= {"pass", "skip"}, report
+    assert [name for name, status in found.items() if status == "skip"] == ["distill.subset"]
+
+
+def test_the_preflight_refuses_targets_that_are_not_the_teachers(text, runs, monkeypatch, tmp_path):  # noqa: F811
+    read = teachers.Teacher.read
+
+    def late(self, params, batch, b, dtype, *, inside):
+        reading = read(self, params, batch, b, dtype, inside=inside)
+        shifted = [m._replace(x_BTE=jax.numpy.roll(m.x_BTE, 1, 1)) for m in reading.members]
+        return reading._replace(members=shifted)
+
+    monkeypatch.setattr(teachers.Teacher, "read", late)
+    cfg = student(text, distill__teachers=str(runs / "teacher-0"), doctor="fast")
+    with pytest.raises(train.doctor.Unfit, match="distill.alignment"):
+        train.train_and_evaluate(cfg, tmp_path)

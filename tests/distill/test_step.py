@@ -1,0 +1,282 @@
+"""The objective and the step of a distillation."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lm_jax import config, step
+from lm_jax import loss as losses
+from lm_jax.config import ConfigError, Curve
+from lm_jax.distill import objective
+from lm_jax.distill import step as distill_step
+from lm_jax.distill.teachers import Teacher
+from tests.helpers import random_batch, randomise, tiny_config
+
+V, STEPS = 29, 11
+EVERYTHING = {
+    f"distill__{name}": weight
+    for name, weight in dict(
+        feature="0.5", layer="0@0.2, 0.4@0.6", attention="0.3", contrastive="0.2",
+        routed_feature="0.1", routed_attention="0.1", router_balance="0.05",
+    ).items()
+} | {"distill__experts": 3, "distill__router_top_k": 2, "distill__attention_layers": 2}  # fmt: skip
+
+
+def student_config(**changes):
+    base = dict(distill__teachers="toy", distill__temperature="3@0, 2@1", train__steps=str(STEPS))
+    return tiny_config(**base | changes)
+
+
+@functools.cache
+def toy_teacher(layers=3, d_model=24, seed=5, same=False):
+    """A random teacher of another size; `same`: of the student's."""
+    size = {} if same else dict(model__layers=layers, model__d_model=d_model)
+    graphdef, init = step.create_model(tiny_config(**size), V, "reference")
+    params = randomise(init(jax.random.key(seed)), seed)
+    return Teacher(("toy",), (graphdef,), (params,))
+
+
+class Lab:
+    """A distillation step and what it needs."""
+
+    def __init__(self, teacher=None, **changes):
+        self.cfg = student_config(**changes)
+        self.teacher = teacher or toy_teacher()
+        self.graphdef, init = step.create_model(self.cfg, V, "reference")
+        self.auxiliary, init_aux = distill_step.create_auxiliary(
+            self.cfg, self.graphdef, init, self.teacher
+        )
+        self.params = randomise(init(jax.random.key(0)), 1)
+        self.aux = init_aux(jax.random.key(1))
+        self.batch = random_batch(np.random.default_rng(0), (6, 12), V, padded=2)
+
+    @property
+    def state(self):
+        """Fresh copies, since the step takes them over."""
+        return jax.tree.map(jnp.copy, step.init_state(self.cfg, self.params)._replace(aux=self.aux))
+
+    def gradients(self, update=0, batch=None):
+        of_update = distill_step.make_gradients(
+            self.cfg, self.graphdef, self.auxiliary, self.teacher
+        )
+        batch = self.batch if batch is None else batch
+        return jax.jit(of_update)(self.state.trained, update, jnp.asarray(1.0), batch)
+
+    def steps(self, count):
+        """States and metrics after each of some updates."""
+        make = distill_step.make_train_step(self.cfg, self.graphdef, self.auxiliary, self.teacher)
+        stacked = jax.tree.map(lambda x: jnp.asarray(x)[None], self.batch)
+        state, rows = self.state, []
+        for _ in range(count):
+            state, values = make(state, stacked)
+            rows.append({name: float(x[0]) for name, x in values.items()})
+        return state, rows
+
+
+def close(a, b, **tolerance):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, **tolerance)
+
+
+def test_without_a_divergence_it_is_the_plain_step():
+    lab = Lab(distill__kd="0", distill__lm="1")
+    nats, count, grads, _ = lab.gradients()
+    plain = step.make_gradients(lab.cfg, lab.graphdef)
+    expected = jax.jit(plain)(lab.params, 0, jnp.asarray(1.0), lab.batch)
+    close((nats, count, grads), expected, rtol=2e-4, atol=1e-6)
+
+
+def test_without_cross_entropy_the_next_token_plays_no_part():
+    lab = Lab(distill__kd="1", distill__lm="0")
+    grads = lab.gradients()[2]
+    # Other targets in the last scored column only: the model reads that column nowhere.
+    batch = {**lab.batch, "tokens": lab.batch["tokens"].copy()}
+    last = lab.batch["weights"].shape[1] - 3
+    batch["tokens"][:, last] = (batch["tokens"][:, last] + 5) % (V - 1) + 1
+    batch["weights"] = batch["weights"].copy()
+    batch["weights"][:, last + 1 :] = 0
+    before = {**lab.batch, "weights": batch["weights"]}
+    close(lab.gradients(batch=before)[2], lab.gradients(batch=batch)[2], rtol=0, atol=0)
+    assert any(np.any(g) for g in jax.tree.leaves(grads))
+
+
+def test_equals_have_no_divergence():
+    teacher = toy_teacher(same=True)
+    lab = Lab(teacher)
+    lab.params = teacher.params[0]
+    _, _, _, row = lab.gradients()
+    assert abs(row["distill/kd_kl"]) < 1e-6
+    assert Lab().gradients()[3]["distill/kd_kl"] > 0.01
+
+
+@pytest.mark.parametrize("update", [0, 5, STEPS - 1])
+def test_weighted_terms_add_up_and_have_their_names(update):
+    lab = Lab(**EVERYTHING)
+    row = {name: float(x) for name, x in lab.gradients(update)[3].items()}
+    weighted = {n: x for n, x in row.items() if n.startswith("distill/weighted/")}
+    names = "kd_kl_t2 lm_ce feature layer attention contrastive".split() + list(objective.ROUTED)
+    assert sorted(weighted) == sorted(f"distill/weighted/{name}" for name in names)
+    np.testing.assert_allclose(sum(weighted.values()), row["distill/objective"], rtol=1e-5)
+    now = objective.schedule(lab.cfg, update)
+    for field, name in {"kd": "kd_kl_t2", "lm": "lm_ce"}.items():
+        assert row[f"distill/weighted/{name}"] == pytest.approx(now[field] * row[f"distill/{name}"])
+    scaled = row["distill/temperature"] ** 2 * row["distill/kd_kl"]
+    assert row["distill/kd_kl_t2"] == pytest.approx(scaled, rel=1e-6)
+    layer = {0: 0.0, 5: 0.3, STEPS - 1: 0.4}[update]
+    expected = layer * row["distill/layer"]
+    assert row["distill/weighted/layer"] == pytest.approx(expected, rel=1e-5, abs=1e-9)
+    assert row["distill/contrastive_chance"] == pytest.approx(np.log(6))
+
+
+def test_micro_batches_add_up():
+    # Rows contrast, and experts are balanced, inside a micro-batch: these two terms may differ.
+    changes = EVERYTHING | {"distill__contrastive": "0", "distill__router_balance": "0"}
+    whole, parts = (Lab(**changes, optim__accumulation=n).gradients(5) for n in (1, 3))
+    close(whole[:3], parts[:3], rtol=2e-4, atol=1e-6)
+    close(whole[3], parts[3], rtol=1e-5, atol=1e-6)
+
+
+def test_the_objective_is_what_is_differentiated():
+    lab = Lab(**EVERYTHING)
+    make = distill_step.make_gradients(lab.cfg, lab.graphdef, lab.auxiliary, lab.teacher)
+    grads, batch = lab.gradients(5)[2], lab.batch
+    direction = randomise(lab.state.trained, 9, std=1.0)
+
+    @jax.jit
+    def at(distance):
+        moved = jax.tree.map(lambda p, u: p + distance * u, lab.state.trained, direction)
+        return make(moved, 5, jnp.asarray(1.0), batch)[3]["distill/objective"]
+
+    slope = sum(
+        float(jnp.vdot(g, u))
+        for g, u in zip(jax.tree.leaves(grads), jax.tree.leaves(direction), strict=True)
+    )
+    step_size = 2e-3
+    measured = float(at(step_size) - at(-step_size)) / (2 * step_size)
+    np.testing.assert_allclose(measured, slope, rtol=2e-2)
+
+
+def test_no_gradient_reaches_a_teacher_and_it_stays_as_it_is():
+    lab = Lab(**EVERYTHING | {"distill__layer": "0.4"})
+    of_rows = distill_step.make_objective(lab.cfg, lab.graphdef, lab.auxiliary, lab.teacher)
+    now = objective.schedule(lab.cfg, 8)
+    counts = objective.counts(losses.shift(lab.batch), objective.used(lab.cfg))
+
+    def total(trained, taught):
+        return of_rows(trained, lab.batch, now, counts, None, taught)[0]
+
+    student, teacher = jax.jit(jax.grad(total, (0, 1)))(lab.state.trained, lab.teacher.params)
+    assert not any(np.any(g) for g in jax.tree.leaves(teacher))
+    assert all(np.any(g) for g in jax.tree.leaves(student))
+    before = jax.tree.map(np.array, lab.teacher.params)
+    state, _ = lab.steps(3)
+    close(before, lab.teacher.params, rtol=0, atol=0)
+    moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), lab.state.trained, state.trained)
+    assert all(jax.tree.leaves(moved))
+
+
+def test_teacher_runs_in_eval_mode():
+    graphdef, init = step.create_model(tiny_config(model__dropout=0.5), V, "reference")
+    params = randomise(init(jax.random.key(3)), 3)
+    taught = [
+        Lab(Teacher(("toy",), (graphdef,), (params,)), model__dropout=0.0).gradients(update)[3]
+        for update in (0, 1)
+    ]
+    kept = Lab(Teacher(("toy",), (graphdef,), (params,)), distill__temperature="2").gradients
+    assert kept(0)[3]["distill/kd_kl"] == kept(1)[3]["distill/kd_kl"]
+    assert taught[0]["distill/kd_kl"] != taught[1]["distill/kd_kl"]  # the temperature moves
+
+
+def test_a_spoiled_projection_skips_the_whole_update():
+    lab = Lab(**EVERYTHING)
+    lab.aux["params"]["feature"]["kernel"] = (
+        lab.aux["params"]["feature"]["kernel"].at[0, 0].set(np.inf)
+    )
+    state, rows = lab.steps(1)
+    assert rows[0]["optim/skipped_updates"] == 1
+    close(state.trained[0], lab.params, rtol=0, atol=0)
+    close(state.aux["opt_state"].mu, lab.aux["opt_state"].mu, rtol=0, atol=0)
+
+
+def test_schedules_count_updates():
+    cfg = student_config(
+        **EVERYTHING, distill__kd="0.2@0, 1@0.5", distill__router_temperature="1@0, 0.1@1"
+    )
+    found = [objective.schedule(cfg, i) for i in range(STEPS)]
+    np.testing.assert_allclose(
+        [f["temperature"] for f in found], np.linspace(3, 2, STEPS), rtol=1e-6
+    )
+    expected = np.minimum(1, 0.2 + 1.6 * np.arange(STEPS) / (STEPS - 1))
+    np.testing.assert_allclose([f["kd"] for f in found], expected, rtol=1e-5)
+    assert [int(f["router_k"]) for f in found] == [1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2]
+    _, rows = Lab(distill__temperature="3@0, 2@1", optim__accumulation=3).steps(3)
+    np.testing.assert_allclose([r["distill/temperature"] for r in rows], [3, 2.9, 2.8], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("text", "points"),
+    [
+        ("0.7", [(0, 0.7)]),
+        ("0@0.1, 1@0.4", [(0.1, 0), (0.4, 1)]),
+        ("3@0,2@1", [(0, 3), (1, 2)]),
+    ],
+)
+def test_curves(text, points):
+    assert Curve(text).points() == points
+
+
+@pytest.mark.parametrize(
+    "text", ["", "a", "1@", "1, 2", "1@0.5, 2@0.5", "1@0.6, 2@0.5", "1@2", "nan"]
+)
+def test_no_curves(text):
+    with pytest.raises(ConfigError, match=r"config.distill.kd: .* is no curve"):
+        config.replace(config.Config(), distill__kd=text)
+
+
+CACHED = dict(distill__cache="a", distill__support="top_k", distill__top_k=2)
+REFUSED = [
+    (dict(distill__kd="0.5"), "config.distill.kd: .*without a teacher"),
+    (dict(distill__teachers="a", distill__cache="b"), "config.distill.cache: .*in the place of"),
+    (dict(distill__teachers="a", distill__beta=1.0), "config.distill.beta"),
+    (dict(distill__teachers="a", distill__temperature="0@0, 1@1"), "config.distill.temperature"),
+    (dict(distill__teachers="a", distill__lm="-1"), "config.distill.lm: .*negative"),
+    (dict(distill__teachers="a", distill__top_k=3), "config.distill.top_k"),
+    (dict(distill__teachers="a", distill__support="union"), "config.distill.top_k"),
+    (dict(distill__teachers="a", distill__experts=2, distill__router_top_k=3), "router_top_k"),
+    (dict(distill__teachers="a,b", distill__feature="1"), "config.distill.feature: .*one teacher"),
+    (dict(distill__cache="a"), "config.distill.cache: .*one temperature"),
+    (dict(distill__teachers="a", loss__label_smoothing=0.1), "config.loss.label_smoothing"),
+    (
+        dict(
+            distill__cache="a", distill__support="top_k", distill__top_k=2, data__window_offset=True
+        ),
+        "config.data.window_offset",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "said"), REFUSED)
+def test_what_cannot_be_is_refused_by_name(changes, said):
+    with pytest.raises(ConfigError, match=said):
+        config.validate(config.replace(config.Config(), **changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            dict(distill__attention="1", distill__attention_layers=3),
+            "attention_layers: 3 is above 2",
+        ),
+        (
+            dict(distill__routed_feature="1", distill__experts=4, distill__router_top_k=1),
+            "experts: 4",
+        ),
+    ],
+)
+def test_more_layers_than_there_are(changes, said):
+    with pytest.raises(ConfigError, match=said):
+        Lab(**changes)
