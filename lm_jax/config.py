@@ -547,6 +547,12 @@ def _validate_distillation(cfg: Config, require: Callable[[bool, str, str, str],
             "set config.distill.support to top_k and a constant config.distill.temperature",
         )
         require(
+            not distill.alone,
+            "distill.alone",
+            "is compared with a teacher's states, which config.distill.cache does not hold",
+            "leave it empty",
+        )
+        require(
             distill.contrastive.zero,
             "distill.contrastive",
             "needs a teacher's states, which config.distill.cache does not hold",

@@ -26,6 +26,8 @@ from lm_jax import config, step, train
 from lm_jax.config import Config
 from lm_jax.data import corpora, shards
 from lm_jax.data.pipeline import batch_hash
+from lm_jax.distill import step as distill_step
+from tests.distill.test_step import toy_teacher
 
 V = 29
 
@@ -51,6 +53,9 @@ BASE = {
     "train.keep": 1,
     "train.log_every": "5",
 }
+
+TAUGHT = {"distill.teachers": "toy"}
+ROUTED = TAUGHT | {"distill.experts": 2, "distill.router_top_k": 1}
 
 # field: (another value, aspects that must change, what else must be set for it to matter)
 TABLE = {
@@ -143,8 +148,42 @@ TABLE = {
     "eval.stride": (4, "eval_batches", {}),
     "eval.splits": ("valid", "scored", {}),
     "mesh.fsdp": (1 + jax.device_count(), "error: after 0 updates: config.mesh.fsdp", {}),
+    "distill.teachers": ("{root}/none", "error: after 0 updates: config.distill.teachers", {}),
+    "distill.cache": ("{root}/none", "error: after 0 updates: config.distill.cache", {}),
+    "distill.alone": ("{root}/none", "error: after 0 updates: .*alone.* without a teacher", {}),
+    "distill.kind": ("reverse", "distill_step", TAUGHT),
+    "distill.beta": (0.3, "distill_step", TAUGHT | {"distill.kind": "jsd"}),
+    "distill.support": (
+        "union",
+        "distill_step",
+        TAUGHT | {"distill.support": "top_k", "distill.top_k": 3},
+    ),
+    "distill.top_k": (4, "distill_step", TAUGHT | {"distill.support": "top_k", "distill.top_k": 3}),
+    "distill.temperature": ("3@0, 2@1", "distill_step", TAUGHT),
+    "distill.kd": ("0.5", "distill_step", TAUGHT),
+    "distill.lm": ("0.5", "distill_step", TAUGHT),
+    "distill.feature": ("0.1", "distill_step", TAUGHT),
+    "distill.layer": ("0.1", "distill_step", TAUGHT),
+    "distill.attention": ("0.1", "distill_step", TAUGHT),
+    "distill.attention_layers": (
+        2,
+        "distill_step",
+        TAUGHT | {"distill.attention": "0.1", "model.layers": 2},
+    ),
+    "distill.contrastive": ("0.1", "distill_step", TAUGHT),
+    "distill.routed_feature": ("0.1", "distill_step", ROUTED),
+    "distill.routed_attention": ("0.1", "distill_step", ROUTED),
+    "distill.router_balance": ("0.1", "distill_step", ROUTED),
+    "distill.experts": (3, "distill_step", ROUTED | {"distill.routed_feature": "0.1"}),
+    "distill.router_top_k": (2, "distill_step", ROUTED | {"distill.routed_feature": "0.1"}),
+    "distill.router_temperature": (
+        "0.5",
+        "distill_step",
+        ROUTED | {"distill.routed_feature": "0.1"},
+    ),
+    "distill.lr": (1e-2, "distill_step", TAUGHT | {"distill.feature": "0.1"}),
 }
-TRACED = {"initialisation", "train_step", "eval_step"}
+TRACED = {"initialisation", "train_step", "eval_step", "distill_step"}
 SEED_OF_DROPOUT = {"model.dropout": 0.1}
 
 
@@ -172,6 +211,13 @@ def trace(cfg):
     key = jax.random.key(0)
     state = jax.eval_shape(lambda key: step.init_state(cfg, init(key)), key)
 
+    def distillation():
+        teacher = toy_teacher()
+        auxiliary, init_aux = distill_step.create_auxiliary(cfg, graphdef, init, teacher)
+        steps = distill_step.make_train_step(cfg, graphdef, auxiliary, teacher)
+        aux = jax.eval_shape(init_aux, key)
+        return digest(str(jax.make_jaxpr(steps)(state._replace(aux=aux), batch(1))))
+
     def batch(*lead):
         shape = (*lead, cfg.data.batch_size, cfg.data.seq_len + 1)
         ids = jax.ShapeDtypeStruct(shape, jnp.int32)
@@ -187,6 +233,7 @@ def trace(cfg):
         "eval_step": lambda: text_of(
             step.make_eval_step(cfg, graphdef).trace(state.params, batch())
         ),
+        "distill_step": distillation,
     }
 
 
@@ -376,7 +423,7 @@ def test_the_seed_reaches_dropout(lab):
 
 def test_the_same_config_gives_the_same_run(lab):
     """Otherwise every change above would show an effect."""
-    for aspect in TRACED:
+    for aspect in TRACED - {"distill_step"}:
         assert lab.observe({}, aspect) == lab.observe({}, aspect, again=True)
     once, twice = (loop(lab.config({}), lab.root / name) for name in ("once", "twice"))
     assert once == twice
@@ -396,6 +443,9 @@ def test_the_same_config_gives_the_same_run(lab):
         ({}, "train.steps_per_call", "rows"),
         ({}, "data.cache_dir", "manifest"),
         ({}, "eval.batch_size", "rows"),
+        (TAUGHT, "distill.beta", "distill_step"),
+        (TAUGHT, "distill.attention_layers", "distill_step"),
+        (TAUGHT, "distill.lr", "distill_step"),
     ],
 )
 def test_what_must_not_matter_does_not(lab, companions, path, aspect):

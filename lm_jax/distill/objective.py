@@ -27,6 +27,8 @@ def used(cfg: Config) -> list[str]:
 def at(curve: Curve, progress: jax.Array) -> jax.Array:
     """Value of a curve after a share of the run."""
     shares, values = zip(*curve.points(), strict=True)
+    if len(values) == 1:
+        return jnp.asarray(values[0], jnp.float32)
     return jnp.interp(progress, jnp.array(shares), jnp.array(values))
 
 

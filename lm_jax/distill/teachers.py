@@ -81,7 +81,9 @@ def open_teacher(cfg: Config, store: Store) -> Teacher:
     if cfg.distill.cache:
         return Teacher((), (), (), cache.open_cache(cfg, store))
     names = tuple(name.strip() for name in cfg.distill.teachers.split(","))
-    runs = tuple(_open_run(pathlib.Path(name), cfg, store) for name in names)
+    runs = tuple(_open_run("teachers", name, cfg, store) for name in names)
+    if cfg.distill.alone:  # needed at the end only
+        _open_run("alone", cfg.distill.alone, cfg, store)
     params = tuple(run.params for run in runs)
     return Teacher(names, tuple(_as_read(run, cfg) for run in runs), params, runs=runs)
 
@@ -119,18 +121,18 @@ def verify(teacher: Teacher) -> list[str]:
     return lines
 
 
-def _open_run(workdir: pathlib.Path, cfg: Config, store: Store) -> evaluate.Run:
-    """A run with the student's tokenizer."""
-    where = "config.distill.teachers"
+def _open_run(field: str, workdir: str, cfg: Config, store: Store) -> evaluate.Run:
+    """A run with the student's tokenizer, named in a field of `config.distill`."""
+    where = f"config.distill.{field}"
     try:
-        run = evaluate.open_run(workdir)
+        run = evaluate.open_run(pathlib.Path(workdir))
     except FileNotFoundError as error:
         raise ConfigError(f"{where}: {error}") from error
     if run.store.tokenizer.content_hash != store.tokenizer.content_hash:
         raise ConfigError(
             f"{where}: {workdir} has another tokenizer ({run.cfg.tokenizer.kind} of "
             f"{run.store.tokenizer.vocab_size} ids) than the student ({cfg.tokenizer.kind} of "
-            f"{store.tokenizer.vocab_size}); give a teacher of the same tokenizer."
+            f"{store.tokenizer.vocab_size}); give a run of the same tokenizer."
         )
     if run.cfg.model.positions == "learned" and run.cfg.data.seq_len < cfg.data.seq_len:
         raise ConfigError(
