@@ -7,6 +7,7 @@ where it is installed, from transformers itself.
 import json
 import os
 import pathlib
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -434,6 +435,13 @@ def test_fields_that_change_nothing_are_taken(tmp_path, changes):
     assert huggingface.load(write(tmp_path / "other", LLAMA | changes, tensors))[:3] == plain
 
 
+def test_the_missing_package_is_named(tmp_path, monkeypatch):
+    write(tmp_path, LLAMA, random_tensors(LLAMA))
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(ValueError, match="needs the package safetensors: pip install"):
+        huggingface.load(tmp_path)
+
+
 def test_damaged_files_are_named(tmp_path):
     def refused(message):
         with pytest.raises(ValueError, match=message):
@@ -592,7 +600,7 @@ def test_the_ids_are_the_librarys_own(tmp_path):
 
 
 def test_files_of_older_versions(tmp_path):
-    """GPT-2's says not of what type its model is, and cuts a text where it is told to."""
+    """GPT-2's does not say of what type its model is; some cut, fill up or frame every text."""
     tree = byte_level()
     plain = HfTokenizer.from_folder(save(tmp_path / "a", tree, "<|endoftext|>"))
     del tree["model"]["type"]
@@ -610,6 +618,17 @@ def test_files_of_older_versions(tmp_path):
         "pad_type_id": 0,
         "pad_token": "<|endoftext|>",
     }
+    frame = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}
+    tree["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [frame, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": name, "type_id": 0}} for name in "AB"],
+        "special_tokens": {
+            "<|endoftext|>": {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}
+        },
+    }
+    library = tokenizers.Tokenizer.from_str(json.dumps(tree))
+    assert library.encode("low").ids[0] == 0 and len(library.encode(CORPUS[0]).ids) == 8
     old = HfTokenizer.from_folder(save(tmp_path / "b", tree, "<|endoftext|>"))
     for text in ("low", CORPUS[0]):
         np.testing.assert_array_equal(old.encode(text), plain.encode(text))

@@ -65,7 +65,7 @@ class HfTokenizer(Tokenizer):
                 f"tokenizer.json cannot be read by the tokenizers library ({error}); "
                 "copy the checkpoint again."
             ) from error
-        tree |= {"truncation": None, "padding": None, "post_processor": None}
+        tree |= {"truncation": None, "padding": None}
         for part in PARTS:
             tree[part] = _without_prefix(tree[part])
         self._parts = {part: list(_components(tree[part])) for part in PARTS}
