@@ -71,6 +71,7 @@ class HfTokenizer(Tokenizer):
         self._parts = {part: list(_components(tree[part])) for part in PARTS}
         self._bytes_of = _writing(tree["model"], itertools.chain(*self._parts.values()))
         self._bytes = self._table(tree)
+        tree["model"]["dropout"] = None
         if not 0 <= separator < vocab_size or self._bytes[separator]:
             raise ValueError(
                 f"The separator {separator} is no special token of tokenizer.json below vocab_size "
