@@ -154,6 +154,7 @@ class ModelConfig(_Section):
     kv_heads: int = 0  # key/value heads, a divisor of heads; 0: as many as heads
     d_ff: int = 0  # F, width inside the MLP; 0: 4 D, for swiglu 8/3 D (multiple of 8)
     norm: str = "rmsnorm"  # rmsnorm | layernorm
+    norm_eps: float = 1e-6  # added to the mean square
     positions: str = "rotary"  # rotary | learned | none
     rope_theta: float = 10_000.0  # base of the rotary wavelengths
     mlp: str = "swiglu"  # swiglu | gelu | gelu_tanh (as in GPT-2) | relu2 (squared ReLU)
@@ -307,8 +308,8 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "train.matmul_precision": ("float32", "tensorfloat32"),
 }
 _POSITIVE = (
-    "data.seq_len data.batch_size model.layers model.d_model model.heads model.rope_theta "
-    "model.init_std optim.peak_lr optim.eps optim.accumulation train.keep "
+    "data.seq_len data.batch_size model.layers model.d_model model.heads model.norm_eps "
+    "model.rope_theta model.init_std optim.peak_lr optim.eps optim.accumulation train.keep "
     "train.steps_per_call train.max_nonfinite mesh.fsdp distill.attention_layers distill.experts "
     "distill.router_top_k distill.lr"
 ).split()

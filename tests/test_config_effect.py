@@ -98,6 +98,7 @@ TABLE = {
     "model.kv_heads": (1, "initialisation train_step eval_step", {}),
     "model.d_ff": (16, "initialisation train_step eval_step", {}),
     "model.norm": ("layernorm", "train_step eval_step", {}),
+    "model.norm_eps": (1e-5, "train_step eval_step", {}),
     "model.positions": ("learned", "initialisation train_step eval_step", {}),
     "model.rope_theta": (500.0, "train_step eval_step", {}),
     "model.mlp": ("gelu", "initialisation train_step eval_step", {}),

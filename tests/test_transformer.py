@@ -6,7 +6,7 @@ from flax import nnx
 
 from lm_jax import loss, step
 from lm_jax.kernels.attention import attend
-from lm_jax.models.transformer import add_bias, rotary
+from lm_jax.models.transformer import Norm, add_bias, rotary
 from tests.helpers import every, random_batch, randomise, tiny_config
 
 V = 29
@@ -217,6 +217,21 @@ def test_dropout_is_off_without_a_key_and_fresh_with_each(rate):
     a, b, again = (logits(graphdef, params, batch, key=jax.random.key(i)) for i in (0, 1, 0))
     np.testing.assert_array_equal(a, again)
     assert np.abs(a - b).max() > 1e-3 and np.abs(a - off).max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["rmsnorm", "layernorm"])
+def test_the_epsilon_of_a_norm_is_added_to_the_mean_square(kind):
+    x = np.random.default_rng(12).normal(size=(3, 8)).astype(np.float32)
+    centred = x - (x.mean(-1, keepdims=True) if kind == "layernorm" else 0)
+    expected = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 0.5)
+    np.testing.assert_allclose(Norm(8, kind, False, 0.5)(x), expected, rtol=1e-5)
+
+
+def test_the_configured_epsilon_reaches_every_norm():
+    _, graphdef, params = build(**FAMILIES["grouped"] | {"model__norm_eps": 0.25})
+    model = nnx.merge(graphdef, params)
+    found = [node.eps for _, node in nnx.iter_graph(model) if isinstance(node, Norm)]
+    assert found == [0.25] * (2 * 4 + 1)  # a layer has four, q and k among them
 
 
 def test_softcap_bounds_logits():

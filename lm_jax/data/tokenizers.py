@@ -1,6 +1,6 @@
 """Text to ids and back: bytes, characters, words, byte-level BPE.
 
-Id 0 is the separator in every kind. It stands between documents and no text encodes to it.
+Id 0 is the separator in every kind here. It stands between documents and no text encodes to it.
 """
 
 import abc
@@ -32,7 +32,7 @@ class Tokenizer(abc.ABC):
     """Encodes and decodes one document at a time; immutable."""
 
     kind: ClassVar[str]
-    separator: ClassVar[int] = 0
+    separator: int = 0
 
     @property
     @abc.abstractmethod
@@ -253,7 +253,7 @@ class BpeTokenizer(Tokenizer):
         )
         self._library = tokenizers.Tokenizer(model)
         self._library.pre_tokenizer = _gpt2_words()
-        to_byte = {character: byte for byte, character in enumerate(_byte_alphabet())}
+        to_byte = {character: byte for byte, character in enumerate(byte_alphabet())}
         self._bytes = [b"", *(bytes(to_byte[c] for c in token) for token in vocabulary)]
 
     @classmethod
@@ -266,7 +266,7 @@ class BpeTokenizer(Tokenizer):
         trainer = tokenizers.trainers.BpeTrainer(
             vocab_size=vocab_size - 1,
             min_frequency=2,
-            initial_alphabet=_byte_alphabet(),
+            initial_alphabet=byte_alphabet(),
             show_progress=False,
         )
         pieces = itertools.chain.from_iterable(map(cls._pieces, documents))
@@ -384,7 +384,7 @@ def _gpt2_words() -> Any:
     return tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
 
 
-def _byte_alphabet() -> list[str]:
+def byte_alphabet() -> list[str]:
     """The printable character by which byte-level BPE writes each byte value."""
     visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     shifted = itertools.count(0x100)

@@ -52,18 +52,18 @@ def add_bias(y: jax.Array, bias: jax.Array) -> jax.Array:
 class Norm(nnx.Module):
     """RMSNorm (Zhang and Sennrich 2019) or LayerNorm (Ba et al. 2016), in float32 or wider."""
 
-    def __init__(self, size: int, kind: str, bias: bool):
-        """Scale starts at 1, the bias of layernorm at 0."""
-        self.kind = kind
+    def __init__(self, size: int, kind: str, bias: bool, eps: float = 1e-6):
+        """Scale starts at 1, the bias of layernorm at 0; `eps` is added to the mean square."""
+        self.kind, self.eps = kind, eps
         self.scale = nnx.Param(jnp.ones((size,)))
         self.bias = nnx.Param(jnp.zeros((size,))) if bias and kind == "layernorm" else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalise over the last axis; epsilon is 1e-6."""
+        """Normalise over the last axis."""
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         if self.kind == "layernorm":
             wide = wide - wide.mean(-1, keepdims=True)
-        y = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + 1e-6)
+        y = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.eps)
         y = y * along_last(self.scale[...], y)
         if self.bias is not None:
             y = y + along_last(self.bias[...], y)
@@ -123,8 +123,8 @@ class Attention(nnx.Module):
         heads = cfg.heads + 2 * cfg.kv_heads
         self.qkv = Linear(D, heads * C, matrix_std(cfg, D), cfg.bias, rngs)
         self.out = Linear(D, D, residual_std(cfg, D), cfg.bias, rngs)
-        self.q_norm = Norm(C, "rmsnorm", False) if cfg.qk_norm else None
-        self.k_norm = Norm(C, "rmsnorm", False) if cfg.qk_norm else None
+        self.q_norm = Norm(C, "rmsnorm", False, cfg.norm_eps) if cfg.qk_norm else None
+        self.k_norm = Norm(C, "rmsnorm", False, cfg.norm_eps) if cfg.qk_norm else None
 
     def __call__(
         self, x_BTD, segment_ids_BT, positions_BT, key, cache=None
@@ -188,9 +188,9 @@ class Block(nnx.Module):
     def __init__(self, cfg: ModelConfig, impl: str, rngs: nnx.Rngs):
         """Build one layer."""
         self.rate = cfg.dropout
-        self.attention_norm = Norm(cfg.d_model, cfg.norm, cfg.bias)
+        self.attention_norm = Norm(cfg.d_model, cfg.norm, cfg.bias, cfg.norm_eps)
         self.attention = Attention(cfg, impl, rngs)
-        self.mlp_norm = Norm(cfg.d_model, cfg.norm, cfg.bias)
+        self.mlp_norm = Norm(cfg.d_model, cfg.norm, cfg.bias, cfg.norm_eps)
         self.mlp = MLP(cfg, rngs)
 
     def __call__(self, x_BTD, segment_ids_BT, positions_BT, key) -> jax.Array:
@@ -259,7 +259,7 @@ class Transformer(nnx.Module):
             self.blocks: Any = make(jax.random.split(rngs.params(), cfg.layers))
         else:
             self.blocks = nnx.List([Block(cfg, impl, rngs) for _ in range(cfg.layers)])
-        self.final_norm = Norm(D, cfg.norm, cfg.bias)
+        self.final_norm = Norm(D, cfg.norm, cfg.bias, cfg.norm_eps)
         if not cfg.tied:
             self.head = Linear(D, vocab_size, matrix_std(cfg, D), False, rngs)
 

@@ -1,0 +1,265 @@
+"""The tokenizer of a Hugging Face checkpoint: exactly the text's bytes, no special tokens added."""
+
+import functools
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from lm_jax.data.tokenizers import Tokenizer, byte_alphabet
+
+PARTS = ("normalizer", "pre_tokenizer")  # of tokenizer.json, which may change the text
+_SPACE = "\u2581"  # by which SentencePiece writes a space
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # a token of byte fallback
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        ValueError: if there is no such file or it holds something else.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; copy it into the folder.")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error}); copy the checkpoint again.") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds no JSON object; copy the checkpoint again.")
+    return values
+
+
+class HfTokenizer(Tokenizer):
+    """Byte-pair encoding by the tokenizers library, of bytes (GPT-2) or in SentencePiece's way.
+
+    A text is encoded as it stands: without the space that SentencePiece puts before it, without
+    truncation, and what is spelt like a special token is text. Special tokens stand for no bytes.
+    """
+
+    kind = "hf"
+
+    def __init__(self, definition: str, separator: int, vocab_size: int) -> None:
+        """Read the definition.
+
+        Args:
+            definition: content of tokenizer.json.
+            separator: id that opens a document.
+            vocab_size: rows of the model's table; may be more than the tokenizer has ids.
+
+        Raises:
+            ValueError: if the tokenizer is of another kind or has ids beyond the table.
+        """
+        import tokenizers
+
+        self.definition, self.separator, self._vocab_size = definition, separator, vocab_size
+        try:
+            # The library fills in what older files leave out.
+            tree = json.loads(tokenizers.Tokenizer.from_str(definition).to_str())
+        except Exception as error:  # the library raises nothing more special
+            raise ValueError(
+                f"tokenizer.json cannot be read by the tokenizers library ({error}); "
+                "copy the checkpoint again."
+            ) from error
+        tree |= {"truncation": None, "padding": None}
+        for part in PARTS:
+            tree[part] = _without_prefix(tree[part])
+        self._parts = {part: list(_components(tree[part])) for part in PARTS}
+        self._bytes_of = _writing(tree["model"], itertools.chain(*self._parts.values()))
+        self._bytes = self._table(tree)
+        tree["model"]["dropout"] = None
+        if not 0 <= separator < vocab_size or self._bytes[separator]:
+            raise ValueError(
+                f"The separator {separator} is no special token of tokenizer.json below vocab_size "
+                f"{vocab_size}; correct bos_token_id in config.json."
+            )
+        self._library = tokenizers.Tokenizer.from_str(json.dumps(tree))
+        self._library.encode_special_tokens = True  # as any other text
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> Self:
+        """The tokenizer of a checkpoint: tokenizer.json, with what config.json says of the model.
+
+        The separator is the token that begins a text, or where there is none the one that ends it.
+
+        Raises:
+            ValueError: if a file or field is missing, or the tokenizer is of another kind.
+        """
+        tokenizer, config = read_json(folder / "tokenizer.json"), read_json(folder / "config.json")
+        if not isinstance(config.get("vocab_size"), int):
+            raise ValueError(
+                f"{folder / 'config.json'}: vocab_size is {config.get('vocab_size')!r}; "
+                "give the rows of the token table."
+            )
+        return cls(
+            json.dumps(tokenizer, ensure_ascii=False),
+            _separator(folder, tokenizer, config),
+            config["vocab_size"],
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the model's token table."""
+        return self._vocab_size
+
+    def encode(self, text: str) -> np.ndarray:
+        """Ids of the text, int32.
+
+        Raises:
+            ValueError: if the tokenizer would change the text.
+        """
+        return self.encode_all([text])[0]
+
+    def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of several documents, encoded in parallel where there are cores."""
+        encoded = self._library.encode_batch_fast(list(texts), add_special_tokens=False)
+        documents = [np.array(one.ids, np.int32) for one in encoded]
+        for ids, text in zip(documents, texts, strict=True):
+            if b"".join(self.token_bytes(ids)) != text.encode():
+                raise ValueError(
+                    f"tokenizer.json: {self._culprit(text)} changes the text at "
+                    f"{self._difference(ids, text)}; take such documents out, or a tokenizer that "
+                    "keeps every byte."
+                )
+        return documents
+
+    def token_bytes(self, ids: np.ndarray) -> list[bytes]:
+        """The bytes of each token; none for special tokens and for ids that are only padding."""
+        return [self._bytes[i] for i in np.asarray(ids).tolist()]
+
+    def _payload(self) -> dict[str, Any]:
+        return {
+            "definition": self.definition,
+            "separator": self.separator,
+            "vocab_size": self.vocab_size,
+        }
+
+    def _table(self, tree: dict[str, Any]) -> list[bytes]:
+        """The bytes of each id below `vocab_size`."""
+        pieces = {i: self._bytes_of(token) for token, i in tree["model"]["vocab"].items()}
+        for token in tree["added_tokens"]:
+            plain = self._bytes_of is _from_byte_alphabet  # these are not written in it
+            piece = token["content"].encode() if plain else self._bytes_of(token["content"])
+            pieces[token["id"]] = b"" if token["special"] else piece
+        highest = max((i for i, piece in pieces.items() if piece), default=0)
+        if highest >= self.vocab_size:
+            raise ValueError(
+                f"tokenizer.json has a token of id {highest}, which vocab_size={self.vocab_size} "
+                "of config.json leaves out; take the tokenizer that belongs to the model."
+            )
+        return [pieces.get(i, b"") for i in range(self.vocab_size)]
+
+    def _culprit(self, text: str) -> str:
+        """The component of tokenizer.json that does not keep the text."""
+        normalizer, pre_tokenizer = self._library.normalizer, self._library.pre_tokenizer
+        names = {part: [one["type"] for one in self._parts[part]] for part in PARTS}
+        normal = text
+        if normalizer is not None:
+            normal = normalizer.normalize_str(text)
+            if "ByteLevel" not in names["normalizer"] and normal.replace(_SPACE, " ") != text:
+                return f"normalizer ({', '.join(names['normalizer'])})"
+        if pre_tokenizer is not None:
+            pieces = "".join(piece for piece, _ in pre_tokenizer.pre_tokenize_str(normal))
+            if self._bytes_of(pieces) != text.encode():
+                return f"pre_tokenizer ({', '.join(names['pre_tokenizer'])})"
+        return "model, or one of added_tokens,"
+
+    def _difference(self, ids: np.ndarray, text: str) -> str:
+        """The first place at which they differ, in words."""
+        kept = self.decode(ids)
+        same = (a == b for a, b in zip(text, kept, strict=False))
+        at = next((i for i, equal in enumerate(same) if not equal), min(len(text), len(kept)))
+        return f"character {at}, {text[at : at + 8]!r}"
+
+
+def _components(part: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
+    """The normalisers or pre-tokenisers that a sequence of them consists of."""
+    if part is not None:
+        for inner in part.get("normalizers", part.get("pretokenizers", [])):
+            yield from _components(inner)
+        if part["type"] != "Sequence":
+            yield part
+
+
+def _writing(model: dict[str, Any], parts: Iterable[dict[str, Any]]) -> Callable[[str], bytes]:
+    """The function from a token of the model to its bytes.
+
+    Raises:
+        ValueError: if the model is no BPE, of bytes or in SentencePiece's writing.
+    """
+    affixes = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
+    if model["type"] != "BPE" or affixes:
+        raise ValueError(
+            f"tokenizer.json: model is of type {model['type']}{' with affixes' if affixes else ''};"
+            " supported is BPE without affixes."
+        )
+    for part in parts:
+        if part["type"] == "ByteLevel":
+            return _from_byte_alphabet
+        if _SPACE in (part.get("replacement"), part.get("content")):
+            return _from_sentencepiece
+    raise ValueError(
+        "tokenizer.json: pre_tokenizer is neither ByteLevel nor Metaspace; "
+        "supported are byte-level BPE and SentencePiece's BPE."
+    )
+
+
+def _without_prefix(part: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A normaliser or pre-tokeniser that puts no space before the text."""
+    if part is None or part["type"] == "Prepend":
+        return None
+    part = dict(part)
+    for name in ("normalizers", "pretokenizers"):
+        if name in part:
+            inner = map(_without_prefix, part[name])
+            part[name] = [one for one in inner if one is not None]
+            if not part[name]:
+                return None
+    if "prepend_scheme" in part:
+        part["prepend_scheme"] = "never"
+    if "add_prefix_space" in part:
+        part["add_prefix_space"] = False
+    return part
+
+
+@functools.cache
+def _byte_of() -> dict[str, int]:
+    return {character: byte for byte, character in enumerate(byte_alphabet())}
+
+
+def _from_byte_alphabet(token: str) -> bytes:
+    """Bytes of a token in the alphabet of byte-level BPE; in UTF-8 if it is not written in it."""
+    if any(character not in _byte_of() for character in token):
+        return token.encode()
+    return bytes(_byte_of()[character] for character in token)
+
+
+def _from_sentencepiece(token: str) -> bytes:
+    """Bytes of a token in SentencePiece's writing."""
+    byte = _BYTE.fullmatch(token)
+    return bytes((int(byte[1], 16),)) if byte else token.replace(_SPACE, " ").encode()
+
+
+def _separator(folder: Path, tokenizer: dict[str, Any], config: dict[str, Any]) -> int:
+    """Id of the token that begins a text, or where there is none of the one that ends it."""
+    path = folder / "tokenizer_config.json"
+    named = read_json(path) if path.is_file() else {}
+    for name in ("bos", "eos"):
+        token = named.get(f"{name}_token")
+        if isinstance(token, dict):
+            token = token.get("content")
+        for added in tokenizer.get("added_tokens", []):
+            if added["content"] == token:
+                return added["id"]
+        given = config.get(f"{name}_token_id")
+        if isinstance(given, list) and given:
+            given = given[0]
+        if isinstance(given, int):
+            return given
+    raise ValueError(
+        f"{folder} names no token that begins or ends a text; give bos_token_id in config.json."
+    )

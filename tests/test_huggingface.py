@@ -1,0 +1,763 @@
+"""Checkpoints and tokenizers in Hugging Face's layout, made here and read by the package.
+
+The expected logits come from the papers' equations in NumPy's float64, one head at a time, and,
+where it is installed, from transformers itself.
+"""
+
+import json
+import os
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+import tokenizers
+from flax import nnx
+
+from lm_jax import config, step
+from lm_jax.data.hf_tokenizer import HfTokenizer
+from lm_jax.models import huggingface
+from tests.test_tokenizers import TEXTS
+
+V = 37
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": V,
+    "hidden_size": 24,
+    "intermediate_size": 20,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "hidden_act": "silu",
+    "max_position_embeddings": 16,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500.0,
+    "tie_word_embeddings": False,
+}
+QWEN3 = LLAMA | {"model_type": "qwen3", "head_dim": 4, "rms_norm_eps": 1e-3}
+GPT2 = {
+    "model_type": "gpt2",
+    "vocab_size": V,
+    "n_embd": 24,
+    "n_layer": 2,
+    "n_head": 6,
+    "n_positions": 16,
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+}
+VARIANTS = {
+    "llama": LLAMA,
+    "llama tied": LLAMA | {"tie_word_embeddings": True, "rms_norm_eps": 1e-6},
+    "llama with biases": LLAMA | {"attention_bias": True, "mlp_bias": True},
+    "llama of one head a group": {
+        name: value for name, value in LLAMA.items() if name != "num_key_value_heads"
+    },
+    "llama as version 5 writes it": {k: v for k, v in LLAMA.items() if k != "rope_theta"}
+    | {"rope_parameters": {"rope_type": "default", "rope_theta": 300.0}, "rope_scaling": None},
+    "qwen3": QWEN3,
+    "gpt2": GPT2,
+    "gpt2 untied": GPT2 | {"tie_word_embeddings": False, "n_inner": 40},
+    "gpt2 with exact gelu": GPT2 | {"activation_function": "gelu"},
+}
+
+
+# --- checkpoints made here -----------------------------------------------------------------------
+
+
+def llama_shapes(c):
+    D, F, L = c["hidden_size"], c["intermediate_size"], c["num_hidden_layers"]
+    C = D // c["num_attention_heads"]
+    kv = c.get("num_key_value_heads", c["num_attention_heads"]) * C
+    yield "model.embed_tokens.weight", (V, D)
+    for i in range(L):
+        yield f"model.layers.{i}.input_layernorm.weight", (D,)
+        yield f"model.layers.{i}.post_attention_layernorm.weight", (D,)
+        for part, name, shape in (
+            ("self_attn", "q", (D, D)),
+            ("self_attn", "k", (kv, D)),
+            ("self_attn", "v", (kv, D)),
+            ("self_attn", "o", (D, D)),
+            ("mlp", "gate", (F, D)),
+            ("mlp", "up", (F, D)),
+            ("mlp", "down", (D, F)),
+        ):
+            yield f"model.layers.{i}.{part}.{name}_proj.weight", shape
+            if c.get("mlp_bias"):
+                yield f"model.layers.{i}.{part}.{name}_proj.bias", shape[:1]
+        if c["model_type"] == "qwen3":
+            yield f"model.layers.{i}.self_attn.q_norm.weight", (C,)
+            yield f"model.layers.{i}.self_attn.k_norm.weight", (C,)
+    yield "model.norm.weight", (D,)
+    if not c["tie_word_embeddings"]:
+        yield "lm_head.weight", (V, D)
+
+
+def gpt2_shapes(c):
+    D, F = c["n_embd"], c.get("n_inner", 4 * c["n_embd"])
+    yield "transformer.wte.weight", (V, D)
+    yield "transformer.wpe.weight", (c["n_positions"], D)
+    for i in range(c["n_layer"]):
+        for name, shape in (
+            ("ln_1", (D,)),
+            ("attn.c_attn", (D, 3 * D)),
+            ("attn.c_proj", (D, D)),
+            ("ln_2", (D,)),
+            ("mlp.c_fc", (D, F)),
+            ("mlp.c_proj", (F, D)),
+        ):
+            yield f"transformer.h.{i}.{name}.weight", shape
+            yield f"transformer.h.{i}.{name}.bias", shape[-1:]
+    yield "transformer.ln_f.weight", (D,)
+    yield "transformer.ln_f.bias", (D,)
+    if not c.get("tie_word_embeddings", True):
+        yield "lm_head.weight", (V, D)
+
+
+def random_tensors(c, seed=0, dtype=np.float32):
+    """Tables are small, so that an epsilon counts; the rest is large enough to matter."""
+    rng = np.random.default_rng(seed)
+    shapes = gpt2_shapes(c) if c["model_type"] == "gpt2" else llama_shapes(c)
+    tensors = {}
+    for name, shape in shapes:
+        std = 0.05 if "embed" in name or "wte" in name or "wpe" in name else 0.3
+        centre = 1.0 if len(shape) == 1 and "bias" not in name else 0.0
+        tensors[name] = rng.normal(centre, std, shape).astype(dtype)
+    return tensors
+
+
+def write(folder, c, tensors, shards=1):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(c))
+    if shards == 1:
+        safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+        return folder
+    names, weight_map = sorted(tensors), {}
+    for i in range(shards):
+        file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
+        part = {name: tensors[name] for name in names[i::shards]}
+        safetensors.numpy.save_file(part, folder / file)
+        weight_map |= dict.fromkeys(part, file)
+    index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+# --- the models by their equations ---------------------------------------------------------------
+
+
+def softmax(x):
+    e = np.exp(x - x.max())
+    return e / e.sum()
+
+
+def rms_norm(x, weight, eps):
+    return x / np.sqrt(np.mean(x * x) + eps) * weight
+
+
+def layer_norm(x, weight, bias, eps):
+    return (x - x.mean()) / np.sqrt(x.var() + eps) * weight + bias
+
+
+def rotated(x, position, theta):
+    """Coordinates i and i + C/2 are the parts of a complex number, turned by p theta^(-2i/C)."""
+    half = len(x) // 2
+    turned = x[:half] + 1j * x[half:]
+    turned = turned * np.exp(1j * position / theta ** (2 * np.arange(half) / len(x)))
+    return np.concatenate([turned.real, turned.imag])
+
+
+def attended(queries, keys, values):
+    """Each query with the keys up to its own place; all of one head, [T, C]."""
+    return np.array(
+        [
+            softmax(keys[: t + 1] @ query / np.sqrt(len(query))) @ values[: t + 1]
+            for t, query in enumerate(queries)
+        ]
+    )
+
+
+def llama_logits(c, w, tokens):
+    """Touvron et al. 2023, section 2.2, on one sequence; queries and keys normalised for Qwen3."""
+    H, eps = c["num_attention_heads"], c["rms_norm_eps"]
+    K = c.get("num_key_value_heads", H)
+    C = c["hidden_size"] // H
+    theta = c.get("rope_theta") or c["rope_parameters"]["rope_theta"]
+
+    def linear(name, x):
+        return w[f"{name}.weight"] @ x + w.get(f"{name}.bias", 0.0)
+
+    def head(name, x, h, norm=None):
+        part = linear(name, x)[h * C : (h + 1) * C]
+        return rms_norm(part, w[norm], eps) if norm in w else part
+
+    x = [w["model.embed_tokens.weight"][token] for token in tokens]
+    for i in range(c["num_hidden_layers"]):
+        at = f"model.layers.{i}"
+        own = f"{at}.self_attn"
+        normed = [rms_norm(v, w[f"{at}.input_layernorm.weight"], eps) for v in x]
+        heads = []
+        for h in range(H):
+            g = h // (H // K)
+            q = [head(f"{own}.q_proj", v, h, f"{own}.q_norm.weight") for v in normed]
+            k = [head(f"{own}.k_proj", v, g, f"{own}.k_norm.weight") for v in normed]
+            q, k = (np.array([rotated(v, p, theta) for p, v in enumerate(z)]) for z in (q, k))
+            heads.append(attended(q, k, np.array([head(f"{own}.v_proj", v, g) for v in normed])))
+        joined = np.concatenate(heads, axis=1)
+        x = [v + linear(f"{own}.o_proj", y) for v, y in zip(x, joined, strict=True)]
+        for t, v in enumerate(x):
+            y = rms_norm(v, w[f"{at}.post_attention_layernorm.weight"], eps)
+            gate = linear(f"{at}.mlp.gate_proj", y)
+            inner = gate / (1 + np.exp(-gate)) * linear(f"{at}.mlp.up_proj", y)
+            x[t] = v + linear(f"{at}.mlp.down_proj", inner)
+    table = w["model.embed_tokens.weight" if c["tie_word_embeddings"] else "lm_head.weight"]
+    return np.array([table @ rms_norm(v, w["model.norm.weight"], eps) for v in x])
+
+
+def erf(x):
+    """Maclaurin's series; arguments here are small."""
+    total, term = np.zeros_like(x), x.copy()
+    for n in range(60):
+        total += term / (2 * n + 1)
+        term = -term * x * x / (n + 1)
+    return 2 / np.sqrt(np.pi) * total
+
+
+def gpt2_logits(c, w, tokens):
+    """Radford et al. 2019 with the norms before the branches, on one sequence."""
+    D, H, eps = c["n_embd"], c["n_head"], c["layer_norm_epsilon"]
+    C = D // H
+
+    def linear(name, x):
+        return x @ w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    def norm(name, x):
+        return layer_norm(x, w[f"{name}.weight"], w[f"{name}.bias"], eps)
+
+    def gelu(x):
+        if c["activation_function"] == "gelu":
+            return x * (1 + erf(x / np.sqrt(2))) / 2
+        return x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+    w = {name.removeprefix("transformer."): value for name, value in w.items()}
+    x = [w["wte.weight"][token] + w["wpe.weight"][p] for p, token in enumerate(tokens)]
+    for i in range(c["n_layer"]):
+        made = np.array([linear(f"h.{i}.attn.c_attn", norm(f"h.{i}.ln_1", v)) for v in x])
+        q, k, v = made[:, :D], made[:, D : 2 * D], made[:, 2 * D :]
+        heads = [slice(h * C, (h + 1) * C) for h in range(H)]
+        joined = np.concatenate([attended(q[:, h], k[:, h], v[:, h]) for h in heads], axis=1)
+        x = [v + linear(f"h.{i}.attn.c_proj", y) for v, y in zip(x, joined, strict=True)]
+        for t, v in enumerate(x):
+            inner = gelu(linear(f"h.{i}.mlp.c_fc", norm(f"h.{i}.ln_2", v)))
+            x[t] = v + linear(f"h.{i}.mlp.c_proj", inner)
+    head = w["wte.weight" if c.get("tie_word_embeddings", True) else "lm_head.weight"]
+    return np.array([head @ norm("ln_f", v) for v in x])
+
+
+def expected_logits(c, tensors, tokens_BT):
+    w = {name: value.astype(np.float64) for name, value in tensors.items()}
+    forward = gpt2_logits if c["model_type"] == "gpt2" else llama_logits
+    return np.array([forward(c, w, tokens) for tokens in tokens_BT])
+
+
+# --- the package's model -------------------------------------------------------------------------
+
+
+def package_logits(folder, tokens_BT):
+    """Logits of a loaded checkpoint, through the structure that `step.create_model` makes."""
+    model_cfg, vocab_size, max_len, params = huggingface.load(folder)
+    cfg = config.replace(config.Config(model=model_cfg), data__seq_len=max_len)
+    resolved = config.resolve(config.replace(cfg, train__steps="200"), windows=50)
+    assert resolved.model == model_cfg
+    graphdef, init = step.create_model(cfg, vocab_size, "reference")
+    like = jax.eval_shape(init, jax.random.key(0))
+    found = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    assert found == like
+
+    @jax.jit
+    def forward(params, tokens_BT):
+        model = nnx.merge(graphdef, params)
+        positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+        return model.logits(model(tokens_BT, jnp.ones_like(tokens_BT), positions_BT))
+
+    return np.asarray(forward(params, tokens_BT))
+
+
+def random_tokens(seed=0):
+    return np.random.default_rng(seed).integers(0, V, (2, 16)).astype(np.int32)
+
+
+def assert_close(logits, expected):
+    """To the rounding of float32: 32 units in the last place of the largest logit."""
+    bound = 32 * np.finfo(np.float32).eps * np.abs(expected).max()
+    error = np.abs(logits - expected).max()
+    print(f"largest logit {np.abs(expected).max():.2f}, error {error:.1e} of {bound:.1e}")
+    assert expected.std() > 0.1
+    assert error < bound
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_follow_the_equations(tmp_path, variant):
+    c = VARIANTS[variant]
+    tensors = random_tensors(c)
+    folder = write(tmp_path, c, tensors)
+    tokens_BT = random_tokens()
+    assert_close(package_logits(folder, tokens_BT), expected_logits(c, tensors, tokens_BT))
+
+
+@pytest.mark.parametrize("c", [LLAMA, GPT2], ids=["llama", "gpt2"])
+def test_shards_and_half_precision(tmp_path, c):
+    """Weights of fewer bits are the same numbers in float32."""
+    for dtype, shards in ((jnp.bfloat16, 1), (np.float16, 1), (np.float32, 3)):
+        tensors = random_tensors(c, dtype=np.dtype(dtype))
+        folder = write(tmp_path / np.dtype(dtype).name, c, tensors, shards)
+        _, _, _, params = huggingface.load(folder)
+        assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype(np.float32)}
+        tokens_BT = random_tokens()
+        assert_close(package_logits(folder, tokens_BT), expected_logits(c, tensors, tokens_BT))
+
+
+def test_what_old_checkpoints_hold_beside_parameters(tmp_path):
+    """GPT-2 as first published: no prefix, masks stored, the head as a copy of the table."""
+    tensors = random_tensors(GPT2)
+    tokens_BT = random_tokens()
+    expected = expected_logits(GPT2, tensors, tokens_BT)
+    old = {name.removeprefix("transformer."): value for name, value in tensors.items()}
+    for i in range(2):
+        old[f"h.{i}.attn.bias"] = np.ones((1, 1, 16, 16), np.uint8)
+        old[f"h.{i}.attn.masked_bias"] = np.full((), -1e4, np.float32)
+    old["lm_head.weight"] = old["wte.weight"]
+    assert_close(package_logits(write(tmp_path / "gpt2", GPT2, old), tokens_BT), expected)
+
+    tensors = random_tensors(LLAMA)
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(2, np.float32)
+    expected = expected_logits(LLAMA, tensors, tokens_BT)
+    assert_close(package_logits(write(tmp_path / "llama", LLAMA, tensors), tokens_BT), expected)
+
+
+def library_config(transformers, c):
+    kinds = {"llama": "LlamaConfig", "qwen3": "Qwen3Config", "gpt2": "GPT2Config"}
+    options = {name: value for name, value in c.items() if name != "model_type"}
+    made = getattr(transformers, kinds[c["model_type"]])
+    return made(**options, bos_token_id=1, eos_token_id=2, attn_implementation="eager")
+
+
+@pytest.mark.parametrize("variant", ["llama", "llama tied", "qwen3", "gpt2"])
+def test_logits_of_transformers(tmp_path, variant):
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    c = VARIANTS[variant]
+    own = library_config(transformers, c)
+    model = transformers.AutoModelForCausalLM.from_config(own).eval()
+    tensors = {name: torch.from_numpy(value) for name, value in random_tensors(c, 1).items()}
+    missing, unexpected = model.load_state_dict(tensors, strict=False)
+    tied = c.get("tie_word_embeddings", True)
+    assert not unexpected and missing == (["lm_head.weight"] if tied else [])
+    model.save_pretrained(tmp_path)
+    tokens_BT = random_tokens(1)
+    with torch.no_grad():
+        expected = model(torch.from_numpy(tokens_BT).long(), use_cache=False).logits.numpy()
+    assert_close(package_logits(tmp_path, tokens_BT), expected)
+
+
+# --- what is refused -----------------------------------------------------------------------------
+
+
+LINEAR = {"rope_type": "linear", "factor": 2.0}
+REFUSED = {
+    "other type": (LLAMA, {"model_type": "mamba"}, "model_type is 'mamba'.*'llama' or 'qwen3'"),
+    "no type": (LLAMA, {"model_type": None}, "model_type is None"),
+    "scaled rope": (LLAMA, {"rope_scaling": LINEAR}, "rope_scaling is .*linear.*null"),
+    "scaled rope of version 5": (LLAMA, {"rope_parameters": LINEAR}, "rope_parameters is .*linear"),
+    "rope by layer": (LLAMA, {"rope_parameters": {"full": {}}}, "rope_parameters is .*full"),
+    "partial rope": (LLAMA, {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+    "head width": (LLAMA, {"head_dim": 8}, "head_dim is 8; .*num_attention_heads, 4"),
+    "Qwen3's own head width": (QWEN3, {"head_dim": None}, "head_dim is None; .*, 4"),
+    "odd heads": (LLAMA, {"num_attention_heads": 8, "num_key_value_heads": 8}, "even width"),
+    "heads": (LLAMA, {"num_attention_heads": 5}, "num_attention_heads is 5; .*divisor of hidden"),
+    "groups": (LLAMA, {"num_key_value_heads": 4}, "num_key_value_heads is 4; .*divisor"),
+    "one bias": (LLAMA, {"attention_bias": True}, "mlp_bias is None; .*attention_bias, True"),
+    "other bias": (LLAMA, {"mlp_bias": True}, "mlp_bias is True; .*attention_bias, False"),
+    "window": (LLAMA, {"sliding_window": 8}, "sliding_window is 8; .*max_position_embeddings, 16"),
+    "Qwen3's window": (
+        QWEN3,
+        {"sliding_window": 15, "use_sliding_window": True},
+        "sliding_window is 15",
+    ),
+    "activation": (LLAMA, {"hidden_act": "gelu"}, "hidden_act is 'gelu'; .*'silu'"),
+    "width": (LLAMA, {"hidden_size": "24"}, "hidden_size is '24'; .*whole number above 0"),
+    "depth": (LLAMA, {"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+    "no epsilon": (LLAMA, {"rms_norm_eps": None}, "rms_norm_eps is None; .*above 0"),
+    "theta": (LLAMA, {"rope_theta": "1e4"}, "rope_theta is '1e4'"),
+    "tied is no number": (LLAMA, {"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no'"),
+    "activation of GPT-2": (GPT2, {"activation_function": "relu"}, "activation_function is 'relu'"),
+    "scale": (GPT2, {"scale_attn_weights": False}, "scale_attn_weights is False"),
+    "scale by layer": (
+        GPT2,
+        {"scale_attn_by_inverse_layer_idx": True},
+        "scale_attn_by_inverse_layer_idx is True",
+    ),
+    "cross-attention": (GPT2, {"add_cross_attention": True}, "add_cross_attention is True"),
+    "layers beyond": (GPT2, {"n_layer": 3}, "tensor h.2.ln_1.weight is missing"),
+    "layers left over": (GPT2, {"n_layer": 1}, "tensor h.1.attn.c_attn.bias and 11 more are no"),
+    "untied without head": (GPT2, {"tie_word_embeddings": False}, "lm_head.weight is missing"),
+    "tied with another head": (LLAMA, {"tie_word_embeddings": True}, "lm_head.weight is not the"),
+    "rows": (LLAMA, {"vocab_size": 40}, r"embed_tokens.weight has shape \[37, 24\]; .*\[40, 24\]"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_would_be_another_model_is_refused(tmp_path, case):
+    c, changes, message = REFUSED[case]
+    folder = write(tmp_path, c, random_tensors(c))
+    (folder / "config.json").write_text(json.dumps(c | changes))
+    with pytest.raises(ValueError, match=message) as caught:
+        huggingface.load(folder)
+    assert str(folder) in str(caught.value) and str(caught.value).endswith(".")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sliding_window": 16},
+        {"sliding_window": None},
+        {"sliding_window": 4, "use_sliding_window": False},
+        {"rope_scaling": {"type": "default"}},
+        {"head_dim": 4, "hidden_act": "swish"},
+    ],
+    ids=str,
+)
+def test_fields_that_change_nothing_are_taken(tmp_path, changes):
+    tensors = random_tensors(LLAMA)
+    plain = huggingface.load(write(tmp_path / "plain", LLAMA, tensors))[:3]
+    assert huggingface.load(write(tmp_path / "other", LLAMA | changes, tensors))[:3] == plain
+
+
+def test_the_missing_package_is_named(tmp_path, monkeypatch):
+    write(tmp_path, LLAMA, random_tensors(LLAMA))
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(ValueError, match="needs the package safetensors: pip install"):
+        huggingface.load(tmp_path)
+
+
+def test_damaged_files_are_named(tmp_path):
+    def refused(message):
+        with pytest.raises(ValueError, match=message):
+            huggingface.load(folder)
+
+    folder = tmp_path / "model"
+    refused("config.json is missing")
+    tensors = random_tensors(LLAMA)
+    write(folder, LLAMA, tensors, shards=2)
+    shard = folder / "model-00002-of-00002.safetensors"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1])
+    refused("00002.safetensors cannot be read")
+    shard.unlink()
+    refused("00002.safetensors, which model.safetensors.index.json names, is missing")
+    (folder / "model.safetensors.index.json").write_text("{}")
+    refused("weight_map does not name")
+    (folder / "model.safetensors.index.json").write_text("[]")
+    refused("index.json holds no JSON object")
+    (folder / "model.safetensors.index.json").unlink()
+    refused("holds neither model.safetensors nor model.safetensors.index.json")
+    (folder / "config.json").write_text("{")
+    refused("config.json is no JSON")
+
+    name = "model.layers.1.mlp.up_proj.weight"
+    write(folder, LLAMA, tensors | {name: tensors[name].T.copy()})
+    refused(r"layers.1.mlp.up_proj.weight has shape \[24, 20\]; config.json asks for \[20, 24\]")
+    write(folder, LLAMA, tensors | {name: tensors[name].astype(np.int8)})
+    refused("layers.1.mlp.up_proj.weight is of type I8; save it as float32")
+    write(folder, LLAMA, {key: value for key, value in tensors.items() if key != name})
+    refused("layers.1.mlp.up_proj.weight is missing")
+    write(folder, LLAMA, tensors | {"score.weight": tensors[name]})
+    refused("score.weight is no part of the model")
+
+
+# --- tokenizers ----------------------------------------------------------------------------------
+
+CORPUS = ["low lower lowest new newer newest naïve café 北京\n\n  the end\n"] * 9
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+
+
+def byte_level():
+    """In the manner of GPT-2."""
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    made.train_from_iterator(CORPUS, trainer)
+    return json.loads(made.to_str())
+
+
+def byte_level_by_regex():
+    """In the manner of Llama 3, which cuts words by a pattern of its own."""
+    pattern = {"Regex": r" ?\p{L}+| ?\p{N}{1,3}|\s+(?!\S)|\s+| ?[^\s\p{L}\p{N}]+"}
+    cut = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
+    tree = byte_level()
+    tree["model"]["ignore_merges"] = True
+    tree["pre_tokenizer"] = {
+        "type": "Sequence",
+        "pretokenizers": [cut, tree["pre_tokenizer"] | {"use_regex": False}],
+    }
+    return tree
+
+
+def sentencepiece(metaspace):
+    """In the manner of Llama 2: a dummy space, and bytes for what has no token."""
+    model = tokenizers.models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    made = tokenizers.Tokenizer(model)
+    # Trained on words; how the dummy space comes before a text is set below.
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=330, special_tokens=["<unk>", "<s>", "</s>", *BYTES], show_progress=False
+    )
+    made.train_from_iterator(CORPUS, trainer)
+    tree = json.loads(made.to_str())
+    tree["added_tokens"] = tree["added_tokens"][:3]
+    if metaspace:
+        tree["pre_tokenizer"] |= {"prepend_scheme": "first", "split": False}
+    else:
+        tree["pre_tokenizer"] = None
+        space = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+        prefix = {"type": "Prepend", "prepend": "▁"}
+        tree["normalizer"] = {"type": "Sequence", "normalizers": [prefix, space]}
+    return tree
+
+
+STYLES = {
+    "bytes": byte_level,
+    "bytes by regex": byte_level_by_regex,
+    "sentencepiece": lambda: sentencepiece(metaspace=False),
+    "metaspace": lambda: sentencepiece(metaspace=True),
+}
+
+
+def save(folder, tree, special="<s>", **changes):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.json").write_text(json.dumps(tree))
+    c = {"vocab_size": 340, "bos_token_id": None, "eos_token_id": None} | changes
+    (folder / "config.json").write_text(json.dumps(c))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": special}))
+    return folder
+
+
+@pytest.fixture(scope="module", params=STYLES)
+def trained(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    special = "<|endoftext|>" if request.param.startswith("bytes") else "<s>"
+    return request.param, HfTokenizer.from_folder(save(folder, STYLES[request.param](), special))
+
+
+@pytest.mark.parametrize("text", [*TEXTS, "the <0x41> byte", "low newest lower"])
+def test_ids_stand_for_exactly_the_text(trained, text):
+    style, tokenizer = trained
+    if not style.startswith("bytes") and "▁" in text:
+        component = "pre_tokenizer .Metaspace" if style == "metaspace" else "normalizer .Replace"
+        with pytest.raises(ValueError, match=f"tokenizer.json: {component}.* changes the text at"):
+            tokenizer.encode(text)
+        return
+    ids = tokenizer.encode(text)
+    assert ids.dtype == np.int32
+    assert b"".join(tokenizer.token_bytes(ids)) == text.encode()
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.separator not in ids
+    n_bytes, _ = tokenizer.spans(ids)
+    assert n_bytes.sum() == len(text.encode())
+
+
+def test_words_of_the_corpus_are_tokens_of_their_own(trained):
+    """Otherwise bytes alone would pass the tests above."""
+    style, tokenizer = trained
+    assert tokenizer.token_bytes(tokenizer.encode(" lower newest")) == [b" lower", b" newest"]
+    pieces = tokenizer.token_bytes(tokenizer.encode("é\u20ac"))
+    assert pieces == [b"\xc3\xa9" if not style.startswith("bytes") else pieces[0], *pieces[1:]]
+    if not style.startswith("bytes"):
+        assert tokenizer.encode("\u20ac").tolist() == [3 + 0xE2, 3 + 0x82, 3 + 0xAC]
+
+
+def test_several_documents_are_encoded_as_each_alone(trained):
+    _, tokenizer = trained
+    together = tokenizer.encode_all(["low", "", "new lower \n"])
+    for ids, text in zip(together, ["low", "", "new lower \n"], strict=True):
+        np.testing.assert_array_equal(ids, tokenizer.encode(text))
+
+
+def test_tables_separator_and_padding(trained):
+    style, tokenizer = trained
+    assert tokenizer.separator == (0 if style.startswith("bytes") else 1)
+    assert tokenizer.vocab_size == 340
+    table = tokenizer.token_bytes(np.arange(340))
+    own = tokenizer._library.get_vocab_size()
+    assert own < 340 and table[own:] == [b""] * (340 - own)
+    special = [0] if style.startswith("bytes") else [0, 1, 2]
+    assert [i for i in range(own) if table[i] == b""] == special
+    assert len(set(table[len(special) : own])) > own - 60  # "a" is also <0x61>
+    assert {bytes((byte,)) for byte in range(256)} <= set(table)
+
+
+def test_the_ids_are_the_librarys_own(tmp_path):
+    tree = byte_level()
+    tree["pre_tokenizer"]["add_prefix_space"] = False
+    library = tokenizers.Tokenizer.from_str(json.dumps(tree))
+    tokenizer = HfTokenizer.from_folder(save(tmp_path, tree, "<|endoftext|>"))
+    for text in CORPUS[:1] + TEXTS[:9]:
+        assert tokenizer.encode(text).tolist() == library.encode(text).ids
+
+
+def test_files_of_older_versions(tmp_path):
+    """GPT-2's does not say of what type its model is; some cut, fill, frame or shake a text."""
+    tree = byte_level()
+    plain = HfTokenizer.from_folder(save(tmp_path / "a", tree, "<|endoftext|>"))
+    del tree["model"]["type"]
+    tree["model"]["dropout"] = 0.9
+    tree["truncation"] = {
+        "direction": "Right",
+        "max_length": 4,
+        "strategy": "LongestFirst",
+        "stride": 0,
+    }
+    tree["padding"] = {
+        "strategy": {"Fixed": 8},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 0,
+        "pad_type_id": 0,
+        "pad_token": "<|endoftext|>",
+    }
+    frame = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}
+    tree["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [frame, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": name, "type_id": 0}} for name in "AB"],
+        "special_tokens": {
+            "<|endoftext|>": {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}
+        },
+    }
+    library = tokenizers.Tokenizer.from_str(json.dumps(tree))
+    assert library.encode("low").ids[0] == 0 and len(library.encode(CORPUS[0]).ids) == 8
+    old = HfTokenizer.from_folder(save(tmp_path / "b", tree, "<|endoftext|>"))
+    for text in ("low", CORPUS[0]):
+        np.testing.assert_array_equal(old.encode(text), plain.encode(text))
+    assert old.content_hash != plain.content_hash
+
+
+def test_added_tokens_that_are_text(tmp_path):
+    tree = byte_level()
+    n = len(tree["model"]["vocab"])
+    token = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    tree["added_tokens"] += [
+        token | {"id": n, "content": "    ", "special": False},
+        token | {"id": n + 1, "content": "<é>", "special": False},
+        token | {"id": n + 2, "content": "<|pad|>", "special": True},
+    ]
+    tokenizer = HfTokenizer.from_folder(save(tmp_path / "a", tree, "<|endoftext|>"))
+    text = "a    <é> <|pad|>"
+    ids = tokenizer.encode(text)
+    assert n in ids and n + 1 in ids and n + 2 not in ids
+    assert tokenizer.decode(ids) == text
+    tree["added_tokens"][2]["lstrip"] = True
+    tokenizer = HfTokenizer.from_folder(save(tmp_path / "b", tree, "<|endoftext|>"))
+    with pytest.raises(ValueError, match="added_tokens, changes the text at character 1, ' <é>'"):
+        tokenizer.encode("a <é>")
+
+
+@pytest.mark.parametrize(
+    ("named", "config_ids", "expected"),
+    [
+        ({"bos_token": "<s>", "eos_token": "</s>"}, {}, 1),
+        ({"bos_token": {"content": "<s>"}, "eos_token": "</s>"}, {"bos_token_id": 0}, 1),
+        ({"bos_token": None, "eos_token": "</s>"}, {}, 2),
+        ({"bos_token": None, "eos_token": "</s>"}, {"bos_token_id": 1}, 1),
+        ({}, {"bos_token_id": 1, "eos_token_id": 2}, 1),
+        ({}, {"eos_token_id": [2, 0]}, 2),
+        (None, {"eos_token_id": 2}, 2),
+        ({}, {"bos_token_id": 339}, 339),
+        ({}, {}, "names no token that begins or ends a text"),
+        ({}, {"bos_token_id": 50256}, "separator 50256 is no special token"),
+        ({}, {"bos_token_id": 300}, "separator 300 is no special token"),
+    ],
+)
+def test_the_separator_begins_a_text_or_ends_it(tmp_path, named, config_ids, expected):
+    folder = save(tmp_path, sentencepiece(metaspace=True), **config_ids)
+    if named is None:
+        os.remove(folder / "tokenizer_config.json")
+    else:
+        (folder / "tokenizer_config.json").write_text(json.dumps(named))
+    if isinstance(expected, int):
+        assert HfTokenizer.from_folder(folder).separator == expected
+        return
+    with pytest.raises(ValueError, match=expected):
+        HfTokenizer.from_folder(folder)
+
+
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+CHANGED = {
+    "lower case": ("normalizer", {"type": "Lowercase"}, "New", r"normalizer \(Lowercase\)"),
+    "composed": (
+        "normalizer",
+        {"type": "Sequence", "normalizers": [{"type": "NFC"}]},
+        "e\u0301 low",
+        r"normalizer \(NFC\)",
+    ),
+    "split": (
+        "pre_tokenizer",
+        {
+            "type": "Sequence",
+            "pretokenizers": [
+                {"type": "WhitespaceSplit"},
+                BYTE_LEVEL | {"use_regex": False},
+            ],
+        },
+        "new low",
+        r"pre_tokenizer \(WhitespaceSplit, ByteLevel\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CHANGED)
+def test_a_changed_text_names_the_component(tmp_path, case):
+    part, value, text, component = CHANGED[case]
+    tokenizer = HfTokenizer.from_folder(
+        save(tmp_path, byte_level() | {part: value}, "<|endoftext|>")
+    )
+    unchanged = text.split()[-1].lower()
+    assert tokenizer.decode(tokenizer.encode(unchanged)) == unchanged
+    with pytest.raises(ValueError, match=f"tokenizer.json: {component} changes the text at char"):
+        tokenizer.encode(text)
+
+
+def test_characters_without_a_token(tmp_path):
+    tree = sentencepiece(metaspace=True)
+    tree["model"]["byte_fallback"] = False
+    tokenizer = HfTokenizer.from_folder(save(tmp_path, tree))
+    with pytest.raises(ValueError, match="tokenizer.json: model, .* at character 4, '\u20ac!'"):
+        tokenizer.encode("low \u20ac!")
+
+
+def test_tokenizers_of_another_kind_are_refused(tmp_path):
+    def refused(message, tree, **changes):
+        with pytest.raises(ValueError, match=message):
+            HfTokenizer.from_folder(save(tmp_path, tree, "<|endoftext|>", **changes))
+
+    tree = byte_level()
+    words = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}
+    refused("model is of type WordLevel; supported is BPE", tree | {"model": words})
+    affix = tree["model"] | {"end_of_word_suffix": "</w>"}
+    refused("model is of type BPE with affixes", tree | {"model": affix})
+    refused("neither ByteLevel nor Metaspace", tree | {"pre_tokenizer": {"type": "Whitespace"}})
+    last = len(tree["model"]["vocab"]) - 1
+    refused(f"token of id {last}, which vocab_size={last}", tree, vocab_size=last)
+    refused("vocab_size is None", tree, vocab_size=None)
+    refused("cannot be read by the tokenizers library", {"version": "1.0"}, bos_token_id=0)
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match="tokenizer.json is missing"):
+        HfTokenizer.from_folder(pathlib.Path(tmp_path))
