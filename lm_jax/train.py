@@ -91,7 +91,7 @@ def train_and_evaluate(cfg: Config, workdir: str | pathlib.Path) -> dict[str, An
             best = checkpoints.manifest(best=True)
             manifest |= {"best_loss": best["best_loss"], "best_position": best["best_position"]}
     else:
-        teaching = verify(teacher) if distilling else []
+        teaching = verify(teacher, cfg, store) if distilling else []
         preflight(cfg, store, workdir)
         state = jax.jit(init_state, out_shardings=shardings)(jax.random.key(cfg.seed))
         manifest = {"position": 0, "tokens": 0, "best_loss": None, "best_position": None}

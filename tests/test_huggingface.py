@@ -71,7 +71,7 @@ def llama_shapes(c):
     D, F, L = c["hidden_size"], c["intermediate_size"], c["num_hidden_layers"]
     C = D // c["num_attention_heads"]
     kv = c.get("num_key_value_heads", c["num_attention_heads"]) * C
-    yield "model.embed_tokens.weight", (V, D)
+    yield "model.embed_tokens.weight", (c["vocab_size"], D)
     for i in range(L):
         yield f"model.layers.{i}.input_layernorm.weight", (D,)
         yield f"model.layers.{i}.post_attention_layernorm.weight", (D,)
@@ -92,12 +92,12 @@ def llama_shapes(c):
             yield f"model.layers.{i}.self_attn.k_norm.weight", (C,)
     yield "model.norm.weight", (D,)
     if not c["tie_word_embeddings"]:
-        yield "lm_head.weight", (V, D)
+        yield "lm_head.weight", (c["vocab_size"], D)
 
 
 def gpt2_shapes(c):
     D, F = c["n_embd"], c.get("n_inner", 4 * c["n_embd"])
-    yield "transformer.wte.weight", (V, D)
+    yield "transformer.wte.weight", (c["vocab_size"], D)
     yield "transformer.wpe.weight", (c["n_positions"], D)
     for i in range(c["n_layer"]):
         for name, shape in (
@@ -113,7 +113,7 @@ def gpt2_shapes(c):
     yield "transformer.ln_f.weight", (D,)
     yield "transformer.ln_f.bias", (D,)
     if not c.get("tie_word_embeddings", True):
-        yield "lm_head.weight", (V, D)
+        yield "lm_head.weight", (c["vocab_size"], D)
 
 
 def random_tensors(c, seed=0, dtype=np.float32):

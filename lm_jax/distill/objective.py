@@ -10,7 +10,7 @@ from lm_jax.config import INSIDE, Config, ConfigError, Curve
 from lm_jax.distill import terms
 from lm_jax.distill.router import Router
 from lm_jax.distill.teachers import Reading
-from lm_jax.loss import Shifted
+from lm_jax.loss import Batch, Shifted, shift
 from lm_jax.models.transformer import Linear, Observed
 
 # Field of config.distill to the name under which the raw term is logged.
@@ -48,15 +48,24 @@ def schedule(cfg: Config, update: jax.typing.ArrayLike) -> dict[str, jax.Array]:
     return values
 
 
-def counts(b: Shifted, names: list[str]) -> dict[str, jax.Array]:
-    """What each term of a whole batch is divided by: tokens, or rows; at least 1."""
-    tokens = b.weights.sum()
+def counts(batch: Batch, names: list[str]) -> dict[str, jax.Array]:
+    """What each term of a whole batch is divided by: tokens, or rows; at least 1.
+
+    With another tokenizer the divergence counts aligned tokens, and terms on states those for which
+    the teacher has one.
+    """
+    b = shift(batch)
+    weights = taught = b.weights
+    if "aligned" in batch:
+        weights, taught = weights * (batch["teacher_place"] >= 0), weights * batch["aligned"]
     same_BT = b.segment_ids[:, 1:] == b.segment_ids[:, :-1]
     special = {
-        "contrastive": (b.weights.sum(1) > 0).sum(),
-        "routed_attention": (b.weights[:, 1:] * same_BT).sum(),
+        "kd": taught.sum(),
+        "lm": b.weights.sum(),
+        "contrastive": (weights.sum(1) > 0).sum(),
+        "routed_attention": (weights[:, 1:] * same_BT).sum(),
     }
-    return {name: jnp.maximum(special.get(name, tokens), 1) for name in names}
+    return {name: jnp.maximum(special.get(name, weights.sum()), 1) for name in names}
 
 
 def log(
@@ -145,6 +154,8 @@ class Auxiliary(nnx.Module):
         found: dict[str, jax.Array] = {}
         extra: dict[str, jax.Array] = {}
         x_BTE, inside, weights = reading.x_BTE, reading.inside, b.weights
+        if reading.there_BT is not None:
+            weights = weights * reading.there_BT
         x_BTD = x_BTD.astype(jnp.float32)
         if "contrastive" in now:
             nats, _, hits = terms.contrastive(self.contrastive(x_BTD), x_BTE, weights)

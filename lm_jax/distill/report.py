@@ -13,7 +13,7 @@ from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
-from lm_jax import config, evaluate, metrics, sharding
+from lm_jax import config, evaluate, metrics, sharding, step
 from lm_jax import loss as losses
 from lm_jax.config import Config
 from lm_jax.data import pipeline
@@ -53,25 +53,49 @@ def write(
     if cfg.distill.alone:
         alone = evaluate.open_run(pathlib.Path(cfg.distill.alone))
         scored.append(Scored("alone", [(alone.graphdef, alone.params)]))
-    scored += [Scored(name, [m]) for name, m in zip(teacher.names, members, strict=True)]
-    taught_by = teacher.names[0]
-    if len(members) > 1:
-        taught_by = "mean of the teachers"
-        scored.append(Scored(taught_by, members))
-    rows = score(cfg, run.store, split, scored, taught_by)
+    taught_by = teacher.names[0] if len(members) == 1 else "mean of the teachers"
+    if teacher.first_bytes is None:
+        scored += [Scored(name, [m]) for name, m in zip(teacher.names, members, strict=True)]
+        if len(members) > 1:
+            scored.append(Scored(taught_by, members))
+        rows = score(cfg, run.store, split, scored, taught_by)
+    else:
+        rows = score(cfg, run.store, split, scored, None)
+        rows[taught_by] = _in_its_own_tokens(teacher, split)
     result = {"split": split, "taught_by": taught_by, "models": rows}
     evaluate.write_json(workdir / "distillation.json", result)
     table = Table(title=f"{split}: agreement with and divergence from {taught_by}")
     for heading in ("", *next(iter(rows.values()))):
         table.add_column(heading.replace("_", " "), justify="right")
     for name, row in rows.items():
-        cells = (f"{x:,}" if isinstance(x, int) else f"{x:,.4f}" for x in row.values())
-        table.add_row(name, *cells)
+        table.add_row(name, *map(_cell, row.values()))
     Console().print(table)
     return result
 
 
-def score(cfg: Config, store: Store, split_name: str, all_scored: Sequence[Scored], taught_by: str):
+def _cell(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4f}"
+
+
+def _in_its_own_tokens(teacher: Teacher, split: str) -> dict[str, Any]:
+    """The row of a teacher with another tokenizer, of which tokens cannot be compared."""
+    run = teacher.runs[0]
+    eval_step = step.make_eval_step(run.cfg, run.graphdef, run.mesh)
+    found = evaluate.Evaluator(run.cfg, run.store, run.mesh, eval_step)(run.params, split)
+    row = {name: found[name] for name in ("bits_per_byte", "word_ppl", "loss")}
+    size = sum(x.size for x in jax.tree.leaves(run.params))
+    return row | {"agreement": None, "kl": None, "parameters": size, "tokens_per_second": None}
+
+
+def score(
+    cfg: Config,
+    store: Store,
+    split_name: str,
+    all_scored: Sequence[Scored],
+    taught_by: str | None,
+) -> dict[str, dict[str, Any]]:
     """Each model over a whole split, and against the one that taught.
 
     Args:
@@ -79,7 +103,7 @@ def score(cfg: Config, store: Store, split_name: str, all_scored: Sequence[Score
         store: its data.
         split_name: split to score.
         all_scored: models over the vocabulary of the store.
-        taught_by: name of the one that the others are compared with.
+        taught_by: name of the one that the others are compared with, if there is one.
 
     Returns:
         For each name `bits_per_byte`, `word_ppl`, `loss` (nats per token), `agreement` (share of
@@ -111,10 +135,10 @@ def score(cfg: Config, store: Store, split_name: str, all_scored: Sequence[Score
 
         def of_row(row: jax.Array) -> dict[str, jax.Array]:
             weights_T, target_T1 = b.weights[row], b.targets[row][:, None]
-            teacher_TV = log_p(parts[taught_by], row)
             sums = {}
             for s in all_scored:
                 mine_TV = log_p(parts[s.name], row)
+                teacher_TV = mine_TV if taught_by is None else log_p(parts[taught_by], row)
                 same_T = mine_TV.argmax(-1) == teacher_TV.argmax(-1)
                 kl_T = divergences.between(teacher_TV, mine_TV, "forward", 0.5)
                 nats_T = -jnp.take_along_axis(mine_TV, target_T1, axis=1)[:, 0]
@@ -149,8 +173,8 @@ def score(cfg: Config, store: Store, split_name: str, all_scored: Sequence[Score
 
         rows[s.name] = {
             **{name: found[name] for name in ("bits_per_byte", "word_ppl", "loss")},
-            "agreement": same / count,
-            "kl": kl / count,
+            "agreement": None if taught_by is None else same / count,
+            "kl": None if taught_by is None else kl / count,
             "parameters": sum(x.size for x in jax.tree.leaves(params[s.name])),
             "tokens_per_second": _speed(jax.jit(forward), params[s.name], batch),
         }

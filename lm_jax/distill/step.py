@@ -98,6 +98,7 @@ def make_objective(
             lm=now["lm"] / counts["lm"],
             support=d.support,  # type: ignore[arg-type]
             top_k=d.top_k,
+            groups=reading.groups,
             softcap=model.cfg.logit_softcap,
         )
         total = found.objective
@@ -130,7 +131,7 @@ def make_gradients(
         teacher_params: Any = teacher.params,
     ) -> tuple[jax.Array, jax.Array, Any, Metrics]:
         now = objective.schedule(cfg, update)
-        counts = objective.counts(losses.shift(batch), names)
+        counts = objective.counts(batch, names)
 
         def scaled(params: Any, rows: losses.Batch, key: jax.Array | None):
             total, sums = of_rows(params, rows, now, counts, key, teacher_params)
@@ -140,6 +141,8 @@ def make_gradients(
         grads, sums = step.accumulated(scaled, params, batch, key, cfg.optim.accumulation)
         grads = jax.tree.map(lambda g: g / loss_scale.astype(g.dtype), grads)
         logged = objective.log(cfg, sums, counts, now)
+        if "aligned" in batch:
+            logged["distill/aligned_fraction"] = counts["kd"] / counts["lm"]
         return sums["lm"], losses.shift(batch).weights.sum(), grads, logged
 
     return of_update

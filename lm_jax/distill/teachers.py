@@ -8,18 +8,23 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lm_jax import config, evaluate, step
+from lm_jax import config, evaluate, sharding, step
 from lm_jax.config import Config, ConfigError
+from lm_jax.data.hf_tokenizer import HfTokenizer
 from lm_jax.data.store import Store
-from lm_jax.distill import cache
+from lm_jax.distill import alignment, cache
+from lm_jax.distill.alignment import Aligner, Retokenised
 from lm_jax.kernels.divergences import Kept
-from lm_jax.kernels.linear_distillation import Member
+from lm_jax.kernels.linear_distillation import Groups, Member
 from lm_jax.loss import Batch, Shifted
+from lm_jax.models import huggingface
 
 TOLERANCE = 1e-3  # of a teacher's loss on another device or in another precision
+WHERE = "config.distill.teachers"
 
 
 class Reading(NamedTuple):
@@ -29,6 +34,8 @@ class Reading(NamedTuple):
     kept: Kept | None = None  # in place of members
     x_BTE: Any = None  # final states of a single teacher
     inside: Any = None  # what its layers compute, `Observed`
+    groups: Groups | None = None  # of ids, where the tokenizers differ
+    there_BT: Any = None  # 1 where a teacher with another tokenizer has a state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +50,7 @@ class Teacher:
     params: tuple[Any, ...]
     extend: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]] = dict  # of batches
     runs: tuple[evaluate.Run, ...] = ()  # where the models came from
+    first_bytes: tuple[Any, Any] | None = None  # of the ids of student and teacher, if they differ
 
     def read(
         self, params: tuple[Any, ...], batch: Batch, b: Shifted, dtype: Any, *, inside: bool
@@ -59,87 +67,112 @@ class Teacher:
         params = jax.lax.stop_gradient(params)
         if not self.models:
             return Reading([], Kept(batch["kept_ids"], batch["kept_log_p"]))
-        members, seen, x_BTE = [], None, None
+        inputs = b.inputs, b.segment_ids, b.positions
+        if self.first_bytes is not None:
+            inputs = (
+                batch["teacher_tokens"],
+                batch["teacher_segment_ids"],
+                batch["teacher_positions"],
+            )
+        members: list[Member] = []
+        seen: Any = None
+        x_BTE: Any = None
         for graphdef, leaves in zip(self.models, params, strict=True):
             model = nnx.merge(graphdef, leaves)
-            inputs = (b.inputs, b.segment_ids, b.positions)
             if inside:
                 x_BTE, seen = model.observed(*inputs, dtype=dtype)
             else:
                 x_BTE = model(*inputs, dtype=dtype)
             members.append(Member(x_BTE, model.head_VD(), model.cfg.logit_softcap))
-        return Reading(members, x_BTE=x_BTE, inside=seen)
+        if self.first_bytes is None:
+            return Reading(members, x_BTE=x_BTE, inside=seen)
+        place_BT1 = jnp.maximum(batch["teacher_place"], 0)[..., None]
+        x_BTE = jnp.take_along_axis(x_BTE, place_BT1, axis=1)
+        if inside:
+            seen = seen._replace(x_LBTD=jnp.take_along_axis(seen.x_LBTD, place_BT1[None], axis=2))
+        return Reading(
+            [members[0]._replace(x_BTE=x_BTE)],
+            x_BTE=x_BTE,
+            inside=seen,
+            groups=Groups(
+                jnp.asarray(self.first_bytes[0]),
+                jnp.asarray(self.first_bytes[1]),
+                alignment.BYTES,
+                batch["aligned"],
+            ),
+            there_BT=(batch["teacher_place"] >= 0).astype(jnp.float32),
+        )
 
 
 def open_teacher(cfg: Config, store: Store) -> Teacher:
     """The teacher of a resolved config.
 
     Raises:
-        ConfigError: if a teacher cannot teach this student: another tokenizer or corpus, fewer
-            positions, a cache of other windows.
+        ConfigError: if a teacher cannot teach this student: not there, fewer positions, another
+            tokenizer where the terms need the same, a cache of other windows.
     """
     if cfg.distill.cache:
         return Teacher((), (), (), cache.open_cache(cfg, store))
     names = tuple(name.strip() for name in cfg.distill.teachers.split(","))
-    runs = tuple(_open_run("teachers", name, cfg, store) for name in names)
-    if cfg.distill.alone:  # needed at the end only
-        _open_run("alone", cfg.distill.alone, cfg, store)
-    params = tuple(run.params for run in runs)
-    return Teacher(names, tuple(_as_read(run, cfg) for run in runs), params, runs=runs)
-
-
-def verify(teacher: Teacher) -> list[str]:
-    """Score each run that teaches on the valid split, once; lines to print.
-
-    Raises:
-        ConfigError: if a teacher's loss is not the one on its own record, or no better than that
-            of the frequencies of tokens.
-    """
-    lines = []
-    for name, run in zip(teacher.names, teacher.runs, strict=True):
-        eval_step = step.make_eval_step(run.cfg, run.graphdef, run.mesh)
-        result = evaluate.Evaluator(run.cfg, run.store, run.mesh, eval_step)(run.params, "valid")
-        loss, unigram = result["loss"], math.log(evaluate.references(run.store, "valid")["unigram"])
-        said, record = "has no record of it", pathlib.Path(name) / "eval_valid.json"
-        if record.exists():
-            recorded = json.loads(record.read_text())["loss"]
-            said = f"its record says {recorded:.4f}"
-            if not abs(loss - recorded) <= TOLERANCE * recorded:
-                raise ConfigError(
-                    f"config.distill.teachers: {name} has a valid loss of {loss:.4f}, but {record} "
-                    f"says {recorded:.4f}; restore the run."
-                )
-        if not loss < unigram:
+    runs = tuple(_open(name, cfg, store) for name in names)
+    models = tuple(_as_read(run, cfg) for run in runs)
+    teacher = Teacher(names, models, tuple(run.params for run in runs), runs=runs)
+    length = cfg.data.seq_len
+    others = [name for name, run in zip(names, runs, strict=True) if not _shares(run, store)]
+    if others:
+        aligner = _align(others[0], runs, cfg, store)
+        length = aligner.length
+        first = alignment.first_bytes(aligner.student), alignment.first_bytes(aligner.teacher)
+        teacher = dataclasses.replace(teacher, extend=aligner, first_bytes=first)
+    for name, run in zip(names, runs, strict=True):
+        if run.cfg.model.positions == "learned" and run.cfg.data.seq_len < length:
             raise ConfigError(
-                f"config.distill.teachers: {name} has a valid loss of {loss:.4f}, no better than "
-                f"the {unigram:.4f} of the frequencies of tokens; train it first."
+                f"{WHERE}: {name} has {run.cfg.data.seq_len} positions, but would read rows of "
+                f"{length}; lower config.data.seq_len."
             )
-        lines.append(
-            f"teacher {name}: valid loss {loss:.4f} ({said}), word ppl {result['word_ppl']:.2f}, "
-            f"bits per byte {result['bits_per_byte']:.4f}"
-        )
-    return lines
+    if cfg.distill.alone:  # needed at the end only
+        run = _open_run("config.distill.alone", cfg.distill.alone)
+        if not _shares(run, store):
+            raise ConfigError(
+                f"config.distill.alone: {cfg.distill.alone} has another tokenizer than this run; "
+                "give the same student's."
+            )
+    return teacher
 
 
-def _open_run(field: str, workdir: str, cfg: Config, store: Store) -> evaluate.Run:
-    """A run with the student's tokenizer, named in a field of `config.distill`."""
-    where = f"config.distill.{field}"
+def _shares(run: evaluate.Run, store: Store) -> bool:
+    """Whether a run has the tokenizer of a store."""
+    return run.store.tokenizer.content_hash == store.tokenizer.content_hash
+
+
+def _open(name: str, cfg: Config, store: Store) -> evaluate.Run:
+    """A run, or a Hugging Face checkpoint as if it were one."""
+    folder = pathlib.Path(name)
+    fields = folder / "config.json"
+    if not fields.exists() or "model_type" not in json.loads(fields.read_text()):
+        return _open_run(WHERE, name)
     try:
-        run = evaluate.open_run(pathlib.Path(workdir))
+        model, vocab_size, max_len, params = huggingface.load(folder)
+        tokenizer = HfTokenizer.from_folder(folder)
+    except ValueError as error:
+        raise ConfigError(f"{WHERE}: {error}") from error
+    how = config.from_dict(config.to_dict(cfg))
+    how.model, how.data.seq_len, how.eval.stride = model, max_len, max_len
+    if model.positions != "learned":  # any length is possible, and a shorter one costs less
+        how.data.seq_len = how.eval.stride = min(max_len, cfg.data.seq_len)
+    mesh = sharding.make_mesh(cfg.mesh.fsdp)
+    impl, _ = step.choose_attention(how)
+    graphdef, _ = step.create_model(how, vocab_size, impl)
+    params = jax.device_put(params, sharding.by_shape(mesh, params))
+    own = Retokenised(store.path, store.manifest, tokenizer, store)
+    return evaluate.Run(how, own, mesh, graphdef, params, 0)
+
+
+def _open_run(field: str, workdir: str) -> evaluate.Run:
+    try:
+        return evaluate.open_run(pathlib.Path(workdir))
     except FileNotFoundError as error:
-        raise ConfigError(f"{where}: {error}") from error
-    if run.store.tokenizer.content_hash != store.tokenizer.content_hash:
-        raise ConfigError(
-            f"{where}: {workdir} has another tokenizer ({run.cfg.tokenizer.kind} of "
-            f"{run.store.tokenizer.vocab_size} ids) than the student ({cfg.tokenizer.kind} of "
-            f"{store.tokenizer.vocab_size}); give a run of the same tokenizer."
-        )
-    if run.cfg.model.positions == "learned" and run.cfg.data.seq_len < cfg.data.seq_len:
-        raise ConfigError(
-            f"{where}: {workdir} has {run.cfg.data.seq_len} positions, fewer than "
-            f"config.data.seq_len={cfg.data.seq_len}; shorten the student's rows."
-        )
-    return run
+        raise ConfigError(f"{field}: {error}") from error
 
 
 def _as_read(run: evaluate.Run, cfg: Config) -> nnx.GraphDef:
@@ -152,3 +185,68 @@ def _as_read(run: evaluate.Run, cfg: Config) -> nnx.GraphDef:
     impl, _ = step.choose_attention(cfg)
     graphdef, _ = step.create_model(how, run.store.tokenizer.vocab_size, impl)
     return graphdef
+
+
+def _align(name: str, runs: tuple[evaluate.Run, ...], cfg: Config, store: Store) -> Aligner:
+    """What makes the rows of a teacher with another tokenizer."""
+    other = f"{WHERE}: {name} has another tokenizer than the student"
+    if len(runs) > 1:
+        raise ConfigError(f"{other}, so it cannot teach beside others; name it alone.")
+    if cfg.distill.support != "full" or not cfg.distill.attention.zero:
+        raise ConfigError(
+            f"{other}, so there are no common ids and no common attention maps; set "
+            "config.distill.support to full and config.distill.attention to 0."
+        )
+    limit = runs[0].cfg.data.seq_len if runs[0].cfg.model.positions == "learned" else None
+    teacher = runs[0].store.tokenizer
+    try:
+        return alignment.open_aligner(cfg, store, teacher, limit)
+    except ValueError as error:
+        raise ConfigError(f"{other}, and cannot be aligned: {error}") from error
+
+
+def verify(teacher: Teacher, cfg: Config, store: Store) -> list[str]:
+    """Score each model on the valid split, once, and say what share of tokens is aligned.
+
+    Returns:
+        Lines to print.
+
+    Raises:
+        ConfigError: if a teacher's loss is not the one on its own record, or no better than that
+            of the frequencies of tokens.
+    """
+    lines = []
+    for name, run in zip(teacher.names, teacher.runs, strict=True):
+        eval_step = step.make_eval_step(run.cfg, run.graphdef, run.mesh)
+        result = evaluate.Evaluator(run.cfg, run.store, run.mesh, eval_step)(run.params, "valid")
+        loss, said = result["loss"], "no record of it"
+        record = pathlib.Path(name) / "eval_valid.json"
+        if record.exists():
+            recorded = json.loads(record.read_text())["loss"]
+            said = f"on its record {recorded:.4f}"
+            if not abs(loss - recorded) <= TOLERANCE * recorded:
+                raise ConfigError(
+                    f"{WHERE}: {name} has a valid loss of {loss:.4f}, but {record} says "
+                    f"{recorded:.4f}; restore the run."
+                )
+        of_text = run.store.original if isinstance(run.store, Retokenised) else run.store
+        split = of_text.split("valid")
+        nats = len(split.tokens) * math.log(evaluate.references(of_text, "valid")["unigram"])
+        unigram = nats / split.bytes / math.log(2)
+        if not result["bits_per_byte"] < unigram:
+            raise ConfigError(
+                f"{WHERE}: {name} needs {result['bits_per_byte']:.4f} bits per byte of the valid "
+                f"split, no better than the {unigram:.4f} of the frequencies of tokens; "
+                "train it first."
+            )
+        lines.append(
+            f"teacher {name}: valid loss {loss:.4f} ({said}), word ppl {result['word_ppl']:.2f}, "
+            f"bits per byte {result['bits_per_byte']:.4f}"
+        )
+    if isinstance(teacher.extend, Aligner):
+        share = alignment.share(teacher.extend, cfg, store)
+        lines.append(
+            f"teacher {teacher.names[0]} has another tokenizer: {share:.1%} of the first windows' "
+            "tokens end where a teacher token ends, and there the next byte is taught"
+        )
+    return lines

@@ -15,6 +15,7 @@ from lm_jax.data import pipeline
 from lm_jax.data.store import Store
 from lm_jax.distill import objective, teachers
 from lm_jax.distill import step as distill_step
+from lm_jax.distill.alignment import BYTES
 from lm_jax.doctor.distillation import examine_distillation
 from lm_jax.doctor.findings import Report
 from lm_jax.kernels import divergences
@@ -37,6 +38,22 @@ def examine(cfg: Config, small: Config, store: Store) -> Report:
         ConfigError: if the teacher cannot teach this student.
     """
     return _Preflight(cfg, small, store).report()
+
+
+def _as_text(batch: dict[str, np.ndarray], teacher: teachers.Teacher) -> dict[str, np.ndarray]:
+    """The batch in bytes, for a teacher with another tokenizer: what it teaches are next bytes.
+
+    `tokens` becomes the first byte of each token, and what is not aligned is not scored;
+    `student_tokens` and `student_weights` keep what the step reads.
+    """
+    assert teacher.first_bytes is not None
+    aligned = np.pad(batch["aligned"], ((0, 0), (1, 0)))
+    return batch | {
+        "student_tokens": batch["tokens"],
+        "student_weights": batch["weights"],
+        "tokens": teacher.first_bytes[0][batch["tokens"]],
+        "weights": batch["weights"] * aligned,
+    }
 
 
 class _Preflight:
@@ -70,6 +87,8 @@ class _Preflight:
             extend=self.teacher.extend,
         )
         self.batch = {name: np.asarray(x[0]) for name, x in next(windows).items()}
+        self.aligned = self.teacher.first_bytes is not None
+        self.shown = _as_text(self.batch, self.teacher) if self.aligned else self.batch
 
     @property
     def taught(self) -> Any:
@@ -78,13 +97,19 @@ class _Preflight:
 
     def rows(self, batch: dict[str, Any], taught: Any) -> tuple[losses.Batch, Any]:
         """Batch and teacher parameters as the step takes them."""
+        if self.aligned:
+            own = {name: batch[f"student_{name}"] for name in ("tokens", "weights")}
+            return {**batch, **own}, taught
         if self.teacher.models:
             return batch, taught
-        return batch | {"kept_log_p": taught[0]}, ()
+        return {**batch, "kept_log_p": taught[0]}, ()
 
     @functools.cached_property
     def targets(self) -> Any:
-        """`(taught, batch) -> logits [B, T + 1, V]` as the step reads the teacher."""
+        """`(taught, batch) -> logits [B, T + 1, V]` as the step reads the teacher.
+
+        Of one with another tokenizer they are about the next byte, 0 where nothing is aligned.
+        """
         V = self.store.tokenizer.vocab_size
         temperature = self.cfg.distill.temperature.points()[0][1]
 
@@ -96,6 +121,10 @@ class _Preflight:
             if reading.kept is None:
                 members = [head_logits(m.x_BTE, m.head_UE, m.softcap) for m in reading.members]
                 z_BTV = divergences.mean_log_p(members, 1.0)
+                if reading.groups is not None:
+                    group, aligned_BT = reading.groups.teacher_U, reading.groups.aligned_BT
+                    z_BTV = jax.vmap(divergences.grouped, (0, None, None))(z_BTV, group, BYTES)
+                    z_BTV = jnp.where(aligned_BT[..., None] > 0, z_BTV, 0)
             else:
                 ids_BTk, log_p_BTj = reading.kept
                 others = V - ids_BTk.shape[-1]
@@ -107,6 +136,32 @@ class _Preflight:
             return jnp.pad(z_BTV, ((0, 0), (0, 1), (0, 0)))
 
         return logits
+
+    def other_suffix(self, batch: Any, cut: int) -> dict[str, Any]:
+        """The batch with other text, after a word that ends at token `cut` or later.
+
+        Inside a word the teacher's tokens before it would change as well: where one ends depends on
+        what follows, in the student's own tokens no less.
+        """
+        tokens = np.array(batch["student_tokens"])
+        changed = tokens.copy()
+        for row, source in enumerate(np.roll(tokens, 1, axis=0)):
+            a, b = self._word(tokens[row], cut), self._word(source, cut)
+            if a is not None and b is not None:
+                length = len(source) - max(a, b)
+                changed[row, a : a + length] = source[b : b + length]
+        own = {"tokens": changed, "weights": np.array(batch["student_weights"])}
+        rows = own | {"segment_ids": np.array(batch["segment_ids"])}
+        return _as_text(self.teacher.extend(rows), self.teacher)
+
+    def _word(self, tokens_T: np.ndarray, cut: int) -> int | None:
+        """The first token from `cut` on that begins with the space between two words."""
+        pieces = self.store.tokenizer.token_bytes(tokens_T)
+        for at in range(max(1, cut), len(pieces) - 1):
+            ahead = (pieces[at] + pieces[at + 1])[:2]
+            if ahead[:1] == b" " and ahead[1:].strip() and pieces[at - 1][-1:].strip():
+                return at
+        return None
 
     def alone(self, params: Any, tokens: jax.Array) -> jax.Array:
         """The teacher by itself on the batch's tokens, [B, T + 1, V]; the last logits are 0."""
@@ -130,7 +185,7 @@ class _Preflight:
         names = objective.used(self.small)
         now = objective.schedule(self.small, 0)
         now |= {name: jnp.zeros(()) for name in names} | {"kd": alpha, "lm": 1 - alpha}
-        counts = objective.counts(losses.shift(rows), names)
+        counts = objective.counts(rows, names)
         total, sums = self.of_rows(params, rows, now, counts, None, teacher_params)
         parts = {"kd_kl_t2": sums["kd"] / counts["kd"], "lm_ce": sums["lm"] / counts["lm"]}
         return total, parts
@@ -171,10 +226,20 @@ class _Preflight:
         for _ in range(CALLS):
             trained = step_fn(trained, None)
         evaluate_step = step.make_eval_step(cfg, self.graphdef)
-        references = evaluate.references(self.store, "valid")
+
+        def eval_fn(params: Any, taught: Any, batch: Any, update: int) -> dict[str, Any]:
+            rows, _ = self.rows(batch, taught)
+            found = evaluate_step(self.student(params), stripped(rows))
+            return {name: found[name] for name in ("nats", "count", "correct")}
+
         head_to_head: dict[str, Any] = {}
-        if self.teacher.models:
-            head_to_head["teacher_fn"] = jax.jit(self.alone)
+        if self.aligned:
+            head_to_head["suffix_fn"] = self.other_suffix
+        else:
+            unigram = evaluate.references(self.store, "valid")["unigram"]
+            head_to_head["unigram_nats"] = float(np.log(unigram))
+            if self.teacher.models:
+                head_to_head["teacher_fn"] = jax.jit(self.alone)
         if d.support != "full":
             head_to_head["topk_fn"] = jax.jit(
                 functools.partial(self.kd_fn, support=d.support), static_argnums=4
@@ -188,15 +253,11 @@ class _Preflight:
             topk_union=d.support == "union",
             teacher_params=self.taught,
             targets_fn=self.targets,
-            batch={name: jnp.asarray(x) for name, x in self.batch.items()},
-            unigram_nats=float(np.log(references["unigram"])),
+            batch={name: jnp.asarray(x) for name, x in self.shown.items()},
             compute_dtype=cfg.train.compute_dtype,
             student_params=init_state(jax.random.key(cfg.seed)).trained,
             objective_fn=jax.jit(self.objective),
-            eval_fn=lambda params, taught, batch, update: {
-                name: evaluate_step(self.student(params), stripped(batch))[name]
-                for name in ("nats", "count", "correct")
-            },
+            eval_fn=eval_fn,
             init_fn=lambda seed: init_state(jax.random.key(seed)),
             step_fn=step_fn,
             student_of=lambda state: state.params,

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from lm_jax import config, step
-from lm_jax import loss as losses
 from lm_jax.config import ConfigError, Curve
 from lm_jax.distill import objective
 from lm_jax.distill import step as distill_step
@@ -163,7 +162,7 @@ def test_no_gradient_reaches_a_teacher_and_it_stays_as_it_is():
     lab = Lab(**EVERYTHING | {"distill__layer": "0.4"})
     of_rows = distill_step.make_objective(lab.cfg, lab.graphdef, lab.auxiliary, lab.teacher)
     now = objective.schedule(lab.cfg, 8)
-    counts = objective.counts(losses.shift(lab.batch), objective.used(lab.cfg))
+    counts = objective.counts(lab.batch, objective.used(lab.cfg))
 
     def total(trained, taught):
         return of_rows(trained, lab.batch, now, counts, None, taught)[0]

@@ -1,0 +1,202 @@
+"""A teacher with another tokenizer reads the student's windows as text of its own tokens.
+
+Every position of the student gets the state of the last teacher token that ends at or before the
+end of its own token, never a later one. Where both end at the same byte, both models predict what
+follows the same text, and their probabilities of the next byte can be compared exactly.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+
+from lm_jax.config import Config
+from lm_jax.data.pipeline import Windows
+from lm_jax.data.store import Split, Store
+from lm_jax.data.tokenizers import Tokenizer
+
+BYTES = 256  # groups of ids: by their first byte
+WINDOWS = 64  # that are looked at beforehand
+Batch = dict[str, np.ndarray]
+
+
+def first_bytes(tokenizer: Tokenizer) -> np.ndarray:
+    """The first byte of each id, int32 [V]; `BYTES` for an id that stands for no text."""
+    pieces = tokenizer.token_bytes(np.arange(tokenizer.vocab_size))
+    return np.array([piece[0] if piece else BYTES for piece in pieces], np.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Aligner:
+    """Adds to batches what the teacher reads, and where its tokens end in the student's.
+
+    `teacher_tokens`, `teacher_segment_ids` and `teacher_positions`, int32 [..., U], are rows of the
+    teacher; `teacher_place`, int32 [..., T], the teacher's position for each of the student's, -1
+    where there is none yet; `aligned`, float32 [..., T], 1 where both tokens end at the same byte.
+    """
+
+    student: Tokenizer
+    teacher: Tokenizer
+    length: int  # U; text that needs more teacher tokens is cut off there
+
+    def __call__(self, batch: Batch) -> Batch:
+        """Align a batch of windows [..., T + 1]."""
+        tokens, segments = batch["tokens"], batch["segment_ids"]
+        width = tokens.shape[-1]
+        rows = zip(tokens.reshape(-1, width), segments.reshape(-1, width), strict=True)
+        made = [self.row(row[:-1], ids[:-1]) for row, ids in rows]
+        lead = tokens.shape[:-1]
+        return batch | {
+            name: np.stack([row[name] for row in made]).reshape(*lead, -1) for name in made[0]
+        }
+
+    def row(self, tokens_T: np.ndarray, segment_ids_T: np.ndarray) -> Batch:
+        """Align one row of inputs."""
+        ids: list[int] = []
+        segments: list[int] = []
+        positions: list[int] = []
+        place_T = np.full(len(tokens_T), -1, np.int32)
+        aligned_T = np.zeros(len(tokens_T), np.float32)
+        for first, end in _pieces(tokens_T, segment_ids_T, self.student.separator):
+            segment = int(segment_ids_T[first])
+            opened = tokens_T[first] == self.student.separator
+            if not segments or segments[-1] != segment:
+                position = 0
+            read, ends_T = self._read(tokens_T[first:end], opened)
+            start = len(ids)
+            ids += read.ids.tolist()
+            segments += [segment] * len(read.ids)
+            positions += range(position, position + len(read.ids))
+            position += len(read.ids)
+            # The last teacher token that ends at or before the student's.
+            last_T = np.searchsorted(read.ends, ends_T, side="right") - 1
+            found_T = last_T >= 0
+            place_T[first:end] = np.where(found_T, start + last_T, -1)
+            aligned_T[first:end] = found_T & (read.ends[last_T] == ends_T)
+        aligned_T[place_T >= self.length] = 0
+        place_T[place_T >= self.length] = -1
+        return {
+            "teacher_tokens": self._fixed(ids, self.teacher.separator),
+            "teacher_segment_ids": self._fixed(segments, 0),
+            "teacher_positions": self._fixed(positions, 0),
+            "teacher_place": place_T,
+            "aligned": aligned_T,
+        }
+
+    def _read(self, tokens: np.ndarray, opened: bool) -> tuple["_Read", np.ndarray]:
+        """A piece of one document as teacher tokens, and the byte at which each token ends."""
+        pieces = self.student.token_bytes(tokens)
+        text = b"".join(pieces)
+        ends_T = np.cumsum([len(piece) for piece in pieces])
+        skipped, text = _whole_characters(text)
+        ids = self.teacher.encode(text.decode("utf-8"))
+        ends = skipped + np.cumsum([len(p) for p in self.teacher.token_bytes(ids)], dtype=np.int64)
+        if opened:
+            ids = np.concatenate([[self.teacher.separator], ids])
+            ends = np.concatenate([[0], ends])
+        return _Read(ids, ends), ends_T
+
+    def _fixed(self, values: list[int], filling: int) -> np.ndarray:
+        values = values[: self.length]
+        return np.array(values + [filling] * (self.length - len(values)), np.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Read:
+    ids: np.ndarray
+    ends: np.ndarray  # bytes of the piece up to the end of each
+
+
+def _pieces(
+    tokens_T: np.ndarray, segment_ids_T: np.ndarray, separator: int
+) -> Iterator[tuple[int, int]]:
+    """(first, end) of each stretch of one document; it begins with the separator if that is there.
+
+    Padding is left out.
+    """
+    starts = (tokens_T == separator) & (segment_ids_T > 0)
+    starts[1:] |= segment_ids_T[1:] != segment_ids_T[:-1]
+    starts[0] = True
+    bounds = [*np.flatnonzero(starts), len(tokens_T)]
+    for first, end in zip(bounds[:-1], bounds[1:], strict=True):
+        if segment_ids_T[first] > 0:
+            yield int(first), int(end)
+
+
+def _whole_characters(text: bytes) -> tuple[int, bytes]:
+    """How many bytes of a cut character open the text, and the text without cut characters."""
+    first = 0
+    while first < len(text) and text[first] & 0xC0 == 0x80:
+        first += 1
+    last = len(text)
+    for back in range(1, min(4, last - first) + 1):
+        byte = text[-back]
+        if byte & 0xC0 == 0x80:
+            continue
+        needed = 1 + (byte >= 0xC0) + (byte >= 0xE0) + (byte >= 0xF0)
+        last = len(text) if needed <= back else len(text) - back
+        break
+    return first, text[first:last]
+
+
+@dataclasses.dataclass(frozen=True)
+class Retokenised(Store):
+    """The splits of a store in the ids of another tokenizer, in memory."""
+
+    original: Store
+
+    def split(self, name: str) -> Split:
+        """The split of that name.
+
+        Raises:
+            ValueError: if the ids do not tell its text.
+        """
+        split = self.original.split(name)
+        starts = itertools.pairwise(split.document_starts)
+        texts = [self.original.tokenizer.decode(split.tokens[a:b]) for a, b in starts]
+        if sum(len(text.encode()) for text in texts) != split.bytes:
+            raise ValueError(
+                f"The tokenizer of the student ({self.original.tokenizer.kind}) drops part of the "
+                "text; use config.tokenizer.kind=bpe."
+            )
+        documents = self.tokenizer.encode_all(texts)
+        ends = np.cumsum([0, *map(len, documents)])
+        return dataclasses.replace(
+            split,
+            tokens=np.concatenate(documents),
+            document_starts=ends,
+            separator=self.tokenizer.separator,
+        )
+
+
+def open_aligner(cfg: Config, store: Store, teacher: Tokenizer, limit: int | None) -> Aligner:
+    """An aligner whose rows hold the teacher's tokens of the first windows, and a tenth more.
+
+    Args:
+        cfg: resolved config of the student.
+        store: its data.
+        teacher: the teacher's tokenizer.
+        limit: most tokens that the teacher can read, if there is a limit.
+
+    Raises:
+        ValueError: if the student's ids do not tell the text, or the teacher changes it.
+    """
+    Retokenised(store.path, store.manifest, teacher, store).split("valid")
+    batch = _first_windows(cfg, store)
+    long = Aligner(store.tokenizer, teacher, 32 * cfg.data.seq_len)
+    needed = int(np.max((long(batch)["teacher_segment_ids"] > 0).sum(-1)))
+    length = 64 * -(-int(1.1 * needed) // 64)
+    return Aligner(store.tokenizer, teacher, min(length, limit or length))
+
+
+def share(aligner: Aligner, cfg: Config, store: Store) -> float:
+    """Share of the scored tokens of the first windows before which both tokenizers have a bound."""
+    batch = aligner(_first_windows(cfg, store))
+    weights = batch["weights"][:, 1:]
+    return float(np.average(batch["aligned"], weights=weights))
+
+
+def _first_windows(cfg: Config, store: Store) -> Batch:
+    windows = Windows(store.split("train"), cfg.data.seq_len, cfg.data.document_mask)
+    return windows.batch(np.arange(min(len(windows), WINDOWS)))

@@ -1,0 +1,139 @@
+"""Positions of a teacher with another tokenizer, against the definition."""
+
+import numpy as np
+import pytest
+
+from lm_jax.data.tokenizers import BpeTokenizer, ByteTokenizer, train_tokenizer
+from lm_jax.distill import alignment
+from lm_jax.distill.alignment import Aligner
+
+TEXTS = [
+    "the cat sat on the mat, and the other cat sat on the other mat",
+    "naïve café – “quoted” text, 漢字 and 🎈 balloons",
+    "a\n\n  b\tc",
+    "",
+    "the mat",
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizers():
+    return {
+        "byte": ByteTokenizer(),
+        "char": train_tokenizer("char", TEXTS, 0),
+        "small": BpeTokenizer.train(TEXTS * 3, 262),
+        "large": BpeTokenizer.train(TEXTS * 3, 300),
+    }
+
+
+def row(tokenizer, texts, document_mask=True):
+    """Tokens and segments of a stream of documents."""
+    tokens, segments = [], []
+    for i, text in enumerate(texts, 1):
+        ids = [tokenizer.separator, *tokenizer.encode(text)]
+        tokens += ids
+        segments += [i if document_mask else 1] * len(ids)
+    return np.array(tokens, np.int32), np.array(segments, np.int32)
+
+
+PAIRS = [
+    ("small", "large"),
+    ("large", "small"),
+    ("byte", "large"),
+    ("large", "byte"),
+    ("char", "small"),
+]
+
+
+@pytest.mark.parametrize("document_mask", [True, False])
+@pytest.mark.parametrize(("student", "teacher"), PAIRS)
+def test_never_later_and_exact_where_it_says_so(tokenizers, student, teacher, document_mask):
+    s, t = tokenizers[student], tokenizers[teacher]
+    tokens, segments = row(s, TEXTS, document_mask)
+    # A window may open and end inside a character.
+    some = len(tokens) // 3
+    for first, last in ((0, len(tokens)), (3, -2), (some, 2 * some), (some + 1, some + 12)):
+        window, ids = tokens[first:last], segments[first:last]
+        found = Aligner(s, t, 4 * len(tokens)).row(window, ids)
+        read = found["teacher_tokens"][found["teacher_segment_ids"] > 0]
+        documents = np.cumsum(window == s.separator)  # of each student position
+        theirs = np.cumsum(read == t.separator)
+
+        def until(tokenizer, sequence, numbers, at):
+            inside = (numbers == numbers[at]) & (np.arange(len(sequence)) <= at)
+            return b"".join(tokenizer.token_bytes(sequence[inside]))
+
+        for at in range(len(window)):
+            text = until(s, window, documents, at)
+            place = found["teacher_place"][at]
+            if place < 0:
+                assert not found["aligned"][at]
+                assert documents[at] == 0  # only a document whose start is outside the window
+                continue
+            assert theirs[place] == documents[at]
+            seen = until(t, read, theirs, place)
+            cut = (
+                0
+                if documents[at]
+                else next(n for n in range(4) if text[n:].startswith(seen[:1]) or not seen)
+            )
+            assert text[cut:].startswith(seen)
+            following = until(t, read, theirs, place + 1) if place + 1 < len(read) else b""
+            if place + 1 < len(read) and theirs[place + 1] == theirs[place]:
+                assert len(following) + cut > len(text)  # the last one that ends in time
+            assert found["aligned"][at] == (text[cut:] == seen)
+
+
+def test_positions_restart_with_segments_and_go_on_over_documents(tokenizers):
+    s, t = tokenizers["small"], tokenizers["large"]
+    for mask in (True, False):
+        tokens, segments = row(s, TEXTS, mask)
+        found = Aligner(s, t, 500).row(tokens, segments)
+        real = found["teacher_segment_ids"] > 0
+        starts = np.flatnonzero(np.diff(found["teacher_segment_ids"][real], prepend=0))
+        expected = np.arange(real.sum())
+        expected -= np.repeat(starts, np.diff([*starts, real.sum()]))
+        np.testing.assert_array_equal(found["teacher_positions"][real], expected)
+        assert len(starts) == (len(TEXTS) if mask else 1)
+
+
+def test_text_beyond_the_teachers_row_is_not_aligned(tokenizers):
+    s, t = tokenizers["large"], tokenizers["byte"]
+    tokens, segments = row(s, TEXTS[:1])
+    whole, cut = (Aligner(s, t, n).row(tokens, segments) for n in (200, 20))
+    assert len(cut["teacher_tokens"]) == 20
+    inside = whole["teacher_place"] < 20
+    np.testing.assert_array_equal(
+        cut["teacher_place"], np.where(inside, whole["teacher_place"], -1)
+    )
+    np.testing.assert_array_equal(cut["aligned"], whole["aligned"] * inside)
+    assert not inside.all()
+
+
+def test_equal_tokenizers_are_aligned_everywhere(tokenizers):
+    s = tokenizers["small"]
+    tokens, segments = row(s, TEXTS)
+    batch = {
+        "tokens": np.pad(tokens, (0, 1))[None, None],
+        "segment_ids": np.pad(segments, (0, 1))[None, None],
+    }
+    found = Aligner(s, s, len(tokens))(batch)
+    np.testing.assert_array_equal(found["teacher_tokens"][0, 0], tokens)
+    np.testing.assert_array_equal(found["teacher_place"][0, 0], np.arange(len(tokens)))
+    assert found["aligned"].shape == (1, 1, len(tokens)) and found["aligned"].all()
+
+
+def test_padding_is_no_text(tokenizers):
+    s, t = tokenizers["small"], tokenizers["large"]
+    tokens, segments = (np.pad(a, (4, 7)) for a in row(s, TEXTS[:1]))
+    found = Aligner(s, t, 200).row(tokens, segments)
+    outside = segments == 0
+    assert (found["teacher_place"][outside] == -1).all() and not found["aligned"][outside].any()
+    assert found["aligned"][~outside].any()
+
+
+def test_first_bytes(tokenizers):
+    groups = alignment.first_bytes(tokenizers["large"])
+    assert groups[0] == alignment.BYTES
+    pieces = tokenizers["large"].token_bytes(np.arange(1, len(groups)))
+    np.testing.assert_array_equal(groups[1:], [piece[0] for piece in pieces])

@@ -1,0 +1,180 @@
+"""A teacher with another tokenizer: what is compared, the loop, and what is refused."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from scipy.special import log_softmax, logsumexp
+
+from lm_jax import config, evaluate, train
+from lm_jax import loss as losses
+from lm_jax.config import ConfigError
+from lm_jax.data import pipeline
+from lm_jax.distill import alignment, teachers
+from lm_jax.doctor import examine_config
+from lm_jax.kernels import divergences
+from tests.distill.test_step import EVERYTHING
+from tests.test_huggingface import GPT2, LLAMA, byte_level, random_tensors, save, write
+from tests.test_train import rows, small, text  # noqa: F401
+
+
+def student(text, **changes):  # noqa: F811
+    base = dict(
+        model__dropout=0.0,
+        model__d_model=8,
+        train__steps="8",
+        train__eval_every="8",
+        distill__kd="0.5",
+    )
+    return small(text, **base | changes)
+
+
+@pytest.fixture(scope="module")
+def teacher(text, tmp_path_factory):  # noqa: F811
+    """A run with byte-pair encoding."""
+    workdir = tmp_path_factory.mktemp("teacher")
+    cfg = small(
+        text,
+        tokenizer__kind="bpe",
+        tokenizer__vocab_size=275,
+        model__layers=3,
+        model__dropout=0.0,
+        optim__peak_lr=1e-2,
+        model__d_model=32,
+        data__batch_size=16,
+        train__steps="120",
+        train__eval_every="120",
+    )
+    train.train_and_evaluate(cfg, workdir)
+    return str(workdir)
+
+
+def opened(text, **changes):  # noqa: F811
+    """Resolved config, store, teacher and a batch of the student's."""
+    cfg = student(text, **changes)
+    store = evaluate.open_data(config.validate(cfg))
+    windows = pipeline.count_windows(store.split("train"), cfg.data.seq_len, False)
+    cfg = config.resolve(cfg, windows=windows)
+    taught = teachers.open_teacher(cfg, store)
+    batch = pipeline.Windows(store.split("train"), cfg.data.seq_len, True).batch(np.arange(4))
+    return cfg, store, taught, taught.extend(batch)
+
+
+def test_the_divergence_is_that_of_next_bytes(text, teacher):  # noqa: F811
+    cfg, store, taught, batch = opened(text, distill__teachers=teacher)
+    b = losses.shift(jax.tree.map(jnp.asarray, batch))
+    reading = taught.read(taught.params, batch, b, jnp.float32, inside=False)
+    assert 0.2 < batch["aligned"].mean() < 1
+    model = nnx.merge(taught.models[0], taught.params[0])
+    ids, segments, positions = (
+        jnp.asarray(batch[f"teacher_{n}"]) for n in ("tokens", "segment_ids", "positions")
+    )
+    states = model(ids, segments, positions)
+    own = taught.runs[0].store.tokenizer
+    log_p = log_softmax(np.float64(model.logits(states)), -1)
+    first = [piece[:1] for piece in own.token_bytes(np.arange(own.vocab_size))]
+    values = sorted({piece for piece in first if piece})
+    by_byte = np.stack(
+        [logsumexp(log_p[..., [f == value for f in first]], axis=-1) for value in values], -1
+    )
+    by_byte -= logsumexp(by_byte, axis=-1, keepdims=True)
+    groups = reading.groups
+    assert groups is not None
+    z = model.logits(reading.members[0].x_BTE)
+    found = jax.vmap(divergences.grouped, (0, None, None))(
+        jax.nn.log_softmax(z), groups.teacher_U, groups.number
+    )
+    for row, at in np.argwhere(batch["aligned"] > 0):
+        place = batch["teacher_place"][row, at]
+        mine = found[row, at, [value[0] for value in values]]
+        np.testing.assert_allclose(mine, by_byte[row, place], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(np.exp(found).sum(-1), 1, rtol=1e-5)
+
+
+def test_a_run_learns_from_it(text, teacher, tmp_path, capsys):  # noqa: F811
+    terms = {n: x for n, x in EVERYTHING.items() if n not in ("distill__attention",)}
+    cfg = student(text, model__layers=2, distill__teachers=teacher, **terms)
+    train.train_and_evaluate(cfg, tmp_path)
+    assert "has another tokenizer: " in capsys.readouterr().out
+    logged = [row for row in rows(tmp_path) if "train/loss" in row]
+    assert all(0.2 < row["distill/aligned_fraction"] < 1 for row in logged)
+    for row in logged:
+        weighted = sum(x for name, x in row.items() if name.startswith("distill/weighted/"))
+        assert weighted == pytest.approx(row["distill/objective"], rel=1e-5)
+    report = json.loads((tmp_path / "distillation.json").read_text())
+    recorded = json.loads((tmp_path / "eval_test.json").read_text())
+    assert report["models"]["distilled"]["loss"] == pytest.approx(recorded["loss"], rel=1e-5)
+    assert report["models"]["distilled"]["kl"] is None
+    assert report["models"][teacher]["bits_per_byte"] < recorded["bits_per_byte"]
+
+
+@pytest.mark.slow
+def test_the_preflight_is_in_order(text, teacher):  # noqa: F811
+    cfg = student(text, distill__teachers=teacher, data__seq_len=64, data__batch_size=32)
+    report = examine_config(cfg, level="fast")
+    found = {f.check: f.status for f in report if f.check.startswith("distill.")}
+    assert set(found.values()) <= {"pass", "skip"}, report
+    skipped = {name.removeprefix("distill.") for name, status in found.items() if status == "skip"}
+    assert skipped == {"subset", "alignment", "contrastive"}
+
+
+def test_the_preflight_sees_a_state_of_later_text(text, teacher, monkeypatch):  # noqa: F811
+    row = alignment.Aligner.row
+
+    def later(self, tokens_T, segment_ids_T):
+        made = row(self, tokens_T, segment_ids_T)
+        there = made["teacher_place"] >= 0
+        return made | {"teacher_place": made["teacher_place"] + there.astype(np.int32)}
+
+    monkeypatch.setattr(alignment.Aligner, "row", later)
+    cfg = student(text, distill__teachers=teacher)
+    assert "distill.future" in examine_config(cfg, level="fast").failed
+
+
+def test_a_hugging_face_checkpoint_is_read(text, tmp_path):  # noqa: F811
+    for name, fields in (("llama", LLAMA), ("gpt2", GPT2)):
+        c = fields | {"vocab_size": 320, "max_position_embeddings": 64, "n_positions": 64}
+        folder = tmp_path / name
+        save(folder, byte_level(), special="<|endoftext|>")
+        write(folder, c, random_tensors(c))
+        cfg, store, taught, batch = opened(text, distill__teachers=str(folder))
+        assert batch["teacher_tokens"].shape[-1] == taught.extend.length <= 64
+        b = losses.shift(jax.tree.map(jnp.asarray, batch))
+        reading = taught.read(taught.params, batch, b, jnp.float32, inside=True)
+        assert np.isfinite(reading.x_BTE).all()
+        # It was never trained, and is not taken for a teacher.
+        with pytest.raises(ConfigError, match="bits per byte .* no better than"):
+            teachers.verify(taught, cfg, store)
+
+
+def test_its_loss_is_that_of_the_whole_text(text, teacher):  # noqa: F811
+    """Retokenised in memory or prepared on disk, a split has the same bits per byte."""
+    cfg, store, taught, _ = opened(text, distill__teachers=teacher)
+    run = taught.runs[0]
+    again = alignment.Retokenised(store.path, store.manifest, run.store.tokenizer, store)
+    for name in ("valid", "test"):
+        one, other = run.store.split(name), again.split(name)
+        np.testing.assert_array_equal(one.tokens, other.tokens)
+        np.testing.assert_array_equal(one.document_starts, other.document_starts)
+        assert (one.bytes, one.words) == (other.bytes, other.words)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (dict(distill__attention="1"), "has another tokenizer .* common attention maps"),
+        (dict(distill__support="union", distill__top_k=3), "has another tokenizer .* common ids"),
+        (dict(tokenizer__kind="word"), "cannot be aligned: .*drops part of the text"),
+    ],
+)
+def test_what_needs_one_tokenizer_is_refused(text, teacher, changes, said):  # noqa: F811
+    with pytest.raises(ConfigError, match=f"config.distill.teachers: .*{said}"):
+        opened(text, distill__teachers=teacher, **changes)
+
+
+def test_it_cannot_teach_beside_another(text, teacher):  # noqa: F811
+    with pytest.raises(ConfigError, match="cannot teach beside others"):
+        opened(text, distill__teachers=f"{teacher},{teacher}")
