@@ -94,6 +94,8 @@ def linear_distillation(
     taught: Any = tuple(m.x_BTE for m in members) or teacher
     heads = tuple(chunks.operand(m.head_UE, m.x_BTE.dtype) for m in members)
 
+    usual = len(members) == 1 and kind == "forward" and support == "full" and groups is None
+
     def score(z_NV: jax.Array, weights_N: jax.Array, rows, shared):
         taught, target_N, aligned_N = rows
         temperature, kd, lm, heads, of_ids = shared
@@ -105,6 +107,8 @@ def linear_distillation(
                 ].astype(z_NV.dtype)
                 for x_NE, head, m in zip(taught, heads, members, strict=True)
             ]
+            if usual:
+                return _forward_kl(z_NV, logits[0], target_N, weights_N, temperature, kd, lm)
             log_p = divergences.mean_log_p(logits, temperature)
             if groups is not None:
                 log_p = divergences.grouped(log_p, of_ids[1], groups.number)
@@ -144,6 +148,35 @@ def linear_distillation(
             (*scalars, heads, of_ids),
         )
     )
+
+
+def _forward_kl(z_NV, y_NV, target_N, weights_N, temperature, kd, lm):
+    """Values and gradient of the usual case, by hand: in three quarters of the time.
+
+    With p and q the softmax of the teacher's y / T and of z / T, and q1 that of z, the gradient is
+    kd T (q - p) + lm (q1 - one-hot).
+    """
+    top_y_N, top_z_N = y_NV.max(1), z_NV.max(1)
+    p_NV = jnp.exp((y_NV - top_y_N[:, None]) / temperature)
+    q_NV = jnp.exp((z_NV - top_z_N[:, None]) / temperature)
+    sum_p_N, sum_q_N = p_NV.sum(1), q_NV.sum(1)
+    # Differences of logits from their maxima, so that large ones cancel nothing.
+    apart_NV = (y_NV - top_y_N[:, None]) - (z_NV - top_z_N[:, None])
+    divergence_N = (p_NV * apart_NV).sum(1) / (sum_p_N * temperature)
+    divergence_N += jnp.log(sum_q_N) - jnp.log(sum_p_N)
+    scale_N = weights_N * kd * temperature
+    dz_NV = q_NV * (scale_N / sum_q_N)[:, None] - p_NV * (scale_N / sum_p_N)[:, None]
+    objective_N = kd * temperature**2 * divergence_N
+    nats_N = correct_N = jnp.zeros_like(divergence_N)
+    if target_N is not None:
+        target_N1, picked_N, _, lse_N = pick(z_NV, target_N, weights_N)
+        nats_N, correct_N = lse_N - picked_N, picked_N >= top_z_N
+        objective_N += lm * nats_N
+        share_N1 = (weights_N * lm)[:, None]
+        is_target_NV = jnp.arange(z_NV.shape[1])[None] == target_N1
+        dz_NV += jnp.exp(z_NV - lse_N[:, None]) * share_N1 - jnp.where(is_target_NV, share_N1, 0)
+    values = objective_N, divergence_N, nats_N, jnp.ones_like(nats_N), correct_N
+    return tuple(weights_N * value_N for value_N in values), dz_NV
 
 
 def _check(V, teacher, kind, temperature, beta, support, top_k, groups) -> None:

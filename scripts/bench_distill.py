@@ -1,0 +1,126 @@
+"""Step time of a distillation over that of its parts: teacher forward and student step.
+
+    python scripts/bench_distill.py [--json=scripts/results/bench_distill_cpu.json]
+
+The models and rows of `configs/distill.py`, random tokens, float32. The parts are the evaluation
+step of the teacher (forward pass and head, each token's nats) and the plain train step of the
+student; all take turns in one process. The temporary memory of the compiled distillation is told
+beside the size of one array of logits, of which the step holds none.
+"""
+
+import argparse
+import functools
+import json
+import pathlib
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from benchmark import machine, take_turns
+
+from lm_jax import config, step
+from lm_jax.config import Config
+from lm_jax.distill import step as distill_step
+from lm_jax.distill.teachers import Teacher
+from lm_jax.flags import load_module
+from lm_jax.main import keep_freed_memory
+
+ROOT = pathlib.Path(__file__).parents[1]
+V = 8192
+CASES: dict[str, dict[str, Any]] = {
+    "divergence and cross-entropy": {},
+    "temperature 1": {"distill__temperature": "1"},
+    "reverse": {"distill__kind": "reverse"},
+    "union of 64": {"distill__support": "union", "distill__top_k": 64},
+    "final states too": {"distill__feature": "0.1"},
+    "attention maps of the last layer too": {"distill__attention": "0.1"},
+}
+
+
+class Peer:
+    """A function called again and again; it may return what it needs the next time."""
+
+    def __init__(self, call: Callable[[Any], tuple[Any, Any]], state: Any):
+        """Compile it: `call(state) -> (state, what to wait for)`."""
+        self.call, self.state = call, state
+        self.seconds(1)
+
+    def seconds(self, runs: int) -> float:
+        """Wall time of so many calls."""
+        began = time.perf_counter()
+        for _ in range(runs):
+            self.state, result = self.call(self.state)
+        jax.block_until_ready(result)
+        return time.perf_counter() - began
+
+
+def _call(steps: Callable[[Any, Any], Any], batches: Any, state: Any) -> Any:
+    return steps(state, batches)
+
+
+def resolved(arm: str, **changes: Any) -> Config:
+    """An arm of the study."""
+    cfg = load_module(ROOT / "configs" / "distill.py").get_config(arm)
+    return config.resolve(config.replace(cfg, **changes), windows=10_000)
+
+
+def main() -> None:
+    """Time all cases and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--turns", type=int, default=9)
+    parser.add_argument("--json", type=pathlib.Path, help="where to write all numbers")
+    args = parser.parse_args()
+    keep_freed_memory()
+    results: dict[str, Any] = machine()
+
+    large, small = resolved("teacher"), resolved("alone")
+    B, T = small.data.batch_size, small.data.seq_len
+    tokens = np.random.default_rng(0).integers(1, V, (B, T + 1)).astype(np.int32)
+    ones = np.ones_like(tokens)
+    batch = {"tokens": tokens, "segment_ids": ones, "weights": ones.astype(np.float32)}
+    batch = jax.device_put(batch)
+    stacked = jax.tree.map(lambda x: x[None], batch)
+    impl, _ = step.choose_attention(small)
+    graphdef, init = step.create_model(large, V, impl)
+    params = jax.jit(init)(jax.random.key(1))
+    teacher = Teacher(("teacher",), (graphdef,), (params,))
+    evaluate = step.make_eval_step(large, graphdef)
+    graphdef, init = step.create_model(small, V, impl)
+    key = jax.random.key(0)
+    plain = step.make_train_step(small, graphdef)
+
+    def fresh(cfg: Config) -> step.TrainState:
+        return jax.jit(lambda key: step.init_state(cfg, init(key)))(key)
+
+    peers = {
+        "teacher forward": Peer(lambda state: (state, evaluate(params, batch)), None),
+        "student step": Peer(functools.partial(_call, plain, stacked), fresh(small)),
+    }
+    for name, changes in CASES.items():
+        cfg = resolved("distilled", **changes)
+        auxiliary, init_aux = distill_step.create_auxiliary(cfg, graphdef, init, teacher)
+        steps = distill_step.make_train_step(cfg, graphdef, auxiliary, teacher)
+        state = fresh(cfg)._replace(aux=init_aux(key))
+        compiled = jax.jit(steps).lower(state, stacked).compile()
+        memory = compiled.memory_analysis().temp_size_in_bytes  # type: ignore[union-attr]
+        results[name] = {"temporary_mib": memory / 2**20}
+        peers[name] = Peer(functools.partial(_call, steps, stacked), state)
+    for name, ms in take_turns(peers, args.turns).items():
+        results.setdefault(name, {})["step_ms"] = ms
+    parts = [statistics.median(results[n]["step_ms"]) for n in ("teacher forward", "student step")]
+    logits = 4 * B * T * V / 2**20
+    print(f"teacher forward {parts[0]:.0f} ms, student step {parts[1]:.0f} ms")
+    print(f"one array of logits: {logits:.0f} MiB")
+    for name in CASES:
+        ratio = statistics.median(results[name]["step_ms"]) / sum(parts)
+        results[name]["over_parts"] = ratio
+        print(f"{name:38} {ratio:.2f}x; {results[name]['temporary_mib']:.0f} MiB temporary")
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
