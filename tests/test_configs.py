@@ -13,6 +13,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("*.py"))
 # Name: (vocabulary with the separator, millions of parameters).
 SIZES = {
+    "distill": (8192, None),
     "gpt_demo": (2000, None),
     "gpt2_124m": (50_257, 124.439808),
     "musota": (8192, 1.8),

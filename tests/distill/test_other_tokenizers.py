@@ -20,6 +20,8 @@ from tests.distill.test_step import EVERYTHING
 from tests.test_huggingface import GPT2, LLAMA, byte_level, random_tensors, save, write
 from tests.test_train import rows, small, text  # noqa: F401
 
+pytestmark = pytest.mark.slow
+
 
 def student(text, **changes):  # noqa: F811
     base = dict(
@@ -111,7 +113,6 @@ def test_a_run_learns_from_it(text, teacher, tmp_path, capsys):  # noqa: F811
     assert report["models"][teacher]["bits_per_byte"] < recorded["bits_per_byte"]
 
 
-@pytest.mark.slow
 def test_the_preflight_is_in_order(text, teacher):  # noqa: F811
     cfg = student(text, distill__teachers=teacher, data__seq_len=64, data__batch_size=32)
     report = examine_config(cfg, level="fast")

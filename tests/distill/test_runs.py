@@ -18,6 +18,7 @@ from tests.test_train import StopAfter, final_state, rows, small, text  # noqa: 
 
 ROOT = pathlib.Path(__file__).parents[2]
 CACHED = dict(distill__support="top_k", distill__top_k=5, distill__temperature="2")
+pytestmark = pytest.mark.slow
 
 
 def student(text, **changes):  # noqa: F811
@@ -187,7 +188,6 @@ def test_a_teacher_that_knows_nothing_is_refused(text, tmp_path):  # noqa: F811
         train.train_and_evaluate(cfg, tmp_path / "run")
 
 
-@pytest.mark.slow
 def test_the_preflight_is_in_order(distilled, text, runs):  # noqa: F811
     cfg = config.replace(distilled[0], doctor="fast", data__batch_size=32)
     report = examine_config(cfg, level="fast")

@@ -13,6 +13,7 @@ from lm_jax.distill import objective
 from lm_jax.distill import step as distill_step
 from lm_jax.distill.teachers import Teacher
 from tests.helpers import random_batch, randomise, tiny_config
+from tests.test_linear_loss import equations
 
 V, STEPS = 29, 11
 EVERYTHING = {
@@ -279,3 +280,21 @@ def test_what_cannot_be_is_refused_by_name(changes, said):
 def test_more_layers_than_there_are(changes, said):
     with pytest.raises(ConfigError, match=said):
         Lab(**changes)
+
+
+def test_no_array_holds_the_logits_of_all_tokens():
+    """Of neither model, in the whole step with its gradient."""
+    cfg = student_config(data__batch_size=8, data__seq_len=256)
+    vocabulary, tokens = 1000, 8 * 256
+    graphdef, init = step.create_model(cfg, vocabulary, "blockwise")
+    taught, init_teacher = step.create_model(
+        config.replace(cfg, distill__teachers="", distill__temperature="2"), vocabulary, "blockwise"
+    )
+    teacher = Teacher(("toy",), (taught,), (init_teacher(jax.random.key(1)),))
+    steps = distill_step.make_train_step(cfg, graphdef, None, teacher)
+    state = step.init_state(cfg, init(jax.random.key(0)))
+    batch = random_batch(np.random.default_rng(0), (1, 8, 257), vocabulary)
+    traced = jax.make_jaxpr(steps)(state, batch)
+    sizes = [v.aval.size for _, eqn in equations(traced.jaxpr) for v in eqn.outvars]
+    assert max(sizes) < tokens * vocabulary
+    assert max(sizes) >= 1024 * vocabulary  # the chunk, so that the test sees what it must
