@@ -5,6 +5,7 @@ of a run and writes `eval_<split>.json` and, document by document, `documents_<s
 """
 
 import argparse
+import contextlib
 import dataclasses
 import fcntl
 import itertools
@@ -12,7 +13,9 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Callable
+import platform
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -215,8 +218,7 @@ def open_data(cfg: Config) -> Store:
     data = cfg.data
     cache_dir = pathlib.Path(data.cache_dir).expanduser()
     cache_dir.mkdir(parents=True, exist_ok=True)
-    with (cache_dir / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with _locked(cache_dir / "lock"):
         corpus = corpora.open_corpus(
             data.corpus,
             source_dir=data.source_dir,
@@ -239,6 +241,23 @@ def open_data(cfg: Config) -> Store:
     for name in ["valid", *config.eval_splits(cfg, store.manifest["splits"])]:
         store.split(name)
     return store
+
+
+@contextlib.contextmanager
+def _locked(path: pathlib.Path) -> Iterator[None]:
+    """Holds the lock of a cache; who must wait for it says so, and for whom."""
+    with path.open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            holder = lock.read() or "another process"
+            print(f"waiting until {holder} has prepared its data in {path.parent}", file=sys.stderr)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {platform.node()}")
+        lock.flush()
+        yield
 
 
 def open_run(workdir: pathlib.Path, *, best: bool = True) -> Run:

@@ -296,6 +296,7 @@ def kill_and_resume(path: pathlib.Path, folder: pathlib.Path) -> dict[str, Any]:
     whole = run("prepare", **options, workers=1, cache_dir=str(folder / "whole"))
     process = start("prepare", {**options, "workers": 2, "cache_dir": str(folder / "killed")})
     while not finished_parts(folder / "killed"):
+        assert process.poll() is None, "the preparation ended before it had a part"
         time.sleep(0.01)
     process.kill()
     process.wait()

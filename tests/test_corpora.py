@@ -4,12 +4,13 @@ import json
 import pickle
 import re
 import zipfile
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from lm_jax.data import shards
+from lm_jax.data import corpora, shards, store
 from lm_jax.data.corpora import open_corpus
 from lm_jax.data.synthetic import MarkovSource
 from tests.helpers import shared_data
@@ -86,6 +87,25 @@ def test_another_source_never_reuses_the_prepared_data(tmp_path):
     (tmp_path / "two" / "wiki.valid.tokens").write_text(ARTICLE.format("Third", "text"))
     edited_in_place = _open(tmp_path, "wikitext2", source_dir=changed)
     assert _documents(edited_in_place)["valid"] == [ARTICLE.format("Third", "text")]
+
+
+def test_a_wikitext_file_that_changes_while_it_is_prepared_leaves_nothing(tmp_path, monkeypatch):
+    source = _wikitext_files(tmp_path / "s")
+    prepare = corpora._prepare
+
+    def change_then(builder, manual_dir):
+        (manual_dir / "wiki.valid.tokens").write_text(ARTICLE.format("Other", "text, and longer"))
+        prepare(builder, manual_dir)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(corpora, "_prepare", change_then)
+        with pytest.raises(
+            ValueError, match=r"wiki\.valid\.tokens has changed since it was hashed"
+        ):
+            _open(tmp_path, "wikitext2", source_dir=source)
+    assert list((tmp_path / "cache" / "tfds").iterdir()) == []
+    now = _documents(_open(tmp_path, "wikitext2", source_dir=source))
+    assert now["valid"] == [ARTICLE.format("Other", "text, and longer")]
 
 
 def test_wikitext_source_must_be_whole(tmp_path):
@@ -235,6 +255,75 @@ def test_the_fingerprint_follows_content_and_division(tmp_path):
     assert _open(tmp_path, **base).fingerprint != prints[0]
 
 
+def test_the_fingerprint_follows_the_order_of_the_files(tmp_path):
+    prints = []
+    for texts in ("one", "two"), ("two", "one"):
+        for name, text in zip("ab", texts, strict=True):
+            (tmp_path / f"{name}.txt").write_text(text)
+        prints.append(_open(tmp_path, files="?.txt", source_dir=str(tmp_path)).fingerprint)
+    assert prints[0] != prints[1]
+
+
+def _jsonl(path, texts):
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+
+@pytest.mark.parametrize("moment", ["learning", "tokenising", "joining"])
+def test_a_file_that_changes_during_the_preparation_gives_no_store(tmp_path, monkeypatch, moment):
+    path, texts = tmp_path / "a.jsonl", [f"document {i}" for i in range(50)]
+    _jsonl(path, texts)
+    options = {"files": "a.jsonl", "document": "jsonl:text", "source_dir": str(tmp_path)}
+    name = {"learning": "_learn", "tokenising": "_write_and_join", "joining": "_join"}[moment]
+    original = getattr(store, name)
+
+    def change_then(*arguments):
+        _jsonl(path, texts[:20])
+        return original(*arguments)
+
+    def prepare():
+        corpus = _open(tmp_path, **options)
+        cache = str(tmp_path / "cache")
+        return store.prepare(corpus, tokenizer_kind="byte", vocab_size=0, cache_dir=cache)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, name, change_then)
+        if moment == "learning":  # a tokenizer is not kept that has learnt from other text
+            patch.setattr(store, "_write_and_join", lambda *_: pytest.fail("went on"))
+        with pytest.raises(ValueError, match=r"a\.jsonl has changed since it was hashed: .*\.$"):
+            prepare()
+    assert not list((tmp_path / "cache" / "stores").iterdir())
+    _jsonl(path, texts)
+    splits = prepare().manifest["splits"]
+    assert splits["train"]["documents"] + splits["valid"]["documents"] == 50
+
+
+def test_a_file_that_changes_while_the_corpus_is_opened_is_refused(tmp_path, monkeypatch):
+    _jsonl(tmp_path / "a.jsonl", ["one", "two"])
+    cut = shards.pieces
+
+    def grow_then(paths, document):
+        _jsonl(tmp_path / "a.jsonl", ["one", "two", "three"])
+        return cut(paths, document)
+
+    monkeypatch.setattr(shards, "pieces", grow_then)
+    with pytest.raises(ValueError, match=r"a\.jsonl has changed since it was hashed"):
+        _open(tmp_path, files=str(tmp_path / "a.jsonl"), document="jsonl:text")
+
+
+def test_equal_shards_are_refused_but_not_equal_documents(tmp_path):
+    for name in ("a", "b"):
+        _jsonl(tmp_path / f"{name}.jsonl", ["one", "two"])
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "a.jsonl")
+    _jsonl(tmp_path / "v.jsonl", ["three"])
+    options = {"source_dir": str(tmp_path), "valid_files": "v.jsonl"}
+    with pytest.raises(ValueError, match=r"b\.jsonl and \S*a\.jsonl hold the same bytes, .*\.$"):
+        _open(tmp_path, files="[ab].jsonl", document="jsonl:text", **options)
+    once = _open(tmp_path, files="a.jsonl, link.jsonl", document="jsonl:text", **options)
+    assert list(once.documents("train")) == ["one", "two"]
+    twice = _open(tmp_path, files="[ab].jsonl", document="file", **options)
+    assert len(list(twice.documents("train"))) == 2
+
+
 def test_one_file_cannot_be_in_two_splits(tmp_path):
     (tmp_path / "a.txt").write_text("same")
     (tmp_path / "b.txt").write_text("same")
@@ -250,6 +339,7 @@ def test_one_file_cannot_be_in_two_splits(tmp_path):
     ("options", "error", "message"),
     [
         ({"files": ""}, ValueError, "--config.data.files=PATH"),
+        ({"files": ","}, ValueError, "data.files is empty: .*--config.data.files=PATH"),
         ({"files": "absent/*.txt"}, FileNotFoundError, r"data.files='absent/\*.txt' names no file"),
         ({"files": "a.txt", "valid_files": "b"}, FileNotFoundError, "data.valid_files='b'"),
         ({"files": "empty.txt"}, ValueError, "empty.txt is empty: "),
@@ -376,6 +466,21 @@ def test_tfds_maps_its_own_splits_and_only_text_feature(tmp_path, tfds_dir):
         "test": "test body 0 é",
     }
     assert len(splits["train"]) == 300
+
+
+def test_an_error_of_a_tfds_reader_names_the_set(tmp_path, tfds_dir):
+    (of_no_such_feature,) = corpora._tfds_pieces(
+        SimpleNamespace(
+            data_dir=f"{tfds_dir}/notes/1.2.0",
+            info=SimpleNamespace(splits={"test": SimpleNamespace(num_examples=3, num_bytes=9)}),
+        ),
+        "test",
+        "body",
+    )
+    with pytest.raises(
+        ValueError, match=r"^Split test of \S+notes/1\.2\.0 cannot be read \(KeyErr"
+    ):
+        list(of_no_such_feature())
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,10 @@
+import concurrent.futures
+import fcntl
 import json
 import math
+import os
+import platform
+import threading
 
 import numpy as np
 import pytest
@@ -37,6 +42,32 @@ def test_entropy_rate_is_a_reference_of_symbols_only(tmp_path):
     np.testing.assert_allclose(rate, store.manifest["entropy_rate"])
     byte = evaluate.open_data(config.replace(cfg, tokenizer__kind="byte"))
     assert "entropy_rate" not in evaluate.references(byte, "valid")
+
+
+def test_one_process_at_a_time_prepares_data_and_others_say_that_they_wait(
+    tmp_path, monkeypatch, capsys
+):
+    cfg = config.replace(Config(), data__cache_dir=str(tmp_path), tokenizer__kind="byte")
+    prepare, said = evaluate.prepare, threading.Event()
+
+    def prepare_under_lock(*arguments, **options):
+        with (tmp_path / "lock").open() as lock, pytest.raises(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return prepare(*arguments, **options)
+
+    monkeypatch.setattr(evaluate, "prepare", prepare_under_lock)
+    monkeypatch.setattr(evaluate, "print", lambda *a, **k: print(*a, **k) or said.set(), False)
+    evaluate.open_data(cfg)
+    assert not said.is_set()
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        with evaluate._locked(tmp_path / "lock"):
+            other = pool.submit(evaluate.open_data, cfg)
+            assert said.wait(60)
+            assert not other.done()
+        assert other.result(60).tokenizer.kind == "byte"
+    (line,) = capsys.readouterr().err.splitlines()
+    holder = f"process {os.getpid()} on {platform.node()}"
+    assert line == f"waiting until {holder} has prepared its data in {tmp_path}"
 
 
 def test_json_has_null_for_what_is_not_finite(tmp_path):

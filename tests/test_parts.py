@@ -14,6 +14,7 @@ import pytest
 from lm_jax.data import parts, shards, store
 from lm_jax.data.corpora import Corpus, open_corpus
 from lm_jax.data.store import prepare
+from lm_jax.data.tokenizers import ByteTokenizer, CharTokenizer
 
 
 def content(path):
@@ -82,6 +83,45 @@ def faulty(folder, number):
     """A piece that cannot be read if it is the third."""
     if number == 3:
         raise ValueError(f"{folder}, line 3 is broken.")
+    yield "text"
+
+
+def unexpected(folder, number):
+    """A piece whose third fails as no reader should."""
+    if number == 3:
+        raise RuntimeError("what no one expected")
+    yield "text"
+
+
+class Strange(Exception):
+    """An error that pickle cannot make again."""
+
+    def __init__(self, one, two):
+        super().__init__(f"{one} and {two}")
+
+
+def strange(folder, number):
+    """A piece whose third fails with such an error."""
+    if number == 3:
+        raise Strange("one", "two")
+    yield "text"
+
+
+def gives_up(folder, number):
+    """A piece whose process ends by itself if it is the third."""
+    if number == 3:
+        os._exit(7)
+    yield "text"
+
+
+def first_is_broken(folder, number):
+    """Pieces that are slow once the first has failed, and say that they were read."""
+    if number == 0:
+        (folder / "broken").touch()
+        raise ValueError(f"{folder}, line 0 is broken.")
+    wait_for((folder / "broken").exists)
+    time.sleep(0.3)
+    (folder / f"read-{number}").touch()
     yield "text"
 
 
@@ -202,6 +242,137 @@ def test_an_error_in_a_process_arrives_as_it_is(tmp_path, workers):
     assert type(raised.value) is ValueError
     assert str(raised.value) == f"{tmp_path}, line 3 is broken."
     assert not list((tmp_path / "stores").iterdir())
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_error_that_no_one_expected_arrives_with_its_text(tmp_path, workers):
+    with pytest.raises(RuntimeError, match="what no one expected") as raised:
+        prepare_pieces(unexpected, tmp_path, workers)
+    if workers == 2:
+        assert 'in unexpected\n    raise RuntimeError("' in "".join(raised.value.__notes__)
+    assert "train.000002-of-000006" in finished(tmp_path)
+
+
+def test_an_error_that_cannot_be_sent_arrives_as_text(tmp_path):
+    with pytest.raises(RuntimeError, match="^Strange: one and two$"):
+        prepare_pieces(strange, tmp_path, workers=2)
+
+
+def test_a_process_that_ends_otherwise_gives_its_return_code(tmp_path):
+    with pytest.raises(ChildProcessError, match=r"ended with return code 7, .*parts\.$") as raised:
+        prepare_pieces(gives_up, tmp_path, workers=2)
+    assert "memory" not in str(raised.value)
+
+
+def test_a_part_that_cannot_be_sent_is_told_as_it_is(tmp_path):
+    pieces = [lambda: iter(["text"])] * 3
+    corpus = Corpus("c", "f", {"train": pieces})
+    options = {"tokenizer_kind": "byte", "vocab_size": 0, "cache_dir": str(tmp_path)}
+    with pytest.raises(Exception, match="pickle.*lambda"):
+        prepare(corpus, **options, workers=2)
+
+
+def test_an_error_stops_the_other_processes(tmp_path):
+    with pytest.raises(ValueError, match="line 0 is broken"):
+        prepare_parts(first_is_broken, tmp_path)
+    assert len(list(tmp_path.glob("read-*"))) <= 2  # of five
+
+
+def prepare_parts(texts, folder):
+    ByteTokenizer().save(folder)
+    all_parts = parts.plan({"train": of_pieces(texts, folder).splits["train"]})
+    parts.write_all(all_parts, ByteTokenizer(), folder, workers=2)
+
+
+def test_what_a_killed_process_was_at_is_removed(tmp_path):
+    (tmp_path / "partial-abc" / "part").mkdir(parents=True)
+    (tmp_path / "partial-abc" / "part" / "ids").write_bytes(b"1")
+    part = parts.Part("train", 0, 1, functools.partial(iter, ["text"]))
+    parts.write_all([part], ByteTokenizer(), tmp_path, workers=1)
+    assert [path.name for path in tmp_path.iterdir()] == [part.name]
+
+
+def stop(*_):
+    raise KeyboardInterrupt
+
+
+def edit_record(part, **changes):
+    """Alters counts, and the sizes of the files with them."""
+    record = json.loads((part / "counts.json").read_text())
+    (part / "counts.json").write_text(json.dumps(record | changes))
+
+
+def flip(path, place=3):
+    content = path.read_bytes()
+    path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+
+
+DAMAGE = {
+    "other ids": lambda part: flip(part / "ids"),
+    "fewer ids": lambda part: os.truncate(part / "ids", 4),
+    "more ids": lambda part: os.truncate(part / "ids", 60),
+    "other lengths": lambda part: flip(part / "lengths", 0),
+    "fewer lengths": lambda part: os.truncate(part / "lengths", 0),
+    "more lengths": lambda part: os.truncate(part / "lengths", 11),
+    "both": lambda part: (flip(part / "ids"), flip(part / "lengths", 0)),
+    "no counts": lambda part: (part / "counts.json").write_bytes(b""),
+    "zeros for counts": lambda part: (part / "counts.json").write_bytes(bytes(80)),
+    "other counts": lambda part: edit_record(part, words=1),
+    "a list of counts": lambda part: (part / "counts.json").write_text("[]"),
+    "no ids": lambda part: (part / "ids").unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_part_is_tokenised_again_and_no_other(tmp_path, monkeypatch, capsys, damage):
+    (tmp_path / "open").touch()
+    whole = prepare_pieces(gated, tmp_path, workers=1, cache=tmp_path / "other")
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "_join", stop)
+        with pytest.raises(KeyboardInterrupt):
+            prepare_pieces(gated, tmp_path, workers=1)
+    (unfinished,) = tmp_path.glob("stores/*.parts")
+    part = unfinished / "train.000004-of-000006"
+    damage(part)
+    written, write = [], parts.write
+    monkeypatch.setattr(
+        parts, "write", lambda part, *rest: written.append(part.name) or write(part, *rest)
+    )
+    resumed = prepare_pieces(gated, tmp_path, workers=1)
+    assert written == [part.name]
+    assert (
+        capsys.readouterr()
+        .err.splitlines()[-1]
+        .endswith(f"{part.name} is damaged and is tokenised again")
+    )
+    assert content(resumed.path) == content(whole.path)
+    assert not unfinished.exists()
+
+
+def test_a_part_knows_its_tokenizer(tmp_path):
+    tokenizers = [CharTokenizer("etx"), CharTokenizer("etxy")]
+    part = parts.Part("train", 0, 1, functools.partial(iter, ["text"]))
+    parts.write(part, tokenizers[0], tmp_path)
+    records = [parts.read_record(tmp_path / part.name, tokenizer) for tokenizer in tokenizers]
+    assert records[0] is not None and records[0]["tokens"] == 4 and records[1] is None
+
+
+def test_a_part_that_is_damaged_whenever_it_is_written_is_an_error(tmp_path, monkeypatch):
+    (tmp_path / "open").touch()
+    write = parts.write
+
+    def write_badly(part, tokenizer, folder):
+        write(part, tokenizer, folder)
+        flip(folder / part.name / "ids")
+
+    monkeypatch.setattr(parts, "write", write_badly)
+    with pytest.raises(OSError, match=r"does not come back from the disk .*cache_dir.*again\.$"):
+        prepare_pieces(gated, tmp_path, workers=1)
+
+
+def test_the_cores_are_those_that_the_process_may_use(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 1000)
+    assert parts._cores() == len(os.sched_getaffinity(0))
 
 
 def test_the_tokenizer_learns_from_equal_shares_of_the_pieces(tmp_path):

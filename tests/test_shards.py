@@ -1,6 +1,6 @@
 """Files cut into pieces: no document is lost, repeated or changed, whatever the format or cut."""
 
-import functools
+import hashlib
 import json
 import pickle
 import sys
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from lm_jax.data import shards
+from lm_jax.data import files, shards
 from lm_jax.data.corpora import open_corpus
 
 TEXTS = [f"text {i} é👩\u2028\n" * (i % 5 + 1) for i in range(40)]
@@ -138,7 +138,7 @@ def test_small_files_share_a_piece(tmp_path, monkeypatch):
 
 def test_a_long_file_is_read_in_bounded_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "PIECE", 1 << 18)
-    monkeypatch.setattr(shards, "BLOCK", 1 << 16)
+    monkeypatch.setattr(files, "BLOCK", 1 << 16)
     path, count = tmp_path / "long.jsonl", 4000
     with path.open("w") as file:
         for i in range(count):
@@ -149,48 +149,15 @@ def test_a_long_file_is_read_in_bounded_memory(tmp_path, monkeypatch):
         list(pieces[0]())  # imports
         tracemalloc.start()
         assert sum(1 for piece in pieces for _ in piece()) == count
-        shards.hash_files([tmp_path / name], tmp_path, text=False)
+        files.hash_files([tmp_path / name], tmp_path, text=False)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert peak < path.stat().st_size / 4, document
 
 
-def test_hashes_of_unchanged_files_are_remembered(tmp_path, monkeypatch):
-    path, cache = tmp_path / "a.txt", tmp_path / "cache"
-    path.write_text("one")
-    hash_files = functools.partial(shards.hash_files, [path], cache, text=True)
-    first = hash_files()
-    assert not cache.exists()  # changed a moment ago: it may change again within a clock tick
-    monkeypatch.setattr(shards, "SETTLED", -1)
-    assert hash_files() == first
-    monkeypatch.setattr(shards, "_hash", lambda path, text: pytest.fail("hashed again"))
-    assert hash_files() == first
-    monkeypatch.undo()
-    assert shards.hash_files([path], cache, text=False) == first
-    path.write_text("two")
-    assert hash_files() != first
-    path.write_bytes(b"\xff")
-    with pytest.raises(ValueError, match=r"a\.txt is not UTF-8 at byte 0"):
-        hash_files()
-
-
-@pytest.mark.parametrize("block", range(1, 9))
-def test_the_first_byte_that_is_not_utf8_is_named(tmp_path, monkeypatch, block):
-    monkeypatch.setattr(shards, "BLOCK", block)
-    path = tmp_path / "a.txt"
-    for good in ("", "é👩 abc", "👩👩"):
-        for bad in (b"\xff tail", b"\xc3", b"\xf0\x9f\x91", b"\xc3(", b"\x80"):
-            path.write_bytes(good.encode() + bad)
-            at = len(good.encode())
-            with pytest.raises(ValueError, match=f"a.txt is not UTF-8 at byte {at} "):
-                shards.hash_files([path], tmp_path, text=True)
-        path.write_bytes(good.encode() + b".")
-        shards.hash_files([path], tmp_path, text=True)
-
-
 def test_errors_name_the_place_in_a_later_piece(tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "PIECE", 20)
-    monkeypatch.setattr(shards, "BLOCK", 7)
+    monkeypatch.setattr(files, "BLOCK", 7)
     path = tmp_path / "t.jsonl"
     path.write_text('{"text": "a"}\n\n' * 10 + '{"text": 3}\n')
     with pytest.raises(ValueError, match=r"t\.jsonl, line 21 has no text field 'text' but"):
@@ -207,6 +174,80 @@ def test_errors_name_the_place_in_a_later_piece(tmp_path, monkeypatch):
         read([path], "arrayrecord:text")
     with pytest.raises(ValueError, match=r"t\.jsonl, record 5 is not UTF-8"):
         read([path], "arrayrecord")
+
+
+@pytest.mark.parametrize("count", [255, 256, 257, 700])
+def test_no_record_is_lost_between_two_reads(tmp_path, count):
+    texts = [f"record {i}" for i in range(count)]
+    array_record(tmp_path / "a.data", [text.encode() for text in texts])
+    parquet(tmp_path / "a.parquet", texts, rows=300)
+    assert read([tmp_path / "a.data"], "arrayrecord") == texts
+    assert read([tmp_path / "a.parquet"], "parquet:text") == texts
+
+
+def change(path, how):
+    """Another content; of the same size, longer, shorter or none, and with a new time stamp."""
+    content, before = path.read_bytes(), files.stamp(path)
+    other = {
+        "same": content[:5] + b"!" + content[6:],
+        "longer": content + content,
+        "shorter": content[: len(content) // 2],
+        "empty": b"",
+    }
+    while files.stamp(path) == before:
+        path.write_bytes(other[how])
+
+
+@pytest.mark.parametrize("how", ["same", "longer", "shorter", "empty"])
+@pytest.mark.parametrize("document", ["file", "line", *FORMATS])
+def test_a_file_that_changes_while_it_is_read_is_named(tmp_path, monkeypatch, document, how):
+    monkeypatch.setattr(shards, "PIECE", 1000)
+    path = tmp_path / "0.data"
+    if document in ("file", "line"):
+        path.write_text("some lines\n" * 200)
+    else:
+        write(tmp_path / "files", document, TEXTS)
+        (tmp_path / "files" / "0.data").rename(path)
+    pieces = shards.pieces([path], document)
+    list(shards.chain(pieces))
+    change(path, how)
+    for piece in pieces:
+        with pytest.raises(ValueError, match=r"0\.data has changed since it was hashed: .*\.$"):
+            list(piece())
+
+
+@pytest.mark.parametrize("size", [0, 7, 12, 16])
+def test_a_file_that_ends_too_early_is_named(tmp_path, size):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"abc\n" * 5)
+    read_both = [shards._lines(path, 0, 20), shards._lines(path, 14, 20)]
+    path.write_bytes((b"abc\n" * 5)[:size])
+    for lines in read_both:
+        with pytest.raises(ValueError, match=r"a\.txt holds \d+ bytes where it held 20: .*\.$"):
+            list(lines)
+    with pytest.raises(ValueError, match=rf"a\.txt holds {size} bytes where it held 20: "):
+        list(shards._read_file(path, 0, 20, ""))
+
+
+@pytest.mark.parametrize("document", ["arrayrecord", "parquet:text"])
+def test_damage_that_only_the_library_sees_is_told_with_the_file(tmp_path, document):
+    path = tmp_path / "a.data"
+    texts = [hashlib.sha512(bytes([i])).hexdigest() for i in range(200)]  # not to be compressed
+    if document == "arrayrecord":
+        array_record(path, [text.encode() for text in texts])
+    else:
+        parquet(path, texts, rows=50)
+    content = path.read_bytes()
+    path.write_bytes(content[:2000] + bytes(5000) + content[7000:])
+    with pytest.raises((ValueError, OSError), match=r"a\.data cannot be read \(.*\): replace.*\.$"):
+        read([path], document)
+
+
+def test_json_that_nests_too_deeply_is_one_sentence(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a"}\n{"text": "b", "c": ' + "[" * 100_000 + "]" * 100_000 + "}\n")
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 2 nests too deeply to be read: .*\.$"):
+        read([path], "jsonl:text")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,9 @@
 import functools
 import json
+import os
+import re
 import shutil
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -144,6 +147,86 @@ def test_a_crash_leaves_only_what_is_finished(tmp_path):
         "text",
         "more",
     ]
+
+
+def _left_over(tmp_path):
+    return [path.name for path in (tmp_path / "stores").iterdir() if path.suffix == ".parts"]
+
+
+def test_what_a_kill_left_of_the_parts_is_removed_later(tmp_path, monkeypatch):
+    replace = os.replace
+
+    def replace_and_stop(old, new):
+        replace(old, new)
+        if old.name == "store":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replace_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            _prepare(tmp_path)
+    assert len(_left_over(tmp_path)) == 1 < len(list((tmp_path / "stores").iterdir()))
+    _prepare(tmp_path)
+    assert not _left_over(tmp_path)
+
+
+def test_a_store_gets_its_name_only_once_it_is_checked(tmp_path, monkeypatch):
+    join = store_module._join
+
+    def join_badly(corpus, all_parts, tokenizer, unfinished):
+        join(corpus, all_parts, tokenizer, unfinished)
+        _damage_tokens(unfinished / "store")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store_module, "_join", join_badly)
+        with pytest.raises(OSError, match=r"not come back .*differs from the sha256.*again\.$"):
+            _prepare(tmp_path)
+    assert len(_left_over(tmp_path)) == len(list((tmp_path / "stores").iterdir())) == 1
+    monkeypatch.setattr(parts, "write", lambda *_: pytest.fail("tokenised again"))
+    assert _prepare(tmp_path).manifest["splits"]["train"]["documents"] == 3
+
+
+def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    events: list[str] = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(
+        os,
+        "fsync",
+        lambda fd: events.append(os.readlink(f"/proc/self/fd/{fd}")) or fsync(fd),
+    )
+    monkeypatch.setattr(os, "replace", lambda a, b: events.append(str(b)) or replace(a, b))
+    path = _prepare(tmp_path, _corpus({"train": ["text"]})).path
+    names = [re.sub(r"^\.(.*)\.\d+$", r"\1", event.rsplit("/", 1)[1]) for event in events]
+    part = ["ids", "lengths", "counts.json", "train.000000-of-000001"]
+    store = ["train.tokens.npy", "train.documents.npy", "manifest.json", path.name]
+    tokenizer = ["tokenizer.json"] * 2
+    assert names == [*tokenizer, *part, *tokenizer, *store]
+
+
+def test_a_tokenizer_that_is_not_whole_is_learnt_again(tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    whole = _prepare(tmp_path / "other", kind="char")
+    with monkeypatch.context() as patch:
+        patch.setattr(store_module, "_join", stop)
+        with pytest.raises(KeyboardInterrupt):
+            _prepare(tmp_path, kind="char")
+    (unfinished,) = (tmp_path / "stores").iterdir()
+    (unfinished / "tokenizer.json").write_text("")
+    monkeypatch.setattr(parts, "write", lambda *_: pytest.fail("tokenised again"))
+    assert _prepare(tmp_path, kind="char").manifest == whole.manifest
+
+
+def test_blocks_are_read_one_at_a_time(tmp_path):
+    np.save(tmp_path / "a.npy", np.arange(8 * store_module.BLOCK, dtype=np.uint16))
+    array = np.load(tmp_path / "a.npy", mmap_mode="r")
+    tracemalloc.start()
+    total = sum(len(block) for block in store_module._blocks(array))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert total == len(array)
+    assert peak < array.nbytes / 3
 
 
 def test_another_process_may_finish_first(tmp_path, monkeypatch):

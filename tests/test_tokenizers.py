@@ -2,6 +2,8 @@ import pathlib
 import re
 import subprocess
 import sys
+import tracemalloc
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -96,6 +98,41 @@ def test_bpe_pieces_change_no_id(monkeypatch):
     assert "".join(pieces) == text
     np.testing.assert_array_equal(tokenizer.encode(text), whole)
     assert train_tokenizer("bpe", [text], 300).content_hash == tokenizer.content_hash
+
+
+def test_the_library_sees_little_of_a_long_document_at_once(monkeypatch):
+    text = "low lower\nnewest 12 _ é👩. " * 60
+    tokenizer = train_tokenizer("bpe", [text], 270)
+    texts = [text, "", "low", text + "x" * 500 + text, "", text]
+    expected = [tokenizer.encode(one) for one in texts]
+    monkeypatch.setattr(tokenizers.BpeTokenizer, "PIECE", 50)
+    monkeypatch.setattr(tokenizers.BpeTokenizer, "AT_ONCE", 200)
+    sizes, library = [], tokenizer._library
+
+    def encode_batch_fast(pieces):
+        sizes.append(sum(map(len, pieces)))
+        return library.encode_batch_fast(pieces)
+
+    tokenizer._library = SimpleNamespace(encode_batch_fast=encode_batch_fast)
+    for ids, one in zip(tokenizer.encode_all(texts), expected, strict=True):
+        np.testing.assert_array_equal(ids, one)
+    assert sum(sizes) == sum(map(len, texts))
+    assert sorted(sizes)[-2] <= 200 < sorted(sizes)[-1] < 600  # one word is 500 long
+    assert len(sizes) < sum(sizes) / 100
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 7])
+def test_words_are_counted_in_bounded_memory(monkeypatch, block):
+    expected = [len(text.split()) + text.count("\n") for text in TEXTS]
+    monkeypatch.setattr(tokenizers, "BLOCK", block)
+    assert [count_words(text) for text in TEXTS] == expected
+    monkeypatch.setattr(tokenizers, "BLOCK", 1000 * block)
+    text = "ab cd " * 50_000
+    tracemalloc.start()
+    assert count_words(text) == 100_000
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < len(text) * 2
 
 
 def test_count_words():

@@ -1,1 +1,1 @@
-"""From files to batches: shards, corpora, tokenizers, parts, store, pipeline; and n-grams."""
+"""From files to batches: files, shards, corpora, tokenizers, parts, store, pipeline; n-grams."""

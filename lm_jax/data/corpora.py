@@ -8,6 +8,7 @@ import functools
 import hashlib
 import itertools
 import json
+import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from lm_jax.data import files as source_files
 from lm_jax.data import shards
+from lm_jax.data.files import Hashed
 from lm_jax.data.shards import Documents
 from lm_jax.data.synthetic import MarkovSource
 
@@ -36,6 +39,7 @@ class Corpus:
     fingerprint: str  # sha256 of what defines the documents
     splits: Mapping[str, Sequence[Documents]]
     entropy_rate: float | None = None  # nats per symbol, where it is known
+    files: Sequence[Hashed] = ()  # those it is read from, as the fingerprint knows them
 
     def documents(self, split: str) -> Iterator[str]:
         """All documents of a split, in order."""
@@ -110,12 +114,17 @@ def _wikitext(name: str, source: Path | None, cache: Path) -> Corpus:
 
     source = source or wikitext.download(name, cache)
     paths = [source / file for file in wikitext.FILES.values()]
-    hashes = shards.hash_files(paths, cache, text=True)
-    fingerprint = _fingerprint(name, hashes)
+    hashed = source_files.hash_files(paths, cache, text=True)
+    fingerprint = _fingerprint(name, [file.sha256 for file in hashed])
     # A folder per source: TFDS itself would reuse whatever was prepared first.
     data_dir = cache / "tfds" / f"{name}-{fingerprint[:16]}"
     builder = wikitext.BUILDERS[name](data_dir=data_dir, file_format="array_record")
     _prepare(builder, manual_dir=source)
+    try:
+        source_files.refuse_changed(hashed)
+    except ValueError:
+        shutil.rmtree(data_dir)
+        raise
     splits = {split: _tfds_pieces(builder, split, "text") for split in wikitext.FILES}
     return Corpus(name, fingerprint, splits)
 
@@ -128,24 +137,24 @@ def _text(
     held_out: dict[str, float],
 ) -> Corpus:
     kind, _ = shards.parse(document)
-    if not patterns["train"]:
-        raise ValueError(
-            'data.files is empty: corpus "text" needs --config.data.files=PATH, a path or a glob.'
-        )
     fields = {"train": "files", "valid": "valid_files", "test": "test_files"}
     paths = {
-        split: shards.find(value, fields[split], source)
+        split: source_files.find(value, fields[split], source)
         for split, value in patterns.items()
-        if value
+        if value or split == "train"
     }
     text = kind in ("file", "line", "jsonl")
-    hashes = {split: shards.hash_files(of, cache, text=text) for split, of in paths.items()}
-    shards.refuse_shared(paths, hashes)
+    hashed = {split: source_files.hash_files(of, cache, text=text) for split, of in paths.items()}
+    hashes = {split: [file.sha256 for file in of] for split, of in hashed.items()}
+    # Equal documents are as good as any, and of format "file" each file is one.
+    source_files.refuse_equal(hashed, within_splits=kind != "file")
 
     splits = {split: shards.pieces(of, document) for split, of in paths.items()}
+    files = list(itertools.chain(*hashed.values()))
+    source_files.refuse_changed(files)  # since what was cut is now known by its stamp alone
     shares = {split: held_out[split] for split in held_out if split not in paths}
     splits = _hold_out(splits, shares)
-    return Corpus("text", _fingerprint(document, shares, hashes), splits)
+    return Corpus("text", _fingerprint(document, shares, hashes), splits, files=files)
 
 
 def _tfds(name: str, data_dir: Path, held_out: dict[str, float]) -> Corpus:
@@ -232,8 +241,9 @@ def _tfds_documents(data_dir: str, split: str, feature: str, examples: range) ->
     import tensorflow_datasets as tfds
 
     source = tfds.builder_from_directory(data_dir).as_data_source(split)
-    for index in examples:
-        yield source[index][feature].decode()
+    with source_files.naming(f"Split {split} of {data_dir}"):
+        for index in examples:
+            yield source[index][feature].decode()
 
 
 def _hold_out(
@@ -282,7 +292,8 @@ def _cut_document(
     ends = itertools.accumulate(share_by_split.values(), initial=fractions.Fraction(0))
     bounds = [int(end * len(text)) for end in ends]
     place = list(share_by_split).index(split)
-    yield text[bounds[place] : bounds[place + 1]]
+    text = text[bounds[place] : bounds[place + 1]]  # of which no whole copy need stay
+    yield text
 
 
 def _fingerprint(*parts: Any) -> str:

@@ -1,29 +1,34 @@
 """Tokenises the pieces of a corpus, in several processes, into parts that outlive a kill.
 
-A part is a folder with the ids of one piece of one split, the lengths of its documents and its
-counts. It appears under its name only when it is complete, and holds the same bytes whichever
-process wrote it.
+A part is a folder with the ids of one piece of one split, the lengths of its documents and a record
+of its counts and hashes. It appears under its name only when it is complete, and holds the same
+bytes whichever process wrote it.
 """
 
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
+import hashlib
 import itertools
 import json
 import os
 import pickle
 import queue
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
+from lm_jax.data.files import sync
 from lm_jax.data.shards import Documents
 from lm_jax.data.tokenizers import Tokenizer, count_words
 
@@ -47,6 +52,10 @@ class Part:
         return f"{self.split}.{self.number:06}-of-{self.of:06}"
 
 
+class Damaged(Exception):
+    """Finished parts that no longer hold what was written into them; its arguments, their paths."""
+
+
 def plan(splits: Mapping[str, Sequence[Documents]]) -> list[Part]:
     """All parts of a corpus, in order."""
     return [
@@ -68,13 +77,13 @@ def write_all(parts: Sequence[Part], tokenizer: Tokenizer, folder: Path, workers
 
     Raises:
         ValueError: if the corpus or one of its documents cannot be read or tokenised.
-        ChildProcessError: if a process was killed.
+        ChildProcessError: if a process ended before its work did.
     """
     for leftover in folder.glob("partial-*"):
         # Whoever is still at it was left behind by a kill and ends with this part.
         shutil.rmtree(leftover, ignore_errors=True)
     todo = [part for part in parts if not (folder / part.name).exists()]
-    workers = min(workers or os.cpu_count() or 1, len(todo))
+    workers = min(workers or _cores(), len(todo))
     report = _Report(folder, len(parts))
     if workers <= 1 or all(part.of == 1 for part in parts):
         for part in todo:
@@ -98,36 +107,74 @@ def write_all(parts: Sequence[Part], tokenizer: Tokenizer, folder: Path, workers
             raise
 
 
+def _cores() -> int:
+    """Those that this process may use, where the system tells."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def write(part: Part, tokenizer: Tokenizer, folder: Path) -> None:
     """Tokenises one piece."""
     dtype = id_type(tokenizer)
     counts = dict.fromkeys(COUNTS, 0)
+    ids_hash, lengths_hash = hashlib.sha256(), hashlib.sha256()
     with tempfile.TemporaryDirectory(dir=folder, prefix="partial-") as partial:
         new = Path(partial) / "part"
         new.mkdir()
         with (new / "ids").open("wb") as ids_file, (new / "lengths").open("wb") as lengths_file:
             for texts in _batches(part.documents()):
                 encoded = _encode(texts, tokenizer, part.split)
-                lengths = [len(ids) for ids in encoded if len(ids)]
+                lengths = np.array([len(ids) for ids in encoded if len(ids)], "<i8")
                 for ids in encoded:
-                    ids_file.write(ids.astype(dtype).tobytes())
-                lengths_file.write(np.array(lengths, "<i8").tobytes())
-                counts["tokens"] += sum(lengths)
+                    stored = ids.astype(dtype)
+                    ids_file.write(stored)
+                    ids_hash.update(stored)
+                lengths_file.write(lengths)
+                lengths_hash.update(lengths)
+                counts["tokens"] += int(lengths.sum())
                 counts["documents"] += len(lengths)
                 counts["empty_documents"] += len(texts) - len(lengths)
                 for text, ids in zip(texts, encoded, strict=True):
                     if len(ids):
                         counts["bytes"] += len(text.encode())
                         counts["words"] += count_words(text)
-            for file in (ids_file, lengths_file):  # or the machine may die after the new name
-                file.flush()
-                os.fsync(file.fileno())
-        (new / "counts.json").write_text(json.dumps(counts))
+            sync(ids_file)
+            sync(lengths_file)
+        record = {
+            **counts,
+            "tokenizer": tokenizer.content_hash,
+            "ids": ids_hash.hexdigest(),
+            "lengths": lengths_hash.hexdigest(),
+        }
+        with (new / "counts.json").open("w") as file:
+            file.write(json.dumps({**record, "sha256": _seal(record)}))
+            sync(file)
         try:
             os.replace(new, folder / part.name)
         except OSError:
             if not (folder / part.name).exists():  # else one left behind by a kill was faster
                 raise
+
+
+def read_record(folder: Path, tokenizer: Tokenizer) -> dict[str, Any] | None:
+    """The counts of a part and the sha256 of its `ids` and `lengths`, which are not read.
+
+    None if the record, or the size of a file, is not what was written with this tokenizer.
+    """
+    try:
+        record = json.loads((folder / "counts.json").read_bytes())
+        sizes = [(folder / name).stat().st_size for name in ("ids", "lengths")]
+    except (FileNotFoundError, ValueError):
+        return None
+    if not isinstance(record, dict) or record.pop("sha256", None) != _seal(record):
+        return None
+    expected = [record["tokens"] * id_type(tokenizer).itemsize, record["documents"] * 8]
+    return record if (record["tokenizer"], sizes) == (tokenizer.content_hash, expected) else None
+
+
+def _seal(record: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
@@ -179,45 +226,65 @@ def _drive(tasks: "queue.SimpleQueue[Part | None]", folder: Path, report: _Repor
         env=environment,
         start_new_session=True,  # Ctrl-C is for this process, which then ends the input
     ) as process:
-        assert process.stdin is not None and process.stdout is not None
+        assert process.stdin is not None
         try:
-            _send(process.stdin, folder)
             while (part := tasks.get()) is not None:
-                _send(process.stdin, part)
-                if (error := pickle.load(process.stdout)) is not None:
+                if (error := _ask(process, (part, folder))) is not None:
                     raise error
                 report()
-        except (EOFError, pickle.UnpicklingError, BrokenPipeError) as error:
-            raise ChildProcessError(
-                "A process that tokenises was killed, perhaps for lack of memory: set a smaller "
-                "--config.data.workers and start again, which goes on from the finished parts."
-            ) from error
         finally:
             with contextlib.suppress(BrokenPipeError):  # of a process whose end is reported above
                 process.stdin.close()
 
 
+def _ask(process: subprocess.Popen, task: tuple[Part, Path]) -> Exception | None:
+    """What a process answers to a task: None once the part is written."""
+    assert process.stdin is not None and process.stdout is not None
+    try:
+        _send(process.stdin, task)
+        return pickle.load(process.stdout)
+    except (EOFError, pickle.UnpicklingError, BrokenPipeError) as error:
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.close()
+        code = process.wait()
+        found = f"ended with return code {code}, and may have said why on standard error: "
+        if code == -signal.SIGKILL:
+            found = (
+                "was killed, perhaps for lack of memory: set a smaller --config.data.workers and "
+            )
+        raise ChildProcessError(
+            f"A process that tokenises {found}start again, which goes on from the finished parts."
+        ) from error
+
+
 def serve() -> None:
     """Writes the parts that come from standard input until it ends; answers None or an error."""
-    tasks = sys.stdin.buffer
+    tasks = open(0, "rb", closefd=False)
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print must not get among the answers
-    folder = pickle.load(tasks)
-    tokenizer = Tokenizer.load(folder)
-    while True:
+    load = functools.cache(Tokenizer.load)
+    while tasks.peek(1):  # waits for the next task, or for the end
+        answer: Exception | None = None
         try:
-            part = pickle.load(tasks)
-        except EOFError:
-            return
-        try:
-            write(part, tokenizer, folder)
-            answer: Exception | None = None
-        except (ValueError, OSError) as error:
-            answer = error
+            part, folder = pickle.load(tasks)
+            write(part, load(folder), folder)
+        except Exception as error:
+            answer = _sendable(error)
         try:
             _send(answers, answer)
         except BrokenPipeError:  # the caller was killed
             os._exit(1)
+
+
+def _sendable(error: Exception) -> Exception:
+    """The error with its traceback; where pickle would lose something of it, its text alone."""
+    error.add_note("".join(traceback.format_exception(error)))
+    try:
+        if str(pickle.loads(pickle.dumps(error))) == str(error):
+            return error
+    except Exception:
+        pass
+    return RuntimeError(f"{type(error).__name__}: {error}")
 
 
 def _send(stream: IO[bytes], value: object) -> None:

@@ -5,30 +5,28 @@ a corpus, in their order, hold every document of its files once, and none needs 
 its longest document (Parquet: its largest row group).
 """
 
-import codecs
 import functools
-import glob
-import hashlib
 import json
-import os
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lm_jax.data import files
+
 Documents = Callable[[], Iterator[str]]  # each call starts a fresh pass
 
 PIECE = 32 << 20  # bytes of the files in one piece; store.FORMAT rises when it changes
-BLOCK = 1 << 20  # bytes read at once
 RECORDS = 256  # rows or records read at once
-SETTLED = 2 * 10**9  # nanoseconds after which a change of a file is sure to change its time stamp
 FORMATS = "file, line, jsonl:FIELD, parquet:FIELD, arrayrecord or arrayrecord:FIELD"
+
+Cut = tuple[int, int, int]  # first, end, and the size in bytes
 
 
 class Stretch(NamedTuple):
     """A part of a file: its bytes, row groups or records from `first` to `end`."""
 
     path: Path
+    stamp: files.Stamp
     first: int
     end: int
 
@@ -56,16 +54,19 @@ def pieces(paths: Iterable[Path], document: str) -> list[Documents]:
     groups: list[list[Stretch]] = [[]]
     size = 0  # of the last group
     for path in paths:
-        for stretch, weight in _CUT[kind](path):
+        stamp = files.stamp(path)
+        with files.naming(path):
+            cuts = list(_CUT[kind](path))
+        for first, end, weight in cuts:
             if size and size + weight > PIECE:
                 groups.append([])
                 size = 0
             size += weight
             group = groups[-1]
             if group and group[-1].path == path:
-                group[-1] = group[-1]._replace(end=stretch.end)
+                group[-1] = group[-1]._replace(end=end)
             else:
-                group.append(stretch)
+                group.append(Stretch(path, stamp, first, end))
     return [functools.partial(_read, tuple(group), kind, field) for group in groups]
 
 
@@ -75,114 +76,37 @@ def chain(pieces: Sequence[Documents]) -> Iterator[str]:
         yield from piece()
 
 
-def find(patterns: str, name: str, source: Path | None) -> list[Path]:
-    """The files that comma-separated paths and globs of the field `data.NAME` name, sorted."""
-    found: set[Path] = set()
-    for pattern in filter(None, (part.strip() for part in patterns.split(","))):
-        path = Path(source or "", os.path.expanduser(pattern))
-        matches = [path] if path.is_file() else map(Path, glob.glob(str(path), recursive=True))
-        files = [match for match in matches if match.is_file()]
-        if not files:
-            raise FileNotFoundError(
-                f"data.{name}={pattern!r} names no file at {path}: correct it, or the folder "
-                "in --config.data.source_dir."
-            )
-        found.update(files)
-    return sorted(found)
-
-
-def hash_files(paths: Sequence[Path], cache: Path, *, text: bool) -> list[str]:
-    """sha256 of files that must exist, hold something and, if `text`, be UTF-8.
-
-    Those of unchanged files are remembered in the folder `cache`, by path, size and time of the
-    last change.
-    """
-    memory = cache / "file_hashes.json"
-    known = json.loads(memory.read_text()) if memory.exists() else {}
-    fresh, hashes = {}, []
-    for path in paths:
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist: correct --config.data.source_dir.")
-        stat, now = path.stat(), time.time_ns()
-        stamp = [stat.st_size, stat.st_ctime_ns, text]
-        key = str(path.resolve())
-        if known.get(key, [])[:-1] == stamp:
-            hashes.append(known[key][-1])
-            continue
-        if stat.st_size == 0:
-            raise ValueError(f"{path} is empty: give the file its text or leave it out.")
-        hashes.append(_hash(path, text))
-        if now - stat.st_ctime_ns > SETTLED:
-            fresh[key] = [*stamp, hashes[-1]]
-    if fresh:
-        cache.mkdir(parents=True, exist_ok=True)
-        partial = memory.with_name(f".{memory.name}.{os.getpid()}")
-        partial.write_text(json.dumps(known | fresh))
-        os.replace(partial, memory)
-    return hashes
-
-
-def refuse_shared(paths: dict[str, list[Path]], hashes: dict[str, list[str]]) -> None:
-    """A file in two splits would let the model train on what it is tested on."""
-    seen: dict[str, tuple[str, Path]] = {}
-    for split in paths:
-        for path, sha256 in zip(paths[split], hashes[split], strict=True):
-            other_split, other_path = seen.setdefault(sha256, (split, path))
-            if other_split != split:
-                raise ValueError(
-                    f"{path} is in split {split} and its content, as {other_path}, in split "
-                    f"{other_split}: take it out of one of data.files, valid_files, test_files."
-                )
-
-
-def _hash(path: Path, text: bool) -> str:
-    digest = hashlib.sha256()
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    offset = 0
-    with path.open("rb", buffering=0) as file:
-        while block := file.read(BLOCK):
-            digest.update(block)
-            if text:
-                _validate(decoder, block, path, offset)
-            offset += len(block)
-    if text:
-        _validate(decoder, b"", path, offset)
-    return digest.hexdigest()
-
-
-def _validate(decoder: codecs.IncrementalDecoder, block: bytes, path: Path, offset: int) -> None:
-    held_back = len(decoder.getstate()[0])
-    try:
-        decoder.decode(block, final=not block)
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} is not UTF-8 at byte {offset - held_back + error.start} ({error.reason}): "
-            "convert the file to UTF-8."
-        ) from error
-
-
 def _read(stretches: Sequence[Stretch], kind: str, field: str) -> Iterator[str]:
-    for path, first, end in stretches:
-        yield from _READ[kind](path, first, end, field)
+    for path, stamp, first, end in stretches:
+        with files.naming(path):
+            try:
+                yield from _READ[kind](path, first, end, field)
+            except Exception:
+                files.refuse_other(path, stamp)  # which explains any error
+                raise
+        files.refuse_other(path, stamp)
 
 
 # --- whole files, lines and JSON -----------------------------------------------------------------
 
 
-def _cut_file(path: Path) -> Iterator[tuple[Stretch, int]]:
+def _cut_file(path: Path) -> Iterator[Cut]:
     size = path.stat().st_size
-    yield Stretch(path, 0, size), size
+    yield 0, size, size
 
 
-def _cut_lines(path: Path) -> Iterator[tuple[Stretch, int]]:
+def _cut_lines(path: Path) -> Iterator[Cut]:
     size = path.stat().st_size
     for first in range(0, size, PIECE):
         end = min(first + PIECE, size)
-        yield Stretch(path, first, end), end - first
+        yield first, end, end - first
 
 
 def _read_file(path: Path, first: int, end: int, field: str) -> Iterator[str]:
-    yield path.read_bytes().decode()
+    content = path.read_bytes()
+    if len(content) != end:
+        raise _cut_short(path, len(content), end)
+    yield content.decode()
 
 
 def _read_lines(path: Path, first: int, end: int, field: str) -> Iterator[str]:
@@ -207,13 +131,22 @@ def _lines(path: Path, first: int, end: int) -> Iterator[tuple[int, str]]:
                 return
             yield first, line.decode().removesuffix("\n").removesuffix("\r")
             first += len(line)
+    if first < end:
+        raise _cut_short(path, first, end)
+
+
+def _cut_short(path: Path, size: int, end: int) -> ValueError:
+    return ValueError(
+        f"{path} holds {size} bytes where it held {end}: leave the files of a corpus alone while "
+        "it is prepared, and start again."
+    )
 
 
 def _line_name(path: Path, offset: int) -> str:
     number = 1
     with path.open("rb") as file:
         while offset:
-            block = file.read(min(offset, BLOCK))
+            block = file.read(min(offset, files.BLOCK))
             number += block.count(b"\n")
             offset -= len(block)
     return f"{path}, line {number}"
@@ -224,14 +157,18 @@ def _json_field(record: str | bytes, field: str, name: Callable[[], str]) -> str
         value = json.loads(record)
     except ValueError as error:
         raise ValueError(f"{name()} is not JSON ({error}): correct or delete it.") from error
+    except RecursionError as error:
+        raise ValueError(f"{name()} nests too deeply to be read: correct or delete it.") from error
     if not isinstance(value, dict) or not isinstance(value.get(field), str):
         has = sorted(value) if isinstance(value, dict) else type(value).__name__
         raise _no_field(name(), field, has)
     text = value[field]
-    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
         raise ValueError(
             f"{name()} holds half a surrogate pair, which no text has: correct or delete it."
-        )
+        ) from error
     return text
 
 
@@ -265,11 +202,11 @@ def _open_parquet(path: Path) -> Any:
         ) from error
 
 
-def _cut_parquet(path: Path) -> Iterator[tuple[Stretch, int]]:
+def _cut_parquet(path: Path) -> Iterator[Cut]:
     with _open_parquet(path) as file:
         for group in range(file.num_row_groups):
             size = file.metadata.row_group(group).total_byte_size
-            yield Stretch(path, group, group + 1), size
+            yield group, group + 1, size
 
 
 def _read_parquet(path: Path, first: int, end: int, field: str) -> Iterator[str]:
@@ -307,14 +244,14 @@ def _open_array_record(path: Path) -> Any:
     return reader
 
 
-def _cut_array_record(path: Path) -> Iterator[tuple[Stretch, int]]:
+def _cut_array_record(path: Path) -> Iterator[Cut]:
     reader = _open_array_record(path)
     count, size = reader.num_records(), path.stat().st_size
     reader.close()
     step = max(1, count * PIECE // size)
     for first in range(0, count, step):
         end = min(first + step, count)
-        yield Stretch(path, first, end), (end - first) * size // count
+        yield first, end, (end - first) * size // count
 
 
 def _read_array_record(path: Path, first: int, end: int, field: str) -> Iterator[str]:
@@ -334,8 +271,7 @@ def _not_utf8(name: str, error: UnicodeDecodeError) -> ValueError:
     return ValueError(f"{name} is not UTF-8 ({error.reason}): write the file again as UTF-8.")
 
 
-# Each stretch comes with its size in bytes.
-_CUT: dict[str, Callable[[Path], Iterator[tuple[Stretch, int]]]] = {
+_CUT: dict[str, Callable[[Path], Iterator[Cut]]] = {
     "file": _cut_file,
     "line": _cut_lines,
     "jsonl": _cut_lines,

@@ -6,13 +6,14 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from lm_jax.data import parts
+from lm_jax.data import files, parts
 from lm_jax.data.corpora import Corpus
 from lm_jax.data.parts import Part
 from lm_jax.data.shards import Documents
@@ -79,41 +80,44 @@ def prepare(
     there. One process at a time may prepare a store.
 
     Raises:
-        ValueError: if the corpus cannot be tokenised; then nothing is left behind.
-        ChildProcessError: if a process that tokenised was killed.
+        ValueError: if the corpus cannot be tokenised, or its files changed since they were hashed;
+            then nothing is left behind.
+        ChildProcessError: if a process that tokenised ended before its work did.
+        OSError: if a file cannot be read, or what was written does not come back from the disk.
     """
     stores = Path(cache_dir).expanduser() / "stores"
     key = json.dumps([corpus.fingerprint, tokenizer_kind, vocab_size, sample, FORMAT])
     name = re.sub(r"[^\w.]+", "-", corpus.name)
     path = stores / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
-    if path.exists():
-        return open_store(path)
     unfinished = path.with_name(f"{path.name}.parts")
+    if path.exists():
+        store = open_store(path)
+        shutil.rmtree(unfinished, ignore_errors=True)  # a kill may have left some of it
+        return store
     unfinished.mkdir(parents=True, exist_ok=True)
     try:
-        if not (unfinished / "tokenizer.json").exists():
-            _learn(corpus, tokenizer_kind, vocab_size, sample).save(unfinished)
-        tokenizer = Tokenizer.load(unfinished)
-        all_parts = parts.plan(corpus.splits)
-        parts.write_all(all_parts, tokenizer, unfinished, workers)
-        _join(corpus, all_parts, tokenizer, unfinished)
+        tokenizer = _tokenizer(corpus, tokenizer_kind, vocab_size, sample, unfinished)
+        _write_and_join(corpus, tokenizer, unfinished, workers)
+        files.refuse_changed(corpus.files)
     except ValueError:
         shutil.rmtree(unfinished)
         raise
     try:
+        open_store(unfinished / "store")
         os.replace(unfinished / "store", path)
+    except ValueError as error:
+        raise _not_written(error) from error
     except OSError:
         if not path.exists():  # otherwise another process finished the same store first
             raise
-    shutil.rmtree(unfinished)
-    return open_store(path)
+    shutil.rmtree(unfinished, ignore_errors=True)  # what is left goes when the store is opened
+    return _open(path)
 
 
 def open_store(path: str | os.PathLike) -> Store:
     """Opens a finished store and checks every array against the manifest, in bounded memory."""
-    path = Path(path)
-    manifest = _read_manifest(path / "manifest.json")
-    tokenizer = Tokenizer.load(path / "tokenizer")
+    store = _open(path)
+    path, manifest, tokenizer = store.path, store.manifest, store.tokenizer
     if tokenizer.content_hash != manifest["tokenizer_hash"]:
         raise _broken(path / "tokenizer", "is not the tokenizer that the store was made with")
     if tokenizer.vocab_size != manifest["vocab_size"]:
@@ -127,7 +131,13 @@ def open_store(path: str | os.PathLike) -> Store:
             problem = f"holds {len(starts) - 1} documents, the manifest says {counts['documents']}"
             raise _broken(_documents_path(path, name), problem)
         _check_content(path, name, tokens, starts, tokenizer, counts["sha256"])
-    return Store(path, manifest, tokenizer)
+    return store
+
+
+def _open(path: str | os.PathLike) -> Store:
+    """A store whose arrays nobody has looked at, or which is known to be whole."""
+    path = Path(path)
+    return Store(path, _read_manifest(path / "manifest.json"), Tokenizer.load(path / "tokenizer"))
 
 
 def _check_content(
@@ -166,6 +176,19 @@ def _blocks(array: np.memmap) -> Iterator[np.ndarray]:
             yield block
 
 
+def _tokenizer(
+    corpus: Corpus, kind: str, vocab_size: int, sample: int, unfinished: Path
+) -> Tokenizer:
+    """The tokenizer that an earlier start has learnt, or a new one."""
+    try:
+        return Tokenizer.load(unfinished)
+    except (FileNotFoundError, ValueError):  # not there or not whole: learnt again, it is the same
+        tokenizer = _learn(corpus, kind, vocab_size, sample)
+    files.refuse_changed(corpus.files)  # the parts only know that they did not change meanwhile
+    tokenizer.save(unfinished)
+    return Tokenizer.load(unfinished)
+
+
 def _learn(corpus: Corpus, kind: str, vocab_size: int, sample: int) -> Tokenizer:
     """The tokenizer of the train split."""
     if not any(corpus.documents("train")):
@@ -186,6 +209,23 @@ def _heads(pieces: Sequence[Documents], characters: int) -> Iterator[str]:
                 break
 
 
+def _write_and_join(corpus: Corpus, tokenizer: Tokenizer, unfinished: Path, workers: int) -> None:
+    """Tokenises what no earlier start has, or what since was damaged, and joins the parts."""
+    all_parts = parts.plan(corpus.splits)
+    damaged: set[Path] = set()
+    while True:
+        parts.write_all(all_parts, tokenizer, unfinished, workers)
+        try:
+            return _join(corpus, all_parts, tokenizer, unfinished)
+        except parts.Damaged as error:
+            if damaged & set(error.args):
+                raise _not_written(error) from error
+            damaged.update(error.args)
+            for folder in error.args:
+                print(f"{folder} is damaged and is tokenised again", file=sys.stderr)
+                shutil.rmtree(folder)
+
+
 def _join(corpus: Corpus, all_parts: list[Part], tokenizer: Tokenizer, unfinished: Path) -> None:
     """Writes the folder `store` from the finished parts."""
     folder = unfinished / "store"
@@ -204,41 +244,64 @@ def _join(corpus: Corpus, all_parts: list[Part], tokenizer: Tokenizer, unfinishe
                 corpus,
                 name,
                 [unfinished / part.name for part in all_parts if part.split == name],
-                parts.id_type(tokenizer),
+                tokenizer,
                 folder,
             )
             for name in corpus.splits
         },
     }
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    with (folder / "manifest.json").open("w", encoding="utf-8") as file:
+        file.write(json.dumps(manifest, indent=1) + "\n")
+        files.sync(file)
 
 
 def _join_split(
-    corpus: Corpus, name: str, folders: list[Path], dtype: np.dtype, folder: Path
+    corpus: Corpus, name: str, folders: list[Path], tokenizer: Tokenizer, folder: Path
 ) -> dict[str, Any]:
-    """Copies a split's parts end to end and returns its entry in the manifest."""
-    of_parts = [json.loads((part / "counts.json").read_text()) for part in folders]
-    counts = {key: sum(of_part[key] for of_part in of_parts) for key in parts.COUNTS}
+    """Copies a split's parts end to end and returns its entry in the manifest.
+
+    Raises:
+        Damaged: if parts do not hold what was written into them.
+    """
+    records, damaged = {}, []
+    for part in folders:
+        if (record := parts.read_record(part, tokenizer)) is None:
+            damaged.append(part)
+        else:
+            records[part] = record
+    if damaged:
+        raise parts.Damaged(*damaged)
+    counts = {key: sum(record[key] for record in records.values()) for key in parts.COUNTS}
     if not counts["tokens"]:
         raise _no_tokens(corpus, name, f"{counts['empty_documents']} empty documents")
     digest = hashlib.sha256()
     with _tokens_path(folder, name).open("wb") as file:
-        _write_header(file, dtype, counts["tokens"])
-        for part in folders:
+        _write_header(file, parts.id_type(tokenizer), counts["tokens"])
+        for part, record in records.items():
+            of_part = hashlib.sha256()
             with (part / "ids").open("rb") as ids_file:
                 while block := ids_file.read(BLOCK):
+                    of_part.update(block)
                     digest.update(block)
                     file.write(block)
+            if of_part.hexdigest() != record["ids"]:
+                damaged.append(part)
+        files.sync(file)
     with _documents_path(folder, name).open("wb") as file:
         _write_header(file, np.dtype("<i8"), counts["documents"] + 1)
         starts = np.zeros(1, "<i8")
         digest.update(starts)
         file.write(starts.tobytes())
-        for part in folders:
+        for part, record in records.items():
             lengths = np.fromfile(part / "lengths", "<i8")
+            if hashlib.sha256(lengths).hexdigest() != record["lengths"]:
+                damaged.append(part)
             starts = np.cumsum(np.concatenate([starts[-1:], lengths]))
             digest.update(starts[1:])
             file.write(starts[1:].tobytes())
+        files.sync(file)
+    if damaged:
+        raise parts.Damaged(*dict.fromkeys(damaged))
     return {**counts, "sha256": digest.hexdigest()}
 
 
@@ -290,6 +353,13 @@ def _no_tokens(corpus: Corpus, split: str, found: str) -> ValueError:
     return ValueError(
         f"Split {split!r} of corpus {corpus.name!r} holds no token ({found}): name files for it, "
         "or change data.valid_fraction and data.test_fraction."
+    )
+
+
+def _not_written(error: Exception) -> OSError:
+    return OSError(
+        f"What was written does not come back from the disk ({error}): check the disk or name "
+        "another --config.data.cache_dir, and start again."
     )
 
 

@@ -18,14 +18,22 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
+from lm_jax.data.files import sync
+
 FILE_NAME = "tokenizer.json"
 UNKNOWN = "<unk>"
+BLOCK = 1 << 20  # characters split into words at once: a list of words is ten times their size
 WHITESPACE = np.array([c for c in range(0x3001) if chr(c).isspace()], np.uint32)
 
 
 def count_words(text: str) -> int:
     """Words between white space, plus one for each newline (WikiText's <eos>)."""
-    return len(text.split()) + text.count("\n")
+    count = text.count("\n")
+    for start in range(0, len(text), BLOCK):
+        count += len(text[start : start + BLOCK].split())
+        if start:  # a word across the cut is counted on both sides
+            count -= not (text[start - 1].isspace() or text[start].isspace())
+    return count
 
 
 class Tokenizer(abc.ABC):
@@ -92,7 +100,9 @@ class Tokenizer(abc.ABC):
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{FILE_NAME}.{os.getpid()}")
         content = {"kind": self.kind, **self._payload()}
-        partial.write_text(json.dumps(content, ensure_ascii=True), encoding="utf-8")
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(content, ensure_ascii=True))
+            sync(file)
         os.replace(partial, path)
 
     @staticmethod
@@ -194,12 +204,12 @@ class WordTokenizer(Tokenizer):
 
     def encode(self, text: str) -> np.ndarray:
         """Ids of the words and newlines, int32; an unseen word is <unk> or an error."""
-        words = list(split_words(text))
         unknown = self._ids.get(UNKNOWN, -1)
-        ids = np.array([self._ids.get(word, unknown) for word in words], np.int32)
+        ids = np.fromiter((self._ids.get(word, unknown) for word in split_words(text)), np.int32)
         if unknown == -1 and (missing := np.flatnonzero(ids == -1)).size:
+            word = next(itertools.islice(split_words(text), int(missing[0]), None))
             raise ValueError(
-                f"Word {words[missing[0]]!r}, number {missing[0]} of its document, does not occur "
+                f"Word {word!r}, number {missing[0]} of its document, does not occur "
                 f"in the train split, which has no {UNKNOWN} either: set "
                 "--config.tokenizer.kind=bpe, or a tokenizer.vocab_size below the number of types."
             )
@@ -240,7 +250,8 @@ class BpeTokenizer(Tokenizer):
     """
 
     kind = "bpe"
-    PIECE = 1 << 17  # characters handed to the library at once, which bounds its memory
+    PIECE = 1 << 17  # characters of a piece, where the text can be cut
+    AT_ONCE = 1 << 20  # characters given to the library at once: it needs 30 times their size
 
     def __init__(self, vocabulary: list[str], merges: list[list[str]]) -> None:
         """Tokens in id order from 1 and merges by rank, in the byte-level alphabet."""
@@ -277,10 +288,10 @@ class BpeTokenizer(Tokenizer):
 
     @classmethod
     def _pieces(cls, text: str) -> Iterator[str]:
-        """Cuts a long text before single spaces, where pre-tokenisation cuts as well."""
+        """Cuts a long text where white space begins, as pre-tokenisation does."""
         start = 0
         while len(text) - start > cls.PIECE:
-            boundary = re.compile(r"\w(?= \w)").search(text, start + cls.PIECE)
+            boundary = re.compile(r"\S(?=[ \n])").search(text, start + cls.PIECE)
             if boundary is None:
                 break
             yield text[start : boundary.end()]
@@ -298,12 +309,26 @@ class BpeTokenizer(Tokenizer):
 
     def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of several documents, encoded in parallel where there are cores."""
-        pieces = [list(self._pieces(text)) for text in texts]
-        encoded = iter(self._library.encode_batch_fast(list(itertools.chain(*pieces))))
-        return [
-            np.concatenate([np.array(next(encoded).ids, np.int32) for _ in of_document]) + 1
-            for of_document in pieces
-        ]
+        found: list[list[np.ndarray]] = [[] for _ in texts]
+        for group in self._groups(texts):
+            encoded = self._library.encode_batch_fast([piece for _, piece in group])
+            for (number, _), one in zip(group, encoded, strict=True):
+                found[number].append(np.array(one.ids, np.int32) + 1)
+        return [np.concatenate(of_text) for of_text in found]
+
+    @classmethod
+    def _groups(cls, texts: Sequence[str]) -> Iterator[list[tuple[int, str]]]:
+        """Pieces of some AT_ONCE characters together, each with the number of its text."""
+        group: list[tuple[int, str]] = []
+        size = 0
+        for number, text in enumerate(texts):
+            for piece in cls._pieces(text):
+                if group and size + len(piece) > cls.AT_ONCE:
+                    yield group
+                    group, size = [], 0
+                group.append((number, piece))
+                size += len(piece)
+        yield group
 
     def token_bytes(self, ids: np.ndarray) -> list[bytes]:
         """The bytes of each token."""

@@ -1,0 +1,201 @@
+"""The files of a corpus: which they are, what they hold, and that they stay as they were hashed."""
+
+import codecs
+import contextlib
+import glob
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+BLOCK = 1 << 20  # bytes read at once
+SETTLED = 2 * 10**9  # nanoseconds after which a change of a file is sure to change its time stamp
+
+Stamp = tuple[int, int]  # size and time of the last change, which no program can set back
+
+
+class Hashed(NamedTuple):
+    """A file as it was when its content was hashed."""
+
+    path: Path
+    stamp: Stamp
+    sha256: str
+    settled: bool  # any change from then on gives another stamp
+
+
+def stamp(path: Path) -> Stamp:
+    """What differs once a file has changed."""
+    stat = path.stat()
+    return stat.st_size, stat.st_ctime_ns
+
+
+def find(patterns: str, name: str, source: Path | None) -> list[Path]:
+    """The files that comma-separated paths and globs of the field `data.NAME` name, sorted.
+
+    A file with several names, as by links, is there once, by the first of them.
+    """
+    split = [pattern for part in patterns.split(",") if (pattern := part.strip())]
+    if not split:
+        raise ValueError(
+            f'data.{name} is empty: corpus "text" needs --config.data.{name}=PATH, a path or a '
+            "glob."
+        )
+    found: set[Path] = set()
+    for pattern in split:
+        path = Path(source or "", os.path.expanduser(pattern))
+        # Only the pattern is one: a folder may well be called [1].
+        matches = glob.glob(os.path.expanduser(pattern), root_dir=source, recursive=True)
+        named = [path] if path.is_file() else [Path(source or "", match) for match in matches]
+        files = [match for match in named if match.is_file()]
+        if not files:
+            raise FileNotFoundError(
+                f"data.{name}={pattern!r} names no file at {path}: correct it, or the folder "
+                "in --config.data.source_dir."
+            )
+        found.update(files)
+    once: dict[Path, Path] = {}
+    for path in sorted(found):
+        once.setdefault(path.resolve(), path)
+    return list(once.values())
+
+
+def hash_files(paths: Sequence[Path], cache: Path, *, text: bool) -> list[Hashed]:
+    """Hashes files that must exist, hold something and, if `text`, be UTF-8.
+
+    The sha256 of unchanged files are remembered in the folder `cache`, by path and stamp.
+    """
+    memory = cache / "file_hashes.json"
+    known = _remembered(memory)
+    fresh, hashed = {}, []
+    for path in paths:
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist: correct --config.data.source_dir.")
+        now, (size, changed) = time.time_ns(), stamp(path)
+        key, entry = str(path.resolve()), [size, changed, text]
+        settled = now - changed > SETTLED
+        before = known.get(key)
+        if isinstance(before, list) and before[:-1] == entry:
+            hashed.append(Hashed(path, (size, changed), before[-1], settled))
+            continue
+        if size == 0:
+            raise ValueError(f"{path} is empty: give the file its text or leave it out.")
+        sha256 = _hash(path, text)
+        hashed.append(Hashed(path, (size, changed), sha256, settled))
+        if settled:
+            fresh[key] = [*entry, sha256]
+    if fresh:
+        cache.mkdir(parents=True, exist_ok=True)
+        partial = memory.with_name(f".{memory.name}.{os.getpid()}")
+        partial.write_text(json.dumps(known | fresh))
+        os.replace(partial, memory)
+    return hashed
+
+
+def _remembered(memory: Path) -> dict[str, Any]:
+    try:
+        known = json.loads(memory.read_bytes())
+    except (FileNotFoundError, ValueError):
+        known = {}
+    # A damaged memory is an empty one: what it held can be read from the files again.
+    return known if isinstance(known, dict) else {}
+
+
+def refuse_changed(files: Iterable[Hashed]) -> None:
+    """What was read since the files were hashed must be what was hashed.
+
+    Raises:
+        ValueError: if one of them has changed.
+    """
+    for file in files:
+        refuse_other(file.path, file.stamp)
+        # Within a tick of the clock after a change, another leaves the stamp as it is.
+        if not file.settled and _hash(file.path, text=False) != file.sha256:
+            raise _changed(file.path)
+
+
+def refuse_other(path: Path, before: Stamp) -> None:
+    """Raises ValueError if a file no longer has its stamp."""
+    if stamp(path) != before:
+        raise _changed(path)
+
+
+def refuse_equal(files: Mapping[str, Sequence[Hashed]], *, within_splits: bool) -> None:
+    """Files of equal content would let the model train on what it is tested on, or on it twice.
+
+    Raises:
+        ValueError: if two splits hold the same content or, where that is asked, one holds it twice.
+    """
+    seen: dict[str, tuple[str, Path]] = {}
+    for split, of_split in files.items():
+        for path, _, sha256, _ in of_split:
+            other_split, other_path = seen.setdefault(sha256, (split, path))
+            if other_split != split:
+                raise ValueError(
+                    f"{path} is in split {split} and its content, as {other_path}, in split "
+                    f"{other_split}: take it out of one of data.files, valid_files, test_files."
+                )
+            if other_path != path and within_splits:
+                raise ValueError(
+                    f"{path} and {other_path} hold the same bytes, which split {split} would have "
+                    "twice: take one of them out of data.files, valid_files or test_files."
+                )
+
+
+def sync(file: IO) -> None:
+    """Puts on the disk what was written: else the machine may die and only the name be there."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def naming(name: str | Path) -> Iterator[None]:
+    """Whatever goes wrong while something is read, the error says in what.
+
+    Libraries do not, and some raise what nobody would expect: ArrayRecord RuntimeError, for one.
+    """
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:
+        if str(name) in str(error):
+            raise
+        kind = OSError if isinstance(error, OSError) else ValueError
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        raise kind(f"{name} cannot be read ({what}): replace it or leave it out.") from error
+
+
+def _changed(path: Path) -> ValueError:
+    return ValueError(
+        f"{path} has changed since it was hashed: leave the files of a corpus alone while it is "
+        "prepared, and start again."
+    )
+
+
+def _hash(path: Path, text: bool) -> str:
+    digest = hashlib.sha256()
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    offset = 0
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+            if text:
+                _validate(decoder, block, path, offset)
+            offset += len(block)
+    if text:
+        _validate(decoder, b"", path, offset)
+    return digest.hexdigest()
+
+
+def _validate(decoder: codecs.IncrementalDecoder, block: bytes, path: Path, offset: int) -> None:
+    held_back = len(decoder.getstate()[0])
+    try:
+        decoder.decode(block, final=not block)
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not UTF-8 at byte {offset - held_back + error.start} ({error.reason}): "
+            "convert the file to UTF-8."
+        ) from error
