@@ -495,8 +495,9 @@ def validate(cfg: Config) -> Config:
     return cfg
 
 
-# Weights of distillation that read the states inside a teacher.
-INSIDE = "feature layer attention routed_feature routed_attention router_balance".split()
+ROUTED = "routed_feature routed_attention router_balance".split()
+INSIDE = ["layer", "attention", *ROUTED]  # weights of terms on what layers compute
+STATES = ["feature", "contrastive", *INSIDE]  # of terms on the states of one teacher
 
 
 def _validate_distillation(cfg: Config, require: Callable[[bool, str, str, str], None]) -> None:
@@ -526,6 +527,21 @@ def _validate_distillation(cfg: Config, require: Callable[[bool, str, str, str],
         f"does not fit config.distill.support={distill.support!r}",
         "give 1 or more for top_k and union, and 0 for full",
     )
+    used = {name for name in STATES if not getattr(distill, name).zero}
+    for name, with_it, what in (
+        ("beta", distill.kind in ("jsd", "skew"), "config.distill.kind jsd or skew"),
+        ("attention_layers", "attention" in used, "config.distill.attention"),
+        ("experts", used & set(ROUTED), "a routed term"),
+        ("router_top_k", used & set(ROUTED), "a routed term"),
+        ("router_temperature", used & set(ROUTED), "a routed term"),
+        ("lr", used - {"attention"}, "a term with a projection"),
+    ):
+        require(
+            bool(with_it) or getattr(distill, name) == getattr(DistillConfig(), name),
+            f"distill.{name}",
+            f"has no meaning without {what}",
+            "leave it at its default",
+        )
     require(
         distill.router_top_k <= distill.experts,
         "distill.router_top_k",
@@ -533,11 +549,12 @@ def _validate_distillation(cfg: Config, require: Callable[[bool, str, str, str],
         "lower it",
     )
     one = bool(distill.teachers) and "," not in distill.teachers
-    for name in INSIDE:
+    for name in used:
         require(
-            getattr(distill, name).zero or (one and cfg.model.family == "dense"),
+            one and (cfg.model.family == "dense" or name not in INSIDE),
             f"distill.{name}",
-            "needs one teacher and a student of family 'dense'",
+            "needs the states of one teacher"
+            + (" and a student of family 'dense'" if name in INSIDE else ""),
             "set it to 0",
         )
     if distill.cache:
@@ -552,12 +569,6 @@ def _validate_distillation(cfg: Config, require: Callable[[bool, str, str, str],
             "distill.alone",
             "is compared with a teacher's states, which config.distill.cache does not hold",
             "leave it empty",
-        )
-        require(
-            distill.contrastive.zero,
-            "distill.contrastive",
-            "needs a teacher's states, which config.distill.cache does not hold",
-            "set it to 0",
         )
         require(
             not cfg.data.window_offset,

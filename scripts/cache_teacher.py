@@ -44,11 +44,6 @@ def make_cache(cfg: config.Config, folder: pathlib.Path) -> int:
     config.validate(read_back)
     teacher = teachers.open_teacher(cfg, store)
     temperature = cache.describe(cfg, store)["temperature"]
-    if cfg.distill.top_k > store.tokenizer.vocab_size:
-        raise config.ConfigError(
-            f"config.distill.top_k: {cfg.distill.top_k} is above the "
-            f"{store.tokenizer.vocab_size} ids of the tokenizer; lower it."
-        )
 
     @jax.jit
     def most_likely(params, batch):

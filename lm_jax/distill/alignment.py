@@ -2,7 +2,8 @@
 
 Every position of the student gets the state of the last teacher token that ends at or before the
 end of its own token, never a later one. Where both end at the same byte, both models predict what
-follows the same text, and their probabilities of the next byte can be compared exactly.
+follows the same text, and their probabilities of the next byte can be compared exactly. That a
+token ends where it does depends on what follows, in either tokenizer; nothing else of it is read.
 """
 
 import dataclasses

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lm_jax.config import INSIDE, Config, ConfigError, Curve
+from lm_jax.config import ROUTED, STATES, Config, ConfigError, Curve
 from lm_jax.distill import terms
 from lm_jax.distill.router import Router
 from lm_jax.distill.teachers import Reading
@@ -15,8 +15,7 @@ from lm_jax.models.transformer import Linear, Observed
 
 # Field of config.distill to the name under which the raw term is logged.
 LOGGED_AS = {"kd": "kd_kl_t2", "lm": "lm_ce"}
-TERMS = ("kd", "lm", "contrastive", *INSIDE)
-ROUTED = ("routed_feature", "routed_attention", "router_balance")
+TERMS = ("kd", "lm", *STATES)
 
 
 def used(cfg: Config) -> list[str]:

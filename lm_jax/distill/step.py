@@ -94,14 +94,15 @@ def make_objective(
             kind=d.kind,  # type: ignore[arg-type]
             temperature=now["temperature"],
             beta=d.beta,
-            kd=now["kd"] / counts["kd"],
-            lm=now["lm"] / counts["lm"],
+            # Not divided yet: in float16 the gradient of a logit would underflow.
+            kd=now["kd"] * (counts["lm"] / counts["kd"]),
+            lm=now["lm"],
             support=d.support,  # type: ignore[arg-type]
             top_k=d.top_k,
             groups=reading.groups,
             softcap=model.cfg.logit_softcap,
         )
-        total = found.objective
+        total = found.objective / counts["lm"]
         sums = {"kd": now["temperature"] ** 2 * found.divergence, "lm": found.nats}
         if auxiliary is None:
             return total, sums

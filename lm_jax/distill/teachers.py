@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from lm_jax import config, evaluate, sharding, step
-from lm_jax.config import Config, ConfigError
+from lm_jax.config import INSIDE, Config, ConfigError
 from lm_jax.data.hf_tokenizer import HfTokenizer
 from lm_jax.data.store import Store
 from lm_jax.distill import alignment, cache
@@ -117,6 +117,18 @@ def open_teacher(cfg: Config, store: Store) -> Teacher:
     runs = tuple(_open(name, cfg, store) for name in names)
     models = tuple(_as_read(run, cfg) for run in runs)
     teacher = Teacher(names, models, tuple(run.params for run in runs), runs=runs)
+    if cfg.distill.top_k > store.tokenizer.vocab_size:
+        raise ConfigError(
+            f"config.distill.top_k: {cfg.distill.top_k} is above the {store.tokenizer.vocab_size} "
+            "ids of the tokenizer; lower it."
+        )
+    for name, run in zip(names, runs, strict=True):
+        for term in INSIDE:
+            if run.cfg.model.family != "dense" and not getattr(cfg.distill, term).zero:
+                raise ConfigError(
+                    f"config.distill.{term}: {name} is of family {run.cfg.model.family!r}, whose "
+                    "layers cannot be compared; set it to 0."
+                )
     length = cfg.data.seq_len
     others = [name for name, run in zip(names, runs, strict=True) if not _shares(run, store)]
     if others:

@@ -18,12 +18,12 @@ from lm_jax.doctor import examine_config
 from lm_jax.kernels import divergences
 from tests.distill.test_step import EVERYTHING
 from tests.test_huggingface import GPT2, LLAMA, byte_level, random_tensors, save, write
-from tests.test_train import rows, small, text  # noqa: F401
+from tests.test_train import rows, small
 
 pytestmark = pytest.mark.slow
 
 
-def student(text, **changes):  # noqa: F811
+def student(text, **changes):
     base = dict(
         model__dropout=0.0,
         model__d_model=8,
@@ -35,7 +35,7 @@ def student(text, **changes):  # noqa: F811
 
 
 @pytest.fixture(scope="module")
-def teacher(text, tmp_path_factory):  # noqa: F811
+def teacher(text, tmp_path_factory):
     """A run with byte-pair encoding."""
     workdir = tmp_path_factory.mktemp("teacher")
     cfg = small(
@@ -54,7 +54,7 @@ def teacher(text, tmp_path_factory):  # noqa: F811
     return str(workdir)
 
 
-def opened(text, **changes):  # noqa: F811
+def opened(text, **changes):
     """Resolved config, store, teacher and a batch of the student's."""
     cfg = student(text, **changes)
     store = evaluate.open_data(config.validate(cfg))
@@ -65,7 +65,7 @@ def opened(text, **changes):  # noqa: F811
     return cfg, store, taught, taught.extend(batch)
 
 
-def test_the_divergence_is_that_of_next_bytes(text, teacher):  # noqa: F811
+def test_the_divergence_is_that_of_next_bytes(text, teacher):
     cfg, store, taught, batch = opened(text, distill__teachers=teacher)
     b = losses.shift(jax.tree.map(jnp.asarray, batch))
     reading = taught.read(taught.params, batch, b, jnp.float32, inside=False)
@@ -96,8 +96,8 @@ def test_the_divergence_is_that_of_next_bytes(text, teacher):  # noqa: F811
     np.testing.assert_allclose(np.exp(found).sum(-1), 1, rtol=1e-5)
 
 
-def test_a_run_learns_from_it(text, teacher, tmp_path, capsys):  # noqa: F811
-    terms = {n: x for n, x in EVERYTHING.items() if n not in ("distill__attention",)}
+def test_a_run_learns_from_it(text, teacher, tmp_path, capsys):
+    terms = {n: x for n, x in EVERYTHING.items() if not n.startswith("distill__attention")}
     cfg = student(text, model__layers=2, distill__teachers=teacher, **terms)
     train.train_and_evaluate(cfg, tmp_path)
     assert "has another tokenizer: " in capsys.readouterr().out
@@ -113,7 +113,7 @@ def test_a_run_learns_from_it(text, teacher, tmp_path, capsys):  # noqa: F811
     assert report["models"][teacher]["bits_per_byte"] < recorded["bits_per_byte"]
 
 
-def test_the_preflight_is_in_order(text, teacher):  # noqa: F811
+def test_the_preflight_is_in_order(text, teacher):
     cfg = student(text, distill__teachers=teacher, data__seq_len=64, data__batch_size=32)
     report = examine_config(cfg, level="fast")
     found = {f.check: f.status for f in report if f.check.startswith("distill.")}
@@ -122,7 +122,7 @@ def test_the_preflight_is_in_order(text, teacher):  # noqa: F811
     assert skipped == {"subset", "alignment", "contrastive"}
 
 
-def test_the_preflight_sees_a_state_of_later_text(text, teacher, monkeypatch):  # noqa: F811
+def test_the_preflight_sees_a_state_of_later_text(text, teacher, monkeypatch):
     row = alignment.Aligner.row
 
     def later(self, tokens_T, segment_ids_T):
@@ -135,7 +135,7 @@ def test_the_preflight_sees_a_state_of_later_text(text, teacher, monkeypatch):  
     assert "distill.future" in examine_config(cfg, level="fast").failed
 
 
-def test_a_hugging_face_checkpoint_is_read(text, tmp_path):  # noqa: F811
+def test_a_hugging_face_checkpoint_is_read(text, tmp_path):
     for name, fields in (("llama", LLAMA), ("gpt2", GPT2)):
         c = fields | {"vocab_size": 320, "max_position_embeddings": 64, "n_positions": 64}
         folder = tmp_path / name
@@ -151,7 +151,7 @@ def test_a_hugging_face_checkpoint_is_read(text, tmp_path):  # noqa: F811
             teachers.verify(taught, cfg, store)
 
 
-def test_its_loss_is_that_of_the_whole_text(text, teacher):  # noqa: F811
+def test_its_loss_is_that_of_the_whole_text(text, teacher):
     """Retokenised in memory or prepared on disk, a split has the same bits per byte."""
     cfg, store, taught, _ = opened(text, distill__teachers=teacher)
     run = taught.runs[0]
@@ -171,11 +171,11 @@ def test_its_loss_is_that_of_the_whole_text(text, teacher):  # noqa: F811
         (dict(tokenizer__kind="word"), "cannot be aligned: .*drops part of the text"),
     ],
 )
-def test_what_needs_one_tokenizer_is_refused(text, teacher, changes, said):  # noqa: F811
+def test_what_needs_one_tokenizer_is_refused(text, teacher, changes, said):
     with pytest.raises(ConfigError, match=f"config.distill.teachers: .*{said}"):
         opened(text, distill__teachers=teacher, **changes)
 
 
-def test_it_cannot_teach_beside_another(text, teacher):  # noqa: F811
+def test_it_cannot_teach_beside_another(text, teacher):
     with pytest.raises(ConfigError, match="cannot teach beside others"):
         opened(text, distill__teachers=f"{teacher},{teacher}")

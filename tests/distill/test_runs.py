@@ -14,20 +14,20 @@ from lm_jax.distill import cache, teachers
 from lm_jax.doctor import examine_config
 from lm_jax.flags import load_module
 from tests.distill.test_step import EVERYTHING
-from tests.test_train import StopAfter, final_state, rows, small, text  # noqa: F401
+from tests.test_train import StopAfter, final_state, rows, small
 
 ROOT = pathlib.Path(__file__).parents[2]
 CACHED = dict(distill__support="top_k", distill__top_k=5, distill__temperature="2")
 pytestmark = pytest.mark.slow
 
 
-def student(text, **changes):  # noqa: F811
+def student(text, **changes):
     base = dict(model__dropout=0.0, train__steps="8", train__eval_every="8", model__d_model=8)
     return small(text, **base | changes)
 
 
 @pytest.fixture(scope="module")
-def runs(text, tmp_path_factory):  # noqa: F811
+def runs(text, tmp_path_factory):
     """Two teachers, and a student alone."""
     root = tmp_path_factory.mktemp("runs")
     for seed in (0, 1):
@@ -45,7 +45,7 @@ def runs(text, tmp_path_factory):  # noqa: F811
 
 
 @pytest.fixture(scope="module")
-def distilled(text, runs):  # noqa: F811
+def distilled(text, runs):
     """A student with every term."""
     cfg = student(text, model__layers=2, distill__teachers=str(runs / "teacher-0"), **EVERYTHING)
     train.train_and_evaluate(cfg, runs / "distilled")
@@ -80,7 +80,7 @@ def test_a_distilled_run_is_a_run(distilled, runs):
     assert not any(name.startswith("distill") for name in result)
 
 
-def test_the_report(text, runs, tmp_path):  # noqa: F811
+def test_the_report(text, runs, tmp_path):
     names = [str(runs / f"teacher-{seed}") for seed in (0, 1)]
     cfg = student(text, distill__teachers=",".join(names), distill__alone=str(runs / "alone"))
     train.train_and_evaluate(cfg, tmp_path)
@@ -102,7 +102,7 @@ def test_the_report(text, runs, tmp_path):  # noqa: F811
 
 
 @pytest.fixture(scope="module")
-def kept(text, runs):  # noqa: F811
+def kept(text, runs):
     """A cache of the first teacher."""
     make_cache = load_module(ROOT / "scripts" / "cache_teacher.py").make_cache
     cfg = student(text, distill__teachers=str(runs / "teacher-0"), **CACHED)
@@ -113,7 +113,7 @@ def kept(text, runs):  # noqa: F811
     return runs / "cache"
 
 
-def test_a_cache_teaches_as_its_teacher_does(text, runs, kept, tmp_path):  # noqa: F811
+def test_a_cache_teaches_as_its_teacher_does(text, runs, kept, tmp_path):
     live = student(text, distill__teachers=str(runs / "teacher-0"), **CACHED)
     from_disk = student(text, distill__cache=str(kept), **CACHED, seed=0, doctor="fast")
     found = []
@@ -135,14 +135,14 @@ def test_a_cache_teaches_as_its_teacher_does(text, runs, kept, tmp_path):  # noq
         (dict(distill__temperature="3"), "temperature"),
     ],
 )
-def test_a_cache_of_something_else_is_refused(text, kept, changes, said):  # noqa: F811
+def test_a_cache_of_something_else_is_refused(text, kept, changes, said):
     cfg = student(text, distill__cache=str(kept), **CACHED | changes)
     store = evaluate.open_data(cfg)
     with pytest.raises(ConfigError, match=f"config.distill.cache: .* was made for {said}"):
         teachers.open_teacher(cfg, store)
 
 
-def test_a_window_that_is_not_in_the_cache(text, kept):  # noqa: F811
+def test_a_window_that_is_not_in_the_cache(text, kept):
     cfg = student(text, distill__cache=str(kept), **CACHED)
     extend = cache.open_cache(cfg, evaluate.open_data(cfg))
     tokens = np.ones((1, 2, 33), np.int32)
@@ -150,7 +150,7 @@ def test_a_window_that_is_not_in_the_cache(text, kept):  # noqa: F811
         extend({"tokens": tokens, "segment_ids": tokens})
 
 
-def test_an_unfinished_cache_is_none(text, kept, tmp_path):  # noqa: F811
+def test_an_unfinished_cache_is_none(text, kept, tmp_path):
     shutil.copytree(kept, tmp_path / "cache")
     (tmp_path / "cache" / cache.MANIFEST).unlink()
     cfg = student(text, distill__cache=str(tmp_path / "cache"), **CACHED)
@@ -158,19 +158,19 @@ def test_an_unfinished_cache_is_none(text, kept, tmp_path):  # noqa: F811
         cache.open_cache(cfg, evaluate.open_data(cfg))
 
 
-def test_a_teacher_of_another_tokenizer_is_refused(text, runs, tmp_path):  # noqa: F811
+def test_a_teacher_of_another_tokenizer_is_refused(text, runs, tmp_path):
     cfg = student(text, distill__teachers=str(runs / "teacher-0"), tokenizer__kind="byte")
     with pytest.raises(ConfigError, match="config.distill.teachers: .* another tokenizer"):
         train.train_and_evaluate(cfg, tmp_path)
 
 
-def test_a_teacher_that_is_not_there(text, tmp_path):  # noqa: F811
+def test_a_teacher_that_is_not_there(text, tmp_path):
     cfg = student(text, distill__teachers=str(tmp_path / "nothing"))
     with pytest.raises(ConfigError, match="config.distill.teachers: .*no such file"):
         train.train_and_evaluate(cfg, tmp_path / "run")
 
 
-def test_a_teacher_must_have_the_loss_on_its_record(text, runs, tmp_path):  # noqa: F811
+def test_a_teacher_must_have_the_loss_on_its_record(text, runs, tmp_path):
     other = tmp_path / "teacher"
     shutil.copytree(runs / "teacher-0", other)
     record = json.loads((other / "eval_valid.json").read_text())
@@ -180,7 +180,7 @@ def test_a_teacher_must_have_the_loss_on_its_record(text, runs, tmp_path):  # no
         train.train_and_evaluate(student(text, distill__teachers=str(other)), tmp_path / "run")
 
 
-def test_a_teacher_that_knows_nothing_is_refused(text, tmp_path):  # noqa: F811
+def test_a_teacher_that_knows_nothing_is_refused(text, tmp_path):
     cfg = student(text, train__steps="1", optim__warmup="0", optim__peak_lr=1e-9)
     train.train_and_evaluate(cfg, tmp_path / "teacher")
     cfg = student(text, distill__teachers=str(tmp_path / "teacher"))
@@ -188,7 +188,7 @@ def test_a_teacher_that_knows_nothing_is_refused(text, tmp_path):  # noqa: F811
         train.train_and_evaluate(cfg, tmp_path / "run")
 
 
-def test_the_preflight_is_in_order(distilled, text, runs):  # noqa: F811
+def test_the_preflight_is_in_order(distilled, text, runs):
     cfg = config.replace(distilled[0], doctor="fast", data__batch_size=32)
     report = examine_config(cfg, level="fast")
     found = {f.check: f.status for f in report if f.check.startswith("distill.")}
@@ -196,7 +196,7 @@ def test_the_preflight_is_in_order(distilled, text, runs):  # noqa: F811
     assert [name for name, status in found.items() if status == "skip"] == ["distill.subset"]
 
 
-def test_the_preflight_refuses_targets_that_are_not_the_teachers(text, runs, monkeypatch, tmp_path):  # noqa: F811
+def test_the_preflight_refuses_targets_that_are_not_the_teachers(text, runs, monkeypatch, tmp_path):
     read = teachers.Teacher.read
 
     def late(self, params, batch, b, dtype, *, inside):

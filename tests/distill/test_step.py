@@ -245,8 +245,21 @@ REFUSED = [
     (dict(distill__teachers="a", distill__lm="-1"), "config.distill.lm: .*negative"),
     (dict(distill__teachers="a", distill__top_k=3), "config.distill.top_k"),
     (dict(distill__teachers="a", distill__support="union"), "config.distill.top_k"),
-    (dict(distill__teachers="a", distill__experts=2, distill__router_top_k=3), "router_top_k"),
+    (
+        dict(
+            distill__teachers="a",
+            distill__routed_feature="1",
+            distill__experts=2,
+            distill__router_top_k=3,
+        ),
+        "config.distill.router_top_k: .*above",
+    ),
     (dict(distill__teachers="a,b", distill__feature="1"), "config.distill.feature: .*one teacher"),
+    (dict(distill__teachers="a,b", distill__contrastive="1"), "contrastive: .*one teacher"),
+    (dict(distill__teachers="a", distill__beta=0.2), "config.distill.beta: .*without"),
+    (dict(distill__teachers="a", distill__attention_layers=2), "attention_layers: .*without"),
+    (dict(distill__teachers="a", distill__experts=2), "config.distill.experts: .*without"),
+    (dict(distill__teachers="a", distill__attention="1", distill__lr=1.0), "lr: .*projection"),
     (dict(distill__cache="a"), "config.distill.cache: .*one temperature"),
     (dict(distill__teachers="a", loss__label_smoothing=0.1), "config.loss.label_smoothing"),
     (

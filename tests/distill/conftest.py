@@ -1,0 +1,3 @@
+"""The small text of the loop's tests."""
+
+from tests.test_train import text  # noqa: F401
