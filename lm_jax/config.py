@@ -259,7 +259,8 @@ class DistillConfig(_Section):
     feature: Curve = Curve("0")  # weight of the error of projected final states
     layer: Curve = Curve("0")  # the same of the states after each layer
     attention: Curve = Curve("0")  # weight of the divergence of attention maps
-    attention_layers: int = 1  # last layers whose maps are compared
+    # student layers whose maps are compared, counted from 0 or from the end, with commas
+    attention_layers: str = "-1"
     contrastive: Curve = Curve("0")  # weight of telling the rows of a micro-batch apart
     routed_feature: Curve = Curve("0")  # weight of the error against routed teacher layers
     routed_attention: Curve = Curve("0")  # weight of reading the routed states before a token
@@ -310,8 +311,8 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 _POSITIVE = (
     "data.seq_len data.batch_size model.layers model.d_model model.heads model.norm_eps "
     "model.rope_theta model.init_std optim.peak_lr optim.eps optim.accumulation train.keep "
-    "train.steps_per_call train.max_nonfinite mesh.fsdp distill.attention_layers distill.experts "
-    "distill.router_top_k distill.lr"
+    "train.steps_per_call train.max_nonfinite mesh.fsdp distill.experts distill.router_top_k "
+    "distill.lr"
 ).split()
 _SHARE = (  # in [0, 1)
     "data.valid_fraction data.test_fraction model.dropout model.attention_dropout "
@@ -508,6 +509,7 @@ def _validate_distillation(cfg: Config, require: Callable[[bool, str, str, str],
             remedy = f"name config.distill.teachers, or leave it at {default!r}"
             require(get(cfg, path) == default, path, "has no meaning without a teacher", remedy)
         return
+    used = {name for name in STATES if not getattr(distill, name).zero}
     require(
         not (distill.teachers and distill.cache),
         "distill.cache",
@@ -515,6 +517,12 @@ def _validate_distillation(cfg: Config, require: Callable[[bool, str, str, str],
         "give one of the two",
     )
     require(0 < distill.beta < 1, "distill.beta", "must lie inside (0, 1)", "give a share")
+    require(
+        bool(used) or not distill.kd.zero,
+        "distill.kd",
+        "leaves nothing that the teacher could teach",
+        "raise it, or the weight of another term",
+    )
     for path, value in fields(distill, "distill."):
         if isinstance(value, Curve):
             lowest = min(value for _, value in value.points())
@@ -527,7 +535,6 @@ def _validate_distillation(cfg: Config, require: Callable[[bool, str, str, str],
         f"does not fit config.distill.support={distill.support!r}",
         "give 1 or more for top_k and union, and 0 for full",
     )
-    used = {name for name in STATES if not getattr(distill, name).zero}
     for name, with_it, what in (
         ("beta", distill.kind in ("jsd", "skew"), "config.distill.kind jsd or skew"),
         ("attention_layers", "attention" in used, "config.distill.attention"),
@@ -542,6 +549,14 @@ def _validate_distillation(cfg: Config, require: Callable[[bool, str, str, str],
             f"has no meaning without {what}",
             "leave it at its default",
         )
+    numbers = distill.attention_layers.split(",")
+    require(
+        all(re.fullmatch(r"\s*-?\d+\s*", number) for number in numbers)
+        and all(-cfg.model.layers <= int(number) < cfg.model.layers for number in numbers),
+        "distill.attention_layers",
+        f"does not name layers of config.model.layers={cfg.model.layers}",
+        'write like "0,-1"',
+    )
     require(
         distill.router_top_k <= distill.experts,
         "distill.router_top_k",

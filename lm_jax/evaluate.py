@@ -260,12 +260,13 @@ def _locked(path: pathlib.Path) -> Iterator[None]:
         yield
 
 
-def open_run(workdir: pathlib.Path, *, best: bool = True) -> Run:
+def open_run(workdir: pathlib.Path, *, best: bool = True, mesh: Mesh | None = None) -> Run:
     """Config, data and parameters of a workdir.
 
     Args:
         workdir: folder of the run.
         best: the checkpoint with the lowest valid loss rather than the newest.
+        mesh: where the parameters go; that of the run if None.
 
     Raises:
         FileNotFoundError: if the workdir holds no config or no checkpoint.
@@ -282,7 +283,7 @@ def open_run(workdir: pathlib.Path, *, best: bool = True) -> Run:
             f"{path}: the run was trained on another corpus or tokenizer than {cfg.data.corpus} "
             "is now; restore the data."
         )
-    mesh = sharding.make_mesh(cfg.mesh.fsdp)
+    mesh = mesh or sharding.make_mesh(cfg.mesh.fsdp)
     impl, _ = step.choose_attention(cfg)
     graphdef, init = step.create_model(cfg, store.tokenizer.vocab_size, impl)
     # Parameters and their average look alike; nothing else of the state is read.

@@ -26,7 +26,7 @@ from lm_jax.data import pipeline
 from lm_jax.data.store import Store
 from lm_jax.distill import report as distill_report
 from lm_jax.distill import step as distill_step
-from lm_jax.distill.teachers import open_teacher, verify
+from lm_jax.distill.teachers import Teacher, open_teacher, verify
 from lm_jax.doctor import provenance
 from lm_jax.writers import Writers
 
@@ -59,6 +59,9 @@ def train_and_evaluate(cfg: Config, workdir: str | pathlib.Path) -> dict[str, An
     steps = int(cfg.train.steps)
     impl, reason = step.choose_attention(cfg)
     loss_impl, loss_reason = step.choose_loss(cfg, store.tokenizer.vocab_size)
+    distilling = bool(cfg.distill.teachers or cfg.distill.cache)
+    if distilling:
+        loss_impl, loss_reason = "fused", "one operation with the divergence"
     mesh = sharding.make_mesh(cfg.mesh.fsdp)
     rows = cfg.data.batch_size // cfg.optim.accumulation
     if rows % jax.device_count():
@@ -68,9 +71,8 @@ def train_and_evaluate(cfg: Config, workdir: str | pathlib.Path) -> dict[str, An
             f"{cfg.optim.accumulation * jax.device_count()}."
         )
     graphdef, init = step.create_model(cfg, store.tokenizer.vocab_size, impl)
-    distilling = bool(cfg.distill.teachers or cfg.distill.cache)
     if distilling:
-        teacher = open_teacher(cfg, store)
+        teacher = open_teacher(cfg, store, mesh)
         auxiliary, init_aux = distill_step.create_auxiliary(cfg, graphdef, init, teacher)
 
     def init_state(key: jax.Array) -> step.TrainState:
@@ -82,6 +84,8 @@ def train_and_evaluate(cfg: Config, workdir: str | pathlib.Path) -> dict[str, An
     checkpoints = checkpoint.Checkpoints(workdir, cfg.train.keep)
     start = checkpoints.position() or 0
     record_config(workdir, cfg, store, resuming=start > 0)
+    if distilling:
+        record_teacher(workdir, teacher, resuming=start > 0)
     teaching: list[str] = []
     if start:
         state = checkpoints.restore(checkpoint.abstract_like(abstract, shardings))
@@ -351,7 +355,9 @@ def record_config(workdir: pathlib.Path, cfg: Config, store: Store, *, resuming:
     path = workdir / "config.json"
     if resuming:
         old = json.loads(path.read_text())
-        changes = config.difference(old["config"], config.to_dict(cfg))
+        # A field that came later had its default.
+        before = config.to_dict(config.from_dict(old["config"]))
+        changes = config.difference(before, config.to_dict(cfg))
         if changes:
             raise config.ConfigError(
                 f"{path}: the run there has another config ({'; '.join(changes)}); "
@@ -379,6 +385,23 @@ def record_config(workdir: pathlib.Path, cfg: Config, store: Store, *, resuming:
     }
     shutil.copytree(store.path / "tokenizer", workdir / "tokenizer", dirs_exist_ok=True)
     evaluate.write_json(path, record)
+
+
+def record_teacher(workdir: pathlib.Path, teacher: Teacher, *, resuming: bool) -> None:
+    """Write `teacher.json`, or compare with that of the run to be resumed.
+
+    Raises:
+        ConfigError: if what teaches has changed.
+    """
+    path = workdir / "teacher.json"
+    if not resuming:
+        if jax.process_index() == 0:
+            evaluate.write_json(path, teacher.identity)
+    elif json.loads(path.read_text()) != teacher.identity:
+        raise config.ConfigError(
+            f"{path}: the run there learned from another teacher than it is now; restore that one "
+            "or give another --workdir."
+        )
 
 
 def git_revision() -> str | None:

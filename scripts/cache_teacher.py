@@ -64,7 +64,10 @@ def make_cache(cfg: config.Config, folder: pathlib.Path) -> int:
     def on_host(batch):
         return tuple(np.asarray(x) for x in most_likely(teacher.params, batch))
 
-    return cache.write(folder, cfg, store, on_host, {"teachers": cfg.distill.teachers})
+    for line in teachers.verify(teacher, cfg, store):
+        print(line)
+    with jax.default_matmul_precision(cfg.train.matmul_precision):
+        return cache.write(folder, cfg, store, on_host, teacher.identity)
 
 
 def main(_: list[str]) -> None:

@@ -171,7 +171,7 @@ TABLE = {
     "distill.layer": ("0.1", "distill_step", TAUGHT),
     "distill.attention": ("0.1", "distill_step", TAUGHT),
     "distill.attention_layers": (
-        2,
+        "0,-1",
         "distill_step",
         TAUGHT | {"distill.attention": "0.1", "model.layers": 2},
     ),

@@ -93,10 +93,11 @@ def _new(path: pathlib.Path, dtype: Any, shape: tuple[int, ...]) -> np.memmap:
     return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
 
 
-def open_cache(cfg: Config, store: Store) -> Callable[[Batch], Batch]:
+def open_cache(cfg: Config, store: Store) -> tuple[Callable[[Batch], Batch], str]:
     """A function that adds `kept_ids` and `kept_log_p` [..., T, k (+ 1)] to batches of the run.
 
-    It raises ConfigError for a window that the cache does not hold.
+    It raises ConfigError for a window that the cache does not hold. With it comes the sha256 of the
+    cache's manifest.
 
     Raises:
         ConfigError: if there is no finished cache, or one of other data, tokenizer or options.
@@ -107,7 +108,8 @@ def open_cache(cfg: Config, store: Store) -> Callable[[Batch], Batch]:
             f"config.distill.cache: {folder} holds no finished cache; run "
             "scripts/cache_teacher.py first."
         )
-    kept = json.loads((folder / MANIFEST).read_text())
+    manifest = (folder / MANIFEST).read_bytes()
+    kept = json.loads(manifest)
     for name, wanted in describe(cfg, store).items():
         if kept[name] != wanted:
             raise ConfigError(
@@ -135,4 +137,4 @@ def open_cache(cfg: Config, store: Store) -> Callable[[Batch], Batch]:
             "kept_log_p": log_p[found].reshape(*lead, *log_p.shape[1:]),
         }
 
-    return extend
+    return extend, hashlib.sha256(manifest).hexdigest()

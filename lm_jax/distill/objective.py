@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lm_jax.config import ROUTED, STATES, Config, ConfigError, Curve
+from lm_jax.config import ROUTED, STATES, Config, ConfigError, Curve, ModelConfig
 from lm_jax.distill import terms
 from lm_jax.distill.router import Router
 from lm_jax.distill.teachers import Reading
@@ -92,46 +92,46 @@ class Auxiliary(nnx.Module):
     """What is trained beside the student and thrown away with the teacher."""
 
     def __init__(
-        self, cfg: Config, width: int, teacher_width: int, teacher_layers: int, rngs: nnx.Rngs
+        self,
+        cfg: Config,
+        width: int,
+        teacher_width: int,
+        teacher: ModelConfig,
+        rngs: nnx.Rngs,
     ):
         """Build what the used terms need.
 
         Args:
             cfg: resolved config of the student.
             width: of its final states.
-            teacher_width: E.
-            teacher_layers: its number of layers.
+            teacher_width: of the teacher's.
+            teacher: its model.
             rngs: stream "params".
 
         Raises:
-            ConfigError: for more layers or experts than there are.
+            ConfigError: for more experts than there are layers.
         """
-        self.cfg, self.teacher_layers = cfg, teacher_layers
+        self.cfg, self.teacher_layers = cfg, teacher.layers
         names, L = used(cfg), cfg.model.layers
-        fewest = min(L, teacher_layers)
-        if "attention" in names and cfg.distill.attention_layers > fewest:
+        if set(ROUTED) & set(names) and cfg.distill.experts > teacher.layers:
             raise ConfigError(
-                f"config.distill.attention_layers: {cfg.distill.attention_layers} is above "
-                f"{fewest}, the layers that both models have; lower it."
-            )
-        if set(ROUTED) & set(names) and cfg.distill.experts > teacher_layers:
-            raise ConfigError(
-                f"config.distill.experts: {cfg.distill.experts} is above the {teacher_layers} "
+                f"config.distill.experts: {cfg.distill.experts} is above the {teacher.layers} "
                 "layers of the teacher; lower it."
             )
 
-        def project(inputs: int) -> Linear:
-            return Linear(inputs, teacher_width, inputs**-0.5, False, rngs)
+        def project(inputs: int, outputs: int) -> Linear:
+            return Linear(inputs, outputs, inputs**-0.5, False, rngs)
 
         if "feature" in names:
-            self.feature = project(width)
+            self.feature = project(width, teacher_width)
         if "contrastive" in names:
-            self.contrastive = project(width)
+            self.contrastive = project(width, teacher_width)
         if "layer" in names:
-            self.layers = nnx.List([project(cfg.model.d_model) for _ in range(L)])
+            layers = [project(cfg.model.d_model, teacher.d_model) for _ in range(L)]
+            self.layers = nnx.List(layers)
             self.layer_share = nnx.Param(jnp.zeros((L,)))
         if set(ROUTED) & set(names):
-            self.router = Router(width, teacher_width, cfg.distill.experts, rngs)
+            self.router = Router(width, teacher_width, teacher.d_model, cfg.distill.experts, rngs)
 
     def __call__(
         self,
@@ -189,11 +189,13 @@ class Auxiliary(nnx.Module):
         return found, extra
 
     def _maps(self, seen: Observed, inside: Observed, b: Shifted) -> jax.Array:
-        """Mean over the last layers of both models."""
-        layers, total = self.cfg.distill.attention_layers, jnp.zeros(())
-        for i in range(-layers, 0):
+        """Mean over the chosen layers, each against the teacher's layer as deep."""
+        L, total = self.cfg.model.layers, jnp.zeros(())
+        layers = [int(number) % L for number in self.cfg.distill.attention_layers.split(",")]
+        for i in layers:
+            pairs = (seen, i), (inside, terms.layer_for(i, L, self.teacher_layers))
             mine, theirs = (
-                terms.log_map(o.q_LBTHC[i], o.k_LBTKC[i], b.segment_ids) for o in (seen, inside)
+                terms.log_map(o.q_LBTHC[at], o.k_LBTKC[at], b.segment_ids) for o, at in pairs
             )
-            total += terms.attention(mine, theirs, b.weights)[0] / layers
+            total += terms.attention(mine, theirs, b.weights)[0] / len(layers)
         return total

@@ -13,11 +13,13 @@ from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
-from lm_jax import config, evaluate, metrics, sharding, step
+from lm_jax import config, evaluate, metrics, sharding
 from lm_jax import loss as losses
 from lm_jax.config import Config
 from lm_jax.data import pipeline
 from lm_jax.data.store import Store
+from lm_jax.distill import alignment, teachers
+from lm_jax.distill.alignment import Aligner
 from lm_jax.distill.teachers import Teacher
 from lm_jax.kernels import divergences
 from lm_jax.models.transformer import head_logits
@@ -53,16 +55,20 @@ def write(
     if cfg.distill.alone:
         alone = evaluate.open_run(pathlib.Path(cfg.distill.alone))
         scored.append(Scored("alone", [(alone.graphdef, alone.params)]))
-    taught_by = teacher.names[0] if len(members) == 1 else "mean of the teachers"
-    if teacher.first_bytes is None:
-        scored += [Scored(name, [m]) for name, m in zip(teacher.names, members, strict=True)]
-        if len(members) > 1:
-            scored.append(Scored(taught_by, members))
-        rows = score(cfg, run.store, split, scored, taught_by)
-    else:
-        rows = score(cfg, run.store, split, scored, None)
-        rows[taught_by] = _in_its_own_tokens(teacher, split)
-    result = {"split": split, "taught_by": taught_by, "models": rows}
+    taught_by = f"teacher {teacher.names[0]}" if len(members) == 1 else "mean of the teachers"
+    with jax.default_matmul_precision(cfg.train.matmul_precision):
+        if teacher.first_bytes is None:
+            names = [f"teacher {name}" for name in teacher.names]
+            scored += [Scored(name, [m]) for name, m in zip(names, members, strict=True)]
+            if len(members) > 1:
+                scored.append(Scored(taught_by, members))
+            rows = score(cfg, run.store, split, scored, taught_by)
+        else:
+            rows = score(cfg, run.store, split, scored, None)
+            rows[taught_by] = _in_its_own_tokens(teacher, run.store, split)
+    result: dict[str, Any] = {"split": split, "taught_by": taught_by, "models": rows}
+    if isinstance(teacher.extend, Aligner):
+        result["aligned_share"] = alignment.share(teacher.extend, cfg, run.store)
     evaluate.write_json(workdir / "distillation.json", result)
     table = Table(title=f"{split}: agreement with and divergence from {taught_by}")
     for heading in ("", *next(iter(rows.values()))):
@@ -79,11 +85,10 @@ def _cell(value: float | None) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:,.4f}"
 
 
-def _in_its_own_tokens(teacher: Teacher, split: str) -> dict[str, Any]:
+def _in_its_own_tokens(teacher: Teacher, store: Store, split: str) -> dict[str, Any]:
     """The row of a teacher with another tokenizer, of which tokens cannot be compared."""
     run = teacher.runs[0]
-    eval_step = step.make_eval_step(run.cfg, run.graphdef, run.mesh)
-    found = evaluate.Evaluator(run.cfg, run.store, run.mesh, eval_step)(run.params, split)
+    found = teachers.score(run, teachers.students_text(run, store), split)
     row = {name: found[name] for name in ("bits_per_byte", "word_ppl", "loss")}
     size = sum(x.size for x in jax.tree.leaves(run.params))
     return row | {"agreement": None, "kl": None, "parameters": size, "tokens_per_second": None}

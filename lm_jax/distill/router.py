@@ -52,17 +52,20 @@ class Router(nnx.Module):
     """r = softmax((0.4 capacity(s) + 0.3 gap([s; P t]) + 0.3 expert(t)) / temperature).
 
     s and t are the final states of student and teacher. With the k most likely experts the routed
-    target is sum_x r_x expert_x. The experts are states of the teacher, those of its mixture or of
-    evenly spaced layers, and get no gradient; the router does, so it also learns which experts are
-    easy to match, which the balance term holds in check.
+    target is sum_x r_x expert_x. The experts are states of the teacher (here of evenly spaced
+    layers) and get no gradient; the router does, so it also learns which experts are easy to match,
+    which the balance term holds in check.
     """
 
-    def __init__(self, width: int, teacher_width: int, experts: int, rngs: nnx.Rngs):
+    def __init__(
+        self, width: int, teacher_width: int, expert_width: int, experts: int, rngs: nnx.Rngs
+    ):
         """All maps are linear.
 
         Args:
-            width: D of the student.
-            teacher_width: E.
+            width: D, of s.
+            teacher_width: of t.
+            expert_width: E, of the experts.
             experts: X.
             rngs: stream "params".
         """
@@ -74,10 +77,10 @@ class Router(nnx.Module):
         self.narrow = linear(teacher_width, width)
         self.gap = linear(2 * width, experts)
         self.expert = linear(teacher_width, experts)
-        self.project = linear(width, teacher_width)
-        self.compress = linear(teacher_width, HEADS * -(-width // HEADS))
-        self.query = linear(width, self.compress.kernel.shape[1])
-        self.out = linear(self.compress.kernel.shape[1], self.compress.kernel.shape[1])
+        self.project = linear(width, expert_width)
+        self.compressed = HEADS * -(-width // HEADS)
+        self.query = linear(width, self.compressed)
+        self.out = linear(self.compressed, self.compressed)
 
     def scores(self, x_BTD: jax.Array, teacher_BTE: jax.Array) -> jax.Array:
         """One score for each expert, [B, T, X]."""
@@ -100,9 +103,10 @@ class Router(nnx.Module):
         """The three terms.
 
         feature: squared error of the projected student against the routed target.
-        attention: with c the routed target compressed to the student's width, squared error of
-        attention from s_t to the c of the positions before t against c_t, which gets no gradient.
-        A position never reads its own c, which would be copied.
+        attention: with c the routed target compressed to the student's width by a fixed random
+        matrix, squared error of attention from s_t to the c of the positions before t against c_t.
+        No c gets a gradient: a target that is trained would move to where it is easy to hit. A
+        position never reads its own c, which would be copied.
         balance: see `balance`.
         """
         x_BTD = x_BTD.astype(jnp.float32)
@@ -111,7 +115,9 @@ class Router(nnx.Module):
         routed_BTE = jnp.einsum("btx,xbte->bte", chosen_BTX, terms.normalised(experts_XBTE))
         feature = terms.squared_error(self.project(x_BTD), routed_BTE, weights_BT)
 
-        c_BTF = self.compress(routed_BTE)
+        E = routed_BTE.shape[-1]
+        fixed_EF = E**-0.5 * jax.random.normal(jax.random.key(0), (E, self.compressed))
+        c_BTF = jax.lax.stop_gradient(routed_BTE) @ fixed_EF
         # Position t asks, in the row moved by one, for what is before t.
         B, T, F = c_BTF.shape
         c_BTHC = c_BTF[:, :-1].reshape(B, T - 1, HEADS, F // HEADS)

@@ -32,7 +32,7 @@ def create_auxiliary(
         teacher: what it learns from.
 
     Raises:
-        ConfigError: for more layers or experts than the models have.
+        ConfigError: for more experts than the teacher has layers.
     """
     if set(objective.used(cfg)) <= {"kd", "lm"}:
         return None, lambda key: None
@@ -43,10 +43,10 @@ def create_auxiliary(
 
     mine = width(graphdef, jax.eval_shape(init, jax.random.key(0)))
     theirs = width(teacher.models[0], teacher.params[0])
-    layers = nnx.merge(teacher.models[0], teacher.params[0]).cfg.layers
+    model = nnx.merge(teacher.models[0], teacher.params[0]).cfg
 
     def build(key: jax.Array) -> Auxiliary:
-        return Auxiliary(cfg, mine, theirs, layers, nnx.Rngs(params=key))
+        return Auxiliary(cfg, mine, theirs, model, nnx.Rngs(params=key))
 
     def init_aux(key: jax.Array) -> Any:
         params = nnx.to_pure_dict(nnx.state(build(jax.random.fold_in(key, 1)), nnx.Param))

@@ -1,6 +1,8 @@
 """Teachers: models that are run beside the student, or what was kept of their distributions."""
 
 import dataclasses
+import functools
+import hashlib
 import json
 import math
 import pathlib
@@ -11,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from lm_jax import config, evaluate, sharding, step
 from lm_jax.config import INSIDE, Config, ConfigError
@@ -49,8 +52,10 @@ class Teacher:
     models: tuple[nnx.GraphDef, ...]
     params: tuple[Any, ...]
     extend: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]] = dict  # of batches
+    cached: str = ""  # sha256 of a cache's manifest
     runs: tuple[evaluate.Run, ...] = ()  # where the models came from
-    first_bytes: tuple[Any, Any] | None = None  # of the ids of student and teacher, if they differ
+    # Of the ids of student and teacher, where their tokenizers differ.
+    first_bytes: tuple[np.ndarray, ...] | None = None
 
     def read(
         self, params: tuple[Any, ...], batch: Batch, b: Shifted, dtype: Any, *, inside: bool
@@ -103,18 +108,47 @@ class Teacher:
             there_BT=(batch["teacher_place"] >= 0).astype(jnp.float32),
         )
 
+    @functools.cached_property
+    def identity(self) -> dict[str, Any]:
+        """What teaches: steps and fingerprints of the parameters, or that of a cache."""
+        if not self.runs:
+            return {"cache": self.cached}
+        return {
+            "teachers": list(self.names),
+            "steps": [run.step for run in self.runs],
+            "fingerprints": [_fingerprint(leaves) for leaves in self.params],
+        }
 
-def open_teacher(cfg: Config, store: Store) -> Teacher:
-    """The teacher of a resolved config.
+
+@jax.jit
+def _sums(params: Any) -> list[jax.Array]:
+    """Of each leaf, the sum of its bits times odd numbers, modulo 2^32; however it is split."""
+
+    def one(leaf: jax.Array) -> jax.Array:
+        bits = jax.lax.bitcast_convert_type(leaf.astype(jnp.float32), jnp.uint32).ravel()
+        return (bits * (2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1)).sum(dtype=jnp.uint32)
+
+    return [one(leaf) for leaf in jax.tree.leaves(params)]
+
+
+def _fingerprint(params: Any) -> str:
+    """A short hash of all parameters."""
+    digest = hashlib.sha256(repr([int(x) for x in _sums(params)]).encode())
+    return digest.hexdigest()[:16]
+
+
+def open_teacher(cfg: Config, store: Store, mesh: Mesh | None = None) -> Teacher:
+    """The teacher of a resolved config, on the student's mesh.
 
     Raises:
         ConfigError: if a teacher cannot teach this student: not there, fewer positions, another
             tokenizer where the terms need the same, a cache of other windows.
     """
     if cfg.distill.cache:
-        return Teacher((), (), (), cache.open_cache(cfg, store))
+        return Teacher((), (), (), *cache.open_cache(cfg, store))
+    mesh = mesh or sharding.make_mesh(cfg.mesh.fsdp)
     names = tuple(name.strip() for name in cfg.distill.teachers.split(","))
-    runs = tuple(_open(name, cfg, store) for name in names)
+    runs = tuple(_open(name, cfg, store, mesh) for name in names)
     models = tuple(_as_read(run, cfg) for run in runs)
     teacher = Teacher(names, models, tuple(run.params for run in runs), runs=runs)
     if cfg.distill.top_k > store.tokenizer.vocab_size:
@@ -134,7 +168,7 @@ def open_teacher(cfg: Config, store: Store) -> Teacher:
     if others:
         aligner = _align(others[0], runs, cfg, store)
         length = aligner.length
-        first = alignment.first_bytes(aligner.student), alignment.first_bytes(aligner.teacher)
+        first = alignment.first_bytes(aligner.student, aligner.teacher)
         teacher = dataclasses.replace(teacher, extend=aligner, first_bytes=first)
     for name, run in zip(names, runs, strict=True):
         if run.cfg.model.positions == "learned" and run.cfg.data.seq_len < length:
@@ -143,11 +177,12 @@ def open_teacher(cfg: Config, store: Store) -> Teacher:
                 f"{length}; lower config.data.seq_len."
             )
     if cfg.distill.alone:  # needed at the end only
-        run = _open_run("config.distill.alone", cfg.distill.alone)
-        if not _shares(run, store):
+        run = _open_run("config.distill.alone", cfg.distill.alone, mesh)
+        same = run.cfg.model == cfg.model and run.cfg.data.seq_len == cfg.data.seq_len
+        if not (same and _shares(run, store)):
             raise ConfigError(
-                f"config.distill.alone: {cfg.distill.alone} has another tokenizer than this run; "
-                "give the same student's."
+                f"config.distill.alone: {cfg.distill.alone} has another model, row length or "
+                "tokenizer than this run; give the same student's."
             )
     return teacher
 
@@ -157,12 +192,12 @@ def _shares(run: evaluate.Run, store: Store) -> bool:
     return run.store.tokenizer.content_hash == store.tokenizer.content_hash
 
 
-def _open(name: str, cfg: Config, store: Store) -> evaluate.Run:
+def _open(name: str, cfg: Config, store: Store, mesh: Mesh) -> evaluate.Run:
     """A run, or a Hugging Face checkpoint as if it were one."""
     folder = pathlib.Path(name)
     fields = folder / "config.json"
     if not fields.exists() or "model_type" not in json.loads(fields.read_text()):
-        return _open_run(WHERE, name)
+        return _open_run(WHERE, name, mesh)
     try:
         model, vocab_size, max_len, params = huggingface.load(folder)
         tokenizer = HfTokenizer.from_folder(folder)
@@ -172,7 +207,6 @@ def _open(name: str, cfg: Config, store: Store) -> evaluate.Run:
     how.model, how.data.seq_len, how.eval.stride = model, max_len, max_len
     if model.positions != "learned":  # any length is possible, and a shorter one costs less
         how.data.seq_len = how.eval.stride = min(max_len, cfg.data.seq_len)
-    mesh = sharding.make_mesh(cfg.mesh.fsdp)
     impl, _ = step.choose_attention(how)
     graphdef, _ = step.create_model(how, vocab_size, impl)
     params = jax.device_put(params, sharding.by_shape(mesh, params))
@@ -180,9 +214,9 @@ def _open(name: str, cfg: Config, store: Store) -> evaluate.Run:
     return evaluate.Run(how, own, mesh, graphdef, params, 0)
 
 
-def _open_run(field: str, workdir: str) -> evaluate.Run:
+def _open_run(field: str, workdir: str, mesh: Mesh) -> evaluate.Run:
     try:
-        return evaluate.open_run(pathlib.Path(workdir))
+        return evaluate.open_run(pathlib.Path(workdir), mesh=mesh)
     except FileNotFoundError as error:
         raise ConfigError(f"{field}: {error}") from error
 
@@ -204,10 +238,11 @@ def _align(name: str, runs: tuple[evaluate.Run, ...], cfg: Config, store: Store)
     other = f"{WHERE}: {name} has another tokenizer than the student"
     if len(runs) > 1:
         raise ConfigError(f"{other}, so it cannot teach beside others; name it alone.")
-    if cfg.distill.support != "full" or not cfg.distill.attention.zero:
+    maps = not (cfg.distill.attention.zero and cfg.distill.routed_attention.zero)
+    if cfg.distill.support != "full" or maps:
         raise ConfigError(
-            f"{other}, so there are no common ids and no common attention maps; set "
-            "config.distill.support to full and config.distill.attention to 0."
+            f"{other}, so there are no common ids and no common positions to attend to; set "
+            "config.distill.support to full, config.distill.attention and routed_attention to 0."
         )
     limit = runs[0].cfg.data.seq_len if runs[0].cfg.model.positions == "learned" else None
     teacher = runs[0].store.tokenizer
@@ -217,43 +252,59 @@ def _align(name: str, runs: tuple[evaluate.Run, ...], cfg: Config, store: Store)
         raise ConfigError(f"{other}, and cannot be aligned: {error}") from error
 
 
+def students_text(run: evaluate.Run, store: Store) -> Store:
+    """The student's corpus in the tokens of a run."""
+    if _shares(run, store):
+        return store
+    return Retokenised(store.path, store.manifest, run.store.tokenizer, store)
+
+
+def score(run: evaluate.Run, store: Store, split: str) -> dict[str, Any]:
+    """Exact evaluation of a run on a split of some store, with the run's own windows."""
+    eval_step = step.make_eval_step(run.cfg, run.graphdef, run.mesh)
+    return evaluate.Evaluator(run.cfg, store, run.mesh, eval_step)(run.params, split)
+
+
 def verify(teacher: Teacher, cfg: Config, store: Store) -> list[str]:
     """Score each model on the valid split, once, and say what share of tokens is aligned.
+
+    The record of a run is about its own corpus; what it must know is the student's.
 
     Returns:
         Lines to print.
 
     Raises:
-        ConfigError: if a teacher's loss is not the one on its own record, or no better than that
-            of the frequencies of tokens.
+        ConfigError: if a teacher's loss is not the one on its own record, or on the student's text
+            no better than that of the frequencies of tokens.
     """
+    split = store.split("valid")
+    nats = len(split.tokens) * math.log(evaluate.references(store, "valid")["unigram"])
+    unigram = nats / split.bytes / math.log(2)
     lines = []
     for name, run in zip(teacher.names, teacher.runs, strict=True):
-        eval_step = step.make_eval_step(run.cfg, run.graphdef, run.mesh)
-        result = evaluate.Evaluator(run.cfg, run.store, run.mesh, eval_step)(run.params, "valid")
-        loss, said = result["loss"], "no record of it"
-        record = pathlib.Path(name) / "eval_valid.json"
-        if record.exists():
-            recorded = json.loads(record.read_text())["loss"]
-            said = f"on its record {recorded:.4f}"
-            if not abs(loss - recorded) <= TOLERANCE * recorded:
+        text = students_text(run, store)
+        result = score(run, text, "valid")
+        own = run.store.manifest == text.manifest and _shares(run, store)
+        said, record = "no record of it", pathlib.Path(name) / "eval_valid.json"
+        recorded = json.loads(record.read_text()) if record.exists() else {}
+        same_windows = recorded.get("stride") == run.cfg.eval.stride
+        if same_windows and recorded["step"] == run.step and recorded["loss"] is not None:
+            loss = (result if own else score(run, run.store, "valid"))["loss"]
+            said = f"on its record {recorded['loss']:.4f}, found {loss:.4f}"
+            if not abs(loss - recorded["loss"]) <= TOLERANCE * loss:
                 raise ConfigError(
                     f"{WHERE}: {name} has a valid loss of {loss:.4f}, but {record} says "
-                    f"{recorded:.4f}; restore the run."
+                    f"{recorded['loss']:.4f}; restore the run."
                 )
-        of_text = run.store.original if isinstance(run.store, Retokenised) else run.store
-        split = of_text.split("valid")
-        nats = len(split.tokens) * math.log(evaluate.references(of_text, "valid")["unigram"])
-        unigram = nats / split.bytes / math.log(2)
         if not result["bits_per_byte"] < unigram:
             raise ConfigError(
                 f"{WHERE}: {name} needs {result['bits_per_byte']:.4f} bits per byte of the valid "
                 f"split, no better than the {unigram:.4f} of the frequencies of tokens; "
-                "train it first."
+                "train it first, on such text."
             )
         lines.append(
-            f"teacher {name}: valid loss {loss:.4f} ({said}), word ppl {result['word_ppl']:.2f}, "
-            f"bits per byte {result['bits_per_byte']:.4f}"
+            f"teacher {name}: valid loss {result['loss']:.4f} ({said}), word ppl "
+            f"{result['word_ppl']:.2f}, bits per byte {result['bits_per_byte']:.4f}"
         )
     if isinstance(teacher.extend, Aligner):
         share = alignment.share(teacher.extend, cfg, store)

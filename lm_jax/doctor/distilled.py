@@ -19,7 +19,6 @@ from lm_jax.distill.alignment import BYTES
 from lm_jax.doctor.distillation import examine_distillation
 from lm_jax.doctor.findings import Report
 from lm_jax.kernels import divergences
-from lm_jax.kernels.divergences import EXCLUDED
 from lm_jax.kernels.linear_distillation import Member, linear_distillation
 from lm_jax.models.transformer import head_logits
 
@@ -66,7 +65,8 @@ class _Preflight:
             model__dropout=0.0,
             model__attention_dropout=0.0,
             model__embedding_dropout=0.0,
-            distill__attention_layers=min(cfg.distill.attention_layers, small.model.layers),
+            # As many of the small student's as there are.
+            distill__attention_layers="0,-1" if "," in cfg.distill.attention_layers else "-1",
         )
         self.teacher = teachers.open_teacher(cfg, store)
         self.dtype = jnp.dtype(cfg.train.compute_dtype)
@@ -110,29 +110,18 @@ class _Preflight:
 
         Of one with another tokenizer they are about the next byte, 0 where nothing is aligned.
         """
-        V = self.store.tokenizer.vocab_size
-        temperature = self.cfg.distill.temperature.points()[0][1]
 
         @jax.jit
         def logits(taught: Any, batch: losses.Batch) -> jax.Array:
             rows, params = self.rows(batch, taught)
             b = losses.shift(rows)
             reading = self.teacher.read(params, rows, b, self.dtype, inside=False)
-            if reading.kept is None:
-                members = [head_logits(m.x_BTE, m.head_UE, m.softcap) for m in reading.members]
-                z_BTV = divergences.mean_log_p(members, 1.0)
-                if reading.groups is not None:
-                    group, aligned_BT = reading.groups.teacher_U, reading.groups.aligned_BT
-                    z_BTV = jax.vmap(divergences.grouped, (0, None, None))(z_BTV, group, BYTES)
-                    z_BTV = jnp.where(aligned_BT[..., None] > 0, z_BTV, 0)
-            else:
-                ids_BTk, log_p_BTj = reading.kept
-                others = V - ids_BTk.shape[-1]
-                rest_BT1 = log_p_BTj[..., -1:] - np.log(max(others, 1))
-                z_BTV = jnp.broadcast_to(rest_BT1, (*ids_BTk.shape[:2], V))
-                picked = log_p_BTj[..., :-1]
-                z_BTV = jnp.put_along_axis(z_BTV, ids_BTk, picked, axis=-1, inplace=False)
-                z_BTV = jnp.maximum(z_BTV, EXCLUDED) * temperature
+            members = [head_logits(m.x_BTE, m.head_UE, m.softcap) for m in reading.members]
+            z_BTV = divergences.mean_log_p(members, 1.0)
+            if reading.groups is not None:
+                group, aligned_BT = reading.groups.teacher_U, reading.groups.aligned_BT
+                z_BTV = jax.vmap(divergences.grouped, (0, None, None))(z_BTV, group, BYTES)
+                z_BTV = jnp.where(aligned_BT[..., None] > 0, z_BTV, 0)
             return jnp.pad(z_BTV, ((0, 0), (0, 1), (0, 0)))
 
         return logits
@@ -208,6 +197,10 @@ class _Preflight:
 
     def report(self) -> Report:
         """Call the checks."""
+        with jax.default_matmul_precision(self.cfg.train.matmul_precision):
+            return self._report()
+
+    def _report(self) -> Report:
         d, cfg = self.cfg.distill, self.small
         init_state = jax.jit(
             lambda key: step.init_state(cfg, self.init(key))._replace(aux=self.init_aux(key))
@@ -234,12 +227,14 @@ class _Preflight:
 
         head_to_head: dict[str, Any] = {}
         if self.aligned:
+            head_to_head["targets_fn"] = self.targets
             head_to_head["suffix_fn"] = self.other_suffix
         else:
             unigram = evaluate.references(self.store, "valid")["unigram"]
             head_to_head["unigram_nats"] = float(np.log(unigram))
             if self.teacher.models:
                 head_to_head["teacher_fn"] = jax.jit(self.alone)
+                head_to_head["targets_fn"] = self.targets
         if d.support != "full":
             head_to_head["topk_fn"] = jax.jit(
                 functools.partial(self.kd_fn, support=d.support), static_argnums=4
@@ -252,7 +247,6 @@ class _Preflight:
             beta=d.beta,
             topk_union=d.support == "union",
             teacher_params=self.taught,
-            targets_fn=self.targets,
             batch={name: jnp.asarray(x) for name, x in self.shown.items()},
             compute_dtype=cfg.train.compute_dtype,
             student_params=init_state(jax.random.key(cfg.seed)).trained,

@@ -96,6 +96,11 @@ def with_rest(log_p: jax.Array, ids: jax.Array) -> jax.Array:
     return jnp.append(picked, jax.nn.logsumexp(others, axis=-1, keepdims=True), axis=-1)
 
 
+def softened(log_p: jax.Array, temperature: jax.typing.ArrayLike) -> jax.Array:
+    """Logarithm of p^(1 / temperature), normalised; what is excluded stays so."""
+    return jax.nn.log_softmax(jnp.where(log_p > EXCLUDED / 2, log_p / temperature, EXCLUDED))
+
+
 def union(log_p: jax.Array, log_q: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     """Both distributions, given that an id is among the k most likely of one of the two.
 

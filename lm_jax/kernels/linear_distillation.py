@@ -82,7 +82,8 @@ def linear_distillation(
             all others; union, over the ids among the k most likely of either, as if there were no
             others.
         top_k: k.
-        groups: compare the probabilities of groups of ids, where the vocabularies differ.
+        groups: compare the probabilities of groups of ids, where the vocabularies differ. The
+            temperature is then that of the groups: p and q are softmax(log P(group) / T).
         softcap: cap of the student's logits, 0 for none.
         chunk_rows: as in `linear_cross_entropy`.
 
@@ -109,14 +110,20 @@ def linear_distillation(
             ]
             if usual:
                 return _forward_kl(z_NV, logits[0], target_N, weights_N, temperature, kd, lm)
-            log_p = divergences.mean_log_p(logits, temperature)
-            if groups is not None:
-                log_p = divergences.grouped(log_p, of_ids[1], groups.number)
+            if groups is None:
+                log_p = divergences.mean_log_p(logits, temperature)
+            else:
+                log_p = divergences.mean_log_p(logits, 1.0)
+                log_p = divergences.softened(
+                    divergences.grouped(log_p, of_ids[1], groups.number), temperature
+                )
 
         def terms(z_NV: jax.Array):
-            log_q = jax.nn.log_softmax(z_NV / temperature)
-            if groups is not None:
-                log_q = divergences.grouped(log_q, of_ids[0], groups.number)
+            if groups is None:
+                log_q = jax.nn.log_softmax(z_NV / temperature)
+            else:
+                log_q = divergences.grouped(jax.nn.log_softmax(z_NV), of_ids[0], groups.number)
+                log_q = divergences.softened(log_q, temperature)
             divergence_N = divergences.over(log_p, log_q, kind, beta, support, top_k)
             if aligned_N is not None:
                 divergence_N *= aligned_N

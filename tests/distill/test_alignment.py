@@ -133,7 +133,21 @@ def test_padding_is_no_text(tokenizers):
 
 
 def test_first_bytes(tokenizers):
-    groups = alignment.first_bytes(tokenizers["large"])
+    groups, other = alignment.first_bytes(tokenizers["large"], tokenizers["byte"])
+    assert other[0] == alignment.BYTES and set(other[1:]) == set(range(256))
     assert groups[0] == alignment.BYTES
     pieces = tokenizers["large"].token_bytes(np.arange(1, len(groups)))
     np.testing.assert_array_equal(groups[1:], [piece[0] for piece in pieces])
+
+
+def test_bytes_that_only_one_knows_are_left_out(tokenizers):
+    few, all_bytes = alignment.first_bytes(tokenizers["char"], tokenizers["byte"])
+    known = {character.encode()[0] for character in "".join(TEXTS)}
+    assert set(few[1:]) == known and set(all_bytes) == known | {alignment.BYTES}
+
+
+def test_a_teacher_that_does_not_keep_the_text_is_refused(tokenizers):
+    tokens, segments = row(tokenizers["byte"], ["the  cat"])
+    words = train_tokenizer("word", ["the cat"], 0)
+    with pytest.raises(ValueError, match="kind word does not keep the text"):
+        Aligner(tokenizers["byte"], words, 20).row(tokens, segments)

@@ -166,7 +166,9 @@ def test_members_teach_by_their_mean_probability():
     np.testing.assert_allclose(found.divergence, expected, rtol=1e-5)
 
 
-def test_groups_of_ids():
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_groups_of_ids(temperature):
+    """The temperature is that of the groups: equal groups have no divergence at any."""
     x, head, y, other, weights, _ = inputs(8)
     other = other[:17]  # another vocabulary
     groups = 4
@@ -176,13 +178,13 @@ def test_groups_of_ids():
 
     def by_group(log_a, of):
         sums = np.stack([np.exp(log_a[..., of == g]).sum(-1) for g in range(groups)], -1)
-        return np.log(sums / sums.sum(-1, keepdims=True))
+        return log_softmax(np.log(sums) / temperature, -1)
 
     log_p = by_group(log_softmax(logits(y, other), -1), theirs)
     log_q = by_group(log_softmax(logits(x, head), -1), mine)
     expected = (np.float64(weights) * aligned * exact(log_p, log_q, "forward")).sum()
     given = Groups(jnp.asarray(mine), jnp.asarray(theirs), groups, jnp.asarray(aligned))
-    found = run([Member(y, other)], x, head, weights, groups=given)
+    found = run([Member(y, other)], x, head, weights, groups=given, temperature=temperature)
     np.testing.assert_allclose(found.divergence, expected, rtol=1e-5)
 
 

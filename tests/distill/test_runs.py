@@ -66,6 +66,20 @@ def test_resuming_is_bit_identical(distilled, tmp_path, monkeypatch):
             assert name.startswith("perf/") or a[name] == b[name], name
 
 
+def test_another_teacher_on_resuming_is_refused(text, runs, tmp_path, monkeypatch):
+    teacher = tmp_path / "teacher"
+    shutil.copytree(runs / "teacher-0", teacher)
+    cfg = student(text, distill__teachers=str(teacher))
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "Signals", lambda: StopAfter(4))
+        with pytest.raises(train.Interrupted):
+            train.train_and_evaluate(cfg, tmp_path / "run")
+    shutil.rmtree(teacher)
+    shutil.copytree(runs / "teacher-1", teacher)
+    with pytest.raises(ConfigError, match=r"teacher.json: .* learned from another teacher"):
+        train.train_and_evaluate(cfg, tmp_path / "run")
+
+
 def test_a_distilled_run_is_a_run(distilled, runs):
     _, workdir = distilled
     run = evaluate.open_run(workdir)
@@ -86,8 +100,10 @@ def test_the_report(text, runs, tmp_path):
     train.train_and_evaluate(cfg, tmp_path)
     report = json.loads((tmp_path / "distillation.json").read_text())
     mean = report["taught_by"]
-    assert list(report["models"]) == ["distilled", "alone", *names, mean]
-    folders = {"distilled": tmp_path, "alone": runs / "alone"} | {n: pathlib.Path(n) for n in names}
+    taught = [f"teacher {name}" for name in names]
+    assert list(report["models"]) == ["distilled", "alone", *taught, mean]
+    folders = {"distilled": tmp_path, "alone": runs / "alone"}
+    folders |= {f"teacher {name}": pathlib.Path(name) for name in names}
     for name, folder in folders.items():
         recorded = json.loads((folder / "eval_test.json").read_text())
         for value in ("bits_per_byte", "word_ppl", "loss"):
@@ -95,7 +111,7 @@ def test_the_report(text, runs, tmp_path):
     itself = report["models"][mean]
     assert itself["agreement"] == 1 and abs(itself["kl"]) < 1e-6
     # A mean of probabilities is never worse than the mean of the losses.
-    each = [report["models"][name] for name in names]
+    each = [report["models"][name] for name in taught]
     assert itself["loss"] < np.mean([row["loss"] for row in each])
     assert itself["parameters"] == sum(row["parameters"] for row in each)
     assert all(row["kl"] > 1e-4 and row["agreement"] < 1 for row in each)
@@ -144,7 +160,7 @@ def test_a_cache_of_something_else_is_refused(text, kept, changes, said):
 
 def test_a_window_that_is_not_in_the_cache(text, kept):
     cfg = student(text, distill__cache=str(kept), **CACHED)
-    extend = cache.open_cache(cfg, evaluate.open_data(cfg))
+    extend, _ = cache.open_cache(cfg, evaluate.open_data(cfg))
     tokens = np.ones((1, 2, 33), np.int32)
     with pytest.raises(ConfigError, match="lacks a window of this run"):
         extend({"tokens": tokens, "segment_ids": tokens})
@@ -178,6 +194,23 @@ def test_a_teacher_must_have_the_loss_on_its_record(text, runs, tmp_path):
     (other / "eval_valid.json").write_text(json.dumps(record))
     with pytest.raises(ConfigError, match=r"eval_valid.json says .*; restore the run"):
         train.train_and_evaluate(student(text, distill__teachers=str(other)), tmp_path / "run")
+
+
+def test_a_teacher_of_other_text_is_refused(text, runs, tmp_path):
+    """It knows its own text, and nothing of the student's, whose letters are shuffled."""
+    other = tmp_path / "text"
+    other.mkdir()
+    rng = np.random.default_rng(0)
+    for path in sorted(text.glob("*.txt")):
+        (other / path.name).write_text("".join(rng.permutation(list(path.read_text()))) + "x\n")
+    cfg = student(other, distill__teachers=str(runs / "teacher-0"), tokenizer__kind="byte")
+    store = evaluate.open_data(config.validate(cfg))
+    teacher_cfg = small(text, tokenizer__kind="byte", optim__peak_lr=1e-2, train__steps="40")
+    train.train_and_evaluate(teacher_cfg, tmp_path / "teacher")
+    cfg = config.replace(cfg, distill__teachers=str(tmp_path / "teacher"))
+    cfg = config.resolve(cfg, windows=50)
+    with pytest.raises(ConfigError, match="train it first, on such text"):
+        teachers.verify(teachers.open_teacher(cfg, store), cfg, store)
 
 
 def test_a_teacher_that_knows_nothing_is_refused(text, tmp_path):

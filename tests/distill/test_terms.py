@@ -141,7 +141,7 @@ def routed(module, x, teacher, experts, segments, weights, k=2.0):
 
 def test_router_against_its_equations():
     weights, segments = weights_and_segments()
-    module = router.Router(D, E, X, nnx.Rngs(params=0))
+    module = router.Router(D, E, E, X, nnx.Rngs(params=0))
     x, teacher, experts = normal(B, T, D), 3 * normal(B, T, E), 5 * normal(X, B, T, E)
     found = routed(module, x, teacher, experts, segments, weights)
 
@@ -158,7 +158,7 @@ def test_router_against_its_equations():
     feature = (weights * ((x @ m("project") - target) ** 2).mean(-1)).sum()
     np.testing.assert_allclose(found.feature[0], feature, rtol=1e-4)
 
-    c = target @ m("compress")
+    c = target @ (E**-0.5 * np.float64(jax.random.normal(jax.random.key(0), (E, D))))
     q, H = x @ m("query"), router.HEADS
     F = c.shape[-1] // H
     total = count = 0.0
@@ -179,7 +179,7 @@ def test_router_against_its_equations():
 
 def test_router_gives_teacher_arrays_no_gradient_and_does_not_look_ahead():
     weights, segments = weights_and_segments()
-    module = router.Router(D, E, X, nnx.Rngs(params=0))
+    module = router.Router(D, E, E, X, nnx.Rngs(params=0))
     x, teacher, experts = (
         jnp.asarray(a) for a in (normal(B, T, D), normal(B, T, E), normal(X, B, T, E))
     )
