@@ -121,6 +121,7 @@ class _Preflight:
             if reading.groups is not None:
                 group, aligned_BT = reading.groups.teacher_U, reading.groups.aligned_BT
                 z_BTV = jax.vmap(divergences.grouped, (0, None, None))(z_BTV, group, BYTES)
+                z_BTV = jnp.maximum(z_BTV, -50)  # what is excluded would hide every difference
                 z_BTV = jnp.where(aligned_BT[..., None] > 0, z_BTV, 0)
             return jnp.pad(z_BTV, ((0, 0), (0, 1), (0, 0)))
 
@@ -130,7 +131,8 @@ class _Preflight:
         """The batch with other text, after a word that ends at token `cut` or later.
 
         Inside a word the teacher's tokens before it would change as well: where one ends depends on
-        what follows, in the student's own tokens no less.
+        what follows, in the student's own tokens no less. A state from less than a word later may
+        so go unseen.
         """
         tokens = np.array(batch["student_tokens"])
         changed = tokens.copy()

@@ -49,8 +49,7 @@ def run(teacher, x, head, weights, targets=None, **options):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("temperature", [1.0, 3.0])
-def test_full_vocabulary(kind, temperature):
+def test_full_vocabulary(kind, temperature=3.0):
     x, head, y, other, weights, _ = inputs()
     log_p, log_q = (log_softmax(logits(*a) / temperature, -1) for a in ((y, other), (x, head)))
     expected = (np.float64(weights) * exact(log_p, log_q, kind)).sum()
@@ -60,7 +59,7 @@ def test_full_vocabulary(kind, temperature):
     np.testing.assert_allclose(found.count, weights.sum(), rtol=1e-6)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["forward", "jsd"])
 def test_kept_ids_and_the_rest(kind):
     x, head, y, other, weights, _ = inputs(1)
     log_p, log_q = (log_softmax(logits(*a) / 2, -1) for a in ((y, other), (x, head)))
@@ -91,7 +90,7 @@ def test_the_remainder_is_exact_where_it_is_tiny():
     np.testing.assert_array_equal(kept.ids_BTk, [[0, 1]])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["forward", "skew"])
 @pytest.mark.parametrize("support", ["top_k", "union"])
 def test_all_ids_are_the_full_vocabulary(kind, support):
     x, head, y, other, weights, _ = inputs(2)
@@ -119,9 +118,10 @@ def test_a_union_counts_each_id_once():
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"support": "top_k", "top_k": 3}, {"support": "union", "top_k": 3}]
+    ("kind", "options"),
+    [(kind, {}) for kind in KINDS]
+    + [("reverse", {"support": support, "top_k": 3}) for support in ("top_k", "union")],
 )
-@pytest.mark.parametrize("kind", KINDS)
 def test_gradient_against_central_differences(kind, options):
     with jax.enable_x64(True):
         x, head, y, other, weights, targets = (jnp.asarray(np.asarray(a)) for a in inputs(4))

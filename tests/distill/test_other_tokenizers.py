@@ -78,7 +78,8 @@ def test_the_divergence_is_that_of_next_bytes(text, teacher):
     own = taught.runs[0].store.tokenizer
     log_p = log_softmax(np.float64(model.logits(states)), -1)
     first = [piece[:1] for piece in own.token_bytes(np.arange(own.vocab_size))]
-    values = sorted({piece for piece in first if piece})
+    known = {character.encode()[:1] for character in store.tokenizer.characters}
+    values = sorted(known & set(first))
     by_byte = np.stack(
         [logsumexp(log_p[..., [f == value for f in first]], axis=-1) for value in values], -1
     )
@@ -98,13 +99,22 @@ def test_the_divergence_is_that_of_next_bytes(text, teacher):
 
 def test_a_run_learns_from_it(text, teacher, tmp_path, capsys):
     terms = {n: x for n, x in EVERYTHING.items() if "attention" not in n}
-    cfg = student(text, model__layers=2, distill__teachers=teacher, **terms)
+    cfg = student(
+        text,
+        model__layers=2,
+        distill__teachers=teacher,
+        optim__peak_lr=1e-2,
+        train__steps="40",
+        train__eval_every="40",
+        **terms,
+    )
     train.train_and_evaluate(cfg, tmp_path)
     assert "has another tokenizer: " in capsys.readouterr().out
     logged = [row for row in rows(tmp_path) if "train/loss" in row]
     assert all(0.2 < row["distill/aligned_fraction"] < 1 for row in logged)
     assert all(0 < row["distill/kd_kl"] < 1 for row in logged)
-    assert logged[-1]["distill/kd_kl"] < logged[0]["distill/kd_kl"]
+    divergence = [row["distill/kd_kl"] for row in logged]
+    assert np.mean(divergence[-5:]) < 0.9 * np.mean(divergence[:5])
     for row in logged:
         weighted = sum(x for name, x in row.items() if name.startswith("distill/weighted/"))
         assert weighted == pytest.approx(row["distill/objective"], rel=1e-5)
@@ -130,12 +140,13 @@ def test_the_preflight_sees_a_state_of_later_text(text, teacher, monkeypatch):
 
     def later(self, tokens_T, segment_ids_T):
         made = row(self, tokens_T, segment_ids_T)
-        there = made["teacher_place"] >= 0
-        return made | {"teacher_place": made["teacher_place"] + there.astype(np.int32)}
+        later = np.minimum(made["teacher_place"] + 6, self.length - 1)
+        return made | {"teacher_place": later * (made["teacher_place"] >= 0)}
 
     monkeypatch.setattr(alignment.Aligner, "row", later)
     cfg = student(text, distill__teachers=teacher)
-    assert "distill.future" in examine_config(cfg, level="fast").failed
+    report = examine_config(cfg, level="fast")
+    assert "distill.future" in report.failed, report["distill.future"].evidence
 
 
 def test_a_hugging_face_checkpoint_is_read(text, tmp_path):
