@@ -43,7 +43,7 @@ class Checkpoints:
         manager.save(
             manifest["position"],
             args=ocp.args.Composite(
-                state=ocp.args.StandardSave(_fields(state)), manifest=ocp.args.JsonSave(manifest)
+                state=ocp.args.StandardSave(state), manifest=ocp.args.JsonSave(manifest)
             ),
         )
 
@@ -60,8 +60,8 @@ class Checkpoints:
     def restore(self, abstract: Any, *, best: bool = False) -> Any:
         """The newest (or best) state, with the shapes, dtypes and shardings of `abstract`."""
         manager = self._best if best else self._newest
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(_fields(abstract)))
-        return abstract._replace(**manager.restore(manager.latest_step(), args=args).state)
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+        return manager.restore(manager.latest_step(), args=args).state
 
     def restore_part(self, abstract: dict[str, Any], *, best: bool = False) -> dict[str, Any]:
         """The named fields of the newest (or best) state, as `restore`; others are not read."""
@@ -85,12 +85,6 @@ class Checkpoints:
         self.wait()
         for manager in (self._newest, self._best):
             manager.close()
-
-
-def _fields(state: Any) -> dict[str, Any]:
-    """The fields of a state; `aux`, which older checkpoints do not have, only if it is used."""
-    fields = state._asdict()
-    return {name: fields[name] for name in fields if name != "aux" or fields[name] is not None}
 
 
 def abstract_like(state: Any, shardings: Any) -> Any:

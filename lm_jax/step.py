@@ -31,6 +31,11 @@ class TrainState(NamedTuple):
     good_steps: jax.Array  # int32, finite updates since the loss scale last changed
     aux: Any = None  # distillation: projections and router (`params`) with their `opt_state`
 
+    def saved(self) -> dict[str, Any]:
+        """The fields for a checkpoint: `aux`, which older ones do not have, only if it is used."""
+        fields = self._asdict()
+        return fields if self.aux is not None else {n: fields[n] for n in fields if n != "aux"}
+
     @property
     def trained(self) -> Any:
         """What the gradient is taken of: the parameters, or the pair of them and those of `aux`."""

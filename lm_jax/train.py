@@ -88,7 +88,8 @@ def train_and_evaluate(cfg: Config, workdir: str | pathlib.Path) -> dict[str, An
         record_teacher(workdir, teacher, resuming=start > 0)
     teaching: list[str] = []
     if start:
-        state = checkpoints.restore(checkpoint.abstract_like(abstract, shardings))
+        saved = checkpoint.abstract_like(abstract.saved(), shardings.saved())
+        state = step.TrainState(**checkpoints.restore(saved))
         manifest = checkpoints.manifest()
         if checkpoints.position(best=True) is not None:
             # After a kill the best checkpoint may be newer than the one to go on from.
@@ -215,7 +216,7 @@ def train_and_evaluate(cfg: Config, workdir: str | pathlib.Path) -> dict[str, An
         best = math.inf if manifest["best_loss"] is None else manifest["best_loss"]
         if result["loss"] < best:
             manifest.update(best_loss=result["loss"], best_position=position)
-            checkpoints.save(state, manifest | {"position": position}, best=True)
+            checkpoints.save(state.saved(), manifest | {"position": position}, best=True)
 
     pending = None
     with (
@@ -251,7 +252,7 @@ def train_and_evaluate(cfg: Config, workdir: str | pathlib.Path) -> dict[str, An
                 evaluate_now(state, position)
             if saving:
                 manifest["position"] = position
-                checkpoints.save(state, manifest)
+                checkpoints.save(state.saved(), manifest)
             if stopped_by and position < steps:
                 checkpoints.wait()
                 writers.say(

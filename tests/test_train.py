@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -332,6 +333,15 @@ def test_lines_without_ends_have_references(text, tmp_path):
     cfg = small(text, data__document="line", tokenizer__kind="word", data__seq_len=8)
     results = train.train_and_evaluate(cfg, tmp_path)
     assert results["test"]["token_count"] == results["test"]["split_token_count"]
+
+
+def test_a_run_from_before_a_field_was_there_goes_on(straight, text, tmp_path):
+    shutil.copytree(straight[0], tmp_path / "run")
+    path = tmp_path / "run" / "config.json"
+    record = json.loads(path.read_text())
+    del record["config"]["distill"], record["config"]["model"]["norm_eps"]
+    path.write_text(json.dumps(record))
+    assert train.train_and_evaluate(small(text), tmp_path / "run") == straight[1]
 
 
 def test_finished_run_is_only_reported_again(straight, text):
