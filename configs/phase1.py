@@ -7,8 +7,8 @@ times as wide as the model; glu2x, glu266x, glu3x, glu4x put 35 % there and make
 times as wide. emb35 and glu266x, where both axes meet, are the same model. 5M tokens of WikiText-2
 each.
 
-Measured on 2 CPU cores with 200 updates of 4 rows, three seeds (README, Studies): test bits per byte
-emb45 1.943, glu4x to glu2x 1.968 to 1.976, emb25 2.005. The full 5M tokens: not measured.
+Measured on 2 CPU cores with 200 updates of 4 rows, three seeds (README, Studies): test bits per
+byte emb45 1.943, glu4x to glu2x 1.968 to 1.976, emb25 2.005. The full 5M tokens: not measured.
 """
 
 from lm_jax.config import Config, Duration
