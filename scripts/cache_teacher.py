@@ -6,7 +6,7 @@
 The config is the student's, with `distill.support` top_k, `distill.top_k` and a constant
 `distill.temperature`. Train with the same config, `--config.distill.teachers=` and
 `--config.distill.cache=DIR`. A token takes 4 k + 4 bytes for its log-probabilities and 2 k for its
-ids (4 k from 65,536 ids on).
+ids (4 k above 65,536 ids).
 """
 
 import pathlib

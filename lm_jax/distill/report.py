@@ -53,7 +53,7 @@ def write(
     members = list(zip(teacher.models, teacher.params, strict=True))
     scored = [Scored("distilled", [(run.graphdef, run.params)])]
     if cfg.distill.alone:
-        alone = evaluate.open_run(pathlib.Path(cfg.distill.alone))
+        alone = evaluate.open_run(pathlib.Path(cfg.distill.alone), mesh=run.mesh)
         scored.append(Scored("alone", [(alone.graphdef, alone.params)]))
     taught_by = f"teacher {teacher.names[0]}" if len(members) == 1 else "mean of the teachers"
     with jax.default_matmul_precision(cfg.train.matmul_precision):
@@ -140,14 +140,14 @@ def score(
 
         def of_row(row: jax.Array) -> dict[str, jax.Array]:
             weights_T, target_T1 = b.weights[row], b.targets[row][:, None]
+            log_ps = {name: log_p(of_model, row) for name, of_model in parts.items()}
             sums = {}
-            for s in all_scored:
-                mine_TV = log_p(parts[s.name], row)
-                teacher_TV = mine_TV if taught_by is None else log_p(parts[taught_by], row)
+            for name, mine_TV in log_ps.items():
+                teacher_TV = mine_TV if taught_by is None else log_ps[taught_by]
                 same_T = mine_TV.argmax(-1) == teacher_TV.argmax(-1)
                 kl_T = divergences.between(teacher_TV, mine_TV, "forward", 0.5)
                 nats_T = -jnp.take_along_axis(mine_TV, target_T1, axis=1)[:, 0]
-                sums[s.name] = jnp.stack([weights_T @ x for x in (nats_T, 1.0 * same_T, kl_T)])
+                sums[name] = jnp.stack([weights_T @ x for x in (nats_T, 1.0 * same_T, kl_T)])
             return sums
 
         by_row = jax.lax.map(of_row, jnp.arange(len(b.inputs)))

@@ -31,7 +31,7 @@ def choices(
     Args:
         scores_BTX: one score for each expert.
         temperature: divides them.
-        k: int32, may be traced.
+        k: a whole number, may be traced.
     """
     all_BTX = jax.nn.softmax(scores_BTX / temperature)
     rank_BTX = jnp.argsort(jnp.argsort(-all_BTX, axis=-1), axis=-1)

@@ -154,7 +154,7 @@ def make_train_step(
 ) -> Callable:
     """`(state, batches) -> (state, metrics)`, as `lm_jax.step.make_train_step`, with a teacher.
 
-    `state.aux` is what `init_auxiliary` made; it takes Adam at `distill.lr` on the schedule of the
+    `state.aux` is what `create_auxiliary` gave; it takes Adam at `distill.lr` on the schedule of the
     student, without decay and clipping.
     """
     gradients_of = make_gradients(cfg, graphdef, auxiliary, teacher)

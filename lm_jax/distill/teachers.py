@@ -1,7 +1,6 @@
 """Teachers: models that are run beside the student, or what was kept of their distributions."""
 
 import dataclasses
-import functools
 import hashlib
 import json
 import math
@@ -108,7 +107,7 @@ class Teacher:
             there_BT=(batch["teacher_place"] >= 0).astype(jnp.float32),
         )
 
-    @functools.cached_property
+    @property
     def identity(self) -> dict[str, Any]:
         """What teaches: steps and fingerprints of the parameters, or that of a cache."""
         if not self.runs:
