@@ -154,8 +154,8 @@ def make_train_step(
 ) -> Callable:
     """`(state, batches) -> (state, metrics)`, as `lm_jax.step.make_train_step`, with a teacher.
 
-    `state.aux` is what `create_auxiliary` gave; it takes Adam at `distill.lr` on the schedule of the
-    student, without decay and clipping.
+    `state.aux` is what `create_auxiliary` gave; it takes Adam at `distill.lr` on the schedule of
+    the student, without decay and clipping.
     """
     gradients_of = make_gradients(cfg, graphdef, auxiliary, teacher)
     update, tx = step.make_update(cfg), _optimiser(cfg)

@@ -16,6 +16,17 @@ V, TOKENS = 512, 200
 TEMPERATURES = (1.0, 1.5, 2.0, 3.0, 4.0, 8.0)
 
 
+# As the README shows them: divergence, that times T^2, norm of the gradient of the latter.
+SHOWN = {
+    1.0: (3.82, 3.82, 0.287),
+    1.5: (1.76, 3.97, 0.196),
+    2.0: (1.00, 4.00, 0.162),
+    3.0: (0.446, 4.01, 0.140),
+    4.0: (0.251, 4.02, 0.133),
+    8.0: (0.063, 4.02, 0.127),
+}
+
+
 @pytest.fixture(scope="module")
 def measured():
     """For each temperature: divergence, that times T^2, norm of the gradient of the latter."""
@@ -37,6 +48,11 @@ def measured():
         rows[temperature] = float(raw), float(scaled), norm
     difference = np.float64(teacher - student)
     return rows, 0.5 * difference.var(-1).mean()
+
+
+def test_the_figures_of_the_readme(measured):
+    for temperature, shown in SHOWN.items():
+        np.testing.assert_allclose(measured[0][temperature], shown, rtol=5e-3)
 
 
 def test_the_divergence_falls_as_the_square_of_the_temperature(measured):
