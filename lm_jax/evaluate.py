@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
-from lm_jax import checkpoint, config, metrics, sharding, step
+from lm_jax import checkpoint, config, metrics, resolution, sharding, step
 from lm_jax.config import Config, ConfigError
 from lm_jax.data import corpora, ngram, pipeline
 from lm_jax.data.store import Store, prepare
@@ -238,7 +238,7 @@ def open_data(cfg: Config) -> Store:
             workers=data.workers,
             cache_dir=str(cache_dir),
         )
-    for name in ["valid", *config.eval_splits(cfg, store.manifest["splits"])]:
+    for name in ["valid", *resolution.eval_splits(cfg, store.manifest["splits"])]:
         store.split(name)
     return store
 
@@ -328,7 +328,7 @@ def main() -> None:
         run = open_run(args.workdir)
         cfg = run.cfg
         if args.stride is not None:
-            cfg = config.validate(config.replace(cfg, eval__stride=args.stride))
+            cfg = resolution.validate(config.replace(cfg, eval__stride=args.stride))
         run.store.split(args.split)
     except (ValueError, OSError) as error:
         parser.exit(2, f"{error}\n")

@@ -11,7 +11,7 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from lm_jax import config
+from lm_jax import config, resolution
 from lm_jax.flags import define_config, parse, run_name
 
 _CONFIG = define_config()
@@ -52,7 +52,7 @@ def main(_: list[str]) -> None:
     spec = config_flags.get_config_filename(flags.FLAGS["config"])
     workdir = _WORKDIR.value or f"runs/{run_name(spec, _CONFIG.value.seed)}"
     try:
-        evaluate.open_data(config.validate(_CONFIG.value))
+        evaluate.open_data(resolution.validate(_CONFIG.value))
     except (ValueError, OSError) as error:
         sys.exit(str(error))
     try:

@@ -20,7 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from rich.console import Console
 
-from lm_jax import checkpoint, config, doctor, evaluate, metrics, optim, sharding, step
+from lm_jax import checkpoint, config, doctor, evaluate, metrics, optim, resolution, sharding, step
 from lm_jax.config import Config
 from lm_jax.data import pipeline
 from lm_jax.data.store import Store
@@ -52,10 +52,10 @@ def train_and_evaluate(cfg: Config, workdir: str | pathlib.Path) -> dict[str, An
         Interrupted: after SIGTERM or SIGINT, once the state is saved.
     """
     workdir = pathlib.Path(workdir)
-    store = evaluate.open_data(config.validate(cfg))
+    store = evaluate.open_data(resolution.validate(cfg))
     train_split = store.split("train")
     windows = pipeline.count_windows(train_split, cfg.data.seq_len, cfg.data.window_offset)
-    cfg = config.resolve(cfg, windows=windows)
+    cfg = resolution.resolve(cfg, windows=windows)
     steps = int(cfg.train.steps)
     impl, reason = step.choose_attention(cfg)
     loss_impl, loss_reason = step.choose_loss(cfg, store.tokenizer.vocab_size)
@@ -263,7 +263,7 @@ def train_and_evaluate(cfg: Config, workdir: str | pathlib.Path) -> dict[str, An
     del state  # the best parameters take its place
     with jax.set_mesh(mesh):
         run = evaluate.open_run(workdir)
-        names = config.eval_splits(cfg, store.manifest["splits"])
+        names = resolution.eval_splits(cfg, store.manifest["splits"])
         results = {name: evaluate.score_run(evaluator, run, workdir, name) for name in names}
         if distilling:
             distill_report.write(cfg, workdir, run, teacher)

@@ -32,7 +32,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lm_jax import config, step
+from lm_jax import config, resolution, step
 from lm_jax.config import Config, Duration
 from lm_jax.flags import load_module
 from lm_jax.kernels.attention import attend
@@ -81,7 +81,7 @@ def gpt2_124m() -> Config:
 
 def compile_step(cfg: Config, vocab_size: int, mesh: Mesh, attention: str) -> Any:
     """The compiled train step of a config."""
-    cfg = config.resolve(cfg, windows=10_000)
+    cfg = resolution.resolve(cfg, windows=10_000)
     graphdef, init = step.create_model(cfg, vocab_size, attention)
     state = jax.eval_shape(lambda key: step.init_state(cfg, init(key)), jax.random.key(0))
     shape = (1, cfg.data.batch_size, cfg.data.seq_len + 1)

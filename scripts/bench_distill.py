@@ -9,19 +9,15 @@ beside the size of one array of logits, of which the step holds none.
 """
 
 import argparse
-import functools
 import json
 import pathlib
 import statistics
-import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
-from benchmark import machine, take_turns
+from benchmark import Steps, machine, random_batch, take_turns
 
-from lm_jax import config, step
+from lm_jax import config, resolution, step
 from lm_jax.config import Config
 from lm_jax.distill import step as distill_step
 from lm_jax.distill.teachers import Teacher
@@ -40,31 +36,10 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-class Peer:
-    """A function called again and again; it may return what it needs the next time."""
-
-    def __init__(self, call: Callable[[Any], tuple[Any, Any]], state: Any):
-        """Compile it: `call(state) -> (state, what to wait for)`."""
-        self.call, self.state = call, state
-        self.seconds(1)
-
-    def seconds(self, runs: int) -> float:
-        """Wall time of so many calls."""
-        began = time.perf_counter()
-        for _ in range(runs):
-            self.state, result = self.call(self.state)
-        jax.block_until_ready(result)
-        return time.perf_counter() - began
-
-
-def _call(steps: Callable[[Any, Any], Any], batches: Any, state: Any) -> Any:
-    return steps(state, batches)
-
-
 def resolved(arm: str, **changes: Any) -> Config:
     """An arm of the study."""
     cfg = load_module(ROOT / "configs" / "distill.py").get_config(arm)
-    return config.resolve(config.replace(cfg, **changes), windows=10_000)
+    return resolution.resolve(config.replace(cfg, **changes), windows=10_000)
 
 
 def main() -> None:
@@ -78,10 +53,7 @@ def main() -> None:
 
     large, small = resolved("teacher"), resolved("alone")
     B, T = small.data.batch_size, small.data.seq_len
-    tokens = np.random.default_rng(0).integers(1, V, (B, T + 1)).astype(np.int32)
-    ones = np.ones_like(tokens)
-    batch = {"tokens": tokens, "segment_ids": ones, "weights": ones.astype(np.float32)}
-    batch = jax.device_put(batch)
+    batch = random_batch(B, T, V)
     stacked = jax.tree.map(lambda x: x[None], batch)
     impl, _ = step.choose_attention(small)
     graphdef, init = step.create_model(large, V, impl)
@@ -96,8 +68,10 @@ def main() -> None:
         return jax.jit(lambda key: step.init_state(cfg, init(key)))(key)
 
     peers = {
-        "teacher forward": Peer(lambda state: (state, evaluate(params, batch)), None),
-        "student step": Peer(functools.partial(_call, plain, stacked), fresh(small)),
+        "teacher forward": Steps(
+            lambda params, batch: (params, evaluate(params, batch)), params, batch
+        ),
+        "student step": Steps(plain, fresh(small), stacked),
     }
     for name, changes in CASES.items():
         cfg = resolved("distilled", **changes)
@@ -107,7 +81,7 @@ def main() -> None:
         compiled = jax.jit(steps).lower(state, stacked).compile()
         memory = compiled.memory_analysis().temp_size_in_bytes  # type: ignore[union-attr]
         results[name] = {"temporary_mib": memory / 2**20}
-        peers[name] = Peer(functools.partial(_call, steps, stacked), state)
+        peers[name] = Steps(steps, state, stacked)
     for name, ms in take_turns(peers, args.turns).items():
         results.setdefault(name, {})["step_ms"] = ms
     parts = [statistics.median(results[n]["step_ms"]) for n in ("teacher forward", "student step")]

@@ -10,14 +10,12 @@ import argparse
 import json
 import pathlib
 import statistics
-import time
 from typing import Any
 
 import jax
-import numpy as np
-from benchmark import machine, take_turns
+from benchmark import Steps, machine, random_batch, take_turns
 
-from lm_jax import config, step
+from lm_jax import resolution, step
 from lm_jax.config import Config
 from lm_jax.flags import load_module
 from lm_jax.main import keep_freed_memory
@@ -27,27 +25,12 @@ ROOT = pathlib.Path(__file__).parents[1]
 LAYERS, T, V, B = 12, 192, 16_000, 8
 
 
-class Peer:
+def train_steps(cfg: Config) -> Steps:
     """The train step of one arm."""
-
-    def __init__(self, cfg: Config):
-        """Compile it."""
-        graphdef, init = step.create_model(cfg, V, step.choose_attention(cfg)[0])
-        self.state = jax.jit(lambda key: step.init_state(cfg, init(key)))(jax.random.key(0))
-        self.step = step.make_train_step(cfg, graphdef)
-        tokens = np.random.default_rng(0).integers(1, V, (1, B, T + 1)).astype(np.int32)
-        ones = np.ones_like(tokens)
-        batch = {"tokens": tokens, "segment_ids": ones, "weights": ones.astype(np.float32)}
-        self.batch = jax.device_put(batch)
-        self.seconds(1)
-
-    def seconds(self, runs: int) -> float:
-        """Wall time of so many updates."""
-        began = time.perf_counter()
-        for _ in range(runs):
-            self.state, metrics = self.step(self.state, self.batch)
-        jax.block_until_ready(metrics)
-        return time.perf_counter() - began
+    graphdef, init = step.create_model(cfg, V, step.choose_attention(cfg)[0])
+    state = jax.jit(lambda key: step.init_state(cfg, init(key)))(jax.random.key(0))
+    batch = jax.tree.map(lambda x: x[None], random_batch(B, T, V))
+    return Steps(step.make_train_step(cfg, graphdef), state, batch)
 
 
 def main() -> None:
@@ -63,10 +46,10 @@ def main() -> None:
     for arm in module.ARMS:
         cfg = module.get_config(arm, layers=LAYERS, seq_len=T, vocab_size=V)
         cfg.data.batch_size = B
-        cfg = config.resolve(cfg, windows=10_000)
+        cfg = resolution.resolve(cfg, windows=10_000)
         found = size(cfg.model, V, T)
         results[arm] = {"parameters": found.total, "flops_per_token": found.flops}
-        peers[arm] = Peer(cfg)
+        peers[arm] = train_steps(cfg)
     for arm, ms in take_turns(peers, args.turns).items():
         results[arm]["step_ms"] = ms
     base = statistics.median(results["musota"]["step_ms"])

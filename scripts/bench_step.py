@@ -45,7 +45,7 @@ class JaxPeer:
         """Draw the parameters that all peers share and write them to `folder`."""
         import jax
 
-        from lm_jax import config, step
+        from lm_jax import config, resolution, step
 
         cfg = config.Config()
         cfg.data.seq_len, cfg.data.batch_size = size["seq_len"], size["batch_size"]
@@ -53,7 +53,7 @@ class JaxPeer:
             setattr(cfg.model, name, size[name])
         cfg.model.norm, cfg.model.positions, cfg.model.mlp = "layernorm", "learned", "gelu"
         cfg.optim.schedule, cfg.optim.warmup = "constant", config.Duration("0")
-        cfg = config.resolve(cfg, windows=1)
+        cfg = resolution.resolve(cfg, windows=1)
         graphdef, init = step.create_model(cfg, size["vocab_size"], "reference")
         params = jax.jit(init)(jax.random.key(0))
         names = [

@@ -2,11 +2,12 @@
 
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 BLOCK_SECONDS = {"cpu": 0.2, "gpu": 0.1}  # of one peer in one turn
 
@@ -16,6 +17,31 @@ class Peer(Protocol):
 
     def seconds(self, runs: int) -> float:
         """Wall time of so many runs."""
+
+
+class Steps:
+    """A step whose state goes from call to call."""
+
+    def __init__(self, call: Callable[[Any, Any], tuple[Any, Any]], state: Any, batch: Any):
+        """Compile it: `call(state, batch) -> (state, what to wait for)`."""
+        self.call, self.state, self.batch = call, state, batch
+        self.seconds(1)
+
+    def seconds(self, runs: int) -> float:
+        """Wall time of so many calls."""
+        began = time.perf_counter()
+        for _ in range(runs):
+            self.state, result = self.call(self.state, self.batch)
+        jax.block_until_ready(result)
+        return time.perf_counter() - began
+
+
+def random_batch(rows: int, length: int, vocab_size: int) -> dict[str, jax.Array]:
+    """Rows of random tokens, each one document, every token scored."""
+    tokens = np.random.default_rng(0).integers(1, vocab_size, (rows, length + 1)).astype(np.int32)
+    ones = np.ones_like(tokens)
+    batch = {"tokens": tokens, "segment_ids": ones, "weights": ones.astype(np.float32)}
+    return jax.device_put(batch)
 
 
 def device() -> str:

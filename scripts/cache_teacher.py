@@ -17,13 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from lm_jax import config, evaluate
+from lm_jax import config, evaluate, resolution
 from lm_jax import loss as losses
 from lm_jax.data import pipeline
 from lm_jax.distill import cache, teachers
 from lm_jax.flags import define_config, parse
 from lm_jax.kernels import divergences
-from lm_jax.models.transformer import head_logits
 
 _CONFIG = define_config()
 _OUT = flags.DEFINE_string("out", None, "Folder of the cache.")
@@ -37,11 +36,11 @@ def make_cache(cfg: config.Config, folder: pathlib.Path) -> int:
         ConfigError: if the config names no teacher, or keeps no top-k at one temperature.
         FileExistsError: if the folder holds a cache.
     """
-    store = evaluate.open_data(config.validate(cfg))
+    store = evaluate.open_data(resolution.validate(cfg))
     windows = pipeline.count_windows(store.split("train"), cfg.data.seq_len, cfg.data.window_offset)
-    cfg = config.resolve(cfg, windows=windows)
+    cfg = resolution.resolve(cfg, windows=windows)
     read_back = config.replace(cfg, distill__cache=str(folder), distill__teachers="")
-    config.validate(read_back)
+    resolution.validate(read_back)
     teacher = teachers.open_teacher(cfg, store)
     temperature = cache.describe(cfg, store)["temperature"]
 
@@ -51,13 +50,11 @@ def make_cache(cfg: config.Config, folder: pathlib.Path) -> int:
         reading = teacher.read(params, batch, b, jnp.dtype(cfg.train.compute_dtype), inside=False)
 
         def row(states):  # so that the logits of one window exist at a time
-            logits = [
-                head_logits(x_TE, m.head_UE, m.softcap)
-                for x_TE, m in zip(states, reading.members, strict=True)
+            members = [
+                m._replace(x_BTE=x_TE) for m, x_TE in zip(reading.members, states, strict=True)
             ]
-            return divergences.most_likely(
-                divergences.mean_log_p(logits, temperature), cfg.distill.top_k
-            )
+            log_p_TU = teachers.mean_log_p(members, temperature)
+            return divergences.most_likely(log_p_TU, cfg.distill.top_k)
 
         return jax.lax.map(row, [m.x_BTE for m in reading.members])
 

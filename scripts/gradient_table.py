@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lm_jax import config, doctor, loss, step
+from lm_jax import doctor, loss, resolution, step
 from lm_jax.config import Config
 from lm_jax.flags import load_config
 
@@ -145,7 +145,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="configs/gpt_demo.py", help="FILE or FILE:ARM")
     try:
-        cfg = config.resolve(load_config(parser.parse_args().config), windows=1000)
+        cfg = resolution.resolve(load_config(parser.parse_args().config), windows=1000)
     except (ValueError, OSError) as error:
         parser.exit(2, f"{error}\n")
     if cfg.model.family != "dense":

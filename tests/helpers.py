@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from lm_jax import config
+from lm_jax import config, resolution
 
 
 def shared_data(name: str) -> pathlib.Path:
@@ -37,7 +37,7 @@ def tiny_config(**changes):
         train__steps="20",
         optim__warmup="3",
     )
-    return config.resolve(config.replace(config.Config(), **base | changes), windows=50)
+    return resolution.resolve(config.replace(config.Config(), **base | changes), windows=50)
 
 
 def random_batch(rng, shape, vocab_size, *, documents=3, padded=0):

@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from lm_jax import compare, config, ranking
+from lm_jax import compare, config, ranking, resolution
 from lm_jax.config import Config
 from lm_jax.models import sizing
 
@@ -41,7 +41,7 @@ def write_run(
         "model__layers": 2,
         "seed": seed,
     }
-    cfg = config.resolve(
+    cfg = resolution.resolve(
         config.replace(Config(), train__steps=str(STEPS), optim__warmup="1", **base | changes),
         windows=9,
     )

@@ -1,11 +1,11 @@
 import pytest
 
-from lm_jax import config
+from lm_jax import config, resolution
 from lm_jax.config import Config, ConfigError
 
 
 def resolved(windows=1000, **changes):
-    return config.resolve(config.replace(Config(), **changes), windows=windows)
+    return resolution.resolve(config.replace(Config(), **changes), windows=windows)
 
 
 def test_unknown_field_names_the_nearest():
@@ -102,7 +102,7 @@ def test_everything_is_resolved_once():
     cfg = resolved(model__d_model=96)
     assert (cfg.model.kv_heads, cfg.model.d_ff) == (4, 256)
     assert (cfg.eval.batch_size, cfg.eval.stride) == (32, 256)
-    assert config.to_dict(config.resolve(cfg, windows=7)) == config.to_dict(cfg)
+    assert config.to_dict(resolution.resolve(cfg, windows=7)) == config.to_dict(cfg)
 
 
 def test_dict_round_trip_and_hash():

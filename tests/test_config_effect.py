@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm_jax import config, step, train
+from lm_jax import config, resolution, step, train
 from lm_jax.config import Config
 from lm_jax.data import corpora, shards
 from lm_jax.data.pipeline import batch_hash
@@ -207,7 +207,7 @@ def text_of(traced):
 
 def trace(cfg):
     """The initialisation and the steps as they are compiled."""
-    cfg = config.resolve(cfg, windows=50)
+    cfg = resolution.resolve(cfg, windows=50)
     graphdef, init = step.create_model(cfg, V, cfg.attention.impl)
     key = jax.random.key(0)
     state = jax.eval_shape(lambda key: step.init_state(cfg, init(key)), key)

@@ -5,7 +5,7 @@ import pathlib
 import jax
 import pytest
 
-from lm_jax import config, step, train
+from lm_jax import config, resolution, step, train
 from lm_jax.flags import load_module
 from lm_jax.models.sizing import size
 
@@ -39,7 +39,7 @@ def test_every_config_is_listed():
 def test_config_resolves(name):
     module = load(name)
     assert f"python -m lm_jax.main --config=configs/{name}.py" in module.__doc__
-    cfg = config.resolve(module.get_config(), windows=5000)
+    cfg = resolution.resolve(module.get_config(), windows=5000)
     vocab_size, millions = SIZES[name]
     _, init = step.create_model(cfg, vocab_size, "reference")
     count = train.parameter_count(jax.eval_shape(init, jax.random.key(0)))
@@ -49,7 +49,7 @@ def test_config_resolves(name):
 
 @pytest.mark.parametrize("name", ["gpt2_124m", "stream_226m"])
 def test_published_sizes_are_exact(name):
-    cfg = config.resolve(load(name).get_config(), windows=5000)
+    cfg = resolution.resolve(load(name).get_config(), windows=5000)
     vocab_size, millions = SIZES[name]
     assert cfg.tokenizer.vocab_size == vocab_size
     _, init = step.create_model(cfg, vocab_size, "reference")
@@ -62,7 +62,7 @@ def test_arms_of_the_allocation_study_differ():
     module = load("phase1")
     models = {}
     for arm in module.ARMS:
-        model = config.resolve(module.get_config(arm), windows=5000).model
+        model = resolution.resolve(module.get_config(arm), windows=5000).model
         models.setdefault((model.d_model, model.d_ff, model.layers), []).append(arm)
     assert ["emb35", "glu266x"] in models.values() and len(models) == 6
     with pytest.raises(ValueError, match="phase1.py:glu9x: no such arm; use one of emb25, emb35"):
@@ -83,7 +83,7 @@ def test_baselines_of_mu_sota_are_matched():
     module = load("musota")
     sizes = {}
     for arm in module.ARMS:
-        cfg = config.resolve(module.get_config(arm), windows=5000)
+        cfg = resolution.resolve(module.get_config(arm), windows=5000)
         sizes[arm] = size(cfg.model, cfg.tokenizer.vocab_size, cfg.data.seq_len)
     for arm in ("total", "blocks", "flops"):
         ratio = getattr(sizes[arm], arm) / getattr(sizes["musota"], arm)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm_jax import config, evaluate, loss, sharding, step
+from lm_jax import config, evaluate, loss, resolution, sharding, step
 from lm_jax.config import Config
 from tests.helpers import randomise
 
@@ -55,7 +55,7 @@ def model(cfg, store):
 
 
 def resolved(cfg, **changes):
-    return config.resolve(config.replace(cfg, **changes), windows=10)
+    return resolution.resolve(config.replace(cfg, **changes), windows=10)
 
 
 def score(cfg, store, model, **changes):

@@ -13,7 +13,7 @@ from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
-from lm_jax import config, evaluate, metrics, sharding
+from lm_jax import evaluate, metrics, resolution, sharding
 from lm_jax import loss as losses
 from lm_jax.config import Config
 from lm_jax.data import pipeline
@@ -22,7 +22,7 @@ from lm_jax.distill import alignment, teachers
 from lm_jax.distill.alignment import Aligner
 from lm_jax.distill.teachers import Teacher
 from lm_jax.kernels import divergences
-from lm_jax.models.transformer import head_logits
+from lm_jax.kernels.linear_distillation import Member
 
 TIMED_BATCHES = 5
 
@@ -49,7 +49,7 @@ def write(
     """
     if not teacher.models:
         return None
-    split = config.eval_splits(cfg, run.store.manifest["splits"])[-1]
+    split = resolution.eval_splits(cfg, run.store.manifest["splits"])[-1]
     members = list(zip(teacher.models, teacher.params, strict=True))
     scored = [Scored("distilled", [(run.graphdef, run.params)])]
     if cfg.distill.alone:
@@ -120,18 +120,17 @@ def score(
     dtype = jnp.dtype(cfg.train.compute_dtype)
     params = {s.name: [p for _, p in s.models] for s in all_scored}
 
-    def hidden(b: losses.Shifted, scored: Scored, params: list[Any]) -> list[tuple]:
+    def hidden(b: losses.Shifted, scored: Scored, params: list[Any]) -> list[Member]:
         made = []
         for (graphdef, _), leaves in zip(scored.models, params, strict=True):
             model = nnx.merge(graphdef, leaves)
             x_BTD = model(b.inputs, b.segment_ids, b.positions, dtype=dtype)
-            made.append((x_BTD, model.head_VD(), model.cfg.logit_softcap))
+            made.append(Member(x_BTD, model.head_VD(), model.cfg.logit_softcap))
         return made
 
-    def log_p(parts: list[tuple], row: jax.Array) -> jax.Array:
+    def log_p(parts: list[Member], row: jax.Array) -> jax.Array:
         """Log-probabilities [T, V] of one row: those of all rows would not fit."""
-        logits = [head_logits(x_BTD[row], head_VD, cap) for x_BTD, head_VD, cap in parts]
-        return divergences.mean_log_p(logits, 1.0)
+        return teachers.mean_log_p([m._replace(x_BTE=m.x_BTE[row]) for m in parts])
 
     @jax.jit
     def compare(params, batch):

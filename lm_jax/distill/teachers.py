@@ -5,7 +5,7 @@ import hashlib
 import json
 import math
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,13 +20,21 @@ from lm_jax.data.hf_tokenizer import HfTokenizer
 from lm_jax.data.store import Store
 from lm_jax.distill import alignment, cache
 from lm_jax.distill.alignment import Aligner, Retokenised
+from lm_jax.kernels import divergences
 from lm_jax.kernels.divergences import Kept
 from lm_jax.kernels.linear_distillation import Groups, Member
 from lm_jax.loss import Batch, Shifted
 from lm_jax.models import huggingface
+from lm_jax.models.transformer import head_logits
 
 TOLERANCE = 1e-3  # of a teacher's loss on another device or in another precision
 WHERE = "config.distill.teachers"
+
+
+def mean_log_p(members: Sequence[Member], temperature: float = 1.0) -> jax.Array:
+    """Log-probabilities [..., U] of one model or of the mean of several, all logits at once."""
+    logits = [head_logits(m.x_BTE, m.head_UE, m.softcap) for m in members]
+    return divergences.mean_log_p(logits, temperature)
 
 
 class Reading(NamedTuple):

@@ -20,7 +20,6 @@ from lm_jax.doctor.distillation import examine_distillation
 from lm_jax.doctor.findings import Report
 from lm_jax.kernels import divergences
 from lm_jax.kernels.linear_distillation import Member, linear_distillation
-from lm_jax.models.transformer import head_logits
 
 ROWS, CALLS = 4, 3
 
@@ -116,8 +115,7 @@ class _Preflight:
             rows, params = self.rows(batch, taught)
             b = losses.shift(rows)
             reading = self.teacher.read(params, rows, b, self.dtype, inside=False)
-            members = [head_logits(m.x_BTE, m.head_UE, m.softcap) for m in reading.members]
-            z_BTV = divergences.mean_log_p(members, 1.0)
+            z_BTV = teachers.mean_log_p(reading.members)
             if reading.groups is not None:
                 group, aligned_BT = reading.groups.teacher_U, reading.groups.aligned_BT
                 z_BTV = jax.vmap(divergences.grouped, (0, None, None))(z_BTV, group, BYTES)

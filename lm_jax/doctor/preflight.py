@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lm_jax import config, evaluate, optim, step
+from lm_jax import config, evaluate, optim, resolution, step
 from lm_jax import loss as losses
 from lm_jax.config import Config, ModelConfig
 from lm_jax.data import pipeline
@@ -54,10 +54,10 @@ def examine_config(cfg: Config, *, level: str = "fast", store: Store | None = No
     """
     if level not in ("fast", "full"):
         raise ValueError(f"level: {level!r} is neither fast nor full.")
-    store = store or evaluate.open_data(config.validate(cfg))
+    store = store or evaluate.open_data(resolution.validate(cfg))
     split = store.split("train")
     windows = pipeline.count_windows(split, cfg.data.seq_len, cfg.data.window_offset)
-    cfg = config.resolve(cfg, windows=windows)
+    cfg = resolution.resolve(cfg, windows=windows)
     report = _data(cfg, store, windows)
     small = _Small(cfg, store)
     report += small.model() + small.loss() + small.optimiser()

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from scipy.special import log_softmax, logsumexp
 
-from lm_jax import config, evaluate, train
+from lm_jax import evaluate, resolution, train
 from lm_jax import loss as losses
 from lm_jax.config import ConfigError
 from lm_jax.data import pipeline
@@ -17,7 +17,8 @@ from lm_jax.distill import alignment, teachers
 from lm_jax.doctor import examine_config
 from lm_jax.kernels import divergences
 from tests.distill.test_step import EVERYTHING
-from tests.test_huggingface import GPT2, LLAMA, byte_level, random_tensors, save, write
+from tests.test_hf_tokenizer import byte_level, save
+from tests.test_huggingface import GPT2, LLAMA, random_tensors, write
 from tests.test_train import rows, small
 
 pytestmark = pytest.mark.slow
@@ -57,9 +58,9 @@ def teacher(text, tmp_path_factory):
 def opened(text, **changes):
     """Resolved config, store, teacher and a batch of the student's."""
     cfg = student(text, **changes)
-    store = evaluate.open_data(config.validate(cfg))
+    store = evaluate.open_data(resolution.validate(cfg))
     windows = pipeline.count_windows(store.split("train"), cfg.data.seq_len, False)
-    cfg = config.resolve(cfg, windows=windows)
+    cfg = resolution.resolve(cfg, windows=windows)
     taught = teachers.open_teacher(cfg, store)
     batch = pipeline.Windows(store.split("train"), cfg.data.seq_len, True).batch(np.arange(4))
     return cfg, store, taught, taught.extend(batch)

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from lm_jax import config, evaluate, train
+from lm_jax import config, evaluate, resolution, train
 from lm_jax.config import ConfigError
 from lm_jax.distill import cache, teachers
 from lm_jax.doctor import examine_config
@@ -204,11 +204,11 @@ def test_a_teacher_of_other_text_is_refused(text, runs, tmp_path):
     for path in sorted(text.glob("*.txt")):
         (other / path.name).write_text("".join(rng.permutation(list(path.read_text()))) + "x\n")
     cfg = student(other, distill__teachers=str(runs / "teacher-0"), tokenizer__kind="byte")
-    store = evaluate.open_data(config.validate(cfg))
+    store = evaluate.open_data(resolution.validate(cfg))
     teacher_cfg = small(text, tokenizer__kind="byte", optim__peak_lr=1e-2, train__steps="40")
     train.train_and_evaluate(teacher_cfg, tmp_path / "teacher")
     cfg = config.replace(cfg, distill__teachers=str(tmp_path / "teacher"))
-    cfg = config.resolve(cfg, windows=50)
+    cfg = resolution.resolve(cfg, windows=50)
     with pytest.raises(ConfigError, match="train it first, on such text"):
         teachers.verify(teachers.open_teacher(cfg, store), cfg, store)
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm_jax import config, step
+from lm_jax import config, resolution, step
 from lm_jax.config import ConfigError, Curve
 from lm_jax.distill import objective
 from lm_jax.distill import step as distill_step
@@ -283,7 +283,7 @@ REFUSED = [
 @pytest.mark.parametrize(("changes", "said"), REFUSED)
 def test_what_cannot_be_is_refused_by_name(changes, said):
     with pytest.raises(ConfigError, match=said):
-        config.validate(config.replace(config.Config(), **changes))
+        resolution.validate(config.replace(config.Config(), **changes))
 
 
 def test_more_experts_than_there_are_layers():

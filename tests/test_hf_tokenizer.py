@@ -1,0 +1,295 @@
+"""Tokenizers in Hugging Face's layout: trained here, read by the package, exact both ways."""
+
+import json
+import os
+import pathlib
+
+import numpy as np
+import pytest
+import tokenizers
+
+from lm_jax.data.hf_tokenizer import HfTokenizer
+from tests.test_tokenizers import TEXTS
+
+CORPUS = ["low lower lowest new newer newest naïve café 北京\n\n  the end\n"] * 9
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+
+
+def byte_level():
+    """In the manner of GPT-2."""
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    made.train_from_iterator(CORPUS, trainer)
+    return json.loads(made.to_str())
+
+
+def byte_level_by_regex():
+    """In the manner of Llama 3, which cuts words by a pattern of its own."""
+    pattern = {"Regex": r" ?\p{L}+| ?\p{N}{1,3}|\s+(?!\S)|\s+| ?[^\s\p{L}\p{N}]+"}
+    cut = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
+    tree = byte_level()
+    tree["model"]["ignore_merges"] = True
+    tree["pre_tokenizer"] = {
+        "type": "Sequence",
+        "pretokenizers": [cut, tree["pre_tokenizer"] | {"use_regex": False}],
+    }
+    return tree
+
+
+def sentencepiece(metaspace):
+    """In the manner of Llama 2: a dummy space, and bytes for what has no token."""
+    model = tokenizers.models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    made = tokenizers.Tokenizer(model)
+    # Trained on words; how the dummy space comes before a text is set below.
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=330, special_tokens=["<unk>", "<s>", "</s>", *BYTES], show_progress=False
+    )
+    made.train_from_iterator(CORPUS, trainer)
+    tree = json.loads(made.to_str())
+    tree["added_tokens"] = tree["added_tokens"][:3]
+    if metaspace:
+        tree["pre_tokenizer"] |= {"prepend_scheme": "first", "split": False}
+    else:
+        tree["pre_tokenizer"] = None
+        space = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+        prefix = {"type": "Prepend", "prepend": "▁"}
+        tree["normalizer"] = {"type": "Sequence", "normalizers": [prefix, space]}
+    return tree
+
+
+STYLES = {
+    "bytes": byte_level,
+    "bytes by regex": byte_level_by_regex,
+    "sentencepiece": lambda: sentencepiece(metaspace=False),
+    "metaspace": lambda: sentencepiece(metaspace=True),
+}
+
+
+def save(folder, tree, special="<s>", **changes):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.json").write_text(json.dumps(tree))
+    c = {"vocab_size": 340, "bos_token_id": None, "eos_token_id": None} | changes
+    (folder / "config.json").write_text(json.dumps(c))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": special}))
+    return folder
+
+
+@pytest.fixture(scope="module", params=STYLES)
+def trained(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    special = "<|endoftext|>" if request.param.startswith("bytes") else "<s>"
+    return request.param, HfTokenizer.from_folder(save(folder, STYLES[request.param](), special))
+
+
+@pytest.mark.parametrize("text", [*TEXTS, "the <0x41> byte", "low newest lower"])
+def test_ids_stand_for_exactly_the_text(trained, text):
+    style, tokenizer = trained
+    if not style.startswith("bytes") and "▁" in text:
+        component = "pre_tokenizer .Metaspace" if style == "metaspace" else "normalizer .Replace"
+        with pytest.raises(ValueError, match=f"tokenizer.json: {component}.* changes the text at"):
+            tokenizer.encode(text)
+        return
+    ids = tokenizer.encode(text)
+    assert ids.dtype == np.int32
+    assert b"".join(tokenizer.token_bytes(ids)) == text.encode()
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.separator not in ids
+    n_bytes, _ = tokenizer.spans(ids)
+    assert n_bytes.sum() == len(text.encode())
+
+
+def test_words_of_the_corpus_are_tokens_of_their_own(trained):
+    """Otherwise bytes alone would pass the tests above."""
+    style, tokenizer = trained
+    assert tokenizer.token_bytes(tokenizer.encode(" lower newest")) == [b" lower", b" newest"]
+    pieces = tokenizer.token_bytes(tokenizer.encode("é\u20ac"))
+    assert pieces == [b"\xc3\xa9" if not style.startswith("bytes") else pieces[0], *pieces[1:]]
+    if not style.startswith("bytes"):
+        assert tokenizer.encode("\u20ac").tolist() == [3 + 0xE2, 3 + 0x82, 3 + 0xAC]
+
+
+def test_several_documents_are_encoded_as_each_alone(trained):
+    _, tokenizer = trained
+    together = tokenizer.encode_all(["low", "", "new lower \n"])
+    for ids, text in zip(together, ["low", "", "new lower \n"], strict=True):
+        np.testing.assert_array_equal(ids, tokenizer.encode(text))
+
+
+def test_tables_separator_and_padding(trained):
+    style, tokenizer = trained
+    assert tokenizer.separator == (0 if style.startswith("bytes") else 1)
+    assert tokenizer.vocab_size == 340
+    table = tokenizer.token_bytes(np.arange(340))
+    own = tokenizer._library.get_vocab_size()
+    assert own < 340 and table[own:] == [b""] * (340 - own)
+    special = [0] if style.startswith("bytes") else [0, 1, 2]
+    assert [i for i in range(own) if table[i] == b""] == special
+    assert len(set(table[len(special) : own])) > own - 60  # "a" is also <0x61>
+    assert {bytes((byte,)) for byte in range(256)} <= set(table)
+
+
+def test_the_ids_are_the_librarys_own(tmp_path):
+    tree = byte_level()
+    tree["pre_tokenizer"]["add_prefix_space"] = False
+    library = tokenizers.Tokenizer.from_str(json.dumps(tree))
+    tokenizer = HfTokenizer.from_folder(save(tmp_path, tree, "<|endoftext|>"))
+    for text in CORPUS[:1] + TEXTS[:9]:
+        assert tokenizer.encode(text).tolist() == library.encode(text).ids
+
+
+def test_files_of_older_versions(tmp_path):
+    """GPT-2's does not say of what type its model is; some cut, fill, frame or shake a text."""
+    tree = byte_level()
+    plain = HfTokenizer.from_folder(save(tmp_path / "a", tree, "<|endoftext|>"))
+    del tree["model"]["type"]
+    tree["model"]["dropout"] = 0.9
+    tree["truncation"] = {
+        "direction": "Right",
+        "max_length": 4,
+        "strategy": "LongestFirst",
+        "stride": 0,
+    }
+    tree["padding"] = {
+        "strategy": {"Fixed": 8},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 0,
+        "pad_type_id": 0,
+        "pad_token": "<|endoftext|>",
+    }
+    frame = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}
+    tree["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [frame, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": name, "type_id": 0}} for name in "AB"],
+        "special_tokens": {
+            "<|endoftext|>": {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}
+        },
+    }
+    library = tokenizers.Tokenizer.from_str(json.dumps(tree))
+    assert library.encode("low").ids[0] == 0 and len(library.encode(CORPUS[0]).ids) == 8
+    old = HfTokenizer.from_folder(save(tmp_path / "b", tree, "<|endoftext|>"))
+    for text in ("low", CORPUS[0]):
+        np.testing.assert_array_equal(old.encode(text), plain.encode(text))
+    assert old.content_hash != plain.content_hash
+
+
+def test_added_tokens_that_are_text(tmp_path):
+    tree = byte_level()
+    n = len(tree["model"]["vocab"])
+    token = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    tree["added_tokens"] += [
+        token | {"id": n, "content": "    ", "special": False},
+        token | {"id": n + 1, "content": "<é>", "special": False},
+        token | {"id": n + 2, "content": "<|pad|>", "special": True},
+    ]
+    tokenizer = HfTokenizer.from_folder(save(tmp_path / "a", tree, "<|endoftext|>"))
+    text = "a    <é> <|pad|>"
+    ids = tokenizer.encode(text)
+    assert n in ids and n + 1 in ids and n + 2 not in ids
+    assert tokenizer.decode(ids) == text
+    tree["added_tokens"][2]["lstrip"] = True
+    tokenizer = HfTokenizer.from_folder(save(tmp_path / "b", tree, "<|endoftext|>"))
+    with pytest.raises(ValueError, match="added_tokens, changes the text at character 1, ' <é>'"):
+        tokenizer.encode("a <é>")
+
+
+@pytest.mark.parametrize(
+    ("named", "config_ids", "expected"),
+    [
+        ({"bos_token": "<s>", "eos_token": "</s>"}, {}, 1),
+        ({"bos_token": {"content": "<s>"}, "eos_token": "</s>"}, {"bos_token_id": 0}, 1),
+        ({"bos_token": None, "eos_token": "</s>"}, {}, 2),
+        ({"bos_token": None, "eos_token": "</s>"}, {"bos_token_id": 1}, 1),
+        ({}, {"bos_token_id": 1, "eos_token_id": 2}, 1),
+        ({}, {"eos_token_id": [2, 0]}, 2),
+        (None, {"eos_token_id": 2}, 2),
+        ({}, {"bos_token_id": 339}, 339),
+        ({}, {}, "names no token that begins or ends a text"),
+        ({}, {"bos_token_id": 50256}, "separator 50256 is no special token"),
+        ({}, {"bos_token_id": 300}, "separator 300 is no special token"),
+    ],
+)
+def test_the_separator_begins_a_text_or_ends_it(tmp_path, named, config_ids, expected):
+    folder = save(tmp_path, sentencepiece(metaspace=True), **config_ids)
+    if named is None:
+        os.remove(folder / "tokenizer_config.json")
+    else:
+        (folder / "tokenizer_config.json").write_text(json.dumps(named))
+    if isinstance(expected, int):
+        assert HfTokenizer.from_folder(folder).separator == expected
+        return
+    with pytest.raises(ValueError, match=expected):
+        HfTokenizer.from_folder(folder)
+
+
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+CHANGED = {
+    "lower case": ("normalizer", {"type": "Lowercase"}, "New", r"normalizer \(Lowercase\)"),
+    "composed": (
+        "normalizer",
+        {"type": "Sequence", "normalizers": [{"type": "NFC"}]},
+        "e\u0301 low",
+        r"normalizer \(NFC\)",
+    ),
+    "split": (
+        "pre_tokenizer",
+        {
+            "type": "Sequence",
+            "pretokenizers": [
+                {"type": "WhitespaceSplit"},
+                BYTE_LEVEL | {"use_regex": False},
+            ],
+        },
+        "new low",
+        r"pre_tokenizer \(WhitespaceSplit, ByteLevel\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CHANGED)
+def test_a_changed_text_names_the_component(tmp_path, case):
+    part, value, text, component = CHANGED[case]
+    tokenizer = HfTokenizer.from_folder(
+        save(tmp_path, byte_level() | {part: value}, "<|endoftext|>")
+    )
+    unchanged = text.split()[-1].lower()
+    assert tokenizer.decode(tokenizer.encode(unchanged)) == unchanged
+    with pytest.raises(ValueError, match=f"tokenizer.json: {component} changes the text at char"):
+        tokenizer.encode(text)
+
+
+def test_characters_without_a_token(tmp_path):
+    tree = sentencepiece(metaspace=True)
+    tree["model"]["byte_fallback"] = False
+    tokenizer = HfTokenizer.from_folder(save(tmp_path, tree))
+    with pytest.raises(ValueError, match="tokenizer.json: model, .* at character 4, '\u20ac!'"):
+        tokenizer.encode("low \u20ac!")
+
+
+def test_tokenizers_of_another_kind_are_refused(tmp_path):
+    def refused(message, tree, **changes):
+        with pytest.raises(ValueError, match=message):
+            HfTokenizer.from_folder(save(tmp_path, tree, "<|endoftext|>", **changes))
+
+    tree = byte_level()
+    words = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}
+    refused("model is of type WordLevel; supported is BPE", tree | {"model": words})
+    affix = tree["model"] | {"end_of_word_suffix": "</w>"}
+    refused("model is of type BPE with affixes", tree | {"model": affix})
+    refused("neither ByteLevel nor Metaspace", tree | {"pre_tokenizer": {"type": "Whitespace"}})
+    last = len(tree["model"]["vocab"]) - 1
+    refused(f"token of id {last}, which vocab_size={last}", tree, vocab_size=last)
+    refused("vocab_size is None", tree, vocab_size=None)
+    refused("cannot be read by the tokenizers library", {"version": "1.0"}, bos_token_id=0)
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match="tokenizer.json is missing"):
+        HfTokenizer.from_folder(pathlib.Path(tmp_path))
