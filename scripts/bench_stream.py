@@ -5,10 +5,11 @@
 Writes a corpus of made-up words with the frequencies and lengths of a natural language, no two
 documents alike, as JSONL shards. Prepares an eighth, a quarter, half and all of it as
 `configs/stream_226m.py` would, with two processes, the smallest also with one (of one thread);
-reads training batches for one epoch, and examines the largest with the doctor. Every stage runs in
-a process of its own, whose memory (with that of its children) is looked at 20 times a second. Kills
-a small preparation with SIGKILL and compares what follows byte for byte. The corpus and the stores
-are deleted at the end; they take three times the size of the text.
+reads training batches for one epoch, and examines the largest with the doctor; tokenises documents
+of up to 26 MB. Every stage runs in a process of its own, whose memory (with that of its children)
+is looked at 20 times a second. Kills a small preparation with SIGKILL and compares what follows
+byte for byte. The corpus and the stores are deleted at the end; they take three times the size of
+the text.
 """
 
 import argparse
@@ -32,6 +33,7 @@ from lm_jax.flags import load_config
 
 GIB = 1 << 30
 SHARDS = 16
+LONG_MEGABYTES = (1, 13, 26)
 LEXICON = 300_000
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIG = str(ROOT / "configs" / "stream_226m.py")
@@ -102,7 +104,7 @@ def open_corpus(options: dict[str, Any]) -> Any:
         "text",
         files=options["files"],
         document=options.get("document", data.document),
-        valid_fraction=data.valid_fraction,
+        valid_fraction=options.get("valid_fraction", data.valid_fraction),
         cache_dir=options["cache_dir"],
     )
 
@@ -348,6 +350,29 @@ def formats(path: pathlib.Path, folder: pathlib.Path) -> dict[str, Any]:
     return found
 
 
+def long_documents(folder: pathlib.Path) -> list[dict[str, float]]:
+    """Memory of tokenising, by one process, a single document beside a megabyte of others."""
+    lexicon, rows = make_lexicon(0), []
+    for megabytes in LONG_MEGABYTES:
+        path, cache = folder / "long.jsonl", folder / "long"
+        with path.open("w") as file:
+            whole = "".join(documents(lexicon, 1, megabytes * 10**6))
+            for text in [*documents(lexicon, 0, 10**6), whole]:
+                file.write(json.dumps({"text": text}) + "\n")
+        found = run(
+            "prepare",
+            files=str(path),
+            valid_fraction=0.1,
+            vocab_size=8000,
+            sample=1_000_000,
+            workers=1,
+            cache_dir=str(cache),
+        )
+        rows.append({"document_mb": len(whole) / 1e6, "peak_rss_mb": found["peak_rss_mb"]})
+        shutil.rmtree(cache)
+    return rows
+
+
 def main() -> None:
     """Measure and print one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -367,6 +392,7 @@ def main() -> None:
         paths = write_shards(folder, int(args.gigabytes * GIB))
         print(f"generated in {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
         result["formats"] = formats(paths[0], folder)
+        result["long_documents"] = long_documents(folder)
         result["kill"] = kill_and_resume(paths[0], folder)
         result |= growth(paths, folder)
     print(json.dumps(result, indent=1))
