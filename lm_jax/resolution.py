@@ -56,8 +56,6 @@ _NOT_NEGATIVE = (
     "model.d_ff model.embedding_rank model.logit_softcap optim.end_lr optim.weight_decay "
     "optim.clip_norm eval.batch_size eval.stride"
 ).split()
-
-
 # What a layer of family musota can be told; the rest of it is fixed.
 _MUSOTA = "family layers init_std dropout embedding_dropout logit_softcap scan_layers remat".split()
 

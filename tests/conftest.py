@@ -1,4 +1,4 @@
-"""Settings for all tests: CPU, one cache of compiled code, no silent rank promotion."""
+"""Settings for all tests: CPU, quick compiling, no silent rank promotion."""
 
 import os
 import tempfile
@@ -6,7 +6,9 @@ import tempfile
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # The warpgroups of an interpreted kernel wait for each other: each needs a thread of XLA's pool.
 os.environ.setdefault("NPROC", "8")
-# Most of the time of the tests is compiling, and many compile the same; workers inherit this.
+# Most of the time of the tests is compiling: code is not optimised, except where a test asks for
+# what users run, and what several tests compile is shared. Workers and subprocesses inherit this.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     compiled = tempfile.TemporaryDirectory(prefix="lm_jax_tests_")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name

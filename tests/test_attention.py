@@ -351,7 +351,7 @@ for arrays, rows in (((None, None, "x"), ()), (("x",), ("x",))):
 def test_split_over_devices_nothing_is_gathered():
     env = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=2",
     }
     root = pathlib.Path(__file__).parents[1]
     subprocess.run([sys.executable, "-c", SHARDED], env=env, cwd=root, check=True, timeout=300)

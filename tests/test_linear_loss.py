@@ -20,7 +20,6 @@ from lm_jax.models.transformer import head_logits
 from tests.test_gradients import check
 
 B, T, D, V = 3, 11, 8, 97
-QUICK = {"xla_backend_optimization_level": 0}  # compiling is nearly all the time of these tests
 EPS = float(np.finfo(np.float32).eps)
 PLAIN = dict(softcap=0.0, z_loss=0.0, label_smoothing=0.0)
 OPTIONS = dict(softcap=5.0, z_loss=1e-2, label_smoothing=0.1)
@@ -65,9 +64,7 @@ def plain_divergence(x_BTD, head_VD, y_BTE, other_VE, weights_BT, *, kind, beta,
     return (weights_BT * value_BT).sum()
 
 
-run = jax.jit(
-    linear_cross_entropy, static_argnames=(*PLAIN, "chunk_rows", "summed"), compiler_options=QUICK
-)
+run = jax.jit(linear_cross_entropy, static_argnames=(*PLAIN, "chunk_rows", "summed"))
 
 
 def objective(x_BTD, head_VD, targets_BT, weights_BT, **options):
@@ -77,7 +74,7 @@ def objective(x_BTD, head_VD, targets_BT, weights_BT, **options):
 def value_and_grads(f, *args, **options):
     """Value and gradients by the first two arguments, as float64 numpy arrays."""
     f = jax.value_and_grad(partial(f, **options), (0, 1))
-    value, grads = jax.jit(f, compiler_options=QUICK)(*args)
+    value, grads = jax.jit(f)(*args)
     assert [g.dtype for g in grads] == [a.dtype for a in args[:2]]
     return [np.asarray(a, np.float64) for a in (value, *grads)]
 
@@ -285,7 +282,7 @@ def test_small_probabilities_survive_float16():
 def test_only_the_objective_has_a_gradient():
     x, head, targets, weights = inputs()
 
-    @partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def gradients(x, head, weights):
         def reported(x, head):
             return tuple(linear_cross_entropy(x, head, targets, weights)[1:])
@@ -311,7 +308,7 @@ def test_vmap_remat_and_scan():
     loss = partial(objective, chunk_rows=9, **OPTIONS)
     f, remat = (jax.value_and_grad(g, (0, 1)) for g in (loss, jax.checkpoint(loss)))
 
-    @partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def results(stacked):
         scanned = jax.lax.scan(lambda _, args: (None, f(*args)), None, stacked)[1]
         one_head = jax.vmap(f, (0, None, 0, 0))(stacked[0], stacked[1][0], *stacked[2:])
@@ -358,7 +355,7 @@ def divergence(*args, kind="jsd", **options):
 
 def divergence_of(*args, **options):
     """The value alone, compiled as a whole."""
-    return jax.jit(partial(divergence, **options), compiler_options=QUICK)(*args)
+    return jax.jit(partial(divergence, **options))(*args)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -439,7 +436,10 @@ def test_a_batch_split_over_devices_stays_where_it_is():
     child = subprocess.run(
         [sys.executable, "-c", "from tests import test_linear_loss as t; t.on_eight_devices()"],
         cwd=pathlib.Path(__file__).parents[1],
-        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+        env={
+            **os.environ,
+            "XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8",
+        },
         capture_output=True,
         text=True,
     )

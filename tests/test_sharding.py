@@ -23,7 +23,6 @@ FSDP = {"one": None, "data": 1, "fsdp2": 2, "fsdp8": 8}  # value of config.mesh.
 RUNS = [  # mesh and accumulation
     ("one", 1), ("one", 2), ("data", 1), ("data", 2), ("fsdp2", 2), ("fsdp8", 1), ("fsdp8", 2)
 ]  # fmt: skip
-QUICK = "--xla_backend_optimization_level=0"  # compiling is nearly all the time of these tests
 
 
 class Shape:
@@ -185,7 +184,7 @@ def eight(tmp_path_factory):
     folder = tmp_path_factory.mktemp("eight")
     child = python(
         f"from tests import test_sharding as t; t.on_eight_devices({str(folder)!r})",
-        XLA_FLAGS=f"--xla_force_host_platform_device_count=8 {QUICK}",
+        XLA_FLAGS=os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8",
         JAX_NUMPY_RANK_PROMOTION="raise",
     )
     try:
@@ -304,7 +303,6 @@ def two(tmp_path_factory):
     children = [
         python(
             code,
-            XLA_FLAGS=QUICK,
             JAX_COORDINATOR_ADDRESS=f"127.0.0.1:{port}",
             JAX_NUM_PROCESSES="2",
             JAX_PROCESS_ID=str(i),
