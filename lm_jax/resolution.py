@@ -199,7 +199,9 @@ def _validate_distillation(cfg: Config, require: Callable[[bool, str, str, str],
         f"does not fit config.distill.support={distill.support!r}",
         "give 1 or more for top_k and union, and 0 for full",
     )
+    taught = not distill.kd.zero
     for name, with_it, what in (
+        *((name, taught, "config.distill.kd") for name in ("kind", "support", "temperature")),
         ("beta", distill.kind in ("jsd", "skew"), "config.distill.kind jsd or skew"),
         ("attention_layers", "attention" in used, "config.distill.attention"),
         ("experts", used & set(ROUTED), "a routed term"),
@@ -213,12 +215,20 @@ def _validate_distillation(cfg: Config, require: Callable[[bool, str, str, str],
             f"has no meaning without {what}",
             "leave it at its default",
         )
-    numbers = distill.attention_layers.split(",")
+    names = [name.strip() for name in distill.teachers.split(",")]
+    require(
+        len(set(names)) == len(names) and (all(names) or names == [""]),
+        "distill.teachers",
+        "names one of them twice, or nothing between two commas",
+        "name each once",
+    )
+    numbers, L = distill.attention_layers.split(","), cfg.model.layers
     require(
         all(re.fullmatch(r"\s*-?\d+\s*", number) for number in numbers)
-        and all(-cfg.model.layers <= int(number) < cfg.model.layers for number in numbers),
+        and all(-L <= int(number) < L for number in numbers)
+        and len({int(number) % L for number in numbers}) == len(numbers),
         "distill.attention_layers",
-        f"does not name layers of config.model.layers={cfg.model.layers}",
+        f"does not name layers of config.model.layers={L}, each once",
         'write like "0,-1"',
     )
     require(
@@ -226,6 +236,12 @@ def _validate_distillation(cfg: Config, require: Callable[[bool, str, str, str],
         "distill.router_top_k",
         f"is above config.distill.experts={distill.experts}",
         "lower it",
+    )
+    require(
+        "contrastive" not in used or cfg.data.batch_size > cfg.optim.accumulation,
+        "distill.contrastive",
+        "tells rows apart, of which an update has one at a time",
+        "raise config.data.batch_size above config.optim.accumulation",
     )
     one = bool(distill.teachers) and "," not in distill.teachers
     for name in used:

@@ -20,7 +20,7 @@ from lm_jax.data.store import Split, Store
 from lm_jax.data.tokenizers import Tokenizer
 
 BYTES = 256  # groups of ids: by their first byte
-WINDOWS = 64  # that are looked at beforehand
+WINDOWS = 64  # that are looked at beforehand, all over the split
 Batch = dict[str, np.ndarray]
 
 
@@ -84,7 +84,7 @@ class Aligner:
             last_T = np.searchsorted(read.ends, ends_T, side="right") - 1
             found_T = last_T >= 0
             place_T[first:end] = np.where(found_T, start + last_T, -1)
-            aligned_T[first:end] = found_T & (read.ends[last_T] == ends_T)
+            aligned_T[first:end][found_T] = read.ends[last_T[found_T]] == ends_T[found_T]
         aligned_T[place_T >= self.length] = 0
         place_T[place_T >= self.length] = -1
         return {
@@ -188,7 +188,7 @@ class Retokenised(Store):
 
 
 def open_aligner(cfg: Config, store: Store, teacher: Tokenizer, limit: int | None) -> Aligner:
-    """An aligner whose rows hold the teacher's tokens of the first windows, and a tenth more.
+    """An aligner whose rows hold the teacher's tokens of some windows, and a tenth more.
 
     Args:
         cfg: resolved config of the student.
@@ -205,7 +205,7 @@ def open_aligner(cfg: Config, store: Store, teacher: Tokenizer, limit: int | Non
             "give a teacher of kind bpe or byte."
         )
     Retokenised(store.path, store.manifest, teacher, store).split("valid")
-    batch = _first_windows(cfg, store)
+    batch = _some_windows(cfg, store)
     long = Aligner(store.tokenizer, teacher, 32 * cfg.data.seq_len)
     needed = int(np.max((long(batch)["teacher_segment_ids"] > 0).sum(-1)))
     length = 64 * -(-int(1.1 * needed) // 64)
@@ -213,12 +213,13 @@ def open_aligner(cfg: Config, store: Store, teacher: Tokenizer, limit: int | Non
 
 
 def share(aligner: Aligner, cfg: Config, store: Store) -> float:
-    """Share of the scored tokens of the first windows before which both tokenizers have a bound."""
-    batch = aligner(_first_windows(cfg, store))
+    """Share of the scored tokens of some windows before which both tokenizers have a bound."""
+    batch = aligner(_some_windows(cfg, store))
     weights = batch["weights"][:, 1:]
     return float(np.average(batch["aligned"], weights=weights))
 
 
-def _first_windows(cfg: Config, store: Store) -> Batch:
+def _some_windows(cfg: Config, store: Store) -> Batch:
     windows = Windows(store.split("train"), cfg.data.seq_len, cfg.data.document_mask)
-    return windows.batch(np.arange(min(len(windows), WINDOWS)))
+    chosen = np.linspace(0, len(windows) - 1, min(len(windows), WINDOWS))
+    return windows.batch(chosen.astype(np.int64))

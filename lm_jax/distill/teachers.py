@@ -272,10 +272,26 @@ def score(run: evaluate.Run, store: Store, split: str) -> dict[str, Any]:
     return evaluate.Evaluator(run.cfg, store, run.mesh, eval_step)(run.params, split)
 
 
-def verify(teacher: Teacher, cfg: Config, store: Store) -> list[str]:
-    """Score each model on the valid split, once, and say what share of tokens is aligned.
+def _as_student_reads(run: evaluate.Run, model: nnx.GraphDef, cfg: Config) -> evaluate.Run:
+    """The run with the student's windows."""
+    how = config.replace(
+        run.cfg,
+        data__seq_len=cfg.data.seq_len,
+        data__document_mask=cfg.data.document_mask,
+        eval__batch_size=cfg.eval.batch_size,
+        eval__stride=cfg.eval.stride,
+    )
+    return dataclasses.replace(run, cfg=how, graphdef=model)
 
-    The record of a run is about its own corpus; what it must know is the student's.
+
+def _windows(cfg: Config) -> tuple[Any, ...]:
+    return cfg.data.seq_len, cfg.data.document_mask, cfg.eval.stride
+
+
+def verify(teacher: Teacher, cfg: Config, store: Store) -> list[str]:
+    """Score each model on the valid split, and say what share of tokens is aligned.
+
+    The record of a run is about its own corpus and windows; what it must know are the student's.
 
     Returns:
         Lines to print.
@@ -288,7 +304,7 @@ def verify(teacher: Teacher, cfg: Config, store: Store) -> list[str]:
     nats = len(split.tokens) * math.log(evaluate.references(store, "valid")["unigram"])
     unigram = nats / split.bytes / math.log(2)
     lines = []
-    for name, run in zip(teacher.names, teacher.runs, strict=True):
+    for name, run, model in zip(teacher.names, teacher.runs, teacher.models, strict=True):
         text = students_text(run, store)
         result = score(run, text, "valid")
         own = run.store.manifest == text.manifest and _shares(run, store)
@@ -303,6 +319,9 @@ def verify(teacher: Teacher, cfg: Config, store: Store) -> list[str]:
                     f"{WHERE}: {name} has a valid loss of {loss:.4f}, but {record} says "
                     f"{recorded['loss']:.4f}; restore the run."
                 )
+        if text is store and _windows(run.cfg) != _windows(cfg):
+            result = score(_as_student_reads(run, model, cfg), text, "valid")
+            said += ", here in the student's windows"
         if not result["bits_per_byte"] < unigram:
             raise ConfigError(
                 f"{WHERE}: {name} needs {result['bits_per_byte']:.4f} bits per byte of the valid "
@@ -315,8 +334,15 @@ def verify(teacher: Teacher, cfg: Config, store: Store) -> list[str]:
         )
     if isinstance(teacher.extend, Aligner):
         share = alignment.share(teacher.extend, cfg, store)
+        trained, length = teacher.runs[0].cfg.data.seq_len, teacher.extend.length
+        if length > trained:
+            lines.append(
+                f"teacher {teacher.names[0]} learned from rows of {trained} tokens and reads rows "
+                f"of {length}, where it may know less; lower config.data.seq_len"
+            )
         lines.append(
-            f"teacher {teacher.names[0]} has another tokenizer: {share:.1%} of the first windows' "
-            "tokens end where a teacher token ends, and there the next byte is taught"
+            f"teacher {teacher.names[0]} has another tokenizer: {share:.1%} of the tokens of "
+            f"{alignment.WINDOWS} windows end where a teacher token ends, and there the next byte "
+            "is taught"
         )
     return lines

@@ -1,7 +1,8 @@
 """Distillation of what is inside a model: states, attention maps, whole rows.
 
 Every term is a sum over weighted tokens (or rows) and the sum of the weights, in float32. Teacher
-arrays get no gradient. E is the width of the teacher.
+arrays get no gradient. E is the width of the teacher. Where a weight is 0, the arrays may hold
+anything.
 """
 
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from lm_jax.kernels.chunks import scored
 from lm_jax.kernels.divergences import EXCLUDED, between
 
 Sums = tuple[jax.Array, jax.Array]
@@ -26,8 +28,8 @@ def squared_error(y_BTE: jax.Array, target_BTE: jax.Array, weights_BT: jax.Array
 
     Of projected student states this is the hint loss (Romero et al. 2015, section 2.2).
     """
-    error_BT = jnp.square(y_BTE.astype(jnp.float32) - target_BTE).mean(-1)
-    return _sum(error_BT, weights_BT)
+    error_BTE = scored(y_BTE.astype(jnp.float32) - target_BTE, weights_BT)
+    return _sum(jnp.square(error_BTE).mean(-1), weights_BT)
 
 
 def layer_for(layer: int, student_layers: int, teacher_layers: int) -> int:
@@ -71,7 +73,8 @@ def attention(student_BTS: jax.Array, teacher_BTS: jax.Array, weights_BT: jax.Ar
     As Jiao et al. 2020 (TinyBERT), section 3.1, but on probabilities and averaged over heads, so
     that the models may have different numbers of them.
     """
-    teacher_BTS = jax.lax.stop_gradient(teacher_BTS)
+    teacher_BTS = scored(jax.lax.stop_gradient(teacher_BTS), weights_BT)
+    student_BTS = scored(student_BTS, weights_BT)
     return _sum(between(teacher_BTS, student_BTS, "forward", 0.5), weights_BT)
 
 
@@ -88,7 +91,8 @@ def contrastive(
     """
 
     def pooled(x_BTE: jax.Array) -> jax.Array:
-        x_BE = jnp.einsum("bt,bte->be", weights_BT, x_BTE.astype(jnp.float32))
+        x_BTE = scored(x_BTE.astype(jnp.float32), weights_BT)
+        x_BE = jnp.einsum("bt,bte->be", weights_BT, x_BTE)
         # A row without a token is 0 and has no direction.
         return x_BE * jax.lax.rsqrt(jnp.square(x_BE).sum(-1, keepdims=True) + 1e-12)
 
@@ -102,5 +106,4 @@ def contrastive(
 
 
 def _sum(x_BT: jax.Array, weights_BT: jax.Array) -> Sums:
-    """`where` and not the product alone: padding may hold anything, NaN included."""
-    return (jnp.where(weights_BT > 0, x_BT, 0) * weights_BT).sum(), weights_BT.sum()
+    return (x_BT * weights_BT).sum(), weights_BT.sum()

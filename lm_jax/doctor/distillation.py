@@ -52,14 +52,17 @@ def present(given: Given) -> Verdict:
     perturbed = jax.tree.map(other, given.teacher_params)
     moved = abs(given.objective(perturbed, 1.0)[0] - kd)
     kept = abs(given.objective(perturbed, 0.0)[0] - lm)
-    limit = 32 * given.eps * max(1.0, abs(kd), abs(lm))
+    size = max(1.0, abs(kd), abs(lm))
+    # The total is a float32 of whatever it was computed from.
+    limit, least = 32 * given.eps * size, 32 * float(jnp.finfo(jnp.float32).eps) * size
     named_limits = {"lm_ce": (lm, lm_parts), "kd_kl_t2": (kd, parts)}
     gaps = {n: gap(x, found[n]) for n, (x, found) in named_limits.items() if n in found}
-    ok = moved > limit and kept <= limit and all(x <= limit for x in gaps.values())
+    ok = moved > least and kept <= limit and all(x <= limit for x in gaps.values())
     told = ", ".join(f"|total - {n}| = {x:.2g}" for n, x in gaps.items()) or "no pure losses given"
     evidence = (
-        f"Other teacher weights move the total by {moved:.3g} at alpha = 1 (total {kd:.5g}) and "
-        f"{kept:.3g} at alpha = 0 (total {lm:.5g}); at the limits {told} (rounding {limit:.1g})."
+        f"Other teacher weights move the total by {moved:.3g} at alpha = 1 (total {kd:.5g}, at "
+        f"least {least:.1g}) and {kept:.3g} at alpha = 0 (total {lm:.5g}); at the limits {told} "
+        f"(rounding {limit:.1g})."
     )
     return verdict(ok, evidence, moved=moved, kept=kept, gaps=gaps)
 
@@ -241,6 +244,7 @@ def examine_distillation(
     compute_dtype: str = "float32",
     student_params: Any = None,
     objective_fn: Callable[..., Any] | None = None,
+    whole_fn: Callable[..., Any] | None = None,
     eval_fn: Callable[..., Any] | None = None,
     init_fn: Callable[..., Any] | None = None,
     step_fn: Callable[..., Any] | None = None,
@@ -283,6 +287,8 @@ def examine_distillation(
         student_params: tree of what is trained.
         objective_fn: `(student_params, teacher_params, batch, alpha) -> (total, parts)` with
             total = alpha kd_kl_t2 + (1 - alpha) lm_ce and raw parts of these names; no dropout.
+        whole_fn: `(student_params, teacher_params, batch) -> total`, all that is differentiated,
+            where there are other terms; default `objective_fn` with alpha 1/2.
         eval_fn: `(student_params, teacher_params, batch, update) -> components`.
         init_fn: `(seed) -> state` of the loop.
         step_fn: `(state, batch) -> state` or `(state, metrics)`.

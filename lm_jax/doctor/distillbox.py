@@ -26,6 +26,7 @@ class Given(Arguments):
     compute_dtype: str
     student_params: Any
     objective_fn: Any
+    whole_fn: Any
     eval_fn: Any
     init_fn: Any
     step_fn: Any

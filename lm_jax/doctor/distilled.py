@@ -179,6 +179,14 @@ class _Preflight:
         parts = {"kd_kl_t2": sums["kd"] / counts["kd"], "lm_ce": sums["lm"] / counts["lm"]}
         return total, parts
 
+    def whole(self, params: Any, taught: Any, batch: losses.Batch) -> Any:
+        """Every used term with the weight 1."""
+        rows, teacher_params = self.rows(batch, taught)
+        names = objective.used(self.small)
+        now = objective.schedule(self.small, 0) | dict.fromkeys(names, jnp.ones(()))
+        counts = objective.counts(rows, names)
+        return self.of_rows(params, rows, now, counts, None, teacher_params)[0]
+
     def kd_fn(self, student, teacher, weights, temperature, top_k=0, support="full"):
         """The run's divergence of logits, through heads that copy."""
         head = jnp.eye(student.shape[-1], dtype=student.dtype)
@@ -251,6 +259,7 @@ class _Preflight:
             compute_dtype=cfg.train.compute_dtype,
             student_params=init_state(jax.random.key(cfg.seed)).trained,
             objective_fn=jax.jit(self.objective),
+            whole_fn=None if self.auxiliary is None else jax.jit(self.whole),
             eval_fn=eval_fn,
             init_fn=lambda seed: init_state(jax.random.key(seed)),
             step_fn=step_fn,

@@ -26,6 +26,8 @@ def teacher_gradient(given: Given) -> Verdict:
     given.need("objective_fn", "student_params", "teacher_params", "batch")
 
     def total(student: Any, teacher: Any) -> Any:
+        if given.whole_fn is not None:
+            return given.whole_fn(student, teacher, given.batch)
         return given.objective_fn(student, teacher, given.batch, 0.5)[0]
 
     given.objective(given.teacher_params, 0.5)
@@ -34,7 +36,8 @@ def teacher_gradient(given: Given) -> Verdict:
             given.student_params, given.teacher_params
         )
     except Exception as error:  # the function works, but not under JAX
-        reason = f"JAX cannot differentiate objective_fn ({type(error).__name__}); differences "
+        name = "objective_fn" if given.whole_fn is None else "whole_fn"
+        reason = f"JAX cannot differentiate {name} ({type(error).__name__}); differences "
         raise Skip(f"{reason}would not see a stop_gradient.") from error
     norms = {n: float(np.linalg.norm(g)) for n, g in named(teacher).items() if is_floating(g)}
     own = {n: float(np.linalg.norm(g)) for n, g in named(student).items() if is_floating(g)}

@@ -146,8 +146,8 @@ def _product(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int, dtype) -> jax
 
 
 def scored(x_ND: jax.Array, weights_N: jax.Array) -> jax.Array:
-    """Rows of weight 0 set to 0: 0 * NaN would be NaN, in the sums and in the head's gradient."""
-    return jnp.where(weights_N[:, None] != 0, x_ND, 0)
+    """Rows of weight 0 set to 0: 0 * NaN would be NaN, in the sums and in all gradients."""
+    return jnp.where(weights_N[..., None] != 0, x_ND, 0)
 
 
 def logits(

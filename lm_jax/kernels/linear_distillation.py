@@ -101,6 +101,8 @@ def linear_distillation(
         taught, target_N, aligned_N = rows
         temperature, kd, lm, heads, of_ids = shared
         log_p = taught
+        if isinstance(taught, Kept):
+            log_p = taught._replace(log_p_BTj=chunks.scored(taught.log_p_BTj, weights_N))
         if members:
             logits = [
                 chunks.logits(chunks.scored(x_NE, weights_N), head, m.head_UE.shape[0], m.softcap)[

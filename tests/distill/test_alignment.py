@@ -123,6 +123,14 @@ def test_equal_tokenizers_are_aligned_everywhere(tokenizers):
     assert found["aligned"].shape == (1, 1, len(tokens)) and found["aligned"].all()
 
 
+def test_a_window_with_nothing_but_part_of_a_character(tokenizers):
+    s, t = tokenizers["byte"], tokenizers["large"]
+    tokens, segments = row(s, ["é", "the mat"])
+    found = Aligner(s, t, 64).row(tokens[2:], segments[2:])  # from the second byte
+    assert found["teacher_place"][0] == -1 and found["aligned"][0] == 0
+    assert found["aligned"][1:].any()
+
+
 def test_padding_is_no_text(tokenizers):
     s, t = tokenizers["small"], tokenizers["large"]
     tokens, segments = (np.pad(a, (4, 7)) for a in row(s, TEXTS[:1]))

@@ -9,11 +9,12 @@ import pytest
 from flax import nnx
 from scipy.special import log_softmax, logsumexp
 
-from lm_jax import evaluate, resolution, train
+from lm_jax import evaluate, resolution, step, train
 from lm_jax import loss as losses
 from lm_jax.config import ConfigError
 from lm_jax.data import pipeline
 from lm_jax.distill import alignment, teachers
+from lm_jax.distill import step as distill_step
 from lm_jax.doctor import examine_config
 from lm_jax.kernels import divergences
 from tests.distill.test_step import EVERYTHING
@@ -96,6 +97,28 @@ def test_the_divergence_is_that_of_next_bytes(text, teacher):
         mine = found[row, at, [value[0] for value in values]]
         np.testing.assert_allclose(mine, by_byte[row, place], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(np.exp(found).sum(-1), 1, rtol=1e-5)
+
+
+def test_states_count_where_the_teacher_has_one(text, teacher):
+    cfg, store, taught, batch = opened(text, distill__teachers=teacher, distill__feature="1")
+    graphdef, init = step.create_model(cfg, store.tokenizer.vocab_size, "reference")
+    auxiliary, init_aux = distill_step.create_auxiliary(cfg, graphdef, init, taught)
+    params, aux = init(jax.random.key(0)), init_aux(jax.random.key(1))["params"]
+    gradients = distill_step.make_gradients(cfg, graphdef, auxiliary, taught)
+    row = jax.jit(gradients)((params, aux), 0, jnp.asarray(1.0), batch)[3]
+
+    b = losses.shift(jax.tree.map(jnp.asarray, batch))
+    y_BTE = nnx.merge(auxiliary, aux).feature(
+        nnx.merge(graphdef, params)(b.inputs, b.segment_ids, b.positions)
+    )
+    read = (batch[f"teacher_{n}"] for n in ("tokens", "segment_ids", "positions"))
+    states = np.float64(nnx.merge(taught.models[0], taught.params[0])(*read))
+    states /= np.sqrt(np.square(states).mean(-1, keepdims=True) + 1e-6)
+    place, weights = batch["teacher_place"], np.asarray(b.weights)
+    assert (weights[place < 0] > 0).any()
+    scored = [(r, t) for r, t in np.argwhere(place >= 0) if weights[r, t]]
+    errors = [np.square(y_BTE[r, t] - states[r, place[r, t]]).mean() for r, t in scored]
+    assert row["distill/feature"] == pytest.approx(np.mean(errors), rel=1e-4)
 
 
 def test_a_run_learns_from_it(text, teacher, tmp_path, capsys):

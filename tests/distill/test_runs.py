@@ -7,10 +7,14 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from flax import nnx
+from scipy.special import log_softmax
 
 from lm_jax import config, evaluate, resolution, train
+from lm_jax import loss as losses
 from lm_jax.config import ConfigError
-from lm_jax.distill import cache, teachers
+from lm_jax.data import pipeline
+from lm_jax.distill import cache, report, teachers
 from lm_jax.doctor import examine_config
 from lm_jax.flags import load_module
 from tests.distill.test_step import EVERYTHING
@@ -117,6 +121,60 @@ def test_the_report(text, runs, tmp_path):
     assert all(row["kl"] > 1e-4 and row["agreement"] < 1 for row in each)
 
 
+def test_the_divergence_of_the_report_is_from_the_teacher(text, runs):
+    """KL(teacher || model), by definition."""
+    name = str(runs / "teacher-0")
+    cfg = student(text, distill__teachers=name)
+    store = evaluate.open_data(resolution.validate(cfg))
+    cfg = resolution.resolve(cfg, windows=50)
+    models = [evaluate.open_run(runs / folder) for folder in ("alone", "teacher-0")]
+    scored = [
+        report.Scored(folder, [(run.graphdef, run.params)])
+        for folder, run in zip(("alone", name), models, strict=True)
+    ]
+    found = report.score(cfg, store, "valid", scored, name)["alone"]["kl"]
+
+    def logits(run, b):
+        model = nnx.merge(run.graphdef, run.params)
+        return model.logits(model(b.inputs, b.segment_ids, b.positions))
+
+    total = count = 0.0
+    for batch in pipeline.eval_batches(
+        store.split("valid"), seq_len=32, batch_size=8, document_mask=True, stride=32
+    ):
+        b = losses.shift(jax.tree.map(jax.numpy.asarray, batch))
+        log_q, log_p = (log_softmax(np.float64(logits(run, b)), -1) for run in models)
+        total += float((b.weights * (np.exp(log_p) * (log_p - log_q)).sum(-1)).sum())
+        count += float(b.weights.sum())
+    assert found == pytest.approx(total / count, rel=1e-4)
+
+
+@pytest.mark.parametrize("document_mask", [True, False])
+def test_a_teacher_reads_documents_as_the_student_does(text, runs, document_mask):
+    """However it was trained."""
+    cfg = student(
+        text, distill__teachers=str(runs / "teacher-0"), data__document_mask=document_mask
+    )
+    store = evaluate.open_data(resolution.validate(cfg))
+    cfg = resolution.resolve(cfg, windows=50)
+    teacher = teachers.open_teacher(cfg, store)
+    batch = pipeline.Windows(store.split("train"), 32, document_mask).batch(np.arange(40))
+    separators = batch["tokens"] == store.tokenizer.separator
+    row = int(np.argmax(separators[:, 5:25].any(1)))
+    begins = 5 + int(np.argmax(separators[row, 5:25]))
+    tokens = batch["tokens"][row : row + 1]
+    batch = {name: x[row : row + 1] for name, x in batch.items()}
+    changed = tokens.copy()
+    changed[0, 1:begins] = tokens[0, 1:begins] % (store.tokenizer.vocab_size - 1) + 1
+
+    def states(tokens):
+        b = losses.shift(jax.tree.map(jax.numpy.asarray, batch | {"tokens": tokens}))
+        read = teacher.read(teacher.params, batch, b, jax.numpy.float32, inside=False)
+        return np.asarray(read.members[0].x_BTE[0, begins:])
+
+    assert (states(tokens) == states(changed)).all() == document_mask
+
+
 @pytest.fixture(scope="module")
 def kept(text, runs):
     """A cache of the first teacher."""
@@ -196,6 +254,18 @@ def test_a_teacher_must_have_the_loss_on_its_record(text, runs, tmp_path):
         train.train_and_evaluate(student(text, distill__teachers=str(other)), tmp_path / "run")
 
 
+def test_a_teacher_is_scored_in_the_students_windows(text, runs, tmp_path):
+    """As well as in its own, where its record was made."""
+    cfg = student(text, distill__teachers=str(runs / "teacher-0"), data__seq_len=8)
+    store = evaluate.open_data(resolution.validate(cfg))
+    cfg = resolution.resolve(cfg, windows=50)
+    (line,) = teachers.verify(teachers.open_teacher(cfg, store), cfg, store)
+    recorded = json.loads((runs / "teacher-0" / "eval_valid.json").read_text())["loss"]
+    assert f"on its record {recorded:.4f}, found {recorded:.4f}, here in the student's" in line
+    here = float(line.split("valid loss ")[1].split()[0])
+    assert abs(here - recorded) > 1e-3
+
+
 def test_a_teacher_of_other_text_is_refused(text, runs, tmp_path):
     """It knows its own text, and nothing of the student's, whose letters are shuffled."""
     other = tmp_path / "text"
@@ -227,6 +297,27 @@ def test_the_preflight_is_in_order(distilled, text, runs):
     found = {f.check: f.status for f in report if f.check.startswith("distill.")}
     assert set(found.values()) <= {"pass", "skip"}, report
     assert [name for name, status in found.items() if status == "skip"] == ["distill.subset"]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_preflight_is_in_order_with_16_bits(text, runs, dtype):
+    cfg = student(
+        text,
+        distill__teachers=str(runs / "teacher-0"),
+        distill__kind="jsd",
+        data__batch_size=32,
+        train__compute_dtype=dtype,
+    )
+    report = examine_config(cfg, level="fast")
+    found = {f.check: f.status for f in report if f.check.startswith("distill.")}
+    assert set(found.values()) <= {"pass", "skip"}, report
+
+
+def test_the_preflight_sees_a_gradient_of_the_teacher_by_any_term(text, runs, monkeypatch):
+    monkeypatch.setattr(jax.lax, "stop_gradient", lambda x: x)
+    cfg = student(text, distill__teachers=str(runs / "teacher-0"), distill__feature="0.1")
+    report = examine_config(cfg, level="fast")
+    assert "distill.teacher_gradient" in report.failed, report["distill.teacher_gradient"].evidence
 
 
 def test_the_preflight_refuses_targets_that_are_not_the_teachers(text, runs, monkeypatch, tmp_path):

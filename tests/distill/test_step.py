@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from lm_jax import config, resolution, step
+from lm_jax import loss as losses
 from lm_jax.config import ConfigError, Curve
-from lm_jax.distill import objective
+from lm_jax.distill import objective, terms
 from lm_jax.distill import step as distill_step
 from lm_jax.distill.teachers import Teacher
 from tests.helpers import random_batch, randomise, tiny_config
@@ -133,6 +135,64 @@ def test_weighted_terms_add_up_and_have_their_names(update):
     expected = layer * row["distill/layer"]
     assert row["distill/weighted/layer"] == pytest.approx(expected, rel=1e-5, abs=1e-9)
     assert row["distill/contrastive_chance"] == pytest.approx(np.log(6))
+
+
+def test_each_term_reads_its_layers_and_is_divided_by_its_own_count():
+    lab = Lab(**EVERYTHING)
+    row = {name.removeprefix("distill/"): x for name, x in lab.gradients(5)[3].items()}
+    b = losses.shift(jax.tree.map(jnp.asarray, lab.batch))
+    read = b.inputs, b.segment_ids, b.positions
+    x_BTD, mine = nnx.merge(lab.graphdef, lab.params).observed(*read)
+    x_BTE, theirs = nnx.merge(lab.teacher.models[0], lab.teacher.params[0]).observed(*read)
+    aux = nnx.merge(lab.auxiliary, lab.aux["params"])
+    weights = np.asarray(b.weights)
+
+    def distance(y, target):
+        target = np.float64(target) / np.sqrt(np.square(target).mean(-1, keepdims=True) + 1e-6)
+        return np.square(y - target).mean(-1)
+
+    def divergence(layer, teacher_layer):
+        student_BTS, teacher_BTS = (
+            np.float64(terms.log_map(seen.q_LBTHC[i], seen.k_LBTKC[i], b.segment_ids))
+            for seen, i in ((mine, layer), (theirs, teacher_layer))
+        )
+        return (np.exp(teacher_BTS) * (teacher_BTS - student_BTS)).sum(-1)
+
+    def mean(x_BT, weights=weights):
+        return (weights * x_BT).sum() / weights.sum()
+
+    # Two layers of the student, three of the teacher: half way is the second of them.
+    pairs = [(0, 1), (1, 2)]
+    states = [distance(aux.layers[i](mine.x_LBTD[i]), theirs.x_LBTD[j]) for i, j in pairs]
+    assert row["feature"] == pytest.approx(mean(distance(aux.feature(x_BTD), x_BTE)), rel=1e-4)
+    assert row["layer"] == pytest.approx(np.mean([mean(x) for x in states]), rel=1e-4)
+    maps = [mean(divergence(i, j)) for i, j in pairs]
+    assert row["attention"] == pytest.approx(np.mean(maps), rel=1e-4)
+    now = objective.schedule(lab.cfg, 5)
+    routed = aux.router(
+        x_BTD,
+        x_BTE,
+        theirs.x_LBTD,  # as many experts as layers
+        b.segment_ids,
+        b.weights,
+        temperature=now["router_temperature"],
+        k=now["router_k"],
+    )
+    same = np.asarray(b.segment_ids[:, 1:] == b.segment_ids[:, :-1])
+    counts = weights.sum(), (weights[:, 1:] * same).sum(), weights.sum()
+    for name, (total, _), count in zip(objective.ROUTED, routed, counts, strict=True):
+        assert row[name] == pytest.approx(float(total) / count, rel=1e-4), name
+
+
+@pytest.mark.parametrize("warmup", ["2", "8"])
+def test_projections_learn_on_the_schedule_of_the_student(warmup):
+    lab = Lab(distill__feature="1", distill__lr=3e-3, optim__warmup=warmup)
+    before = np.array(lab.aux["params"]["feature"]["kernel"])
+    state, rows = lab.steps(1)
+    moved = np.abs(state.aux["params"]["feature"]["kernel"] - before).max()
+    share = rows[0]["optim/lr"] / lab.cfg.optim.peak_lr
+    assert share == pytest.approx(1 / int(warmup))
+    assert moved == pytest.approx(3e-3 * share, rel=1e-2)  # the first step of Adam is its rate
 
 
 def test_micro_batches_add_up():
@@ -265,6 +325,27 @@ REFUSED = [
     (
         dict(distill__teachers="a", distill__attention="1", distill__attention_layers="4"),
         "attention_layers: .*does not name layers",
+    ),
+    (
+        dict(distill__teachers="a", distill__attention="1", distill__attention_layers="-1,5"),
+        "attention_layers: .*each once",
+    ),
+    (dict(distill__teachers="a,a"), "config.distill.teachers: .*twice"),
+    (dict(distill__teachers="a,"), "config.distill.teachers: .*nothing between"),
+    (
+        dict(distill__teachers="a", distill__contrastive="1", optim__accumulation=32),
+        "config.distill.contrastive: .*one at a time",
+    ),
+    *(
+        (dict(distill__teachers="a", distill__kd="0", distill__feature="1") | changes, said)
+        for changes, said in (
+            (dict(distill__kind="reverse"), "distill.kind: .*without config.distill.kd"),
+            (dict(distill__temperature="3"), "distill.temperature: .*without config.distill.kd"),
+            (
+                dict(distill__support="union", distill__top_k=5),
+                "distill.support: .*without config.distill.kd",
+            ),
+        )
     ),
     (dict(distill__teachers="a", distill__kd="0"), "config.distill.kd: .*nothing"),
     (dict(distill__teachers="a", distill__experts=2), "config.distill.experts: .*without"),

@@ -38,12 +38,16 @@ def test_squared_error_of_a_normalised_target():
     np.testing.assert_allclose(nothing / count, 1, rtol=1e-5)
 
 
-def test_padding_may_hold_anything():
+@pytest.mark.parametrize("term", [terms.squared_error, terms.contrastive, terms.attention])
+def test_padding_may_hold_anything(term):
     weights, _ = weights_and_segments()
     y, target = normal(B, T, E), normal(B, T, E, seed=1)
-    clean = terms.squared_error(y, target, weights)
-    y[weights == 0] = np.nan
-    assert terms.squared_error(y, target, weights) == clean
+    of_y = jax.value_and_grad(lambda y: term(y, target, weights)[0])
+    clean, gradient = of_y(y)
+    y[weights == 0] = target[weights == 0] = np.nan
+    found = of_y(y)
+    assert found[0] == clean
+    np.testing.assert_array_equal(found[1], gradient)
 
 
 @pytest.mark.parametrize(
