@@ -151,7 +151,8 @@ class DataConfig(_Section):
 class TokenizerConfig(_Section):
     """How text becomes ids."""
 
-    kind: str = "char"  # byte | char | word | bpe
+    kind: str = "char"  # byte | char | word | bpe | hf (of a Hugging Face checkpoint)
+    folder: str = ""  # of that checkpoint, with tokenizer.json and config.json
     vocab_size: int = 0  # ids with the separator, for bpe and word; 0: all types (word)
     sample: int = 0  # characters of the train split that bpe and word learn from; 0: all
 

@@ -234,6 +234,7 @@ def open_data(cfg: Config) -> Store:
             corpus,
             tokenizer_kind=cfg.tokenizer.kind,
             vocab_size=cfg.tokenizer.vocab_size,
+            folder=cfg.tokenizer.folder,
             sample=cfg.tokenizer.sample,
             workers=data.workers,
             cache_dir=str(cache_dir),

@@ -19,7 +19,6 @@ import numpy as np
 from flax import nnx
 
 from lm_jax import config, evaluate
-from lm_jax.data.tokenizers import Tokenizer
 
 
 class ArgumentError(ValueError):
@@ -90,6 +89,7 @@ def generate(
             1.0 if greedy else float(temperature),
             1 if greedy else min(top_k, tokenizer.vocab_size),
             float(top_p),
+            tokenizer.separator,
             tokens=tokens,
             dtype=jnp.dtype(run.cfg.train.compute_dtype),
         )
@@ -124,6 +124,7 @@ def _decode(
     temperature: float,
     top_k: int,
     top_p: float,
+    separator: int,
     *,
     tokens: int,
     dtype: jnp.dtype,
@@ -137,7 +138,7 @@ def _decode(
         x_BTD, cache = model.extend(next_BT, cache, dtype=dtype)
         logits_BV = model.logits(x_BTD[:, -1:])[:, 0]
         now_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, index)
-        ids_B1 = sample(logits_BV, now_B, temperature, top_k, top_p)[:, None]
+        ids_B1 = sample(logits_BV, now_B, temperature, top_k, top_p, separator)[:, None]
         log_probs_B1 = jnp.take_along_axis(jax.nn.log_softmax(logits_BV), ids_B1, axis=1)
         return (cache, ids_B1), (ids_B1, log_probs_B1)
 
@@ -156,9 +157,10 @@ def sample(
     temperature: jax.typing.ArrayLike,
     top_k: jax.typing.ArrayLike,
     top_p: jax.typing.ArrayLike,
+    separator: jax.typing.ArrayLike = 0,
 ) -> jax.Array:
     """One id per row, [B], never the separator; every row has a random key of its own."""
-    ids_BV, scores_BV = shortlist(logits_BV, temperature, top_k, top_p)
+    ids_BV, scores_BV = shortlist(logits_BV, temperature, top_k, top_p, separator)
     places_B = jax.vmap(jax.random.categorical)(keys_B, scores_BV)
     return jnp.take_along_axis(ids_BV, places_B[:, None], axis=1)[:, 0]
 
@@ -168,6 +170,7 @@ def shortlist(
     temperature: jax.typing.ArrayLike,
     top_k: jax.typing.ArrayLike,
     top_p: jax.typing.ArrayLike,
+    separator: jax.typing.ArrayLike = 0,
 ) -> tuple[jax.Array, jax.Array]:
     """Ids from most to least likely and their logits / temperature, -inf for those cut, [B, V].
 
@@ -176,9 +179,10 @@ def shortlist(
         temperature: above 0.
         top_k: the k most likely are kept, of equals those with the lower id; 0: all.
         top_p: of these, the fewest that together have this probability; 1: all.
+        separator: id that is never drawn.
     """
     # The separator stands before a document; it is never a target in training either.
-    logits_BV = logits_BV.at[:, Tokenizer.separator].set(-jnp.inf)
+    logits_BV = logits_BV.at[:, separator].set(-jnp.inf)
     ids_BV = jnp.argsort(-logits_BV, axis=1, stable=True)
     scores_BV = jnp.take_along_axis(logits_BV, ids_BV, axis=1)
     # The best score becomes 0, so that a tiny temperature gives -inf below it and not inf / inf.

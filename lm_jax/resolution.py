@@ -23,7 +23,7 @@ from lm_jax.config import (
 )
 
 _CHOICES: dict[str, tuple[str, ...]] = {
-    "tokenizer.kind": ("byte", "char", "word", "bpe"),
+    "tokenizer.kind": ("byte", "char", "word", "bpe", "hf"),
     "model.family": ("dense", "musota"),
     "model.norm": ("rmsnorm", "layernorm"),
     "model.positions": ("rotary", "learned", "none"),
@@ -101,15 +101,21 @@ def validate(cfg: Config) -> Config:
     require(
         (cfg.tokenizer.kind == "bpe" and cfg.tokenizer.vocab_size > 257)
         or cfg.tokenizer.kind == "word"
-        or (cfg.tokenizer.kind in ("byte", "char") and cfg.tokenizer.vocab_size == 0),
+        or (cfg.tokenizer.kind in ("byte", "char", "hf") and cfg.tokenizer.vocab_size == 0),
         "tokenizer.vocab_size",
         f"does not fit config.tokenizer.kind={cfg.tokenizer.kind!r}",
-        "give more than 257 for bpe, 0 or more for word, and 0 for byte and char",
+        "give more than 257 for bpe, 0 or more for word, and 0 for byte, char and hf",
+    )
+    require(
+        (cfg.tokenizer.kind == "hf") == bool(cfg.tokenizer.folder),
+        "tokenizer.folder",
+        f"does not fit config.tokenizer.kind={cfg.tokenizer.kind!r}",
+        "name the folder of the checkpoint with kind hf, and only there",
     )
     require(
         cfg.tokenizer.kind in ("bpe", "word") or cfg.tokenizer.sample == 0,
         "tokenizer.sample",
-        f"does not fit config.tokenizer.kind={cfg.tokenizer.kind!r}, which must see all characters",
+        f"does not fit config.tokenizer.kind={cfg.tokenizer.kind!r}, which learns from no sample",
         "give 0",
     )
     _validate_distillation(cfg, require)

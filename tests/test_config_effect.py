@@ -28,6 +28,7 @@ from lm_jax.data import corpora, shards
 from lm_jax.data.pipeline import batch_hash
 from lm_jax.distill import step as distill_step
 from tests.distill.test_step import toy_teacher
+from tests.test_hf_tokenizer import byte_level, save
 
 V = 29
 
@@ -85,6 +86,11 @@ TABLE = {
     "data.window_offset": (True, "train_batches", {}),
     "data.threads": (2, "reader_threads", {}),
     "tokenizer.kind": ("byte", "manifest train_batches", {}),
+    "tokenizer.folder": (
+        "{root}/other",
+        "manifest train_batches",
+        {"tokenizer.kind": "hf", "tokenizer.folder": "{root}/hf"},
+    ),
     "tokenizer.vocab_size": (5, "manifest train_batches", {"tokenizer.kind": "word"}),
     "tokenizer.sample": (
         60,
@@ -399,6 +405,10 @@ def lab(tmp_path_factory):
             (root / folder / f"{i:02}.txt").write_text(lines + "\n")
         (root / folder / "valid.md").write_text("ba du kilo\n")
         (root / folder / "test.md").write_text("no pi roso\n")
+    tree = byte_level()
+    save(root / "hf", tree, special="<|endoftext|>")
+    tree["model"]["merges"] = []
+    save(root / "other", tree, special="<|endoftext|>")
     return Lab(root)
 
 

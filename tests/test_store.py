@@ -320,7 +320,7 @@ def _drop_key(path):
         (lambda path: (path / "valid.documents.npy").unlink(), "There is no .*valid.documents"),
         (_truncate, "train.tokens.npy is cut short"),
         (_add_token, "valid.tokens.npy holds 13 tokens, the manifest says 12"),
-        (_put_id(257), "holds ids 11 to 257, not 1 to 256"),
+        (_put_id(257), "holds the separator, or an id that is not below 257"),
         (_put_id(0), "holds ids 0 to"),
         (_shift_document, "train.documents.npy does not divide"),
         (_swap_documents, "train.documents.npy does not divide"),

@@ -15,6 +15,7 @@ import numpy as np
 
 from lm_jax.data import files, parts
 from lm_jax.data.corpora import Corpus
+from lm_jax.data.hf_tokenizer import HfTokenizer
 from lm_jax.data.parts import Part
 from lm_jax.data.shards import Documents
 from lm_jax.data.tokenizers import Tokenizer, train_tokenizer
@@ -67,17 +68,19 @@ def prepare(
     *,
     tokenizer_kind: str,
     vocab_size: int,
+    folder: str = "",
     sample: int = 0,
     workers: int = 0,
     cache_dir: str,
 ) -> Store:
     """Tokenises every split of a corpus once; later calls open the finished store.
 
-    The tokenizer learns from the train split alone: from `sample` characters of it, taken in equal
-    shares from the start of every piece, or from all (0). `workers` processes tokenise (0: one a
-    core); the store is the same, byte for byte, for any number. It appears under its name only when
-    it is complete; what a killed preparation had finished is beside it, and the next goes on from
-    there. One process at a time may prepare a store.
+    The tokenizer is that of the checkpoint in `folder` (kind hf), or learns from the train split
+    alone: from `sample` characters of it, taken in equal shares from the start of every piece, or
+    from all (0). `workers` processes tokenise (0: one a core); the store is the same, byte for
+    byte, for any number. It appears under its name only when it is complete; what a killed
+    preparation had finished is beside it, and the next goes on from there. One process at a time
+    may prepare a store.
 
     Raises:
         ValueError: if the corpus cannot be tokenised, or its files changed since they were hashed;
@@ -86,7 +89,9 @@ def prepare(
         OSError: if a file cannot be read, or what was written does not come back from the disk.
     """
     stores = Path(cache_dir).expanduser() / "stores"
-    key = json.dumps([corpus.fingerprint, tokenizer_kind, vocab_size, sample, FORMAT])
+    given = HfTokenizer.from_folder(Path(folder)) if folder else None
+    decides_ids = tokenizer_kind if given is None else given.content_hash
+    key = json.dumps([corpus.fingerprint, decides_ids, vocab_size, sample, FORMAT])
     name = re.sub(r"[^\w.]+", "-", corpus.name)
     path = stores / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     unfinished = path.with_name(f"{path.name}.parts")
@@ -96,7 +101,7 @@ def prepare(
         return store
     unfinished.mkdir(parents=True, exist_ok=True)
     try:
-        tokenizer = _tokenizer(corpus, tokenizer_kind, vocab_size, sample, unfinished)
+        tokenizer = _tokenizer(corpus, given, tokenizer_kind, vocab_size, sample, unfinished)
         _write_and_join(corpus, tokenizer, unfinished, workers)
         files.refuse_changed(corpus.files)
     except ValueError:
@@ -149,12 +154,13 @@ def _check_content(
     sha256: str,
 ) -> None:
     digest = hashlib.sha256()
-    lowest, highest = tokenizer.vocab_size, -1
+    highest, separated = -1, False
     for block in _blocks(tokens):
         digest.update(block)
-        lowest, highest = min(lowest, int(block.min())), max(highest, int(block.max()))
-    if lowest <= tokenizer.separator or highest >= tokenizer.vocab_size:
-        problem = f"holds ids {lowest} to {highest}, not 1 to {tokenizer.vocab_size - 1}"
+        highest = max(highest, int(block.max()))
+        separated |= bool((block == tokenizer.separator).any())
+    if separated or highest >= tokenizer.vocab_size:
+        problem = f"holds the separator, or an id that is not below {tokenizer.vocab_size}"
         raise _broken(_tokens_path(path, name), problem)
     ascending, last = starts[0] == 0, -1
     for block in _blocks(starts):
@@ -177,13 +183,18 @@ def _blocks(array: np.memmap) -> Iterator[np.ndarray]:
 
 
 def _tokenizer(
-    corpus: Corpus, kind: str, vocab_size: int, sample: int, unfinished: Path
+    corpus: Corpus,
+    given: Tokenizer | None,
+    kind: str,
+    vocab_size: int,
+    sample: int,
+    unfinished: Path,
 ) -> Tokenizer:
-    """The tokenizer that an earlier start has learnt, or a new one."""
+    """The tokenizer that an earlier start has saved, or a new one; the parts read it there."""
     try:
         return Tokenizer.load(unfinished)
     except (FileNotFoundError, ValueError):  # not there or not whole: learnt again, it is the same
-        tokenizer = _learn(corpus, kind, vocab_size, sample)
+        tokenizer = given or _learn(corpus, kind, vocab_size, sample)
     files.refuse_changed(corpus.files)  # the parts only know that they did not change meanwhile
     tokenizer.save(unfinished)
     return Tokenizer.load(unfinished)

@@ -113,9 +113,12 @@ class Tokenizer(abc.ABC):
             raise FileNotFoundError(
                 f"There is no {path}: name a folder into which a tokenizer was saved."
             )
+        from lm_jax.data.hf_tokenizer import HfTokenizer  # which imports this module
+
+        kinds = KINDS | {HfTokenizer.kind: HfTokenizer}
         try:
             payload = json.loads(path.read_text(encoding="utf-8"))
-            return KINDS[payload.pop("kind")](**payload)
+            return kinds[payload.pop("kind")](**payload)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{path} is not a complete tokenizer file ({error!r}): prepare the corpus again."

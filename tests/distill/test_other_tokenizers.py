@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from scipy.special import log_softmax, logsumexp
 
-from lm_jax import evaluate, resolution, step, train
+from lm_jax import config, evaluate, generate, resolution, step, train
 from lm_jax import loss as losses
 from lm_jax.config import ConfigError
 from lm_jax.data import pipeline
@@ -100,7 +100,9 @@ def test_the_divergence_is_that_of_next_bytes(text, teacher):
 
 
 def test_states_count_where_the_teacher_has_one(text, teacher):
-    cfg, store, taught, batch = opened(text, distill__teachers=teacher, distill__feature="1")
+    cfg, store, taught, _ = opened(text, distill__teachers=teacher, distill__feature="1")
+    windows = pipeline.Windows(store.split("train"), cfg.data.seq_len, True)
+    batch = taught.extend(windows.batch(np.arange(min(48, len(windows)))))
     graphdef, init = step.create_model(cfg, store.tokenizer.vocab_size, "reference")
     auxiliary, init_aux = distill_step.create_auxiliary(cfg, graphdef, init, taught)
     params, aux = init(jax.random.key(0)), init_aux(jax.random.key(1))["params"]
@@ -187,6 +189,37 @@ def test_a_hugging_face_checkpoint_is_read(text, tmp_path):
         # It was never trained, and is not taken for a teacher.
         with pytest.raises(ConfigError, match="bits per byte .* no better than"):
             teachers.verify(taught, cfg, store)
+
+
+def test_a_student_with_the_tokenizer_of_a_checkpoint(text, tmp_path):
+    """It is a run like any other, and the checkpoint teaches it all ids."""
+    c = GPT2 | {"vocab_size": 320, "n_positions": 64}
+    tree = byte_level()
+    ids = tree["model"]["vocab"]
+    last = max(ids, key=ids.__getitem__)
+    ids["<|endoftext|>"], ids[last] = ids[last], ids["<|endoftext|>"]
+    tree["added_tokens"][0]["id"] = ids["<|endoftext|>"]
+    save(tmp_path / "gpt2", tree, special="<|endoftext|>")
+    write(tmp_path / "gpt2", c, random_tensors(c))
+    folder = str(tmp_path / "gpt2")
+    own = dict(tokenizer__kind="hf", tokenizer__folder=folder)
+    cfg, store, taught, batch = opened(
+        text, distill__teachers=folder, distill__support="union", distill__top_k=3, **own
+    )
+    assert store.tokenizer.separator == len(ids) - 1 and taught.first_bytes is None
+    b = losses.shift(jax.tree.map(jnp.asarray, batch))
+    reading = taught.read(taught.params, batch, b, jnp.float32, inside=False)
+    assert reading.members[0].head_UE.shape[0] == store.tokenizer.vocab_size == 320
+
+    alone = config.replace(small(text), **own, doctor="fast", data__batch_size=16)
+    result = train.train_and_evaluate(alone, tmp_path / "run")
+    split = store.split("valid")
+    assert result["valid"]["token_count"] == len(split.tokens)
+    assert len(store.tokenizer.decode(split.tokens).encode()) == split.bytes
+    samples = generate.generate(evaluate.open_run(tmp_path / "run"), "ba", tokens=25, samples=40)
+    # Of 320 ids, which it can hardly tell yet, none of 1000 is the separator, some are id 0.
+    drawn = {i for sample in samples for i in sample.ids}
+    assert store.tokenizer.separator not in drawn and len(drawn) > 100
 
 
 def test_its_loss_is_that_of_the_whole_text(text, teacher):
