@@ -321,7 +321,7 @@ def _drop_key(path):
         (_truncate, "train.tokens.npy is cut short"),
         (_add_token, "valid.tokens.npy holds 13 tokens, the manifest says 12"),
         (_put_id(257), "holds the separator, or an id that is not below 257"),
-        (_put_id(0), "holds ids 0 to"),
+        (_put_id(0), "holds the separator"),
         (_shift_document, "train.documents.npy does not divide"),
         (_swap_documents, "train.documents.npy does not divide"),
         (_damage_tokens, "train.tokens.npy differs from the sha256"),
