@@ -249,4 +249,4 @@ def test_what_needs_one_tokenizer_is_refused(text, teacher, changes, said):
 
 def test_it_cannot_teach_beside_another(text, teacher):
     with pytest.raises(ConfigError, match="cannot teach beside others"):
-        opened(text, distill__teachers=f"{teacher},{teacher}")
+        opened(text, distill__teachers=f"{teacher},{teacher}/.")
