@@ -166,8 +166,8 @@ def _forward_kl(z_NV, y_NV, target_N, weights_N, temperature, kd, lm):
     kd T (q - p) + lm (q1 - one-hot).
     """
     top_y_N, top_z_N = y_NV.max(1), z_NV.max(1)
-    p_NV = jnp.exp((y_NV - top_y_N[:, None]) / temperature)
-    q_NV = jnp.exp((z_NV - top_z_N[:, None]) / temperature)
+    p_NV = jnp.exp((y_NV - top_y_N[:, None]) * (1 / temperature))
+    q_NV = jnp.exp((z_NV - top_z_N[:, None]) * (1 / temperature))
     sum_p_N, sum_q_N = p_NV.sum(1), q_NV.sum(1)
     # Differences of logits from their maxima, so that large ones cancel nothing.
     apart_NV = (y_NV - top_y_N[:, None]) - (z_NV - top_z_N[:, None])
