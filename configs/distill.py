@@ -7,7 +7,8 @@ student that learns from `runs/distill-teacher-0` as well; cached, the same from
 `scripts/cache_teacher.py` kept of it. Student and teacher see equally many tokens in every arm but
 the teacher's.
 
-Expected time and numbers: not measured.
+Measured on one CPU core each: test word perplexity 144.4 of the teacher (one seed, 17 minutes),
+260.2 of the student alone and 191.4 of the distilled one (three seeds, 3 and 6 minutes; README).
 """
 
 import pathlib

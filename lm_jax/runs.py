@@ -28,6 +28,7 @@ _INCIDENTAL = {
     "train.tensorboard",
     "eval.splits",
     "eval.batch_size",
+    "distill.alone",
 }
 
 

@@ -377,7 +377,7 @@ def test_a_loss_that_is_not_finite(tmp_path):
         ({"stride": 4}, ["config.eval.stride", "16", "4"]),
         ({"tokenizer": "t1"}, ["tokenizers differ"]),
         ({"seed": 0}, ["both have seed 0"]),
-        ({"data__cache_dir": "elsewhere", "data__threads": 2, "doctor": "off"}, []),
+        ({"data__cache_dir": "elsewhere", "doctor": "off", "distill__alone": "a"}, []),
     ],
 )
 def test_seeds_of_an_arm_have_equal_configs(tmp_path, options, said):
