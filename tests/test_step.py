@@ -120,10 +120,16 @@ def test_non_finite_update_is_skipped_whole():
     np.testing.assert_array_equal(metrics["optim/skipped_updates"], [0, 1, 0])
     assert after.step == 3
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(after))
+    before, untouched, _ = run({k: v[1:2] for k, v in batches.items()}, optim__ema_decay=0.9)
     _, good, _ = run({k: v[:1] for k, v in batches.items()}, optim__ema_decay=0.9)
     _, skipped, _ = run({k: v[:2] for k, v in batches.items()}, optim__ema_decay=0.9)
     for name in ("params", "opt_state", "ema"):
-        jax.tree.map(np.testing.assert_array_equal, getattr(good, name), getattr(skipped, name))
+        states = [getattr(state, name) for state in (before, untouched, good, skipped)]
+        jax.tree.map(np.testing.assert_array_equal, *states[:2])
+        # Compiled for one update and for two, they may round otherwise.
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-9), *states[2:]
+        )
 
 
 def test_logged_norms_and_rates():
