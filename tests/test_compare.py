@@ -377,7 +377,7 @@ def test_a_loss_that_is_not_finite(tmp_path):
         ({"stride": 4}, ["config.eval.stride", "16", "4"]),
         ({"tokenizer": "t1"}, ["tokenizers differ"]),
         ({"seed": 0}, ["both have seed 0"]),
-        ({"data__cache_dir": "elsewhere", "doctor": "off", "distill__alone": "a"}, []),
+        ({"data__cache_dir": "elsewhere", "data__threads": 2, "doctor": "off"}, []),
     ],
 )
 def test_seeds_of_an_arm_have_equal_configs(tmp_path, options, said):
@@ -389,6 +389,21 @@ def test_seeds_of_an_arm_have_equal_configs(tmp_path, options, said):
     else:
         (arm,) = compare.compare([second, first]).values["arms"]
         assert arm["name"] == "arm" and arm["seeds"] == [0, 1]
+
+
+def test_each_seed_may_be_held_against_a_student_of_its_own(tmp_path):
+    runs = [
+        write_run(
+            tmp_path / f"arm-{seed}",
+            seed,
+            3.0,
+            distill__teachers="teacher",
+            distill__alone=f"alone-{seed}",
+        )
+        for seed in (0, 1)
+    ]
+    (arm,) = compare.compare(runs).values["arms"]
+    assert arm["seeds"] == [0, 1]
 
 
 class Page(html.parser.HTMLParser):
