@@ -169,10 +169,8 @@ def _forward_kl(z_NV, y_NV, target_N, weights_N, temperature, kd, lm):
     p_NV = jnp.exp((y_NV - top_y_N[:, None]) * (1 / temperature))
     q_NV = jnp.exp((z_NV - top_z_N[:, None]) * (1 / temperature))
     sum_p_N, sum_q_N = p_NV.sum(1), q_NV.sum(1)
-    # Differences of logits from their maxima, so that large ones cancel nothing.
-    apart_NV = (y_NV - top_y_N[:, None]) - (z_NV - top_z_N[:, None])
-    divergence_N = (p_NV * apart_NV).sum(1) / (sum_p_N * temperature)
-    divergence_N += jnp.log(sum_q_N) - jnp.log(sum_p_N)
+    apart_N = (p_NV * (y_NV - z_NV)).sum(1) / sum_p_N - (top_y_N - top_z_N)
+    divergence_N = apart_N / temperature + jnp.log(sum_q_N) - jnp.log(sum_p_N)
     scale_N = weights_N * kd * temperature
     dz_NV = q_NV * (scale_N / sum_q_N)[:, None] - p_NV * (scale_N / sum_p_N)[:, None]
     objective_N = kd * temperature**2 * divergence_N
