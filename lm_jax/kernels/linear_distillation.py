@@ -165,23 +165,26 @@ def _forward_kl(z_NV, y_NV, target_N, weights_N, temperature, kd, lm):
     With p and q the softmax of the teacher's y / T and of z / T, and q1 that of z, the gradient is
     kd T (q - p) + lm (q1 - one-hot).
     """
-    top_y_N, top_z_N = y_NV.max(1), z_NV.max(1)
+    # What every logit of a row needs is computed once a row: XLA would do it for each of them.
+    top_y_N, top_z_N = jax.lax.optimization_barrier((y_NV.max(1), z_NV.max(1)))
     p_NV = jnp.exp((y_NV - top_y_N[:, None]) * (1 / temperature))
     q_NV = jnp.exp((z_NV - top_z_N[:, None]) * (1 / temperature))
     sum_p_N, sum_q_N = p_NV.sum(1), q_NV.sum(1)
     apart_N = (p_NV * (y_NV - z_NV)).sum(1) / sum_p_N - (top_y_N - top_z_N)
     divergence_N = apart_N / temperature + jnp.log(sum_q_N) - jnp.log(sum_p_N)
     scale_N = weights_N * kd * temperature
-    dz_NV = q_NV * (scale_N / sum_q_N)[:, None] - p_NV * (scale_N / sum_p_N)[:, None]
+    of_q_N, of_p_N = jax.lax.optimization_barrier((scale_N / sum_q_N, scale_N / sum_p_N))
+    dz_NV = q_NV * of_q_N[:, None] - p_NV * of_p_N[:, None]
     objective_N = kd * temperature**2 * divergence_N
     nats_N = correct_N = jnp.zeros_like(divergence_N)
     if target_N is not None:
         target_N1, picked_N, _, lse_N = pick(z_NV, target_N, weights_N)
         nats_N, correct_N = lse_N - picked_N, picked_N >= top_z_N
         objective_N += lm * nats_N
-        share_N1 = (weights_N * lm)[:, None]
+        lse_N, share_N = jax.lax.optimization_barrier((lse_N, weights_N * lm))
         is_target_NV = jnp.arange(z_NV.shape[1])[None] == target_N1
-        dz_NV += jnp.exp(z_NV - lse_N[:, None]) * share_N1 - jnp.where(is_target_NV, share_N1, 0)
+        dz_NV += jnp.exp(z_NV - lse_N[:, None]) * share_N[:, None]
+        dz_NV -= jnp.where(is_target_NV, share_N[:, None], 0)
     values = objective_N, divergence_N, nats_N, jnp.ones_like(nats_N), correct_N
     return tuple(weights_N * value_N for value_N in values), dz_NV
 
