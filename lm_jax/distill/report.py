@@ -25,6 +25,14 @@ from lm_jax.kernels import divergences
 from lm_jax.kernels.linear_distillation import Member
 
 TIMED_BATCHES = 5
+SHOWN = (  # heading, value and how it is written
+    ("bits/byte", "bits_per_byte", ".4f"),
+    ("word ppl", "word_ppl", ",.2f"),
+    ("same top", "agreement", ".1%"),
+    ("KL", "kl", ".4f"),
+    ("parameters", "parameters", ","),
+    ("tokens/s", "tokens_per_second", ",.0f"),
+)
 
 
 class Scored(NamedTuple):
@@ -71,18 +79,17 @@ def write(
         result["aligned_share"] = alignment.share(teacher.extend, cfg, run.store)
     evaluate.write_json(workdir / "distillation.json", result)
     table = Table(title=f"{split}: agreement with and divergence from {taught_by}")
-    for heading in ("", *next(iter(rows.values()))):
-        table.add_column(heading.replace("_", " "), justify="right")
+    table.add_column("", overflow="fold")
+    for heading, _, _ in SHOWN:
+        table.add_column(heading, justify="right", no_wrap=True)
     for name, row in rows.items():
-        table.add_row(name, *map(_cell, row.values()))
+        table.add_row(name, *(_cell(row[value], form) for _, value, form in SHOWN))
     Console().print(table)
     return result
 
 
-def _cell(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.4f}"
+def _cell(value: float | None, form: str) -> str:
+    return "-" if value is None or not math.isfinite(value) else format(value, form)
 
 
 def _in_its_own_tokens(teacher: Teacher, store: Store, split: str) -> dict[str, Any]:

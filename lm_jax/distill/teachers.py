@@ -329,8 +329,9 @@ def verify(teacher: Teacher, cfg: Config, store: Store) -> list[str]:
                 "train it first, on such text."
             )
         lines.append(
-            f"teacher {name}: valid loss {result['loss']:.4f} ({said}), word ppl "
-            f"{result['word_ppl']:.2f}, bits per byte {result['bits_per_byte']:.4f}"
+            f"teacher {name}: valid loss {result['loss']:.4f} ({said}), bits per byte "
+            f"{result['bits_per_byte']:.4f}"
+            + (f", word ppl {result['word_ppl']:.2f}" if math.isfinite(result["word_ppl"]) else "")
         )
     if isinstance(teacher.extend, Aligner):
         share = alignment.share(teacher.extend, cfg, store)
