@@ -294,8 +294,8 @@ def eval_splits(cfg: Config, available: Container[str] = ()) -> list[str]:
 def _steps_of(value: Duration, data: DataConfig, windows: int) -> int:
     """Number of updates in a duration; a part of an update counts as a whole one."""
     amount, unit = value.parts()
-    per_update = float(data.batch_size * data.seq_len)
-    per_step = {"step": 1.0, "token": per_update, "epoch": data.batch_size / windows}
+    tokens, epochs = data.batch_size * data.seq_len, data.batch_size / windows
+    per_step = {"step": 1, "token": tokens, "epoch": epochs}
     return math.ceil(amount / per_step[unit] - 1e-9)
 
 
