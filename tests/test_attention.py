@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import types
@@ -307,17 +308,39 @@ def test_blockwise_memory(backward):
 
 def test_work_outside_the_mask_is_skipped():
     """With a window the loop over keys is bounded: 33 blocks of 64 keys count as at most 2."""
-    case = Case(64 * 33, B=1, H=1, K=1, window=64)
-    options = blocks._Options(case.T, 64, True, 64, 0.0, 1.0, 0.0)
+    options = blocks._Options(64 * 33, 64, True, 64, 0.0, 1.0, 0.0)
+    keys, queries = blocks._key_blocks(options, 33), blocks._query_blocks(options, 33)
     for i in range(33):
-        assert [int(x) for x in blocks._key_blocks(options, jnp.int32(i), 33)] == [
-            max(0, i - 1),
-            i + 1,
-        ]
-        assert [int(x) for x in blocks._query_blocks(options, jnp.int32(i), 33)] == [
-            i,
-            min(33, i + 2),
-        ]
+        assert keys[i].tolist() == [max(0, i - 1), i + 1]
+        assert queries[i].tolist() == [i, min(33, i + 2)]
+
+
+def test_on_a_gpu_the_compiler_knows_the_length_of_every_loop():
+    """A loop of unknown length is a `while`, and one of known length a `scan`."""
+    shape = jax.ShapeDtypeStruct((1, 1000, 2, 64), jnp.bfloat16)
+    found = {}
+    for target in (gpu("NVIDIA H200"), types.SimpleNamespace(platform="cpu")):
+
+        def total(q, k, v):
+            return attend(q, k, v, impl="blockwise", window=300).astype(jnp.float32).sum()
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(blocks.device, "target", lambda target=target: target)
+            traced = jax.jit(jax.grad(total, (0, 1, 2))).trace(shape, shape, shape)
+        found[target.platform] = set(re.findall(r"= (scan|while)\[", str(traced.jaxpr)))
+    assert found == {"gpu": {"scan"}, "cpu": {"scan", "while"}}
+
+
+@pytest.mark.parametrize("name", ["not causal", "segments and padding", "window 65", "all at once"])
+def test_the_loops_for_a_gpu_compute_the_same(name, monkeypatch):
+    case = CASES[name]
+    monkeypatch.setattr(blocks, "_largest_block", lambda heads: 64)
+    monkeypatch.setattr(blocks.device, "target", lambda: gpu("NVIDIA H200"))
+    with jax.enable_x64(True):
+        arrays = inputs(case, np.float64)
+        check_exact(
+            case, run(attention("blockwise", case), arrays, quick=True), oracle(case, arrays)
+        )
 
 
 SHARDED = """

@@ -13,6 +13,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lm_jax.kernels import device, dropout
 
@@ -106,10 +107,10 @@ def _forward(options: _Options, q_NBKGIC, k_NBKJC, v_NBKJC, ids_NBI, seed):
     N, B, K, G, block, C = q_NBKGIC.shape
     wide = jnp.promote_types(q_NBKGIC.dtype, jnp.float32)
 
-    def rows(i):
+    def of_queries(i):
         q_BKGIC = q_NBKGIC[i]
 
-        def columns(j, carry):
+        def visit(j, _, carry):
             acc_BKGIC, max_BKGI, sum_BKGI = carry
             scores, mask = _scores(options, q_BKGIC, k_NBKJC[j], _ids(ids_NBI, i, j), i, j)
             scores = jnp.where(mask, scores, _MASKED)
@@ -123,17 +124,20 @@ def _forward(options: _Options, q_NBKGIC, k_NBKJC, v_NBKJC, ids_NBI, seed):
             products_BKGIC = jnp.einsum(
                 "bkgij,bkjc->bkgic", p_BKGIJ, v_NBKJC[j], preferred_element_type=wide
             )
-            return acc_BKGIC * rescale_BKGI[..., None] + products_BKGIC, new_max_BKGI, sum_BKGI
+            acc_BKGIC = acc_BKGIC * rescale_BKGI[..., None] + products_BKGIC
+            return (), (acc_BKGIC, new_max_BKGI, sum_BKGI)
 
-        zeros_BKGI = jnp.zeros((B, K, G, block), wide)
-        carry = (jnp.zeros((B, K, G, block, C), wide), zeros_BKGI + _MASKED, zeros_BKGI)
-        first, end = _key_blocks(options, i, N)
-        acc_BKGIC, max_BKGI, sum_BKGI = jax.lax.fori_loop(first, end, columns, carry)
+        return visit
+
+    def finish(carry):
+        acc_BKGIC, max_BKGI, sum_BKGI = carry
         safe_BKGI = jnp.where(sum_BKGI > 0, sum_BKGI, 1)
-        out_BKGIC = (acc_BKGIC / safe_BKGI[..., None]).astype(q_NBKGIC.dtype)
-        return out_BKGIC, max_BKGI, sum_BKGI
+        return (acc_BKGIC / safe_BKGI[..., None]).astype(q_NBKGIC.dtype), max_BKGI, sum_BKGI
 
-    out_NBKGIC, max_NBKGI, sum_NBKGI = jax.lax.map(rows, jnp.arange(N, dtype=jnp.int32))
+    zeros_BKGI = jnp.zeros((B, K, G, block), wide)
+    start = (jnp.zeros((B, K, G, block, C), wide), zeros_BKGI + _MASKED, zeros_BKGI)
+    _, results = _over_pairs(_key_blocks(options, N), of_queries, (), start, finish)
+    out_NBKGIC, max_NBKGI, sum_NBKGI = results
     lse_NBKGI = options.factor * max_NBKGI + jnp.log(jnp.where(sum_NBKGI > 0, sum_NBKGI, 1))
     lse_NBKGI = jnp.where(sum_NBKGI > 0, lse_NBKGI, -jnp.inf)
     # Not the log-sum-exp: where scores are large, its rounding would show in the probabilities.
@@ -151,11 +155,11 @@ def _backward(options: _Options, residuals, cotangents):
     # d softmax: ds = p (dp - <p, dp>) with <p, dp> = <dout, out>, and dlse/ds = p.
     delta_NBKGI = (dout_NBKGIC.astype(wide) * out_NBKGIC.astype(wide)).sum(-1) - dlse_NBKGI
 
-    def columns(dq_NBKGIC, j):
+    def of_keys(j):
         k_BKJC, v_BKJC = k_NBKJC[j], v_NBKJC[j]
 
-        def rows(i, carry):
-            dq_NBKGIC, dk_BKJC, dv_BKJC = carry
+        def visit(i, dq_NBKGIC, carry):
+            dk_BKJC, dv_BKJC = carry
             q_BKGIC, dout_BKGIC = q_NBKGIC[i], dout_NBKGIC[i]
             scores, mask = _scores(options, q_BKGIC, k_BKJC, _ids(ids_NBI, i, j), i, j)
             p_BKGIJ = jnp.exp(options.factor * (scores - max_NBKGI[i][..., None]))
@@ -170,42 +174,86 @@ def _backward(options: _Options, residuals, cotangents):
             ds_BKGIJ = ds_BKGIJ.astype(dtype)
             dk_BKJC += product("bkgij,bkgic->bkjc", ds_BKGIJ, q_BKGIC)
             dq_BKGIC = dq_NBKGIC[i] + product("bkgij,bkjc->bkgic", ds_BKGIJ, k_BKJC)
-            return dq_NBKGIC.at[i].set(dq_BKGIC), dk_BKJC, dv_BKJC
+            return dq_NBKGIC.at[i].set(dq_BKGIC), (dk_BKJC, dv_BKJC)
 
-        zeros_BKJC = jnp.zeros(k_BKJC.shape, wide)
-        first, end = _query_blocks(options, j, N)
-        carry = (dq_NBKGIC, zeros_BKJC, zeros_BKJC)
-        dq_NBKGIC, dk_BKJC, dv_BKJC = jax.lax.fori_loop(first, end, rows, carry)
-        return dq_NBKGIC, ((options.scale * dk_BKJC).astype(dtype), dv_BKJC.astype(dtype))
+        return visit
+
+    def finish(carry):
+        dk_BKJC, dv_BKJC = carry
+        return (options.scale * dk_BKJC).astype(dtype), dv_BKJC.astype(dtype)
 
     dq_NBKGIC = jnp.zeros(q_NBKGIC.shape, wide)
-    blocks = jnp.arange(N, dtype=jnp.int32)
-    dq_NBKGIC, (dk_NBKJC, dv_NBKJC) = jax.lax.scan(columns, dq_NBKGIC, blocks)
+    start = (jnp.zeros(k_NBKJC.shape[1:], wide),) * 2
+    dq_NBKGIC, (dk_NBKJC, dv_NBKJC) = _over_pairs(
+        _query_blocks(options, N), of_keys, dq_NBKGIC, start, finish
+    )
     return (options.scale * dq_NBKGIC).astype(dtype), dk_NBKJC, dv_NBKJC, None, None
 
 
 _attend.defvjp(_forward, _backward)
 
 
-def _key_blocks(options: _Options, i, N):
-    """Key blocks [first, end) of which the queries of block i see something."""
-    first, end = jnp.zeros_like(i), jnp.full_like(i, N)
-    if options.window is not None:
-        first = jnp.maximum(first, i * options.block - options.window + 1) // options.block
-    if options.causal:
-        end = i + 1
-    return first, end
+def _over_pairs(bounds_N2, visitor, shared, start, finish):
+    """Visit every pair of blocks a, b with b in [first, end) = bounds_N2[a], in this order.
+
+    `visitor(a)(b, shared, own)` returns the next `shared` and `own`; `own` is `start` again for
+    every a. Returns the last `shared`, and `finish(own)` of every a, stacked.
+
+    On a GPU, a loop whose length depends on a makes the host wait for the device in every
+    iteration, so there a single loop runs over the list of pairs, whose length the compiler knows.
+    On a CPU that is up to 8 % slower, because it stores `finish(own)` after every pair.
+    """
+    N = len(bounds_N2)
+    if device.target().platform == "cpu":
+
+        def block(shared, a):
+            visit = visitor(a)
+            first, end = jnp.asarray(bounds_N2)[a]
+            carry = (shared, start)
+            shared, own = jax.lax.fori_loop(first, end, lambda b, c: visit(b, *c), carry)
+            return shared, finish(own)
+
+        return jax.lax.scan(block, shared, jnp.arange(N, dtype=jnp.int32))
+
+    def pair(carry, at):
+        shared, own, results = carry
+        a, b, is_first = at
+        own = jax.tree.map(lambda new, old: jnp.where(is_first, new, old), start, own)
+        shared, own = visitor(a)(b, shared, own)
+        results = jax.tree.map(lambda all_N, one: all_N.at[a].set(one), results, finish(own))
+        return (shared, own, results), None
+
+    counts_N = bounds_N2[:, 1] - bounds_N2[:, 0]
+    a_P = np.repeat(np.arange(N, dtype=np.int32), counts_N)
+    b_P = np.concatenate([np.arange(*bounds, dtype=np.int32) for bounds in bounds_N2])
+    at_P = (a_P, b_P, b_P == bounds_N2[a_P, 0])
+    like = jax.eval_shape(finish, start)
+    results = jax.tree.map(lambda x: jnp.zeros((N, *x.shape), x.dtype), like)
+    (shared, _, results), _ = jax.lax.scan(pair, (shared, start, results), at_P)
+    return shared, results
 
 
-def _query_blocks(options: _Options, j, N):
-    """Query blocks [first, end) that see something of key block j."""
-    first, end = jnp.zeros_like(j), jnp.full_like(j, N)
-    if options.causal:
-        first = j
+def _key_blocks(options: _Options, N: int) -> np.ndarray:
+    """For every query block, the key blocks [first, end) it sees something of: int32 [N, 2]."""
+    i_N = np.arange(N, dtype=np.int32)
+    first_N, end_N = np.zeros_like(i_N), np.full_like(i_N, N)
     if options.window is not None:
-        last_query = (j + 1) * options.block - 1 + options.window - 1
-        end = jnp.minimum(end, last_query // options.block + 1)
-    return first, end
+        first_N = np.maximum(first_N, i_N * options.block - options.window + 1) // options.block
+    if options.causal:
+        end_N = i_N + 1
+    return np.stack([first_N, end_N], 1)
+
+
+def _query_blocks(options: _Options, N: int) -> np.ndarray:
+    """For every key block, the query blocks [first, end) that see some of it: int32 [N, 2]."""
+    j_N = np.arange(N, dtype=np.int32)
+    first_N, end_N = np.zeros_like(j_N), np.full_like(j_N, N)
+    if options.causal:
+        first_N = j_N
+    if options.window is not None:
+        last_query_N = (j_N + 1) * options.block - 1 + options.window - 1
+        end_N = np.minimum(end_N, last_query_N // options.block + 1)
+    return np.stack([first_N, end_N], 1)
 
 
 def _positions(options: _Options, i, j):
