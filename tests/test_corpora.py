@@ -3,6 +3,7 @@ import hashlib
 import json
 import pickle
 import re
+import sys
 import zipfile
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lm_jax.data import corpora, shards, store
+from lm_jax.data import corpora, shards, store, wikitext
 from lm_jax.data.corpora import open_corpus
 from lm_jax.data.synthetic import MarkovSource
 from tests.helpers import shared_data
@@ -66,17 +67,36 @@ def test_only_a_heading_between_blank_lines_starts_an_article(tmp_path):
     assert train == [first, ARTICLE.format("Second", "y")]
 
 
-def test_articles_have_titles(tmp_path):
-    from lm_jax.data.wikitext import split_articles
+@pytest.mark.parametrize("piece", [1, 7, 20, 50, 1000])
+@pytest.mark.parametrize(
+    "articles",
+    [
+        ["\n = One ( film ) = \n\n a \n", " \n = Two = \n \n"],
+        [" = At once = \n", " \n = Next = \n \n é \n \n", "\u3000\n = Third = "],
+        [" no heading \n = Nor here = \n \n", "\r\n = One = \n\r\n text \r\n"],
+        ["\n\n\n"],
+    ],
+)
+def test_pieces_of_any_size_lose_and_repeat_no_article(tmp_path, monkeypatch, articles, piece):
+    monkeypatch.setattr(shards, "PIECE", piece)
+    source = _wikitext_files(tmp_path / "s", train="".join(articles))
+    corpus = _open(tmp_path, "wikitext2", source_dir=source)
+    size = len("".join(articles).encode())
+    assert len(corpus.splits["train"]) == -(-size // piece)
+    pieces = pickle.loads(pickle.dumps(corpus.splits["train"]))
+    assert list(shards.chain(pieces)) == articles
 
-    lines = ["\n", " = One ( film ) = \n", "\n", " a \n", " \n", " = Two = \n", " \n"]
-    titled = [(title, text.count("\n")) for title, text in split_articles(lines)]
-    assert titled == [("One ( film )", 4), ("Two", 3)]
-    assert [title for title, _ in split_articles([" no heading \n"])] == [""]
-    assert list(split_articles([])) == []
+
+def test_wikitext2_in_pieces_holds_the_same_articles(wikitext2, tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "PIECE", 100_003)
+    source = str(shared_data("wikitext-2"))
+    corpus = _open(tmp_path, "wikitext2", source_dir=source)
+    assert corpus.fingerprint == wikitext2.fingerprint
+    assert len(corpus.splits["valid"]) == 12
+    assert _documents(corpus) == _documents(wikitext2)
 
 
-def test_another_source_never_reuses_the_prepared_data(tmp_path):
+def test_the_corpus_follows_its_source(tmp_path):
     one = _open(tmp_path, "wikitext2", source_dir=_wikitext_files(tmp_path / "one"))
     changed = _wikitext_files(tmp_path / "two", valid=ARTICLE.format("Other", "text"))
     two = _open(tmp_path, "wikitext2", source_dir=changed)
@@ -89,23 +109,31 @@ def test_another_source_never_reuses_the_prepared_data(tmp_path):
     assert _documents(edited_in_place)["valid"] == [ARTICLE.format("Third", "text")]
 
 
-def test_a_wikitext_file_that_changes_while_it_is_prepared_leaves_nothing(tmp_path, monkeypatch):
+@pytest.mark.parametrize("text", [ARTICLE.format("Other", "text, and longer"), "short"])
+def test_a_wikitext_file_that_changes_while_it_is_read_is_refused(tmp_path, text):
     source = _wikitext_files(tmp_path / "s")
-    prepare = corpora._prepare
+    corpus = _open(tmp_path, "wikitext2", source_dir=source)
+    (tmp_path / "s" / "wiki.valid.tokens").write_text(text)
+    changed = r"wiki\.valid\.tokens has changed since it was hashed: .*\.$"
+    with pytest.raises(ValueError, match=changed):
+        list(corpus.documents("valid"))
+    options: dict[str, Any] = {"tokenizer_kind": "byte", "vocab_size": 0}
+    with pytest.raises(ValueError, match=changed):
+        store.prepare(corpus, **options, cache_dir=str(tmp_path / "cache"))
+    assert not list((tmp_path / "cache" / "stores").iterdir())
 
-    def change_then(builder, manual_dir):
-        (manual_dir / "wiki.valid.tokens").write_text(ARTICLE.format("Other", "text, and longer"))
-        prepare(builder, manual_dir)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(corpora, "_prepare", change_then)
-        with pytest.raises(
-            ValueError, match=r"wiki\.valid\.tokens has changed since it was hashed"
-        ):
-            _open(tmp_path, "wikitext2", source_dir=source)
-    assert list((tmp_path / "cache" / "tfds").iterdir()) == []
-    now = _documents(_open(tmp_path, "wikitext2", source_dir=source))
-    assert now["valid"] == [ARTICLE.format("Other", "text, and longer")]
+def test_a_wikitext_file_that_changes_while_the_corpus_is_opened_is_refused(tmp_path, monkeypatch):
+    source = _wikitext_files(tmp_path / "s")
+    pieces = wikitext.pieces
+
+    def change_then(path):
+        (tmp_path / "s" / "wiki.train.tokens").write_text(ARTICLE.format("Other", "text"))
+        return pieces(path)
+
+    monkeypatch.setattr(wikitext, "pieces", change_then)
+    with pytest.raises(ValueError, match=r"wiki\.train\.tokens has changed since it was hashed"):
+        _open(tmp_path, "wikitext2", source_dir=source)
 
 
 def test_wikitext_source_must_be_whole(tmp_path):
@@ -125,8 +153,6 @@ def test_wikitext_source_must_be_whole(tmp_path):
 @pytest.fixture
 def archive(tmp_path, monkeypatch):
     """Serves a small archive in place of the published one."""
-    from lm_jax.data import wikitext
-
     _wikitext_files(tmp_path / "wikitext-2")
     path = tmp_path / "published.zip"
     with zipfile.ZipFile(path, "w") as contents:
@@ -427,6 +453,12 @@ def _text_builders():
         SPLITS = ("test",)
 
     return Notes, Validated, Ambiguous, Trainless
+
+
+def test_tfds_without_its_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    with pytest.raises(ValueError, match=r"^data\.corpus='tfds:lm1b' .*'lm_jax\[tfds\]'\.$"):
+        _open(tmp_path, "tfds:lm1b")
 
 
 @pytest.fixture(scope="module")

@@ -98,13 +98,14 @@ def test_cuts_of_a_file_lose_and_repeat_no_line(tmp_path, newline, end):
     path = tmp_path / "lines.txt"
     path.write_bytes((newline.join(LINES) + end).encode())
     size = path.stat().st_size
-    expected = [*LINES, ""] if end == "\n\n" else LINES
-    whole = [line for _, line in shards._lines(path, 0, size)]
-    assert whole == expected
+    whole = [line for _, line in shards.lines(path, 0, size)]
+    with path.open(encoding="utf-8", newline="\n") as file:
+        assert whole == list(file)
+    assert read([path], "line") == ([*LINES, ""] if end == "\n\n" else LINES)
     for cut in range(size + 1):
-        parts = [shards._lines(path, 0, cut), shards._lines(path, cut, size)]
+        parts = [shards.lines(path, 0, cut), shards.lines(path, cut, size)]
         assert [line for part in parts for _, line in part] == whole, cut
-    offsets = [offset for offset, _ in shards._lines(path, 0, size)]
+    offsets = [offset for offset, _ in shards.lines(path, 0, size)]
     content = path.read_bytes()
     assert all(offset == 0 or content[offset - 1 : offset] == b"\n" for offset in offsets)
 
@@ -220,7 +221,7 @@ def test_a_file_that_changes_while_it_is_read_is_named(tmp_path, monkeypatch, do
 def test_a_file_that_ends_too_early_is_named(tmp_path, size):
     path = tmp_path / "a.txt"
     path.write_bytes(b"abc\n" * 5)
-    read_both = [shards._lines(path, 0, 20), shards._lines(path, 14, 20)]
+    read_both = [shards.lines(path, 0, 20), shards.lines(path, 14, 20)]
     path.write_bytes((b"abc\n" * 5)[:size])
     for lines in read_both:
         with pytest.raises(ValueError, match=r"a\.txt holds \d+ bytes where it held 20: .*\.$"):

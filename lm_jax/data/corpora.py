@@ -8,7 +8,6 @@ import functools
 import hashlib
 import itertools
 import json
-import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from lm_jax.data import files as source_files
-from lm_jax.data import shards
+from lm_jax.data import shards, wikitext
 from lm_jax.data.files import Hashed
 from lm_jax.data.shards import Documents
 from lm_jax.data.synthetic import MarkovSource
@@ -110,23 +109,13 @@ def _synthetic() -> Corpus:
 
 
 def _wikitext(name: str, source: Path | None, cache: Path) -> Corpus:
-    from lm_jax.data import wikitext
-
     source = source or wikitext.download(name, cache)
     paths = [source / file for file in wikitext.FILES.values()]
     hashed = source_files.hash_files(paths, cache, text=True)
+    splits = {split: wikitext.pieces(source / file) for split, file in wikitext.FILES.items()}
+    source_files.refuse_changed(hashed)  # since what was cut is now known by its stamp alone
     fingerprint = _fingerprint(name, [file.sha256 for file in hashed])
-    # A folder per source: TFDS itself would reuse whatever was prepared first.
-    data_dir = cache / "tfds" / f"{name}-{fingerprint[:16]}"
-    builder = wikitext.BUILDERS[name](data_dir=data_dir, file_format="array_record")
-    _prepare(builder, manual_dir=source)
-    try:
-        source_files.refuse_changed(hashed)
-    except ValueError:
-        shutil.rmtree(data_dir)
-        raise
-    splits = {split: _tfds_pieces(builder, split, "text") for split in wikitext.FILES}
-    return Corpus(name, fingerprint, splits)
+    return Corpus(name, fingerprint, splits, files=hashed)
 
 
 def _text(
@@ -158,8 +147,13 @@ def _text(
 
 
 def _tfds(name: str, data_dir: Path, held_out: dict[str, float]) -> Corpus:
-    import tensorflow_datasets as tfds
-
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise ValueError(
+            f"data.corpus='tfds:{name}' needs the package tensorflow-datasets: "
+            "pip install 'lm_jax[tfds]'."
+        ) from error
     try:
         builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
     except tfds.core.registered.DatasetNotFoundError as error:
@@ -167,8 +161,10 @@ def _tfds(name: str, data_dir: Path, held_out: dict[str, float]) -> Corpus:
             f"data.corpus='tfds:{name}' is neither a TensorFlow Datasets name nor prepared in "
             f"{data_dir}: correct the name or give its data_dir as --config.data.source_dir."
         ) from error
+    config = tfds.download.DownloadConfig(try_download_gcs=False)
     try:
-        _prepare(builder)
+        with contextlib.redirect_stdout(sys.stderr):  # standard output belongs to reports
+            builder.download_and_prepare(download_config=config)
     except (OSError, tfds.download.DownloadError) as error:
         raise FileNotFoundError(
             f"data.corpus='tfds:{name}' could not be downloaded ({error}): prepare it elsewhere "
@@ -197,14 +193,6 @@ def _tfds(name: str, data_dir: Path, held_out: dict[str, float]) -> Corpus:
     }
     fingerprint = _fingerprint(builder.info.full_name, feature, sizes, shares)
     return Corpus(f"tfds:{name}", fingerprint, _hold_out(splits, shares))
-
-
-def _prepare(builder: Any, manual_dir: Path | None = None) -> None:
-    import tensorflow_datasets as tfds
-
-    config = tfds.download.DownloadConfig(manual_dir=manual_dir, try_download_gcs=False)
-    with contextlib.redirect_stdout(sys.stderr):  # standard output belongs to reports
-        builder.download_and_prepare(download_config=config)
 
 
 def _text_feature(name: str, features: Any) -> str:

@@ -20,6 +20,7 @@ RECORDS = 256  # rows or records read at once
 FORMATS = "file, line, jsonl:FIELD, parquet:FIELD, arrayrecord or arrayrecord:FIELD"
 
 Cut = tuple[int, int, int]  # first, end, and the size in bytes
+Read = Callable[[Path, int, int], Iterator[str]]  # the documents from first to end
 
 
 class Stretch(NamedTuple):
@@ -51,12 +52,19 @@ def parse(document: str) -> tuple[str, str]:
 def pieces(paths: Iterable[Path], document: str) -> list[Documents]:
     """Pieces of about PIECE bytes, in the order of the files and of the documents in them."""
     kind, field = parse(document)
+    return cut_into_pieces(paths, _CUT[kind], functools.partial(_READ[kind], field=field))
+
+
+def cut_into_pieces(
+    paths: Iterable[Path], cut: Callable[[Path], Iterator[Cut]], read: Read
+) -> list[Documents]:
+    """Pieces of files that `cut` divides and `read`, which can be pickled, reads."""
     groups: list[list[Stretch]] = [[]]
     size = 0  # of the last group
     for path in paths:
         stamp = files.stamp(path)
         with files.naming(path):
-            cuts = list(_CUT[kind](path))
+            cuts = list(cut(path))
         for first, end, weight in cuts:
             if size and size + weight > PIECE:
                 groups.append([])
@@ -67,7 +75,7 @@ def pieces(paths: Iterable[Path], document: str) -> list[Documents]:
                 group[-1] = group[-1]._replace(end=end)
             else:
                 group.append(Stretch(path, stamp, first, end))
-    return [functools.partial(_read, tuple(group), kind, field) for group in groups]
+    return [functools.partial(_read, tuple(group), read) for group in groups]
 
 
 def chain(pieces: Sequence[Documents]) -> Iterator[str]:
@@ -76,11 +84,11 @@ def chain(pieces: Sequence[Documents]) -> Iterator[str]:
         yield from piece()
 
 
-def _read(stretches: Sequence[Stretch], kind: str, field: str) -> Iterator[str]:
+def _read(stretches: Sequence[Stretch], read: Read) -> Iterator[str]:
     for path, stamp, first, end in stretches:
         with files.naming(path):
             try:
-                yield from _READ[kind](path, first, end, field)
+                yield from read(path, first, end)
             except Exception:
                 files.refuse_other(path, stamp)  # which explains any error
                 raise
@@ -95,7 +103,8 @@ def _cut_file(path: Path) -> Iterator[Cut]:
     yield 0, size, size
 
 
-def _cut_lines(path: Path) -> Iterator[Cut]:
+def cut_lines(path: Path) -> Iterator[Cut]:
+    """Ranges of PIECE bytes; a line is in the range in which it begins."""
     size = path.stat().st_size
     for first in range(0, size, PIECE):
         end = min(first + PIECE, size)
@@ -110,18 +119,18 @@ def _read_file(path: Path, first: int, end: int, field: str) -> Iterator[str]:
 
 
 def _read_lines(path: Path, first: int, end: int, field: str) -> Iterator[str]:
-    for _, line in _lines(path, first, end):
-        yield line
+    for _, line in lines(path, first, end):
+        yield line.removesuffix("\n").removesuffix("\r")
 
 
 def _read_jsonl(path: Path, first: int, end: int, field: str) -> Iterator[str]:
-    for offset, line in _lines(path, first, end):
+    for offset, line in lines(path, first, end):
         if line.strip():
             yield _json_field(line, field, functools.partial(_line_name, path, offset))
 
 
-def _lines(path: Path, first: int, end: int) -> Iterator[tuple[int, str]]:
-    """Offset and text of the lines that begin in bytes `first` to `end`."""
+def lines(path: Path, first: int, end: int) -> Iterator[tuple[int, str]]:
+    """Offset and text, with its end, of each line that begins in bytes `first` to `end`."""
     with path.open("rb") as file:
         if first:  # A line begins here only if the byte before ends one.
             file.seek(first - 1)
@@ -129,7 +138,7 @@ def _lines(path: Path, first: int, end: int) -> Iterator[tuple[int, str]]:
         for line in file:
             if first >= end:
                 return
-            yield first, line.decode().removesuffix("\n").removesuffix("\r")
+            yield first, line.decode()
             first += len(line)
     if first < end:
         raise _cut_short(path, first, end)
@@ -273,12 +282,12 @@ def _not_utf8(name: str, error: UnicodeDecodeError) -> ValueError:
 
 _CUT: dict[str, Callable[[Path], Iterator[Cut]]] = {
     "file": _cut_file,
-    "line": _cut_lines,
-    "jsonl": _cut_lines,
+    "line": cut_lines,
+    "jsonl": cut_lines,
     "parquet": _cut_parquet,
     "arrayrecord": _cut_array_record,
 }
-_READ: dict[str, Callable[[Path, int, int, str], Iterator[str]]] = {
+_READ: dict[str, Callable[..., Iterator[str]]] = {
     "file": _read_file,
     "line": _read_lines,
     "jsonl": _read_jsonl,

@@ -1,4 +1,4 @@
-"""WikiText-2 and WikiText-103 as TensorFlow Datasets builders: one example is one article.
+"""WikiText-2 and WikiText-103: one document is one article.
 
 Merity et al. 2016, "Pointer Sentinel Mixture Models", word level with <unk>, CC BY-SA.
 """
@@ -11,10 +11,10 @@ import shutil
 import tempfile
 import urllib.request
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
-import tensorflow_datasets as tfds
+from lm_jax.data import shards
 
 FILES = {split: f"wiki.{split}.tokens" for split in ("train", "valid", "test")}
 HEADING = re.compile(r" = (?!= ).*(?<! =) = \n?")
@@ -43,70 +43,31 @@ ARCHIVES = {
 }
 
 
-class _Articles:
-    """Articles in the order of the source files, which their texts add up to byte by byte."""
-
-    VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES = {"1.0.0": "One example an article."}
-    MANUAL_DOWNLOAD_INSTRUCTIONS = "manual_dir: the folder with wiki.{train,valid,test}.tokens."
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        text = tfds.features.Text()
-        return tfds.core.DatasetInfo(
-            builder=self,
-            disable_shuffling=True,
-            features=tfds.features.FeaturesDict({"title": text, "text": text}),
-        )
-
-    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict:
-        source = Path(dl_manager.manual_dir)
-        return {split: self._generate_examples(source / name) for split, name in FILES.items()}
-
-    def _generate_examples(self, path: Path) -> Iterator[tuple[int, dict[str, str]]]:
-        with path.open(encoding="utf-8", newline="\n") as lines:
-            for key, (title, text) in enumerate(split_articles(lines)):
-                yield key, {"title": title, "text": text}
+def pieces(path: Path) -> list[shards.Documents]:
+    """Pieces of a split's file; their articles add up to it byte by byte."""
+    return shards.cut_into_pieces([path], shards.cut_lines, read_articles)
 
 
-class WikiText2(_Articles, tfds.core.GeneratorBasedBuilder):
-    """2.1M tokens, 600 + 60 + 60 articles."""
+def read_articles(path: Path, first: int, end: int) -> Iterator[str]:
+    """The articles that begin in bytes `first` to `end`.
 
-    name = "wikitext2"
-
-
-class WikiText103(_Articles, tfds.core.GeneratorBasedBuilder):
-    """103M tokens."""
-
-    name = "wikitext103"
-
-
-BUILDERS: dict[str, type[tfds.core.GeneratorBasedBuilder]] = {
-    cls.name: cls for cls in (WikiText2, WikiText103)
-}
-
-
-def split_articles(lines: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """(title, text) of each article.
-
-    An article starts at the blank line before a level-one heading, ` = Title = `. A blank line
+    An article begins at the blank line before a level-one heading, ` = Title = `. A blank line
     must follow as well: formulas and table legends that look like headings have text around them.
     """
-    article: list[str] = []
-    for line, following in itertools.pairwise(itertools.chain(lines, [""])):
-        after_blank = not article or not article[-1].strip()
-        if HEADING.fullmatch(line) and after_blank and not following.strip():
-            blank = article[-1:]
-            if len(article) > 1:
-                yield _titled(article[:-1])
-            article = blank
-        article.append(line)
+    article: list[str] | None = None if first else []  # None: it began before `first`
+    lines = itertools.chain(shards.lines(path, first, path.stat().st_size), [(0, "")] * 2)
+    pairs = itertools.pairwise(lines)
+    for ((offset, line), (_, heading)), (_, (_, following)) in itertools.pairwise(pairs):
+        if not line.strip() and HEADING.fullmatch(heading) and not following.strip():
+            if article:
+                yield "".join(article)
+            if offset >= end:
+                return
+            article = []
+        if article is not None:
+            article.append(line)
     if article:
-        yield _titled(article)
-
-
-def _titled(article: list[str]) -> tuple[str, str]:
-    heading = next((line for line in article if HEADING.fullmatch(line)), " =  = ")
-    return heading.strip()[2:-2], "".join(article)
+        yield "".join(article)
 
 
 def download(name: str, cache_dir: Path) -> Path:

@@ -9,7 +9,7 @@ import pytest
 from lm_jax.data.pipeline import batch_hash
 from lm_jax.data.synthetic import MarkovSource
 from lm_jax.data.tokenizers import train_tokenizer
-from lm_jax.data.wikitext import split_articles
+from lm_jax.data.wikitext import read_articles
 from lm_jax.doctor.data import examine_data
 from tests.doctor.data_models import (
     PROSE,
@@ -171,8 +171,8 @@ def wikitext():
     folder = shared_data("wikitext-2")
     texts = {}
     for split in ("train", "valid", "test"):
-        with (folder / f"wiki.{split}.tokens").open(encoding="utf-8", newline="\n") as lines:
-            texts[split] = [text for _, text in split_articles(lines)]
+        path = folder / f"wiki.{split}.tokens"
+        texts[split] = list(read_articles(path, 0, path.stat().st_size))
     return texts
 
 
