@@ -20,6 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from rich.console import Console
 
+import lm_jax
 from lm_jax import checkpoint, config, doctor, evaluate, metrics, optim, resolution, sharding, step
 from lm_jax.config import Config
 from lm_jax.data import pipeline
@@ -373,12 +374,12 @@ def record_config(workdir: pathlib.Path, cfg: Config, store: Store, *, resuming:
     if jax.process_index():
         return
     workdir.mkdir(parents=True, exist_ok=True)
-    packages = ("lm_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
     record = {
         "config": config.to_dict(cfg),
         "hash": config.config_hash(cfg),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "versions": {"python": platform.python_version()}
+        "versions": {"python": platform.python_version(), "lm_jax": lm_jax.__version__}
         | {name: importlib.metadata.version(name) for name in packages},
         "devices": [device.device_kind for device in jax.devices()],
         "git_revision": git_revision(),

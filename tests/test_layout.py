@@ -23,7 +23,7 @@ def imports(path: pathlib.Path) -> set[str]:
             found |= {a.name for a in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             found |= {f"{node.module}.{a.name}" for a in node.names}
-    return {name for name in found if name.startswith("lm_jax")}
+    return {name for name in found if name.startswith("lm_jax.")}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "lm_jax").rglob("*.py")), ids=lambda p: p.name)
