@@ -13,6 +13,7 @@ from lm_jax import loss as losses
 from lm_jax import optim
 from lm_jax.config import Config
 from lm_jax.kernels import attention
+from lm_jax.models import musota
 from lm_jax.models.musota import MuSota
 from lm_jax.models.transformer import Transformer
 
@@ -44,9 +45,15 @@ class TrainState(NamedTuple):
 
 def choose_attention(cfg: Config) -> tuple[str, str]:
     """The attention that a resolved config gets on this device, and the reason."""
+    head_dim = cfg.model.d_model // cfg.model.heads
+    if cfg.model.family == "musota":
+        head_dim = musota.D // (musota.K * musota.BLOCK_HEADS)
     impl, reason = attention.choose(
         cfg.attention.impl,
         seq_len=cfg.data.seq_len,
+        head_dim=head_dim,
+        dtype=cfg.train.compute_dtype,
+        segments=cfg.data.document_mask or cfg.data.window_offset,
         attention_dropout=cfg.model.attention_dropout,
     )
     if cfg.model.family == "musota":

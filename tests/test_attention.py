@@ -17,7 +17,7 @@ from jax.test_util import check_grads
 
 from lm_jax.kernels import attention as module
 from lm_jax.kernels import blockwise as blocks
-from lm_jax.kernels import dropout, mosaic
+from lm_jax.kernels import dropout, measured, mosaic
 from lm_jax.kernels.attention import attend, choose
 from lm_jax.kernels.blockwise import blockwise
 from tests.attention_suite import (
@@ -517,44 +517,53 @@ def test_more_refusals(monkeypatch):
         wide = x.astype(jnp.float64)
         with pytest.raises(ValueError, match="rounds float64 scores to float32; use reference"):
             attend(wide, wide, wide, impl="xla")
-    for capability, matches in (
-        ("7.5", ["needs an Ampere GPU or a later one; use reference or blockwise, or xla"] * 4),
-        (
-            "9.0",
-            [
-                "cannot compute in float32; use xla, or compute in bfloat16",
-                "a multiple of 8 up to 128, not 4; use xla",
-                "a window only where it is causal; use xla",
-                "needs an even number of positions with segments, not 5; use xla",
-            ],
-        ),
+    half, narrow = x.astype(jnp.bfloat16), jnp.ones((1, 5, 4, 4), jnp.bfloat16)
+    for device, y, changes, match in (
+        (gpu("Tesla T4"), half, {}, "a GPU of compute capability 8.0 or more, not 7.5; use xla or"),
+        (gpu("Tesla K80"), half, {}, "a GPU of compute capability 8.0 or more; use xla or"),
+        (gpu("NVIDIA H200"), x, {}, "compute in float32; use xla, or compute in bfloat16"),
+        (gpu("NVIDIA H200"), narrow, {}, "a multiple of 8 up to 128, not 4; use xla"),
+        (gpu("NVIDIA H200"), half, {"window": 2, "causal": False}, "only where it is causal; use"),
     ):
-        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-        gpu = types.SimpleNamespace(compute_capability=capability)
-        monkeypatch.setattr(jax, "devices", lambda gpu=gpu: [gpu])
-        half, ids = x.astype(jnp.bfloat16), np.ones((1, 5), np.int32)
-        for y, changes, match in zip(
-            (x, half[..., :4], half, half),
-            ({}, {}, {"window": 2, "causal": False}, {"segment_ids_BT": ids}),
-            matches,
-            strict=True,
-        ):
-            with pytest.raises(ValueError, match=match):
-                attend(y, y, y, impl="cudnn", **changes)
+        monkeypatch.setattr(module.devices, "target", lambda device=device: device)
+        with pytest.raises(ValueError, match=match):
+            attend(y, y, y, impl="cudnn", **changes)
+
+
+@pytest.mark.parametrize("T", [4, 5])
+def test_cudnn_with_segments_gets_an_even_length(T, monkeypatch):
+    """The same call as xla but for the length; cuDNN itself runs on a GPU alone."""
+    lengths, original = [], jax.nn.dot_product_attention
+
+    def note(*arrays, implementation, **options):
+        lengths.append(arrays[0].shape[1])
+        return original(*arrays, implementation="xla", **options)
+
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.standard_normal((2, T, 2, 8)), jnp.bfloat16) for _ in range(3))
+    ids = jnp.asarray([[1] * T, [1, 1] + [2] * (T - 2)], jnp.int32)
+    expected = attend(q, k, v, impl="xla", segment_ids_BT=ids)
+    monkeypatch.setattr(module.devices, "target", lambda: gpu("NVIDIA H200"))
+    monkeypatch.setattr(jax.nn, "dot_product_attention", note)
+    found = attend(q, k, v, impl="cudnn", segment_ids_BT=ids)
+    assert lengths == [T + T % 2]
+    np.testing.assert_array_equal(np.float32(found), np.float32(expected))
 
 
 def test_refusals_on_this_device():
     if jax.default_backend() != "cpu":
         pytest.skip("about a CPU")
     x = jnp.ones((1, 4, 2, 64), jnp.bfloat16)
-    with pytest.raises(ValueError, match="cudnn needs an Ampere GPU or a later one"):
+    with pytest.raises(
+        ValueError, match="cudnn needs a GPU of compute capability 8.0 or more; use"
+    ):
         attend(x, x, x, impl="cudnn")
     with pytest.raises(ValueError, match="attention.impl pallas cannot run: .*; use blockwise"):
         attend(x, x, x, impl="pallas")
 
 
 def test_pallas_is_for_one_device(monkeypatch):
-    monkeypatch.setattr(module, "unavailable", lambda *_: None)
+    monkeypatch.setattr(module, "unavailable", lambda *_, **__: None)
     monkeypatch.setattr(jax, "device_count", lambda: 2)
     x = jnp.ones((1, 4, 2, 64), jnp.bfloat16)
     with pytest.raises(ValueError, match="it is not split over 2 devices; use blockwise"):
@@ -564,35 +573,122 @@ def test_pallas_is_for_one_device(monkeypatch):
 def test_blocks_are_those_of_the_device_compiled_for():
     device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
     mesh = jax.sharding.AbstractMesh((1,), ("_",), abstract_device=device)
-    here = blocks._largest_block(1000)
+    here, x = blocks._largest_block(1000), jnp.ones((1, 4, 2, 8))
     with jax.sharding.use_abstract_mesh(mesh):
         assert blocks._largest_block(1000) == 256 > here or jax.default_backend() != "cpu"
-        assert choose("auto", seq_len=128)[0] == "xla"
+        assert choose("auto", **shape(128))[0] == "cudnn"
+        with pytest.raises(ValueError, match="cudnn cannot compute in float32"):
+            attend(x, x, x, impl="cudnn")
 
 
-def gpu(kind):
-    return types.SimpleNamespace(platform="gpu", device_kind=kind)
+def gpu(kind, **attributes):
+    return types.SimpleNamespace(platform="gpu", device_kind=kind, **attributes)
 
 
 @pytest.mark.parametrize(
-    ("device", "options", "expected"),
+    ("device", "expected"),
     [
-        (None, dict(seq_len=64), "reference"),
-        (None, dict(seq_len=511), "reference"),
-        (None, dict(seq_len=512), "blockwise"),
-        (None, dict(seq_len=4096, attention_dropout=0.1), "blockwise"),
-        (gpu("Tesla T4"), dict(seq_len=512), "xla"),
-        (gpu("Tesla T4"), dict(seq_len=512, attention_dropout=0.1), "reference"),
-        (gpu("NVIDIA H200"), dict(seq_len=1024), "xla"),
-        (gpu("NVIDIA H200"), dict(seq_len=2048), "blockwise"),
+        (gpu("Tesla T4"), (7, 5)),
+        (gpu("Tesla V100-SXM2-16GB"), (7, 0)),
+        (gpu("Tesla P100-PCIE-16GB"), (6, 0)),
+        (gpu("NVIDIA A100-SXM4-40GB"), (8, 0)),
+        (gpu("NVIDIA A10G"), (8, 6)),
+        (gpu("NVIDIA A10"), (8, 6)),
+        (gpu("NVIDIA GeForce RTX 3090"), (8, 6)),
+        (gpu("NVIDIA L4"), (8, 9)),
+        (gpu("NVIDIA L40S"), (8, 9)),
+        (gpu("NVIDIA GeForce RTX 4090"), (8, 9)),
+        (gpu("NVIDIA RTX 6000 Ada Generation"), (8, 9)),
+        (gpu("NVIDIA H100 80GB HBM3"), (9, 0)),
+        (gpu("NVIDIA GH200 480GB"), (9, 0)),
+        (gpu("NVIDIA H20"), (9, 0)),
+        (gpu("NVIDIA B200"), (10, 0)),
+        (gpu("NVIDIA GB300"), (10, 3)),
+        (gpu("NVIDIA GeForce RTX 5090"), (12, 0)),
+        (gpu("Tesla K80"), None),
+        (gpu("some new GPU"), None),
+        (gpu("some new GPU", compute_capability="13.1"), (13, 1)),
+        (gpu("Tesla T4", compute_capability="9.0"), (9, 0)),
+        (gpu("AMD Instinct MI300X", compute_capability="gfx942"), None),
+        (types.SimpleNamespace(platform="cpu", device_kind="cpu"), None),
     ],
 )
-def test_choose(device, options, expected):
-    impl, reason = choose("auto", device=device, **options)
-    assert impl == expected and len(reason) > 20
-    assert choose("cudnn", device=device, **options) == ("cudnn", "named in the config")
-    if device:
-        assert f"not measured on {device.device_kind}" in reason
+def test_compute_capability(device, expected):
+    assert module.devices.compute_capability(device) == expected
+
+
+def test_compute_capability_of_a_device_of_this_machine(monkeypatch):
+    """An abstract device of a kind that no table knows is looked up among the real ones."""
+    real = gpu("some new GPU", compute_capability="13.1")
+    monkeypatch.setattr(jax, "devices", lambda: [real])
+    assert module.devices.compute_capability(gpu("some new GPU")) == (13, 1)
+    assert module.devices.compute_capability(gpu("another one")) is None
+
+
+def shape(seq_len, **changes):
+    """Arguments of `choose`."""
+    return dict(seq_len=seq_len, head_dim=64, dtype="bfloat16", segments=True) | changes
+
+
+CPU = types.SimpleNamespace(platform="cpu", device_kind="cpu")
+TPU = types.SimpleNamespace(platform="tpu", device_kind="TPU v4")
+T4, H200 = gpu("Tesla T4"), gpu("NVIDIA H200")
+
+
+@pytest.mark.parametrize(
+    ("device", "arguments", "expected", "said"),
+    [
+        (CPU, shape(64), "reference", "faster than blockwise on a cpu"),
+        (CPU, shape(511), "reference", ""),
+        (CPU, shape(512), "blockwise", "leaner"),
+        (CPU, shape(4096, attention_dropout=0.1), "blockwise", ""),
+        (H200, shape(512), "cudnn", "compute capability 9.0, bfloat16, head width 64"),
+        (H200, shape(511, dtype="float16"), "cudnn", "compute capability 9.0, float16"),
+        (H200, shape(4096, segments=False, head_dim=128), "cudnn", ""),
+        (gpu("NVIDIA A100-SXM4-40GB"), shape(512), "cudnn", "compute capability 8.0"),
+        (H200, shape(512, dtype="float32"), "xla", "cudnn cannot compute in float32"),
+        (H200, shape(512, head_dim=136), "xla", "up to 128, not 136"),
+        (H200, shape(512, head_dim=2), "xla", "multiple of 8"),
+        (H200, shape(512, attention_dropout=0.1), "reference", "cudnn has no dropout"),
+        (H200, shape(2048, attention_dropout=0.1), "blockwise", "cudnn has no dropout"),
+        (H200, shape(2048, dtype="float32"), "blockwise", "no scores of 2048 x 2048"),
+        (T4, shape(1024, dtype="float16"), "xla", "capability 8.0 or more, not 7.5; compute capab"),
+        (T4, shape(1025, dtype="float16"), "blockwise", "no scores of 1025 x 1025"),
+        (T4, shape(512, dtype="float16", attention_dropout=0.1), "reference", ""),
+        (gpu("Tesla K80"), shape(512, dtype="float32"), "xla", "Tesla K80, float32"),
+        (TPU, shape(512), "xla", "TPU v4, bfloat16"),
+    ],
+)
+def test_choose(device, arguments, expected, said):
+    impl, reason = choose("auto", device=device, **arguments)
+    assert impl == expected and said in reason and len(reason) > 20
+    assert choose("xla", device=device, **arguments) == ("xla", "named in the config")
+
+
+def test_choose_by_what_was_measured(monkeypatch):
+    """Pallas where it was faster in this very shape and can run."""
+    here = shape(1024, segments=False)
+    assert choose("auto", device=H200, **here)[0] == "cudnn"
+    row = measured.Times("NVIDIA H200", "bfloat16", 64, 1024, False, cudnn=2.0, pallas=1.5)
+    monkeypatch.setattr(measured, "ATTENTION", (row,))
+    monkeypatch.setattr(mosaic, "_OLDEST_JAX", (0, 0, 0))
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    impl, reason = choose("auto", device=H200, **here)
+    assert impl == "pallas" and reason.startswith("measured: cudnn 2.0 ms, pallas 1.5 ms; ")
+    for others in (
+        {"segments": True},
+        {"seq_len": 512},
+        {"head_dim": 128},
+        {"dtype": "float16"},
+        {"device": gpu("NVIDIA H100 80GB HBM3")},
+    ):
+        assert choose("auto", **({"device": H200} | here | others))[0] == "cudnn", others
+    monkeypatch.setattr(jax, "device_count", lambda: 2)
+    assert choose("auto", device=H200, **here)[0] == "cudnn"
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    monkeypatch.setattr(measured, "ATTENTION", (row._replace(pallas=2.5),))
+    impl, reason = choose("auto", device=H200, **here)
+    assert impl == "cudnn" and "measured" in reason
 
 
 # The generator of dropout.

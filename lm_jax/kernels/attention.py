@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from lm_jax.kernels import device as devices
-from lm_jax.kernels import dropout
+from lm_jax.kernels import dropout, measured
 from lm_jax.kernels.blockwise import blockwise
 from lm_jax.kernels.mosaic import unavailable
 
@@ -21,6 +21,9 @@ def choose(
     impl: str,
     *,
     seq_len: int,
+    head_dim: int,
+    dtype: Any,
+    segments: bool,
     attention_dropout: float = 0.0,
     device: Any = None,
 ) -> tuple[str, str]:
@@ -29,6 +32,9 @@ def choose(
     Args:
         impl: auto, or the name of an implementation of `attend`.
         seq_len: positions T of a row.
+        head_dim: C.
+        dtype: of queries, keys and values.
+        segments: whether `attend` will be given segment ids.
         attention_dropout: rate on the probabilities.
         device: a `jax.Device`; the one that is compiled for if None.
     """
@@ -41,12 +47,26 @@ def choose(
         if seq_len < 1024:
             return "blockwise", f"about as fast as reference on a cpu at {seq_len}, and leaner"
         return "blockwise", f"trains faster than reference on a cpu at {seq_len}, and is leaner"
-    unmeasured = f"cudnn and pallas are not measured on {device.device_kind}"
+    dtype = jnp.dtype(dtype)
+    facts = f"{devices.describe(device)}, {dtype}, head width {head_dim}"
+    q_BTHC = jax.ShapeDtypeStruct((1, seq_len, 1, head_dim), dtype)
+    options = dict(softcap=0.0, dropout_rate=attention_dropout, window=None, causal=True)
+    refused = {
+        name: _refusal(name, q_BTHC, options, segments, False, device)
+        for name in ("cudnn", "pallas")
+    }
+    if not refused["cudnn"]:
+        times = measured.find(device.device_kind, dtype, head_dim, seq_len, segments)
+        if times is None:
+            return "cudnn", facts
+        faster = "cudnn" if refused["pallas"] or times.cudnn <= times.pallas else "pallas"
+        return faster, f"measured: cudnn {times.cudnn} ms, pallas {times.pallas} ms; {facts}"
+    why = f"cudnn {refused['cudnn'].split(';')[0]}; {facts}"
     if seq_len > 1024:
-        return "blockwise", f"keeps no scores of {seq_len} x {seq_len}; {unmeasured}"
+        return "blockwise", f"keeps no scores of {seq_len} x {seq_len}; {why}"
     if attention_dropout:
-        return "reference", f"xla has no dropout; {unmeasured}"
-    return "xla", f"fused by the compiler; {unmeasured}"
+        return "reference", f"the one with dropout for short rows; {why}"
+    return "xla", why
 
 
 def attend(
@@ -109,7 +129,8 @@ def attend(
         scale=scale,
         dropout_rate=0.0 if seed is None else dropout_rate,
     )
-    reason = _refusal(impl, q_BTHC, options, segment_ids_BT is not None, return_lse)
+    segments, device = segment_ids_BT is not None, devices.target()
+    reason = _refusal(impl, q_BTHC, options, segments, return_lse, device)
     if reason:
         raise ValueError(f"attention.impl {impl} {reason}.")
     if segment_ids_BT is not None:
@@ -176,13 +197,14 @@ def _check(q_BTHC, k_BTKC, v_BTKC, window, softcap: float, dropout_rate: float) 
         )
 
 
-def _refusal(impl: str, q_BTHC, options, segments: bool, return_lse: bool) -> str | None:
-    """Why this implementation cannot run, and what to do about it."""
-    T, _, C = q_BTHC.shape[1:]
+def _refusal(
+    impl: str, q_BTHC: Any, options: dict[str, Any], segments: bool, return_lse: bool, device: Any
+) -> str | None:
+    """Why this implementation cannot run on the device, and what to do about it."""
     if impl in ("reference", "blockwise"):
         return None
     if impl in ("pallas", "pallas_deterministic"):
-        reason = unavailable(q_BTHC.dtype, C)
+        reason = unavailable(q_BTHC.dtype, q_BTHC.shape[-1], device=device)
         if reason is None and jax.device_count() > 1:
             reason = f"it is not split over {jax.device_count()} devices"
         return reason and f"cannot run: {reason}; use blockwise"
@@ -195,22 +217,28 @@ def _refusal(impl: str, q_BTHC, options, segments: bool, return_lse: bool) -> st
         return f"has no dropout; {anything}, or set attention_dropout to 0"
     if return_lse:
         return f"has no log-sum-exp that can be differentiated; {anything}"
-    if impl == "xla":
-        if q_BTHC.dtype == jnp.float64:
-            return f"rounds float64 scores to float32; {anything}"
-        if q_BTHC.dtype == jnp.float16 and devices.target().platform == "cpu":
-            return f"cannot compute in float16 on a cpu; {anything}, or bfloat16"
-        return None
-    if jax.default_backend() != "gpu" or float(jax.devices()[0].compute_capability) < 8:
-        return f"needs an Ampere GPU or a later one; {anything}, or xla"
+    if impl == "cudnn":
+        return _cudnn_refusal(q_BTHC, options, device)
+    if q_BTHC.dtype == jnp.float64:
+        return f"rounds float64 scores to float32; {anything}"
+    if q_BTHC.dtype == jnp.float16 and device.platform == "cpu":
+        return f"cannot compute in float16 on a cpu; {anything}, or bfloat16"
+    return None
+
+
+def _cudnn_refusal(q_BTHC: Any, options: dict[str, Any], device: Any) -> str | None:
+    """What the flash attention of cuDNN lacks, and what to do about it."""
+    C = q_BTHC.shape[-1]
+    capability = devices.compute_capability(device)
+    if capability is None or capability < (8, 0):
+        has = "" if capability is None else ", not {}.{}".format(*capability)
+        return f"needs a GPU of compute capability 8.0 or more{has}; use xla or blockwise"
     if q_BTHC.dtype not in (jnp.bfloat16, jnp.float16):
         return f"cannot compute in {q_BTHC.dtype}; use xla, or compute in bfloat16"
     if C % 8 or C > 128:
         return f"needs a head width that is a multiple of 8 up to 128, not {C}; use xla"
     if options["window"] is not None and not options["causal"]:
         return "has a window only where it is causal; use xla"
-    if segments and T % 2:
-        return f"needs an even number of positions with segments, not {T}; use xla"
     return None
 
 
@@ -218,12 +246,17 @@ def _from_jax(q_BTHC, k_BTKC, v_BTKC, segment_ids_BT, impl: Any, options) -> jax
     T = q_BTHC.shape[1]
     same_B1TS = None
     if segment_ids_BT is not None:
+        if impl == "cudnn" and T % 2:  # its gradient takes masks of even length only
+            q_BTHC, k_BTKC, v_BTKC, segment_ids_BT = (
+                jnp.pad(x, [(0, 0), (0, 1)] + [(0, 0)] * (x.ndim - 2))
+                for x in (q_BTHC, k_BTKC, v_BTKC, segment_ids_BT)
+            )
         # Padding sees padding here, so that no row is empty; `attend` discards the result.
         same_B1TS = segment_ids_BT[:, None, :, None] == segment_ids_BT[:, None, None, :]
     sides = None
     if options["window"] is not None:
         sides = (options["window"] - 1, 0 if options["causal"] else T)
-    return jax.nn.dot_product_attention(
+    out_BTHC = jax.nn.dot_product_attention(
         q_BTHC,
         k_BTKC,
         v_BTKC,
@@ -233,6 +266,7 @@ def _from_jax(q_BTHC, k_BTKC, v_BTKC, segment_ids_BT, impl: Any, options) -> jax
         scale=options["scale"],
         implementation=impl,
     )
+    return out_BTHC[:, :T]
 
 
 def _reference(

@@ -1,24 +1,27 @@
 """Pallas Mosaic GPU: where it runs, and its interpreter. Private JAX names stay in this module."""
 
 import os
-import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from lm_jax.kernels import device
+from lm_jax.kernels import device as devices
 
 _OLDEST_JAX = (0, 11, 2)
 _WIDEST_HEAD = 128
 _INTERPRETER_THREADS = 8
 
 
-def unavailable(dtype, head_dim: int, *, interpret: bool = False) -> str | None:
+def unavailable(
+    dtype: Any, head_dim: int, *, device: Any = None, interpret: bool = False
+) -> str | None:
     """Why the Mosaic GPU kernels cannot run here, or None when they can.
 
     Args:
         dtype: of queries, keys and values.
         head_dim: C.
+        device: a `jax.Device`; the one that is compiled for if None.
         interpret: whether the kernels are to be interpreted on the CPU instead of compiled.
     """
     if jax.__version_info__ < _OLDEST_JAX:
@@ -28,7 +31,7 @@ def unavailable(dtype, head_dim: int, *, interpret: bool = False) -> str | None:
         return f"dtype {jnp.dtype(dtype)} is neither bfloat16 nor float16"
     if head_dim % 8 or not 8 <= head_dim <= _WIDEST_HEAD:
         return f"head width {head_dim} is not a multiple of 8 up to {_WIDEST_HEAD}"
-    return _too_few_threads() if interpret else _not_hopper()
+    return _too_few_threads() if interpret else _not_hopper(device or devices.target())
 
 
 def _too_few_threads() -> str | None:
@@ -42,13 +45,12 @@ def _too_few_threads() -> str | None:
     )
 
 
-def _not_hopper() -> str | None:
-    """Why the device that is compiled for has no WGMMA and TMA, or None for a Hopper GPU."""
-    target = device.target()
-    if target.platform != "gpu":
-        return f"the device is a {target.platform}, not a Hopper GPU"
-    if not re.search(r"\b(G?H100|G?H200|H800|H20)\b", target.device_kind):
-        return f"{target.device_kind} is not a Hopper GPU (compute capability 9.0)"
+def _not_hopper(device: Any) -> str | None:
+    """Why the device has no WGMMA and TMA, or None for a Hopper GPU."""
+    if device.platform != "gpu":
+        return f"the device is a {device.platform}, not a Hopper GPU"
+    if devices.compute_capability(device) != (9, 0):
+        return f"{device.device_kind} is not a Hopper GPU (compute capability 9.0)"
     return None
 
 
