@@ -1,6 +1,7 @@
 """The implementations of attention against each other and against their peers, in one process.
 
-    python scripts/bench_attention.py [--cases=...] [--repeats=20] [--json=FILE] [--plot=FILE]
+    python scripts/bench_attention.py [--cases=...] [--repeats=20] [--without=PEER,...]
+        [--json=FILE] [--jsonl=FILE] [--plot=FILE] [--block_seconds=S] [--device=cpu|gpu]
 
 Timed are the output alone, and the gradients by queries, keys and values (which contain it). The
 peers take turns, so that a change of the machine's speed falls on all of them; reported are medians
@@ -9,29 +10,28 @@ blockwise elsewhere. The speed of a square matrix product before and after says 
 held. Every peer's result is compared with ours; a peer that cannot run is reported with the reason.
 JAX peers run in a loop inside one jit in which no run can start before the last one ended.
 
-On a GPU: 16,384 tokens, 2,048 channels, causal, bfloat16, and what the kernels can do besides: rows
-of four documents, a window, dropout. There, "all pairs" is ours without the feature. On a CPU also
-the temporary memory that XLA plans. Without `--cases` the device decides; no new case is begun
-after `--seconds`, so that on an H200 all ends within 8 minutes.
+On a GPU, causal and in bfloat16: the shapes of `configs/wikitext2.py` and `configs/gpt2_124m.py`
+(32 rows), then 16,384 tokens of 2,048 channels, and what the kernels can do besides: rows of four
+documents, a window, dropout. There, "all pairs" is ours without the feature. On a CPU also the
+temporary memory that XLA plans. Without `--cases` the device decides; no new case is begun after
+`--seconds`, so that on an H200 all ends within 8 minutes.
 """
 
-import argparse
 import functools
+import itertools
 import json
-import math
 import os
-import pathlib
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs its share
 
+import benchmark
 import jax
 import jax.numpy as jnp
 import numpy as np
-from benchmark import clock, device, machine, take_turns
 
 from lm_jax.kernels.attention import attend
 from lm_jax.kernels.mosaic import unavailable
@@ -60,6 +60,10 @@ class Case(NamedTuple):
 
 
 CASES = {
+    "gpu_17m": Case(32, 512, 6, 64),
+    "gpu_17m_documents": Case(32, 512, 6, 64, documents=4),
+    "gpu_124m": Case(32, 1024, 12, 64),
+    "gpu_124m_documents": Case(32, 1024, 12, 64, documents=4),
     **{
         f"gpu_c{C}_t{T}": Case(16_384 // T, T, 2048 // C, C)
         for C in (64, 128)
@@ -74,7 +78,7 @@ CASES = {
     "cpu_window": Case(1, 4096, 4, 64, "float32", window=256),
     "cpu_dropout": Case(2, 1024, 4, 64, "float32", dropout=0.1),
 }
-PASSES = ("forward", "gradient")
+PASSES = ("gradient", "forward")
 Attention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
@@ -114,6 +118,15 @@ def jax_mosaic(case: Case) -> Attention:
     keys = 256 if case.C == 64 else 128
     tuning = kernels.TuningConfig(block_q=64, block_kv=keys, max_concurrent_steps=2, causal=True)
     return lambda *qkv: kernels.attention(*qkv, tuning)
+
+
+def flash_attn3(case: Case) -> Attention:
+    """FlashAttention-3 through flash-attn3-jax, whose wheels know one head width."""
+    from flash_attn3_jax import flash_mha
+
+    if case.C != 128:
+        raise ValueError(f"built for heads 128 wide, not {case.C}")
+    return functools.partial(flash_mha, is_causal=True)
 
 
 def tokamax(case: Case, implementation: str) -> Attention:
@@ -219,19 +232,18 @@ def makers(case: Case, gradient: bool, args: list[jax.Array]) -> dict[str, Calla
     def of_torch(backend: str) -> Callable[[], Peer]:
         return lambda: TorchPeer(backend, case, gradient, args)
 
-    gpu = device() == "gpu"
-    hopper = unavailable(case.dtype, case.C) is None
-    names = ["blockwise", "xla"]
-    names = (["pallas", *names] if hopper else names) + (["cudnn"] if gpu else ["reference"])
+    first = "pallas" if unavailable(case.dtype, case.C) is None else "blockwise"
+    names = dict.fromkeys([first, "blockwise", "xla", "cudnn", "pallas"])
+    if benchmark.device() == "cpu":
+        names["reference"] = None
     peers = {name: of_jax(ours, name) for name in names}
     if not case.plain():
         plain = case._replace(documents=1, window=None, dropout=0.0)
-        peers["all pairs"] = lambda: JaxPeer(ours(plain, names[0]), gradient, args)
-    if not gpu:
-        return peers
+        peers["all pairs"] = lambda: JaxPeer(ours(plain, first), gradient, args)
     if case.plain():
-        if gradient and hopper:
+        if gradient:
             peers["pallas_deterministic"] = of_jax(ours, "pallas_deterministic")
+        peers["flash_attn3"] = of_jax(flash_attn3)
         peers["jax mosaic"] = of_jax(jax_mosaic)
         peers["jax triton"] = of_jax(jax_triton)
         for kind in ("mosaic", "triton"):
@@ -248,31 +260,30 @@ def difference(values: list[np.ndarray], expected: list[np.ndarray]) -> float:
     return max(float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in pairs)
 
 
-def bench(case: Case, gradient: bool, repeats: int) -> dict[str, dict[str, Any]]:
-    """All peers at one case; the first that runs is the measure of the others."""
+def bench(
+    case: Case, gradient: bool, repeats: int, block: float | None, without: Collection[str]
+) -> dict[str, dict[str, Any]]:
+    """All peers at one case but those `without`; the first that runs is the measure of the rest."""
     args = draw(case)
     peers: dict[str, Peer] = {}
     results: dict[str, dict[str, Any]] = {}
     expected: list[np.ndarray] = []
-    for name, make in makers(case, gradient, args).items():
+    wanted = {n: make for n, make in makers(case, gradient, args).items() if n not in without}
+    for name, make in benchmark.together(wanted).items():
         try:
             peer = make()
             peer.seconds(1)
         except Exception as error:  # whatever it is, it goes into the report
-            said = (str(error).splitlines() or [""])[0]
-            results[name] = {"not_run": f"{type(error).__name__}: {said}"}
+            results[name] = {"not_run": benchmark.words(error)}
             continue
         expected = expected or peer.values()
         peers[name] = peer
-        results[name] = {
-            "temp_bytes": peer.temp_bytes,
-            "difference": difference(peer.values(), expected),
-        }
-    for name, ms in take_turns(peers, repeats).items():
+        differs = difference(peer.values(), expected)
+        results[name] = {"temp_bytes": peer.temp_bytes, "difference": differs}
+    for name, ms in benchmark.take_turns(peers, repeats, block).items():
         results[name]["ms"] = ms
-    first = results[next(iter(peers))]
     for name in peers:
-        result = results[name]
+        result, first = results[name], results[next(iter(peers))]
         ratios = [a / b for a, b in zip(result["ms"], first["ms"], strict=True)]
         result["median_ms"] = statistics.median(result["ms"])
         result["speed_ratio"] = statistics.median(ratios)
@@ -301,59 +312,37 @@ def show(case: Case, gradient: bool, results: dict[str, dict[str, Any]]) -> None
         print(text, flush=True)
 
 
-def plot(cases: dict[str, Any], path: pathlib.Path) -> None:
-    """Bars for each case and pass: how many times as fast ours is as each peer."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    size = (12, 2 * len(cases))
-    figure, axes = plt.subplots(len(cases), 2, figsize=size, squeeze=False, layout="constrained")
-    for row, (name, found) in zip(axes, cases.items(), strict=True):
-        for axis, which in zip(row, PASSES, strict=True):
-            ratios = {p: r.get("speed_ratio", math.nan) for p, r in found[which].items()}
-            axis.barh([*ratios][1:], [*ratios.values()][1:])
-            axis.axvline(1, color="black")
-            axis.set_title(f"{name}, {which}: speed of {next(iter(ratios))} over that of")
-    figure.savefig(path)
-
-
 def main() -> None:
     """Run all cases and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", help=f"comma-separated, of {', '.join(CASES)}")
-    parser.add_argument("--repeats", type=int, default=20, help="turns of each peer")
-    parser.add_argument("--seconds", type=float, default=420, help="begin no case after so many")
-    parser.add_argument("--json", type=pathlib.Path, help="where to write all numbers")
-    parser.add_argument("--plot", type=pathlib.Path, help="where to draw them")
-    args = parser.parse_args()
+    args = benchmark.arguments(__doc__.splitlines()[0], CASES, repeats=20).parse_args()
     keep_freed_memory()
-    names = args.cases.split(",") if args.cases else [n for n in CASES if n.startswith(device())]
-    if unknown := [name for name in names if name not in CASES]:
-        parser.error(f"--cases: {unknown} are none of {', '.join(CASES)}")
+    names = benchmark.chosen(args, CASES)
     began = time.perf_counter()
-    results: dict[str, Any] = machine() | {"cases": {}}
+    results: dict[str, Any] = benchmark.machine() | {"cases": {}}
     print(f"{results['device']}, jax {jax.__version__}, python {results['python']}")
-    for name in names:
+    for name, which in itertools.product(names, PASSES):
+        row = {"part": "attention", "case": name, "pass": which}
         if time.perf_counter() - began > args.seconds:
-            print(f"{name} not run: out of time")
+            print(f"{name}, {which}, not run: out of time")
+            benchmark.append(args.jsonl, row | {"not_run": "out of time"})
             continue
-        case = CASES[name]
-        print(f"{name}: {case}")
-        results["cases"][name] = {"case": case._asdict()}
-        for which in PASSES:
-            print(f"  {which}")
-            gradient = which == "gradient"
-            found = bench(case, gradient, args.repeats)
-            results["cases"][name][which] = found
-            show(case, gradient, found)
-    results["clock_tflops"].append(clock())
+        case, gradient = CASES[name], which == "gradient"
+        print(f"{name}, {which}: {case}")
+        found = bench(case, gradient, args.repeats, args.block_seconds, args.without.split(","))
+        results["cases"].setdefault(name, {"case": case._asdict()})[which] = found
+        flops = case.flops(gradient) if case.plain() else None
+        benchmark.append(
+            args.jsonl, row | {"shape": case._asdict(), "flops": flops, "peers": found}
+        )
+        show(case, gradient, found)
+    results["clock_tflops"].append(benchmark.clock())
     print("clock: {:.2f} TFLOP/s before, {:.2f} after".format(*results["clock_tflops"]))
     if args.json:
         args.json.write_text(json.dumps(results, indent=1) + "\n")
     if args.plot:
-        plot(results["cases"], args.plot)
+        cases = results["cases"].items()
+        titles = {f"{n}, {w}": found[w] for n, found in cases for w in PASSES if w in found}
+        benchmark.plot(titles, args.plot, columns=2)
 
 
 if __name__ == "__main__":

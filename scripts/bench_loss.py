@@ -1,6 +1,7 @@
 """Linear layer and loss in one operation against the same with all logits, in one process.
 
-    python scripts/bench_loss.py [--cases=...] [--repeats=20] [--json=FILE] [--plot=FILE]
+    python scripts/bench_loss.py [--cases=...] [--repeats=20] [--without=PEER,...] [--json=FILE]
+        [--jsonl=FILE] [--plot=FILE] [--chunk_rows=N,...] [--block_seconds=S] [--device=cpu|gpu]
 
 One run is the loss and its gradients by hidden states and head. The peers take turns, so that a
 change of the machine's speed falls on all of them; reported are medians over the repeats, the
@@ -11,17 +12,14 @@ compared with this package's; a peer that cannot run is reported with the reason
 
 JAX peers run in a loop inside one jit in which every run depends on the one before. Head matrix
 and head gradient are float32, the products in the dtype of the case. Without `--cases`, the device
-decides. On an H200 the whole ends within 8 minutes.
+decides; no new case is begun after `--seconds`, so that on an H200 the whole ends within 8 minutes.
 """
 
-import argparse
 import json
-import math
 import os
-import pathlib
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -32,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import flags
-from benchmark import clock, device, machine, take_turns
+from benchmark import append, arguments, chosen, clock, machine, plot, take_turns, together, words
 
 from lm_jax import loss
 from lm_jax.kernels.linear_distillation import Member, linear_distillation
@@ -57,6 +55,8 @@ CASES = {
     "cpu_50k": Case(8192, 768, 50_257, "float32", timed=False),
     "cpu_50k_bf16": Case(8192, 768, 50_257, "bfloat16", timed=False),
     "cpu_kl": Case(4096, 256, 16_384, "float32", kind="divergence"),
+    "gpu_17m": Case(16_384, 384, 16_384, "bfloat16"),
+    "gpu_124m": Case(32_768, 768, 50_304, "bfloat16"),
     "gpu_16k_d256": Case(65_536, 256, 16_384, "bfloat16"),
     "gpu_16k": Case(65_536, 768, 16_384, "bfloat16"),
     "gpu_50k": Case(65_536, 768, 50_257, "bfloat16"),
@@ -150,27 +150,29 @@ class JaxPeer:
     """A loss under `jax.value_and_grad`."""
 
     def __init__(self, f: Callable[..., jax.Array], case: Case):
-        """Compile one run, for the memory it takes."""
-        self.differentiated = jax.value_and_grad(f, (0, 1))
-        self.once = jax.jit(self.differentiated).lower(*abstract(case)).compile()
+        """Compile one run, for the memory it takes, and the loop if it is to be timed."""
+        differentiated = jax.value_and_grad(f, (0, 1))
+        self.once = jax.jit(differentiated).lower(*abstract(case)).compile()
         memory = self.once.memory_analysis()
-        assert memory is not None
-        self.temp_bytes = memory.temp_size_in_bytes
-
-    def prepare(self, args: Arrays) -> tuple[float, float]:
-        """Compile the loop; the loss and the norm of the head gradient of one run."""
+        self.temp_bytes = memory.temp_size_in_bytes if memory else None
+        if not case.timed:
+            return
 
         def loop(runs, x, *rest):
             def body(_, previous):
                 # Times 1, which the compiler cannot know: no run can start before the last ended.
                 once_more = 1 + 1e-30 * previous[0].astype(jnp.float32)
-                return self.differentiated(x * once_more.astype(x.dtype), *rest)
+                return differentiated(x * once_more.astype(x.dtype), *rest)
 
-            shapes = jax.eval_shape(self.differentiated, x, *rest)
+            shapes = jax.eval_shape(differentiated, x, *rest)
             start = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
             return jax.lax.fori_loop(0, runs, body, start)
 
-        self.loop, self.args = jax.jit(loop), args
+        self.loop = jax.jit(loop).lower(1, *abstract(case)).compile()
+
+    def prepare(self, args: Arrays) -> tuple[float, float]:
+        """The loss and the norm of the head gradient of one run."""
+        self.args = args
         value, (_, dhead) = self.once(*args)
         self.seconds(1)
         return float(value), float(jnp.linalg.norm(dhead))
@@ -232,8 +234,10 @@ class TorchPeer:
         return time.perf_counter() - began
 
 
-def bench(case: Case, repeats: int, chunk_rows: list[int]) -> dict[str, Any]:
-    """All peers at one case."""
+def bench(
+    case: Case, repeats: int, chunk_rows: list[int], block: float | None, without: Collection[str]
+) -> dict[str, Any]:
+    """All peers at one case but those `without`."""
     makers: dict[str, Callable[[], JaxPeer | TorchPeer]] = {
         name: partial(JaxPeer, f, case) for name, f in jax_peers(case, chunk_rows).items()
     }
@@ -242,17 +246,18 @@ def bench(case: Case, repeats: int, chunk_rows: list[int]) -> dict[str, Any]:
     args = draw(case) if case.timed else ()
     peers: dict[str, JaxPeer | TorchPeer] = {}
     results: dict[str, dict[str, Any]] = {}
-    for name, make in makers.items():
+    wanted = {name: make for name, make in makers.items() if name not in without}
+    for name, make in together(wanted).items():
         try:
             peer = make()
             values = peer.prepare(args) if case.timed else None
         except Exception as error:  # whatever it is, it goes into the report
-            results[name] = {"not_run": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+            results[name] = {"not_run": words(error)}
             continue
         peers[name] = peer
         results[name] = {"temp_bytes": peer.temp_bytes, "value_and_norm": values, "ms": []}
     if case.timed:
-        for name, ms in take_turns(peers, repeats).items():
+        for name, ms in take_turns(peers, repeats, block).items():
             results[name]["ms"] = ms
     ours = results[OURS]
     for result in results.values():
@@ -285,43 +290,27 @@ def line(name: str, result: dict[str, Any]) -> str:
     return text + (f"  differs by {worst:.1e}" if name != OURS and result["ms"] else "")
 
 
-def plot(results: dict[str, Any], path: pathlib.Path) -> None:
-    """Bars: how many times as fast as each peer."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    timed = {k: v["peers"] for k, v in results["cases"].items() if v["case"]["timed"]}
-    figure, axes = plt.subplots(len(timed), 1, figsize=(8, 2 * len(timed)), squeeze=False)
-    for axis, (name, peers) in zip(axes[:, 0], timed.items(), strict=True):
-        ratios = {p: r.get("speed_ratio", math.nan) for p, r in peers.items() if p != OURS}
-        axis.barh([*ratios], [*ratios.values()])
-        axis.axvline(1, color="black")
-        axis.set_title(f"{name}: speed of {OURS} over that of")
-    figure.tight_layout()
-    figure.savefig(path)
-
-
 def main() -> None:
     """Run all cases and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", help=f"comma-separated, of {', '.join(CASES)}")
-    parser.add_argument("--repeats", type=int, default=20, help="turns of each peer")
+    parser = arguments(__doc__.splitlines()[0], CASES, repeats=20)
     parser.add_argument("--chunk_rows", default="", help="also time these, comma-separated")
-    parser.add_argument("--json", type=pathlib.Path, help="where to write all numbers")
-    parser.add_argument("--plot", type=pathlib.Path, help="where to draw them")
     args = parser.parse_args()
     keep_freed_memory()
     flags.FLAGS.mark_as_parsed()  # tokamax reads some, and argparse does not parse them
-    names = args.cases.split(",") if args.cases else [n for n in CASES if n.startswith(device())]
-    if unknown := [n for n in names if n not in CASES]:
-        parser.error(f"--cases: {unknown} are none of {', '.join(CASES)}")
+    names = chosen(args, CASES)
+    began = time.perf_counter()
     results: dict[str, Any] = machine() | {"cases": {}}
     chunk_rows = [int(n) for n in args.chunk_rows.split(",") if n]
     for name in names:
-        found = bench(CASES[name], args.repeats, chunk_rows)
+        row = {"part": "loss", "case": name}
+        if time.perf_counter() - began > args.seconds:
+            print(f"{name} not run: out of time")
+            append(args.jsonl, row | {"not_run": "out of time"})
+            continue
+        without = args.without.split(",")
+        found = bench(CASES[name], args.repeats, chunk_rows, args.block_seconds, without)
         results["cases"][name] = found
+        append(args.jsonl, row | {"shape": found["case"], "peers": found["peers"]})
         print(f"{name}: {CASES[name]}")
         for peer, result in found["peers"].items():
             print(line(peer, result), flush=True)
@@ -330,7 +319,8 @@ def main() -> None:
     if args.json:
         args.json.write_text(json.dumps(results, indent=1) + "\n")
     if args.plot:
-        plot(results, args.plot)
+        cases = results["cases"].items()
+        plot({name: found["peers"] for name, found in cases if found["case"]["timed"]}, args.plot)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,27 @@
-"""Train-step speed against the same model in PyTorch, interleaved in one run.
+"""Train-step speed against PyTorch, interleaved in one run.
 
     pip install torch==2.13.0
-    python scripts/bench_step.py [--repeats=7] [--json=scripts/results/bench_step.json]
+    python scripts/bench_step.py [--cases=char,10M] [--repeats=7] [--json=FILE] [--jsonl=FILE]
+    python scripts/bench_step.py --device=gpu [--cases=17M,124M] [--peers=PEER,...] [--seconds=S]
 
-Three processes hold the same parameters and train on the same batch: this trainer, PyTorch eager
-and `torch.compile`. They take turns in blocks of steps, so that a change of the machine's speed
-falls on all of them; while one runs, the others wait for input. Before timing, the losses of the
-first five updates must agree. Reported are medians over the blocks and their ratios.
+Every peer is a process with the same parameters and batch. All start at the same time; one that is
+not ready in time is left out and named. Then they take turns in blocks of steps, so that a change
+of the machine's speed falls on all of them; while one runs, the others wait for input. Reported are
+medians over the blocks and their ratios to the first peer. The losses of the first updates must
+agree where the models are equal; if not, the exit code is 1.
 
-The model is a pre-norm decoder with LayerNorm without bias, learned positions, GELU and a tied
-head; AdamW, global-norm clip at 1, float32. PyTorch uses `scaled_dot_product_attention` and its
-fused AdamW; it reads its loss after every update, this trainer after a call of 5 updates, as both
-do in practice. All processes get the same malloc settings. On the CPU only.
+char and 10M, for a CPU: a pre-norm decoder with LayerNorm without bias, learned positions, GELU and
+a tied head; AdamW, global-norm clip at 1, float32. PyTorch uses `scaled_dot_product_attention` and
+its fused AdamW; it reads its loss after every update, this trainer after a call of 5 updates, as
+both do in practice. All processes get the same malloc settings.
+
+17M and 124M, for a GPU: `configs/wikitext2.py`, and `configs/gpt2_124m.py` with one micro-batch of
+32 rows and its layers unrolled, in bfloat16 against `torch.compile` under autocast; losses are read
+after a block. At 124M the models are equal. At 17M PyTorch has the same matrix products in a
+plainer model: no dropout, no rotary positions, queries and keys as they are, LayerNorm, GELU for
+SwiGLU, AdamW for Muon, and no average of the weights. Behind the name of this trainer stand an
+attention, "plain" where rows are not divided into documents, as PyTorch's never are, and "x8" for
+8 updates in a call.
 """
 
 import argparse
@@ -19,257 +29,198 @@ import json
 import os
 import pathlib
 import platform
+import queue
 import statistics
 import subprocess
 import sys
-import tempfile
+import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the peers share a GPU
 
-from lm_jax.main import keep_freed_memory
+from benchmark import DEVICES, append, words
+from gpu_peers import CASES, config_of, serve
 
-SIZES: dict[str, dict[str, int]] = {
-    "char": dict(layers=4, d_model=128, heads=4, seq_len=64, batch_size=12, vocab_size=65),
-    "10M": dict(layers=6, d_model=256, heads=8, seq_len=256, batch_size=8, vocab_size=16_384),
-}
-BLOCK_SECONDS = 2.0
-PEERS = ("lm_jax", "torch eager", "torch.compile")
-
-
-class JaxPeer:
-    """This trainer's own step."""
-
-    def __init__(self, size: dict[str, int], folder: pathlib.Path, steps_per_call: int):
-        """Draw the parameters that all peers share and write them to `folder`."""
-        import jax
-
-        from lm_jax import config, resolution, step
-
-        cfg = config.Config()
-        cfg.data.seq_len, cfg.data.batch_size = size["seq_len"], size["batch_size"]
-        for name in ("layers", "d_model", "heads"):
-            setattr(cfg.model, name, size[name])
-        cfg.model.norm, cfg.model.positions, cfg.model.mlp = "layernorm", "learned", "gelu"
-        cfg.optim.schedule, cfg.optim.warmup = "constant", config.Duration("0")
-        cfg = resolution.resolve(cfg, windows=1)
-        graphdef, init = step.create_model(cfg, size["vocab_size"], "reference")
-        params = jax.jit(init)(jax.random.key(0))
-        names = [
-            "/".join(str(k.key) for k in path) for path, _ in jax.tree.leaves_with_path(params)
-        ]
-        arrays: list[Any] = [np.asarray(x) for x in jax.tree.leaves(params)]
-        np.savez(folder / "params.npz", **dict(zip(names, arrays, strict=True)))
-        self.state = step.init_state(cfg, params)
-        self.train_steps = step.make_train_step(cfg, graphdef)
-        tokens = np.load(folder / "tokens.npy")
-        ones = np.ones_like(tokens)
-        batch = {"tokens": tokens, "segment_ids": ones, "weights": ones.astype(np.float32)}
-        self.count = steps_per_call
-        self.batches = jax.device_put(
-            {k: np.repeat(v[None], steps_per_call, axis=0) for k, v in batch.items()}
-        )
-
-    def losses(self) -> list[float]:
-        """Run one call and return its losses."""
-        self.state, metrics = self.train_steps(self.state, self.batches)
-        return np.asarray(metrics["train/loss"]).tolist()
-
-    def version(self) -> str:
-        """Version of the library underneath."""
-        import jax
-
-        return f"jax {jax.__version__}"
-
-
-class TorchPeer:
-    """The same model in PyTorch."""
-
-    def __init__(self, size: dict[str, int], folder: pathlib.Path, compiled: bool):
-        """Load the shared parameters."""
-        import torch
-        import torch.nn.functional as F
-
-        params = {
-            name: torch.nn.Parameter(torch.from_numpy(array))
-            for name, array in np.load(folder / "params.npz").items()
-        }
-        tokens = torch.from_numpy(np.load(folder / "tokens.npy")).long()
-        inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-        width, heads = size["d_model"], size["heads"]
-        # PyTorch's own linear keeps [out, in]; so do these.
-        with torch.no_grad():
-            for parameter in params.values():
-                if parameter.ndim == 2:
-                    parameter.data = parameter.data.contiguous()
-            for name in params:
-                if name.endswith("kernel"):
-                    params[name].data = params[name].data.T.contiguous()
-
-        def norm(x, name):
-            return F.layer_norm(x, (width,), params[name + "/scale"], None, 1e-6)
-
-        def loss_of(inputs, targets):
-            rows, length = inputs.shape
-            x = F.embedding(inputs, params["embedding"]) + params["position_embedding"]
-            for i in range(size["layers"]):
-                block = f"blocks/{i}/"
-                qkv = F.linear(
-                    norm(x, block + "attention_norm"), params[block + "attention/qkv/kernel"]
-                )
-                q, k, v = (
-                    y.view(rows, length, heads, -1).transpose(1, 2) for y in qkv.split(width, 2)
-                )
-                y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-                y = y.transpose(1, 2).reshape(rows, length, width)
-                x = x + F.linear(y, params[block + "attention/out/kernel"])
-                y = F.gelu(F.linear(norm(x, block + "mlp_norm"), params[block + "mlp/up/kernel"]))
-                x = x + F.linear(y, params[block + "mlp/down/kernel"])
-            logits = F.linear(norm(x, "final_norm"), params["embedding"])
-            return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-
-        decayed = [p for name, p in params.items() if name.endswith("kernel")]
-        rest = [p for name, p in params.items() if not name.endswith("kernel")]
-        groups = [{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, fused=True)
-        loss_of = torch.compile(loss_of) if compiled else loss_of
-
-        def train_step() -> float:
-            loss = loss_of(inputs, targets)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(params.values(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            return loss.item()
-
-        self.train_step = train_step
-        self.count = 1
-
-    def losses(self) -> list[float]:
-        """Run one update and return its loss."""
-        return [self.train_step()]
-
-    def version(self) -> str:
-        """Version of the library underneath."""
-        import torch
-
-        return f"torch {torch.__version__}, {torch.get_num_threads()} threads"
-
-
-def serve(peer_name: str, size_name: str, folder: pathlib.Path, steps_per_call: int) -> None:
-    """One peer: answers every line on stdin (a number of calls) with seconds and losses."""
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    keep_freed_memory()
-    size = SIZES[size_name]
-    peer: JaxPeer | TorchPeer
-    if peer_name == "lm_jax":
-        peer = JaxPeer(size, folder, steps_per_call)
-    else:
-        peer = TorchPeer(size, folder, compiled=peer_name == "torch.compile")
-    print(json.dumps({"version": peer.version(), "count": peer.count}), flush=True)
-    for line in sys.stdin:
-        began = time.perf_counter()
-        losses = [loss for _ in range(int(line)) for loss in peer.losses()]
-        answer = {"seconds": time.perf_counter() - began, "losses": losses}
-        print(json.dumps(answer), flush=True)
+BLOCK_SECONDS = {"cpu": 2.0, "gpu": 0.4}
+DEFAULT = {"cpu": "char,10M", "gpu": "17M,124M"}
+# Largest relative difference of a loss, and of how many first updates.
+TOLERANCE = {"float32": (2e-4, 5), "bfloat16": (1e-2, 3)}
+Emit = Callable[..., None]
 
 
 class Process:
     """The other end of `serve`."""
 
-    def __init__(self, peer: str, size: str, folder: pathlib.Path, steps_per_call: int):
-        """Start the peer and wait until it is ready."""
-        args = [sys.executable, __file__, f"--serve={peer}", f"--size={size}", f"--folder={folder}"]
+    def __init__(self, case: str, peer: str, device: str):
+        """Start the peer."""
+        args = [f"--serve={peer}", f"--cases={case}", f"--device={device}"]
+        env = os.environ | ({"JAX_PLATFORMS": "cpu"} if device == "cpu" else {})
+        pipe = subprocess.PIPE
         self.process = subprocess.Popen(
-            [*args, f"--steps_per_call={steps_per_call}"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
+            [sys.executable, __file__, *args], stdin=pipe, stdout=pipe, text=True, env=env
         )
-        ready = self.read()
-        self.version, self.count = ready["version"], ready["count"]
+        self.lines: queue.Queue[str] = queue.Queue()
+        threading.Thread(target=self._listen, daemon=True).start()
 
-    def read(self) -> dict[str, Any]:
-        """One answer."""
+    def _listen(self) -> None:
         assert self.process.stdout is not None
-        return json.loads(self.process.stdout.readline())
+        for line in self.process.stdout:
+            self.lines.put(line)
+        self.lines.put("")
 
-    def run(self, calls: int) -> dict[str, Any]:
+    def read(self, until: float) -> dict[str, Any]:
+        """The next answer, at the latest when `time.perf_counter()` is `until`."""
+        began = time.perf_counter()
+        try:
+            line = self.lines.get(timeout=max(0.01, until - began))
+        except queue.Empty:
+            raise TimeoutError(f"no answer within {until - began:.0f} s") from None
+        row = json.loads(line) if line else {"error": "its process died"}
+        if "error" in row:
+            raise RuntimeError(row["error"])
+        return row
+
+    def run(self, calls: int, until: float) -> dict[str, Any]:
         """Run `calls` calls of the peer's step."""
         assert self.process.stdin is not None
         self.process.stdin.write(f"{calls}\n")
         self.process.stdin.flush()
-        return self.read()
+        return self.read(until)
 
     def close(self) -> None:
-        """End the peer."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
+        """End the peer, which need not listen."""
+        self.process.kill()
         self.process.wait()
 
 
-def bench(size_name: str, repeats: int) -> dict[str, Any]:
-    """Interleaved blocks of all peers at one size."""
-    size = SIZES[size_name]
-    tokens_per_step = size["batch_size"] * size["seq_len"]
-    with tempfile.TemporaryDirectory() as name:
-        folder = pathlib.Path(name)
-        shape = (size["batch_size"], size["seq_len"] + 1)
-        tokens = np.random.default_rng(0).integers(0, size["vocab_size"], shape, np.int32)
-        np.save(folder / "tokens.npy", tokens)
-        peers = {peer: Process(peer, size_name, folder, 5) for peer in PEERS}
-        first = {peer: p.run(5 // p.count)["losses"] for peer, p in peers.items()}
-        for peer, losses in first.items():
-            np.testing.assert_allclose(losses, first["lm_jax"], rtol=2e-4, err_msg=peer)
-        calls = {}
-        for peer, p in peers.items():
-            p.run(2)
-            calls[peer] = max(1, round(BLOCK_SECONDS / (p.run(2)["seconds"] / 2)))
-        step_ms: dict[str, list[float]] = {peer: [] for peer in PEERS}
-        for _ in range(repeats):
-            for peer, p in peers.items():
-                seconds = p.run(calls[peer])["seconds"]
-                step_ms[peer].append(1e3 * seconds / (calls[peer] * p.count))
-        versions = {peer: p.version for peer, p in peers.items()}
-        for p in peers.values():
-            p.close()
+def start(
+    case: str, peers: list[str], device: str, until: float, emit: Emit
+) -> tuple[dict[str, Process], dict[str, dict[str, Any]]]:
+    """Start all peers at once; those that are ready in time, and what they said of themselves."""
+    started = {peer: Process(case, peer, device) for peer in peers}
+    processes, ready = {}, {}
+    for peer, process in started.items():
+        try:
+            ready[peer] = process.read(until)
+        except Exception as error:  # whatever it is, it goes into the report
+            process.close()
+            emit(peer=peer, not_run=words(error).removeprefix("RuntimeError: "))
+            continue
+        processes[peer] = process
+    cfg = config_of(CASES[case])
+    tolerance, count = TOLERANCE[cfg.train.compute_dtype]
+    for peer, row in ready.items():
+        first = next(iter(ready))
+        if CASES[case].equal or (peer.startswith("lm_jax") and first.startswith("lm_jax")):
+            pairs = zip(row["losses"][:count], ready[first]["losses"], strict=False)
+            row["differs"] = max(abs(a / b - 1) for a, b in pairs)
+            row["agrees"] = row["differs"] <= tolerance  # False for NaN
+        emit(peer=peer, tokens=cfg.data.batch_size * cfg.data.seq_len, **row)
+    return processes, ready
+
+
+def bench(
+    case: str, peers: list[str], args: argparse.Namespace, until: float, emit: Emit
+) -> dict[str, Any]:
+    """Interleaved blocks of all peers at one case, begun before `until`."""
+    block = args.block_seconds or BLOCK_SECONDS[args.device]
+    turns = 1.5 * len(peers) * args.repeats * block
+    began = time.perf_counter()
+    patience = max(0.5 * (until - began), until - began - turns - 3)
+    processes, ready = start(case, peers, args.device, began + patience, emit)
+    step_ms: dict[str, list[float]] = {peer: [] for peer in processes}
+    calls: dict[str, int] = {}
+    for turn in range(-1, args.repeats):  # the first is to learn how many calls fill a block
+        if time.perf_counter() > until:
+            break
+        found: dict[str, float] = {}
+        for peer, process in list(processes.items()):
+            try:
+                if turn < 0:
+                    process.run(2, until + 60)
+                    calls[peer] = max(1, round(2 * block / process.run(2, until + 60)["seconds"]))
+                    continue
+                seconds = process.run(calls[peer], until + 60)["seconds"]
+            except Exception as error:
+                emit(peer=peer, not_run=words(error).removeprefix("RuntimeError: "))
+                processes.pop(peer).close()
+                continue
+            found[peer] = 1e3 * seconds / (calls[peer] * ready[peer]["count"])
+            step_ms[peer].append(found[peer])
+        if found:
+            emit(turn=turn, step_ms=found)
+    for process in processes.values():
+        process.close()
+    return summary(case, ready, {peer: ms for peer, ms in step_ms.items() if ms})
+
+
+def summary(case: str, ready: dict[str, Any], step_ms: dict[str, list[float]]) -> dict[str, Any]:
+    """What is kept of a case."""
+    cfg = config_of(CASES[case])
+    tokens = cfg.data.batch_size * cfg.data.seq_len
     medians = {peer: statistics.median(values) for peer, values in step_ms.items()}
+    first = next(iter(medians), "")
     return {
-        "size": size,
-        "first_losses": first,
-        "versions": versions,
+        "first_losses": {peer: row["losses"] for peer, row in ready.items()},
+        "agrees": {peer: row["agrees"] for peer, row in ready.items() if "agrees" in row},
+        "versions": {peer: row["version"] for peer, row in ready.items()},
         "step_ms": step_ms,
-        "tokens_per_second": {p: 1e3 * tokens_per_step / ms for p, ms in medians.items()},
-        "speed_against": {p: medians[p] / medians["lm_jax"] for p in PEERS[1:]},
+        "tokens_per_second": {peer: 1e3 * tokens / ms for peer, ms in medians.items()},
+        "speed_against": {p: ms / medians[first] for p, ms in medians.items() if p != first},
     }
 
 
+def show(case: str, result: dict[str, Any]) -> None:
+    """One line a peer."""
+    for peer, values in result["step_ms"].items():
+        ratio = result["speed_against"].get(peer)
+        print(
+            f"{case:5} {peer:20} {statistics.median(values):8.1f} ms "
+            f"{result['tokens_per_second'][peer]:9,.0f} tok/s"
+            + (f"  {next(iter(result['step_ms']))} is {ratio:.2f}x as fast" if ratio else "")
+            + ("" if result["agrees"].get(peer, True) else "  ITS LOSSES DIFFER"),
+            flush=True,
+        )
+
+
 def main() -> None:
-    """Time all sizes and print a table."""
+    """Time all cases and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=DEVICES, default="cpu")
+    parser.add_argument("--cases", help=f"comma-separated, of {', '.join(CASES)}")
+    parser.add_argument("--peers", help="comma-separated; default: those of the case")
     parser.add_argument("--repeats", type=int, default=7, help="blocks per peer")
-    parser.add_argument("--json", type=pathlib.Path, help="where to write all numbers")
-    parser.add_argument("--serve", choices=PEERS, help=argparse.SUPPRESS)
-    parser.add_argument("--size", choices=SIZES, help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=pathlib.Path, help=argparse.SUPPRESS)
-    parser.add_argument("--steps_per_call", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--block_seconds", type=float, help="default: 2 on a CPU, 0.4 on a GPU")
+    parser.add_argument("--seconds", type=float, default=3600, help="for all, shared by the cases")
+    parser.add_argument("--json", type=pathlib.Path, help="where to write all numbers at the end")
+    parser.add_argument("--jsonl", type=pathlib.Path, help="file to which each figure adds a line")
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
-        serve(args.serve, args.size, args.folder, args.steps_per_call)
+        serve(CASES[args.cases], args.serve, args.device)
         return
+    until = time.perf_counter() + args.seconds
+    names = (args.cases or DEFAULT[args.device]).split(",")
+    if unknown := [name for name in names if name not in CASES]:
+        parser.error(f"--cases: {unknown} are none of {', '.join(CASES)}")
     results: dict[str, Any] = {"python": platform.python_version(), "machine": platform.machine()}
-    for name in SIZES:
-        results[name] = bench(name, args.repeats)
-        for peer in PEERS:
-            ratio = results[name]["speed_against"].get(peer)
-            print(
-                f"{name:5} {peer:14} {statistics.median(results[name]['step_ms'][peer]):8.1f} ms "
-                f"{results[name]['tokens_per_second'][peer]:9,.0f} tok/s"
-                + (f"  lm_jax is {ratio:.2f}x as fast" if ratio else "")
-            )
+    for i, name in enumerate(names):
+
+        def emit(name: str = name, **row: Any) -> None:
+            if "not_run" in row:
+                print(f"{name:5} {row['peer']:20} not run: {row['not_run']}", flush=True)
+            append(args.jsonl, {"part": "steps", "case": name, **row})
+
+        now = time.perf_counter()
+        peers = args.peers.split(",") if args.peers else list(CASES[name].peers)
+        share = (until - now) / (len(names) - i)
+        results[name] = bench(name, peers, args, now + share, emit)
+        show(name, results[name])
     if args.json:
         args.json.write_text(json.dumps(results, indent=1) + "\n")
+    sys.exit(not all(all(results[name]["agrees"].values()) for name in names))
 
 
 if __name__ == "__main__":
