@@ -24,6 +24,7 @@ from flax import nnx
 from lm_jax import doctor, loss, resolution, step
 from lm_jax.config import Config
 from lm_jax.flags import load_config
+from lm_jax.models.transformer import unstack
 
 T = 7
 V = 101  # enough for every backward pass; the widths of the layers are those of the config
@@ -82,7 +83,9 @@ def parts(cfg: Config, seed: int = 0) -> Iterator[Part]:
     for impl in ("materialised", "fused"):
         yield Part(f"head and loss, {impl}", head_VD, final_BTD, partial(head_and_loss, impl=impl))
     yield _module("final norm", model.final_norm, x_BTD)
-    for i, block in reversed(list(enumerate(model.blocks))):
+    structure, stacked = nnx.split(model.blocks)
+    layers = [nnx.merge(structure, layer) for layer in unstack(stacked, cfg.model.layers)]
+    for i, block in reversed(list(enumerate(layers))):
         yield _module(f"layer {i}, mlp", block.mlp, x_BTD)
         yield _module(f"layer {i}, mlp norm", block.mlp_norm, x_BTD)
         yield _module(
@@ -150,7 +153,6 @@ def main() -> None:
         parser.exit(2, f"{error}\n")
     if cfg.model.family != "dense":
         parser.exit(2, "config.model.family: only dense models have a table; give such a config.\n")
-    cfg.model.scan_layers = False  # the same layers, one by one
     print("| layer | leaf | shape | directions | coordinates | explained |")
     print("|---|---|---|---|---|---|")
     failed, count = [], 0

@@ -68,12 +68,17 @@ def attention(x_TE, kernel, bias, out, out_bias, heads):
     return y @ out + out_bias, weights
 
 
+def layers_of(params):
+    layers = len(jax.tree.leaves(params["blocks"])[0])
+    return [jax.tree.map(lambda x, i=i: x[i], params["blocks"]) for i in range(layers)]
+
+
 def by_equations(params, tokens):
     """Logits [T, V] and sensitivities [L, T, 16] of one document."""
     T = len(tokens)
     m = params["embedding"][tokens] + params["position_embedding"][:T]
     seen = []
-    for p in (params["blocks"][i] for i in range(len(params["blocks"]))):
+    for p in layers_of(params):
         grid = m.reshape(T, 4, 2, 4, 2)
         x = np.stack([grid[:, b // 4, :, b % 4].reshape(T, 4) for b in range(16)], axis=1)
         w, o = p["within"]["qkv"], p["within"]["out"]

@@ -9,6 +9,7 @@ import numpy as np
 from jax.extend import core
 
 _LIBRARIES = ("jax", "jaxlib", "flax", "optax")
+_VIEWS = ("split", "squeeze", "reshape")  # a part of a leaf is as good as the leaf
 
 
 class Origin(NamedTuple):
@@ -108,6 +109,11 @@ class _Replay:
             ((self.now, v.leaf) if v.leaf else v.entered for v in inputs), default=(-1, "none")
         )
         if not any(nan or inf for nan, inf in states):
+            if eqn.primitive.name in _VIEWS and inputs[0].leaf:  # not in use yet
+                names = [inputs[0].leaf]
+                if len(arrays) > 1:
+                    names = [f"{inputs[0].leaf}[{i}]" for i in range(len(arrays))]
+                return [_Value(a, leaf=name) for a, name in zip(arrays, names, strict=True)]
             return [_Value(array, entered=entered) for array in arrays]
         where, outside = _where(eqn) or self.where, self.where
         self.where = where

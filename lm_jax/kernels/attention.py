@@ -83,6 +83,7 @@ def attend(
     dropout_rate: float = 0.0,
     dropout_key: jax.Array | None = None,
     return_lse: bool = False,
+    finite_padding: bool = False,
 ) -> Any:
     """Self-attention softmax(scale q k') v as [B, T, H, C] in the dtype of the queries.
 
@@ -110,6 +111,8 @@ def attend(
         dropout_rate: share of probabilities set to 0.
         dropout_key: random key; None switches dropout off.
         return_lse: whether to return the log-sum-exp as well.
+        finite_padding: promises that padding holds finite numbers, and that nobody reads what comes
+            out there; saves the passes over queries, keys, values and output that see to it.
 
     Raises:
         ValueError: for arguments that mean nothing, and where this implementation cannot do what is
@@ -133,7 +136,8 @@ def attend(
     reason = _refusal(impl, q_BTHC, options, segments, return_lse, device)
     if reason:
         raise ValueError(f"attention.impl {impl} {reason}.")
-    if segment_ids_BT is not None:
+    padded = segment_ids_BT is not None and not finite_padding
+    if padded:
         real_BT11 = segment_ids_BT[:, :, None, None] > 0
         q_BTHC, k_BTKC, v_BTKC = (jnp.where(real_BT11, x, 0) for x in (q_BTHC, k_BTKC, v_BTKC))
     inputs = (q_BTHC, k_BTKC, v_BTKC, segment_ids_BT)
@@ -149,11 +153,11 @@ def attend(
         out_BTHC, lse_BTH = flash(*inputs, seed, deterministic=deterministic, **options)
     else:
         out_BTHC = _from_jax(*inputs, impl, options)
-    if segment_ids_BT is not None:
+    if padded:
         out_BTHC = jnp.where(real_BT11, out_BTHC, 0)
     if lse_BTH is None or not return_lse:
         return out_BTHC
-    if segment_ids_BT is not None:
+    if padded:
         lse_BTH = jnp.where(real_BT11[..., 0], lse_BTH, -jnp.inf)
     return out_BTHC, lse_BTH
 

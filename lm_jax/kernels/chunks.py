@@ -12,17 +12,22 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lm_jax.kernels import device
+
 Values = tuple[jax.Array, ...]
 
 
 def rows_per_chunk(rows: int, width: int) -> int:
-    """Default size of a chunk: an eighth of the rows, but 1024 at least and 8 D at most.
+    """Default size of a chunk: 8 D rows, on a CPU an eighth of all rows if that is less.
 
-    An eighth saves what is to be saved. 1024 rows make a product efficient. Each chunk reads and
-    writes the float32 gradient of the head, 8 V D bytes, beside at least 12 V bytes per row for
-    its logits: from 8 D rows on that is 8 % of the traffic and a larger chunk gains nothing.
+    Each chunk reads and writes the float32 gradient of the head, 8 V D bytes, beside at least 12 V
+    bytes per row for its logits: from 8 D rows on that is 8 % of the traffic and a larger chunk
+    gains nothing. An eighth of the rows saves what memory is to be saved, and 1024 rows make a
+    product efficient.
     """
-    return max(1024, min(rows // 8, 8 * width))
+    if device.target().platform == "cpu":
+        return max(1024, min(rows // 8, 8 * width))
+    return max(1024, 8 * width)
 
 
 def _width(shape: tuple[int, ...], chunk_rows: int | None) -> int:
@@ -30,6 +35,9 @@ def _width(shape: tuple[int, ...], chunk_rows: int | None) -> int:
     B, T, D = shape
     most = max(1, (chunk_rows or rows_per_chunk(B * T, D)) // max(1, B))
     chunks = max(1, -(-T // most))
+    if chunk_rows is None:
+        # A divisor of T near by, for else the last chunk is filled up and everything copied.
+        chunks = next((n for n in range(chunks, chunks // 2, -1) if T % n == 0), chunks)
     return max(1, -(-T // chunks))
 
 

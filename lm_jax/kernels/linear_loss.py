@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lm_jax.kernels import chunks
+from lm_jax.kernels import chunks, device
 
 
 class LinearLoss(NamedTuple):
@@ -93,6 +93,25 @@ def pick(z_NV: jax.Array, targets_N: jax.Array, weights_N: jax.Array) -> tuple[j
     # A negative id is out of range, which gives NaN, and not counted from the end.
     target_N1 = jnp.where(target_N < 0, z_NV.shape[1], target_N)[:, None]
     picked_N = jnp.take_along_axis(z_NV, target_N1, axis=1)[:, 0]
-    top_N = jax.lax.stop_gradient(z_NV.max(1))
-    lse_N = top_N + jnp.log(jnp.exp(z_NV - top_N[:, None]).sum(1))
+    top_N, lse_N = top_and_lse(z_NV)
     return target_N1, picked_N, top_N, lse_N
+
+
+def top_and_lse(z_NV: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The highest logit of each row and log sum_v exp z_v.
+
+    A GPU reads the logits once for both, at the price of a second exponential. A CPU, which
+    computes exponentials more slowly than it reads, takes one pass for each.
+    """
+    if device.target().platform == "cpu":
+        top_N = z_NV.max(1)
+        return top_N, top_N + jnp.log(jnp.exp(z_NV - top_N[:, None]).sum(1))
+
+    def join(a, b):
+        (top_a, sum_a), (top_b, sum_b) = a, b
+        top = jnp.maximum(top_a, top_b)
+        return top, sum_a * jnp.exp(top_a - top) + sum_b * jnp.exp(top_b - top)
+
+    nothing = jnp.asarray(jnp.finfo(z_NV.dtype).min, z_NV.dtype), jnp.zeros((), z_NV.dtype)
+    top_N, sum_N = jax.lax.reduce((z_NV, jnp.ones_like(z_NV)), nothing, join, (1,))
+    return top_N, top_N + jnp.log(sum_N)

@@ -8,6 +8,7 @@ else than its model here is refused.
 
 import contextlib
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -224,6 +225,11 @@ def _llama(fields: _Fields) -> tuple[ModelConfig, int, int]:
     return cfg, fields.count("vocab_size"), max_len
 
 
+def _stacked(blocks: Iterable[dict]) -> dict:
+    """One tree of arrays with a leading axis of layers."""
+    return jax.tree.map(lambda *layers: np.stack(layers), *blocks)
+
+
 def _rope_theta(fields: _Fields) -> float:
     """The base of plain rotary positions, which newer checkpoints write into `rope_parameters`."""
     fields.choice("partial_rotary_factor", (1,), 1)
@@ -268,7 +274,7 @@ def _llama_params(cfg: ModelConfig, tensors: _Tensors, vocab_size: int, max_len:
 
     return {
         "embedding": tensors.take("model.embed_tokens.weight", vocab_size, D),
-        "blocks": {i: block(f"model.layers.{i}") for i in range(cfg.layers)},
+        "blocks": _stacked(block(f"model.layers.{i}") for i in range(cfg.layers)),
         "final_norm": norm("model.norm", D),
     }
 
@@ -328,6 +334,6 @@ def _gpt2_params(cfg: ModelConfig, tensors: _Tensors, vocab_size: int, max_len: 
     return {
         "embedding": tensors.take("wte.weight", vocab_size, D),
         "position_embedding": tensors.take("wpe.weight", max_len, D),
-        "blocks": {i: block(f"h.{i}") for i in range(cfg.layers)},
+        "blocks": _stacked(block(f"h.{i}") for i in range(cfg.layers)),
         "final_norm": norm("ln_f"),
     }

@@ -218,12 +218,8 @@ class MuSota(nnx.Module):
         table = normal(cfg.init_std)
         self.embedding = nnx.Param(table(rngs.params(), (vocab_size, D)))
         self.position_embedding = nnx.Param(table(rngs.params(), (max_len, D)))
-        if cfg.scan_layers:
-            make = nnx.vmap(lambda key: Layer(cfg, vocab_size, impl, nnx.Rngs(params=key)))
-            self.blocks: Any = make(jax.random.split(rngs.params(), cfg.layers))
-        else:
-            layers = (Layer(cfg, vocab_size, impl, rngs) for _ in range(cfg.layers))
-            self.blocks = nnx.List(list(layers))
+        make = nnx.vmap(lambda key: Layer(cfg, vocab_size, impl, nnx.Rngs(params=key)))
+        self.blocks: Any = make(jax.random.split(rngs.params(), cfg.layers))
         self.final_norm = Norm(D, "layernorm", True)
         self.head = Linear(D, vocab_size, glorot(D, vocab_size), False, rngs)
         self.head_bias = nnx.Param(jnp.zeros((vocab_size,)))
