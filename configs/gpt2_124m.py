@@ -22,6 +22,7 @@ def get_config() -> Config:
     cfg.data.valid_fraction = 0.0005
     cfg.data.seq_len = 1024
     cfg.data.batch_size = 480
+    cfg.data.micro_batch = 60
     cfg.tokenizer.kind = "bpe"
     cfg.tokenizer.vocab_size = 50_257
     cfg.tokenizer.sample = 100_000_000
@@ -32,14 +33,12 @@ def get_config() -> Config:
     cfg.model.positions = "learned"
     cfg.model.mlp = "gelu_tanh"
     cfg.model.bias = True
-    cfg.model.scan_layers = True
     cfg.optim.peak_lr = 6e-4
     cfg.optim.warmup = Duration("2000")
-    cfg.optim.accumulation = 40
     cfg.train.steps = Duration("600000")
     cfg.train.eval_every = Duration("2000")
     cfg.train.checkpoint_every = Duration("2000")
     cfg.train.log_every = Duration("50")
-    cfg.train.compute_dtype = "bfloat16"
+    cfg.train.compute_dtype = "auto"
     cfg.train.matmul_precision = "tensorfloat32"
     return cfg

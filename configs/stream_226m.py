@@ -21,6 +21,7 @@ def get_config() -> Config:
     cfg.data.valid_fraction = 0.0005
     cfg.data.seq_len = 2048
     cfg.data.batch_size = 64
+    cfg.data.micro_batch = 16
     cfg.tokenizer.kind = "bpe"
     cfg.tokenizer.vocab_size = 32_768
     cfg.tokenizer.sample = 100_000_000
@@ -34,11 +35,10 @@ def get_config() -> Config:
     cfg.model.remat = True
     cfg.optim.peak_lr = 3e-3
     cfg.optim.warmup = Duration("2000")
-    cfg.optim.accumulation = 4
     cfg.train.steps = Duration("30000")
     cfg.train.eval_every = Duration("500")
     cfg.train.checkpoint_every = Duration("500")
     cfg.train.log_every = Duration("50")
-    cfg.train.compute_dtype = "bfloat16"
+    cfg.train.compute_dtype = "auto"
     cfg.train.matmul_precision = "tensorfloat32"
     return cfg

@@ -33,6 +33,6 @@ def get_config() -> Config:
     cfg.train.eval_every = Duration("5 epochs")
     cfg.train.checkpoint_every = Duration("5 epochs")
     cfg.train.log_every = Duration("50")
-    cfg.train.compute_dtype = "bfloat16"
+    cfg.train.compute_dtype = "auto"
     cfg.train.matmul_precision = "tensorfloat32"
     return cfg

@@ -142,6 +142,8 @@ class DataConfig(_Section):
     workers: int = 0  # processes that tokenise a corpus of more than 32 MB; 0: one a core
     seq_len: int = 256  # T, tokens predicted per window
     batch_size: int = 32  # sequences per update, over all devices and micro-batches
+    # most sequences that a device computes at a time, and so the number of micro-batches; 0: all
+    micro_batch: int = 0
     document_mask: bool = True  # attention and positions restart at each document
     window_offset: bool = False  # cut the text into windows elsewhere in every epoch
     threads: int = 1  # threads that assemble batches ahead of the step; 0: in the loop itself
@@ -202,7 +204,6 @@ class OptimConfig(_Section):
     b2: float = 0.95  # decay of the second moment per update
     eps: float = 1e-8  # added to the root of the second moment
     clip_norm: float = 1.0  # global gradient norm is cut to this; 0: off
-    accumulation: int = 1  # micro-batches per update
     ema_decay: float = 0.0  # weight average used for evaluation; 0: off
 
 
@@ -232,7 +233,8 @@ class TrainConfig(_Section):
     log_every: Duration = Duration("10")  # a progress line and, on request, per-layer norms
     layer_norms: bool = False  # log grad_norm/<path> for every parameter
     tensorboard: bool = False  # also write TensorBoard events (extra "tensorboard")
-    compute_dtype: str = "float32"  # float32 | bfloat16 | float16 (with dynamic loss scaling)
+    # auto (what the device is fast in) | float32 | bfloat16 | float16 (with dynamic loss scaling)
+    compute_dtype: str = "auto"
     matmul_precision: str = "float32"  # float32 | tensorfloat32, of float32 products on a GPU
     steps_per_call: int = 1  # updates in one dispatch; a divisor of the spans above compiles once
     max_nonfinite: int = 10  # stop after this many skipped updates in a row
@@ -352,6 +354,15 @@ def from_dict(tree: dict[str, Any]) -> Config:
         else:
             setattr(cfg, name, value)
     return cfg
+
+
+def from_record(record: dict[str, Any]) -> Config:
+    """The config in a run's `config.json`, of which version 0.1 counted the micro-batches."""
+    tree = {**record["config"], "optim": dict(record["config"]["optim"])}
+    if count := tree["optim"].pop("accumulation", 0):
+        rows = tree["data"]["batch_size"] // count
+        tree["data"] = {**tree["data"], "micro_batch": 0 if count == 1 else rows}
+    return from_dict(tree)
 
 
 def check_names(paths: Sequence[str]) -> None:

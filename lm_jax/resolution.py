@@ -21,6 +21,7 @@ from lm_jax.config import (
     nearest,
     to_dict,
 )
+from lm_jax.kernels import device
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "tokenizer.kind": ("byte", "char", "word", "bpe", "hf"),
@@ -38,12 +39,12 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "loss.impl": ("auto", "materialised", "fused"),
     "distill.kind": ("forward", "reverse", "jsd", "skew"),
     "distill.support": ("full", "top_k", "union"),
-    "train.compute_dtype": ("float32", "bfloat16", "float16"),
+    "train.compute_dtype": ("auto", "float32", "bfloat16", "float16"),
     "train.matmul_precision": ("float32", "tensorfloat32"),
 }
 _POSITIVE = (
     "data.seq_len data.batch_size model.layers model.d_model model.heads model.norm_eps "
-    "model.rope_theta model.init_std optim.peak_lr optim.eps optim.accumulation train.keep "
+    "model.rope_theta model.init_std optim.peak_lr optim.eps train.keep "
     "train.steps_per_call train.max_nonfinite mesh.fsdp distill.experts distill.router_top_k "
     "distill.lr"
 ).split()
@@ -52,7 +53,7 @@ _SHARE = (  # in [0, 1)
     "model.embedding_dropout loss.label_smoothing optim.b1 optim.b2 optim.ema_decay"
 ).split()
 _NOT_NEGATIVE = (
-    "seed data.workers data.threads tokenizer.vocab_size tokenizer.sample model.kv_heads "
+    "seed data.workers data.threads data.micro_batch tokenizer.vocab_size tokenizer.sample model.kv_heads "
     "model.d_ff model.embedding_rank model.logit_softcap optim.end_lr optim.weight_decay "
     "optim.clip_norm eval.batch_size eval.stride"
 ).split()
@@ -142,12 +143,6 @@ def validate(cfg: Config) -> Config:
         "model.heads",
         f"gives an odd head width of {model.d_model // model.heads}, which rotary cannot pair",
         "choose an even head width",
-    )
-    require(
-        data.batch_size % optim.accumulation == 0,
-        "optim.accumulation",
-        f"does not divide config.data.batch_size={data.batch_size}",
-        "choose a divisor",
     )
     require(
         cfg.eval.stride <= data.seq_len,
@@ -244,10 +239,10 @@ def _validate_distillation(cfg: Config, require: Callable[[bool, str, str, str],
         "lower it",
     )
     require(
-        "contrastive" not in used or cfg.data.batch_size > cfg.optim.accumulation,
+        "contrastive" not in used or (cfg.data.batch_size > 1 and cfg.data.micro_batch != 1),
         "distill.contrastive",
-        "tells rows apart, of which an update has one at a time",
-        "raise config.data.batch_size above config.optim.accumulation",
+        "tells rows apart, of which a device computes one at a time",
+        "raise config.data.batch_size and config.data.micro_batch",
     )
     one = bool(distill.teachers) and "," not in distill.teachers
     for name in used:
@@ -299,8 +294,22 @@ def _steps_of(value: Duration, data: DataConfig, windows: int) -> int:
     return math.ceil(amount / per_step[unit] - 1e-9)
 
 
+def rounded(cfg: Config, *, windows: int) -> dict[str, tuple[int, int]]:
+    """Spans that whole calls of `train.steps_per_call` do not make up, by field: (exact, rounded).
+
+    A call of another length would be compiled anew. Spans written in steps stay as they are.
+    """
+    call, spans = cfg.train.steps_per_call, {}
+    for name in ("steps", "eval_every", "checkpoint_every"):
+        value = getattr(cfg.train, name)
+        exact = _steps_of(value, cfg.data, windows)
+        if exact % call and value.parts()[1] != "step":
+            spans[f"train.{name}"] = exact, call * max(1, round(exact / call))
+    return spans
+
+
 def resolve(cfg: Config, *, windows: int) -> Config:
-    """Fill in derived values: durations become steps, zeros that mean "as ..." become numbers.
+    """Fill in derived values: durations in steps, numbers for zeros that mean "as ...", the dtype.
 
     Args:
         cfg: a valid config.
@@ -310,16 +319,20 @@ def resolve(cfg: Config, *, windows: int) -> Config:
         ConfigError: if warm-up and decay do not fit into the run.
     """
     cfg = from_dict(to_dict(validate(cfg)))
+    whole_calls = rounded(cfg, windows=windows)
     for path, value in list(fields(cfg)):
         if isinstance(value, Duration):
             section, name = path.split(".")
-            setattr(getattr(cfg, section), name, str(_steps_of(value, cfg.data, windows)))
+            exact = _steps_of(value, cfg.data, windows)
+            _, steps = whole_calls.get(path, (exact, exact))
+            setattr(getattr(cfg, section), name, str(steps))
     model = cfg.model
     if model.family == "dense":
         model.kv_heads = model.kv_heads or model.heads
         if model.d_ff == 0:
             width = 8 * model.d_model / 3 if model.mlp == "swiglu" else 4 * model.d_model
             model.d_ff = 8 * round(width / 8)
+    cfg.train.compute_dtype, _ = device.choose_dtype(cfg.train.compute_dtype)
     cfg.eval.batch_size = cfg.eval.batch_size or cfg.data.batch_size
     cfg.eval.stride = cfg.eval.stride or cfg.data.seq_len
 

@@ -29,6 +29,7 @@ from lm_jax.distill import report as distill_report
 from lm_jax.distill import step as distill_step
 from lm_jax.distill.teachers import Teacher, open_teacher, verify
 from lm_jax.doctor import provenance
+from lm_jax.kernels.device import choose_dtype
 from lm_jax.writers import Writers
 
 
@@ -56,21 +57,17 @@ def train_and_evaluate(cfg: Config, workdir: str | pathlib.Path) -> dict[str, An
     store = evaluate.open_data(resolution.validate(cfg))
     train_split = store.split("train")
     windows = pipeline.count_windows(train_split, cfg.data.seq_len, cfg.data.window_offset)
+    asked, dtype_reason = cfg.train.compute_dtype, choose_dtype(cfg.train.compute_dtype)[1]
+    whole_calls = resolution.rounded(cfg, windows=windows)
     cfg = resolution.resolve(cfg, windows=windows)
     steps = int(cfg.train.steps)
     impl, reason = step.choose_attention(cfg)
-    loss_impl, loss_reason = step.choose_loss(cfg, store.tokenizer.vocab_size)
+    mesh = sharding.make_mesh(cfg.mesh.fsdp)
+    with jax.set_mesh(mesh):  # the devices share the rows
+        loss_impl, loss_reason = step.choose_loss(cfg, store.tokenizer.vocab_size)
     distilling = bool(cfg.distill.teachers or cfg.distill.cache)
     if distilling:
         loss_impl, loss_reason = "fused", "one operation with the divergence"
-    mesh = sharding.make_mesh(cfg.mesh.fsdp)
-    rows = cfg.data.batch_size // cfg.optim.accumulation
-    if rows % jax.device_count():
-        raise config.ConfigError(
-            f"config.data.batch_size: micro-batches of {rows} sequences cannot be shared by "
-            f"{jax.device_count()} devices; choose a multiple of "
-            f"{cfg.optim.accumulation * jax.device_count()}."
-        )
     graphdef, init = step.create_model(cfg, store.tokenizer.vocab_size, impl)
     if distilling:
         teacher = open_teacher(cfg, store, mesh)
@@ -84,6 +81,8 @@ def train_and_evaluate(cfg: Config, workdir: str | pathlib.Path) -> dict[str, An
     shardings = sharding.by_shape(mesh, abstract)
     checkpoints = checkpoint.Checkpoints(workdir, cfg.train.keep)
     start = checkpoints.position() or 0
+    if start and asked == "auto":
+        refuse_other_dtype(workdir, cfg.train.compute_dtype)
     record_config(workdir, cfg, store, resuming=start > 0)
     if distilling:
         record_teacher(workdir, teacher, resuming=start > 0)
@@ -127,11 +126,16 @@ def train_and_evaluate(cfg: Config, workdir: str | pathlib.Path) -> dict[str, An
     decays = optim.decayed(cfg.optim, abstract.params)
     writers.say(
         f"{parameter_count(abstract.params):,} parameters on {jax.device_count()} "
-        f"{jax.devices()[0].device_kind} device(s); attention {impl} ({reason}); "
-        f"loss {loss_impl} ({loss_reason}); "
+        f"{jax.devices()[0].device_kind} device(s); {cfg.train.compute_dtype} ({dtype_reason}); "
+        f"attention {impl} ({reason}); loss {loss_impl} ({loss_reason}); "
         f"{len(train_split.tokens):,} training tokens, {steps:,} updates of "
         f"{cfg.data.batch_size * cfg.data.seq_len:,} from update {start:,}"
     )
+    for path, (exact, whole) in whole_calls.items():
+        writers.say(
+            f"config.{path}: {exact:,} updates made {whole:,}, "
+            f"whole calls of config.train.steps_per_call={cfg.train.steps_per_call}"
+        )
     for line in teaching:
         writers.say(line)
     kept = [optim.path_name(p) for p, decay in jax.tree.leaves_with_path(decays) if not decay]
@@ -348,6 +352,21 @@ class Signals:
             signal.signal(number, handler)
 
 
+def refuse_other_dtype(workdir: pathlib.Path, dtype: str) -> None:
+    """Refuse to resume a run in the `dtype` of this device if the run has computed in another.
+
+    Raises:
+        ConfigError: naming the field that makes the run go on in its own dtype.
+    """
+    path = workdir / "config.json"
+    before = json.loads(path.read_text())["config"]["train"]["compute_dtype"]
+    if before != dtype:
+        raise config.ConfigError(
+            f"config.train.compute_dtype: 'auto' is {dtype} on this device, and the run in "
+            f"{workdir} computes in {before}; give --config.train.compute_dtype={before} to go on."
+        )
+
+
 def record_config(workdir: pathlib.Path, cfg: Config, store: Store, *, resuming: bool) -> None:
     """Write `config.json` and the tokenizer, or compare with those of the run to be resumed.
 
@@ -357,8 +376,9 @@ def record_config(workdir: pathlib.Path, cfg: Config, store: Store, *, resuming:
     path = workdir / "config.json"
     if resuming:
         old = json.loads(path.read_text())
+        checkpoint.refuse_older(path, old)
         # A field that came later had its default.
-        before = config.to_dict(config.from_dict(old["config"]))
+        before = config.to_dict(config.from_record(old))
         changes = config.difference(before, config.to_dict(cfg))
         if changes:
             raise config.ConfigError(

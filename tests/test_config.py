@@ -1,7 +1,10 @@
+import types
+
 import pytest
 
 from lm_jax import config, resolution
 from lm_jax.config import Config, ConfigError
+from lm_jax.kernels import device as devices
 
 
 def resolved(windows=1000, **changes):
@@ -58,7 +61,7 @@ def test_int_becomes_float():
         ({"model__heads": 3}, "model.heads"),
         ({"model__kv_heads": 3}, "model.kv_heads"),
         ({"model__d_model": 12, "model__heads": 4}, "model.heads"),
-        ({"optim__accumulation": 5}, "optim.accumulation"),
+        ({"data__micro_batch": -1}, "data.micro_batch"),
         ({"optim__weight_decay": -0.1}, "optim.weight_decay"),
         ({"optim__schedule": "wsd"}, "optim.decay"),
         ({"optim__decay": "10"}, "optim.decay"),
@@ -72,6 +75,7 @@ def test_int_becomes_float():
         ({"eval__splits": "valid,dev"}, "eval.splits"),
         ({"attention__impl": "flash"}, "attention.impl"),
         ({"train__steps": "0"}, "train.steps"),
+        ({"train__compute_dtype": "half"}, "train.compute_dtype"),
         ({"train__log_every": "0"}, "train.log_every"),
     ],
 )
@@ -96,6 +100,54 @@ def test_impossible_values_name_the_field(changes, field):
 )
 def test_durations(text, steps):
     assert resolved(train__steps=text, optim__warmup="0").train.steps == str(steps)
+
+
+def test_spans_are_whole_calls():
+    """In tokens or epochs a span is a number of calls; in steps it is what was written."""
+    cfg = config.replace(
+        config.Config(),
+        train__steps_per_call=8,
+        train__steps="3 epochs",  # 93.75 updates
+        train__eval_every="1 epoch",  # 31.25
+        train__checkpoint_every="50",
+        optim__warmup="1 epoch",
+    )
+    found = resolution.rounded(cfg, windows=1000)
+    assert found == {"train.steps": (94, 96)}
+    cfg = resolution.resolve(cfg, windows=1000)
+    spans = cfg.train.steps, cfg.train.eval_every, cfg.train.checkpoint_every, cfg.optim.warmup
+    assert spans == ("96", "32", "50", "32")
+    tiny = config.replace(cfg, train__eval_every="100 tokens")
+    assert resolution.resolve(tiny, windows=1000).train.eval_every == "8"
+
+
+def fake(platform, kind, **attributes):
+    return types.SimpleNamespace(platform=platform, device_kind=kind, **attributes)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "said"),
+    [
+        (fake("cpu", "cpu"), "float32", "not known to be faster on a cpu"),
+        (fake("gpu", "Tesla P100-PCIE-16GB"), "float32", "compute capability 6.0"),
+        (fake("gpu", "Tesla K80"), "float32", "on Tesla K80"),
+        (fake("gpu", "some new GPU", compute_capability="6.9"), "float32", "capability 6.9"),
+        (fake("gpu", "some new GPU", compute_capability="7.0"), "float16", "no fast bfloat16"),
+        (fake("gpu", "Tesla V100-SXM2-16GB"), "float16", "compute capability 7.0"),
+        (fake("gpu", "Tesla T4", compute_capability="7.5"), "float16", "compute capability 7.5"),
+        (fake("gpu", "NVIDIA A100-SXM4-40GB"), "bfloat16", "compute capability 8.0"),
+        (fake("gpu", "NVIDIA H200", compute_capability="9.0"), "bfloat16", "capability 9.0"),
+        (fake("gpu", "some new GPU", compute_capability="13.1"), "bfloat16", "capability 13.1"),
+        (fake("tpu", "TPU v4"), "bfloat16", "on TPU v4"),
+    ],
+)
+def test_the_dtype_is_that_of_the_device(device, dtype, said, monkeypatch):
+    monkeypatch.setattr(devices, "target", lambda: device)
+    assert resolved().train.compute_dtype == dtype
+    assert devices.choose_dtype("auto")[0] == dtype and said in devices.choose_dtype("auto")[1]
+    for name in ("float32", "bfloat16", "float16"):
+        assert resolved(train__compute_dtype=name).train.compute_dtype == name
+        assert devices.choose_dtype(name) == (name, "named in the config")
 
 
 def test_everything_is_resolved_once():

@@ -27,6 +27,7 @@ from lm_jax.config import Config
 from lm_jax.data import corpora, shards
 from lm_jax.data.pipeline import batch_hash
 from lm_jax.distill import step as distill_step
+from lm_jax.kernels import device
 from tests.distill.test_step import toy_teacher
 from tests.test_hf_tokenizer import byte_level, save
 
@@ -135,7 +136,7 @@ TABLE = {
     "optim.b2": (0.9, "train_step", {}),
     "optim.eps": (1e-6, "train_step", {}),
     "optim.clip_norm": (2.0, "train_step", {}),
-    "optim.accumulation": (2, "train_step", {}),
+    "data.micro_batch": (2, "train_step", {}),
     "optim.ema_decay": (0.9, "train_step evaluated_midway evaluated_at_end", {}),
     "attention.impl": ("xla", "implementation", {}),
     "loss.impl": ("fused", "train_step eval_step", {"loss.impl": "materialised"}),
@@ -151,7 +152,7 @@ TABLE = {
     "train.log_every": ("2", "progress", {}),
     "train.layer_norms": (True, "train_step", {}),
     "train.tensorboard": (True, "tensorboard", {}),
-    "train.compute_dtype": ("bfloat16", "train_step eval_step", {}),
+    "train.compute_dtype": ("bfloat16", "train_step eval_step", {"train.compute_dtype": "float32"}),
     "train.matmul_precision": ("tensorfloat32", "train_step eval_step", {}),
     "train.steps_per_call": (2, "calls", {}),
     "train.max_nonfinite": (2, "error: updates 2 to 3 were all skipped", {}),
@@ -425,6 +426,18 @@ def test_a_changed_field_changes_the_run(lab, path):
         before = lab.observe(companions, aspect)
         after = lab.observe(companions | {path: value}, aspect)
         assert after and before != after, aspect
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("NVIDIA H200", "bfloat16"), ("Tesla T4", "float16")])
+def test_the_device_decides_the_dtype(lab, kind, dtype, monkeypatch):
+    """As in `TABLE`: a step for a GPU is the step of the dtype that the GPU is fast in."""
+    gpu = types.SimpleNamespace(platform="gpu", device_kind=kind)
+    for aspect in ("train_step", "eval_step"):
+        named = lab.observe({"train.compute_dtype": dtype}, aspect)
+        with monkeypatch.context() as patch:
+            patch.setattr(device, "target", lambda: gpu)
+            chosen = trace(lab.config({"train.compute_dtype": "auto"}))[aspect]()
+        assert chosen == named != lab.observe({"train.compute_dtype": "float32"}, aspect)
 
 
 def test_the_seed_reaches_dropout(lab):

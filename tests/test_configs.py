@@ -1,12 +1,15 @@
 """Every shipped config resolves, and its model has the size its docstring says."""
 
+import json
 import pathlib
+import types
 
 import jax
 import pytest
 
-from lm_jax import config, resolution, step, train
+from lm_jax import config, evaluate, generate, resolution, step, train
 from lm_jax.flags import load_module
+from lm_jax.kernels import device
 from lm_jax.models.sizing import size
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -100,3 +103,95 @@ def test_the_character_config_trains_from_one_text_file(tmp_path):
     cfg.data.source_dir, cfg.data.cache_dir = str(tmp_path), str(tmp_path / "cache")
     cfg.train.steps, cfg.optim.warmup = config.Duration("2"), config.Duration("1")
     assert list(train.train_and_evaluate(cfg, tmp_path / "run")) == ["valid"]
+
+
+GPU_CONFIGS = ("gpt2_124m", "stream_226m", "wikitext2")
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "impls"),
+    [
+        ("NVIDIA H200", "bfloat16", ("cudnn", "cudnn", "cudnn")),
+        ("NVIDIA L4", "bfloat16", ("cudnn", "cudnn", "cudnn")),
+        ("Tesla T4", "float16", ("xla", "blockwise", "xla")),
+        ("Tesla P100-PCIE-16GB", "float32", ("xla", "blockwise", "xla")),
+    ],
+)
+def test_configs_for_a_gpu_suit_the_gpu(kind, dtype, impls, monkeypatch):
+    gpu = types.SimpleNamespace(platform="gpu", device_kind=kind)
+    monkeypatch.setattr(device, "target", lambda: gpu)
+    for name, impl in zip(GPU_CONFIGS, impls, strict=True):
+        cfg = resolution.resolve(load(name).get_config(), windows=5000)
+        assert cfg.train.compute_dtype == dtype
+        assert cfg.train.matmul_precision == "tensorfloat32"
+        chosen, reason = step.choose_attention(cfg)
+        assert chosen == impl and f", {dtype}, head width 64" in reason
+    mu_sota = resolution.resolve(load("musota").get_config(), windows=5000)
+    assert step.choose_attention(mu_sota)[0] == "xla"  # its heads are 2 wide
+
+
+@pytest.fixture(scope="module")
+def small_wikitext2(tmp_path_factory):
+    """A function from the dtype to `configs/wikitext2.py` with toy sizes and another corpus."""
+    folder = tmp_path_factory.mktemp("small")
+    lines = [f"To be, or not to be: that is question {i} of {7 * i % 11}.\n" for i in range(600)]
+    (folder / "input.txt").write_text("".join(lines))
+
+    def make(dtype):
+        return config.replace(
+            load("wikitext2").get_config(),
+            doctor="off",
+            data__corpus="text",
+            data__source_dir=str(folder),
+            data__files="input.txt",
+            data__document="line",
+            data__cache_dir=str(folder / "cache"),
+            data__seq_len=32,
+            data__batch_size=4,
+            tokenizer__vocab_size=300,
+            model__layers=2,
+            model__d_model=64,
+            model__heads=1,
+            loss__impl="fused",
+            train__compute_dtype=dtype,
+            train__steps="30",
+            optim__warmup="2",
+            train__eval_every="15",
+            train__checkpoint_every="15",
+        )
+
+    return make
+
+
+def test_wikitext2_trains_in_float16(small_wikitext2, tmp_path):
+    """As on a T4: dropout, Muon, the average of the weights, query norms and the fused loss."""
+    result = train.train_and_evaluate(small_wikitext2("float16"), tmp_path / "run")
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    scales = [row["optim/loss_scale"] for row in rows if "optim/loss_scale" in row]
+    skipped = sum(row.get("optim/skipped_updates", 0) for row in rows)
+    assert len(scales) == 30 and skipped == 0
+    assert result["valid"]["loss"] < 0.9 * rows[0]["train/loss"]
+    run = evaluate.open_run(tmp_path / "run")
+    assert run.cfg.train.compute_dtype == "float16"
+    (sample,) = generate.generate(run, "To be", tokens=8, samples=1)
+    assert len(sample.ids) == 8
+
+
+def test_the_dtype_of_a_run_is_recorded_and_kept(small_wikitext2, tmp_path, monkeypatch, capsys):
+    cfg = small_wikitext2("auto")
+    train.train_and_evaluate(cfg, tmp_path / "run")
+    recorded = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
+    own, reason = device.choose_dtype("auto")
+    assert recorded["train"]["compute_dtype"] == own and recorded["attention"]["impl"] == "auto"
+    assert f"{own} ({reason}); attention " in capsys.readouterr().out.replace("\n", " ")
+    other = {"float32": "Tesla T4"}.get(own, "Tesla P100-PCIE-16GB")
+    gpu = types.SimpleNamespace(platform="gpu", device_kind=other)
+    with monkeypatch.context() as patch:
+        patch.setattr(device, "target", lambda: gpu)
+        with pytest.raises(config.ConfigError) as error:
+            train.train_and_evaluate(cfg, tmp_path / "run")
+    sentence = str(error.value)
+    assert sentence.startswith("config.train.compute_dtype: 'auto' is ")
+    assert sentence.endswith(f"; give --config.train.compute_dtype={own} to go on.")
+    train.train_and_evaluate(small_wikitext2(own), tmp_path / "run")

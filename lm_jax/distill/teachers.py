@@ -235,7 +235,7 @@ def _as_read(run: evaluate.Run, cfg: Config) -> nnx.GraphDef:
         data__document_mask=cfg.data.document_mask,
         data__window_offset=cfg.data.window_offset,
     )
-    impl, _ = step.choose_attention(cfg)
+    impl, _ = step.choose_attention(config.replace(cfg, model=run.cfg.model))
     graphdef, _ = step.create_model(how, run.store.tokenizer.vocab_size, impl)
     return graphdef
 
