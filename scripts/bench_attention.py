@@ -73,6 +73,7 @@ CASES = {
     "gpu_window": Case(4, 4096, 32, 64, window=256),
     "gpu_dropout": Case(8, 2048, 32, 64, dropout=0.1),
     **{f"cpu_t{T}": Case(4096 // T, T, 4, 64, "float32") for T in (64, 128, 256, 512, 1024, 2048)},
+    "toy": Case(2, 64, 2, 16),
     "cpu_t4096": Case(1, 4096, 4, 64, "float32"),
     "cpu_many_rows": Case(32, 256, 8, 32, "float32"),
     "cpu_window": Case(1, 4096, 4, 64, "float32", window=256),

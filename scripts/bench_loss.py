@@ -55,6 +55,7 @@ CASES = {
     "cpu_50k": Case(8192, 768, 50_257, "float32", timed=False),
     "cpu_50k_bf16": Case(8192, 768, 50_257, "bfloat16", timed=False),
     "cpu_kl": Case(4096, 256, 16_384, "float32", kind="divergence"),
+    "toy": Case(512, 32, 300, "bfloat16"),
     "gpu_17m": Case(16_384, 384, 16_384, "bfloat16"),
     "gpu_124m": Case(32_768, 768, 50_304, "bfloat16"),
     "gpu_16k_d256": Case(65_536, 256, 16_384, "bfloat16"),

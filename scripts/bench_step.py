@@ -191,6 +191,7 @@ def main() -> None:
     parser.add_argument("--device", choices=DEVICES, default="cpu")
     parser.add_argument("--cases", help=f"comma-separated, of {', '.join(CASES)}")
     parser.add_argument("--peers", help="comma-separated; default: those of the case")
+    parser.add_argument("--without", default="", help="peers that are left out, comma-separated")
     parser.add_argument("--repeats", type=int, default=7, help="blocks per peer")
     parser.add_argument("--block_seconds", type=float, help="default: 2 on a CPU, 0.4 on a GPU")
     parser.add_argument("--seconds", type=float, default=3600, help="for all, shared by the cases")
@@ -215,6 +216,7 @@ def main() -> None:
 
         now = time.perf_counter()
         peers = args.peers.split(",") if args.peers else list(CASES[name].peers)
+        peers = [peer for peer in peers if peer not in args.without.split(",")]
         share = (until - now) / (len(names) - i)
         results[name] = bench(name, peers, args, now + share, emit)
         show(name, results[name])

@@ -1,0 +1,160 @@
+"""A training of `configs/wikitext2.py` that ends with a test score within given seconds.
+
+    python scripts/gpu_train.py --jsonl=FILE --out=DIR --seconds=S [--source_dir=DIR] [--toy]
+
+The run is shortened to as many updates as fit, by the speed of the step in FILE if it is there. One
+that is late all the same is told to stop, and its best checkpoint is scored.
+"""
+
+import argparse
+import json
+import pathlib
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+import benchmark
+
+from lm_jax import config, evaluate, resolution
+from lm_jax.data import pipeline
+from lm_jax.flags import load_module
+
+ROOT = pathlib.Path(__file__).parents[1]
+CONFIG = ROOT / "configs" / "wikitext2.py"
+SPANS = 6  # evaluations
+CALL = 8  # updates in a call
+OVERHEAD = 60.0  # seconds for start, compilation, evaluations, saving and the report
+RESERVE = 35.0  # seconds before the end at which a late run is told to stop
+SCORES = "loss token_ppl word_ppl bits_per_byte accuracy token_count step references".split()
+TOY = {
+    "model.layers": 1,
+    "model.d_model": 32,
+    "model.heads": 2,
+    "data.seq_len": 32,
+    "data.batch_size": 4,
+    "tokenizer.vocab_size": 300,
+}
+
+
+def step_ms(path: pathlib.Path) -> float:
+    """Milliseconds of an update, as measured, or of an H200."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    turns = [row["step_ms"] for row in rows if row.get("case") == "17M" and "turn" in row]
+    found = [turn[peer] for peer in ("lm_jax x8", "lm_jax") for turn in turns if peer in turn]
+    return statistics.median(found) if found else 13.0
+
+
+def plan(args: argparse.Namespace) -> tuple[list[str], int]:
+    """Flags of the training, and the number of updates of the whole run of the config."""
+    changes: dict[str, Any] = dict(TOY) if args.toy else {}
+    for name in ("source_dir", "cache_dir"):
+        if getattr(args, name):
+            changes[f"data.{name}"] = getattr(args, name)
+    cfg = load_module(CONFIG).get_config()
+    cfg = config.replace(cfg, **{k.replace(".", "__"): v for k, v in changes.items()})
+    train = evaluate.open_data(resolution.validate(cfg)).split("train")
+    windows = pipeline.count_windows(train, cfg.data.seq_len, cfg.data.window_offset)
+    resolved = resolution.resolve(cfg, windows=windows)
+    whole = int(resolved.train.steps)
+    fit = max(0, int(1e3 * (args.seconds - OVERHEAD) / (1.05 * step_ms(args.jsonl))))
+    span = max(1, (CALL * SPANS if args.toy else min(whole, fit)) // (CALL * SPANS)) * CALL
+    changes |= {
+        "doctor": "off",
+        "train.steps": span * SPANS,
+        "train.eval_every": span,
+        "train.checkpoint_every": 0,
+        "train.steps_per_call": CALL,
+        "train.log_every": span,
+        "optim.warmup": min(int(resolved.optim.warmup), span * SPANS // 10),
+    }
+    return [f"--config.{name}={value}" for name, value in changes.items()], whole
+
+
+class Curve:
+    """The valid scores of a run, passed on as they come."""
+
+    def __init__(self, path: pathlib.Path, jsonl: pathlib.Path):
+        """`path` is the run's `metrics.jsonl`."""
+        self.path, self.jsonl, self.seen = path, jsonl, 0
+
+    def look(self) -> None:
+        """Write down what is new."""
+        text = self.path.read_text() if self.path.exists() else ""
+        lines = text[: text.rfind("\n") + 1].splitlines()
+        for row in map(json.loads, lines[self.seen :]):
+            if "valid/loss" in row:
+                found = {name: row[f"valid/{name}"] for name in ("loss", "word_ppl")}
+                benchmark.append(self.jsonl, {"part": "train", "valid_at": row["step"], **found})
+        self.seen = len(lines)
+
+    def speed(self) -> dict[str, Any]:
+        """Medians over the second half, and the time of all updates together."""
+        rows = [json.loads(line) for line in self.path.read_text().splitlines()]
+        rows = [row for row in rows if "perf/step_ms" in row]
+        if not rows:
+            return {"updates": 0}
+        found: dict[str, Any] = {"updates": rows[-1]["step"]}
+        found["update_seconds"] = sum(row["perf/step_ms"] for row in rows) / 1e3
+        for name in ("tokens_per_second", "step_ms", "input_wait", "mfu"):
+            values = [r[f"perf/{name}"] for r in rows[len(rows) // 2 :] if f"perf/{name}" in r]
+            found[name] = statistics.median(values) if values else None
+        return found
+
+
+def train(command: list[str], curve: Curve, until: float) -> tuple[int, bool]:
+    """Run it, and tell it to stop at `until`; its exit code and whether it was stopped."""
+    process = subprocess.Popen(command, cwd=ROOT)
+    stopped = False
+    while process.poll() is None:
+        time.sleep(0.2)
+        curve.look()
+        if not stopped and time.perf_counter() > until:
+            process.terminate()
+            stopped = True
+    curve.look()
+    return process.returncode, stopped
+
+
+def main() -> None:
+    """Train, score and write down."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--jsonl", type=pathlib.Path, required=True, help="results, a line each")
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="for scores and config")
+    parser.add_argument("--seconds", type=float, required=True, help="for everything")
+    parser.add_argument("--source_dir", help="folder with wiki.{train,valid,test}.tokens")
+    parser.add_argument("--cache_dir", help="prepared data")
+    parser.add_argument("--toy", action="store_true", help="a small model for a CPU")
+    args = parser.parse_args()
+    until = time.perf_counter() + args.seconds
+    benchmark.use("cpu")  # this process leaves the GPU to the training
+    flags, whole = plan(args)
+    with tempfile.TemporaryDirectory() as folder:
+        workdir = pathlib.Path(folder) / "run"
+        curve = Curve(workdir / "metrics.jsonl", args.jsonl)
+        main_ = [sys.executable, "-m", "lm_jax.main", f"--config={CONFIG}", f"--workdir={workdir}"]
+        began = time.perf_counter()
+        reserve = min(RESERVE, 0.3 * args.seconds)
+        code, stopped = train([*main_, *flags], curve, until - reserve)
+        row = {"part": "train", "code": code, "stopped": stopped, "of": whole, "flags": flags}
+        wall = time.perf_counter() - began
+        benchmark.append(args.jsonl, row | {"wall_seconds": wall, **curve.speed()})
+        for split in ("test", "valid"):
+            path = workdir / f"eval_{split}.json"
+            left = until - time.perf_counter()
+            score = [sys.executable, "-m", "lm_jax.evaluate", f"--workdir={workdir}"]
+            if not path.exists() and left > 0:
+                command = [*score, f"--split={split}"]
+                subprocess.run(command, cwd=ROOT, timeout=left)
+            result = json.loads(path.read_text())
+            found = {name: result[name] for name in SCORES}
+            benchmark.append(args.jsonl, {"part": "train", "split": split, **found})
+            shutil.copy(path, args.out)
+        shutil.copy(workdir / "config.json", args.out)
+
+
+if __name__ == "__main__":
+    main()
