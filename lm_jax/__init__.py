@@ -5,7 +5,7 @@ import os
 import pathlib
 import shutil
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _TOOLKIT = ("bin/nvcc", "bin/ptxas", "nvvm/libdevice/libdevice.10.bc")
 

@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from lm_jax.config import ConfigError
+
 Manifest = dict[str, Any]
 
 
@@ -85,6 +87,22 @@ class Checkpoints:
         self.wait()
         for manager in (self._newest, self._best):
             manager.close()
+
+
+def refuse_older(config_json: pathlib.Path, record: dict[str, Any]) -> None:
+    """Refuse a run whose checkpoints have another layout than those of this version.
+
+    Version 0.1 kept the parameters layer by layer, this one keeps all layers in one array.
+
+    Raises:
+        ConfigError: naming the version that can go on.
+    """
+    version = record["versions"]["lm_jax"]
+    if version.startswith("0.1."):
+        raise ConfigError(
+            f"{config_json}: the run was made by lm_jax {version}, whose checkpoints this version "
+            "does not read; go on with that one, or train anew in another --workdir."
+        )
 
 
 def abstract_like(state: Any, shardings: Any) -> Any:

@@ -271,13 +271,14 @@ def open_run(workdir: pathlib.Path, *, best: bool = True, mesh: Mesh | None = No
 
     Raises:
         FileNotFoundError: if the workdir holds no config or no checkpoint.
-        ConfigError: if the corpus or its tokenizer has changed since.
+        ConfigError: if the corpus or its tokenizer has changed since, or the run is of version 0.1.
     """
     path = workdir / "config.json"
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file; give the workdir of a finished run.")
     record = json.loads(path.read_text())
-    cfg = config.from_dict(record["config"])
+    checkpoint.refuse_older(path, record)
+    cfg = config.from_record(record)
     store = open_data(cfg)
     if record["data"] != store.manifest:
         raise ConfigError(

@@ -1,6 +1,7 @@
 """Learning-rate schedule, clipping and optimiser; which leaves decay is listed by name."""
 
 import functools
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -42,8 +43,18 @@ def learning_rate(cfg: OptimConfig, steps: int) -> optax.Schedule:
 
 
 def path_name(path: tuple[Any, ...]) -> str:
-    """`blocks/0/attention/qkv/kernel` for a path of jax.tree_util."""
+    """`blocks/attention/qkv/kernel` for a path of jax.tree_util."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def by_layer(tree: Params) -> Iterator[tuple[str, jax.Array]]:
+    """(name, array) of every leaf, those of the blocks layer by layer: `blocks/0/mlp/up/kernel`."""
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        if _in_block(path):
+            rest = path_name(path[1:])
+            yield from ((f"blocks/{i}/{rest}", layer) for i, layer in enumerate(leaf))
+        else:
+            yield path_name(path), leaf
 
 
 def decayed(cfg: OptimConfig, params: Params) -> Params:

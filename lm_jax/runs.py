@@ -84,7 +84,7 @@ def load_run(folder: pathlib.Path, split: str) -> Run:
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file; give the workdir of a finished run.")
     record = json.loads(path.read_text())
-    cfg, data = config.from_dict(record["config"]), record["data"]
+    cfg, data = config.from_record(record), record["data"]
     if split not in data["splits"]:
         raise ValueError(
             f"{folder}: its corpus has no {split} split; "

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from lm_jax.config import ConfigError
+from lm_jax.config import Config, ConfigError
 
 
 def make_mesh(fsdp: int) -> Mesh:
@@ -57,6 +57,25 @@ def put_batch(mesh: Mesh, batch: Any, axis: int) -> Any:
 def round_up(rows: int) -> int:
     """The next number of rows that all devices can share."""
     return math.ceil(rows / jax.device_count()) * jax.device_count()
+
+
+def accumulation(cfg: Config) -> int:
+    """Micro-batches of an update: as few equal ones as leave a device its `data.micro_batch` rows.
+
+    The rows are shared by the devices of the mesh that is set; without one there is one device.
+
+    Raises:
+        ConfigError: if the devices cannot share the rows of an update.
+    """
+    devices = jax.sharding.get_abstract_mesh().size or 1
+    rows, left = divmod(cfg.data.batch_size, devices)
+    if left:
+        raise ConfigError(
+            f"config.data.batch_size: {cfg.data.batch_size} sequences cannot be shared by "
+            f"{devices} devices; choose a multiple."
+        )
+    fewest = math.ceil(rows / (cfg.data.micro_batch or rows))
+    return next(number for number in range(fewest, rows + 1) if rows % number == 0)
 
 
 def initialize() -> None:

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lm_jax import loss as losses
-from lm_jax import optim
+from lm_jax import optim, sharding
 from lm_jax.config import Config
 from lm_jax.kernels import attention
 from lm_jax.models import musota
@@ -63,7 +63,7 @@ def choose_attention(cfg: Config) -> tuple[str, str]:
 
 def choose_loss(cfg: Config, vocab_size: int) -> tuple[str, str]:
     """The loss that a resolved config gets, by the size of a micro-batch, and the reason."""
-    rows = cfg.data.batch_size // cfg.optim.accumulation
+    rows = cfg.data.batch_size // sharding.accumulation(cfg)
     return losses.choose(cfg.loss.impl, tokens=rows * cfg.data.seq_len, vocab_size=vocab_size)
 
 
@@ -209,7 +209,7 @@ def make_gradients(cfg: Config, graphdef: nnx.GraphDef) -> Callable:
             graphdef,
             params,
             batch,
-            accumulation=cfg.optim.accumulation,
+            accumulation=sharding.accumulation(cfg),
             dtype=jnp.dtype(cfg.train.compute_dtype),
             key=dropout_key(cfg, step),
             scale=loss_scale,
@@ -257,8 +257,8 @@ def make_update(cfg: Config) -> Callable:
     ) -> tuple[TrainState, Metrics]:
         layer_norms = {}
         if cfg.train.layer_norms:
-            for path, g in jax.tree.leaves_with_path(grads):
-                layer_norms[f"grad_norm/{optim.path_name(path)}"] = optim.global_norm(g)
+            for name, g in optim.by_layer(grads):
+                layer_norms[f"grad_norm/{name}"] = optim.global_norm(g)
         grads, norm, clipped_norm = optim.clip(grads, cfg.optim.clip_norm)
         lr = schedule(state.step)
         direction, opt_state = tx.update(grads, state.opt_state, state.params)

@@ -108,13 +108,13 @@ def ragged_batches():
     return batches
 
 
-def sharded_config(accumulation):
+def sharded_config(accumulation, devices):
     # Adam divides by the root of the second moment plus eps: where a gradient is as small as its
     # rounding error, eps is what keeps the error of the update small.
     return tiny_config(
         model__layers=1,
         data__batch_size=16,
-        optim__accumulation=accumulation,
+        data__micro_batch=16 // devices // accumulation,
         optim__eps=1e-3,
         optim__peak_lr=1e-2,
         optim__ema_decay=0.9,
@@ -123,7 +123,7 @@ def sharded_config(accumulation):
 
 def run_on(mesh, accumulation):
     """Metrics, state on the host and shard shapes after the updates; as train.py does it."""
-    cfg = sharded_config(accumulation)
+    cfg = sharded_config(accumulation, mesh.size)
     graphdef, init = step.create_model(cfg, V, "reference")
 
     def init_state(key):

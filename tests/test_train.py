@@ -43,6 +43,7 @@ def small(text, **changes):
         data__cache_dir=str(text / "cache"),
         data__seq_len=32,
         data__batch_size=4,
+        data__micro_batch=2,
         tokenizer__kind="char",
         model__layers=1,
         model__d_model=16,
@@ -54,7 +55,6 @@ def small(text, **changes):
         train__log_every="5",
         train__steps_per_call=2,
         optim__warmup="2",
-        optim__accumulation=2,
     )
     return config.replace(Config(), **base | changes)
 

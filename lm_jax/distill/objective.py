@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lm_jax import sharding
 from lm_jax.config import ROUTED, STATES, Config, ConfigError, Curve, ModelConfig
 from lm_jax.distill import terms
 from lm_jax.distill.router import Router
@@ -84,7 +85,9 @@ def log(
     if "contrastive" in names:
         rows = counts["contrastive"]
         row["distill/contrastive_accuracy"] = sums["contrastive_accuracy"] / rows
-        row["distill/contrastive_chance"] = jnp.log(cfg.data.batch_size // cfg.optim.accumulation)
+        row["distill/contrastive_chance"] = jnp.log(
+            cfg.data.batch_size // sharding.accumulation(cfg)
+        )
     return row
 
 

@@ -9,7 +9,7 @@ import optax
 from flax import nnx
 
 from lm_jax import loss as losses
-from lm_jax import optim, step
+from lm_jax import optim, sharding, step
 from lm_jax.config import INSIDE, Config
 from lm_jax.distill import objective
 from lm_jax.distill.objective import Auxiliary
@@ -139,7 +139,9 @@ def make_gradients(
             return total * loss_scale, sums | {"objective": total}
 
         key = step.dropout_key(cfg, update)
-        grads, sums = step.accumulated(scaled, params, batch, key, cfg.optim.accumulation)
+        grads, sums = step.accumulated(
+            scaled, params, batch, key, sharding.accumulation(cfg)
+        )
         grads = jax.tree.map(lambda g: g / loss_scale.astype(g.dtype), grads)
         logged = objective.log(cfg, sums, counts, now)
         if "aligned" in batch:

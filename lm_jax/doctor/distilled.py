@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lm_jax import config, evaluate, step
+from lm_jax import config, evaluate, sharding, step
 from lm_jax import loss as losses
 from lm_jax.config import Config
 from lm_jax.data import pipeline
@@ -247,7 +247,7 @@ class _Preflight:
             head_to_head["topk_fn"] = jax.jit(
                 functools.partial(self.kd_fn, support=d.support), static_argnums=4
             )
-        candidates = self.cfg.data.batch_size // self.cfg.optim.accumulation
+        candidates = self.cfg.data.batch_size // sharding.accumulation(self.cfg)
         return examine_distillation(
             **head_to_head,
             kd_fn=jax.jit(self.kd_fn),

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lm_jax import config, evaluate, optim, resolution, step
+from lm_jax import config, evaluate, optim, resolution, sharding, step
 from lm_jax import loss as losses
 from lm_jax.config import Config, ModelConfig
 from lm_jax.data import pipeline
@@ -142,7 +142,7 @@ class _Small:
             **(_narrow(cfg.model) if cfg.model.family == "dense" else {}),
             data__seq_len=min(cfg.data.seq_len, 65),
             data__batch_size=self.rows,
-            optim__accumulation=min(cfg.optim.accumulation, 2),
+            data__micro_batch=self.rows // min(sharding.accumulation(cfg), 2),
         )
         self.vocab_size = min(store.tokenizer.vocab_size, 500)
         self.attention_impl, _ = step.choose_attention(cfg)

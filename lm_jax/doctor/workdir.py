@@ -33,7 +33,7 @@ def examine_workdir(
             raise FileNotFoundError(f"{file}: no such file; give the folder of a run.")
     record = _object(path, "config", "data", "devices")
     try:
-        cfg = config.from_dict(record["config"])
+        cfg = config.from_record(record)
         vocab_size, splits = record["data"]["vocab_size"], record["data"]["splits"]
         split_tokens = {name: split["tokens"] for name, split in splits.items()}
         train_tokens = split_tokens["train"]

@@ -198,7 +198,7 @@ def test_projections_learn_on_the_schedule_of_the_student(warmup):
 def test_micro_batches_add_up():
     # Rows contrast, and experts are balanced, inside a micro-batch: these two terms may differ.
     changes = EVERYTHING | {"distill__contrastive": "0", "distill__router_balance": "0"}
-    whole, parts = (Lab(**changes, optim__accumulation=n).gradients(5) for n in (1, 3))
+    whole, parts = (Lab(**changes, data__micro_batch=n).gradients(5) for n in (6, 2))
     close(whole[:3], parts[:3], rtol=2e-4, atol=1e-6)
     close(whole[3], parts[3], rtol=1e-5, atol=1e-6)
 
@@ -276,7 +276,7 @@ def test_schedules_count_updates():
     expected = np.minimum(1, 0.2 + 1.6 * np.arange(STEPS) / (STEPS - 1))
     np.testing.assert_allclose([f["kd"] for f in found], expected, rtol=1e-5)
     assert [int(f["router_k"]) for f in found] == [1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2]
-    _, rows = Lab(distill__temperature="3@0, 2@1", optim__accumulation=3).steps(3)
+    _, rows = Lab(distill__temperature="3@0, 2@1", data__micro_batch=2).steps(3)
     np.testing.assert_allclose([r["distill/temperature"] for r in rows], [3, 2.9, 2.8], rtol=1e-6)
 
 
@@ -333,7 +333,7 @@ REFUSED = [
     (dict(distill__teachers="a,a"), "config.distill.teachers: .*twice"),
     (dict(distill__teachers="a,"), "config.distill.teachers: .*nothing between"),
     (
-        dict(distill__teachers="a", distill__contrastive="1", optim__accumulation=32),
+        dict(distill__teachers="a", distill__contrastive="1", data__micro_batch=1),
         "config.distill.contrastive: .*one at a time",
     ),
     *(

@@ -43,7 +43,7 @@ def whole_step(name, dtype):
         optim__name=name,
         train__compute_dtype=dtype,
         optim__ema_decay=0.999,
-        optim__accumulation=2,
+        data__micro_batch=3,
     )
     graphdef, build = step.create_model(cfg, VOCABULARY, "reference")
     train_step, steps = step.make_train_step(cfg, graphdef), int(cfg.train.steps)

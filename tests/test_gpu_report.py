@@ -1,0 +1,89 @@
+"""The report of a GPU runs on a CPU, at toy sizes, and keeps what a killed part has measured."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+ARTICLE = (
+    "\n = Title {i} = \n\n" + " The quick brown fox , number {i} , jumps over lazy dogs .\n" * 20
+)
+PARTS = "info correct steps attention loss train".split()
+SECTIONS = "Device Correctness Steps Attention Training".split()
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """WikiText's files, in small."""
+    folder = tmp_path_factory.mktemp("wikitext")
+    for split, articles in (("train", 60), ("valid", 5), ("test", 5)):
+        text = "".join(ARTICLE.format(i=i) for i in range(articles))
+        (folder / f"wiki.{split}.tokens").write_text(text)
+    return folder
+
+
+def report(out, *args):
+    """Exit code, rows and table of a run."""
+    command = [sys.executable, ROOT / "scripts" / "gpu_report.py", f"--out={out}", *args]
+    code = subprocess.run(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}).returncode
+    rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    return code, rows, (out / "report.md").read_text()
+
+
+@pytest.mark.slow
+def test_all_parts_run(tmp_path, corpus):
+    folders = (f"--source_dir={corpus}", f"--cache_dir={tmp_path / 'cache'}")
+    code, rows, table = report(tmp_path / "out", "--minutes=6", *folders)
+    assert code == 0, (tmp_path / "out" / "log.txt").read_text()[-3000:]
+    assert {row["part"] for row in rows} == {*PARTS, "end"}
+    right = {(row["case"], row["impl"]) for row in rows if row.get("ok")}
+    assert {("attention documents", "blockwise"), ("update 124M toy", "auto")} <= right
+    assert {"xla", "blockwise", "fused", "auto"} == {impl for _, impl in right}
+    assert any(row.get("step_ms", {}).get("lm_jax x8") for row in rows)
+    scored = {row["split"]: row for row in rows if "split" in row}
+    assert scored["test"]["token_count"] > 0 and scored["valid"]["word_ppl"] > 1
+    assert len([row for row in rows if "valid_at" in row]) == 6
+    for title in SECTIONS:
+        assert f"### {title}" in table
+    for absent in ("cudnn", "pallas", "flash_attn3", "torch flash"):
+        assert any(absent in line for line in table.splitlines() if "not run" in line), absent
+    assert len(list((tmp_path / "out").iterdir())) <= 8
+
+
+@pytest.mark.slow
+def test_killed_part_leaves_its_figures(tmp_path):
+    code, rows, table = report(tmp_path, "--minutes=0.25", "--parts=correct")
+    assert code == 1
+    assert any(row.get("ok") or "refused" in row for row in rows)  # some were there in time
+    assert [row["of"] for row in rows if row.get("killed")] == ["correct"]
+    assert "correct was ended at its limit" in table and "| cudnn | 0 | 0 |" in table
+    # The table can be made again from what is there, and what failed fails again.
+    assert report(tmp_path, "--parts=table") == (1, rows, table)
+
+
+def test_wrong_implementation_is_left_out(tmp_path):
+    sys.path.insert(0, str(ROOT / "scripts"))
+    import gpu_report
+    import gpu_table
+
+    found = dict(part="correct", error={"out": 1.0}, limit={"out": 0.1})
+    rows = [
+        dict(part="info", case="17M", peer="lm_jax", attention="cudnn", reason="measured"),
+        dict(found, case="attention plain", impl="xla", ok=False),
+        dict(found, case="attention plain", impl="blockwise", ok=True),
+        dict(part="correct", case="attention long", impl="pallas", running=True),
+    ]
+    assert set(gpu_table.left_out(rows)) == {"xla", "pallas"}
+    without = gpu_report.step_peers_without(rows, ["pallas", "xla"])
+    assert {"lm_jax xla", "lm_jax pallas plain", "lm_jax cudnn"} <= set(without)
+    text, fine = gpu_table.report(rows)
+    assert not fine
+    assert "WRONG: xla, attention plain" in text
+    assert "pallas was left out of the parts after `correct`: did not come back" in text
+    # A row that is not finished, as a kill leaves it, is passed over.
+    (tmp_path / "rows").write_text("\n".join(map(json.dumps, rows)) + '\n{"part": "co')
+    assert gpu_table.read(tmp_path / "rows") == rows
