@@ -11,6 +11,9 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+import lm_jax  # noqa: F401  says where CUDA is, which JAX reads when it is imported
+
+# isort: split
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -36,7 +36,8 @@ TOY = {
     "model.heads": 2,
     "data.seq_len": 32,
     "data.batch_size": 4,
-    "tokenizer.vocab_size": 300,
+    "eval.batch_size": 64,
+    "tokenizer.vocab_size": 1024,
 }
 
 
@@ -105,8 +106,12 @@ class Curve:
         return found
 
 
-def train(command: list[str], curve: Curve, until: float) -> tuple[int, bool]:
-    """Run it, and tell it to stop at `until`; its exit code and whether it was stopped."""
+def train(command: list[str], curve: Curve, until: float, patience: float) -> tuple[int, bool]:
+    """Run it, tell it to stop at `until`, and end it if it is still there `patience` later.
+
+    Returns:
+        Its exit code and whether it was stopped.
+    """
     process = subprocess.Popen(command, cwd=ROOT)
     stopped = False
     while process.poll() is None:
@@ -115,6 +120,8 @@ def train(command: list[str], curve: Curve, until: float) -> tuple[int, bool]:
         if not stopped and time.perf_counter() > until:
             process.terminate()
             stopped = True
+        if time.perf_counter() > until + patience:
+            process.kill()
     curve.look()
     return process.returncode, stopped
 
@@ -138,7 +145,7 @@ def main() -> None:
         main_ = [sys.executable, "-m", "lm_jax.main", f"--config={CONFIG}", f"--workdir={workdir}"]
         began = time.perf_counter()
         reserve = min(RESERVE, 0.3 * args.seconds)
-        code, stopped = train([*main_, *flags], curve, until - reserve)
+        code, stopped = train([*main_, *flags], curve, until - reserve, 0.4 * reserve)
         row = {"part": "train", "code": code, "stopped": stopped, "of": whole, "flags": flags}
         wall = time.perf_counter() - began
         benchmark.append(args.jsonl, row | {"wall_seconds": wall, **curve.speed()})
