@@ -67,8 +67,6 @@ def config_of(case: Case, peer: str = "lm_jax") -> Config:
     """The resolved config of a case, with what the name of a peer of this trainer asks for."""
     cfg = load_module(CONFIGS / case.config).get_config() if case.config else Config()
     changes = case.changes | dict(optim__schedule="constant", optim__warmup="0")
-    if hasattr(cfg.optim, "accumulation"):
-        changes["optim__accumulation"] = 1
     for word in peer.split()[1:] if peer.startswith("lm_jax") else ():
         if word == "plain":
             changes["data__document_mask"] = False

@@ -3,15 +3,13 @@
 import json
 import os
 import pathlib
+import random
 import subprocess
 import sys
 
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-ARTICLE = (
-    "\n = Title {i} = \n\n" + " The quick brown fox , number {i} , jumps over lazy dogs .\n" * 20
-)
 PARTS = "info correct steps attention loss train".split()
 SECTIONS = "Device Correctness Steps Attention Training".split()
 
@@ -20,9 +18,14 @@ SECTIONS = "Device Correctness Steps Attention Training".split()
 def corpus(tmp_path_factory):
     """WikiText's files, in small."""
     folder = tmp_path_factory.mktemp("wikitext")
+    draw = random.Random(0)
+    words = ["".join(draw.choices("aeinorst", k=draw.randint(2, 9))) for _ in range(2000)]
     for split, articles in (("train", 60), ("valid", 5), ("test", 5)):
-        text = "".join(ARTICLE.format(i=i) for i in range(articles))
-        (folder / f"wiki.{split}.tokens").write_text(text)
+        lines = ""
+        for i in range(articles):
+            lines += f" \n = Title {i} = \n \n"
+            lines += "".join(f" {' '.join(draw.choices(words, k=30))} . \n" for _ in range(10))
+        (folder / f"wiki.{split}.tokens").write_text(lines)
     return folder
 
 
