@@ -1,6 +1,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from lm_jax import optim, step
@@ -108,3 +109,35 @@ def test_clip():
     for limit in (0.0, 7.0):
         same, before, after = optim.clip(grads, limit)
         assert before == after == 5.0 and same["a"][0] == 3.0
+
+
+@pytest.mark.parametrize("tall", [False, True])
+def test_muon_is_the_published_one(tall):
+    """Three updates of stacked matrices as `optax.contrib.muon` makes them, one by one."""
+    cfg = OptimConfig(name="muon", weight_decay=0.3)
+    shape = (3, 12, 5) if tall else (3, 5, 12)
+    keys = jax.random.split(jax.random.key(0), 4)
+    start, *grads = ({"blocks": {"kernel": jax.random.normal(k, shape)}} for k in keys)
+    ours = optim.make_optimizer(cfg)
+    theirs = optax.contrib.muon(-1.0, eps=cfg.eps, weight_decay=0.3, consistent_rms=0.2)
+    layers = {str(i): x for i, x in enumerate(start["blocks"]["kernel"])}
+    state, other = ours.init(start), theirs.init(layers)
+    for grad in grads:
+        found, state = ours.update(grad, state, start)
+        expected, other = theirs.update(
+            {str(i): x for i, x in enumerate(grad["blocks"]["kernel"])}, other, layers
+        )
+        for i, layer in enumerate(found["blocks"]["kernel"]):
+            np.testing.assert_allclose(layer, expected[str(i)], rtol=2e-4, atol=1e-5)
+
+
+def test_newton_schulz_runs_in_bfloat16_on_a_gpu(monkeypatch):
+    x = jax.random.normal(jax.random.key(1), (2, 8, 24))
+    wide = optim.orthogonalise(x, 1e-8)
+    assert 0.6 < np.linalg.svd(wide, compute_uv=False).min()
+    monkeypatch.setattr(optim.device, "choose_dtype", lambda name: ("bfloat16", "as on a GPU"))
+    jaxpr = str(jax.make_jaxpr(lambda x: optim.orthogonalise(x, 1e-8))(x))
+    assert jaxpr.count("preferred_element_type=bfloat16") == jaxpr.count("dot_general") == 15
+    short = optim.orthogonalise(x, 1e-8)
+    assert short.dtype == jnp.float32
+    assert np.abs(short - wide).max() < 0.05

@@ -8,7 +8,14 @@ from flax import nnx
 
 from lm_jax import loss, step
 from lm_jax.kernels.attention import attend
-from lm_jax.models.transformer import Norm, add_bias, rotary
+from lm_jax.models.transformer import (
+    Norm,
+    add_bias,
+    along_last,
+    normalise,
+    rotary,
+    swiglu,
+)
 from tests.helpers import every, random_batch, randomise, tiny_config
 
 V = 29
@@ -295,3 +302,27 @@ def test_scan_compiles_one_block_whatever_the_depth():
         return len(str(jax.make_jaxpr(lambda p: logits(graphdef, p, batch))(params)).splitlines())
 
     assert size(2) == size(6)
+
+
+@pytest.mark.parametrize("centred", [False, True])
+def test_gradients_of_their_own_are_those_of_autodiff(centred):
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(12)
+        x, g = rng.standard_normal((2, 3, 4, 10)), rng.standard_normal((2, 3, 4, 10))
+        scale = rng.standard_normal(10)
+
+        def plain(x, scale):
+            x = x - x.mean(-1, keepdims=True) if centred else x
+            return x / jnp.sqrt((x**2).mean(-1, keepdims=True) + 1e-3) * along_last(scale, x)
+
+        y, pull = jax.vjp(lambda x, scale: normalise(x, scale, centred, 1e-3), x, scale)
+        expected, pull_plain = jax.vjp(plain, x, scale)
+        close = functools.partial(np.testing.assert_allclose, rtol=1e-11, atol=1e-12)
+        jax.tree.map(close, (y, pull(g)), (expected, pull_plain(g)))
+
+        def gated(x):
+            return jax.nn.silu(x[..., :5]) * x[..., 5:]
+
+        y, pull = jax.vjp(swiglu, x)
+        expected, pull_plain = jax.vjp(gated, x)
+        jax.tree.map(close, (y, pull(y)), (expected, pull_plain(y)))
