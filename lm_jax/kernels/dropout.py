@@ -1,9 +1,12 @@
 """Dropout of activations, and which attention probabilities dropout keeps.
 
-Attention draws from a counter-based generator: whether the probability of key s for query t
-survives is a function of (seed, batch row and head, t, s) alone. Every implementation, forward and
-backward, whatever its tiling, therefore drops the same ones, and nothing needs to be stored.
+Both draw from a counter-based generator: whether an element survives is a function of a seed and of
+where it stands alone, for the probability of key s for query t of (batch row and head, t, s). Every
+implementation of attention, forward and backward, whatever its tiling, therefore drops the same
+ones, and nothing needs to be stored.
 """
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +21,11 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     """
     if key is None or rate == 0:
         return x
-    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
-    return jnp.where(keep, x / (1 - rate), 0)
+    seed = jax.random.bits(key, (2,), "uint32")
+    row = jnp.arange(math.prod(x.shape[:-1])).reshape(*x.shape[:-1], 1)
+    column = jnp.arange(x.shape[-1]).reshape(*(1,) * (x.ndim - 1), -1)
+    kept = keep(row_words(seed, jnp.zeros_like(row), row), column, rate)
+    return jnp.where(kept, x / (1 - rate), 0)
 
 
 def row_words(seed: jax.Array, row: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
