@@ -82,12 +82,12 @@ class Process:
             raise RuntimeError(row["error"])
         return row
 
-    def run(self, calls: int, until: float) -> dict[str, Any]:
-        """Run `calls` calls of the peer's step."""
+    def run(self, calls: int, patience: float) -> dict[str, Any]:
+        """Run `calls` calls of the peer's step, which take at most so many seconds."""
         assert self.process.stdin is not None
         self.process.stdin.write(f"{calls}\n")
         self.process.stdin.flush()
-        return self.read(until)
+        return self.read(time.perf_counter() + patience)
 
     def close(self) -> None:
         """End the peer, which need not listen."""
@@ -128,8 +128,9 @@ def bench(
     block = args.block_seconds or BLOCK_SECONDS[args.device]
     turns = 1.5 * len(peers) * args.repeats * block
     began = time.perf_counter()
-    patience = max(0.5 * (until - began), until - began - turns - 3)
-    processes, ready = start(case, peers, args.device, began + patience, emit)
+    ready_by = max(0.5 * (until - began), until - began - turns - 3)
+    processes, ready = start(case, peers, args.device, began + ready_by, emit)
+    patience = 30 + 10 * block  # a peer that takes longer for a block hangs
     step_ms: dict[str, list[float]] = {peer: [] for peer in processes}
     calls: dict[str, int] = {}
     for turn in range(-1, args.repeats):  # the first is to learn how many calls fill a block
@@ -139,10 +140,10 @@ def bench(
         for peer, process in list(processes.items()):
             try:
                 if turn < 0:
-                    process.run(2, until + 60)
-                    calls[peer] = max(1, round(2 * block / process.run(2, until + 60)["seconds"]))
+                    process.run(2, patience)
+                    calls[peer] = max(1, round(2 * block / process.run(2, patience)["seconds"]))
                     continue
-                seconds = process.run(calls[peer], until + 60)["seconds"]
+                seconds = process.run(calls[peer], patience)["seconds"]
             except Exception as error:
                 emit(peer=peer, not_run=words(error).removeprefix("RuntimeError: "))
                 processes.pop(peer).close()

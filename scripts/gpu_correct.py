@@ -90,19 +90,23 @@ class Judge:
         def truth(*args: Any) -> tuple[Values, Values]:
             return check.exact(*args), check.plain(*args)
 
-        found = {}
-        functions: dict[str, Any] = {"": truth, **check.functions}
-        for impl, function in functions.items():
+        lowered: dict[str, Any] = {}
+        for impl, function in check.functions.items():
             try:
-                lowered = jax.jit(function).lower(*check.args)
-            except ValueError as error:  # refused with a reason
-                self.say(check, impl, refused=benchmark.words(error).removeprefix("ValueError: "))
-                continue
-            found[impl] = self.pool.submit(lowered.compile)
-        return found
+                lowered[impl] = jax.jit(function).lower(*check.args)
+            except Exception as error:
+                if str(error).startswith("attention.impl"):  # it says that it cannot do this
+                    self.say(check, impl, refused=str(error))
+                else:
+                    self.say(check, impl, ok=False, raised=benchmark.words(error))
+        if lowered:
+            lowered = {"": jax.jit(truth).lower(*check.args), **lowered}
+        return {impl: self.pool.submit(found.compile) for impl, found in lowered.items()}
 
     def judge(self, check: Check, compiled: dict[str, concurrent.futures.Future]) -> None:
         """Run and compare."""
+        if not compiled:
+            return
         try:
             truth = compiled.pop("").result(timeout=max(0.1, self.left()))
             exact, plain = jax.device_get(truth(*check.args))

@@ -43,7 +43,7 @@ SMALL = dict(model__layers=6, model__d_model=256, model__heads=8, data__seq_len=
 ON_CPU = dict(attention__impl="reference", train__compute_dtype="float32", **GPT)
 HALF = dict(train__compute_dtype="bfloat16", data__batch_size=32)
 UNROLLED = dict(model__scan_layers=False)
-TINY = dict(model__layers=2, model__d_model=32, model__heads=2, data__seq_len=32)
+TINY = dict(model__layers=2, model__d_model=32, model__heads=2, data__seq_len=32, eval__stride=0)
 TOY = HALF | TINY | dict(data__batch_size=2)
 CPU_PEERS = ("lm_jax", "torch eager", "torch.compile")
 ATTENTIONS = ("cudnn", "pallas", "xla")
@@ -69,7 +69,7 @@ def config_of(case: Case, peer: str = "lm_jax") -> Config:
     changes = case.changes | dict(optim__schedule="constant", optim__warmup="0")
     for word in peer.split()[1:] if peer.startswith("lm_jax") else ():
         if word == "plain":
-            changes["data__document_mask"] = False
+            changes |= {"data__document_mask": False, "data__window_offset": False}
         elif not re.fullmatch(r"x\d+", word):
             changes["attention__impl"] = word
     return resolution.resolve(config.replace(cfg, **changes), windows=100_000)
@@ -201,7 +201,7 @@ class TorchPeer:
         tokens = torch.from_numpy(tokens_of(case, cfg)).long().to(where)
         inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
         width, heads, (rows, length) = cfg.model.d_model, cfg.model.heads, inputs.shape
-        gelu = "tanh" if cfg.model.mlp == "gelu_tanh" else "none"
+        gelu = "none" if cfg.model.mlp == "gelu" else "tanh"
 
         def norm(x, name):
             scale, bias = params[name + "/scale"], params.get(name + "/bias")

@@ -54,8 +54,9 @@ ATTENTION = (
     "gpu_17m gpu_17m_documents gpu_124m gpu_124m_documents gpu_c128_t1024 gpu_c128_t4096 "
     "gpu_c64_t4096 gpu_c64_t2048"
 ).split()
-# These do not run beside this JAX.
-ABSENT = ["tokamax xla", "tokamax chunked_xla", "tokamax triton", "tokamax mosaic", "jax triton"]
+# Peers that do not run beside the newest JAX, or could hang, or take long to compile.
+APART = "tokamax xla,tokamax chunked_xla,tokamax triton,tokamax mosaic,jax triton,jax mosaic"
+SLOW = "blockwise,optax"
 TOY_WITHOUT = "lm_jax plain,lm_jax cudnn plain,lm_jax pallas plain,lm_jax xla,lm_jax xla plain"
 
 
@@ -89,7 +90,7 @@ def commands(part: str, args: argparse.Namespace, seconds: float, rows: Rows) ->
         how = [device, f"--cases={sizes}", f"--without={','.join(without)}", *block]
         return [script("bench_step.py", results, *how, f"--seconds={0.92 * seconds:.0f}")]
     block = ["--repeats=5", "--block_seconds=0.02"] if gpu else short
-    apart = f"--without={','.join([*ABSENT, *wrong])}"
+    apart = f"--without={','.join([APART, *([SLOW] if gpu else []), *wrong])}"
     if part == "attention":
         how = [device, f"--cases={','.join(ATTENTION) if gpu else 'toy'}", apart, *block]
         return [script("bench_attention.py", results, *how, f"--seconds={0.75 * seconds:.0f}")]

@@ -37,6 +37,7 @@ TOY = {
     "data.seq_len": 32,
     "data.batch_size": 4,
     "eval.batch_size": 64,
+    "eval.stride": 0,
     "tokenizer.vocab_size": 1024,
 }
 
