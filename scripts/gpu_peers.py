@@ -13,6 +13,7 @@ import sys
 import time
 import traceback
 import zlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -151,8 +152,8 @@ class JaxPeer:
             {k: np.repeat(v[None], self.count, axis=0) for k, v in batch.items()}
         )
         began = time.perf_counter()
-        lowered = step.make_train_step(cfg, graphdef).lower(self.state, self.batches)
-        self.train_steps = lowered.compile()
+        train_steps: Any = step.make_train_step(cfg, graphdef)
+        self.train_steps = train_steps.lower(self.state, self.batches).compile()
         self.compile_seconds = time.perf_counter() - began
         self.version = f"jax {jax.__version__}"
 
@@ -175,6 +176,38 @@ class JaxPeer:
         return getattr(self.train_steps.memory_analysis(), "peak_memory_in_bytes", None)
 
 
+def torch_loss(cfg: Config, params: dict[str, Any]) -> Callable[..., Any]:
+    """`(inputs, targets) -> loss` of PyTorch's model with these parameters."""
+    import torch.nn.functional as F
+
+    width, heads = cfg.model.d_model, cfg.model.heads
+    gelu = "none" if cfg.model.mlp == "gelu" else "tanh"
+
+    def norm(x, name):
+        scale, bias = params[name + "/scale"], params.get(name + "/bias")
+        return F.layer_norm(x, (width,), scale, bias, cfg.model.norm_eps)
+
+    def linear(x, name):
+        return F.linear(x, params[name + "/kernel"], params.get(name + "/bias"))
+
+    def loss_of(inputs, targets):
+        rows, length = inputs.shape
+        x = F.embedding(inputs, params["embedding"]) + params["position_embedding"]
+        for i in range(cfg.model.layers):
+            block = f"blocks/{i}/"
+            qkv = linear(norm(x, block + "attention_norm"), block + "attention/qkv")
+            q, k, v = (y.view(rows, length, heads, -1).transpose(1, 2) for y in qkv.split(width, 2))
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            y = y.transpose(1, 2).reshape(rows, length, width)
+            x = x + linear(y, block + "attention/out")
+            y = linear(norm(x, block + "mlp_norm"), block + "mlp/up")
+            x = x + linear(F.gelu(y, approximate=gelu), block + "mlp/down")
+        logits = F.linear(norm(x, "final_norm"), params["embedding"])
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+    return loss_of
+
+
 class TorchPeer:
     """PyTorch's decoder, see `bench_step.py`."""
 
@@ -184,7 +217,6 @@ class TorchPeer:
     def __init__(self, case: Case, name: str, device: str):
         """Draw the parameters; it is compiled in the first run."""
         import torch
-        import torch.nn.functional as F
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
         cfg = config_of(case)
@@ -200,32 +232,7 @@ class TorchPeer:
             params[key] = torch.nn.Parameter(value.to(where))
         tokens = torch.from_numpy(tokens_of(case, cfg)).long().to(where)
         inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-        width, heads, (rows, length) = cfg.model.d_model, cfg.model.heads, inputs.shape
-        gelu = "none" if cfg.model.mlp == "gelu" else "tanh"
-
-        def norm(x, name):
-            scale, bias = params[name + "/scale"], params.get(name + "/bias")
-            return F.layer_norm(x, (width,), scale, bias, cfg.model.norm_eps)
-
-        def linear(x, name):
-            return F.linear(x, params[name + "/kernel"], params.get(name + "/bias"))
-
-        def loss_of(inputs, targets):
-            x = F.embedding(inputs, params["embedding"]) + params["position_embedding"]
-            for i in range(cfg.model.layers):
-                block = f"blocks/{i}/"
-                qkv = linear(norm(x, block + "attention_norm"), block + "attention/qkv")
-                q, k, v = (
-                    y.view(rows, length, heads, -1).transpose(1, 2) for y in qkv.split(width, 2)
-                )
-                y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-                y = y.transpose(1, 2).reshape(rows, length, width)
-                x = x + linear(y, block + "attention/out")
-                y = linear(norm(x, block + "mlp_norm"), block + "mlp/up")
-                x = x + linear(F.gelu(y, approximate=gelu), block + "mlp/down")
-            logits = F.linear(norm(x, "final_norm"), params["embedding"])
-            return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
-
+        loss_of = torch_loss(cfg, params)
         decayed = [p for name, p in params.items() if name.endswith("kernel")]
         rest = [p for name, p in params.items() if not name.endswith("kernel")]
         groups = [
