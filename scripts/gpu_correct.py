@@ -110,9 +110,11 @@ class Judge:
         try:
             truth = compiled.pop("").result(timeout=max(0.1, self.left()))
             exact, plain = jax.device_get(truth(*check.args))
-        except concurrent.futures.TimeoutError:
+        except Exception as error:
+            late = isinstance(error, concurrent.futures.TimeoutError)
+            reason = "out of time" if late else f"the definition: {benchmark.words(error)}"
             for impl in compiled:
-                self.say(check, impl, not_run="out of time")
+                self.say(check, impl, not_run=reason)
             return
         limit = {}
         for name, error in errors(plain, exact).items():
