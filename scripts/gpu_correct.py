@@ -117,14 +117,14 @@ class Judge:
                 self.say(check, impl, not_run=reason)
             return
         limit = {}
-        for name, error in errors(plain, exact).items():
-            limit[name] = 2 * error + check.slack[name.split(",")[0]]
+        for name, allowed in errors(plain, exact).items():
+            limit[name] = 2 * allowed + check.slack[name.split(",")[0]]
         for impl, future in compiled.items():
             try:
                 function = future.result(timeout=max(0.1, self.left()))
                 self.say(check, impl, running=True)
                 got = jax.device_get(function(*check.args))
-                error = errors(got, exact)
+                distances = errors(got, exact)
                 fine, other = moved(impl, function, check.args, got)
             except concurrent.futures.TimeoutError:
                 self.say(check, impl, not_run="not compiled in time")
@@ -132,8 +132,8 @@ class Judge:
             except Exception as error:
                 self.say(check, impl, ok=False, raised=benchmark.words(error))
                 continue
-            ok = fine and all(error[name] <= limit[name] for name in limit)  # NaN is not <=
-            row = dict(ok=bool(ok), error=error, limit=limit)
+            ok = fine and all(distances[name] <= limit[name] for name in limit)  # NaN is not <=
+            row = dict(ok=bool(ok), error=distances, limit=limit)
             self.say(check, impl, **row, **({"dq_moved": other} if impl in PALLAS else {}))
 
 
