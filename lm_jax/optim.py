@@ -95,7 +95,7 @@ def make_optimizer(cfg: OptimConfig) -> optax.GradientTransformation:
 class MuonState(NamedTuple):
     """What Muon carries from update to update."""
 
-    count: jax.Array  # int32, updates made
+    updates: jax.Array  # int32, those made
     momentum: Params
 
 
@@ -110,7 +110,7 @@ def scale_by_muon(eps: float) -> optax.GradientTransformation:
         return MuonState(jnp.zeros((), jnp.int32), optax.tree.zeros_like(params))
 
     def update(grads: Params, state: MuonState, params: Params = None) -> tuple[Params, MuonState]:
-        count = optax.safe_increment(state.count)
+        count = optax.safe_increment(state.updates)
         momentum = optax.tree.update_moment(grads, state.momentum, _MOMENTUM, 1)
         next_momentum = optax.tree.bias_correction(momentum, _MOMENTUM, count + 1)
         now = optax.tree.bias_correction(grads, _MOMENTUM, count)

@@ -53,7 +53,8 @@ _SHARE = (  # in [0, 1)
     "model.embedding_dropout loss.label_smoothing optim.b1 optim.b2 optim.ema_decay"
 ).split()
 _NOT_NEGATIVE = (
-    "seed data.workers data.threads data.micro_batch tokenizer.vocab_size tokenizer.sample model.kv_heads "
+    "seed data.workers data.threads data.micro_batch "
+    "tokenizer.vocab_size tokenizer.sample model.kv_heads "
     "model.d_ff model.embedding_rank model.logit_softcap optim.end_lr optim.weight_decay "
     "optim.clip_norm eval.batch_size eval.stride"
 ).split()
@@ -82,7 +83,7 @@ def validate(cfg: Config) -> Config:
     for path in _SHARE:
         require(0 <= get(cfg, path) < 1, path, "is no share", "give 0 or more and below 1")
 
-    data, model, optim = cfg.data, cfg.model, cfg.optim
+    data, model = cfg.data, cfg.model
     require(
         (data.corpus == "text") == bool(data.files),
         "data.files",

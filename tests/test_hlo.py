@@ -19,7 +19,7 @@ STEP = """HloModule jit_step, entry_computation_layout={(f32[8,4]{1,0})->f32[8,4
 %fused_product (param_0.1: bf16[1024,512], param_1.1: bf16[512,2048]) -> f32[1024,2048] {
   %param_0.1 = bf16[1024,512]{1,0} parameter(0)
   %param_1.1 = bf16[512,2048]{1,0} parameter(1)
-  ROOT %dot = f32[1024,2048]{1,0} dot(%param_0.1, %param_1.1), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %dot = f32[1024,2048]{1,0} dot(%param_0.1, %param_1.1), lhs_contracting_dims={1}
 }
 
 %body (carry: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {

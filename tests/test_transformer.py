@@ -309,14 +309,15 @@ def test_gradients_of_their_own_are_those_of_autodiff(centred):
     with jax.enable_x64(True):
         rng = np.random.default_rng(12)
         x, g = rng.standard_normal((2, 3, 4, 10)), rng.standard_normal((2, 3, 4, 10))
-        scale = rng.standard_normal(10)
+        scale, bias = rng.standard_normal((2, 10))
 
-        def plain(x, scale):
+        def plain(x, scale, bias):
             x = x - x.mean(-1, keepdims=True) if centred else x
-            return x / jnp.sqrt((x**2).mean(-1, keepdims=True) + 1e-3) * along_last(scale, x)
+            y = x / jnp.sqrt((x**2).mean(-1, keepdims=True) + 1e-3)
+            return y * along_last(scale, x) + along_last(bias, x)
 
-        y, pull = jax.vjp(lambda x, scale: normalise(x, scale, centred, 1e-3), x, scale)
-        expected, pull_plain = jax.vjp(plain, x, scale)
+        y, pull = jax.vjp(lambda *args: normalise(*args, centred, 1e-3), x, scale, bias)
+        expected, pull_plain = jax.vjp(plain, x, scale, bias)
         close = functools.partial(np.testing.assert_allclose, rtol=1e-11, atol=1e-12)
         jax.tree.map(close, (y, pull(g)), (expected, pull_plain(g)))
 

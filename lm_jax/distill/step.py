@@ -139,9 +139,7 @@ def make_gradients(
             return total * loss_scale, sums | {"objective": total}
 
         key = step.dropout_key(cfg, update)
-        grads, sums = step.accumulated(
-            scaled, params, batch, key, sharding.accumulation(cfg)
-        )
+        grads, sums = step.accumulated(scaled, params, batch, key, sharding.accumulation(cfg))
         grads = jax.tree.map(lambda g: g / loss_scale.astype(g.dtype), grads)
         logged = objective.log(cfg, sums, counts, now)
         if "aligned" in batch:

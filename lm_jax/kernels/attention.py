@@ -136,8 +136,8 @@ def attend(
     reason = _refusal(impl, q_BTHC, options, segments, return_lse, device)
     if reason:
         raise ValueError(f"attention.impl {impl} {reason}.")
-    padded = segment_ids_BT is not None and not finite_padding
-    if padded:
+    real_BT11 = None
+    if segment_ids_BT is not None and not finite_padding:
         real_BT11 = segment_ids_BT[:, :, None, None] > 0
         q_BTHC, k_BTKC, v_BTKC = (jnp.where(real_BT11, x, 0) for x in (q_BTHC, k_BTKC, v_BTKC))
     inputs = (q_BTHC, k_BTKC, v_BTKC, segment_ids_BT)
@@ -153,11 +153,11 @@ def attend(
         out_BTHC, lse_BTH = flash(*inputs, seed, deterministic=deterministic, **options)
     else:
         out_BTHC = _from_jax(*inputs, impl, options)
-    if padded:
+    if real_BT11 is not None:
         out_BTHC = jnp.where(real_BT11, out_BTHC, 0)
     if lse_BTH is None or not return_lse:
         return out_BTHC
-    if padded:
+    if real_BT11 is not None:
         lse_BTH = jnp.where(real_BT11[..., 0], lse_BTH, -jnp.inf)
     return out_BTHC, lse_BTH
 

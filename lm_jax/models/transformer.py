@@ -61,41 +61,46 @@ class Norm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalise over the last axis."""
-        y = normalise(x, self.scale[...], self.kind == "layernorm", self.eps)
-        if self.bias is not None:
-            y = y + along_last(self.bias[...], y)
-        return y.astype(x.dtype)
+        bias = None if self.bias is None else self.bias[...]
+        return normalise(x, self.scale[...], bias, self.kind == "layernorm", self.eps)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def normalise(x: jax.Array, scale: jax.Array, centred: bool, eps: float) -> jax.Array:
-    """The scaled norm of the last axis, in float32 or wider: x less its mean, if `centred`.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def normalise(
+    x: jax.Array, scale: jax.Array, bias: jax.Array | None, centred: bool, eps: float
+) -> jax.Array:
+    """The scaled and shifted norm of the last axis, in float32 or wider inside.
 
-    With a gradient of its own, which keeps one number a row where autodiff keeps four.
+    x less its mean, if `centred`. With a gradient of its own, which keeps x and one or two numbers
+    a row.
     """
-    return _normalise_forward(x, scale, centred, eps)[0]
+    return _normalise_forward(x, scale, bias, centred, eps)[0]
 
 
-def _normalise_forward(x: jax.Array, scale: jax.Array, centred: bool, eps: float):
+def _normalise_forward(x, scale, bias, centred: bool, eps: float):
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    mean = wide.mean(-1, keepdims=True) if centred else None
-    wide = wide - mean if centred else wide
+    mean = wide.mean(-1) if centred else None
+    wide = wide if mean is None else wide - mean[..., None]
     # The axis comes back only here: XLA then makes sum and root in one kernel.
     inverse = jax.lax.rsqrt(jnp.square(wide).mean(-1) + eps)
-    return wide * inverse[..., None] * along_last(scale, wide), (x, scale, mean, inverse)
+    y = wide * inverse[..., None] * along_last(scale, wide)
+    y = y if bias is None else y + along_last(bias, y)
+    # Kept as they are: XLA would sum x again in the backward pass, and write what it makes of it.
+    mean, inverse = jax.lax.optimization_barrier((mean, inverse))
+    return y.astype(x.dtype), (x, scale, bias, mean, inverse)
 
 
 def _normalise_backward(centred: bool, eps: float, residuals, g: jax.Array):
-    x, scale, mean, inverse = residuals
-    wide = x.astype(g.dtype)
-    unit = (wide - mean if centred else wide) * inverse[..., None]
+    x, scale, bias, mean, inverse = residuals
+    wide, g = x.astype(inverse.dtype), g.astype(inverse.dtype)
+    unit = (wide if mean is None else wide - mean[..., None]) * inverse[..., None]
     dunit = g * along_last(scale, g)
     # The part of the gradient along `unit`, which no scaling of x can change, is taken out.
-    along = (dunit * unit).mean(-1)
-    dx = dunit - unit * along[..., None]
-    dx = dx - dunit.mean(-1, keepdims=True) if centred else dx
-    dscale = (g * unit).sum(range(x.ndim - 1))
-    return (dx * inverse[..., None]).astype(x.dtype), dscale.astype(scale.dtype)
+    dx = dunit - unit * (dunit * unit).mean(-1)[..., None]
+    dx = dx - dunit.mean(-1)[..., None] if centred else dx
+    rows = tuple(range(x.ndim - 1))
+    dbias = None if bias is None else g.sum(rows).astype(bias.dtype)
+    return (dx * inverse[..., None]).astype(x.dtype), (g * unit).sum(rows), dbias
 
 
 normalise.defvjp(_normalise_forward, _normalise_backward)
@@ -460,7 +465,8 @@ def unstack(stacked: Any, layers: int) -> list[Any]:
         return [part[0] for part in jax.lax.split(x, (1,) * layers)]
 
     leaves, structure = jax.tree.flatten(stacked)
-    return [structure.unflatten(parts) for parts in zip(*map(split, leaves), strict=True)]
+    parts_by_layer = zip(*map(split, leaves), strict=True)
+    return [jax.tree.unflatten(structure, parts) for parts in parts_by_layer]
 
 
 def head_logits(x_BTD: jax.Array, head_VD: jax.Array, softcap: float) -> jax.Array:
