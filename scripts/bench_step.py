@@ -4,8 +4,8 @@
     python scripts/bench_step.py [--cases=char,10M] [--repeats=7] [--json=FILE] [--jsonl=FILE]
     python scripts/bench_step.py --device=gpu [--cases=17M,124M] [--peers=PEER,...] [--seconds=S]
 
-Every peer is a process with the same parameters and batch. All start at the same time; one that is
-not ready in time is left out and named. Then they take turns in blocks of steps, so that a change
+Every peer is a process with the same parameters and batch. All of a case start at the same time;
+one that is not ready in time is left out and named. Then they take turns in blocks of steps, so that a change
 of the machine's speed falls on all of them; while one runs, the others wait for input. Reported are
 medians over the blocks and their ratios to the first peer. The losses of the first updates must
 agree where the models are equal; if not, the exit code is 1.
@@ -21,7 +21,8 @@ after a block. At 124M the models are equal. At 17M PyTorch has the same matrix 
 plainer model: no dropout, no rotary positions, queries and keys as they are, LayerNorm, GELU for
 SwiGLU, AdamW for Muon, and no average of the weights. Behind the name of this trainer stand an
 attention, "plain" where rows are not divided into documents, as PyTorch's never are, and "x8" for
-8 updates in a call.
+8 updates in a call. Other attentions and x8 are compared with this trainer alone, in the cases "17M
+variants" and "124M variants".
 """
 
 import argparse
@@ -44,7 +45,7 @@ from benchmark import DEVICES, append, words
 from gpu_peers import CASES, config_of, serve
 
 BLOCK_SECONDS = {"cpu": 2.0, "gpu": 0.4}
-DEFAULT = {"cpu": "char,10M", "gpu": "17M,124M"}
+DEFAULT = {"cpu": "char,10M", "gpu": "17M,124M,17M variants,124M variants"}
 # Largest relative difference of a loss, and of how many first updates.
 TOLERANCE = {"float32": (2e-4, 5), "bfloat16": (1e-2, 3)}
 Emit = Callable[..., None]
@@ -96,48 +97,90 @@ class Process:
 
 
 def start(
-    case: str, peers: list[str], device: str, until: float, emit: Emit
+    case: str, peers: list[str], device: str, patience: tuple[float, float], emit: Emit
 ) -> tuple[dict[str, Process], dict[str, dict[str, Any]]]:
-    """Start all peers at once; those that are ready in time, and what they said of themselves."""
-    started = {peer: Process(case, peer, device) for peer in peers}
-    processes, ready = {}, {}
-    for peer, process in started.items():
-        try:
-            ready[peer] = process.read(until)
-        except Exception as error:  # whatever it is, it goes into the report
-            process.close()
-            emit(peer=peer, not_run=words(error).removeprefix("RuntimeError: "))
-            continue
-        processes[peer] = process
+    """Start all peers at once; those that are ready in time, and what they said of themselves.
+
+    It waits `patience[0]` seconds for all of them, and `patience[1]` where none was ready by then.
+    """
+    began = time.perf_counter()
     cfg = config_of(CASES[case])
-    tolerance, count = TOLERANCE[cfg.train.compute_dtype]
+    tokens = cfg.data.batch_size * cfg.data.seq_len
+    starting = {peer: Process(case, peer, device) for peer in peers}
+    processes: dict[str, Process] = {}
+    said: dict[str, dict[str, Any]] = {}
+    while starting and time.perf_counter() - began < patience[not processes]:
+        time.sleep(0.05)
+        for peer, process in list(starting.items()):
+            if process.lines.empty():
+                continue
+            del starting[peer]
+            try:
+                said[peer] = process.read(time.perf_counter())
+            except Exception as error:  # whatever it is, it goes into the report
+                process.close()
+                emit(peer=peer, not_run=words(error).removeprefix("RuntimeError: "))
+                continue
+            processes[peer] = process
+            after = round(time.perf_counter() - began, 1)
+            emit(peer=peer, tokens=tokens, ready_after=after, **said[peer])
+    for peer, process in starting.items():
+        process.process.kill()
+        emit(peer=peer, not_run=f"not ready after {time.perf_counter() - began:.0f} s")
+    for process in starting.values():
+        process.close()
+    ready = {peer: said[peer] for peer in peers if peer in processes}
+    compare(case, ready, emit)
+    return {peer: processes[peer] for peer in ready}, ready
+
+
+def compare(case: str, ready: dict[str, dict[str, Any]], emit: Emit) -> None:
+    """Whether the first losses of all peers are those of the first."""
+    tolerance, count = TOLERANCE[config_of(CASES[case]).train.compute_dtype]
     for peer, row in ready.items():
         first = next(iter(ready))
         if CASES[case].equal or (peer.startswith("lm_jax") and first.startswith("lm_jax")):
             pairs = zip(row["losses"][:count], ready[first]["losses"], strict=False)
             row["differs"] = max(abs(a / b - 1) for a, b in pairs)
             row["agrees"] = row["differs"] <= tolerance  # False for NaN
-        emit(peer=peer, tokens=cfg.data.batch_size * cfg.data.seq_len, **row)
-    return processes, ready
+            emit(peer=peer, differs=row["differs"], agrees=row["agrees"])
 
 
 def bench(
-    case: str, peers: list[str], args: argparse.Namespace, until: float, emit: Emit
+    case: str, peers: list[str], args: argparse.Namespace, seconds: float, emit: Emit
 ) -> dict[str, Any]:
-    """Interleaved blocks of all peers at one case, begun before `until`."""
+    """Interleaved blocks of all peers at one case, in so many seconds."""
     block = args.block_seconds or BLOCK_SECONDS[args.device]
-    turns = 1.5 * len(peers) * args.repeats * block
-    began = time.perf_counter()
-    ready_by = max(0.5 * (until - began), until - began - turns - 3)
-    processes, ready = start(case, peers, args.device, began + ready_by, emit)
-    patience = 30 + 10 * block  # a peer that takes longer for a block hangs
-    step_ms: dict[str, list[float]] = {peer: [] for peer in processes}
+    turns = 1.5 * len(peers) * (args.repeats + 1) * block
+    until = time.perf_counter() + seconds
+    patience = (max(0.5 * seconds, seconds - turns - 3), max(0.5 * seconds, seconds - 5))
+    processes, ready = start(case, peers, args.device, patience, emit)
+    open_ = list(processes.values())
+    try:
+        step_ms = take_turns(processes, ready, args.repeats, block, until, emit)
+    finally:
+        for process in open_:
+            process.close()
+    return summary(case, ready, step_ms)
+
+
+def take_turns(
+    processes: dict[str, Process],
+    ready: dict[str, dict[str, Any]],
+    repeats: int,
+    block: float,
+    until: float,
+    emit: Emit,
+) -> dict[str, list[float]]:
+    """Milliseconds of an update of each peer in every turn; one turn, however late it is."""
+    step_ms: dict[str, list[float]] = {}
     calls: dict[str, int] = {}
-    for turn in range(-1, args.repeats):  # the first is to learn how many calls fill a block
-        if time.perf_counter() > until:
+    for turn in range(-1, repeats):  # the first is to learn how many calls fill a block
+        if turn > 0 and time.perf_counter() > until:
             break
-        found: dict[str, float] = {}
         for peer, process in list(processes.items()):
+            # A peer that takes longer for a block hangs.
+            patience = min(30.0, max(5.0, until - time.perf_counter())) + 10 * block
             try:
                 if turn < 0:
                     process.run(2, patience)
@@ -148,13 +191,10 @@ def bench(
                 emit(peer=peer, not_run=words(error).removeprefix("RuntimeError: "))
                 processes.pop(peer).close()
                 continue
-            found[peer] = 1e3 * seconds / (calls[peer] * ready[peer]["count"])
-            step_ms[peer].append(found[peer])
-        if found:
-            emit(turn=turn, step_ms=found)
-    for process in processes.values():
-        process.close()
-    return summary(case, ready, {peer: ms for peer, ms in step_ms.items() if ms})
+            found = 1e3 * seconds / (calls[peer] * ready[peer]["count"])
+            step_ms.setdefault(peer, []).append(found)
+            emit(turn=turn, step_ms={peer: found})
+    return step_ms
 
 
 def summary(case: str, ready: dict[str, Any], step_ms: dict[str, list[float]]) -> dict[str, Any]:
@@ -178,7 +218,7 @@ def show(case: str, result: dict[str, Any]) -> None:
     for peer, values in result["step_ms"].items():
         ratio = result["speed_against"].get(peer)
         print(
-            f"{case:5} {peer:20} {statistics.median(values):8.1f} ms "
+            f"{case:13} {peer:20} {statistics.median(values):8.1f} ms "
             f"{result['tokens_per_second'][peer]:9,.0f} tok/s"
             + (f"  {next(iter(result['step_ms']))} is {ratio:.2f}x as fast" if ratio else "")
             + ("" if result["agrees"].get(peer, True) else "  ITS LOSSES DIFFER"),
@@ -208,18 +248,20 @@ def main() -> None:
     if unknown := [name for name in names if name not in CASES]:
         parser.error(f"--cases: {unknown} are none of {', '.join(CASES)}")
     results: dict[str, Any] = {"python": platform.python_version(), "machine": platform.machine()}
+    without = args.without.split(",")
+    chosen = args.peers.split(",") if args.peers else None
+    peers = {name: [p for p in chosen or CASES[name].peers if p not in without] for name in names}
+    names = [name for name in names if chosen or len(peers[name]) > 1]  # one alone shows nothing
     for i, name in enumerate(names):
 
         def emit(name: str = name, **row: Any) -> None:
             if "not_run" in row:
-                print(f"{name:5} {row['peer']:20} not run: {row['not_run']}", flush=True)
+                print(f"{name:13} {row['peer']:20} not run: {row['not_run']}", flush=True)
             append(args.jsonl, {"part": "steps", "case": name, **row})
 
-        now = time.perf_counter()
-        peers = args.peers.split(",") if args.peers else list(CASES[name].peers)
-        peers = [peer for peer in peers if peer not in args.without.split(",")]
-        share = (until - now) / (len(names) - i)
-        results[name] = bench(name, peers, args, now + share, emit)
+        now = time.perf_counter()  # what a case leaves over goes to those after it
+        share = CASES[name].share / sum(CASES[n].share for n in names[i:])
+        results[name] = bench(name, peers[name], args, share * (until - now), emit)
         show(name, results[name])
     if args.json:
         args.json.write_text(json.dumps(results, indent=1) + "\n")

@@ -3,8 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm_jax import evaluate, train
+from lm_jax import checkpoint, evaluate, train
 from lm_jax.checkpoint import Checkpoints, abstract_like
+from lm_jax.config import ConfigError
 from tests.test_train import small, text  # noqa: F401
 
 
@@ -129,3 +130,10 @@ def test_rising_valid_loss_leaves_the_newest_and_the_best(text, tmp_path, monkey
     assert (newest.step, best.step) == (4, 2)
     for a, b in zip(jax.tree.leaves(newest.params), jax.tree.leaves(best.params), strict=True):
         assert (a != b).any()
+
+
+def test_a_run_of_another_layout_is_refused_in_one_sentence(tmp_path):
+    path = tmp_path / "config.json"
+    checkpoint.refuse_older(path, {"versions": {"lm_jax": "0.2.0"}})
+    with pytest.raises(ConfigError, match=r"config.json: .*lm_jax 0\.1\.0, .*go on with that one"):
+        checkpoint.refuse_older(path, {"versions": {"lm_jax": "0.1.0"}})

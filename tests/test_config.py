@@ -121,6 +121,16 @@ def test_spans_are_whole_calls():
     assert resolution.resolve(tiny, windows=1000).train.eval_every == "8"
 
 
+@pytest.mark.parametrize(("count", "rows"), [(1, 0), (4, 8)])
+def test_a_record_of_version_0_1_counts_micro_batches(count, rows):
+    tree = config.to_dict(Config())
+    del tree["data"]["micro_batch"]
+    tree["optim"]["accumulation"] = count
+    cfg = config.from_record({"config": tree})
+    assert cfg == config.replace(Config(), data__micro_batch=rows)
+    assert tree["optim"]["accumulation"] == count  # the record stays as it was
+
+
 def fake(platform, kind, **attributes):
     return types.SimpleNamespace(platform=platform, device_kind=kind, **attributes)
 
