@@ -5,10 +5,10 @@
     python scripts/bench_step.py --device=gpu [--cases=17M,124M] [--peers=PEER,...] [--seconds=S]
 
 Every peer is a process with the same parameters and batch. All of a case start at the same time;
-one that is not ready in time is left out and named. Then they take turns in blocks of steps, so that a change
-of the machine's speed falls on all of them; while one runs, the others wait for input. Reported are
-medians over the blocks and their ratios to the first peer. The losses of the first updates must
-agree where the models are equal; if not, the exit code is 1.
+one that is not ready in time is left out and named. Then they take turns in blocks of steps, so
+that a change of the machine's speed falls on all of them; while one runs, the others wait for
+input. Reported are medians over the blocks and their ratios to the first peer. The losses of the
+first updates must agree where the models are equal; if not, the exit code is 1.
 
 char and 10M, for a CPU: a pre-norm decoder with LayerNorm without bias, learned positions, GELU and
 a tied head; AdamW, global-norm clip at 1, float32. PyTorch uses `scaled_dot_product_attention` and
@@ -153,8 +153,9 @@ def bench(
     block = args.block_seconds or BLOCK_SECONDS[args.device]
     turns = 1.5 * len(peers) * (args.repeats + 1) * block
     until = time.perf_counter() + seconds
-    patience = (max(0.5 * seconds, seconds - turns - 3), max(0.5 * seconds, seconds - 5))
-    processes, ready = start(case, peers, args.device, patience, emit)
+    patience = max(0.5 * seconds, seconds - turns - 3)
+    longest = max(patience, seconds - 2)
+    processes, ready = start(case, peers, args.device, (patience, longest), emit)
     open_ = list(processes.values())
     try:
         step_ms = take_turns(processes, ready, args.repeats, block, until, emit)
