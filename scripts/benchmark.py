@@ -135,12 +135,14 @@ def use(name: str | None) -> None:
 
 
 def append(path: pathlib.Path | None, row: Mapping[str, Any]) -> None:
-    """Add a line of JSON to a file, which is on the disk afterwards; None is no file."""
+    """Add a line of JSON to a file, which is on the disk afterwards; None is no file.
+
+    It is written in one piece: a kill leaves no half of it, and processes do not mix theirs.
+    """
     if path is None:
         return
-    with path.open("a") as file:
-        file.write(json.dumps(row) + "\n")
-        file.flush()
+    with path.open("ab", buffering=0) as file:
+        file.write((json.dumps(row) + "\n").encode())
         os.fsync(file.fileno())
 
 
