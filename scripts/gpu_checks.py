@@ -1,7 +1,7 @@
 """What `gpu_correct.py` checks: attention, the loss and whole updates, each with its definition."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import gpu_peers
@@ -195,20 +195,30 @@ def step_check(case: str, layers: int, rows: int, impls: list[str]) -> Check:
     )
 
 
-def checks(impls: list[str], toy: bool) -> Iterator[Check]:
-    """All of them, in the order in which time is spent on them."""
-    attention = [attention_check(n, s.small() if toy else s, impls) for n, s in SHAPES.items()]
+class Planned(NamedTuple):
+    """A check that is made when its turn comes."""
+
+    name: str
+    impls: list[str]
+    make: Callable[[], Check]
+
+
+def plan(impls: list[str], toy: bool) -> list[Planned]:
+    """All checks, in the order in which time is spent on them."""
+    attention, rest = [], []
+    for name, shape in SHAPES.items():
+        make = functools.partial(attention_check, name, shape.small() if toy else shape, impls)
+        attention.append(Planned(f"attention {name}", impls, make))
     whole = [impl for impl in impls if impl != "blockwise"]
     if "pallas" not in impls:
         whole = ["auto", *whole]
-    yield from attention[:2]
-    for case in ("17M", "124M"):
-        yield step_check(case + " toy" * toy, 2, 2, whole)
-    if "pallas" not in impls:
-        for vocab_size, width, length in ((16_384, 384, 512), (50_257, 768, 512), (1_000, 64, 100)):
-            yield (
-                loss_check(vocab_size // 50, 32, 20)
-                if toy
-                else loss_check(vocab_size, width, length)
-            )
-    yield from attention[2:]
+    for case in (f"{size}{' toy' * toy}" for size in ("17M", "124M")):
+        rest.append(
+            Planned(f"update {case}", whole, functools.partial(step_check, case, 2, 2, whole))
+        )
+    losses = ((16_384, 384, 512), (50_257, 768, 512), (1_000, 64, 100))
+    for vocab_size, width, length in losses if "pallas" not in impls else ():
+        sizes = (vocab_size // 50, 32, 20) if toy else (vocab_size, width, length)
+        make = functools.partial(loss_check, *sizes)
+        rest.append(Planned(f"loss {sizes[0]}", ["fused"], make))
+    return [*attention[:2], *rest, *attention[2:]]

@@ -24,9 +24,10 @@ from typing import Any
 import benchmark
 import jax
 import numpy as np
-from gpu_checks import Check, Values, checks
+from gpu_checks import Check, Planned, Values, plan
 
 PALLAS = ("pallas", "pallas_deterministic")
+NEVER = "never begun"  # of every check until it is
 
 
 def distance(a: Any, b: Any) -> float:
@@ -76,12 +77,12 @@ class Judge:
         """Seconds."""
         return self.until - time.perf_counter()
 
-    def say(self, check: Check, impl: str, **row: Any) -> None:
+    def say(self, check: Check | Planned, impl: str, **row: Any) -> None:
         """Write a row."""
         benchmark.append(self.path, {"part": "correct", "case": check.name, "impl": impl, **row})
         if row.get("ok") is False:
             self.wrong.append(f"{impl}: {check.name}")
-        if "running" not in row:
+        if "running" not in row and row.get("not_run") != NEVER:
             print(check.name, impl, row, flush=True)
 
     def begin(self, check: Check) -> dict[str, concurrent.futures.Future]:
@@ -147,11 +148,14 @@ def main() -> None:
     args = parser.parse_args()
     judge = Judge(args.jsonl, args.seconds)
     begun = []
-    for check in checks(args.impls.split(","), args.toy):
+    planned = plan(args.impls.split(","), args.toy)
+    for found in planned:
+        for impl in found.impls:
+            judge.say(found, impl, not_run=NEVER)
+    for found in planned:
         if judge.left() < 3:
-            for impl in check.functions:
-                judge.say(check, impl, not_run="out of time")
-            continue
+            break
+        check = found.make()
         begun.append((check, judge.begin(check)))
         while begun and all(future.done() for future in begun[0][1].values()):
             judge.judge(*begun.pop(0))
