@@ -7,9 +7,11 @@ that is late all the same is told to stop, and its best checkpoint is scored.
 """
 
 import argparse
+import contextlib
 import json
 import pathlib
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -18,6 +20,7 @@ import time
 from typing import Any
 
 import benchmark
+from gpu_table import read
 
 from lm_jax import config, evaluate, resolution
 from lm_jax.data import pipeline
@@ -44,10 +47,12 @@ TOY = {
 
 def step_ms(path: pathlib.Path) -> float:
     """Milliseconds of an update, as measured, or of an H200."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    turns = [row["step_ms"] for row in rows if row.get("case") == "17M" and "turn" in row]
-    found = [turn[peer] for peer in ("lm_jax x8", "lm_jax") for turn in turns if peer in turn]
-    return statistics.median(found) if found else 13.0
+    rows = [row for row in read(path) if row["part"] == "steps" and "turn" in row]
+    for case, peer in (("17M variants", f"lm_jax x{CALL}"), ("17M", "lm_jax")):
+        found = [row["step_ms"].get(peer) for row in rows if row["case"] == case]
+        if found := [ms for ms in found if ms]:
+            return statistics.median(found)
+    return 8.2
 
 
 def plan(args: argparse.Namespace) -> tuple[list[str], int]:
@@ -95,7 +100,8 @@ class Curve:
 
     def speed(self) -> dict[str, Any]:
         """Medians over the second half, and the time of all updates together."""
-        rows = [json.loads(line) for line in self.path.read_text().splitlines()]
+        text = self.path.read_text() if self.path.exists() else ""
+        rows = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
         rows = [row for row in rows if "perf/step_ms" in row]
         if not rows:
             return {"updates": 0}
@@ -127,6 +133,23 @@ def train(command: list[str], curve: Curve, until: float, patience: float) -> tu
     return process.returncode, stopped
 
 
+def score(workdir: pathlib.Path, split: str, until: float, args: argparse.Namespace) -> bool:
+    """Write down the scores of a split, computed now if the training has not; whether there are."""
+    path = workdir / f"eval_{split}.json"
+    left = until - time.perf_counter()
+    command = [sys.executable, "-m", "lm_jax.evaluate", f"--workdir={workdir}", f"--split={split}"]
+    if not path.exists() and left > 0:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            subprocess.run(command, cwd=ROOT, timeout=left)
+    if not path.exists():
+        return False
+    result = json.loads(path.read_text())
+    found = {name: result[name] for name in SCORES}
+    benchmark.append(args.jsonl, {"part": "train", "split": split, **found})
+    shutil.copy(path, args.out)
+    return True
+
+
 def main() -> None:
     """Train, score and write down."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -138,6 +161,7 @@ def main() -> None:
     parser.add_argument("--toy", action="store_true", help="a small model for a CPU")
     args = parser.parse_args()
     until = time.perf_counter() + args.seconds
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what there is is written even so
     benchmark.use("cpu")  # this process leaves the GPU to the training
     flags, whole = plan(args)
     with tempfile.TemporaryDirectory() as folder:
@@ -146,22 +170,17 @@ def main() -> None:
         main_ = [sys.executable, "-m", "lm_jax.main", f"--config={CONFIG}", f"--workdir={workdir}"]
         began = time.perf_counter()
         reserve = min(RESERVE, 0.3 * args.seconds)
-        code, stopped = train([*main_, *flags], curve, until - reserve, 0.4 * reserve)
-        row = {"part": "train", "code": code, "stopped": stopped, "of": whole, "flags": flags}
-        wall = time.perf_counter() - began
-        benchmark.append(args.jsonl, row | {"wall_seconds": wall, **curve.speed()})
-        for split in ("test", "valid"):
-            path = workdir / f"eval_{split}.json"
-            left = until - time.perf_counter()
-            score = [sys.executable, "-m", "lm_jax.evaluate", f"--workdir={workdir}"]
-            if not path.exists() and left > 0:
-                command = [*score, f"--split={split}"]
-                subprocess.run(command, cwd=ROOT, timeout=left)
-            result = json.loads(path.read_text())
-            found = {name: result[name] for name in SCORES}
-            benchmark.append(args.jsonl, {"part": "train", "split": split, **found})
-            shutil.copy(path, args.out)
-        shutil.copy(workdir / "config.json", args.out)
+        code, stopped = None, True
+        try:
+            code, stopped = train([*main_, *flags], curve, until - reserve, 0.4 * reserve)
+        finally:
+            row = {"part": "train", "code": code, "stopped": stopped, "of": whole, "flags": flags}
+            wall = time.perf_counter() - began
+            benchmark.append(args.jsonl, row | {"wall_seconds": wall, **curve.speed()})
+        scored = [score(workdir, split, until, args) for split in ("test", "valid")]
+        if (workdir / "config.json").exists():
+            shutil.copy(workdir / "config.json", args.out)
+    sys.exit(not all(scored))
 
 
 if __name__ == "__main__":
