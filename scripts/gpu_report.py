@@ -8,7 +8,8 @@ Every part is a process of its own with a limit of time, so that a hang or a fau
 
     info       device, driver, clocks, versions, speed of a matrix product and of copying
     correct    attention, the loss and whole updates against their definitions in float32
-    steps      tokens a second of configs/wikitext2.py and configs/gpt2_124m.py, and of PyTorch
+    steps      tokens a second of configs/wikitext2.py and configs/gpt2_124m.py, and of PyTorch;
+               after that of their variants
     attention  the implementations of attention and their peers
     loss       linear layer with cross-entropy, and its peers
     train      WikiText-2 with configs/wikitext2.py, cut to the updates that fit, to its test score
@@ -20,8 +21,8 @@ alone, always: DIR/report.md and the terminal. DIR also gets log.txt, the scores
 the training, and autotune.tgz, the choices of XLA's autotuner, which `--autotune` gives to the next
 session.
 
-Of `--minutes`, each part gets its share of what is left when it begins: 15 : 90 : 150 : 60 : 40 :
-125, which are its seconds at the default of 8. What a part leaves over goes to those after it; the
+Of `--minutes`, each part gets its share of what is left when it begins: 20 : 85 : 180 : 50 : 35 :
+110, which are its seconds at the default of 8. What a part leaves over goes to those after it; the
 limits never add up to more than `--minutes`.
 
 Without a GPU everything runs at toy sizes. The exit code is 1 if a check failed or a part did not
@@ -45,7 +46,7 @@ from benchmark import append
 from gpu_table import Rows, left_out, read, report
 
 SCRIPTS = pathlib.Path(__file__).parent
-SHARES = {"info": 15, "correct": 90, "steps": 150, "attention": 60, "loss": 40, "train": 125}
+SHARES = {"info": 20, "correct": 85, "steps": 180, "attention": 50, "loss": 35, "train": 110}
 WORK = pathlib.Path(tempfile.gettempdir()) / "lm_jax_gpu_report"
 TUNED = "xla_gpu_per_fusion_autotune_cache_dir"  # JAX's name of it, in the compilation cache
 LARGEST = 16_000_000  # bytes of a file in the folder
@@ -57,7 +58,7 @@ ATTENTION = (
 # Peers that do not run beside the newest JAX, or could hang, or take long to compile.
 APART = "tokamax xla,tokamax chunked_xla,tokamax triton,tokamax mosaic,jax triton,jax mosaic"
 SLOW = "blockwise,optax"
-TOY_WITHOUT = "lm_jax plain,lm_jax cudnn plain,lm_jax pallas plain,lm_jax xla,lm_jax xla plain"
+TOY_WITHOUT = "lm_jax plain,lm_jax xla"
 
 
 def on_gpu() -> bool:
@@ -87,7 +88,8 @@ def commands(part: str, args: argparse.Namespace, seconds: float, rows: Rows) ->
     if part == "steps":
         without = step_peers_without(rows, wrong) + ([] if gpu else TOY_WITHOUT.split(","))
         block = ["--repeats=5", "--block_seconds=0.25"] if gpu else short
-        how = [device, f"--cases={sizes}", f"--without={','.join(without)}", *block]
+        cases = f"{sizes},17M variants,124M variants" if gpu else "124M toy,17M toy variants"
+        how = [device, f"--cases={cases}", f"--without={','.join(without)}", *block]
         return [script("bench_step.py", results, *how, f"--seconds={0.92 * seconds:.0f}")]
     block = ["--repeats=5", "--block_seconds=0.02"] if gpu else short
     apart = f"--without={','.join([APART, *([SLOW] if gpu else []), *wrong])}"
@@ -98,7 +100,7 @@ def commands(part: str, args: argparse.Namespace, seconds: float, rows: Rows) ->
         how = [device, f"--cases={'gpu_17m,gpu_124m,gpu_kl' if gpu else 'toy'}", apart, *block]
         return [script("bench_loss.py", results, *how, f"--seconds={0.6 * seconds:.0f}")]
     folders = [f"--{n}={getattr(args, n)}" for n in ("source_dir", "cache_dir") if getattr(args, n)]
-    how = [f"--out={args.out}", f"--seconds={seconds - 3:.0f}", *folders, *toy]
+    how = [f"--out={args.out}", f"--seconds={seconds - 8:.0f}", *folders, *toy]
     return [script("gpu_train.py", results, *how)]
 
 
@@ -172,6 +174,13 @@ def measure(args: argparse.Namespace, parts: list[str]) -> Iterator[dict[str, An
             yield run(part, commands(part, args, seconds, rows), seconds, log)
 
 
+def write(out: pathlib.Path) -> tuple[str, bool]:
+    """The table of all that is there by now, also as a file; whether nothing is wrong."""
+    text, fine = report(read(out / "results.jsonl"))
+    (out / "report.md").write_text(text)
+    return text, fine
+
+
 def pack(out: pathlib.Path) -> None:
     """Put the autotuner's choices into the folder, and cut what is too large."""
     cache = pathlib.Path(environment("")["JAX_COMPILATION_CACHE_DIR"])
@@ -205,15 +214,15 @@ def main() -> None:
         with tarfile.open(args.autotune) as tar:
             tar.extractall(environment("")["JAX_COMPILATION_CACHE_DIR"], filter="data")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the table is written even so
-    results = args.out / "results.jsonl"
     try:
         for row in measure(args, parts):
-            append(results, row)
+            append(args.out / "results.jsonl", row)
+            write(args.out)
+            pack(args.out)
     finally:
         if parts:
             pack(args.out)
-        text, fine = report(read(results))
-        (args.out / "report.md").write_text(text)
+        text, fine = write(args.out)
         print(text)
     sys.exit(not fine)
 

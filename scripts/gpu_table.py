@@ -15,9 +15,10 @@ same dtype, and a little. A pallas kernel is run ten times more.
 STEPS = """\
 Peers are processes that take turns in blocks of steps; ms are medians over the blocks. Where a name
 says plain, rows are not divided into documents, as PyTorch's never are; x8 is 8 updates in a call.
-PyTorch is compiled, under autocast, with fused AdamW. At 124M its model and batch are the same; at
-17M it has the same matrix products in a plainer model: LayerNorm, GELU, learned positions, AdamW,
-no dropout and no average of the weights.
+The variants are compared with this trainer, which is measured again beside them. PyTorch is
+compiled, under autocast, with fused AdamW. At 124M its model and batch are the same; at 17M it has
+the same matrix products in a plainer model: LayerNorm, GELU, learned positions, AdamW, no dropout
+and no average of the weights.
 """
 KERNELS = """\
 Medians over turns in one process. The gradient contains the forward pass; TF/s count the
@@ -58,7 +59,13 @@ def left_out(rows: Rows) -> dict[str, str]:
 def last(rows: Rows) -> Rows:
     """The last row about each implementation at each check."""
     checks = [row for row in rows if row["part"] == "correct"]
-    return list({(row["case"], row["impl"]): row for row in checks}.values())
+    found: dict[tuple[str, str], Row] = {}
+    for row in checks:
+        key = row["case"], row["impl"]
+        # What another session found stays where this one did not come to it.
+        if "not_run" not in row or "not_run" in found.get(key, row):
+            found[key] = row
+    return list(found.values())
 
 
 def table(heads: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
@@ -132,17 +139,26 @@ def correct(rows: Rows) -> str:
 
 
 def steps(rows: Rows) -> str:
-    """Tokens a second of all peers, case by case, and their ratios to the fastest PyTorch."""
+    """Tokens a second of all peers, case by case; ratios to the fastest PyTorch, or to lm_jax."""
     mine, text = part(rows, "steps"), STEPS
     for case in dict.fromkeys(row["case"] for row in mine):
         here = [row for row in mine if row["case"] == case]
-        ready = {row["peer"]: row for row in here if "compile_seconds" in row}
+        ready: dict[str, Row] = {}
+        absent: dict[str, str] = {}
         ms: dict[str, list[float]] = {}
         for row in here:
             for peer, value in row.get("step_ms", {}).items():
                 ms.setdefault(peer, []).append(value)
+            if "compile_seconds" in row:
+                ready[row["peer"]] = row
+                absent.pop(row["peer"], None)  # it was late in another session
+            elif "agrees" in row:
+                ready[row["peer"]] = ready[row["peer"]] | row
+            elif "not_run" in row:
+                absent[row["peer"]] = row["not_run"]
         medians = {peer: statistics.median(values) for peer, values in ms.items()}
         torch = min((v for peer, v in medians.items() if peer.startswith("torch")), default=None)
+        base = torch or medians.get("lm_jax")
         lines = []
         for peer, row in ready.items():
             time = medians.get(peer)
@@ -152,16 +168,20 @@ def steps(rows: Rows) -> str:
                     row["attention"] or "-",
                     f"{time:.2f}" if time else "-",
                     f"{1e3 * row['tokens'] / time:,.0f}" if time else "-",
-                    f"{torch / time:.2f}" if time and torch else "-",
+                    f"{base / time:.2f}" if time and base else "-",
                     f"{row['peak_bytes'] / 1e9:.2f}" if row["peak_bytes"] else "-",
                     f"{row['compile_seconds']:.0f}",
                     "" if row.get("agrees", True) else f"LOSSES DIFFER BY {row['differs']:.1e}",
                 ]
             )
-        heads = ["peer", "attention", "ms", "tokens/s", "speed / PyTorch", "GB", "compile, s", ""]
-        tokens = next((row["tokens"] for row in ready.values()), 0)
-        text += f"\n{case}, {tokens:,} tokens an update:\n\n" + table(heads, lines)
-        text += names((row["peer"], row["not_run"]) for row in here if "not_run" in row)
+        speed = "speed / PyTorch" if torch else "speed / lm_jax"
+        heads = ["peer", "attention", "ms", "tokens/s", speed, "GB", "compile, s", ""]
+        if ready:
+            tokens = next(iter(ready.values()))["tokens"]
+            text += f"\n{case}, {tokens:,} tokens an update:\n\n" + table(heads, lines)
+        else:
+            text += f"\n{case}: nothing was measured.\n\n"
+        text += names(absent.items())
     return text
 
 
@@ -182,7 +202,8 @@ def kernels(rows: Rows, name: str) -> str:
                 text += f" ({1e-9 * row['flops'] / statistics.median(found['ms']):.0f} TF/s)"
             cells.append(text)
         lines.append(cells)
-    text = (KERNELS if name == "attention" else "") + table(["ms", *peers], lines)
+    text = KERNELS if name == "attention" else ""
+    text += table(["ms", *peers], lines) if peers else "Nothing was measured.\n\n"
     for row in cases:
         for peer, found in row["peers"].items():
             differs = found.get("difference") or max(
@@ -220,6 +241,7 @@ def train(rows: Rows) -> str:
             text += table(["", ""], lines) + f"\nFlags: `{' '.join(flags)}`\n\n"
     scores = [row for row in mine if "split" in row]
     heads = ["split", "word perplexity", "token perplexity", "bits per byte", "accuracy", "update"]
+    text += "" if scores else "No score was computed in time.\n"
     text += table(
         heads,
         (
@@ -233,7 +255,7 @@ def train(rows: Rows) -> str:
             )
             for row in scores
         ),
-    )
+    ) * bool(scores)
     curve = [f"{row['word_ppl']:.1f} at {row['valid_at']:,}" for row in mine if "valid_at" in row]
     return text + f"\nValid word perplexity: {', '.join(curve) or 'never scored'}.\n"
 

@@ -1,15 +1,19 @@
 """The report of a GPU runs on a CPU, at toy sizes, and keeps what a killed part has measured."""
 
+import argparse
 import json
 import os
 import pathlib
+import queue
 import random
 import subprocess
 import sys
+import time
 
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "scripts"))
 PARTS = "info correct steps attention loss train".split()
 SECTIONS = "Device Correctness Steps Attention Training".split()
 
@@ -64,12 +68,13 @@ def test_killed_part_leaves_its_figures(tmp_path):
     assert any(row.get("ok") or "refused" in row for row in rows)  # some were there in time
     assert [row["of"] for row in rows if row.get("killed")] == ["correct"]
     assert "correct was ended at its limit" in table and "| cudnn | 0 | 0 |" in table
+    planned = {(row["case"], row["impl"]) for row in rows if "not_run" in row}
+    assert ("attention large", "pallas") in planned  # it counts though it was never begun
     # The table can be made again from what is there, and what failed fails again.
     assert report(tmp_path, "--parts=table") == (1, rows, table)
 
 
 def test_wrong_implementation_is_left_out(tmp_path):
-    sys.path.insert(0, str(ROOT / "scripts"))
     import gpu_report
     import gpu_table
 
@@ -90,3 +95,87 @@ def test_wrong_implementation_is_left_out(tmp_path):
     # A row that is not finished, as a kill leaves it, is passed over.
     (tmp_path / "rows").write_text("\n".join(map(json.dumps, rows)) + '\n{"part": "co')
     assert gpu_table.read(tmp_path / "rows") == rows
+
+
+def test_table_of_what_was_not_measured():
+    import gpu_table
+
+    def steps(case, peer, **row):
+        return dict(part="steps", case=case, peer=peer, **row)
+
+    def ready(case, peer):
+        kept = dict(tokens=64, attention=None, peak_bytes=None, compile_seconds=1.0)
+        return [steps(case, peer, **kept), steps(case, peer, differs=0.0, agrees=True)]
+
+    def turn(case, **step_ms):
+        return dict(part="steps", case=case, turn=0, step_ms=step_ms)
+
+    checks = [("a", "ok"), ("a", "not_run"), ("b", "not_run"), ("c", "not_run"), ("c", "ok")]
+    rows = [
+        *(dict(part="correct", impl="xla", case=f"attention {c}", **{k: True}) for c, k in checks),
+        steps("17M", "lm_jax", not_run="not ready after 9 s"),
+        steps("17M", "torch flash", not_run="not ready after 9 s"),
+        steps("124M", "torch flash", not_run="not ready after 8 s"),
+        *ready("124M", "lm_jax"),
+        turn("124M", lm_jax=2.0),
+        *ready("124M", "torch flash"),  # of another session
+        turn("124M", **{"torch flash": 4.0}),
+        *ready("17M variants", "lm_jax"),
+        *ready("17M variants", "lm_jax x8"),
+        turn("17M variants", **{"lm_jax": 4.0, "lm_jax x8": 2.0}),
+    ]
+    text = gpu_table.report(rows)[0]
+    assert "| xla | 2 | 0 | 0 | 1 |" in text
+    assert "17M: nothing was measured" in text and "0 tokens" not in text
+    assert "lm_jax, torch flash: not ready after 9 s" in text and "after 8 s" not in text
+    assert "| lm_jax | - | 2.00 | 32,000 | 2.00 |" in text
+    assert "| lm_jax x8 | - | 2.00 | 32,000 | 2.00 |" in text and "speed / lm_jax" in text
+
+
+class FakeProcess:
+    """A peer that is ready after the seconds in its name; `torch hang` is so at once, and hangs."""
+
+    def __init__(self, case, peer, device):
+        self.at = time.perf_counter() + (0 if "hang" in peer else float(peer.split()[1]))
+        self.hangs, self.lines, self.process = "hang" in peer, self, self
+
+    def empty(self):
+        return time.perf_counter() < self.at
+
+    def read(self, until):
+        return {"losses": [3.0] * 5, "count": 1, "version": ""}
+
+    def run(self, calls, patience):
+        if self.hangs:
+            raise queue.Empty
+        return {"seconds": 0.001 * calls}
+
+    def close(self):
+        pass
+
+    kill = close
+
+
+@pytest.mark.parametrize(
+    ("peers", "late", "hangs"),
+    [
+        ("torch 0.1,torch 9,torch 0.2", {"torch 9"}, set()),
+        ("torch hang,torch 0.1", set(), {"torch hang"}),
+        # Nobody was ready when the turns should have begun: there is still time for the first.
+        ("torch 3.5,torch 9", {"torch 9"}, set()),
+        ("torch 9,torch 8", {"torch 9", "torch 8"}, set()),
+    ],
+)
+def test_late_peer_costs_itself_only(monkeypatch, peers, late, hangs):
+    import bench_step
+
+    monkeypatch.setattr(bench_step, "Process", FakeProcess)
+    rows, peers = [], peers.split(",")
+    args = argparse.Namespace(block_seconds=0.01, device="cpu", repeats=3)
+    result = bench_step.bench("124M toy", peers, args, 6.0, lambda **row: rows.append(row))
+    reasons = {row["peer"]: row["not_run"] for row in rows if "not_run" in row}
+    assert set(reasons) == late | hangs
+    assert all("not ready after" in reasons[peer] for peer in late)
+    fine = set(peers) - late - hangs
+    assert set(result["step_ms"]) == fine and all(map(len, result["step_ms"].values()))
+    assert {peer for row in rows for peer in row.get("step_ms", {})} == fine
