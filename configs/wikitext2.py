@@ -5,16 +5,16 @@ Colab T4:  python -m lm_jax.main --config=configs/wikitext2.py
 CPU:       python -m lm_jax.main --config=configs/wikitext2.py --config.train.steps=8
 
 The same config everywhere: it computes in what the device is fast in, bfloat16 with cuDNN's
-attention on an H100, float16 with loss scaling on a T4, float32 on a CPU. There an update takes half
-a minute on 2 cores, so the whole run is not for it; `configs/wikitext2_cpu.py` is. The corpus is
-downloaded; --config.data.source_dir=DIR names a folder with `wiki.{train,valid,test}.tokens`.
+attention on an H100, float16 with loss scaling on a T4, float32 on a CPU. A CPU is too slow for the
+whole run; `configs/wikitext2_cpu.py` is made for it. The corpus is downloaded;
+--config.data.source_dir=DIR names a folder with `wiki.{train,valid,test}.tokens`.
 
 Measured on one H200, one seed: test word perplexity 81.3 with dropout 0.3, weight decay 1, 40
 epochs and fixed windows, best after 20 epochs, 103 s from start to report; 83.9 with dropout 0.4
 after 20 epochs, 86.3 with dropout 0.5 and weight decay 2.5 after 30, both with moved windows. An
-update takes 8.0 ms, an epoch 1.2 s. The values below are a guess from these runs: less dropout, more
-decay, an end at about the epoch where the first one was best, and 384 tokens of context for every
-token scored. They are not measured; nor is a T4 or an H100.
+update takes 8.0 ms, an epoch 1.2 s. The values below are a guess from these runs: less dropout,
+more decay, an end at about the epoch where the first one was best, and 384 tokens of context for
+every token scored. They are not measured; nor is a T4 or an H100.
 """
 
 from lm_jax.config import Config, Duration

@@ -193,7 +193,9 @@ class ModelConfig(_Section):
 class OptimConfig(_Section):
     """Optimiser, schedule and clipping."""
 
-    name: str = "adamw"  # adamw | muon (matrices of the blocks by Muon, the rest by Adam)
+    # adamw | muon: the matrices of the blocks by Muon (whose iteration is in bfloat16 on a GPU that
+    # knows it, whatever train.compute_dtype is), the rest by Adam
+    name: str = "adamw"
     peak_lr: float = 1e-3  # learning rate after warm-up
     warmup: Duration = Duration("100")  # linear from peak / warmup; the first update has LR > 0
     schedule: str = "cosine"  # cosine | linear | constant | wsd
@@ -357,11 +359,17 @@ def from_dict(tree: dict[str, Any]) -> Config:
 
 
 def from_record(record: dict[str, Any]) -> Config:
-    """The config in a run's `config.json`, of which version 0.1 counted the micro-batches."""
-    tree = {**record["config"], "optim": dict(record["config"]["optim"])}
-    if count := tree["optim"].pop("accumulation", 0):
-        rows = tree["data"]["batch_size"] // count
-        tree["data"] = {**tree["data"], "micro_batch": 0 if count == 1 else rows}
+    """The config in a run's `config.json`.
+
+    Version 0.1 wrote the number of micro-batches there, this one writes their size on a device.
+    """
+    tree = record["config"]
+    optim = dict(tree.get("optim", {}))
+    if count := optim.pop("accumulation", 0):
+        data = dict(tree["data"])
+        if count > 1:
+            data["micro_batch"] = data["batch_size"] // (count * len(record["devices"]))
+        tree = {**tree, "optim": optim, "data": data}
     return from_dict(tree)
 
 

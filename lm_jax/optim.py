@@ -1,7 +1,7 @@
 """Learning-rate schedule, clipping and optimiser; which leaves decay is listed by name."""
 
 import functools
-from collections.abc import Iterator
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -47,14 +47,34 @@ def path_name(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def by_layer(tree: Params) -> Iterator[tuple[str, jax.Array]]:
-    """(name, array) of every leaf, those of the blocks layer by layer: `blocks/0/mlp/up/kernel`."""
+def by_layer(tree: Params) -> dict[str, jax.Array]:
+    """All leaves by name, those of the blocks layer by layer: `blocks/0/mlp/up/kernel`."""
+    found: dict[str, jax.Array] = {}
     for path, leaf in jax.tree.leaves_with_path(tree):
         if _in_block(path):
             rest = path_name(path[1:])
-            yield from ((f"blocks/{i}/{rest}", layer) for i, layer in enumerate(leaf))
+            found |= {f"blocks/{i}/{rest}": layer for i, layer in enumerate(leaf)}
         else:
-            yield path_name(path), leaf
+            found[path_name(path)] = leaf
+    return found
+
+
+def stacked(leaves: dict[str, jax.Array]) -> Params:
+    """The tree of which `by_layer` made these leaves."""
+    layers: dict[str, dict[int, jax.Array]] = {}
+    tree: dict[str, Any] = {}
+    for name, leaf in leaves.items():
+        if match := re.fullmatch(r"blocks/(\d+)/(.+)", name):
+            layers.setdefault(f"blocks/{match[2]}", {})[int(match[1])] = leaf
+    whole = {name: leaf for name, leaf in leaves.items() if not name.startswith("blocks/")}
+    whole |= {name: jnp.stack([x[i] for i in sorted(x)]) for name, x in layers.items()}
+    for name, leaf in whole.items():
+        *parents, last = name.split("/")
+        place = tree
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[last] = leaf
+    return tree
 
 
 def decayed(cfg: OptimConfig, params: Params) -> Params:

@@ -296,7 +296,7 @@ def _steps_of(value: Duration, data: DataConfig, windows: int) -> int:
 
 
 def rounded(cfg: Config, *, windows: int) -> dict[str, tuple[int, int]]:
-    """Spans that whole calls of `train.steps_per_call` do not make up, by field: (exact, rounded).
+    """Spans that are rounded to whole calls of `train.steps_per_call`, by field: (exact, rounded).
 
     A call of another length would be compiled anew. Spans written in steps stay as they are.
     """

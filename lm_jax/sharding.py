@@ -60,12 +60,13 @@ def round_up(rows: int) -> int:
 
 
 def accumulation(cfg: Config) -> int:
-    """Micro-batches of an update: as few equal ones as leave a device its `data.micro_batch` rows.
+    """Number of micro-batches: the fewest equal ones of at most `data.micro_batch` rows a device.
 
     The rows are shared by the devices of the mesh that is set; without one there is one device.
 
     Raises:
-        ConfigError: if the devices cannot share the rows of an update.
+        ConfigError: if the devices cannot share the rows of an update, or if equal micro-batches
+            would have less than half the size that was asked for.
     """
     devices = jax.sharding.get_abstract_mesh().size or 1
     rows, left = divmod(cfg.data.batch_size, devices)
@@ -74,8 +75,14 @@ def accumulation(cfg: Config) -> int:
             f"config.data.batch_size: {cfg.data.batch_size} sequences cannot be shared by "
             f"{devices} devices; choose a multiple."
         )
-    fewest = math.ceil(rows / (cfg.data.micro_batch or rows))
-    return next(number for number in range(fewest, rows + 1) if rows % number == 0)
+    most = min(rows, cfg.data.micro_batch or rows)
+    number = next(n for n in range(math.ceil(rows / most), rows + 1) if rows % n == 0)
+    if 2 * rows < most * number:
+        raise ConfigError(
+            f"config.data.micro_batch: the {rows} sequences of a device cannot be cut into equal "
+            f"parts of {most} or a few less; choose a divisor of {rows}."
+        )
+    return number
 
 
 def initialize() -> None:

@@ -257,7 +257,7 @@ def make_update(cfg: Config) -> Callable:
     ) -> tuple[TrainState, Metrics]:
         layer_norms = {}
         if cfg.train.layer_norms:
-            for name, g in optim.by_layer(grads):
+            for name, g in optim.by_layer(grads).items():
                 layer_norms[f"grad_norm/{name}"] = optim.global_norm(g)
         grads, norm, clipped_norm = optim.clip(grads, cfg.optim.clip_norm)
         lr = schedule(state.step)

@@ -64,6 +64,7 @@ def train_and_evaluate(cfg: Config, workdir: str | pathlib.Path) -> dict[str, An
     impl, reason = step.choose_attention(cfg)
     mesh = sharding.make_mesh(cfg.mesh.fsdp)
     with jax.set_mesh(mesh):  # the devices share the rows
+        micro_batches = sharding.accumulation(cfg)
         loss_impl, loss_reason = step.choose_loss(cfg, store.tokenizer.vocab_size)
     distilling = bool(cfg.distill.teachers or cfg.distill.cache)
     if distilling:
@@ -129,7 +130,9 @@ def train_and_evaluate(cfg: Config, workdir: str | pathlib.Path) -> dict[str, An
         f"{jax.devices()[0].device_kind} device(s); {cfg.train.compute_dtype} ({dtype_reason}); "
         f"attention {impl} ({reason}); loss {loss_impl} ({loss_reason}); "
         f"{len(train_split.tokens):,} training tokens, {steps:,} updates of "
-        f"{cfg.data.batch_size * cfg.data.seq_len:,} from update {start:,}"
+        f"{cfg.data.batch_size * cfg.data.seq_len:,}"
+        + (f" in {micro_batches} micro-batches" if micro_batches > 1 else "")
+        + f" from update {start:,}"
     )
     for path, (exact, whole) in whole_calls.items():
         writers.say(
@@ -359,7 +362,9 @@ def refuse_other_dtype(workdir: pathlib.Path, dtype: str) -> None:
         ConfigError: naming the field that makes the run go on in its own dtype.
     """
     path = workdir / "config.json"
-    before = json.loads(path.read_text())["config"]["train"]["compute_dtype"]
+    record = json.loads(path.read_text())
+    checkpoint.refuse_older(path, record)
+    before = record["config"]["train"]["compute_dtype"]
     if before != dtype:
         raise config.ConfigError(
             f"config.train.compute_dtype: 'auto' is {dtype} on this device, and the run in "

@@ -121,12 +121,12 @@ def test_spans_are_whole_calls():
     assert resolution.resolve(tiny, windows=1000).train.eval_every == "8"
 
 
-@pytest.mark.parametrize(("count", "rows"), [(1, 0), (4, 8)])
-def test_a_record_of_version_0_1_counts_micro_batches(count, rows):
+@pytest.mark.parametrize(("count", "devices", "rows"), [(1, 1, 0), (4, 1, 8), (4, 2, 4)])
+def test_a_record_of_version_0_1_counts_micro_batches(count, devices, rows):
     tree = config.to_dict(Config())
     del tree["data"]["micro_batch"]
     tree["optim"]["accumulation"] = count
-    cfg = config.from_record({"config": tree})
+    cfg = config.from_record({"config": tree, "devices": ["cpu"] * devices})
     assert cfg == config.replace(Config(), data__micro_batch=rows)
     assert tree["optim"]["accumulation"] == count  # the record stays as it was
 

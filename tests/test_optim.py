@@ -44,9 +44,8 @@ def params_of(**changes):
     return cfg, init(jax.random.key(0))
 
 
-@pytest.mark.parametrize("scan", [False, True])
-def test_decay_takes_matrices_only(scan):
-    cfg, params = params_of(model__tied=False, model__positions="learned", model__scan_layers=scan)
+def test_decay_takes_matrices_only():
+    cfg, params = params_of(model__tied=False, model__positions="learned")
     decays = {
         optim.path_name(path): decay
         for path, decay in jax.tree.leaves_with_path(optim.decayed(cfg.optim, params))
@@ -141,3 +140,10 @@ def test_newton_schulz_runs_in_bfloat16_on_a_gpu(monkeypatch):
     short = optim.orthogonalise(x, 1e-8)
     assert short.dtype == jnp.float32
     assert np.abs(short - wide).max() < 0.05
+
+
+def test_layers_come_apart_and_together_again():
+    _, params = params_of(model__layers=11)
+    leaves = optim.by_layer(params)
+    assert leaves["blocks/10/mlp/up/kernel"].ndim == 2
+    jax.tree.map(np.testing.assert_array_equal, optim.stacked(leaves), params)

@@ -147,7 +147,7 @@ def test_logged_norms_and_rates():
         metrics["optim/param_norm"], optim.global_norm(after.params), rtol=1e-5
     )
     layers = np.array([v[0] for k, v in metrics.items() if k.startswith("grad_norm/")])
-    assert len(layers) == len(list(optim.by_layer(after.params)))
+    assert len(layers) == len(optim.by_layer(after.params))
     assert metrics["grad_norm/blocks/1/mlp/up/kernel"] > 0
     np.testing.assert_allclose(np.sqrt((layers**2).sum()), metrics["optim/grad_norm"][0], rtol=1e-5)
     _, _, metrics = run(batches)

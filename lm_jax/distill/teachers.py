@@ -235,7 +235,9 @@ def _as_read(run: evaluate.Run, cfg: Config) -> nnx.GraphDef:
         data__document_mask=cfg.data.document_mask,
         data__window_offset=cfg.data.window_offset,
     )
-    impl, _ = step.choose_attention(config.replace(cfg, model=run.cfg.model))
+    # It reads without dropout.
+    teaching = config.replace(cfg, model=run.cfg.model, model__attention_dropout=0.0)
+    impl, _ = step.choose_attention(teaching)
     graphdef, _ = step.create_model(how, run.store.tokenizer.vocab_size, impl)
     return graphdef
 

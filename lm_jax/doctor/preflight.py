@@ -15,7 +15,6 @@ from lm_jax.config import Config, ModelConfig
 from lm_jax.data import pipeline
 from lm_jax.data.store import Split, Store
 from lm_jax.doctor import distilled
-from lm_jax.doctor.blackbox import named_leaves
 from lm_jax.doctor.data import examine_data
 from lm_jax.doctor.evaluation import examine_evaluation
 from lm_jax.doctor.findings import Report
@@ -142,29 +141,30 @@ class _Small:
             **(_narrow(cfg.model) if cfg.model.family == "dense" else {}),
             data__seq_len=min(cfg.data.seq_len, 65),
             data__batch_size=self.rows,
-            data__micro_batch=self.rows // min(sharding.accumulation(cfg), 2),
         )
+        with jax.set_mesh(sharding.make_mesh(cfg.mesh.fsdp)):  # the devices that share the rows
+            micro_batches = min(sharding.accumulation(cfg), 2)
+            self.loss_impl, _ = step.choose_loss(cfg, store.tokenizer.vocab_size)
+        self.cfg.data.micro_batch = self.rows // micro_batches
         self.vocab_size = min(store.tokenizer.vocab_size, 500)
         self.attention_impl, _ = step.choose_attention(cfg)
         self.graphdef, self.init = step.create_model(self.cfg, self.vocab_size, self.attention_impl)
-        self.loss_impl, _ = step.choose_loss(cfg, store.tokenizer.vocab_size)
         self.cfg.loss.impl = self.loss_impl
         self.dtype = jnp.dtype(cfg.train.compute_dtype)
 
     @functools.cached_property
-    def params(self) -> Any:
-        """Fresh parameters."""
-        return jax.jit(self.init)(jax.random.key(self.cfg.seed))
+    def params(self) -> dict[str, Any]:
+        """Fresh parameters by name, each layer's apart, so that checks can tell layers apart."""
+        return optim.by_layer(jax.jit(self.init)(jax.random.key(self.cfg.seed)))
 
     @functools.cached_property
     def unused(self) -> list[str]:
         """Names of parameters that the model does not read."""
-        names = (optim.path_name(path) for path, _ in jax.tree.leaves_with_path(self.params))
-        return [name for name in names if name.endswith(musota.UNUSED)]
+        return [name for name in self.params if name.endswith(musota.UNUSED)]
 
     def logits(self, params: Any, tokens_BT: Any, segment_ids_BT: Any, key: Any = None):
         """Logits of the model, as evaluation computes them."""
-        model = nnx.merge(self.graphdef, params)
+        model = nnx.merge(self.graphdef, optim.stacked(params))
         ids = jnp.pad(jnp.asarray(segment_ids_BT), ((0, 0), (0, 1)))
         tokens = jnp.pad(jnp.asarray(tokens_BT), ((0, 0), (0, 1)))
         b = losses.shift({"tokens": tokens, "segment_ids": ids, "weights": tokens * 0.0})
@@ -248,22 +248,23 @@ class _Small:
         bad["weights"][-1, 1] = np.inf
 
         def gradient(params: Any, batch: Any, micro_batches: int) -> Any:
-            return step.gradients(
+            _, _, found = step.gradients(
                 self.graphdef,
-                params,
+                optim.stacked(params),
                 batch,
                 accumulation=micro_batches,
                 dtype=self.dtype,
                 key=None,
                 loss_impl=self.loss_impl,
                 label_smoothing=self.cfg.loss.label_smoothing,
-            )[2]
+            )
+            return optim.by_layer(found)
 
         return examine_optimiser(
             params=self.params,
-            init_fn=jax.jit(functools.partial(step.init_state, self.cfg)),
+            init_fn=jax.jit(lambda params: step.init_state(self.cfg, optim.stacked(params))),
             step_fn=self.train_step,
-            params_of=lambda state: state.params,
+            params_of=lambda state: optim.by_layer(state.params),
             updates_of=lambda state: state.step,
             batch=batch,
             empty_batch={**batch, "weights": 0 * batch["weights"]},
@@ -277,7 +278,7 @@ class _Small:
             weight_decay=cfg.weight_decay,
             decayed=optim.decayed(cfg, self.params),
             clip_norm=cfg.clip_norm,
-            ema_of=(lambda state: state.ema) if cfg.ema_decay else None,
+            ema_of=(lambda state: optim.by_layer(state.ema)) if cfg.ema_decay else None,
             unused=self.unused,
             seed=self.cfg.seed,
         )
@@ -306,7 +307,7 @@ class _Small:
             seq_len=self.cfg.data.seq_len,
             batch_size=self.rows,
             params_of=lambda state: {
-                name: x for name, x in named_leaves(state.params).items() if name not in self.unused
+                n: x for n, x in optim.by_layer(state.params).items() if n not in self.unused
             },
             seed=self.cfg.seed,
         )
@@ -322,7 +323,7 @@ class _Small:
         def mean_loss(params: Any) -> jax.Array:
             sums = step.loss_sums(
                 graphdef,
-                params,
+                optim.stacked(params),
                 batch,
                 dtype=jnp.dtype("float64"),
                 key=None,
@@ -356,11 +357,12 @@ class _Small:
     def evaluation(self) -> Report:
         """Evaluation that repeats, and decoding with a cache."""
         slots = self.cfg.data.seq_len
-        empty_cache = nnx.merge(self.graphdef, self.params).empty_cache
+        params = optim.stacked(self.params)
+        empty_cache = nnx.merge(self.graphdef, params).empty_cache
 
         @jax.jit
         def extend(tokens_BT: Any, cache: Any) -> tuple[jax.Array, Any]:
-            model = nnx.merge(self.graphdef, self.params)
+            model = nnx.merge(self.graphdef, params)
             x_BTD, cache = model.extend(tokens_BT, cache, dtype=self.dtype)
             return model.logits(x_BTD), cache
 

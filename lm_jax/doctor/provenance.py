@@ -110,9 +110,9 @@ class _Replay:
         )
         if not any(nan or inf for nan, inf in states):
             if eqn.primitive.name in _VIEWS and inputs[0].leaf:  # not in use yet
-                names = [inputs[0].leaf]
-                if len(arrays) > 1:
-                    names = [f"{inputs[0].leaf}[{i}]" for i in range(len(arrays))]
+                leaf = inputs[0].leaf
+                layers = len(arrays) == len(inputs[0].array) > 1 and params.get("axis") == 0
+                names = [f"{leaf}[{i}]" if layers else leaf for i in range(len(arrays))]
                 return [_Value(a, leaf=name) for a, name in zip(arrays, names, strict=True)]
             return [_Value(array, entered=entered) for array in arrays]
         where, outside = _where(eqn) or self.where, self.where

@@ -18,7 +18,7 @@ Values = tuple[jax.Array, ...]
 
 
 def rows_per_chunk(rows: int, width: int) -> int:
-    """Default size of a chunk: 8 D rows, on a CPU an eighth of all rows if that is less.
+    """Default size of a chunk: 8 D rows a device, on a CPU an eighth of all rows if that is less.
 
     Each chunk reads and writes the float32 gradient of the head, 8 V D bytes, beside at least 12 V
     bytes per row for its logits: from 8 D rows on that is 8 % of the traffic and a larger chunk
@@ -27,7 +27,8 @@ def rows_per_chunk(rows: int, width: int) -> int:
     """
     if device.target().platform == "cpu":
         return max(1024, min(rows // 8, 8 * width))
-    return max(1024, 8 * width)
+    devices = jax.sharding.get_abstract_mesh().size or 1
+    return max(1024, 8 * width) * devices
 
 
 def _width(shape: tuple[int, ...], chunk_rows: int | None) -> int:
@@ -36,7 +37,8 @@ def _width(shape: tuple[int, ...], chunk_rows: int | None) -> int:
     most = max(1, (chunk_rows or rows_per_chunk(B * T, D)) // max(1, B))
     chunks = max(1, -(-T // most))
     if chunk_rows is None:
-        # A divisor of T near by, for else the last chunk is filled up and everything copied.
+        # Fewer and up to twice as large if that divides T: else the last one is filled up, and
+        # everything copied.
         chunks = next((n for n in range(chunks, chunks // 2, -1) if T % n == 0), chunks)
     return max(1, -(-T // chunks))
 

@@ -1,9 +1,9 @@
 """Dropout of activations, and which attention probabilities dropout keeps.
 
-Both draw from a counter-based generator: whether an element survives is a function of a seed and of
-where it stands alone, for the probability of key s for query t of (batch row and head, t, s). Every
-implementation of attention, forward and backward, whatever its tiling, therefore drops the same
-ones, and nothing needs to be stored.
+Both draw from a counter-based generator: whether an element survives is a function of the seed and
+of its place alone. In attention the place is (batch row and head, query t, key s). Every
+implementation, forward and backward, whatever its tiling, therefore drops the same ones, and
+nothing needs to be stored.
 """
 
 import math

@@ -71,8 +71,8 @@ def normalise(
 ) -> jax.Array:
     """The scaled and shifted norm of the last axis, in float32 or wider inside.
 
-    x less its mean, if `centred`. With a gradient of its own, which keeps x and one or two numbers
-    a row.
+    x less its mean, if `centred`. With a gradient of its own (reverse mode only), which keeps x and
+    one or two numbers a row.
     """
     return _normalise_forward(x, scale, bias, centred, eps)[0]
 
@@ -99,8 +99,9 @@ def _normalise_backward(centred: bool, eps: float, residuals, g: jax.Array):
     dx = dunit - unit * (dunit * unit).mean(-1)[..., None]
     dx = dx - dunit.mean(-1)[..., None] if centred else dx
     rows = tuple(range(x.ndim - 1))
+    dscale = (g * unit).sum(rows).astype(scale.dtype)
     dbias = None if bias is None else g.sum(rows).astype(bias.dtype)
-    return (dx * inverse[..., None]).astype(x.dtype), (g * unit).sum(rows), dbias
+    return (dx * inverse[..., None]).astype(x.dtype), dscale, dbias
 
 
 normalise.defvjp(_normalise_forward, _normalise_backward)
@@ -222,7 +223,7 @@ class MLP(nnx.Module):
 def swiglu(y: jax.Array) -> jax.Array:
     """silu(gate) value for y = [gate, value] along the last axis (Shazeer 2020).
 
-    With a gradient of its own, which is one pass over y where autodiff takes three.
+    With a gradient of its own (reverse mode only): one pass over y where autodiff takes three.
     """
     gate, value = jnp.split(y, 2, axis=-1)
     return jax.nn.silu(gate) * value
