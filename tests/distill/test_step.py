@@ -204,7 +204,8 @@ def test_micro_batches_add_up():
 
 
 def test_the_objective_is_what_is_differentiated():
-    lab = Lab(**EVERYTHING)
+    # The target of routed_attention moves with the router, and by design passes no gradient on.
+    lab = Lab(**EVERYTHING | {"distill__routed_attention": "0"})
     make = distill_step.make_gradients(lab.cfg, lab.graphdef, lab.auxiliary, lab.teacher)
     grads, batch = lab.gradients(5)[2], lab.batch
     direction = randomise(lab.state.trained, 9, std=1.0)
@@ -218,9 +219,9 @@ def test_the_objective_is_what_is_differentiated():
         float(jnp.vdot(g, u))
         for g, u in zip(jax.tree.leaves(grads), jax.tree.leaves(direction), strict=True)
     )
-    step_size = 2e-3
+    step_size = 1e-3
     measured = float(at(step_size) - at(-step_size)) / (2 * step_size)
-    np.testing.assert_allclose(measured, slope, rtol=2e-2)
+    np.testing.assert_allclose(measured, slope, rtol=1e-2)
 
 
 def test_no_gradient_reaches_a_teacher_and_it_stays_as_it_is():
