@@ -22,7 +22,6 @@ from benchmark import use, words
 from lm_jax import config, resolution
 from lm_jax.config import Config
 from lm_jax.flags import load_module
-from lm_jax.main import keep_freed_memory
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 
@@ -290,6 +289,8 @@ def serve(case: Case, name: str, device: str) -> None:
 
     def answer(**row: Any) -> None:
         print(json.dumps(row), file=out, flush=True)
+
+    from lm_jax.main import keep_freed_memory  # the command, which defines flags
 
     keep_freed_memory()
     try:

@@ -284,7 +284,8 @@ import jax
 from lm_jax import config, sharding, train
 sharding.initialize()
 from tests import test_sharding as t
-cfg = config.replace(t.text_config(t.pathlib.Path({text!r})), mesh__fsdp=2)
+# Two micro-batches, as one process has: each has draws of dropout of its own.
+cfg = config.replace(t.text_config(t.pathlib.Path({text!r})), mesh__fsdp=2, data__micro_batch=1)
 train.train_and_evaluate(cfg, {workdir!r})
 """
 

@@ -153,7 +153,8 @@ def test_a_run_learns_from_it(text, teacher, tmp_path, capsys):
 
 
 def test_the_preflight_is_in_order(text, teacher):
-    cfg = student(text, distill__teachers=teacher, data__seq_len=64, data__batch_size=32)
+    sizes = dict(data__seq_len=64, data__batch_size=32, data__micro_batch=16)
+    cfg = student(text, distill__teachers=teacher, **sizes)
     report = examine_config(cfg, level="fast")
     found = {f.check: f.status for f in report if f.check.startswith("distill.")}
     assert set(found.values()) <= {"pass", "skip"}, report

@@ -292,7 +292,7 @@ def test_a_teacher_that_knows_nothing_is_refused(text, tmp_path):
 
 
 def test_the_preflight_is_in_order(distilled, text, runs):
-    cfg = config.replace(distilled[0], doctor="fast", data__batch_size=32)
+    cfg = config.replace(distilled[0], doctor="fast", data__batch_size=32, data__micro_batch=16)
     report = examine_config(cfg, level="fast")
     found = {f.check: f.status for f in report if f.check.startswith("distill.")}
     assert set(found.values()) <= {"pass", "skip"}, report
@@ -306,6 +306,7 @@ def test_the_preflight_is_in_order_with_16_bits(text, runs, dtype):
         distill__teachers=str(runs / "teacher-0"),
         distill__kind="jsd",
         data__batch_size=32,
+        data__micro_batch=16,
         train__compute_dtype=dtype,
     )
     report = examine_config(cfg, level="fast")
