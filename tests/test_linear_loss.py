@@ -6,6 +6,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 from functools import partial
 
 import jax
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lm_jax.kernels import linear_loss
 from lm_jax.kernels.chunks import rows_per_chunk
 from lm_jax.kernels.linear_distillation import Member, linear_distillation
 from lm_jax.kernels.linear_loss import linear_cross_entropy
@@ -595,3 +597,17 @@ def test_divergence_needs_one_vocabulary():
     x, head, y, other, weights = pair()
     with pytest.raises(ValueError, match="teacher: 96 tokens, but the student has 97"):
         distil(x, head, y, other[:-1], weights, kind="forward")
+
+
+@pytest.mark.parametrize("size", [1.0, 1e4, 1e38])
+def test_a_gpu_reads_logits_once_for_maximum_and_sum(size, monkeypatch):
+    z_NV = size * jax.random.normal(jax.random.key(0), (7, 1003))
+    z_NV = z_NV.at[3].set(-jnp.inf).at[3, 5].set(2.0).at[4, 9].set(jnp.nan)
+    plain = jax.jit(linear_loss.top_and_lse)(z_NV)
+    gpu = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H200")
+    monkeypatch.setattr(linear_loss.device, "target", lambda: gpu)
+    once = jax.jit(lambda z: linear_loss.top_and_lse(z))(z_NV)
+    assert str(jax.make_jaxpr(lambda z: linear_loss.top_and_lse(z))(z_NV)).count(" reduce[") == 1
+    for a, b in zip(once, plain, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+    assert np.isnan(once[1][4]) and once[1][3] == 2.0

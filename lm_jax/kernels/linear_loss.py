@@ -107,13 +107,13 @@ def top_and_lse(z_NV: jax.Array) -> tuple[jax.Array, jax.Array]:
         top_N = z_NV.max(1)
         return top_N, top_N + jnp.log(jnp.exp(z_NV - top_N[:, None]).sum(1))
 
-    lowest = jnp.asarray(jnp.finfo(z_NV.dtype).min, z_NV.dtype)
+    lowest = float(jnp.finfo(z_NV.dtype).min)
 
     def join(a, b):
         (top_a, sum_a), (top_b, sum_b) = a, b
         top = jnp.maximum(jnp.maximum(top_a, top_b), lowest)  # the difference of two -inf is NaN
         return top, sum_a * jnp.exp(top_a - top) + sum_b * jnp.exp(top_b - top)
 
-    nothing = lowest, jnp.zeros((), z_NV.dtype)
+    nothing = jnp.asarray(lowest, z_NV.dtype), jnp.zeros((), z_NV.dtype)
     top_N, sum_N = jax.lax.reduce((z_NV, jnp.ones_like(z_NV)), nothing, join, (1,))
     return top_N, top_N + jnp.log(sum_N)
