@@ -8,14 +8,8 @@ from flax import nnx
 
 from lm_jax import loss, step
 from lm_jax.kernels.attention import attend
-from lm_jax.models.transformer import (
-    Norm,
-    add_bias,
-    along_last,
-    normalise,
-    rotary,
-    swiglu,
-)
+from lm_jax.kernels.rowwise import along_last, normalise, swiglu
+from lm_jax.models.transformer import Norm, add_bias, rotary
 from tests.helpers import every, random_batch, randomise, tiny_config
 
 V = 29

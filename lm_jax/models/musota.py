@@ -14,12 +14,12 @@ from flax import nnx
 from lm_jax.config import ModelConfig
 from lm_jax.kernels.attention import attend, attend_cache
 from lm_jax.kernels.dropout import dropout
+from lm_jax.kernels.rowwise import along_last
 from lm_jax.models.transformer import (
     Cache,
     Linear,
     Norm,
     add_bias,
-    along_last,
     head_logits,
     normal,
     through_layers,
