@@ -82,9 +82,7 @@ def train_and_evaluate(cfg: Config, workdir: str | pathlib.Path) -> dict[str, An
     shardings = sharding.by_shape(mesh, abstract)
     checkpoints = checkpoint.Checkpoints(workdir, cfg.train.keep)
     start = checkpoints.position() or 0
-    if start and asked == "auto":
-        refuse_other_dtype(workdir, cfg.train.compute_dtype)
-    record_config(workdir, cfg, store, resuming=start > 0)
+    record_config(workdir, cfg, store, resuming=start > 0, asked_dtype=asked)
     if distilling:
         record_teacher(workdir, teacher, resuming=start > 0)
     teaching: list[str] = []
@@ -355,25 +353,12 @@ class Signals:
             signal.signal(number, handler)
 
 
-def refuse_other_dtype(workdir: pathlib.Path, dtype: str) -> None:
-    """Refuse to resume a run in the `dtype` of this device if the run has computed in another.
-
-    Raises:
-        ConfigError: naming the field that makes the run go on in its own dtype.
-    """
-    path = workdir / "config.json"
-    record = json.loads(path.read_text())
-    checkpoint.refuse_older(path, record)
-    before = record["config"]["train"]["compute_dtype"]
-    if before != dtype:
-        raise config.ConfigError(
-            f"config.train.compute_dtype: 'auto' is {dtype} on this device, and the run in "
-            f"{workdir} computes in {before}; give --config.train.compute_dtype={before} to go on."
-        )
-
-
-def record_config(workdir: pathlib.Path, cfg: Config, store: Store, *, resuming: bool) -> None:
+def record_config(
+    workdir: pathlib.Path, cfg: Config, store: Store, *, resuming: bool, asked_dtype: str
+) -> None:
     """Write `config.json` and the tokenizer, or compare with those of the run to be resumed.
+
+    `asked_dtype` is `train.compute_dtype` as written, of which `cfg` has what it became here.
 
     Raises:
         ConfigError: if a run with another config lives in the workdir, naming the keys.
@@ -384,6 +369,12 @@ def record_config(workdir: pathlib.Path, cfg: Config, store: Store, *, resuming:
         checkpoint.refuse_older(path, old)
         # A field that came later had its default.
         before = config.to_dict(config.from_record(old))
+        own, here = before["train"]["compute_dtype"], cfg.train.compute_dtype
+        if asked_dtype == "auto" and own != here:
+            raise config.ConfigError(
+                f"config.train.compute_dtype: 'auto' is {here} on this device, and the run in "
+                f"{workdir} computes in {own}; give --config.train.compute_dtype={own} to go on."
+            )
         changes = config.difference(before, config.to_dict(cfg))
         if changes:
             raise config.ConfigError(
