@@ -157,6 +157,8 @@ def test_the_preflight_is_in_order(text, teacher):
     cfg = student(text, distill__teachers=teacher, **sizes)
     report = examine_config(cfg, level="fast")
     found = {f.check: f.status for f in report if f.check.startswith("distill.")}
+    # On 111 bytes this small a teacher beats frequencies or not, as the machine rounds.
+    assert found.pop("distill.information") in {"pass", "warn"}
     assert set(found.values()) <= {"pass", "skip"}, report
     skipped = {name.removeprefix("distill.") for name, status in found.items() if status == "skip"}
     assert skipped == {"subset", "alignment", "contrastive"}
