@@ -7,7 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from lm_jax import config, resolution
+from lm_jax import config, evaluate, resolution
+from lm_jax.doctor import distilled, preflight
 
 
 def shared_data(name: str) -> pathlib.Path:
@@ -38,6 +39,13 @@ def tiny_config(**changes):
         optim__warmup="3",
     )
     return resolution.resolve(config.replace(config.Config(), **base | changes), windows=50)
+
+
+def examine_distillation_of(cfg):
+    """That part of the preflight alone, which takes a third of its time."""
+    store = evaluate.open_data(resolution.validate(cfg))
+    cfg = resolution.resolve(cfg, windows=50)
+    return distilled.examine(cfg, preflight.Small(cfg, store).cfg, store)
 
 
 def random_batch(rng, shape, vocab_size, *, documents=3, padded=0):

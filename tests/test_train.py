@@ -225,7 +225,7 @@ def wait_for(condition, process, seconds=120):
 
 @pytest.mark.slow
 def test_kill_at_any_moment_loses_only_unsaved_steps(text, tmp_path):
-    changes = dict(train__steps="300", train__checkpoint_every="2", train__eval_every="0")
+    changes = dict(train__steps="150", train__checkpoint_every="2", train__eval_every="0")
     train.train_and_evaluate(small(text, **changes), tmp_path / "straight")
     workdir = tmp_path / "killed"
     for delay in (0.0, 0.13):
@@ -244,7 +244,7 @@ def test_kill_at_any_moment_loses_only_unsaved_steps(text, tmp_path):
     assert f"from update {max(before)}\n" in out
     for a, b in zip(final_state(tmp_path / "straight"), final_state(workdir), strict=True):
         np.testing.assert_array_equal(a, b)
-    assert [row["step"] for row in rows(workdir) if "train/loss" in row] == list(range(1, 301))
+    assert [row["step"] for row in rows(workdir) if "train/loss" in row] == list(range(1, 151))
 
 
 def saved(workdir):

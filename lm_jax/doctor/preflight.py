@@ -58,7 +58,7 @@ def examine_config(cfg: Config, *, level: str = "fast", store: Store | None = No
     windows = pipeline.count_windows(split, cfg.data.seq_len, cfg.data.window_offset)
     cfg = resolution.resolve(cfg, windows=windows)
     report = _data(cfg, store, windows)
-    small = _Small(cfg, store)
+    small = Small(cfg, store)
     report += small.model() + small.loss() + small.optimiser()
     if cfg.distill.teachers or cfg.distill.cache:
         report += distilled.examine(cfg, small.cfg, store)
@@ -128,7 +128,7 @@ def _narrow(model: ModelConfig) -> dict[str, int]:
     }
 
 
-class _Small:
+class Small:
     """The code and options of a run at a size that takes seconds."""
 
     def __init__(self, cfg: Config, store: Store):

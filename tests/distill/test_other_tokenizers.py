@@ -15,9 +15,9 @@ from lm_jax.config import ConfigError
 from lm_jax.data import pipeline
 from lm_jax.distill import alignment, teachers
 from lm_jax.distill import step as distill_step
-from lm_jax.doctor import examine_config
 from lm_jax.kernels import divergences
 from tests.distill.test_step import EVERYTHING
+from tests.helpers import examine_distillation_of
 from tests.test_hf_tokenizer import byte_level, save
 from tests.test_huggingface import GPT2, LLAMA, random_tensors, write
 from tests.test_train import rows, small
@@ -155,8 +155,8 @@ def test_a_run_learns_from_it(text, teacher, tmp_path, capsys):
 def test_the_preflight_is_in_order(text, teacher):
     sizes = dict(data__seq_len=64, data__batch_size=32, data__micro_batch=16)
     cfg = student(text, distill__teachers=teacher, **sizes)
-    report = examine_config(cfg, level="fast")
-    found = {f.check: f.status for f in report if f.check.startswith("distill.")}
+    report = examine_distillation_of(cfg)
+    found = {f.check: f.status for f in report}
     # On 111 bytes this small a teacher beats frequencies or not, as the machine rounds.
     assert found.pop("distill.information") in {"pass", "warn"}
     assert set(found.values()) <= {"pass", "skip"}, report
@@ -174,7 +174,7 @@ def test_the_preflight_sees_a_state_of_later_text(text, teacher, monkeypatch):
 
     monkeypatch.setattr(alignment.Aligner, "row", later)
     cfg = student(text, distill__teachers=teacher)
-    report = examine_config(cfg, level="fast")
+    report = examine_distillation_of(cfg)
     assert "distill.future" in report.failed, report["distill.future"].evidence
 
 

@@ -18,6 +18,7 @@ from lm_jax.distill import cache, report, teachers
 from lm_jax.doctor import examine_config
 from lm_jax.flags import load_module
 from tests.distill.test_step import EVERYTHING
+from tests.helpers import examine_distillation_of
 from tests.test_train import StopAfter, final_state, rows, small
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -309,15 +310,14 @@ def test_the_preflight_is_in_order_with_16_bits(text, runs, dtype):
         data__micro_batch=16,
         train__compute_dtype=dtype,
     )
-    report = examine_config(cfg, level="fast")
-    found = {f.check: f.status for f in report if f.check.startswith("distill.")}
-    assert set(found.values()) <= {"pass", "skip"}, report
+    report = examine_distillation_of(cfg)
+    assert {f.status for f in report} <= {"pass", "skip"}, report
 
 
 def test_the_preflight_sees_a_gradient_of_the_teacher_by_any_term(text, runs, monkeypatch):
     monkeypatch.setattr(jax.lax, "stop_gradient", lambda x: x)
     cfg = student(text, distill__teachers=str(runs / "teacher-0"), distill__feature="0.1")
-    report = examine_config(cfg, level="fast")
+    report = examine_distillation_of(cfg)
     assert "distill.teacher_gradient" in report.failed, report["distill.teacher_gradient"].evidence
 
 

@@ -34,7 +34,7 @@ TAUGHT = {"distill"}  # wants a teacher, as the tests in tests/distill train
 VARIANTS = {"phase1", "small_corpus"}  # of the others, in options that are among the families
 
 # The others get one: what they cost is compiling, and the seed only draws other numbers.
-SEVERAL_SEEDS = {"quickstart", "wikitext2_cpu"}
+SEVERAL_SEEDS = {"quickstart"}
 
 
 @pytest.mark.slow
