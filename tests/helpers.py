@@ -42,7 +42,7 @@ def tiny_config(**changes):
 
 
 def examine_distillation_of(cfg):
-    """That part of the preflight alone, which takes a third of its time."""
+    """That part of the preflight alone, for the others compile about as long again."""
     store = evaluate.open_data(resolution.validate(cfg))
     cfg = resolution.resolve(cfg, windows=50)
     return distilled.examine(cfg, preflight.Small(cfg, store).cfg, store)
