@@ -50,6 +50,8 @@ def query_tiles(width: int) -> tuple[int, int]:
     return CONSUMERS * WARPGROUP, (128 if width == 64 else 64)
 
 
+# Jitted, so that layers of the same shape are lowered and compiled once.
+@functools.partial(jax.jit, static_argnames="settings")
 def key_value_gradients(
     q_BTHC, k_BTKC, v_BTKC, dout_BTHC, lse_BHT, delta_BHT,
     segment_ids_BT, words_BHT, ranges_BJ4, settings: Settings,
@@ -272,6 +274,7 @@ def _key_value_kernel(
         plgpu.wait_smem_to_gmem(0)
 
 
+@functools.partial(jax.jit, static_argnames="settings")
 def query_gradient(
     q_BTHC, k_BTKC, v_BTKC, dout_BTHC, lse_BHT, delta_BHT,
     segment_ids_BT, words_BHT, ranges_BI4, settings: Settings,

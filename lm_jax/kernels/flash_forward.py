@@ -37,6 +37,8 @@ from lm_jax.kernels.flash_tile import (
 TILES = (CONSUMERS * WARPGROUP, 128)  # queries, keys
 
 
+# Jitted, so that layers of the same shape are lowered and compiled once.
+@functools.partial(jax.jit, static_argnames="settings")
 def forward(q_BTHC, k_BTKC, v_BTKC, segment_ids_BT, words_BHT, ranges_BI4, settings: Settings):
     """(out [B, T, H, C], lse [B, H, T] float32) of padded inputs; natural logarithm.
 

@@ -17,7 +17,18 @@ class Times(NamedTuple):
     pallas: float
 
 
-ATTENTION: tuple[Times, ...] = ()  # none yet
+# `python scripts/bench_attention.py --device=gpu`, scripts/results/gpu_h200.jsonl; with documents,
+# four of random lengths a row.
+ATTENTION: tuple[Times, ...] = (
+    Times("NVIDIA H200", "bfloat16", 64, 512, False, cudnn=0.217, pallas=0.243),
+    Times("NVIDIA H200", "bfloat16", 64, 512, True, cudnn=0.296, pallas=0.220),
+    Times("NVIDIA H200", "bfloat16", 64, 1024, False, cudnn=1.042, pallas=0.952),
+    Times("NVIDIA H200", "bfloat16", 64, 1024, True, cudnn=1.448, pallas=0.910),
+    Times("NVIDIA H200", "bfloat16", 64, 2048, False, cudnn=1.975, pallas=1.813),
+    Times("NVIDIA H200", "bfloat16", 64, 4096, False, cudnn=3.073, pallas=2.952),
+    Times("NVIDIA H200", "bfloat16", 128, 1024, False, cudnn=1.072, pallas=1.085),
+    Times("NVIDIA H200", "bfloat16", 128, 4096, False, cudnn=2.417, pallas=2.638),
+)
 
 
 def find(device_kind: str, dtype: Any, head_dim: int, seq_len: int, segments: bool) -> Times | None:
