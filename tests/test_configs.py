@@ -106,12 +106,14 @@ def test_the_character_config_trains_from_one_text_file(tmp_path):
 
 
 GPU_CONFIGS = ("gpt2_124m", "stream_226m", "wikitext2")
+# What was measured to be the fastest on an H200 needs this version.
+FASTEST = "pallas" if jax.__version_info__ >= (0, 11, 2) else "cudnn"
 
 
 @pytest.mark.parametrize(
     ("kind", "dtype", "impls"),
     [
-        ("NVIDIA H200", "bfloat16", ("cudnn", "cudnn", "cudnn")),
+        ("NVIDIA H200", "bfloat16", (FASTEST, "cudnn", FASTEST)),
         ("NVIDIA L4", "bfloat16", ("cudnn", "cudnn", "cudnn")),
         ("Tesla T4", "float16", ("xla", "blockwise", "xla")),
         ("Tesla P100-PCIE-16GB", "float32", ("xla", "blockwise", "xla")),
