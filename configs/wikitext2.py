@@ -10,9 +10,9 @@ whole run; `configs/wikitext2_cpu.py` is made for it. The corpus is downloaded;
 --config.data.source_dir=DIR names a folder with `wiki.{train,valid,test}.tokens`.
 
 Measured on one H200, one seed each: test word perplexity 79.7 as it is, 54 s from start to report;
-78.3 with batches of 16 rows, weight decay 1 and 20 epochs, 73.9 when scored with --stride=128, which
-gives every scored token 384 tokens of context or more; with dropout 0.4 and more it was worse after
-as many epochs. README, "On a GPU", has the other runs. A T4 and an H100 are not measured.
+78.3 with batches of 16 rows, weight decay 1 and 20 epochs, 73.9 when scored with --stride=128,
+which gives every scored token 384 tokens of context or more; with dropout 0.4 and more it was worse
+after as many epochs. README, "On a GPU", has the other runs. A T4 and an H100 are not measured.
 """
 
 from lm_jax.config import Config, Duration

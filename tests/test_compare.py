@@ -10,7 +10,8 @@ import sys
 import numpy as np
 import pytest
 
-from lm_jax import compare, config, ranking, resolution
+from lm_jax import config, resolution
+from lm_jax.compare import compare, ranking
 from lm_jax.config import Config
 from lm_jax.models import sizing
 

@@ -13,7 +13,8 @@ import jax
 import numpy as np
 import pytest
 
-from lm_jax import compare, config, evaluate, step, train
+from lm_jax import config, evaluate, step, train
+from lm_jax.compare import compare
 from lm_jax.config import Config, ConfigError
 from lm_jax.data import pipeline
 

@@ -1,16 +1,24 @@
-"""A comparison as Markdown and as one HTML page; what is in it stands in `lm_jax.compare`."""
+"""A comparison as one HTML page."""
 
 import html as escapes
 import io
 import itertools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-Table = tuple[list[str], list[list[str]]]  # headings, rows
-Values = Mapping[str, Any]
-
-_BRACKETS = "Brackets: 95 % intervals over seeds."
+from lm_jax.compare.tables import (
+    BRACKETS,
+    Table,
+    Values,
+    pair_table,
+    ranking_sentence,
+    reference_table,
+    result_table,
+    short,
+    size_table,
+    title,
+)
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart, and lighter ones for a dark
 # page; markers differ as well. Figures are drawn in the first and name them by CSS variables.
@@ -39,19 +47,6 @@ svg { width: 100%; height: auto; } svg text { font-family: inherit !important; }
 """
 
 
-def markdown(c: Values) -> str:
-    """Tables, ranking and notes."""
-    parts = [f"# {_title(c)}", _ranking(c), _markdown_table(_result_table(c)), _BRACKETS]
-    parts += ["## Size and cost", _markdown_table(_size_table(c))]
-    parts += ["## Reference lines", _markdown_table(_reference_table(c))]
-    if c["pairs"]:
-        best = c["arms"][0]["name"]
-        parts += [f"## Against {best}", _markdown_table(_pair_table(c, only=best))]
-    if c["notes"]:
-        parts += ["## Notes", "\n".join(f"- {note}" for note in c["notes"])]
-    return "\n\n".join(parts) + "\n"
-
-
 def html(c: Values) -> str:
     """One page that needs no network; the figures are drawn by matplotlib."""
     text = escapes.escape
@@ -77,133 +72,24 @@ def html(c: Values) -> str:
         )
     ]
     sections = [
-        f"<h1>{text(_title(c))}</h1>",
-        f'<p class="ranking">{text(_ranking(c))}</p>',
-        "<h2>Results</h2>" + _html_table(_result_table(c), "Results"),
-        f"<p>{_BRACKETS}</p>",
-        "<h2>Size and cost</h2>" + _html_table(_size_table(c), "Size and cost"),
+        f"<h1>{text(title(c))}</h1>",
+        f'<p class="ranking">{text(ranking_sentence(c))}</p>',
+        "<h2>Results</h2>" + _html_table(result_table(c), "Results"),
+        f"<p>{BRACKETS}</p>",
+        "<h2>Size and cost</h2>" + _html_table(size_table(c), "Size and cost"),
         f'<h2>Figures</h2><div class="figures">{"".join(figures)}</div>',
-        "<h2>Reference lines</h2>" + _html_table(_reference_table(c), "Reference lines"),
+        "<h2>Reference lines</h2>" + _html_table(reference_table(c), "Reference lines"),
     ]
     if c["pairs"]:
-        sections.append("<h2>Pairs</h2>" + _html_table(_pair_table(c), "Pairs"))
+        sections.append("<h2>Pairs</h2>" + _html_table(pair_table(c), "Pairs"))
     if c["notes"]:
         items = "".join(f"<li>{text(note)}</li>" for note in c["notes"])
         sections.append(f"<h2>Notes</h2><ul>{items}</ul>")
     return (
         '<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{text(_title(c))}</title>\n<style>{style}</style></head>\n"
+        f"<title>{text(title(c))}</title>\n<style>{style}</style></head>\n"
         f"<body>\n{chr(10).join(sections)}\n</body>\n</html>\n"
-    )
-
-
-def _title(c: Values) -> str:
-    return (
-        f"{c['corpus']}, {c['split']} split: {c['split_bytes']:,} bytes, "
-        f"{c['documents']:,} document{'s' if c['documents'] != 1 else ''}"
-    )
-
-
-def _ranking(c: Values) -> str:
-    """The chain of what is separated, as a sentence."""
-    if not c["pairs"]:
-        return "One arm: nothing to rank."
-    if not c["ranking"]:
-        return "No ranking: it takes several seeds of at least two arms."
-    if len(c["ranking"]) > 1:
-        chain = [g[0] if len(g) == 1 else "{" + ", ".join(g) + "}" for g in c["ranking"]]
-        return (
-            f"Ranking: {' < '.join(chain)} (bits per byte, lower is better; every arm is separated "
-            "from every arm on the other side of a sign)."
-        )
-    names = ", ".join(c["ranking"][0])
-    if any(pair["verdict"] == "separated" for pair in c["pairs"]):
-        return f"No ranking of {names} as a whole; some pairs are separated, see there."
-    return f"No ranking: {names} cannot be told apart."
-
-
-def _result_table(c: Values) -> Table:
-    headings = ["arm", "bits per byte", "word perplexity", "token perplexity", "seeds", "tokenizer"]
-    rows = []
-    for arm in c["arms"]:
-        row = [arm["name"], _interval(arm["bits_per_byte"], 4)]
-        row += [_interval(arm[f"{key}_perplexity"], 2) for key in ("word", "token")]
-        rows.append([*row, str(len(arm["seeds"])), arm["tokenizer"]])
-    return _without_token_perplexity(c, headings, rows)
-
-
-def _size_table(c: Values) -> Table:
-    columns = {
-        "parameters": "parameters_total",
-        "table": "parameters_table",
-        "positions": "parameters_positions",
-        "blocks": "parameters_blocks",
-        "FLOPs per token": "flops_per_token",
-        "tokens seen": "tokens_seen",
-        "tokens/s": "tokens_per_second",
-    }
-    rows = [[arm["name"], *(_short(arm[key]) for key in columns.values())] for arm in c["arms"]]
-    return ["arm", *columns], rows
-
-
-def _reference_table(c: Values) -> Table:
-    headings = ["predictor", "bits per byte", "word perplexity", "token perplexity", "tokenizer"]
-    rows = []
-    for row in c["references"]:
-        perplexities = (row[f"{key}_perplexity"] for key in ("word", "token"))
-        cells = ["-" if x is None else f"{x:,.2f}" for x in perplexities]
-        rows.append([row["name"], f"{row['bits_per_byte']:.4f}", *cells, row["tokenizer"]])
-    return _without_token_perplexity(c, headings, rows)
-
-
-def _without_token_perplexity(c: Values, headings: list[str], rows: list[list[str]]) -> Table:
-    """Drop the column where the tokenizers differ."""
-    lines = [headings, *rows]
-    if not c["one_tokenizer"]:
-        at = headings.index("token perplexity")
-        lines = [[*line[:at], *line[at + 1 :]] for line in lines]
-    return lines[0], lines[1:]
-
-
-def _pair_table(c: Values, only: str | None = None) -> Table:
-    headings = ["better", "worse", "verdict", "gap, bits per byte", "95 % interval", "SE, seeds"]
-    headings += ["SE, documents", "SE", "reason"]
-    rows = []
-    for pair in c["pairs"]:
-        if only not in (None, pair["better"]):
-            continue
-        bounds = pair["gap_low95"], pair["gap_high95"]
-        interval = "-" if None in bounds else "[{:.4f}, {:.4f}]".format(*bounds)
-        errors = ("standard_error_seeds", "standard_error_documents", "standard_error")
-        row = [pair["better"], pair["worse"], pair["verdict"], f"{pair['gap_bits_per_byte']:.4f}"]
-        row += [interval, *("-" if pair[key] is None else f"{pair[key]:.4f}" for key in errors)]
-        rows.append([*row, pair["reason"]])
-    return headings, rows
-
-
-def _interval(value: Values | None, digits: int) -> str:
-    if value is None or value["mean"] is None:
-        return "-"
-    mean = f"{value['mean']:,.{digits}f}"
-    if value["low95"] is None:
-        return f"{mean} (one seed)"
-    return f"{mean} [{value['low95']:,.{digits}f}, {value['high95']:,.{digits}f}]"
-
-
-def _short(value: float) -> str:
-    """Four figures and a unit."""
-    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= size:
-            return f"{value / size:.4g}{unit}"
-    return f"{value:.4g}"
-
-
-def _markdown_table(table: Table) -> str:
-    headings, rows = table
-    lines = [headings, ["---", *["---:"] * (len(headings) - 1)], *rows]
-    return "\n".join(
-        f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines
     )
 
 
@@ -319,7 +205,7 @@ def _pareto(c: Values, key: str) -> Callable[[Any], str]:
                 label=arm["name"],
             )
             points.append((arm[key], bits["mean"]))
-            words.append(f"{arm['name']}: {_short(arm[key])}, {bits['mean']:.4f}")
+            words.append(f"{arm['name']}: {short(arm[key])}, {bits['mean']:.4f}")
         front = _front(points)
         axes.plot(*zip(*front, strict=True), color=_RULE, linewidth=1, zorder=0)
         axes.set_xlabel(key.replace("_total", "").replace("_", " ").replace("flops", "FLOPs"))

@@ -23,7 +23,7 @@ The values of `compare.json`:
 - `pairs`: `better`, `worse`, `gap_bits_per_byte`, `standard_error_seeds`,
   `standard_error_documents`, `standard_error` (root of the sum of squares), `degrees_of_freedom`
   (null: infinite), `needed_standard_errors`, `gap_low95`, `gap_high95`, `verdict` (separated,
-  not distinguishable or not ranked) and `reason`; see `lm_jax.ranking.judge`.
+  not distinguishable or not ranked) and `reason`; see `lm_jax.compare.ranking.judge`.
 - `ranking`: groups of arms, best first; every arm of a group is separated from every arm of the
   groups after it. Empty where there is nothing to rank.
 - `same_model`: groups of arms whose configs are equal. `notes`: sentences.
@@ -41,9 +41,10 @@ from typing import Any
 
 import numpy as np
 
-from lm_jax import doctor, evaluate, metrics, ranking, report
+from lm_jax import doctor, evaluate, metrics
+from lm_jax.compare import page, ranking, tables
+from lm_jax.compare.runs import Arm, Run, group, load_run
 from lm_jax.models import sizing
-from lm_jax.runs import Arm, Run, group, load_run
 
 _FEW_DOCUMENTS = 20
 
@@ -56,11 +57,11 @@ class Comparison:
 
     def markdown(self) -> str:
         """The tables and the ranking as Markdown."""
-        return report.markdown(self.values)
+        return tables.markdown(self.values)
 
     def html(self) -> str:
         """One page with the figures; needs matplotlib."""
-        return report.html(self.values)
+        return page.html(self.values)
 
 
 def compare(workdirs: Sequence[str | pathlib.Path], split: str = "test") -> Comparison:
@@ -294,7 +295,3 @@ def main() -> None:
         print("No compare.html without matplotlib: pip install 'lm_jax[plots]'.", file=sys.stderr)
         return
     (args.out / "compare.html").write_text(comparison.html())
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,5 @@
+"""`python -m lm_jax.compare`."""
+
+from lm_jax.compare.compare import main
+
+main()
