@@ -14,7 +14,7 @@ Measured on one CPU core each: test word perplexity 144.4 of the teacher (one se
 import pathlib
 
 from lm_jax.config import Config, Curve, Duration
-from lm_jax.flags import load_module
+from lm_jax.config.flags import load_module
 
 ARMS = ("teacher", "alone", "distilled", "cached")
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from lm_jax import config
 from lm_jax.config import Config, Duration
-from lm_jax.flags import load_module
+from lm_jax.config.flags import load_module
 
 ARMS: dict[str, dict[str, Any]] = {
     "base": {},

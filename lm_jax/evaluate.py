@@ -24,8 +24,8 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
-from lm_jax import checkpoint, config, metrics, resolution, sharding, step
-from lm_jax.config import Config, ConfigError
+from lm_jax import checkpoint, config, metrics, sharding, step
+from lm_jax.config import Config, ConfigError, rules
 from lm_jax.data import corpora, ngram, pipeline
 from lm_jax.data.store import Store, prepare
 from lm_jax.data.tokenizers import WordTokenizer
@@ -239,7 +239,7 @@ def open_data(cfg: Config) -> Store:
             workers=data.workers,
             cache_dir=str(cache_dir),
         )
-    for name in ["valid", *resolution.eval_splits(cfg, store.manifest["splits"])]:
+    for name in ["valid", *rules.eval_splits(cfg, store.manifest["splits"])]:
         store.split(name)
     return store
 
@@ -330,7 +330,7 @@ def main() -> None:
         run = open_run(args.workdir)
         cfg = run.cfg
         if args.stride is not None:
-            cfg = resolution.validate(config.replace(cfg, eval__stride=args.stride))
+            cfg = rules.validate(config.replace(cfg, eval__stride=args.stride))
         run.store.split(args.split)
     except (ValueError, OSError) as error:
         parser.exit(2, f"{error}\n")

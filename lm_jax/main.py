@@ -11,8 +11,9 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from lm_jax import config, resolution
-from lm_jax.flags import define_config, parse, run_name
+from lm_jax import config
+from lm_jax.config import rules
+from lm_jax.config.flags import define_config, parse, run_name
 
 _CONFIG = define_config()
 _WORKDIR = flags.DEFINE_string(
@@ -52,7 +53,7 @@ def main(_: list[str]) -> None:
     spec = config_flags.get_config_filename(flags.FLAGS["config"])
     workdir = _WORKDIR.value or f"runs/{run_name(spec, _CONFIG.value.seed)}"
     try:
-        evaluate.open_data(resolution.validate(_CONFIG.value))
+        evaluate.open_data(rules.validate(_CONFIG.value))
     except (ValueError, OSError) as error:
         sys.exit(str(error))
     try:

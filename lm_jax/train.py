@@ -21,8 +21,9 @@ from jax.experimental import multihost_utils
 from rich.console import Console
 
 import lm_jax
-from lm_jax import checkpoint, config, doctor, evaluate, metrics, optim, resolution, sharding, step
-from lm_jax.config import Config
+from lm_jax import checkpoint, config, doctor, evaluate, metrics, optim, sharding, step
+from lm_jax.config import Config, rules
+from lm_jax.config.resolve import resolve, rounded
 from lm_jax.data import pipeline
 from lm_jax.data.store import Store
 from lm_jax.distill import report as distill_report
@@ -54,12 +55,12 @@ def train_and_evaluate(cfg: Config, workdir: str | pathlib.Path) -> dict[str, An
         Interrupted: after SIGTERM or SIGINT, once the state is saved.
     """
     workdir = pathlib.Path(workdir)
-    store = evaluate.open_data(resolution.validate(cfg))
+    store = evaluate.open_data(rules.validate(cfg))
     train_split = store.split("train")
     windows = pipeline.count_windows(train_split, cfg.data.seq_len, cfg.data.window_offset)
     asked, dtype_reason = cfg.train.compute_dtype, choose_dtype(cfg.train.compute_dtype)[1]
-    whole_calls = resolution.rounded(cfg, windows=windows)
-    cfg = resolution.resolve(cfg, windows=windows)
+    whole_calls = rounded(cfg, windows=windows)
+    cfg = resolve(cfg, windows=windows)
     steps = int(cfg.train.steps)
     impl, reason = step.choose_attention(cfg)
     mesh = sharding.make_mesh(cfg.mesh.fsdp)
@@ -269,7 +270,7 @@ def train_and_evaluate(cfg: Config, workdir: str | pathlib.Path) -> dict[str, An
     del state  # the best parameters take its place
     with jax.set_mesh(mesh):
         run = evaluate.open_run(workdir)
-        names = resolution.eval_splits(cfg, store.manifest["splits"])
+        names = rules.eval_splits(cfg, store.manifest["splits"])
         results = {name: evaluate.score_run(evaluator, run, workdir, name) for name in names}
         if distilling:
             distill_report.write(cfg, workdir, run, teacher)

@@ -36,9 +36,10 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lm_jax import config, resolution, step
+from lm_jax import config, step
 from lm_jax.config import Config
-from lm_jax.flags import load_module
+from lm_jax.config.flags import load_module
+from lm_jax.config.resolve import resolve
 from lm_jax.kernels.attention import attend
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -75,7 +76,7 @@ device_description_str: "NVIDIA H200"
 def compile_step(cfg: Config, mesh: Mesh) -> Any:
     """The compiled train step of a config, with the attention and the dtype that it gets there."""
     with jax.set_mesh(mesh):
-        cfg = resolution.resolve(cfg, windows=10_000)
+        cfg = resolve(cfg, windows=10_000)
         graphdef, init = step.create_model(
             cfg, cfg.tokenizer.vocab_size, step.choose_attention(cfg)[0]
         )

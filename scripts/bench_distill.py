@@ -17,11 +17,12 @@ from typing import Any
 import jax
 from benchmark import Steps, machine, random_batch, take_turns
 
-from lm_jax import config, resolution, step
+from lm_jax import config, step
 from lm_jax.config import Config
+from lm_jax.config.flags import load_module
+from lm_jax.config.resolve import resolve
 from lm_jax.distill import step as distill_step
 from lm_jax.distill.teachers import Teacher
-from lm_jax.flags import load_module
 from lm_jax.main import keep_freed_memory
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -39,7 +40,7 @@ CASES: dict[str, dict[str, Any]] = {
 def resolved(arm: str, **changes: Any) -> Config:
     """An arm of the study."""
     cfg = load_module(ROOT / "configs" / "distill.py").get_config(arm)
-    return resolution.resolve(config.replace(cfg, **changes), windows=10_000)
+    return resolve(config.replace(cfg, **changes), windows=10_000)
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ import tempfile
 import time
 from typing import Any
 
-from lm_jax.flags import load_config
+from lm_jax.config.flags import load_config
 from lm_jax.main import keep_freed_memory
 
 

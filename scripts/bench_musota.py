@@ -15,9 +15,10 @@ from typing import Any
 import jax
 from benchmark import Steps, machine, random_batch, take_turns
 
-from lm_jax import resolution, step
+from lm_jax import step
 from lm_jax.config import Config
-from lm_jax.flags import load_module
+from lm_jax.config.flags import load_module
+from lm_jax.config.resolve import resolve
 from lm_jax.main import keep_freed_memory
 from lm_jax.models.sizing import size
 
@@ -46,7 +47,7 @@ def main() -> None:
     for arm in module.ARMS:
         cfg = module.get_config(arm, layers=LAYERS, seq_len=T, vocab_size=V)
         cfg.data.batch_size = B
-        cfg = resolution.resolve(cfg, windows=10_000)
+        cfg = resolve(cfg, windows=10_000)
         found = size(cfg.model, V, T)
         results[arm] = {"parameters": found.total, "flops_per_token": found.flops}
         peers[arm] = train_steps(cfg)

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 from benchmark import machine
 
-from lm_jax.flags import load_config
+from lm_jax.config.flags import load_config
 
 GIB = 1 << 30
 SHARDS = 16

@@ -17,11 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from lm_jax import config, evaluate, resolution
+from lm_jax import config, evaluate
 from lm_jax import loss as losses
+from lm_jax.config import rules
+from lm_jax.config.flags import define_config, parse
+from lm_jax.config.resolve import resolve
 from lm_jax.data import pipeline
 from lm_jax.distill import cache, teachers
-from lm_jax.flags import define_config, parse
 from lm_jax.kernels import divergences
 
 _CONFIG = define_config()
@@ -36,11 +38,11 @@ def make_cache(cfg: config.Config, folder: pathlib.Path) -> int:
         ConfigError: if the config names no teacher, or keeps no top-k at one temperature.
         FileExistsError: if the folder holds a cache.
     """
-    store = evaluate.open_data(resolution.validate(cfg))
+    store = evaluate.open_data(rules.validate(cfg))
     windows = pipeline.count_windows(store.split("train"), cfg.data.seq_len, cfg.data.window_offset)
-    cfg = resolution.resolve(cfg, windows=windows)
+    cfg = resolve(cfg, windows=windows)
     read_back = config.replace(cfg, distill__cache=str(folder), distill__teachers="")
-    resolution.validate(read_back)
+    rules.validate(read_back)
     teacher = teachers.open_teacher(cfg, store)
     temperature = cache.describe(cfg, store)["temperature"]
 

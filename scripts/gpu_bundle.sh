@@ -45,7 +45,7 @@ import sys
 
 from lm_jax import config, evaluate
 from lm_jax.data import wikitext
-from lm_jax.flags import load_module
+from lm_jax.config.flags import load_module
 
 root, data, corpus = map(pathlib.Path, sys.argv[1:])
 cache = data / "cache"

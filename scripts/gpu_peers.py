@@ -19,9 +19,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from benchmark import use, words
 
-from lm_jax import config, resolution
+from lm_jax import config
 from lm_jax.config import Config
-from lm_jax.flags import load_module
+from lm_jax.config.flags import load_module
+from lm_jax.config.resolve import resolve
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 
@@ -29,7 +30,7 @@ CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 class Case(NamedTuple):
     """A model and its batch."""
 
-    config: str  # a file in configs/; empty: the defaults
+    fields: str  # a file in configs/; empty: the defaults
     changes: dict[str, Any]
     vocab_size: int
     peers: tuple[str, ...]
@@ -78,7 +79,7 @@ def config_of(case: Case, peer: str = "lm_jax") -> Config:
             changes |= {"data__document_mask": False, "data__window_offset": False}
         elif not re.fullmatch(r"x\d+", word):
             changes["attention__impl"] = word
-    return resolution.resolve(config.replace(cfg, **changes), windows=100_000)
+    return resolve(config.replace(cfg, **changes), windows=100_000)
 
 
 def steps_per_call(case: Case, peer: str) -> int:

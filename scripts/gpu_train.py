@@ -22,9 +22,11 @@ from typing import Any
 import benchmark
 from gpu_table import read
 
-from lm_jax import config, evaluate, resolution
+from lm_jax import config, evaluate
+from lm_jax.config import rules
+from lm_jax.config.flags import load_module
+from lm_jax.config.resolve import resolve
 from lm_jax.data import pipeline
-from lm_jax.flags import load_module
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "wikitext2.py"
@@ -63,9 +65,9 @@ def plan(args: argparse.Namespace) -> tuple[list[str], int]:
             changes[f"data.{name}"] = getattr(args, name)
     cfg = load_module(CONFIG).get_config()
     cfg = config.replace(cfg, **{k.replace(".", "__"): v for k, v in changes.items()})
-    train = evaluate.open_data(resolution.validate(cfg)).split("train")
+    train = evaluate.open_data(rules.validate(cfg)).split("train")
     windows = pipeline.count_windows(train, cfg.data.seq_len, cfg.data.window_offset)
-    resolved = resolution.resolve(cfg, windows=windows)
+    resolved = resolve(cfg, windows=windows)
     whole = int(resolved.train.steps)
     fit = max(0, int(1e3 * (args.seconds - OVERHEAD) / (1.05 * step_ms(args.jsonl))))
     span = max(1, (CALL * SPANS if args.toy else min(whole, fit)) // (CALL * SPANS)) * CALL

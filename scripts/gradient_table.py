@@ -21,9 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lm_jax import doctor, loss, resolution, step
+from lm_jax import doctor, loss, step
 from lm_jax.config import Config
-from lm_jax.flags import load_config
+from lm_jax.config.flags import load_config
+from lm_jax.config.resolve import resolve
 from lm_jax.models.transformer import unstack
 
 T = 7
@@ -148,7 +149,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="configs/gpt_demo.py", help="FILE or FILE:ARM")
     try:
-        cfg = resolution.resolve(load_config(parser.parse_args().config), windows=1000)
+        cfg = resolve(load_config(parser.parse_args().config), windows=1000)
     except (ValueError, OSError) as error:
         parser.exit(2, f"{error}\n")
     if cfg.model.family != "dense":

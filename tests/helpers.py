@@ -7,7 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from lm_jax import config, evaluate, resolution
+from lm_jax import config, evaluate
+from lm_jax.config import rules
+from lm_jax.config.resolve import resolve
 from lm_jax.doctor import distilled, preflight
 
 
@@ -38,13 +40,13 @@ def tiny_config(**changes):
         train__steps="20",
         optim__warmup="3",
     )
-    return resolution.resolve(config.replace(config.Config(), **base | changes), windows=50)
+    return resolve(config.replace(config.Config(), **base | changes), windows=50)
 
 
 def examine_distillation_of(cfg):
     """That part of the preflight alone, for the others compile about as long again."""
-    store = evaluate.open_data(resolution.validate(cfg))
-    cfg = resolution.resolve(cfg, windows=50)
+    store = evaluate.open_data(rules.validate(cfg))
+    cfg = resolve(cfg, windows=50)
     return distilled.examine(cfg, preflight.Small(cfg, store).cfg, store)
 
 

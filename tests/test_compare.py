@@ -10,9 +10,10 @@ import sys
 import numpy as np
 import pytest
 
-from lm_jax import config, resolution
+from lm_jax import config
 from lm_jax.compare import compare, ranking
 from lm_jax.config import Config
+from lm_jax.config.resolve import resolve
 from lm_jax.models import sizing
 
 DOCUMENTS, TOKENS, BYTES = 50, 40, 160  # of the split, and of each document
@@ -42,7 +43,7 @@ def write_run(
         "model__layers": 2,
         "seed": seed,
     }
-    cfg = resolution.resolve(
+    cfg = resolve(
         config.replace(Config(), train__steps=str(STEPS), optim__warmup="1", **base | changes),
         windows=9,
     )

@@ -2,13 +2,14 @@ import types
 
 import pytest
 
-from lm_jax import config, resolution
+from lm_jax import config
 from lm_jax.config import Config, ConfigError
+from lm_jax.config.resolve import resolve, rounded
 from lm_jax.kernels import device as devices
 
 
 def resolved(windows=1000, **changes):
-    return resolution.resolve(config.replace(Config(), **changes), windows=windows)
+    return resolve(config.replace(Config(), **changes), windows=windows)
 
 
 def test_unknown_field_names_the_nearest():
@@ -112,13 +113,13 @@ def test_spans_are_whole_calls():
         train__checkpoint_every="50",
         optim__warmup="1 epoch",
     )
-    found = resolution.rounded(cfg, windows=1000)
+    found = rounded(cfg, windows=1000)
     assert found == {"train.steps": (94, 96)}
-    cfg = resolution.resolve(cfg, windows=1000)
+    cfg = resolve(cfg, windows=1000)
     spans = cfg.train.steps, cfg.train.eval_every, cfg.train.checkpoint_every, cfg.optim.warmup
     assert spans == ("96", "32", "50", "32")
     tiny = config.replace(cfg, train__eval_every="100 tokens")
-    assert resolution.resolve(tiny, windows=1000).train.eval_every == "8"
+    assert resolve(tiny, windows=1000).train.eval_every == "8"
 
 
 @pytest.mark.parametrize(("count", "devices", "rows"), [(1, 1, 0), (4, 1, 8), (4, 2, 4)])
@@ -164,7 +165,7 @@ def test_everything_is_resolved_once():
     cfg = resolved(model__d_model=96)
     assert (cfg.model.kv_heads, cfg.model.d_ff) == (4, 256)
     assert (cfg.eval.batch_size, cfg.eval.stride) == (32, 256)
-    assert config.to_dict(resolution.resolve(cfg, windows=7)) == config.to_dict(cfg)
+    assert config.to_dict(resolve(cfg, windows=7)) == config.to_dict(cfg)
 
 
 def test_dict_round_trip_and_hash():

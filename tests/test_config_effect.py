@@ -22,8 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm_jax import config, resolution, step, train
+from lm_jax import config, step, train
 from lm_jax.config import Config
+from lm_jax.config.resolve import resolve
 from lm_jax.data import corpora, shards
 from lm_jax.data.pipeline import batch_hash
 from lm_jax.distill import step as distill_step
@@ -196,7 +197,7 @@ SEED_OF_DROPOUT = {"model.dropout": 0.1}
 
 
 def test_the_table_names_every_field():
-    assert list(TABLE) == [path for path, _ in config.fields(Config())]
+    assert list(TABLE) == [path for path, _ in config.named_fields(Config())]
 
 
 def digest(*values):
@@ -214,7 +215,7 @@ def text_of(traced):
 
 def trace(cfg):
     """The initialisation and the steps as they are compiled."""
-    cfg = resolution.resolve(cfg, windows=50)
+    cfg = resolve(cfg, windows=50)
     graphdef, init = step.create_model(cfg, V, cfg.attention.impl)
     key = jax.random.key(0)
     state = jax.eval_shape(lambda key: step.init_state(cfg, init(key)), key)
@@ -369,7 +370,7 @@ class Lab:
     def __init__(self, root):
         self.root, self.runs, self.traces = root, {}, {}
 
-    def config(self, changes):
+    def fields(self, changes):
         values = {
             path.replace(".", "__"): v.format(root=self.root) if isinstance(v, str) else v
             for path, v in (BASE | changes).items()

@@ -7,8 +7,10 @@ import types
 import jax
 import pytest
 
-from lm_jax import config, evaluate, generate, resolution, step, train
-from lm_jax.flags import load_module
+from lm_jax import config, evaluate, generate, step, train
+from lm_jax.config import Duration
+from lm_jax.config.flags import load_module
+from lm_jax.config.resolve import resolve
 from lm_jax.kernels import device
 from lm_jax.models.sizing import size
 
@@ -42,7 +44,7 @@ def test_every_config_is_listed():
 def test_config_resolves(name):
     module = load(name)
     assert f"python -m lm_jax.main --config=configs/{name}.py" in module.__doc__
-    cfg = resolution.resolve(module.get_config(), windows=5000)
+    cfg = resolve(module.get_config(), windows=5000)
     vocab_size, millions = SIZES[name]
     _, init = step.create_model(cfg, vocab_size, "reference")
     count = train.parameter_count(jax.eval_shape(init, jax.random.key(0)))
@@ -52,7 +54,7 @@ def test_config_resolves(name):
 
 @pytest.mark.parametrize("name", ["gpt2_124m", "stream_226m"])
 def test_published_sizes_are_exact(name):
-    cfg = resolution.resolve(load(name).get_config(), windows=5000)
+    cfg = resolve(load(name).get_config(), windows=5000)
     vocab_size, millions = SIZES[name]
     assert cfg.tokenizer.vocab_size == vocab_size
     _, init = step.create_model(cfg, vocab_size, "reference")
@@ -65,7 +67,7 @@ def test_arms_of_the_allocation_study_differ():
     module = load("phase1")
     models = {}
     for arm in module.ARMS:
-        model = resolution.resolve(module.get_config(arm), windows=5000).model
+        model = resolve(module.get_config(arm), windows=5000).model
         models.setdefault((model.d_model, model.d_ff, model.layers), []).append(arm)
     assert ["emb35", "glu266x"] in models.values() and len(models) == 6
     with pytest.raises(ValueError, match="phase1.py:glu9x: no such arm; use one of emb25, emb35"):
@@ -74,9 +76,9 @@ def test_arms_of_the_allocation_study_differ():
 
 def test_arms_against_overfitting_change_one_thing_each():
     module = load("small_corpus")
-    base = dict(config.fields(module.get_config("base")))
+    base = dict(config.named_fields(module.get_config("base")))
     for arm, changes in module.ARMS.items():
-        changed = dict(config.fields(module.get_config(arm)))
+        changed = dict(config.named_fields(module.get_config(arm)))
         different = [path for path in base if changed[path] != base[path]]
         assert different == [path.replace("__", ".") for path in changes]
         assert len(different) == (arm != "base")
@@ -86,7 +88,7 @@ def test_baselines_of_mu_sota_are_matched():
     module = load("musota")
     sizes = {}
     for arm in module.ARMS:
-        cfg = resolution.resolve(module.get_config(arm), windows=5000)
+        cfg = resolve(module.get_config(arm), windows=5000)
         sizes[arm] = size(cfg.model, cfg.tokenizer.vocab_size, cfg.data.seq_len)
     for arm in ("total", "blocks", "flops"):
         ratio = getattr(sizes[arm], arm) / getattr(sizes["musota"], arm)
@@ -101,7 +103,7 @@ def test_the_character_config_trains_from_one_text_file(tmp_path):
     cfg = load("shakespeare_char").get_config()
     cfg.doctor = "off"
     cfg.data.source_dir, cfg.data.cache_dir = str(tmp_path), str(tmp_path / "cache")
-    cfg.train.steps, cfg.optim.warmup = config.Duration("2"), config.Duration("1")
+    cfg.train.steps, cfg.optim.warmup = Duration("2"), Duration("1")
     assert list(train.train_and_evaluate(cfg, tmp_path / "run")) == ["valid"]
 
 
@@ -123,12 +125,12 @@ def test_configs_for_a_gpu_suit_the_gpu(kind, dtype, impls, monkeypatch):
     gpu = types.SimpleNamespace(platform="gpu", device_kind=kind)
     monkeypatch.setattr(device, "target", lambda: gpu)
     for name, impl in zip(GPU_CONFIGS, impls, strict=True):
-        cfg = resolution.resolve(load(name).get_config(), windows=5000)
+        cfg = resolve(load(name).get_config(), windows=5000)
         assert cfg.train.compute_dtype == dtype
         assert cfg.train.matmul_precision == "tensorfloat32"
         chosen, reason = step.choose_attention(cfg)
         assert chosen == impl and f", {dtype}, head width 64" in reason
-    mu_sota = resolution.resolve(load("musota").get_config(), windows=5000)
+    mu_sota = resolve(load("musota").get_config(), windows=5000)
     assert step.choose_attention(mu_sota)[0] == "xla"  # its heads are 2 wide
 
 

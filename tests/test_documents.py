@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm_jax import config, evaluate, loss, resolution, sharding, step
+from lm_jax import config, evaluate, loss, sharding, step
 from lm_jax.config import Config
+from lm_jax.config.resolve import resolve
 from tests.helpers import randomise
 
 T = 40
@@ -55,7 +56,7 @@ def model(cfg, store):
 
 
 def resolved(cfg, **changes):
-    return resolution.resolve(config.replace(cfg, **changes), windows=10)
+    return resolve(config.replace(cfg, **changes), windows=10)
 
 
 def score(cfg, store, model, **changes):

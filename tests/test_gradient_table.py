@@ -5,7 +5,7 @@ import pathlib
 import jax
 import pytest
 
-from lm_jax.flags import load_module
+from lm_jax.config.flags import load_module
 from tests.helpers import tiny_config
 
 table = load_module(pathlib.Path(__file__).parents[1] / "scripts" / "gradient_table.py")

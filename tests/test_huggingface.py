@@ -14,7 +14,8 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
-from lm_jax import config, resolution, step
+from lm_jax import config, step
+from lm_jax.config.resolve import resolve
 from lm_jax.models import huggingface
 
 V = 37
@@ -264,7 +265,7 @@ def package_logits(folder, tokens_BT):
     """Logits of a loaded checkpoint, through the structure that `step.create_model` makes."""
     model_cfg, vocab_size, max_len, params = huggingface.load(folder)
     cfg = config.replace(config.Config(model=model_cfg), data__seq_len=max_len)
-    resolved = resolution.resolve(config.replace(cfg, train__steps="200"), windows=50)
+    resolved = resolve(config.replace(cfg, train__steps="200"), windows=50)
     assert resolved.model == model_cfg
     graphdef, init = step.create_model(cfg, vocab_size, "reference")
     like = jax.eval_shape(init, jax.random.key(0))

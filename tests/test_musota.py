@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lm_jax import config, evaluate, resolution, sharding, step
+from lm_jax import config, evaluate, sharding, step
 from lm_jax.config import ConfigError
+from lm_jax.config.resolve import resolve
 from lm_jax.models import musota
 from tests.helpers import randomise, tiny_config
 from tests.test_train import small, text  # noqa: F401
@@ -160,13 +161,13 @@ def test_fields_without_meaning_are_refused():
     with pytest.raises(ConfigError, match="model.heads: 2 has no meaning for .*leave it at 4"):
         tiny_config(**MUSOTA | {"model__heads": 2})
     again = config.from_dict(config.to_dict(tiny_config(**MUSOTA)))
-    assert resolution.resolve(again, windows=50) == tiny_config(**MUSOTA)
+    assert resolve(again, windows=50) == tiny_config(**MUSOTA)
 
 
 @pytest.mark.slow
 def test_evaluation_reports_the_sensitivity_of_every_block(text):  # noqa: F811
     kind = {"model__layers": 2, "model__d_model": 128, "model__heads": 4, "model__family": "musota"}
-    cfg = resolution.resolve(small(text, **kind), windows=50)
+    cfg = resolve(small(text, **kind), windows=50)
     store = evaluate.open_data(cfg)
     graphdef, init = step.create_model(cfg, store.tokenizer.vocab_size, "reference")
     params = randomise(jax.jit(init)(jax.random.key(0)), 3, 0.5)

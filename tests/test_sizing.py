@@ -5,8 +5,9 @@ import dataclasses
 import jax
 import pytest
 
-from lm_jax import resolution, step
+from lm_jax import step
 from lm_jax.config import Config, ModelConfig
+from lm_jax.config.resolve import resolve
 from lm_jax.models.sizing import allocated, matched, size
 
 # 50,000 ids, rows of 128, 12 layers: MU-SOTA as published has 16,690,000 parameters, of which
@@ -40,7 +41,7 @@ STELLUX = dataclasses.replace(GPT, mlp="swiglu", bias=False)
 def test_size_counts_the_parameters_of_the_model(changes):
     cfg = Config()
     cfg.model = dataclasses.replace(cfg.model, layers=3, d_model=48, **changes)
-    cfg = resolution.resolve(cfg, windows=100)
+    cfg = resolve(cfg, windows=100)
     _, init = step.create_model(cfg, 101, "reference")
     params = jax.eval_shape(init, jax.random.key(0))
     found = size(cfg.model, 101, cfg.data.seq_len)

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from lm_jax.flags import load_module
+from lm_jax.config.flags import load_module
 
 ROOT = pathlib.Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts" / "sweep.py"

@@ -192,12 +192,14 @@ def test_stop_and_resume_is_bit_identical(
 def command(text, workdir, **changes):
     """The run as a process of its own, through the command line."""
     cfg = small(text, **changes)
-    default = dict(config.fields(Config()))
+    default = dict(config.named_fields(Config()))
     (workdir.parent / "cfg.py").write_text(
         "from lm_jax.config import Config\ndef get_config():\n    return Config()\n"
     )
     overrides = [
-        f"--config.{path}={value}" for path, value in config.fields(cfg) if value != default[path]
+        f"--config.{path}={value}"
+        for path, value in config.named_fields(cfg)
+        if value != default[path]
     ]
     return [
         sys.executable,

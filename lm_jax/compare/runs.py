@@ -175,4 +175,4 @@ def group(runs: Sequence[Run]) -> list[Arm]:
 
 
 def _settings(cfg: Config) -> dict[str, Any]:
-    return {path: value for path, value in config.fields(cfg) if path not in _INCIDENTAL}
+    return {path: value for path, value in config.named_fields(cfg) if path not in _INCIDENTAL}

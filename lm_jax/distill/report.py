@@ -13,9 +13,9 @@ from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
-from lm_jax import evaluate, metrics, resolution, sharding
+from lm_jax import evaluate, metrics, sharding
 from lm_jax import loss as losses
-from lm_jax.config import Config
+from lm_jax.config import Config, rules
 from lm_jax.data import pipeline
 from lm_jax.data.store import Store
 from lm_jax.distill import alignment, teachers
@@ -57,7 +57,7 @@ def write(
     """
     if not teacher.models:
         return None
-    split = resolution.eval_splits(cfg, run.store.manifest["splits"])[-1]
+    split = rules.eval_splits(cfg, run.store.manifest["splits"])[-1]
     members = list(zip(teacher.models, teacher.params, strict=True))
     scored = [Scored("distilled", [(run.graphdef, run.params)])]
     if cfg.distill.alone:

@@ -16,9 +16,9 @@ from absl import app, flags
 from rich.console import Console
 
 from lm_jax import doctor
+from lm_jax.config.flags import define_config, misuse, parse
 from lm_jax.doctor.findings import require
 from lm_jax.doctor.records import number, read_log
-from lm_jax.flags import define_config, misuse, parse
 
 _CONFIG = define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run.")

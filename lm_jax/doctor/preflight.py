@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lm_jax import config, evaluate, optim, resolution, sharding, step
+from lm_jax import config, evaluate, optim, sharding, step
 from lm_jax import loss as losses
-from lm_jax.config import Config, ModelConfig
+from lm_jax.config import Config, ModelConfig, rules
+from lm_jax.config.resolve import resolve
 from lm_jax.data import pipeline
 from lm_jax.data.store import Split, Store
 from lm_jax.doctor import distilled
@@ -53,10 +54,10 @@ def examine_config(cfg: Config, *, level: str = "fast", store: Store | None = No
     """
     if level not in ("fast", "full"):
         raise ValueError(f"level: {level!r} is neither fast nor full.")
-    store = store or evaluate.open_data(resolution.validate(cfg))
+    store = store or evaluate.open_data(rules.validate(cfg))
     split = store.split("train")
     windows = pipeline.count_windows(split, cfg.data.seq_len, cfg.data.window_offset)
-    cfg = resolution.resolve(cfg, windows=windows)
+    cfg = resolve(cfg, windows=windows)
     report = _data(cfg, store, windows)
     small = Small(cfg, store)
     report += small.model() + small.loss() + small.optimiser()

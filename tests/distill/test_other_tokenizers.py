@@ -9,9 +9,10 @@ import pytest
 from flax import nnx
 from scipy.special import log_softmax, logsumexp
 
-from lm_jax import config, evaluate, generate, resolution, step, train
+from lm_jax import config, evaluate, generate, step, train
 from lm_jax import loss as losses
-from lm_jax.config import ConfigError
+from lm_jax.config import ConfigError, rules
+from lm_jax.config.resolve import resolve
 from lm_jax.data import pipeline
 from lm_jax.distill import alignment, teachers
 from lm_jax.distill import step as distill_step
@@ -59,9 +60,9 @@ def teacher(text, tmp_path_factory):
 def opened(text, **changes):
     """Resolved config, store, teacher and a batch of the student's."""
     cfg = student(text, **changes)
-    store = evaluate.open_data(resolution.validate(cfg))
+    store = evaluate.open_data(rules.validate(cfg))
     windows = pipeline.count_windows(store.split("train"), cfg.data.seq_len, False)
-    cfg = resolution.resolve(cfg, windows=windows)
+    cfg = resolve(cfg, windows=windows)
     taught = teachers.open_teacher(cfg, store)
     batch = pipeline.Windows(store.split("train"), cfg.data.seq_len, True).batch(np.arange(4))
     return cfg, store, taught, taught.extend(batch)

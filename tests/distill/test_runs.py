@@ -10,13 +10,14 @@ import pytest
 from flax import nnx
 from scipy.special import log_softmax
 
-from lm_jax import config, evaluate, resolution, train
+from lm_jax import config, evaluate, train
 from lm_jax import loss as losses
-from lm_jax.config import ConfigError
+from lm_jax.config import ConfigError, rules
+from lm_jax.config.flags import load_module
+from lm_jax.config.resolve import resolve
 from lm_jax.data import pipeline
 from lm_jax.distill import cache, report, teachers
 from lm_jax.doctor import examine_config
-from lm_jax.flags import load_module
 from tests.distill.test_step import EVERYTHING
 from tests.helpers import examine_distillation_of
 from tests.test_train import StopAfter, final_state, rows, small
@@ -126,8 +127,8 @@ def test_the_divergence_of_the_report_is_from_the_teacher(text, runs):
     """KL(teacher || model), by definition."""
     name = str(runs / "teacher-0")
     cfg = student(text, distill__teachers=name)
-    store = evaluate.open_data(resolution.validate(cfg))
-    cfg = resolution.resolve(cfg, windows=50)
+    store = evaluate.open_data(rules.validate(cfg))
+    cfg = resolve(cfg, windows=50)
     models = [evaluate.open_run(runs / folder) for folder in ("alone", "teacher-0")]
     scored = [
         report.Scored(folder, [(run.graphdef, run.params)])
@@ -156,8 +157,8 @@ def test_a_teacher_reads_documents_as_the_student_does(text, runs, document_mask
     cfg = student(
         text, distill__teachers=str(runs / "teacher-0"), data__document_mask=document_mask
     )
-    store = evaluate.open_data(resolution.validate(cfg))
-    cfg = resolution.resolve(cfg, windows=50)
+    store = evaluate.open_data(rules.validate(cfg))
+    cfg = resolve(cfg, windows=50)
     teacher = teachers.open_teacher(cfg, store)
     batch = pipeline.Windows(store.split("train"), 32, document_mask).batch(np.arange(40))
     separators = batch["tokens"] == store.tokenizer.separator
@@ -258,8 +259,8 @@ def test_a_teacher_must_have_the_loss_on_its_record(text, runs, tmp_path):
 def test_a_teacher_is_scored_in_the_students_windows(text, runs, tmp_path):
     """As well as in its own, where its record was made."""
     cfg = student(text, distill__teachers=str(runs / "teacher-0"), data__seq_len=8)
-    store = evaluate.open_data(resolution.validate(cfg))
-    cfg = resolution.resolve(cfg, windows=50)
+    store = evaluate.open_data(rules.validate(cfg))
+    cfg = resolve(cfg, windows=50)
     (line,) = teachers.verify(teachers.open_teacher(cfg, store), cfg, store)
     recorded = json.loads((runs / "teacher-0" / "eval_valid.json").read_text())["loss"]
     assert f"on its record {recorded:.4f}, found {recorded:.4f}, here in the student's" in line
@@ -275,11 +276,11 @@ def test_a_teacher_of_other_text_is_refused(text, runs, tmp_path):
     for path in sorted(text.glob("*.txt")):
         (other / path.name).write_text("".join(rng.permutation(list(path.read_text()))) + "x\n")
     cfg = student(other, distill__teachers=str(runs / "teacher-0"), tokenizer__kind="byte")
-    store = evaluate.open_data(resolution.validate(cfg))
+    store = evaluate.open_data(rules.validate(cfg))
     teacher_cfg = small(text, tokenizer__kind="byte", optim__peak_lr=1e-2, train__steps="40")
     train.train_and_evaluate(teacher_cfg, tmp_path / "teacher")
     cfg = config.replace(cfg, distill__teachers=str(tmp_path / "teacher"))
-    cfg = resolution.resolve(cfg, windows=50)
+    cfg = resolve(cfg, windows=50)
     with pytest.raises(ConfigError, match="train it first, on such text"):
         teachers.verify(teachers.open_teacher(cfg, store), cfg, store)
 

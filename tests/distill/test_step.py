@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lm_jax import config, resolution, step
+from lm_jax import config, step
 from lm_jax import loss as losses
-from lm_jax.config import ConfigError, Curve
+from lm_jax.config import ConfigError, Curve, rules
 from lm_jax.distill import objective, terms
 from lm_jax.distill import step as distill_step
 from lm_jax.distill.teachers import Teacher
@@ -365,7 +365,7 @@ REFUSED = [
 @pytest.mark.parametrize(("changes", "said"), REFUSED)
 def test_what_cannot_be_is_refused_by_name(changes, said):
     with pytest.raises(ConfigError, match=said):
-        resolution.validate(config.replace(config.Config(), **changes))
+        rules.validate(config.replace(config.Config(), **changes))
 
 
 def test_more_experts_than_there_are_layers():

@@ -9,7 +9,9 @@ import numpy as np
 import optax
 import pytest
 
-from lm_jax import config, resolution, step
+from lm_jax import config, step
+from lm_jax.config import resolve as resolve_module
+from lm_jax.config import rules
 from lm_jax.doctor.arms import examine_arms, shapes
 
 fault = pytest.mark.fault
@@ -121,7 +123,7 @@ def test_no_key_of_the_package_itself_is_dead():
         cfg = config.replace(config.Config(), data__seq_len=16)
         for key, value in tree.items():
             setattr(cfg.model, key, value)
-        cfg = resolution.resolve(resolution.validate(cfg), windows=10)
+        cfg = resolve_module.resolve(rules.validate(cfg), windows=10)
         graphdef, init = step.create_model(cfg, V, "reference")
         return {"graph": repr(graphdef), "tree": jax.eval_shape(init, jax.random.key(0))}
 

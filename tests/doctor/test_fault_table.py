@@ -2,7 +2,7 @@
 
 import pathlib
 
-from lm_jax.flags import load_module
+from lm_jax.config.flags import load_module
 
 SCRIPT = pathlib.Path(__file__).parents[2] / "scripts" / "fault_table.py"
 

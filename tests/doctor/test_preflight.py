@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import pytest
 from rich.console import Console
 
-from lm_jax import config, doctor, loss, resolution, train
-from lm_jax.config import Config
+from lm_jax import config, doctor, loss, train
+from lm_jax.config import Config, rules
 from tests.helpers import shared_data
 from tests.test_configs import CONFIGS, load
 from tests.test_train import small, text  # noqa: F401
@@ -112,7 +112,7 @@ def test_an_unknown_level_is_named():
     with pytest.raises(ValueError, match="level: 'deep' is neither fast nor full"):
         doctor.examine_config(Config(), level="deep")
     with pytest.raises(config.ConfigError, match="config.doctor"):
-        resolution.validate(config.replace(Config(), doctor="deep"))
+        rules.validate(config.replace(Config(), doctor="deep"))
 
 
 def command(*arguments):

@@ -10,12 +10,13 @@ from typing import NoReturn
 from absl import flags
 from ml_collections import config_flags
 
-from lm_jax import config
+from lm_jax.config import fields
+from lm_jax.config.values import Curve, Duration
 
 
 def define_config() -> flags.FlagHolder:
     """Define `--config=FILE` and `--config.a.b=value`."""
-    for kind in (config.Duration, config.Curve):
+    for kind in (Duration, Curve):
         config_flags.register_flag_parser_for_type(kind, flags.ArgumentParser())
     return config_flags.DEFINE_config_file("config", None, "Config file, as configs/quickstart.py.")
 
@@ -34,9 +35,9 @@ def parse(argv: list[str]) -> list[str]:
         if name in ("-config", "--config") and not pathlib.Path(path.split(":")[0]).exists():
             misuse(f"--config={path}: no such file; give a path as configs/quickstart.py.")
     try:
-        config.check_names(override_paths(argv))
+        fields.check_names(override_paths(argv))
         return flags.FLAGS(argv)
-    except (config.ConfigError, flags.Error) as error:
+    except (fields.ConfigError, flags.Error) as error:
         # What `get_config` refuses comes with a traceback before it.
         misuse(str(error).rpartition("\nValueError: ")[2].strip())
 
@@ -47,7 +48,7 @@ def run_name(spec: str, seed: int) -> str:
     return "-".join([pathlib.Path(path).stem, *([arm] if arm else []), str(seed)])
 
 
-def load_config(spec: str) -> config.Config:
+def load_config(spec: str) -> fields.Config:
     """The config of FILE or FILE:ARM.
 
     Raises:

@@ -1,0 +1,48 @@
+"""Values of config fields that are written as text: spans of a run and curves over it."""
+
+import math
+import re
+
+_UNITS = {"k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9, "": 1.0}
+_DURATION = re.compile(r"(\d+(?:\.\d*)?(?:[eE]\d+)?)\s*([kKMB]?)\s*(steps?|tokens?|epochs?)?")
+
+
+class Duration(str):
+    """A span of training: "2000" or "2000 steps", "2M tokens" or "3 epochs"."""
+
+    def parts(self) -> tuple[float, str]:
+        """Amount and unit: step, token or epoch.
+
+        Raises:
+            ValueError: if it is written in no such way.
+        """
+        match = _DURATION.fullmatch(self.strip())
+        if match is None:
+            raise ValueError(f"{str(self)!r} is no duration")
+        return float(match[1]) * _UNITS[match[2]], (match[3] or "steps").rstrip("s")
+
+
+class Curve(str):
+    """A value over the run: "0.7", or "0@0.1, 1@0.4": 0 up to a tenth, linear to 1 at 0.4."""
+
+    def points(self) -> list[tuple[float, float]]:
+        """(share of the run, value), in order; linear between them and constant outside.
+
+        Raises:
+            ValueError: if the text is no curve.
+        """
+        parts = [part.split("@") for part in self.split(",")]
+        if len(parts) == len(parts[0]) == 1:
+            parts[0].append("0")
+        points = [(float(share), float(value)) for value, share in parts]
+        shares = [share for share, _ in points]
+        if shares != sorted(set(shares)) or not 0 <= shares[0] <= shares[-1] <= 1:
+            raise ValueError("shares must rise from 0 or more to 1 or less")
+        if not all(math.isfinite(value) for _, value in points):
+            raise ValueError("values must be finite")
+        return points
+
+    @property
+    def zero(self) -> bool:
+        """Whether it is 0 throughout."""
+        return not any(value for _, value in self.points())
