@@ -5,17 +5,13 @@ of a run and writes `eval_<split>.json` and, document by document, `documents_<s
 """
 
 import argparse
-import contextlib
 import dataclasses
-import fcntl
 import itertools
 import json
 import math
 import os
 import pathlib
-import platform
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -26,15 +22,12 @@ from rich.table import Table
 
 from lm_jax import checkpoint, config, metrics, sharding, step
 from lm_jax.config import Config, ConfigError, rules
-from lm_jax.data import corpora, ngram, pipeline
-from lm_jax.data.store import Store, prepare
-from lm_jax.data.tokenizers import WordTokenizer
+from lm_jax.data import windows
+from lm_jax.data.open import open_data
+from lm_jax.data.references import references
+from lm_jax.data.store import Store
+from lm_jax.files import write_json
 from lm_jax.models import musota
-
-# Reference predictors are fitted on and score at most this many tokens: sorting takes seconds, and
-# some 140 bytes of memory for each.
-_REFERENCE_TOKENS = 20_000_000
-_REFERENCE_SCORED = 4_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +53,7 @@ class Evaluator:
             document, float64 [documents].
         """
         cfg, split = self.cfg, self.store.split(split_name)
-        batches = pipeline.eval_batches(
+        batches = windows.eval_batches(
             split,
             seq_len=cfg.data.seq_len,
             batch_size=sharding.round_up(cfg.eval.batch_size),
@@ -120,51 +113,6 @@ def documents(store: Store, split_name: str, nats_D: np.ndarray) -> dict[str, np
     return result
 
 
-def references(store: Store, split_name: str) -> dict[str, float]:
-    """What simple predictors reach on the same tokens; computed once and kept in the store.
-
-    `uniform`, `unigram`, `kn2` and `kn3` are perplexities per token, fitted on the training split
-    (its first 20 million tokens) and of a split of more than 4 million tokens only on the first 4
-    million; `entropy_rate`, where the source is known, is in nats per token.
-    """
-    path = store.path / f"references_{split_name}.json"
-    if path.exists():
-        return json.loads(path.read_text())
-    split, tokenizer = store.split(split_name), store.tokenizer
-    # WikiText's convention: the history before the first word is an end of line.
-    start = tokenizer.line_end if isinstance(tokenizer, WordTokenizer) else tokenizer.separator
-    result = ngram.references(
-        store.split("train").tokens[:_REFERENCE_TOKENS],
-        split.tokens[:_REFERENCE_SCORED],
-        vocab_size=tokenizer.vocab_size - 1,
-        start=start,
-    )
-    entropy_rate = store.manifest["entropy_rate"]
-    if entropy_rate is not None and tokenizer.kind == "char":  # one token, one symbol
-        result["entropy_rate"] = entropy_rate
-    write_json(path, result)
-    return result
-
-
-def write_json(path: pathlib.Path, value: Any) -> None:
-    """Write a readable JSON file in one move, so that a reader never sees half of it.
-
-    What is not finite, as a perplexity beyond float64, becomes null: JSON has no number for it.
-    """
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(finite_or_none(value), indent=2, allow_nan=False) + "\n")
-    temporary.replace(path)
-
-
-def finite_or_none(value: Any) -> Any:
-    """The same tree of dicts and lists with None for every float that is not finite."""
-    if isinstance(value, dict):
-        return {key: finite_or_none(leaf) for key, leaf in value.items()}
-    if isinstance(value, list):
-        return [finite_or_none(leaf) for leaf in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def report(name: str, result: dict[str, Any], console: Console) -> None:
     """Print one split's line among its references, worst first."""
     rows = {
@@ -207,58 +155,6 @@ class Run:
     graphdef: Any
     params: Any
     step: int
-
-
-def open_data(cfg: Config) -> Store:
-    """The token store a config asks for, prepared on first use, by one process at a time.
-
-    Raises:
-        ValueError: if the corpus cannot be read, or lacks a split that is to be scored.
-    """
-    data = cfg.data
-    cache_dir = pathlib.Path(data.cache_dir).expanduser()
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    with _locked(cache_dir / "lock"):
-        corpus = corpora.open_corpus(
-            data.corpus,
-            source_dir=data.source_dir,
-            files=data.files,
-            valid_files=data.valid_files,
-            test_files=data.test_files,
-            document=data.document,
-            valid_fraction=data.valid_fraction,
-            test_fraction=data.test_fraction,
-            cache_dir=str(cache_dir),
-        )
-        store = prepare(
-            corpus,
-            tokenizer_kind=cfg.tokenizer.kind,
-            vocab_size=cfg.tokenizer.vocab_size,
-            folder=cfg.tokenizer.folder,
-            sample=cfg.tokenizer.sample,
-            workers=data.workers,
-            cache_dir=str(cache_dir),
-        )
-    for name in ["valid", *rules.eval_splits(cfg, store.manifest["splits"])]:
-        store.split(name)
-    return store
-
-
-@contextlib.contextmanager
-def _locked(path: pathlib.Path) -> Iterator[None]:
-    """Holds the lock of a cache; who must wait for it says so, and for whom."""
-    with path.open("a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            holder = lock.read() or "another process"
-            print(f"waiting until {holder} has prepared its data in {path.parent}", file=sys.stderr)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {platform.node()}")
-        lock.flush()
-        yield
 
 
 def open_run(workdir: pathlib.Path, *, best: bool = True, mesh: Mesh | None = None) -> Run:

@@ -14,6 +14,7 @@ from ml_collections import config_flags
 from lm_jax import config
 from lm_jax.config import rules
 from lm_jax.config.flags import define_config, parse, run_name
+from lm_jax.data.open import open_data
 
 _CONFIG = define_config()
 _WORKDIR = flags.DEFINE_string(
@@ -44,7 +45,7 @@ def keep_freed_memory() -> None:
 
 def main(_: list[str]) -> None:
     """Run the training that the flags describe; a mistake in them is one sentence."""
-    from lm_jax import doctor, evaluate, sharding
+    from lm_jax import doctor, sharding
     from lm_jax.train import train_and_evaluate
 
     if "verbosity" not in {flag.split("=")[0].lstrip("-") for flag in sys.argv[1:]}:
@@ -53,7 +54,7 @@ def main(_: list[str]) -> None:
     spec = config_flags.get_config_filename(flags.FLAGS["config"])
     workdir = _WORKDIR.value or f"runs/{run_name(spec, _CONFIG.value.seed)}"
     try:
-        evaluate.open_data(rules.validate(_CONFIG.value))
+        open_data(rules.validate(_CONFIG.value))
     except (ValueError, OSError) as error:
         sys.exit(str(error))
     try:

@@ -24,12 +24,15 @@ import lm_jax
 from lm_jax import checkpoint, config, doctor, evaluate, metrics, optim, sharding, step
 from lm_jax.config import Config, rules
 from lm_jax.config.resolve import resolve, rounded
-from lm_jax.data import pipeline
+from lm_jax.data import windows as pipeline
+from lm_jax.data.open import open_data
+from lm_jax.data.references import references
 from lm_jax.data.store import Store
 from lm_jax.distill import report as distill_report
 from lm_jax.distill import step as distill_step
 from lm_jax.distill.teachers import Teacher, open_teacher, verify
 from lm_jax.doctor import provenance
+from lm_jax.files import write_json
 from lm_jax.kernels.device import choose_dtype
 from lm_jax.writers import Writers
 
@@ -55,7 +58,7 @@ def train_and_evaluate(cfg: Config, workdir: str | pathlib.Path) -> dict[str, An
         Interrupted: after SIGTERM or SIGINT, once the state is saved.
     """
     workdir = pathlib.Path(workdir)
-    store = evaluate.open_data(rules.validate(cfg))
+    store = open_data(rules.validate(cfg))
     train_split = store.split("train")
     windows = pipeline.count_windows(train_split, cfg.data.seq_len, cfg.data.window_offset)
     asked, dtype_reason = cfg.train.compute_dtype, choose_dtype(cfg.train.compute_dtype)[1]
@@ -218,7 +221,7 @@ def train_and_evaluate(cfg: Config, workdir: str | pathlib.Path) -> dict[str, An
             f"{result['word_ppl']:.2f}  bits per byte {result['bits_per_byte']:.4f}"
         )
         if cfg.doctor != "off" and jax.process_index() == 0:
-            for line in watch.look(evaluate.references(store, "valid")):
+            for line in watch.look(references(store, "valid")):
                 writers.say(line)
         best = math.inf if manifest["best_loss"] is None else manifest["best_loss"]
         if result["loss"] < best:
@@ -403,7 +406,7 @@ def record_config(
         "data": store.manifest,
     }
     shutil.copytree(store.path / "tokenizer", workdir / "tokenizer", dirs_exist_ok=True)
-    evaluate.write_json(path, record)
+    write_json(path, record)
 
 
 def record_teacher(workdir: pathlib.Path, teacher: Teacher, *, resuming: bool) -> None:
@@ -415,7 +418,7 @@ def record_teacher(workdir: pathlib.Path, teacher: Teacher, *, resuming: bool) -
     path = workdir / "teacher.json"
     if not resuming:
         if jax.process_index() == 0:
-            evaluate.write_json(path, teacher.identity)
+            write_json(path, teacher.identity)
     elif json.loads(path.read_text()) != teacher.identity:
         raise config.ConfigError(
             f"{path}: the run there learned from another teacher than it is now; restore that one "

@@ -28,7 +28,7 @@ def bench_loop(cfg: Any, workdir: pathlib.Path, updates: int) -> dict[str, float
 
     from lm_jax import evaluate, sharding, step
     from lm_jax.config import Duration
-    from lm_jax.data import pipeline
+    from lm_jax.data import windows
     from lm_jax.train import train_and_evaluate
 
     cfg.train.steps, cfg.optim.warmup = Duration(str(updates)), Duration("1")
@@ -48,7 +48,7 @@ def bench_loop(cfg: Any, workdir: pathlib.Path, updates: int) -> dict[str, float
         return step.loss_sums(run.graphdef, params, batch, dtype=dtype, key=None)
 
     split = run.store.split("valid")
-    batches = pipeline.eval_batches(
+    batches = windows.eval_batches(
         split,
         seq_len=run.cfg.data.seq_len,
         batch_size=run.cfg.data.batch_size,

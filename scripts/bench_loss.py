@@ -33,7 +33,7 @@ from absl import flags
 from benchmark import append, arguments, chosen, clock, machine, plot, take_turns, together, words
 
 from lm_jax import loss
-from lm_jax.kernels.linear_distillation import Member, linear_distillation
+from lm_jax.kernels.linear_divergence import Member, linear_distillation
 from lm_jax.kernels.linear_loss import linear_cross_entropy
 from lm_jax.main import keep_freed_memory
 from lm_jax.models.transformer import head_logits

@@ -30,6 +30,7 @@ import numpy as np
 from benchmark import machine
 
 from lm_jax.config.flags import load_config
+from lm_jax.data.references import references
 
 GIB = 1 << 30
 SHARDS = 16
@@ -161,12 +162,12 @@ def prepare(options: dict[str, Any]) -> dict[str, Any]:
 
 def read(options: dict[str, Any]) -> dict[str, Any]:
     """Training batches of one epoch, as the loop reads them."""
-    from lm_jax.data import pipeline, store
+    from lm_jax.data import store, windows
 
     data = load_config(CONFIG).data
     split = store.open_store(options["path"]).split("train")
-    count = pipeline.count_windows(split, data.seq_len, False) // data.batch_size
-    batches = pipeline.train_batches(
+    count = windows.count_windows(split, data.seq_len, False) // data.batch_size
+    batches = windows.train_batches(
         split,
         seq_len=data.seq_len,
         batch_size=data.batch_size,
@@ -182,7 +183,7 @@ def read(options: dict[str, Any]) -> dict[str, Any]:
 
 def examine(options: dict[str, Any]) -> dict[str, Any]:
     """The doctor's preflight, and the reference predictors of the valid split."""
-    from lm_jax import doctor, evaluate
+    from lm_jax import doctor
     from lm_jax.data import store
 
     found, cfg = store.open_store(options["path"]), load_config(CONFIG)
@@ -190,7 +191,7 @@ def examine(options: dict[str, Any]) -> dict[str, Any]:
     report = doctor.examine_config(cfg, store=found)
     seconds = time.perf_counter() - began
     began = time.perf_counter()
-    evaluate.references(found, "valid")
+    references(found, "valid")
     return {
         "doctor_seconds": seconds,
         "failed": report.failed,

@@ -17,12 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from lm_jax import config, evaluate
+from lm_jax import config
 from lm_jax import loss as losses
 from lm_jax.config import rules
 from lm_jax.config.flags import define_config, parse
 from lm_jax.config.resolve import resolve
-from lm_jax.data import pipeline
+from lm_jax.data import windows as pipeline
+from lm_jax.data.open import open_data
 from lm_jax.distill import cache, teachers
 from lm_jax.kernels import divergences
 
@@ -38,7 +39,7 @@ def make_cache(cfg: config.Config, folder: pathlib.Path) -> int:
         ConfigError: if the config names no teacher, or keeps no top-k at one temperature.
         FileExistsError: if the folder holds a cache.
     """
-    store = evaluate.open_data(rules.validate(cfg))
+    store = open_data(rules.validate(cfg))
     windows = pipeline.count_windows(store.split("train"), cfg.data.seq_len, cfg.data.window_offset)
     cfg = resolve(cfg, windows=windows)
     read_back = config.replace(cfg, distill__cache=str(folder), distill__teachers="")

@@ -22,11 +22,12 @@ from typing import Any
 import benchmark
 from gpu_table import read
 
-from lm_jax import config, evaluate
+from lm_jax import config
 from lm_jax.config import rules
 from lm_jax.config.flags import load_module
 from lm_jax.config.resolve import resolve
-from lm_jax.data import pipeline
+from lm_jax.data import windows as pipeline
+from lm_jax.data.open import open_data
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "wikitext2.py"
@@ -65,7 +66,7 @@ def plan(args: argparse.Namespace) -> tuple[list[str], int]:
             changes[f"data.{name}"] = getattr(args, name)
     cfg = load_module(CONFIG).get_config()
     cfg = config.replace(cfg, **{k.replace(".", "__"): v for k, v in changes.items()})
-    train = evaluate.open_data(rules.validate(cfg)).split("train")
+    train = open_data(rules.validate(cfg)).split("train")
     windows = pipeline.count_windows(train, cfg.data.seq_len, cfg.data.window_offset)
     resolved = resolve(cfg, windows=windows)
     whole = int(resolved.train.steps)

@@ -7,9 +7,10 @@ import jax
 import numpy as np
 import pytest
 
-from lm_jax import config, evaluate
+from lm_jax import config
 from lm_jax.config import rules
 from lm_jax.config.resolve import resolve
+from lm_jax.data.open import open_data
 from lm_jax.doctor import distilled, preflight
 
 
@@ -45,7 +46,7 @@ def tiny_config(**changes):
 
 def examine_distillation_of(cfg):
     """That part of the preflight alone, for the others compile about as long again."""
-    store = evaluate.open_data(rules.validate(cfg))
+    store = open_data(rules.validate(cfg))
     cfg = resolve(cfg, windows=50)
     return distilled.examine(cfg, preflight.Small(cfg, store).cfg, store)
 

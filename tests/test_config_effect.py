@@ -26,7 +26,7 @@ from lm_jax import config, step, train
 from lm_jax.config import Config
 from lm_jax.config.resolve import resolve
 from lm_jax.data import corpora, shards
-from lm_jax.data.pipeline import batch_hash
+from lm_jax.data.windows import batch_hash
 from lm_jax.distill import step as distill_step
 from lm_jax.kernels import device
 from tests.distill.test_step import toy_teacher

@@ -11,6 +11,7 @@ import pytest
 from lm_jax import config, evaluate, loss, sharding, step
 from lm_jax.config import Config
 from lm_jax.config.resolve import resolve
+from lm_jax.data.open import open_data
 from tests.helpers import randomise
 
 T = 40
@@ -45,7 +46,7 @@ def cfg(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def store(cfg):
-    return evaluate.open_data(cfg)
+    return open_data(cfg)
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +128,7 @@ def test_bytes_of_documents_sum_to_those_of_the_split_or_are_left_out(cfg, kind)
             f"{a} {b}   {c}" for a, b, c in itertools.product(["ab", "cd", "é", "gh"], repeat=3)
         )
         (pathlib.Path(cfg.data.source_dir) / "words.txt").write_text("\n".join(lines))
-    store = evaluate.open_data(cfg)
+    store = open_data(cfg)
     split = store.split("valid")
     nats_D = np.ones(len(split.document_starts) - 1)
     kept = evaluate.documents(store, "valid", nats_D)

@@ -11,6 +11,10 @@ import pytest
 
 from lm_jax import config, evaluate, metrics
 from lm_jax.config import Config
+from lm_jax.data import open as data_open
+from lm_jax.data import references as references_module
+from lm_jax.data.open import _locked, open_data
+from lm_jax.files import write_json
 from tests.helpers import shared_data
 
 
@@ -22,46 +26,46 @@ def test_references_of_wikitext_by_words(tmp_path):
         data__cache_dir=str(tmp_path),
         tokenizer__kind="word",
     )
-    store = evaluate.open_data(cfg)
+    store = open_data(cfg)
     split = store.split("test")
     assert len(split.tokens) == split.words == 245_569
     documents = evaluate.documents(store, "test", np.zeros(len(split.document_starts) - 1))
     assert documents["bytes"].sum() == split.bytes  # words in WikiText's own layout
-    references = evaluate.references(store, "test")
+    references = references_module.references(store, "test")
     assert references["uniform"] == 33_278
     assert round(references["unigram"], 1) == 911.7
     assert round(references["kn2"], 1) == 267.4
     assert round(references["kn3"], 1) == 230.1
-    assert evaluate.references(store, "test") == references
+    assert references_module.references(store, "test") == references
 
 
 def test_entropy_rate_is_a_reference_of_symbols_only(tmp_path):
     cfg = config.replace(Config(), data__cache_dir=str(tmp_path))
-    store = evaluate.open_data(cfg)
-    rate = evaluate.references(store, "valid")["entropy_rate"]
+    store = open_data(cfg)
+    rate = references_module.references(store, "valid")["entropy_rate"]
     np.testing.assert_allclose(rate, store.manifest["entropy_rate"])
-    byte = evaluate.open_data(config.replace(cfg, tokenizer__kind="byte"))
-    assert "entropy_rate" not in evaluate.references(byte, "valid")
+    byte = open_data(config.replace(cfg, tokenizer__kind="byte"))
+    assert "entropy_rate" not in references_module.references(byte, "valid")
 
 
 def test_one_process_at_a_time_prepares_data_and_others_say_that_they_wait(
     tmp_path, monkeypatch, capsys
 ):
     cfg = config.replace(Config(), data__cache_dir=str(tmp_path), tokenizer__kind="byte")
-    prepare, said = evaluate.prepare, threading.Event()
+    prepare, said = data_open.prepare, threading.Event()
 
     def prepare_under_lock(*arguments, **options):
         with (tmp_path / "lock").open() as lock, pytest.raises(BlockingIOError):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return prepare(*arguments, **options)
 
-    monkeypatch.setattr(evaluate, "prepare", prepare_under_lock)
+    monkeypatch.setattr(data_open, "prepare", prepare_under_lock)
     monkeypatch.setattr(evaluate, "print", lambda *a, **k: print(*a, **k) or said.set(), False)
-    evaluate.open_data(cfg)
+    open_data(cfg)
     assert not said.is_set()
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        with evaluate._locked(tmp_path / "lock"):
-            other = pool.submit(evaluate.open_data, cfg)
+        with _locked(tmp_path / "lock"):
+            other = pool.submit(open_data, cfg)
             assert said.wait(60)
             assert not other.done()
         assert other.result(60).tokenizer.kind == "byte"
@@ -72,7 +76,7 @@ def test_one_process_at_a_time_prepares_data_and_others_say_that_they_wait(
 
 def test_json_has_null_for_what_is_not_finite(tmp_path):
     path = tmp_path / "a.json"
-    evaluate.write_json(path, {"a": [math.inf, 1.5], "b": {"c": math.nan, "d": "x"}})
+    write_json(path, {"a": [math.inf, 1.5], "b": {"c": math.nan, "d": "x"}})
     assert json.loads(path.read_text()) == {"a": [None, 1.5], "b": {"c": None, "d": "x"}}
     assert list(tmp_path.iterdir()) == [path]
 

@@ -11,7 +11,7 @@ from flax import nnx
 
 from lm_jax import config, evaluate, generate, loss, step, train
 from lm_jax.config import Config
-from lm_jax.data.tokenizers import CharTokenizer
+from lm_jax.data.tokenizers.kinds import CharTokenizer
 from lm_jax.generate import ArgumentError, sample, shortlist
 from tests.helpers import every, randomise, tiny_config
 

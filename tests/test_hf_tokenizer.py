@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tokenizers
 
-from lm_jax.data.hf_tokenizer import HfTokenizer
+from lm_jax.data.tokenizers.hf import HfTokenizer
 from tests.test_tokenizers import TEXTS
 
 CORPUS = ["low lower lowest new newer newest naïve café 北京\n\n  the end\n"] * 9

@@ -11,6 +11,7 @@ from flax import nnx
 from lm_jax import config, evaluate, sharding, step
 from lm_jax.config import ConfigError
 from lm_jax.config.resolve import resolve
+from lm_jax.data.open import open_data
 from lm_jax.models import musota
 from tests.helpers import randomise, tiny_config
 from tests.test_train import small, text  # noqa: F401
@@ -168,7 +169,7 @@ def test_fields_without_meaning_are_refused():
 def test_evaluation_reports_the_sensitivity_of_every_block(text):  # noqa: F811
     kind = {"model__layers": 2, "model__d_model": 128, "model__heads": 4, "model__family": "musota"}
     cfg = resolve(small(text, **kind), windows=50)
-    store = evaluate.open_data(cfg)
+    store = open_data(cfg)
     graphdef, init = step.create_model(cfg, store.tokenizer.vocab_size, "reference")
     params = randomise(jax.jit(init)(jax.random.key(0)), 3, 0.5)
     eval_step = step.make_eval_step(cfg, graphdef)

@@ -14,7 +14,7 @@ import pytest
 from lm_jax.data import parts, shards, store
 from lm_jax.data.corpora import Corpus, open_corpus
 from lm_jax.data.store import prepare
-from lm_jax.data.tokenizers import ByteTokenizer, CharTokenizer
+from lm_jax.data.tokenizers.kinds import ByteTokenizer, CharTokenizer
 
 
 def content(path):

@@ -8,7 +8,8 @@ import sys
 import numpy as np
 import pytest
 
-from lm_jax import config, evaluate
+from lm_jax import config
+from lm_jax.data.open import open_data
 from lm_jax.data.synthetic import MarkovSource
 from lm_jax.train import train_and_evaluate
 from tests.test_configs import load
@@ -28,7 +29,7 @@ def test_quickstart_comes_down_to_the_entropy_rate(tmp_path):
         command += [f"--workdir={workdir}", f"--config.data.cache_dir={cache_dir}"]
         # Optimised, as users run it.
         subprocess.run(command, cwd=ROOT, env=os.environ | {"XLA_FLAGS": ""}, check=True)
-    store = evaluate.open_data(cfg)
+    store = open_data(cfg)
     results = train_and_evaluate(cfg, workdir)
     source = MarkovSource()
     for name in ("valid", "test"):

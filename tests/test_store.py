@@ -13,7 +13,7 @@ from lm_jax.data import parts
 from lm_jax.data import store as store_module
 from lm_jax.data.corpora import Corpus, open_corpus
 from lm_jax.data.store import open_store, prepare
-from lm_jax.data.tokenizers import count_words
+from lm_jax.data.tokenizers.base import count_words
 from tests.helpers import shared_data
 
 DOCUMENTS = {

@@ -156,7 +156,7 @@ def test_a_stopped_sweep_stops_its_runs_once(tmp_path, specs, number, whole_grou
     code = f"""
 import pathlib, sys
 sys.argv = ["sweep.py", {specs[0]!r}, "--root={tmp_path}"]
-from lm_jax.flags import load_module
+from lm_jax.config.flags import load_module
 sweep = load_module(pathlib.Path({str(SCRIPT)!r}))
 plan = sweep.plan
 def slow(*arguments):

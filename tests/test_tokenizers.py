@@ -8,8 +8,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from lm_jax.data import tokenizers
-from lm_jax.data.tokenizers import Tokenizer, WordTokenizer, count_words, train_tokenizer
+from lm_jax.data.tokenizers import kinds
+from lm_jax.data.tokenizers.base import count_words
+from lm_jax.data.tokenizers.kinds import WordTokenizer
+from lm_jax.data.tokenizers.load import load_tokenizer, train_tokenizer
 from tests.helpers import shared_data
 
 STRANGE = [
@@ -92,8 +94,8 @@ def test_bpe_pieces_change_no_id(monkeypatch):
     text = "".join(TEXTS) + " ".join(["the newest  low\n lower'll 12 _ _"] * 30)
     tokenizer = train_tokenizer("bpe", [text], 300)
     whole = tokenizer.encode(text)
-    monkeypatch.setattr(tokenizers.BpeTokenizer, "PIECE", 5)
-    pieces = list(tokenizers.BpeTokenizer._pieces(text))
+    monkeypatch.setattr(kinds.BpeTokenizer, "PIECE", 5)
+    pieces = list(kinds.BpeTokenizer._pieces(text))
     assert len(pieces) > 50
     assert "".join(pieces) == text
     np.testing.assert_array_equal(tokenizer.encode(text), whole)
@@ -105,8 +107,8 @@ def test_the_library_sees_little_of_a_long_document_at_once(monkeypatch):
     tokenizer = train_tokenizer("bpe", [text], 270)
     texts = [text, "", "low", text + "x" * 500 + text, "", text]
     expected = [tokenizer.encode(one) for one in texts]
-    monkeypatch.setattr(tokenizers.BpeTokenizer, "PIECE", 50)
-    monkeypatch.setattr(tokenizers.BpeTokenizer, "AT_ONCE", 200)
+    monkeypatch.setattr(kinds.BpeTokenizer, "PIECE", 50)
+    monkeypatch.setattr(kinds.BpeTokenizer, "AT_ONCE", 200)
     sizes, library = [], tokenizer._library
 
     def encode_batch_fast(pieces):
@@ -124,9 +126,9 @@ def test_the_library_sees_little_of_a_long_document_at_once(monkeypatch):
 @pytest.mark.parametrize("block", [1, 2, 3, 7])
 def test_words_are_counted_in_bounded_memory(monkeypatch, block):
     expected = [len(text.split()) + text.count("\n") for text in TEXTS]
-    monkeypatch.setattr(tokenizers, "BLOCK", block)
+    monkeypatch.setattr(kinds, "BLOCK", block)
     assert [count_words(text) for text in TEXTS] == expected
-    monkeypatch.setattr(tokenizers, "BLOCK", 1000 * block)
+    monkeypatch.setattr(kinds, "BLOCK", 1000 * block)
     text = "ab cd " * 50_000
     tracemalloc.start()
     assert count_words(text) == 100_000
@@ -238,7 +240,7 @@ def test_save_and_load(tmp_path, kind):
     text = "low lower 👩 newest\n" * 4
     tokenizer = train_tokenizer(kind, [text], 265 if kind == "bpe" else 0)
     tokenizer.save(tmp_path / "deep" / "folder")
-    loaded = Tokenizer.load(tmp_path / "deep" / "folder")
+    loaded = load_tokenizer(tmp_path / "deep" / "folder")
     assert loaded.kind == kind
     assert loaded.content_hash == tokenizer.content_hash
     np.testing.assert_array_equal(loaded.encode(text), tokenizer.encode(text))
@@ -255,11 +257,11 @@ def test_content_hash_tells_tokenizers_apart():
 
 def test_loading_names_what_is_missing_or_broken(tmp_path):
     with pytest.raises(FileNotFoundError, match=re.escape(str(tmp_path / "tokenizer.json"))):
-        Tokenizer.load(tmp_path)
+        load_tokenizer(tmp_path)
     for broken in ("{", "{}", '{"kind": "char"}', "[]", '{"kind": "byte", "more": 1}'):
         (tmp_path / "tokenizer.json").write_text(broken)
         with pytest.raises(ValueError, match="not a complete tokenizer file"):
-            Tokenizer.load(tmp_path)
+            load_tokenizer(tmp_path)
 
 
 def test_bpe_compresses_english():

@@ -16,7 +16,7 @@ import pytest
 from lm_jax import config, evaluate, step, train
 from lm_jax.compare import compare
 from lm_jax.config import Config, ConfigError
-from lm_jax.data import pipeline
+from lm_jax.data import windows
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -91,17 +91,17 @@ def final_state(workdir):
 
 def record_batches(monkeypatch):
     """Hashes of all batches that are fed to the step from now on."""
-    seen, real = [], pipeline.train_batches
+    seen, real = [], windows.train_batches
 
     def train_batches(*args, **options):
         for stacked in real(*args, **options):
             seen.extend(
-                pipeline.batch_hash({k: v[i] for k, v in stacked.items()})
+                windows.batch_hash({k: v[i] for k, v in stacked.items()})
                 for i in range(len(stacked["tokens"]))
             )
             yield stacked
 
-    monkeypatch.setattr(pipeline, "train_batches", train_batches)
+    monkeypatch.setattr(windows, "train_batches", train_batches)
     return seen
 
 

@@ -41,9 +41,10 @@ from typing import Any
 
 import numpy as np
 
-from lm_jax import doctor, evaluate, metrics
+from lm_jax import doctor, metrics
 from lm_jax.compare import page, ranking, tables
 from lm_jax.compare.runs import Arm, Run, group, load_run
+from lm_jax.files import finite_or_none, write_json
 from lm_jax.models import sizing
 
 _FEW_DOCUMENTS = 20
@@ -97,7 +98,7 @@ def compare(workdirs: Sequence[str | pathlib.Path], split: str = "test") -> Comp
         "same_model": _same_models(arms),
     }
     values["notes"] = _notes(arms, values)
-    return Comparison(evaluate.finite_or_none(values))
+    return Comparison(finite_or_none(values))
 
 
 def _pairs(arms: Sequence[Arm], bytes_D: np.ndarray | None) -> list[dict[str, Any]]:
@@ -290,7 +291,7 @@ def main() -> None:
         return
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "compare.md").write_text(comparison.markdown())
-    evaluate.write_json(args.out / "compare.json", comparison.values)
+    write_json(args.out / "compare.json", comparison.values)
     if importlib.util.find_spec("matplotlib") is None:
         print("No compare.html without matplotlib: pip install 'lm_jax[plots]'.", file=sys.stderr)
         return

@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 BLOCK = 1 << 20  # bytes read at once
 SETTLED = 2 * 10**9  # nanoseconds after which a change of a file is sure to change its time stamp
@@ -142,12 +142,6 @@ def refuse_equal(files: Mapping[str, Sequence[Hashed]], *, within_splits: bool) 
                     f"{path} and {other_path} hold the same bytes, which split {split} would have "
                     "twice: take one of them out of data.files, valid_files or test_files."
                 )
-
-
-def sync(file: IO) -> None:
-    """Puts on the disk what was written: else the machine may die and only the name be there."""
-    file.flush()
-    os.fsync(file.fileno())
 
 
 @contextlib.contextmanager

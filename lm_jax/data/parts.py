@@ -28,9 +28,10 @@ from typing import IO, Any
 
 import numpy as np
 
-from lm_jax.data.files import sync
 from lm_jax.data.shards import Documents
-from lm_jax.data.tokenizers import Tokenizer, count_words
+from lm_jax.data.tokenizers.base import Tokenizer, count_words
+from lm_jax.data.tokenizers.load import load_tokenizer
+from lm_jax.files import sync
 
 BATCH_CHARACTERS = 1 << 20  # text tokenised at once
 COUNTS = "tokens documents empty_documents bytes words".split()
@@ -262,7 +263,7 @@ def serve() -> None:
     tasks = open(0, "rb", closefd=False)
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print must not get among the answers
-    load = functools.cache(Tokenizer.load)
+    load = functools.cache(load_tokenizer)
     while tasks.peek(1):  # waits for the next task, or for the end
         answer: Exception | None = None
         try:

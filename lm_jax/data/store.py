@@ -15,10 +15,12 @@ import numpy as np
 
 from lm_jax.data import files, parts
 from lm_jax.data.corpora import Corpus
-from lm_jax.data.hf_tokenizer import HfTokenizer
 from lm_jax.data.parts import Part
 from lm_jax.data.shards import Documents
-from lm_jax.data.tokenizers import Tokenizer, train_tokenizer
+from lm_jax.data.tokenizers.base import Tokenizer
+from lm_jax.data.tokenizers.hf import HfTokenizer
+from lm_jax.data.tokenizers.load import load_tokenizer, train_tokenizer
+from lm_jax.files import sync
 
 FORMAT = 1  # raised whenever the same corpus and tokenizer would give other files
 MANIFEST_KEYS = (
@@ -142,7 +144,7 @@ def open_store(path: str | os.PathLike) -> Store:
 def _open(path: str | os.PathLike) -> Store:
     """A store whose arrays nobody has looked at, or which is known to be whole."""
     path = Path(path)
-    return Store(path, _read_manifest(path / "manifest.json"), Tokenizer.load(path / "tokenizer"))
+    return Store(path, _read_manifest(path / "manifest.json"), load_tokenizer(path / "tokenizer"))
 
 
 def _check_content(
@@ -192,12 +194,12 @@ def _tokenizer(
 ) -> Tokenizer:
     """The tokenizer that an earlier start has saved, or a new one; the parts read it there."""
     try:
-        return Tokenizer.load(unfinished)
+        return load_tokenizer(unfinished)
     except (FileNotFoundError, ValueError):  # not there or not whole: learnt again, it is the same
         tokenizer = given or _learn(corpus, kind, vocab_size, sample)
     files.refuse_changed(corpus.files)  # the parts only know that they did not change meanwhile
     tokenizer.save(unfinished)
-    return Tokenizer.load(unfinished)
+    return load_tokenizer(unfinished)
 
 
 def _learn(corpus: Corpus, kind: str, vocab_size: int, sample: int) -> Tokenizer:
@@ -263,7 +265,7 @@ def _join(corpus: Corpus, all_parts: list[Part], tokenizer: Tokenizer, unfinishe
     }
     with (folder / "manifest.json").open("w", encoding="utf-8") as file:
         file.write(json.dumps(manifest, indent=1) + "\n")
-        files.sync(file)
+        sync(file)
 
 
 def _join_split(
@@ -297,7 +299,7 @@ def _join_split(
                     file.write(block)
             if of_part.hexdigest() != record["ids"]:
                 damaged.append(part)
-        files.sync(file)
+        sync(file)
     with _documents_path(folder, name).open("wb") as file:
         _write_header(file, np.dtype("<i8"), counts["documents"] + 1)
         starts = np.zeros(1, "<i8")
@@ -310,7 +312,7 @@ def _join_split(
             starts = np.cumsum(np.concatenate([starts[-1:], lengths]))
             digest.update(starts[1:])
             file.write(starts[1:].tobytes())
-        files.sync(file)
+        sync(file)
     if damaged:
         raise parts.Damaged(*dict.fromkeys(damaged))
     return {**counts, "sha256": digest.hexdigest()}

@@ -15,9 +15,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from lm_jax.config import Config
-from lm_jax.data.pipeline import Windows
 from lm_jax.data.store import Split, Store
-from lm_jax.data.tokenizers import Tokenizer
+from lm_jax.data.tokenizers.base import Tokenizer
+from lm_jax.data.windows import Windows
 
 BYTES = 256  # groups of ids: by their first byte
 WINDOWS = 64  # that are looked at beforehand, all over the split

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from lm_jax import evaluate
 from lm_jax.config import Config, ConfigError
-from lm_jax.data import pipeline
+from lm_jax.data import windows as pipeline
 from lm_jax.data.store import Store
+from lm_jax.files import write_json
 
 Batch = dict[str, np.ndarray]
 MANIFEST, HASHES, IDS, LOG_P = "manifest.json", "hashes.npy", "ids.npy", "log_p.npy"
@@ -85,7 +85,7 @@ def write(
     log_p.flush()
     np.save(folder / HASHES, hashes)
     # Last: without it the folder is no cache.
-    evaluate.write_json(folder / MANIFEST, describe(cfg, store) | {"teacher": origin})
+    write_json(folder / MANIFEST, describe(cfg, store) | {"teacher": origin})
     return N
 
 

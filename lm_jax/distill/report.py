@@ -16,13 +16,14 @@ from rich.table import Table
 from lm_jax import evaluate, metrics, sharding
 from lm_jax import loss as losses
 from lm_jax.config import Config, rules
-from lm_jax.data import pipeline
+from lm_jax.data import windows
 from lm_jax.data.store import Store
 from lm_jax.distill import alignment, teachers
 from lm_jax.distill.alignment import Aligner
 from lm_jax.distill.teachers import Teacher
+from lm_jax.files import write_json
 from lm_jax.kernels import divergences
-from lm_jax.kernels.linear_distillation import Member
+from lm_jax.kernels.linear_divergence import Member
 
 TIMED_BATCHES = 5
 SHOWN = (  # heading, value and how it is written
@@ -77,7 +78,7 @@ def write(
     result: dict[str, Any] = {"split": split, "taught_by": taught_by, "models": rows}
     if isinstance(teacher.extend, Aligner):
         result["aligned_share"] = alignment.share(teacher.extend, cfg, run.store)
-    evaluate.write_json(workdir / "distillation.json", result)
+    write_json(workdir / "distillation.json", result)
     table = Table(title=f"{split}: agreement with and divergence from {taught_by}")
     table.add_column("", overflow="fold")
     for heading, _, _ in SHOWN:
@@ -161,7 +162,7 @@ def score(
 
     totals = {s.name: np.zeros(3) for s in all_scored}
     batch: dict[str, np.ndarray] = {}
-    for batch in pipeline.eval_batches(
+    for batch in windows.eval_batches(
         split,
         seq_len=cfg.data.seq_len,
         batch_size=sharding.round_up(cfg.eval.batch_size),

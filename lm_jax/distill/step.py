@@ -14,7 +14,7 @@ from lm_jax.config import INSIDE, Config
 from lm_jax.distill import objective
 from lm_jax.distill.objective import Auxiliary
 from lm_jax.distill.teachers import Teacher
-from lm_jax.kernels.linear_distillation import linear_distillation
+from lm_jax.kernels.linear_divergence import linear_distillation
 from lm_jax.step import Metrics, Params, TrainState
 
 

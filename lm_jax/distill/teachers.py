@@ -16,13 +16,14 @@ from jax.sharding import Mesh
 
 from lm_jax import config, evaluate, sharding, step
 from lm_jax.config import INSIDE, Config, ConfigError
-from lm_jax.data.hf_tokenizer import HfTokenizer
+from lm_jax.data.references import references
 from lm_jax.data.store import Store
+from lm_jax.data.tokenizers.hf import HfTokenizer
 from lm_jax.distill import alignment, cache
 from lm_jax.distill.alignment import Aligner, Retokenised
 from lm_jax.kernels import divergences
 from lm_jax.kernels.divergences import Kept
-from lm_jax.kernels.linear_distillation import Groups, Member
+from lm_jax.kernels.linear_divergence import Groups, Member
 from lm_jax.loss import Batch, Shifted
 from lm_jax.models import huggingface
 from lm_jax.models.transformer import head_logits
@@ -303,7 +304,7 @@ def verify(teacher: Teacher, cfg: Config, store: Store) -> list[str]:
             no better than that of the frequencies of tokens.
     """
     split = store.split("valid")
-    nats = len(split.tokens) * math.log(evaluate.references(store, "valid")["unigram"])
+    nats = len(split.tokens) * math.log(references(store, "valid")["unigram"])
     unigram = nats / split.bytes / math.log(2)
     lines = []
     for name, run, model in zip(teacher.names, teacher.runs, teacher.models, strict=True):

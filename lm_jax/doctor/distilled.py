@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lm_jax import config, evaluate, sharding, step
+from lm_jax import config, sharding, step
 from lm_jax import loss as losses
 from lm_jax.config import Config
-from lm_jax.data import pipeline
+from lm_jax.data import windows as pipeline
+from lm_jax.data.references import references
 from lm_jax.data.store import Store
 from lm_jax.distill import objective, teachers
 from lm_jax.distill import step as distill_step
@@ -19,7 +20,7 @@ from lm_jax.distill.alignment import BYTES
 from lm_jax.doctor.distillation import examine_distillation
 from lm_jax.doctor.findings import Report
 from lm_jax.kernels import divergences
-from lm_jax.kernels.linear_distillation import Member, linear_distillation
+from lm_jax.kernels.linear_divergence import Member, linear_distillation
 
 ROWS, CALLS = 4, 3
 
@@ -238,7 +239,7 @@ class _Preflight:
             head_to_head["targets_fn"] = self.targets
             head_to_head["suffix_fn"] = self.other_suffix
         else:
-            unigram = evaluate.references(self.store, "valid")["unigram"]
+            unigram = references(self.store, "valid")["unigram"]
             head_to_head["unigram_nats"] = float(np.log(unigram))
             if self.teacher.models:
                 head_to_head["teacher_fn"] = jax.jit(self.alone)

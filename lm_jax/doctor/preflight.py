@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lm_jax import config, evaluate, optim, sharding, step
+from lm_jax import config, optim, sharding, step
 from lm_jax import loss as losses
 from lm_jax.config import Config, ModelConfig, rules
 from lm_jax.config.resolve import resolve
-from lm_jax.data import pipeline
+from lm_jax.data import windows as pipeline
+from lm_jax.data.open import open_data
 from lm_jax.data.store import Split, Store
 from lm_jax.doctor import distilled
 from lm_jax.doctor.data import examine_data
@@ -54,7 +55,7 @@ def examine_config(cfg: Config, *, level: str = "fast", store: Store | None = No
     """
     if level not in ("fast", "full"):
         raise ValueError(f"level: {level!r} is neither fast nor full.")
-    store = store or evaluate.open_data(rules.validate(cfg))
+    store = store or open_data(rules.validate(cfg))
     split = store.split("train")
     windows = pipeline.count_windows(split, cfg.data.seq_len, cfg.data.window_offset)
     cfg = resolve(cfg, windows=windows)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm_jax.config import ModelConfig
-from lm_jax.data.hf_tokenizer import read_json
+from lm_jax.files import read_json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # What old checkpoints hold beside parameters: causal masks and rotary frequencies.

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from lm_jax.data.tokenizers import BpeTokenizer, ByteTokenizer, train_tokenizer
+from lm_jax.data.tokenizers.kinds import BpeTokenizer, ByteTokenizer
+from lm_jax.data.tokenizers.load import train_tokenizer
 from lm_jax.distill import alignment
 from lm_jax.distill.alignment import Aligner
 

@@ -7,7 +7,7 @@ import pytest
 from scipy.special import log_softmax, logsumexp
 
 from lm_jax.kernels import divergences
-from lm_jax.kernels.linear_distillation import Groups, Member, linear_distillation
+from lm_jax.kernels.linear_divergence import Groups, Member, linear_distillation
 from lm_jax.kernels.linear_loss import linear_cross_entropy
 
 B, T, D, E, V = 2, 5, 6, 4, 23

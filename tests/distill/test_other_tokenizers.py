@@ -13,7 +13,8 @@ from lm_jax import config, evaluate, generate, step, train
 from lm_jax import loss as losses
 from lm_jax.config import ConfigError, rules
 from lm_jax.config.resolve import resolve
-from lm_jax.data import pipeline
+from lm_jax.data import windows as pipeline
+from lm_jax.data.open import open_data
 from lm_jax.distill import alignment, teachers
 from lm_jax.distill import step as distill_step
 from lm_jax.kernels import divergences
@@ -60,7 +61,7 @@ def teacher(text, tmp_path_factory):
 def opened(text, **changes):
     """Resolved config, store, teacher and a batch of the student's."""
     cfg = student(text, **changes)
-    store = evaluate.open_data(rules.validate(cfg))
+    store = open_data(rules.validate(cfg))
     windows = pipeline.count_windows(store.split("train"), cfg.data.seq_len, False)
     cfg = resolve(cfg, windows=windows)
     taught = teachers.open_teacher(cfg, store)

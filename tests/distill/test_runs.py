@@ -15,7 +15,8 @@ from lm_jax import loss as losses
 from lm_jax.config import ConfigError, rules
 from lm_jax.config.flags import load_module
 from lm_jax.config.resolve import resolve
-from lm_jax.data import pipeline
+from lm_jax.data import windows
+from lm_jax.data.open import open_data
 from lm_jax.distill import cache, report, teachers
 from lm_jax.doctor import examine_config
 from tests.distill.test_step import EVERYTHING
@@ -127,7 +128,7 @@ def test_the_divergence_of_the_report_is_from_the_teacher(text, runs):
     """KL(teacher || model), by definition."""
     name = str(runs / "teacher-0")
     cfg = student(text, distill__teachers=name)
-    store = evaluate.open_data(rules.validate(cfg))
+    store = open_data(rules.validate(cfg))
     cfg = resolve(cfg, windows=50)
     models = [evaluate.open_run(runs / folder) for folder in ("alone", "teacher-0")]
     scored = [
@@ -141,7 +142,7 @@ def test_the_divergence_of_the_report_is_from_the_teacher(text, runs):
         return model.logits(model(b.inputs, b.segment_ids, b.positions))
 
     total = count = 0.0
-    for batch in pipeline.eval_batches(
+    for batch in windows.eval_batches(
         store.split("valid"), seq_len=32, batch_size=8, document_mask=True, stride=32
     ):
         b = losses.shift(jax.tree.map(jax.numpy.asarray, batch))
@@ -157,10 +158,10 @@ def test_a_teacher_reads_documents_as_the_student_does(text, runs, document_mask
     cfg = student(
         text, distill__teachers=str(runs / "teacher-0"), data__document_mask=document_mask
     )
-    store = evaluate.open_data(rules.validate(cfg))
+    store = open_data(rules.validate(cfg))
     cfg = resolve(cfg, windows=50)
     teacher = teachers.open_teacher(cfg, store)
-    batch = pipeline.Windows(store.split("train"), 32, document_mask).batch(np.arange(40))
+    batch = windows.Windows(store.split("train"), 32, document_mask).batch(np.arange(40))
     separators = batch["tokens"] == store.tokenizer.separator
     row = int(np.argmax(separators[:, 5:25].any(1)))
     begins = 5 + int(np.argmax(separators[row, 5:25]))
@@ -213,14 +214,14 @@ def test_a_cache_teaches_as_its_teacher_does(text, runs, kept, tmp_path):
 )
 def test_a_cache_of_something_else_is_refused(text, kept, changes, said):
     cfg = student(text, distill__cache=str(kept), **CACHED | changes)
-    store = evaluate.open_data(cfg)
+    store = open_data(cfg)
     with pytest.raises(ConfigError, match=f"config.distill.cache: .* was made for {said}"):
         teachers.open_teacher(cfg, store)
 
 
 def test_a_window_that_is_not_in_the_cache(text, kept):
     cfg = student(text, distill__cache=str(kept), **CACHED)
-    extend, _ = cache.open_cache(cfg, evaluate.open_data(cfg))
+    extend, _ = cache.open_cache(cfg, open_data(cfg))
     tokens = np.ones((1, 2, 33), np.int32)
     with pytest.raises(ConfigError, match="lacks a window of this run"):
         extend({"tokens": tokens, "segment_ids": tokens})
@@ -231,7 +232,7 @@ def test_an_unfinished_cache_is_none(text, kept, tmp_path):
     (tmp_path / "cache" / cache.MANIFEST).unlink()
     cfg = student(text, distill__cache=str(tmp_path / "cache"), **CACHED)
     with pytest.raises(ConfigError, match="holds no finished cache"):
-        cache.open_cache(cfg, evaluate.open_data(cfg))
+        cache.open_cache(cfg, open_data(cfg))
 
 
 def test_a_teacher_of_another_tokenizer_is_refused(text, runs, tmp_path):
@@ -259,7 +260,7 @@ def test_a_teacher_must_have_the_loss_on_its_record(text, runs, tmp_path):
 def test_a_teacher_is_scored_in_the_students_windows(text, runs, tmp_path):
     """As well as in its own, where its record was made."""
     cfg = student(text, distill__teachers=str(runs / "teacher-0"), data__seq_len=8)
-    store = evaluate.open_data(rules.validate(cfg))
+    store = open_data(rules.validate(cfg))
     cfg = resolve(cfg, windows=50)
     (line,) = teachers.verify(teachers.open_teacher(cfg, store), cfg, store)
     recorded = json.loads((runs / "teacher-0" / "eval_valid.json").read_text())["loss"]
@@ -276,7 +277,7 @@ def test_a_teacher_of_other_text_is_refused(text, runs, tmp_path):
     for path in sorted(text.glob("*.txt")):
         (other / path.name).write_text("".join(rng.permutation(list(path.read_text()))) + "x\n")
     cfg = student(other, distill__teachers=str(runs / "teacher-0"), tokenizer__kind="byte")
-    store = evaluate.open_data(rules.validate(cfg))
+    store = open_data(rules.validate(cfg))
     teacher_cfg = small(text, tokenizer__kind="byte", optim__peak_lr=1e-2, train__steps="40")
     train.train_and_evaluate(teacher_cfg, tmp_path / "teacher")
     cfg = config.replace(cfg, distill__teachers=str(tmp_path / "teacher"))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm_jax.kernels.linear_distillation import Member, linear_distillation
+from lm_jax.kernels.linear_divergence import Member, linear_distillation
 
 V, TOKENS = 512, 200
 TEMPERATURES = (1.0, 1.5, 2.0, 3.0, 4.0, 8.0)

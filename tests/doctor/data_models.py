@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from lm_jax.data.pipeline import Windows, eval_batches, train_batches
 from lm_jax.data.synthetic import MarkovSource
+from lm_jax.data.windows import Windows, eval_batches, train_batches
 from lm_jax.doctor.data import examine_data
 
 T = 63

@@ -6,10 +6,10 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from lm_jax.data.pipeline import batch_hash
 from lm_jax.data.synthetic import MarkovSource
-from lm_jax.data.tokenizers import train_tokenizer
+from lm_jax.data.tokenizers.load import train_tokenizer
 from lm_jax.data.wikitext import read_articles
+from lm_jax.data.windows import batch_hash
 from lm_jax.doctor.data import examine_data
 from tests.doctor.data_models import (
     PROSE,

@@ -3,7 +3,7 @@ import itertools
 import numpy as np
 import pytest
 
-from lm_jax.data.pipeline import batch_hash
+from lm_jax.data.windows import batch_hash
 from tests.doctor.data_models import (
     SOURCE,
     TEST,

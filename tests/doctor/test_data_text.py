@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from lm_jax.data.corpora import Corpus
-from lm_jax.data.pipeline import Windows, eval_batches, train_batches
 from lm_jax.data.store import prepare
-from lm_jax.data.tokenizers import BpeTokenizer, ByteTokenizer, train_tokenizer
+from lm_jax.data.tokenizers.kinds import BpeTokenizer, ByteTokenizer
+from lm_jax.data.tokenizers.load import train_tokenizer
+from lm_jax.data.windows import Windows, eval_batches, train_batches
 from tests.doctor.data_models import PROSE, TRAIN, T, documents, examine, silent
 
 

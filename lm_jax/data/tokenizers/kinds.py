@@ -3,126 +3,17 @@
 Id 0 is the separator in every kind here. It stands between documents and no text encodes to it.
 """
 
-import abc
-import collections
-import difflib
-import functools
-import hashlib
 import itertools
 import json
-import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, ClassVar, Self
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Self
 
 import numpy as np
 
-from lm_jax.data.files import sync
+from lm_jax.data.tokenizers.base import Tokenizer, byte_alphabet, split_words
 
-FILE_NAME = "tokenizer.json"
 UNKNOWN = "<unk>"
-BLOCK = 1 << 20  # characters split into words at once: a list of words is ten times their size
-WHITESPACE = np.array([c for c in range(0x3001) if chr(c).isspace()], np.uint32)
-
-
-def count_words(text: str) -> int:
-    """Words between white space, plus one for each newline (WikiText's <eos>)."""
-    count = text.count("\n")
-    for start in range(0, len(text), BLOCK):
-        count += len(text[start : start + BLOCK].split())
-        if start:  # a word across the cut is counted on both sides
-            count -= not (text[start - 1].isspace() or text[start].isspace())
-    return count
-
-
-class Tokenizer(abc.ABC):
-    """Encodes and decodes one document at a time; immutable."""
-
-    kind: ClassVar[str]
-    separator: int = 0
-
-    @property
-    @abc.abstractmethod
-    def vocab_size(self) -> int:
-        """Number of ids, the separator included."""
-
-    @abc.abstractmethod
-    def encode(self, text: str) -> np.ndarray:
-        """Ids of a document, int32."""
-
-    @abc.abstractmethod
-    def token_bytes(self, ids: np.ndarray) -> list[bytes]:
-        """UTF-8 bytes that each id stands for; none for the separator."""
-
-    @abc.abstractmethod
-    def _payload(self) -> dict[str, Any]:
-        """The constructor's arguments, which with the kind define the tokenizer."""
-
-    def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids of several documents."""
-        return [self.encode(text) for text in texts]
-
-    def decode(self, ids: np.ndarray) -> str:
-        """Text of the ids; bytes that are not UTF-8 show as U+FFFD."""
-        return b"".join(self.token_bytes(ids)).decode("utf-8", errors="replace")
-
-    def spans(self, ids: np.ndarray, text: str | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Bytes and words that belong to each of a document's ids.
-
-        They sum to len(text.encode()) and count_words(text). A word belongs to the token that
-        holds its first byte. Kind "word" needs `text` unless it has WikiText's layout and no word
-        became <unk>; the others recover it from the ids.
-        """
-        del text
-        pieces = self.token_bytes(ids)
-        bytes_T = np.array([len(piece) for piece in pieces], np.int64)
-        # Stray bytes, which only a cut-out part of a document can have, count as letters.
-        decoded = b"".join(pieces).decode("utf-8", errors="surrogateescape")
-        codes = np.frombuffer(decoded.encode("utf-32-le", errors="surrogatepass"), "<u4")
-        sizes = 1 + (codes >= 0x80) + (codes >= 0x800).astype(np.int64) + (codes >= 0x10000)
-        sizes[(codes >= 0xDC80) & (codes <= 0xDCFF)] = 1
-        space = np.isin(codes, WHITESPACE)
-        starts_word = ~space & np.concatenate([[True], space[:-1]])[: len(space)]
-        offsets = (np.cumsum(sizes) - sizes)[starts_word | (codes == ord("\n"))]
-        owner = np.searchsorted(np.cumsum(bytes_T), offsets, side="right")
-        return bytes_T, np.bincount(owner, minlength=len(bytes_T))
-
-    @functools.cached_property
-    def content_hash(self) -> str:
-        """sha256 of everything that decides the ids."""
-        content = json.dumps({"kind": self.kind, **self._payload()}, sort_keys=True)
-        return hashlib.sha256(content.encode()).hexdigest()
-
-    def save(self, folder: str | os.PathLike) -> None:
-        """Writes tokenizer.json into `folder`, whole or not at all."""
-        path = Path(folder) / FILE_NAME
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{FILE_NAME}.{os.getpid()}")
-        content = {"kind": self.kind, **self._payload()}
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(content, ensure_ascii=True))
-            sync(file)
-        os.replace(partial, path)
-
-    @staticmethod
-    def load(folder: str | os.PathLike) -> "Tokenizer":
-        """The tokenizer that `save` wrote into `folder`."""
-        path = Path(folder) / FILE_NAME
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"There is no {path}: name a folder into which a tokenizer was saved."
-            )
-        from lm_jax.data.hf_tokenizer import HfTokenizer  # which imports this module
-
-        kinds = KINDS | {HfTokenizer.kind: HfTokenizer}
-        try:
-            payload = json.loads(path.read_text(encoding="utf-8"))
-            return kinds[payload.pop("kind")](**payload)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{path} is not a complete tokenizer file ({error!r}): prepare the corpus again."
-            ) from error
 
 
 class ByteTokenizer(Tokenizer):
@@ -341,67 +232,6 @@ class BpeTokenizer(Tokenizer):
         return {"vocabulary": self.vocabulary, "merges": self.merges}
 
 
-KINDS: dict[str, Callable[..., Tokenizer]] = {
-    cls.kind: cls for cls in (ByteTokenizer, CharTokenizer, WordTokenizer, BpeTokenizer)
-}
-
-
-def train_tokenizer(kind: str, documents: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A tokenizer that knows the train split's `documents` and nothing else.
-
-    `vocab_size` counts all ids, the separator too; 0 means as many as there are (not for bpe).
-    """
-    if kind == "byte":
-        tokenizer: Tokenizer = ByteTokenizer()
-    elif kind == "char":
-        characters: set[str] = set()
-        for document in documents:
-            characters.update(document)
-        tokenizer = CharTokenizer("".join(sorted(characters)))
-    elif kind == "word":
-        tokenizer = _train_words(documents, vocab_size)
-    elif kind == "bpe":
-        if vocab_size < ByteTokenizer.vocab_size:
-            raise ValueError(
-                f"tokenizer.vocab_size={vocab_size} is too small for kind bpe: set at least "
-                f"--config.tokenizer.vocab_size={ByteTokenizer.vocab_size}, "
-                "the 256 bytes and the separator."
-            )
-        tokenizer = BpeTokenizer.train(documents, vocab_size)
-    else:
-        nearest = difflib.get_close_matches(kind, KINDS, n=1, cutoff=0.0)[0]
-        raise ValueError(f"tokenizer.kind={kind!r} does not exist: did you mean {nearest!r}?")
-    if vocab_size not in (0, tokenizer.vocab_size):
-        fitting = tokenizer.vocab_size if kind == "bpe" else 0
-        raise ValueError(
-            f"tokenizer.vocab_size={vocab_size} does not fit, for kind {kind} finds "
-            f"{tokenizer.vocab_size} ids in the train split: set "
-            f"--config.tokenizer.vocab_size={fitting}."
-        )
-    return tokenizer
-
-
-def split_words(text: str) -> Iterator[str]:
-    r"""Words between white space, and "\n" for each newline."""
-    *lines, rest = text.split("\n")
-    for line in lines:
-        yield from line.split()
-        yield "\n"
-    yield from rest.split()
-
-
-def _train_words(documents: Iterable[str], vocab_size: int) -> WordTokenizer:
-    """The most frequent words, equally frequent ones by alphabet."""
-    counts: collections.Counter[str] = collections.Counter()
-    for document in documents:
-        counts.update(split_words(document))
-    types = sorted(counts, key=lambda word: (-counts[word], word))
-    if 0 < vocab_size <= len(types):
-        kept = types[: vocab_size - 1]
-        types = kept if UNKNOWN in kept else [*kept[:-1], UNKNOWN]
-    return WordTokenizer(types)
-
-
 def _code_points(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-32-le"), "<u4")
 
@@ -410,10 +240,3 @@ def _gpt2_words() -> Any:
     import tokenizers
 
     return tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-
-
-def byte_alphabet() -> list[str]:
-    """The printable character by which byte-level BPE writes each byte value."""
-    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    shifted = itertools.count(0x100)
-    return [chr(byte if byte in visible else next(shifted)) for byte in range(256)]

@@ -10,28 +10,12 @@ from typing import Any, Self
 
 import numpy as np
 
-from lm_jax.data.tokenizers import Tokenizer, byte_alphabet
+from lm_jax.data.tokenizers.base import Tokenizer, byte_alphabet
+from lm_jax.files import read_json
 
 PARTS = ("normalizer", "pre_tokenizer")  # of tokenizer.json, which may change the text
 _SPACE = "\u2581"  # by which SentencePiece writes a space
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # a token of byte fallback
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Raises:
-        ValueError: if there is no such file or it holds something else.
-    """
-    if not path.is_file():
-        raise ValueError(f"{path} is missing; copy it into the folder.")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}); copy the checkpoint again.") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds no JSON object; copy the checkpoint again.")
-    return values
 
 
 class HfTokenizer(Tokenizer):

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from lm_jax.data.pipeline import (
+from lm_jax.data.windows import (
     Windows,
     batch_hash,
     eval_batches,
@@ -304,7 +304,7 @@ def test_an_abandoned_iterator_ends_without_noise_and_grain_is_imported_late():
 import sys
 import numpy as np
 from types import SimpleNamespace
-from lm_jax.data.pipeline import train_batches
+from lm_jax.data.windows import train_batches
 assert "grain" not in sys.modules and "jax" not in sys.modules
 split = SimpleNamespace(name="train", tokens=np.ones(10_000, np.uint16),
                         document_starts=np.array([0, 10_000]), separator=0)
