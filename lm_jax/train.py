@@ -28,9 +28,9 @@ from lm_jax.data import windows as pipeline
 from lm_jax.data.open import open_data
 from lm_jax.data.references import references
 from lm_jax.data.store import Store
-from lm_jax.distill import report as distill_report
+from lm_jax.distill import scores as distill_report
 from lm_jax.distill import step as distill_step
-from lm_jax.distill.teachers import Teacher, open_teacher, verify
+from lm_jax.distill.opening import open_teacher, record_teacher, verify
 from lm_jax.doctor import provenance
 from lm_jax.files import write_json
 from lm_jax.kernels.device import choose_dtype
@@ -407,23 +407,6 @@ def record_config(
     }
     shutil.copytree(store.path / "tokenizer", workdir / "tokenizer", dirs_exist_ok=True)
     write_json(path, record)
-
-
-def record_teacher(workdir: pathlib.Path, teacher: Teacher, *, resuming: bool) -> None:
-    """Write `teacher.json`, or compare with that of the run to be resumed.
-
-    Raises:
-        ConfigError: if what teaches has changed.
-    """
-    path = workdir / "teacher.json"
-    if not resuming:
-        if jax.process_index() == 0:
-            write_json(path, teacher.identity)
-    elif json.loads(path.read_text()) != teacher.identity:
-        raise config.ConfigError(
-            f"{path}: the run there learned from another teacher than it is now; restore that one "
-            "or give another --workdir."
-        )
 
 
 def git_revision() -> str | None:

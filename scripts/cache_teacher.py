@@ -25,6 +25,7 @@ from lm_jax.config.resolve import resolve
 from lm_jax.data import windows as pipeline
 from lm_jax.data.open import open_data
 from lm_jax.distill import cache, teachers
+from lm_jax.distill.opening import open_teacher, verify
 from lm_jax.kernels import divergences
 
 _CONFIG = define_config()
@@ -44,7 +45,7 @@ def make_cache(cfg: config.Config, folder: pathlib.Path) -> int:
     cfg = resolve(cfg, windows=windows)
     read_back = config.replace(cfg, distill__cache=str(folder), distill__teachers="")
     rules.validate(read_back)
-    teacher = teachers.open_teacher(cfg, store)
+    teacher = open_teacher(cfg, store)
     temperature = cache.describe(cfg, store)["temperature"]
 
     @jax.jit
@@ -64,7 +65,7 @@ def make_cache(cfg: config.Config, folder: pathlib.Path) -> int:
     def on_host(batch):
         return tuple(np.asarray(x) for x in most_likely(teacher.params, batch))
 
-    for line in teachers.verify(teacher, cfg, store):
+    for line in verify(teacher, cfg, store):
         print(line)
     with jax.default_matmul_precision(cfg.train.matmul_precision):
         return cache.write(folder, cfg, store, on_host, teacher.identity)

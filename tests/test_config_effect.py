@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm_jax import config, step, train
+from lm_jax import config, evaluate, step, train
 from lm_jax.config import Config
 from lm_jax.config.resolve import resolve
 from lm_jax.data import corpora, shards
@@ -337,7 +337,8 @@ def loop(cfg, workdir):
         patch.setattr(step, "make_train_step", make_train_step)
         patch.setattr(step, "make_eval_step", make_eval_step)
         patch.setattr(train.checkpoint, "Checkpoints", Checkpoints)
-        patch.setattr(train.evaluate, "open_data", open_data)
+        patch.setattr(train, "open_data", open_data)
+        patch.setattr(evaluate, "open_data", open_data)
         patch.setattr(train, "git_revision", lambda: None)
         patch.setattr(train.doctor, "examine_config", examine_config)
         patch.setattr(train.provenance, "trace", lambda *_, **__: None)
@@ -370,7 +371,7 @@ class Lab:
     def __init__(self, root):
         self.root, self.runs, self.traces = root, {}, {}
 
-    def fields(self, changes):
+    def config(self, changes):
         values = {
             path.replace(".", "__"): v.format(root=self.root) if isinstance(v, str) else v
             for path, v in (BASE | changes).items()

@@ -60,7 +60,7 @@ def test_one_process_at_a_time_prepares_data_and_others_say_that_they_wait(
         return prepare(*arguments, **options)
 
     monkeypatch.setattr(data_open, "prepare", prepare_under_lock)
-    monkeypatch.setattr(evaluate, "print", lambda *a, **k: print(*a, **k) or said.set(), False)
+    monkeypatch.setattr(data_open, "print", lambda *a, **k: print(*a, **k) or said.set(), False)
     open_data(cfg)
     assert not said.is_set()
     with concurrent.futures.ThreadPoolExecutor() as pool:

@@ -2,9 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
-import math
-import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -12,24 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
 
-from lm_jax import config, evaluate, sharding, step
-from lm_jax.config import INSIDE, Config, ConfigError
-from lm_jax.data.references import references
-from lm_jax.data.store import Store
-from lm_jax.data.tokenizers.hf import HfTokenizer
-from lm_jax.distill import alignment, cache
-from lm_jax.distill.alignment import Aligner, Retokenised
+from lm_jax import evaluate
+from lm_jax.distill import alignment
 from lm_jax.kernels import divergences
 from lm_jax.kernels.divergences import Kept
 from lm_jax.kernels.linear_divergence import Groups, Member
 from lm_jax.loss import Batch, Shifted
-from lm_jax.models import huggingface
 from lm_jax.models.transformer import head_logits
-
-TOLERANCE = 1e-3  # of a teacher's loss on another device or in another precision
-WHERE = "config.distill.teachers"
 
 
 def mean_log_p(members: Sequence[Member], temperature: float = 1.0) -> jax.Array:
@@ -143,210 +130,3 @@ def _fingerprint(params: Any) -> str:
     """A short hash of all parameters."""
     digest = hashlib.sha256(repr([int(x) for x in _sums(params)]).encode())
     return digest.hexdigest()[:16]
-
-
-def open_teacher(cfg: Config, store: Store, mesh: Mesh | None = None) -> Teacher:
-    """The teacher of a resolved config, on the student's mesh.
-
-    Raises:
-        ConfigError: if a teacher cannot teach this student: not there, fewer positions, another
-            tokenizer where the terms need the same, a cache of other windows.
-    """
-    if cfg.distill.cache:
-        return Teacher((), (), (), *cache.open_cache(cfg, store))
-    mesh = mesh or sharding.make_mesh(cfg.mesh.fsdp)
-    names = tuple(name.strip() for name in cfg.distill.teachers.split(","))
-    runs = tuple(_open(name, cfg, store, mesh) for name in names)
-    models = tuple(_as_read(run, cfg) for run in runs)
-    teacher = Teacher(names, models, tuple(run.params for run in runs), runs=runs)
-    if cfg.distill.top_k > store.tokenizer.vocab_size:
-        raise ConfigError(
-            f"config.distill.top_k: {cfg.distill.top_k} is above the {store.tokenizer.vocab_size} "
-            "ids of the tokenizer; lower it."
-        )
-    for name, run in zip(names, runs, strict=True):
-        for term in INSIDE:
-            if run.cfg.model.family != "dense" and not getattr(cfg.distill, term).zero:
-                raise ConfigError(
-                    f"config.distill.{term}: {name} is of family {run.cfg.model.family!r}, whose "
-                    "layers cannot be compared; set it to 0."
-                )
-    length = cfg.data.seq_len
-    others = [name for name, run in zip(names, runs, strict=True) if not _shares(run, store)]
-    if others:
-        aligner = _align(others[0], runs, cfg, store)
-        length = aligner.length
-        first = alignment.first_bytes(aligner.student, aligner.teacher)
-        teacher = dataclasses.replace(teacher, extend=aligner, first_bytes=first)
-    for name, run in zip(names, runs, strict=True):
-        if run.cfg.model.positions == "learned" and run.cfg.data.seq_len < length:
-            raise ConfigError(
-                f"{WHERE}: {name} has {run.cfg.data.seq_len} positions, but would read rows of "
-                f"{length}; lower config.data.seq_len."
-            )
-    if cfg.distill.alone:  # needed at the end only
-        run = _open_run("config.distill.alone", cfg.distill.alone, mesh)
-        same = run.cfg.model == cfg.model and run.cfg.data.seq_len == cfg.data.seq_len
-        if not (same and _shares(run, store)):
-            raise ConfigError(
-                f"config.distill.alone: {cfg.distill.alone} has another model, row length or "
-                "tokenizer than this run; give the same student's."
-            )
-    return teacher
-
-
-def _shares(run: evaluate.Run, store: Store) -> bool:
-    """Whether a run has the tokenizer of a store."""
-    return run.store.tokenizer.content_hash == store.tokenizer.content_hash
-
-
-def _open(name: str, cfg: Config, store: Store, mesh: Mesh) -> evaluate.Run:
-    """A run, or a Hugging Face checkpoint as if it were one."""
-    folder = pathlib.Path(name)
-    fields = folder / "config.json"
-    if not fields.exists() or "model_type" not in json.loads(fields.read_text()):
-        return _open_run(WHERE, name, mesh)
-    try:
-        model, vocab_size, max_len, params = huggingface.load(folder)
-        tokenizer = HfTokenizer.from_folder(folder)
-    except ValueError as error:
-        raise ConfigError(f"{WHERE}: {error}") from error
-    how = config.from_dict(config.to_dict(cfg))
-    how.model, how.data.seq_len, how.eval.stride = model, max_len, max_len
-    if model.positions != "learned":  # any length is possible, and a shorter one costs less
-        how.data.seq_len = how.eval.stride = min(max_len, cfg.data.seq_len)
-    impl, _ = step.choose_attention(how)
-    graphdef, _ = step.create_model(how, vocab_size, impl)
-    params = jax.device_put(params, sharding.by_shape(mesh, params))
-    own = Retokenised(store.path, store.manifest, tokenizer, store)
-    return evaluate.Run(how, own, mesh, graphdef, params, 0)
-
-
-def _open_run(field: str, workdir: str, mesh: Mesh) -> evaluate.Run:
-    try:
-        return evaluate.open_run(pathlib.Path(workdir), mesh=mesh)
-    except FileNotFoundError as error:
-        raise ConfigError(f"{field}: {error}") from error
-
-
-def _as_read(run: evaluate.Run, cfg: Config) -> nnx.GraphDef:
-    """The model of a run for rows that are cut the student's way."""
-    how = config.replace(
-        run.cfg,
-        data__document_mask=cfg.data.document_mask,
-        data__window_offset=cfg.data.window_offset,
-    )
-    # It reads without dropout.
-    teaching = config.replace(cfg, model=run.cfg.model, model__attention_dropout=0.0)
-    impl, _ = step.choose_attention(teaching)
-    graphdef, _ = step.create_model(how, run.store.tokenizer.vocab_size, impl)
-    return graphdef
-
-
-def _align(name: str, runs: tuple[evaluate.Run, ...], cfg: Config, store: Store) -> Aligner:
-    """What makes the rows of a teacher with another tokenizer."""
-    other = f"{WHERE}: {name} has another tokenizer than the student"
-    if len(runs) > 1:
-        raise ConfigError(f"{other}, so it cannot teach beside others; name it alone.")
-    maps = not (cfg.distill.attention.zero and cfg.distill.routed_attention.zero)
-    if cfg.distill.support != "full" or maps:
-        raise ConfigError(
-            f"{other}, so there are no common ids and no common positions to attend to; set "
-            "config.distill.support to full, config.distill.attention and routed_attention to 0."
-        )
-    limit = runs[0].cfg.data.seq_len if runs[0].cfg.model.positions == "learned" else None
-    teacher = runs[0].store.tokenizer
-    try:
-        return alignment.open_aligner(cfg, store, teacher, limit)
-    except ValueError as error:
-        raise ConfigError(f"{other}, and cannot be aligned: {error}") from error
-
-
-def students_text(run: evaluate.Run, store: Store) -> Store:
-    """The student's corpus in the tokens of a run."""
-    if _shares(run, store):
-        return store
-    return Retokenised(store.path, store.manifest, run.store.tokenizer, store)
-
-
-def score(run: evaluate.Run, store: Store, split: str) -> dict[str, Any]:
-    """Exact evaluation of a run on a split of some store, with the run's own windows."""
-    eval_step = step.make_eval_step(run.cfg, run.graphdef, run.mesh)
-    return evaluate.Evaluator(run.cfg, store, run.mesh, eval_step)(run.params, split)
-
-
-def _as_student_reads(run: evaluate.Run, model: nnx.GraphDef, cfg: Config) -> evaluate.Run:
-    """The run with the student's windows."""
-    how = config.replace(
-        run.cfg,
-        data__seq_len=cfg.data.seq_len,
-        data__document_mask=cfg.data.document_mask,
-        eval__batch_size=cfg.eval.batch_size,
-        eval__stride=cfg.eval.stride,
-    )
-    return dataclasses.replace(run, cfg=how, graphdef=model)
-
-
-def _windows(cfg: Config) -> tuple[Any, ...]:
-    return cfg.data.seq_len, cfg.data.document_mask, cfg.eval.stride
-
-
-def verify(teacher: Teacher, cfg: Config, store: Store) -> list[str]:
-    """Score each model on the valid split, and say what share of tokens is aligned.
-
-    The record of a run is about its own corpus and windows; what it must know are the student's.
-
-    Returns:
-        Lines to print.
-
-    Raises:
-        ConfigError: if a teacher's loss is not the one on its own record, or on the student's text
-            no better than that of the frequencies of tokens.
-    """
-    split = store.split("valid")
-    nats = len(split.tokens) * math.log(references(store, "valid")["unigram"])
-    unigram = nats / split.bytes / math.log(2)
-    lines = []
-    for name, run, model in zip(teacher.names, teacher.runs, teacher.models, strict=True):
-        text = students_text(run, store)
-        result = score(run, text, "valid")
-        own = run.store.manifest == text.manifest and _shares(run, store)
-        said, record = "no record of it", pathlib.Path(name) / "eval_valid.json"
-        recorded = json.loads(record.read_text()) if record.exists() else {}
-        same_windows = recorded.get("stride") == run.cfg.eval.stride
-        if same_windows and recorded["step"] == run.step and recorded["loss"] is not None:
-            loss = (result if own else score(run, run.store, "valid"))["loss"]
-            said = f"on its record {recorded['loss']:.4f}, found {loss:.4f}"
-            if not abs(loss - recorded["loss"]) <= TOLERANCE * loss:
-                raise ConfigError(
-                    f"{WHERE}: {name} has a valid loss of {loss:.4f}, but {record} says "
-                    f"{recorded['loss']:.4f}; restore the run."
-                )
-        if text is store and _windows(run.cfg) != _windows(cfg):
-            result = score(_as_student_reads(run, model, cfg), text, "valid")
-            said += ", here in the student's windows"
-        if not result["bits_per_byte"] < unigram:
-            raise ConfigError(
-                f"{WHERE}: {name} needs {result['bits_per_byte']:.4f} bits per byte of the valid "
-                f"split, no better than the {unigram:.4f} of the frequencies of tokens; "
-                "train it first, on such text."
-            )
-        lines.append(
-            f"teacher {name}: valid loss {result['loss']:.4f} ({said}), bits per byte "
-            f"{result['bits_per_byte']:.4f}"
-            + (f", word ppl {result['word_ppl']:.2f}" if math.isfinite(result["word_ppl"]) else "")
-        )
-    if isinstance(teacher.extend, Aligner):
-        share = alignment.share(teacher.extend, cfg, store)
-        trained, length = teacher.runs[0].cfg.data.seq_len, teacher.extend.length
-        if length > trained:
-            lines.append(
-                f"teacher {teacher.names[0]} learned from rows of {trained} tokens and reads rows "
-                f"of {length}, where it may know less; lower config.data.seq_len"
-            )
-        lines.append(
-            f"teacher {teacher.names[0]} has another tokenizer: {share:.1%} of the tokens of "
-            f"{alignment.WINDOWS} windows end where a teacher token ends, and there the next byte "
-            "is taught"
-        )
-    return lines

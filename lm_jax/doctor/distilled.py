@@ -17,6 +17,7 @@ from lm_jax.data.store import Store
 from lm_jax.distill import objective, teachers
 from lm_jax.distill import step as distill_step
 from lm_jax.distill.alignment import BYTES
+from lm_jax.distill.opening import open_teacher
 from lm_jax.doctor.distillation import examine_distillation
 from lm_jax.doctor.findings import Report
 from lm_jax.kernels import divergences
@@ -68,7 +69,7 @@ class _Preflight:
             # As many of the small student's as there are.
             distill__attention_layers="0,-1" if "," in cfg.distill.attention_layers else "-1",
         )
-        self.teacher = teachers.open_teacher(cfg, store)
+        self.teacher = open_teacher(cfg, store)
         self.dtype = jnp.dtype(cfg.train.compute_dtype)
         impl, _ = step.choose_attention(cfg)
         self.graphdef, self.init = step.create_model(self.small, store.tokenizer.vocab_size, impl)

@@ -15,8 +15,9 @@ from lm_jax.config import ConfigError, rules
 from lm_jax.config.resolve import resolve
 from lm_jax.data import windows as pipeline
 from lm_jax.data.open import open_data
-from lm_jax.distill import alignment, teachers
+from lm_jax.distill import alignment
 from lm_jax.distill import step as distill_step
+from lm_jax.distill.opening import open_teacher, verify
 from lm_jax.kernels import divergences
 from tests.distill.test_step import EVERYTHING
 from tests.helpers import examine_distillation_of
@@ -64,7 +65,7 @@ def opened(text, **changes):
     store = open_data(rules.validate(cfg))
     windows = pipeline.count_windows(store.split("train"), cfg.data.seq_len, False)
     cfg = resolve(cfg, windows=windows)
-    taught = teachers.open_teacher(cfg, store)
+    taught = open_teacher(cfg, store)
     batch = pipeline.Windows(store.split("train"), cfg.data.seq_len, True).batch(np.arange(4))
     return cfg, store, taught, taught.extend(batch)
 
@@ -193,7 +194,7 @@ def test_a_hugging_face_checkpoint_is_read(text, tmp_path):
         assert np.isfinite(reading.x_BTE).all()
         # It was never trained, and is not taken for a teacher.
         with pytest.raises(ConfigError, match="bits per byte .* no better than"):
-            teachers.verify(taught, cfg, store)
+            verify(taught, cfg, store)
 
 
 def test_a_student_with_the_tokenizer_of_a_checkpoint(text, tmp_path):

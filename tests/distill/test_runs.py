@@ -17,7 +17,8 @@ from lm_jax.config.flags import load_module
 from lm_jax.config.resolve import resolve
 from lm_jax.data import windows
 from lm_jax.data.open import open_data
-from lm_jax.distill import cache, report, teachers
+from lm_jax.distill import cache, scores, teachers
+from lm_jax.distill.opening import open_teacher, verify
 from lm_jax.doctor import examine_config
 from tests.distill.test_step import EVERYTHING
 from tests.helpers import examine_distillation_of
@@ -105,20 +106,20 @@ def test_the_report(text, runs, tmp_path):
     names = [str(runs / f"teacher-{seed}") for seed in (0, 1)]
     cfg = student(text, distill__teachers=",".join(names), distill__alone=str(runs / "alone"))
     train.train_and_evaluate(cfg, tmp_path)
-    report = json.loads((tmp_path / "distillation.json").read_text())
-    mean = report["taught_by"]
+    scores = json.loads((tmp_path / "distillation.json").read_text())
+    mean = scores["taught_by"]
     taught = [f"teacher {name}" for name in names]
-    assert list(report["models"]) == ["distilled", "alone", *taught, mean]
+    assert list(scores["models"]) == ["distilled", "alone", *taught, mean]
     folders = {"distilled": tmp_path, "alone": runs / "alone"}
     folders |= {f"teacher {name}": pathlib.Path(name) for name in names}
     for name, folder in folders.items():
         recorded = json.loads((folder / "eval_test.json").read_text())
         for value in ("bits_per_byte", "word_ppl", "loss"):
-            assert report["models"][name][value] == pytest.approx(recorded[value], rel=1e-5)
-    itself = report["models"][mean]
+            assert scores["models"][name][value] == pytest.approx(recorded[value], rel=1e-5)
+    itself = scores["models"][mean]
     assert itself["agreement"] == 1 and abs(itself["kl"]) < 1e-6
     # A mean of probabilities is never worse than the mean of the losses.
-    each = [report["models"][name] for name in taught]
+    each = [scores["models"][name] for name in taught]
     assert itself["loss"] < np.mean([row["loss"] for row in each])
     assert itself["parameters"] == sum(row["parameters"] for row in each)
     assert all(row["kl"] > 1e-4 and row["agreement"] < 1 for row in each)
@@ -132,10 +133,10 @@ def test_the_divergence_of_the_report_is_from_the_teacher(text, runs):
     cfg = resolve(cfg, windows=50)
     models = [evaluate.open_run(runs / folder) for folder in ("alone", "teacher-0")]
     scored = [
-        report.Scored(folder, [(run.graphdef, run.params)])
+        scores.Scored(folder, [(run.graphdef, run.params)])
         for folder, run in zip(("alone", name), models, strict=True)
     ]
-    found = report.score(cfg, store, "valid", scored, name)["alone"]["kl"]
+    found = scores.score(cfg, store, "valid", scored, name)["alone"]["kl"]
 
     def logits(run, b):
         model = nnx.merge(run.graphdef, run.params)
@@ -160,7 +161,7 @@ def test_a_teacher_reads_documents_as_the_student_does(text, runs, document_mask
     )
     store = open_data(rules.validate(cfg))
     cfg = resolve(cfg, windows=50)
-    teacher = teachers.open_teacher(cfg, store)
+    teacher = open_teacher(cfg, store)
     batch = windows.Windows(store.split("train"), 32, document_mask).batch(np.arange(40))
     separators = batch["tokens"] == store.tokenizer.separator
     row = int(np.argmax(separators[:, 5:25].any(1)))
@@ -216,7 +217,7 @@ def test_a_cache_of_something_else_is_refused(text, kept, changes, said):
     cfg = student(text, distill__cache=str(kept), **CACHED | changes)
     store = open_data(cfg)
     with pytest.raises(ConfigError, match=f"config.distill.cache: .* was made for {said}"):
-        teachers.open_teacher(cfg, store)
+        open_teacher(cfg, store)
 
 
 def test_a_window_that_is_not_in_the_cache(text, kept):
@@ -262,7 +263,7 @@ def test_a_teacher_is_scored_in_the_students_windows(text, runs, tmp_path):
     cfg = student(text, distill__teachers=str(runs / "teacher-0"), data__seq_len=8)
     store = open_data(rules.validate(cfg))
     cfg = resolve(cfg, windows=50)
-    (line,) = teachers.verify(teachers.open_teacher(cfg, store), cfg, store)
+    (line,) = verify(open_teacher(cfg, store), cfg, store)
     recorded = json.loads((runs / "teacher-0" / "eval_valid.json").read_text())["loss"]
     assert f"on its record {recorded:.4f}, found {recorded:.4f}, here in the student's" in line
     here = float(line.split("valid loss ")[1].split()[0])
@@ -283,7 +284,7 @@ def test_a_teacher_of_other_text_is_refused(text, runs, tmp_path):
     cfg = config.replace(cfg, distill__teachers=str(tmp_path / "teacher"))
     cfg = resolve(cfg, windows=50)
     with pytest.raises(ConfigError, match="train it first, on such text"):
-        teachers.verify(teachers.open_teacher(cfg, store), cfg, store)
+        verify(open_teacher(cfg, store), cfg, store)
 
 
 def test_a_teacher_that_knows_nothing_is_refused(text, tmp_path):
@@ -296,9 +297,9 @@ def test_a_teacher_that_knows_nothing_is_refused(text, tmp_path):
 
 def test_the_preflight_is_in_order(distilled, text, runs):
     cfg = config.replace(distilled[0], doctor="fast", data__batch_size=32, data__micro_batch=16)
-    report = examine_config(cfg, level="fast")
-    found = {f.check: f.status for f in report if f.check.startswith("distill.")}
-    assert set(found.values()) <= {"pass", "skip"}, report
+    scores = examine_config(cfg, level="fast")
+    found = {f.check: f.status for f in scores if f.check.startswith("distill.")}
+    assert set(found.values()) <= {"pass", "skip"}, scores
     assert [name for name, status in found.items() if status == "skip"] == ["distill.subset"]
 
 
@@ -312,15 +313,15 @@ def test_the_preflight_is_in_order_with_16_bits(text, runs, dtype):
         data__micro_batch=16,
         train__compute_dtype=dtype,
     )
-    report = examine_distillation_of(cfg)
-    assert {f.status for f in report} <= {"pass", "skip"}, report
+    scores = examine_distillation_of(cfg)
+    assert {f.status for f in scores} <= {"pass", "skip"}, scores
 
 
 def test_the_preflight_sees_a_gradient_of_the_teacher_by_any_term(text, runs, monkeypatch):
     monkeypatch.setattr(jax.lax, "stop_gradient", lambda x: x)
     cfg = student(text, distill__teachers=str(runs / "teacher-0"), distill__feature="0.1")
-    report = examine_distillation_of(cfg)
-    assert "distill.teacher_gradient" in report.failed, report["distill.teacher_gradient"].evidence
+    scores = examine_distillation_of(cfg)
+    assert "distill.teacher_gradient" in scores.failed, scores["distill.teacher_gradient"].evidence
 
 
 def test_the_preflight_refuses_targets_that_are_not_the_teachers(text, runs, monkeypatch, tmp_path):

@@ -18,8 +18,9 @@ from lm_jax import loss as losses
 from lm_jax.config import Config, rules
 from lm_jax.data import windows
 from lm_jax.data.store import Store
-from lm_jax.distill import alignment, teachers
+from lm_jax.distill import alignment, opening, teachers
 from lm_jax.distill.alignment import Aligner
+from lm_jax.distill.opening import students_text
 from lm_jax.distill.teachers import Teacher
 from lm_jax.files import write_json
 from lm_jax.kernels import divergences
@@ -96,7 +97,7 @@ def _cell(value: float | None, form: str) -> str:
 def _in_its_own_tokens(teacher: Teacher, store: Store, split: str) -> dict[str, Any]:
     """The row of a teacher with another tokenizer, of which tokens cannot be compared."""
     run = teacher.runs[0]
-    found = teachers.score(run, teachers.students_text(run, store), split)
+    found = opening.score(run, students_text(run, store), split)
     row = {name: found[name] for name in ("bits_per_byte", "word_ppl", "loss")}
     size = sum(x.size for x in jax.tree.leaves(run.params))
     return row | {"agreement": None, "kl": None, "parameters": size, "tokens_per_second": None}
