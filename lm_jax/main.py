@@ -45,7 +45,7 @@ def keep_freed_memory() -> None:
 
 def main(_: list[str]) -> None:
     """Run the training that the flags describe; a mistake in them is one sentence."""
-    from lm_jax import doctor, sharding
+    from lm_jax import preflight, sharding
     from lm_jax.train import train_and_evaluate
 
     if "verbosity" not in {flag.split("=")[0].lstrip("-") for flag in sys.argv[1:]}:
@@ -59,7 +59,7 @@ def main(_: list[str]) -> None:
         sys.exit(str(error))
     try:
         train_and_evaluate(_CONFIG.value, workdir)
-    except (config.ConfigError, doctor.Unfit) as error:
+    except (config.ConfigError, preflight.Unfit) as error:
         sys.exit(str(error))
 
 

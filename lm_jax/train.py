@@ -21,7 +21,7 @@ from jax.experimental import multihost_utils
 from rich.console import Console
 
 import lm_jax
-from lm_jax import checkpoint, config, doctor, evaluate, metrics, optim, sharding, step
+from lm_jax import checkpoint, config, evaluate, metrics, optim, preflight, sharding, step
 from lm_jax.config import Config, rules
 from lm_jax.config.resolve import resolve, rounded
 from lm_jax.data import windows as pipeline
@@ -100,7 +100,7 @@ def train_and_evaluate(cfg: Config, workdir: str | pathlib.Path) -> dict[str, An
             manifest |= {"best_loss": best["best_loss"], "best_position": best["best_position"]}
     else:
         teaching = verify(teacher, cfg, store) if distilling else []
-        preflight(cfg, store, workdir)
+        examine(cfg, store, workdir)
         state = jax.jit(init_state, out_shardings=shardings)(jax.random.key(cfg.seed))
         manifest = {"position": 0, "tokens": 0, "best_loss": None, "best_position": None}
     calls = dispatches(cfg, start)
@@ -208,7 +208,7 @@ def train_and_evaluate(cfg: Config, workdir: str | pathlib.Path) -> dict[str, An
                 "gradient; lower config.optim.peak_lr or look at these batches."
             )
 
-    watch = doctor.Watch(workdir)
+    watch = preflight.Watch(workdir)
 
     def evaluate_now(state: step.TrainState, position: int) -> None:
         result = evaluator(state.ema if cfg.optim.ema_decay else state.params, "valid")
@@ -280,7 +280,7 @@ def train_and_evaluate(cfg: Config, workdir: str | pathlib.Path) -> dict[str, An
     return results
 
 
-def preflight(cfg: Config, store: Store, workdir: pathlib.Path) -> None:
+def examine(cfg: Config, store: Store, workdir: pathlib.Path) -> None:
     """Examine a new run; keep the findings in `doctor.json`, print what is not in order.
 
     Raises:
@@ -288,12 +288,12 @@ def preflight(cfg: Config, store: Store, workdir: pathlib.Path) -> None:
     """
     if cfg.doctor == "off":
         return
-    report = doctor.examine_config(cfg, level=cfg.doctor, store=store)
+    report = preflight.examine_config(cfg, level=cfg.doctor, store=store)
     if jax.process_index() == 0:
         (workdir / "doctor.json").write_text(report.to_json() + "\n")
         report.show(Console(), everything=False)
     if report.failed:
-        raise doctor.Unfit(
+        raise preflight.Unfit(
             f"the doctor refuses this run: {', '.join(report.failed)} failed (above, and in "
             f"{workdir / 'doctor.json'}); mend it, or give --config.doctor=off."
         )

@@ -183,12 +183,12 @@ def read(options: dict[str, Any]) -> dict[str, Any]:
 
 def examine(options: dict[str, Any]) -> dict[str, Any]:
     """The doctor's preflight, and the reference predictors of the valid split."""
-    from lm_jax import doctor
+    from lm_jax import preflight
     from lm_jax.data import store
 
     found, cfg = store.open_store(options["path"]), load_config(CONFIG)
     began = time.perf_counter()
-    report = doctor.examine_config(cfg, store=found)
+    report = preflight.examine_config(cfg, store=found)
     seconds = time.perf_counter() - began
     began = time.perf_counter()
     references(found, "valid")

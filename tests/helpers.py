@@ -11,7 +11,7 @@ from lm_jax import config
 from lm_jax.config import rules
 from lm_jax.config.resolve import resolve
 from lm_jax.data.open import open_data
-from lm_jax.doctor import distilled, preflight
+from lm_jax.preflight import distill, run
 
 
 def shared_data(name: str) -> pathlib.Path:
@@ -48,7 +48,7 @@ def examine_distillation_of(cfg):
     """That part of the preflight alone, for the others compile about as long again."""
     store = open_data(rules.validate(cfg))
     cfg = resolve(cfg, windows=50)
-    return distilled.examine(cfg, preflight.Small(cfg, store).cfg, store)
+    return distill.examine(cfg, run.Small(cfg, store).cfg, store)
 
 
 def random_batch(rng, shape, vocab_size, *, documents=3, padded=0):

@@ -28,6 +28,7 @@ from lm_jax.config.resolve import resolve
 from lm_jax.data import corpora, shards
 from lm_jax.data.windows import batch_hash
 from lm_jax.distill import step as distill_step
+from lm_jax.doctor import Report
 from lm_jax.kernels import device
 from tests.distill.test_step import toy_teacher
 from tests.test_hf_tokenizer import byte_level, save
@@ -256,7 +257,7 @@ def loop(cfg, workdir):
 
     def examine_config(cfg, *, level, store):
         seen["examined"].append(level)
-        return train.doctor.Report()
+        return Report()
 
     def create_model(cfg, vocab_size, impl):
         seen["implementation"] = impl
@@ -340,7 +341,7 @@ def loop(cfg, workdir):
         patch.setattr(train, "open_data", open_data)
         patch.setattr(evaluate, "open_data", open_data)
         patch.setattr(train, "git_revision", lambda: None)
-        patch.setattr(train.doctor, "examine_config", examine_config)
+        patch.setattr(train.preflight, "examine_config", examine_config)
         patch.setattr(train.provenance, "trace", lambda *_, **__: None)
         patch.setattr(grain, "ReadOptions", note_threads)
         patch.setattr(corpora, "SYNTHETIC_LENGTH", 40)

@@ -1,27 +1,22 @@
 """Checks that find out why a language-model run went wrong, or will."""
 
-from lm_jax.doctor.arms import examine_arms
-from lm_jax.doctor.data import examine_data
-from lm_jax.doctor.distillation import examine_distillation
-from lm_jax.doctor.evaluation import examine_evaluation
+from lm_jax.doctor.arms.examine import examine_arms
+from lm_jax.doctor.data.examine import examine_data
+from lm_jax.doctor.distill.examine import examine_distillation
+from lm_jax.doctor.eval.examine import examine_evaluation
 from lm_jax.doctor.findings import Finding, Report
-from lm_jax.doctor.gradients import examine_gradients
-from lm_jax.doctor.kernels import examine_kernel
-from lm_jax.doctor.log import examine_log
-from lm_jax.doctor.losses import examine_loss
-from lm_jax.doctor.model import examine_model
-from lm_jax.doctor.optimiser import examine_optimiser
-from lm_jax.doctor.preflight import Unfit, examine_config
-from lm_jax.doctor.training import examine_training
-from lm_jax.doctor.workdir import Watch, examine_workdir
+from lm_jax.doctor.gradient.examine import examine_gradients
+from lm_jax.doctor.gradient.kernel import examine_kernel
+from lm_jax.doctor.log.examine import examine_log
+from lm_jax.doctor.loss.examine import examine_loss
+from lm_jax.doctor.model.examine import examine_model
+from lm_jax.doctor.optimiser.examine import examine_optimiser
+from lm_jax.doctor.training.examine import examine_training
 
 __all__ = [
     "Finding",
     "Report",
-    "Unfit",
-    "Watch",
     "examine_arms",
-    "examine_config",
     "examine_data",
     "examine_distillation",
     "examine_evaluation",
@@ -32,5 +27,4 @@ __all__ = [
     "examine_model",
     "examine_optimiser",
     "examine_training",
-    "examine_workdir",
 ]

@@ -19,7 +19,7 @@ from lm_jax.data import windows
 from lm_jax.data.open import open_data
 from lm_jax.distill import cache, scores, teachers
 from lm_jax.distill.opening import open_teacher, verify
-from lm_jax.doctor import examine_config
+from lm_jax.preflight import Unfit, examine_config
 from tests.distill.test_step import EVERYTHING
 from tests.helpers import examine_distillation_of
 from tests.test_train import StopAfter, final_state, rows, small
@@ -334,5 +334,5 @@ def test_the_preflight_refuses_targets_that_are_not_the_teachers(text, runs, mon
 
     monkeypatch.setattr(teachers.Teacher, "read", late)
     cfg = student(text, distill__teachers=str(runs / "teacher-0"), doctor="fast")
-    with pytest.raises(train.doctor.Unfit, match="distill.alignment"):
+    with pytest.raises(Unfit, match="distill.alignment"):
         train.train_and_evaluate(cfg, tmp_path)

@@ -12,7 +12,7 @@ import pytest
 from lm_jax import config, step
 from lm_jax.config import resolve as resolve_module
 from lm_jax.config import rules
-from lm_jax.doctor.arms import examine_arms, shapes
+from lm_jax.doctor.arms.examine import examine_arms, shapes
 
 fault = pytest.mark.fault
 SEEDS = (0, 1, 2)

@@ -16,10 +16,10 @@ import re
 
 import pytest
 
-from lm_jax import doctor
-from lm_jax.doctor.arms import examine_arms
-from lm_jax.doctor.log import examine_log
-from lm_jax.doctor.records import read_log
+from lm_jax import doctor, preflight
+from lm_jax.doctor.arms.examine import examine_arms
+from lm_jax.doctor.log.examine import examine_log
+from lm_jax.doctor.log.subject import read_log
 
 CASES = pathlib.Path(__file__).parent / "cases"
 
@@ -213,9 +213,10 @@ def test_distillation_never_stepped():
 def test_every_probe_that_is_named_exists():
     """Remedies point to checks of this package."""
     modules = [
-        importlib.import_module(f"lm_jax.doctor.{found.name}")
-        for found in pkgutil.iter_modules(doctor.__path__)
-        if found.name != "__main__"
+        importlib.import_module(found.name)
+        for package in (doctor, preflight)
+        for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
+        if not found.name.endswith(("__main__", "command"))
     ]
     checks = {
         value.check_name

@@ -10,9 +10,9 @@ import pytest
 from flax import nnx
 
 from lm_jax import step
-from lm_jax.doctor.differences import rounding, slope
-from lm_jax.doctor.gradients import examine_gradients
-from lm_jax.doctor.kernels import examine_kernel
+from lm_jax.doctor.gradient.differences import rounding, slope
+from lm_jax.doctor.gradient.examine import examine_gradients
+from lm_jax.doctor.gradient.kernel import examine_kernel
 from tests.helpers import random_batch, randomise, tiny_config
 
 V, D = 11, 6

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from lm_jax.doctor.log import CHECKS, examine_log
-from lm_jax.doctor.records import METRICS, read_log
+from lm_jax.doctor.log.examine import CHECKS, examine_log
+from lm_jax.doctor.log.subject import METRICS, read_log
 from tests.doctor.log_models import PEAK, B, D, T, V, declared, train, train_on_a_cycle
 
 fault = pytest.mark.fault

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from lm_jax import optim, step
-from lm_jax.doctor.optimiser import examine_optimiser
+from lm_jax.doctor.optimiser.examine import examine_optimiser
 from tests.doctor import toy_loop
 from tests.doctor.toy_loop import adam, init, matrices
 from tests.helpers import random_batch, tiny_config

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 from rich.console import Console
 
-from lm_jax import config, doctor, loss, train
+from lm_jax import config, doctor, loss, preflight, train
 from lm_jax.config import Config, rules
 from tests.helpers import shared_data
 from tests.test_configs import CONFIGS, load
@@ -41,7 +41,7 @@ def test_shipped_configs_are_in_order(name, cache_dir):
     cfg.data.cache_dir = cache_dir
     if SHIPPED[name]:
         cfg.data.source_dir = str(shared_data(SHIPPED[name]))
-    report = doctor.examine_config(cfg)
+    report = preflight.examine_config(cfg)
     assert not not_in_order(report)
     assert sum(f.status == "pass" for f in report) > 50
 
@@ -82,12 +82,12 @@ def test_every_shipped_config_is_tried():
     ids=lambda changes: " ".join(changes),
 )
 def test_families_of_models_are_in_order(text, changes):  # noqa: F811
-    assert not not_in_order(doctor.examine_config(small(text, **changes)))
+    assert not not_in_order(preflight.examine_config(small(text, **changes)))
 
 
 @pytest.mark.slow
 def test_the_full_set_is_in_order(text):  # noqa: F811
-    report = doctor.examine_config(small(text), level="full")
+    report = preflight.examine_config(small(text), level="full")
     assert not not_in_order(report)
     assert report["target.gibbs"].status == report["gradient.directional"].status == "pass"
 
@@ -100,7 +100,7 @@ def test_a_run_with_a_broken_loss_is_refused(text, tmp_path, monkeypatch, capsys
         return b._replace(targets=b.inputs)
 
     monkeypatch.setattr(loss, "shift", no_shift)
-    with pytest.raises(doctor.Unfit, match=r"target\.oracle.*--config\.doctor=off"):
+    with pytest.raises(preflight.Unfit, match=r"target\.oracle.*--config\.doctor=off"):
         train.train_and_evaluate(small(text, doctor="fast"), tmp_path)
     found = json.loads((tmp_path / "doctor.json").read_text())
     assert "target.oracle" in found["failed"]
@@ -110,7 +110,7 @@ def test_a_run_with_a_broken_loss_is_refused(text, tmp_path, monkeypatch, capsys
 
 def test_an_unknown_level_is_named():
     with pytest.raises(ValueError, match="level: 'deep' is neither fast nor full"):
-        doctor.examine_config(Config(), level="deep")
+        preflight.examine_config(Config(), level="deep")
     with pytest.raises(config.ConfigError, match="config.doctor"):
         rules.validate(config.replace(Config(), doctor="deep"))
 
@@ -173,14 +173,14 @@ def folder(path, **changes):
 
 
 def test_a_folder_is_given_as_a_path_or_as_text(tmp_path):
-    assert not doctor.examine_workdir(folder(tmp_path)).failed
-    assert not doctor.examine_workdir(tmp_path).failed
+    assert not preflight.examine_workdir(folder(tmp_path)).failed
+    assert not preflight.examine_workdir(tmp_path).failed
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", "null", '{"config": {"mod'])
 def test_a_folder_with_a_broken_config_is_named(tmp_path, content):
     with pytest.raises(ValueError, match="config.json"):
-        doctor.examine_workdir(folder(tmp_path, files={"config.json": content}))
+        preflight.examine_workdir(folder(tmp_path, files={"config.json": content}))
 
 
 @pytest.mark.parametrize(
@@ -189,13 +189,13 @@ def test_a_folder_with_a_broken_config_is_named(tmp_path, content):
 )
 def test_a_folder_with_another_config_is_named(tmp_path, changes):
     with pytest.raises(ValueError, match="config.json"):
-        doctor.examine_workdir(folder(tmp_path, **changes))
+        preflight.examine_workdir(folder(tmp_path, **changes))
 
 
 @pytest.mark.parametrize("content", ["{}", "null", "3", '{"references": null}', '{"refer'])
 def test_a_folder_with_a_broken_evaluation_is_named(tmp_path, content):
     with pytest.raises(ValueError, match="eval_valid.json"):
-        doctor.examine_workdir(folder(tmp_path, files={"eval_valid.json": content}))
+        preflight.examine_workdir(folder(tmp_path, files={"eval_valid.json": content}))
 
 
 def test_a_broken_folder_ends_the_command_with_one_sentence(tmp_path):

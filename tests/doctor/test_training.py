@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lm_jax import step
-from lm_jax.doctor.training import examine_training
+from lm_jax.doctor.training.examine import examine_training
 from tests.doctor import leaks
 from tests.helpers import tiny_config
 

@@ -1,0 +1,298 @@
+"""N-grams of a text: how long one must be to be no coincidence, and where it recurs."""
+
+import dataclasses
+import functools
+import math
+
+import numpy as np
+
+from lm_jax.doctor import findings
+from lm_jax.doctor.data.sample import PIECE, Sample, mix
+
+SHORTEST = 13  # the customary length (Brown et al. 2020, appendix C)
+LONGEST_CONTEXT = 6
+MOST_COUNTED = 1 << 17  # tokens from which the others are predicted
+BUCKETS = 32 * MOST_COUNTED
+FEWEST = 1000  # n-grams from which anything is said
+BLOCK = 256  # neighbouring grams are dependent; standard errors are those of block means
+SAME_PIECE = 0.75  # share of a piece's tokens that makes it the same text as earlier ones
+PROBES = 4096  # rows of which the overlap with others is measured
+SEEN = 16  # sightings of a context from which its frequencies are known to 1 / sqrt(16)
+ODD = 0.01  # share of pieces that may be more predictable than the text is taken to be
+
+
+def limit(share: float, count: float) -> float:
+    """A share, and five standard errors of as much among `count` independent things."""
+    return share + 5 * math.sqrt(share * (1 - share) / max(count, 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Rate:
+    """A mean over the grams of a text, and its standard error."""
+
+    mean: float
+    error: float
+
+
+def rate(hits: np.ndarray, n: int) -> Rate:
+    """Share of n-grams; the error is the larger of that of block means and of independent runs."""
+    if not len(hits):
+        return Rate(0.0, 0.0)
+    mean = float(hits.mean())
+    error = math.sqrt(mean * (1 - mean) * n / len(hits))
+    blocks = len(hits) // BLOCK
+    if blocks > 1:
+        of_block = hits[: blocks * BLOCK].reshape(blocks, BLOCK).mean(-1)
+        error = max(error, float(of_block.std(ddof=1)) / math.sqrt(blocks))
+    return Rate(mean, error)
+
+
+def token_nats(
+    sample: Sample, vocab_size: int, counted_at: np.ndarray, kind: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Nats of each token given the few before it [N], as well by frequent contexts alone [N].
+
+    The third array says which tokens are counted [N]. Of the tokens at `counted_at` [K] the first
+    of each `kind` [K] is, so text that is merely read twice stays as informative as it is. A token
+    is predicted from the counts of the others (leave one out, smoothed by one uniform observation)
+    given up to six tokens before it; the context that predicts it best decides, so that no more
+    nats are claimed than the text has.
+    """
+    _, first, number = np.unique(kind, return_index=True, return_inverse=True)
+    # Of a large text, pieces spread over all of it.
+    every = -(-len(first) // MOST_COUNTED) or 1
+    chosen = sample.piece_of[counted_at[first]] % every == 0
+    counted, own = np.zeros((2, len(sample.tokens)), bool)
+    counted[counted_at[first[chosen]]] = True
+    own[counted_at] = chosen[number]
+
+    place = np.arange(len(sample.tokens))
+    new = np.diff(sample.units, prepend=-1) != 0
+    depth = place - np.maximum.accumulate(np.where(new, place, 0))
+    probability, cautious = np.full((2, len(sample.tokens)), 1 / vocab_size)
+    for context in range(min(LONGEST_CONTEXT + 1, len(sample.tokens))):
+        ends = slice(context, None)
+        of_gram = sample.gram_hashes(context + 1)
+        if context:
+            of_context = sample.gram_hashes(context)[:-1]
+        else:
+            of_context = np.zeros(len(of_gram), np.uint64)
+        seen, before = (_others(x, counted[ends], own[ends]) for x in (of_gram, of_context))
+        here = (seen + 1 / vocab_size) / (before + 1)
+        within = depth[ends] >= context
+        np.maximum(probability[ends], here, out=probability[ends], where=within)
+        within &= before >= SEEN
+        np.maximum(cautious[ends], here, out=cautious[ends], where=within)
+    return -np.log(probability), -np.log(cautious), counted
+
+
+def least_of(total: int) -> float:
+    """Nats from which text is telling among so many tokens; see `Index.least_nats`."""
+    return 2 * math.log(total)
+
+
+def independent_nats(
+    sample: Sample, vocab_size: int, least_nats: float, longest: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """`token_nats` with repeats of a length removed that are copies and no coincidence.
+
+    A template with a few free fields repeats its fixed text by nature. Were that counted once, it
+    would look informative. So the length grows until grams of it carry `least_nats` in all but a
+    hundredth of the pieces of text, up to `longest`. Contexts that were seen a few times do not
+    count in that: edited copies of a text are no template.
+    """
+    n = SHORTEST
+    while True:
+        positions, hashes = sample.grams(n)
+        nats, cautious, counted = token_nats(sample, vocab_size, positions + n - 1, hashes)
+        if n >= longest or not counted.any():
+            return nats, counted
+        number = np.bincount(sample.piece_of[counted])
+        total = np.bincount(sample.piece_of[counted], cautious[counted])
+        low = float(np.quantile((total / np.maximum(number, 1))[number > 0], ODD))
+        if n * low >= least_nats:
+            return nats, counted
+        n = min(longest, max(2 * n, math.ceil(least_nats / max(low, 1e-9))))
+
+
+def row_nats(sample: Sample, vocab_size: int) -> np.ndarray:
+    """Information of each row [R], rows that occur several times counted once."""
+    place = np.flatnonzero(sample.real)
+    kind = mix(sample.row_hashes[sample.row_of[place]] + mix(sample.offset_of[place]))
+    nats, _, counted = token_nats(sample, vocab_size, place, kind)
+    if counted.sum() < FEWEST:
+        raise findings.Skip(
+            f"{sample.size} hold only {counted.sum():,} tokens in distinct rows: too little text "
+            f"to tell copies from coincidence (needs {FEWEST:,})"
+        )
+    return _of_rows(sample, nats)
+
+
+def _of_rows(sample: Sample, nats: np.ndarray) -> np.ndarray:
+    """Nats of the text of each row, without its padding [R]."""
+    return np.bincount(sample.row_of, nats * sample.real, minlength=len(sample.lengths))
+
+
+def _others(hashes: np.ndarray, counted: np.ndarray, own: np.ndarray) -> np.ndarray:
+    """How many other counted places have the same hash, told by its low bits.
+
+    One of 32 hashes may meet another's bucket, which makes a token look more predictable.
+    """
+    bucket = (hashes & np.uint64(BUCKETS - 1)).astype(np.int64)
+    count = np.bincount(bucket[counted], minlength=BUCKETS).astype(np.int32)
+    return np.maximum(count[bucket] - own, 0)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Index:
+    """The telling n-grams of a sample, those that no coincidence repeats, and where they recur.
+
+    Attributes:
+        sample: whose grams.
+        n: how many tokens they have.
+        least_nats: information from which text is telling, 2 ln(tokens). The longest repeat that
+            chance gives among N tokens has about as much (Karlin and Ost 1987).
+        nats: those of all tokens up to a position, summed [N + 1].
+        share: telling grams among all n-grams.
+        positions: where each gram begins [G].
+        known: the distinct hashes, sorted [K], and their first positions `first_position` [K].
+        earlier: whether the gram stands in an earlier piece of text as well [G].
+        elsewhere: whether it stands in any other piece [G].
+        lag: tokens since its last occurrence, 0 at the first [G].
+    """
+
+    sample: Sample
+    n: int
+    least_nats: float
+    nats: np.ndarray
+    share: float
+    positions: np.ndarray
+    known: np.ndarray
+    first_position: np.ndarray
+    earlier: np.ndarray
+    elsewhere: np.ndarray
+    lag: np.ndarray
+
+    @staticmethod
+    def build(sample: Sample, total: int, vocab_size: int) -> "Index":
+        """Chooses n for comparisons among `total` tokens; `Skip` where nothing is telling."""
+        least_nats = least_of(total)
+        width = int(np.median(np.repeat(sample.lengths, sample.lengths)))  # of the median token
+        longest = max(SHORTEST, min(width, PIECE) // 2)
+        token_nats_N, counted = independent_nats(sample, vocab_size, least_nats, longest)
+        if counted.sum() < FEWEST:
+            raise findings.Skip(
+                f"{sample.size} hold only {counted.sum():,} distinct n-grams: too little "
+                f"text, or too predictable, to tell copies from coincidence (needs {FEWEST:,})"
+            )
+        mean = float(token_nats_N[counted].mean())
+        n = max(SHORTEST, math.ceil(1.5 * least_nats / max(mean, 1e-9)))
+        if n > width / 2:
+            raise findings.Skip(
+                f"{sample.name} has about {mean:.2f} nats a token, so only {n}-grams are no "
+                f"coincidence among {total:,} tokens: too long for rows of {width}"
+            )
+        nats = np.concatenate([[0.0], np.cumsum(token_nats_N)])
+        positions, hashes = sample.grams(n)
+        telling = nats[positions + n] - nats[positions] >= least_nats
+        if telling.sum() < FEWEST:
+            raise findings.Skip(
+                f"only {telling.sum():,} of {len(telling):,} {n}-grams of {sample.name} carry the "
+                f"{least_nats:.0f} nats that rule out coincidence: the text is too predictable"
+            )
+        positions, hashes = positions[telling], hashes[telling]
+
+        order = np.argsort(hashes, kind="stable")
+        in_order = hashes[order]
+        new = np.ones(len(order), bool)
+        new[1:] = in_order[1:] != in_order[:-1]
+        group = np.cumsum(new) - 1
+        at = positions[order]
+        piece = sample.piece_of[at]
+        first_position, last_position = at[new], at[np.flatnonzero(np.roll(new, -1))]
+        earlier, elsewhere = np.empty((2, len(order)), bool)
+        lag = np.zeros(len(order), np.int64)
+        earlier[order] = sample.piece_of[first_position][group] < piece
+        elsewhere[order] = earlier[order] | (sample.piece_of[last_position][group] > piece)
+        lag[order[1:]] = np.where(new[1:], 0, at[1:] - at[:-1])
+        return Index(
+            sample=sample,
+            n=n,
+            least_nats=least_nats,
+            nats=nats,
+            share=float(telling.mean()),
+            positions=positions,
+            known=in_order[new],
+            first_position=first_position,
+            earlier=earlier,
+            elsewhere=elsewhere,
+            lag=lag,
+        )
+
+    @property
+    def usual(self) -> Rate:
+        """Share of all n-grams that are telling and recur in another piece of the sample."""
+        of_telling = rate(self.elsewhere, self.n)
+        return Rate(self.share * of_telling.mean, self.share * of_telling.error)
+
+    @property
+    def nats_of_rows(self) -> np.ndarray:
+        """Information of each row [R]."""
+        return _of_rows(self.sample, np.diff(self.nats))
+
+    def find(self, hashes: np.ndarray) -> np.ndarray:
+        """First position of each gram in this sample, -1 where it does not occur."""
+        place = np.minimum(np.searchsorted(self.known, hashes), len(self.known) - 1)
+        return np.where(self.known[place] == hashes, self.first_position[place], -1)
+
+    @functools.cached_property
+    def copied(self) -> np.ndarray:
+        """Whether three quarters of a piece's text stand in earlier pieces [P]."""
+        sample = self.sample
+        begins = self.positions[self.earlier]
+        depth = np.zeros(len(sample.tokens) + 1, np.int32)
+        np.add.at(depth, begins, 1)
+        np.add.at(depth, begins + self.n, -1)
+        covered = np.cumsum(depth)[:-1] > 0
+        pieces = int(sample.piece_of[-1]) + 1
+        text = np.bincount(sample.piece_of[sample.real], minlength=pieces)
+        copies = np.bincount(sample.piece_of[covered], minlength=pieces)
+        return (text > 0) & (copies >= SAME_PIECE * text)
+
+    @functools.cached_property
+    def windows(self) -> tuple[float, int, int, int]:
+        """Share of targets scored again in a row that begins later in the same text.
+
+        A row overlaps another one if its beginning continues to the other's end. Also the median
+        distance between the two beginnings, and the numbers of rows that overlap and were tried.
+        """
+        s, n = self.sample, self.n
+        probes = np.flatnonzero(s.lengths >= n)
+        probes = probes[:: -(-len(probes) // PROBES) or 1]
+        prefix = s.gram_hashes(n)[s.starts[probes]]
+        order = np.argsort(prefix, kind="stable")
+        sorted_prefix = prefix[order]
+        hashes = s.gram_hashes(n)
+        place = np.minimum(np.searchsorted(sorted_prefix, hashes), len(order) - 1)
+        inside = (s.offset_of[: len(hashes)] > 0) & (s.row_of[: len(hashes)] == s.row_of[n - 1 :])
+        at = np.flatnonzero((sorted_prefix[place] == hashes) & inside)
+        # Of a prefix's places the one nearest to a row's start: the longest overlap.
+        at = at[np.lexsort((s.offset_of[at], place[at]))]
+        probe, nearest = np.unique(place[at], return_index=True)
+        scored = np.concatenate([[0], np.cumsum(s.scored)])
+        doubled = 0
+        strides: list[int] = []
+        for k, position in zip(probe.tolist(), at[nearest].tolist(), strict=True):
+            start = int(s.starts[probes[order[k]]])
+            other, row = int(s.row_of[position]), int(s.row_of[start])
+            length = min(int(s.starts[other + 1]) - position, int(s.lengths[row]))
+            here, there = slice(start, start + length), slice(position, position + length)
+            telling = self.nats[here.stop] - self.nats[here.start] >= self.least_nats
+            if other != row and telling and (s.tokens[here] == s.tokens[there]).all():
+                doubled += int((s.scored[here] & s.scored[there]).sum())
+                strides.append(int(s.offset_of[position]))
+        # Only one of several equal prefixes is followed: the others are copies of the row.
+        followed = probes[order[np.unique(sorted_prefix, return_index=True)[1]]]
+        targets = int((scored[s.starts[followed + 1]] - scored[s.starts[followed]]).sum())
+        stride = int(np.median(strides)) if strides else 0
+        return doubled / max(targets, 1), stride, len(strides), len(followed)

@@ -1,0 +1,380 @@
+"""The checks made before a run, on the run's own code and data."""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from lm_jax import config, optim, sharding, step
+from lm_jax import loss as losses
+from lm_jax.config import Config, ModelConfig, rules
+from lm_jax.config.resolve import resolve
+from lm_jax.data import windows as pipeline
+from lm_jax.data.open import open_data
+from lm_jax.data.store import Split, Store
+from lm_jax.doctor.data.examine import examine_data
+from lm_jax.doctor.eval.examine import examine_evaluation
+from lm_jax.doctor.findings import Report
+from lm_jax.doctor.gradient.examine import examine_gradients
+from lm_jax.doctor.gradient.kernel import examine_kernel
+from lm_jax.doctor.loss.examine import examine_loss
+from lm_jax.doctor.model.examine import examine_model
+from lm_jax.doctor.optimiser.examine import examine_optimiser
+from lm_jax.doctor.training.examine import examine_training
+from lm_jax.kernels import attention
+from lm_jax.models import musota
+from lm_jax.preflight import distill
+
+
+class Unfit(ValueError):
+    """A run that a check refuses."""
+
+
+_SPLITS = ("valid", "test")
+
+
+def examine_config(cfg: Config, *, level: str = "fast", store: Store | None = None) -> Report:
+    """Examine the run that a config describes, before it starts.
+
+    Data are the run's own. Model, loss, step and schedule are the run's own code and options, at
+    two layers, a few heads and short rows, where every fault of the code is as visible.
+
+    Args:
+        cfg: the config as written.
+        level: fast (seconds), or full, which adds short trainings on random tokens, gradients in
+            float64, attention against the plain one and evaluation.
+        store: the tokenised corpus, if it is open already.
+
+    Raises:
+        ConfigError: if the config is impossible.
+        ValueError: if the corpus is.
+    """
+    if level not in ("fast", "full"):
+        raise ValueError(f"level: {level!r} is neither fast nor full.")
+    store = store or open_data(rules.validate(cfg))
+    split = store.split("train")
+    windows = pipeline.count_windows(split, cfg.data.seq_len, cfg.data.window_offset)
+    cfg = resolve(cfg, windows=windows)
+    report = _data(cfg, store, windows)
+    small = Small(cfg, store)
+    report += small.model() + small.loss() + small.optimiser()
+    if cfg.distill.teachers or cfg.distill.cache:
+        report += distill.examine(cfg, small.cfg, store)
+    if level == "full":
+        report += small.training() + small.gradients() + small.attention() + small.evaluation()
+    return report
+
+
+def _data(cfg: Config, store: Store, windows: int) -> Report:
+    """The splits, and the first batches of two epochs."""
+    splits = {name: store.split(name) for name in ("train", *_SPLITS) if name in _names(store)}
+    tokenizer = store.tokenizer
+    texts = [tokenizer.decode(document) for document in _first(splits["valid"], 20)]
+
+    def epoch(number: int) -> list[dict[str, np.ndarray]]:
+        first = number * -(-windows // cfg.data.batch_size)
+        calls = [range(first + i, first + i + 1) for i in range(2)]
+        return list(
+            pipeline.train_batches(
+                splits["train"],
+                seq_len=cfg.data.seq_len,
+                batch_size=cfg.data.batch_size,
+                document_mask=cfg.data.document_mask,
+                seed=cfg.seed,
+                calls=calls,
+                movable=cfg.data.window_offset,
+                threads=0,
+            )
+        )
+
+    return examine_data(
+        _documents(splits["train"]),
+        *(_documents(splits[name]) if name in splits else None for name in _SPLITS),
+        vocab_size=tokenizer.vocab_size,
+        separator=tokenizer.separator,
+        tokenizer=(tokenizer.encode, tokenizer.decode),
+        texts=texts,
+        epochs=[epoch(0), epoch(1)],
+        max_tokens=1 << 21,
+    )
+
+
+def _names(store: Store) -> list[str]:
+    return list(store.manifest["splits"])
+
+
+def _documents(split: Split) -> Iterator[np.ndarray]:
+    for first, end in zip(split.document_starts[:-1], split.document_starts[1:], strict=True):
+        yield np.asarray(split.tokens[first:end])
+
+
+def _first(split: Split, count: int) -> list[np.ndarray]:
+    documents = _documents(split)
+    return [document for document, _ in zip(documents, range(count), strict=False)]
+
+
+def _narrow(model: ModelConfig) -> dict[str, int]:
+    """A dense model with few heads of the same kind and proportions."""
+    group = model.heads // model.kv_heads
+    heads = group * (1 if group > 1 else min(2, model.kv_heads))
+    width = heads * (model.d_model // model.heads)
+    return {
+        "model__heads": heads,
+        "model__kv_heads": heads // group,
+        "model__d_model": width,
+        "model__d_ff": max(2, width * model.d_ff // model.d_model),
+    }
+
+
+class Small:
+    """The code and options of a run at a size that takes seconds."""
+
+    def __init__(self, cfg: Config, store: Store):
+        """Cut the config down; everything that chooses code stays."""
+        self.full = cfg
+        self.rows = 6
+        self.cfg = config.replace(
+            cfg,
+            model__layers=2,
+            **(_narrow(cfg.model) if cfg.model.family == "dense" else {}),
+            data__seq_len=min(cfg.data.seq_len, 65),
+            data__batch_size=self.rows,
+        )
+        with jax.set_mesh(sharding.make_mesh(cfg.mesh.fsdp)):  # the devices that share the rows
+            micro_batches = min(sharding.accumulation(cfg), 2)
+            self.loss_impl, _ = step.choose_loss(cfg, store.tokenizer.vocab_size)
+        self.cfg.data.micro_batch = self.rows // micro_batches
+        self.vocab_size = min(store.tokenizer.vocab_size, 500)
+        self.attention_impl, _ = step.choose_attention(cfg)
+        self.graphdef, self.init = step.create_model(self.cfg, self.vocab_size, self.attention_impl)
+        self.cfg.loss.impl = self.loss_impl
+        self.dtype = jnp.dtype(cfg.train.compute_dtype)
+
+    @functools.cached_property
+    def params(self) -> dict[str, Any]:
+        """Fresh parameters by name, each layer's apart, so that checks can tell layers apart."""
+        return optim.by_layer(jax.jit(self.init)(jax.random.key(self.cfg.seed)))
+
+    @functools.cached_property
+    def unused(self) -> list[str]:
+        """Names of parameters that the model does not read."""
+        return [name for name in self.params if name.endswith(musota.UNUSED)]
+
+    def logits(self, params: Any, tokens_BT: Any, segment_ids_BT: Any, key: Any = None):
+        """Logits of the model, as evaluation computes them."""
+        model = nnx.merge(self.graphdef, optim.stacked(params))
+        ids = jnp.pad(jnp.asarray(segment_ids_BT), ((0, 0), (0, 1)))
+        tokens = jnp.pad(jnp.asarray(tokens_BT), ((0, 0), (0, 1)))
+        b = losses.shift({"tokens": tokens, "segment_ids": ids, "weights": tokens * 0.0})
+        with jax.default_matmul_precision(self.cfg.train.matmul_precision):
+            x_BTD = model(b.inputs, b.segment_ids, b.positions, dtype=self.dtype, key=key)
+            return model.logits(x_BTD)
+
+    def model(self) -> Report:
+        """Causality, alignment and initialisation."""
+        logits = jax.jit(self.logits)
+        cfg = self.cfg.model
+        rates = (cfg.dropout, cfg.attention_dropout, cfg.embedding_dropout)
+
+        def of_update(params: Any, tokens: Any, update: Any) -> jax.Array:
+            key = jax.random.fold_in(jax.random.key(self.cfg.seed + 1), update)
+            return self.logits(params, tokens, jnp.ones_like(tokens), key)
+
+        return examine_model(
+            lambda params, tokens: logits(params, tokens, np.ones_like(tokens)),
+            params=self.params,
+            segmented=logits if self.cfg.data.document_mask else None,
+            train_fn=jax.jit(of_update) if any(rates) else None,
+            vocab_size=self.vocab_size,
+            seq_len=self.cfg.data.seq_len,
+            token_table=self.params["embedding"],
+            position_table=self.params.get("position_embedding"),
+            tied=cfg.tied and cfg.family == "dense",
+            compute_dtype=self.cfg.train.compute_dtype,
+            seed=self.cfg.seed,
+        )
+
+    def loss(self) -> Report:
+        """The loss of the run; the fused one gets logits as hidden states of a head that copies."""
+
+        def sums(logits_BTV: Any, tokens_BT: Any, weights_BT: Any) -> tuple[Any, Any]:
+            ids = jnp.ones_like(tokens_BT)
+            b = losses.shift({"tokens": tokens_BT, "segment_ids": ids, "weights": weights_BT})
+            head_VV = jnp.eye(logits_BTV.shape[-1], dtype=logits_BTV.dtype)
+            with jax.default_matmul_precision("float32"):
+                scored = losses.from_hidden(
+                    logits_BTV[:, :-1], head_VV, b, softcap=0.0, impl=self.loss_impl
+                )
+            return scored.objective, scored.count
+
+        return examine_loss(
+            sums,
+            vocab_size=min(self.vocab_size, 61),
+            seq_len=self.full.data.seq_len,
+            seed=self.cfg.seed,
+        )
+
+    def batch(self) -> dict[str, np.ndarray]:
+        """Windows of random tokens whose rows hold unequal numbers of targets."""
+        rng = np.random.default_rng(self.cfg.seed)
+        shape = (self.rows, self.cfg.data.seq_len + 1)
+        weights = np.ones(shape, np.float32)
+        for row in range(self.rows):
+            weights[row, 2 + row * shape[1] // self.rows :] = 0
+        return {
+            "tokens": rng.integers(1, self.vocab_size, shape).astype(np.int32),
+            "segment_ids": np.ones(shape, np.int32),
+            "weights": weights,
+        }
+
+    @functools.cached_property
+    def train_step(self) -> Callable[[Any, Any], Any]:
+        """One update of the run's own step, without dropout, so that it can be repeated."""
+        still = config.replace(
+            self.cfg, model__dropout=0.0, model__attention_dropout=0.0, model__embedding_dropout=0.0
+        )
+        steps = step.make_train_step(still, self.graphdef)
+        return lambda state, batch: steps(
+            state, {k: jnp.asarray(v)[None] for k, v in batch.items()}
+        )
+
+    def optimiser(self) -> Report:
+        """Updates, decay, clipping, accumulation and schedule."""
+        cfg, full = self.cfg.optim, self.full.optim
+        batch, steps = self.batch(), int(self.full.train.steps)
+        bad = {**batch, "weights": batch["weights"].copy()}
+        bad["weights"][-1, 1] = np.inf
+
+        def gradient(params: Any, batch: Any, micro_batches: int) -> Any:
+            _, _, found = step.gradients(
+                self.graphdef,
+                optim.stacked(params),
+                batch,
+                accumulation=micro_batches,
+                dtype=self.dtype,
+                key=None,
+                loss_impl=self.loss_impl,
+                label_smoothing=self.cfg.loss.label_smoothing,
+            )
+            return optim.by_layer(found)
+
+        return examine_optimiser(
+            params=self.params,
+            init_fn=jax.jit(lambda params: step.init_state(self.cfg, optim.stacked(params))),
+            step_fn=self.train_step,
+            params_of=lambda state: optim.by_layer(state.params),
+            updates_of=lambda state: state.step,
+            batch=batch,
+            empty_batch={**batch, "weights": 0 * batch["weights"]},
+            bad_batch=bad,
+            gradient_fn=jax.jit(gradient, static_argnums=2),
+            micro_batches=(self.rows,),
+            compute_dtype=self.cfg.train.compute_dtype,
+            learning_rate=optim.learning_rate(full, steps),
+            steps=steps,
+            end_lr=full.peak_lr if full.schedule == "constant" else full.end_lr * full.peak_lr,
+            weight_decay=cfg.weight_decay,
+            decayed=optim.decayed(cfg, self.params),
+            clip_norm=cfg.clip_norm,
+            ema_of=(lambda state: optim.by_layer(state.ema)) if cfg.ema_decay else None,
+            unused=self.unused,
+            seed=self.cfg.seed,
+        )
+
+    def training(self) -> Report:
+        """Short trainings on random tokens, which no model can predict."""
+        evaluate_step = step.make_eval_step(self.cfg, self.graphdef)
+
+        def window(tokens: Any) -> dict[str, Any]:
+            tokens = np.asarray(tokens, np.int32)
+            weights = np.ones(tokens.shape, np.float32)
+            return {"tokens": tokens, "segment_ids": np.ones_like(tokens), "weights": weights}
+
+        def init(seed: int) -> step.TrainState:
+            return step.init_state(self.cfg, self.init(jax.random.key(seed)))
+
+        def score(state: step.TrainState, tokens: Any) -> tuple[Any, Any]:
+            sums = evaluate_step(state.params, window(tokens))
+            return sums["nats"], sums["count"]
+
+        return examine_training(
+            jax.jit(init),
+            lambda state, tokens: self.train_step(state, window(tokens)),
+            score,
+            vocab_size=self.vocab_size,
+            seq_len=self.cfg.data.seq_len,
+            batch_size=self.rows,
+            params_of=lambda state: {
+                n: x for n, x in optim.by_layer(state.params).items() if n not in self.unused
+            },
+            seed=self.cfg.seed,
+        )
+
+    def gradients(self) -> Report:
+        """The gradient of the whole loss, in float64, which not every attention can compute."""
+        graphdef, _ = step.create_model(self.cfg, self.vocab_size, "reference")
+        batch = {name: jnp.asarray(x) for name, x in self.batch().items()}
+        leaves, tree = jax.tree.flatten(self.params)
+        rng = np.random.default_rng(self.cfg.seed)
+        params = jax.tree.unflatten(tree, [0.3 * rng.standard_normal(x.shape) for x in leaves])
+
+        def mean_loss(params: Any) -> jax.Array:
+            sums = step.loss_sums(
+                graphdef,
+                optim.stacked(params),
+                batch,
+                dtype=jnp.dtype("float64"),
+                key=None,
+                loss_impl=self.loss_impl,
+                label_smoothing=self.cfg.loss.label_smoothing,
+            )
+            return sums.objective / sums.count
+
+        return examine_gradients(mean_loss, params, seed=self.cfg.seed, unused=self.unused)
+
+    def attention(self) -> Report:
+        """The attention of the run against the plain one, at lengths around those of blocks."""
+        model = self.cfg.model
+        queries, keys, width = model.heads, model.kv_heads, model.d_model // model.heads
+        if model.family == "musota":
+            queries = keys = musota.K * musota.BLOCK_HEADS
+            width = musota.D // queries
+
+        def make(length: int, rng: np.random.Generator) -> tuple[jax.Array, ...]:
+            shapes = [(1, length, heads, width) for heads in (queries, keys, keys)]
+            return tuple(jnp.asarray(rng.standard_normal(shape), self.dtype) for shape in shapes)
+
+        return examine_kernel(
+            functools.partial(attention.attend, impl=self.attention_impl),
+            functools.partial(attention.attend, impl="reference"),
+            make,
+            sizes=sorted({min(size, self.full.data.seq_len) for size in (1, 127, 128, 129, 513)}),
+            seed=self.cfg.seed,
+        )
+
+    def evaluation(self) -> Report:
+        """Evaluation that repeats, and decoding with a cache."""
+        slots = self.cfg.data.seq_len
+        params = optim.stacked(self.params)
+        empty_cache = nnx.merge(self.graphdef, params).empty_cache
+
+        @jax.jit
+        def extend(tokens_BT: Any, cache: Any) -> tuple[jax.Array, Any]:
+            model = nnx.merge(self.graphdef, params)
+            x_BTD, cache = model.extend(tokens_BT, cache, dtype=self.dtype)
+            return model.logits(x_BTD), cache
+
+        return examine_evaluation(
+            vocab_size=self.vocab_size,
+            seq_len=slots,
+            compute_dtype=self.cfg.train.compute_dtype,
+            logits_fn=jax.jit(lambda tokens: self.logits(self.params, tokens, tokens * 0 + 1)),
+            extend_fn=lambda tokens, cache: extend(
+                tokens, cache or empty_cache(len(tokens), slots, self.dtype)
+            ),
+            seed=self.cfg.seed,
+        )
