@@ -7,7 +7,6 @@ of a run and writes `eval_<split>.json` and, document by document, `documents_<s
 import argparse
 import dataclasses
 import itertools
-import json
 import math
 import os
 import pathlib
@@ -20,14 +19,14 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
-from lm_jax import checkpoint, config, metrics, sharding, step
-from lm_jax.config import Config, ConfigError, rules
+from lm_jax import config, metrics, sharding, step
+from lm_jax.config import Config, rules
 from lm_jax.data import windows
-from lm_jax.data.open import open_data
 from lm_jax.data.references import references
 from lm_jax.data.store import Store
 from lm_jax.files import write_json
 from lm_jax.models import musota
+from lm_jax.workdir import Run, open_run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,58 +142,6 @@ def report(name: str, result: dict[str, Any], console: Console) -> None:
         for block, means in rows_by_block.items():
             table.add_row(block, *(f"{mean:.3f}" for mean in means))
         console.print(table)
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """A trained run, opened for use."""
-
-    cfg: Config
-    store: Store
-    mesh: Mesh
-    graphdef: Any
-    params: Any
-    step: int
-
-
-def open_run(workdir: pathlib.Path, *, best: bool = True, mesh: Mesh | None = None) -> Run:
-    """Config, data and parameters of a workdir.
-
-    Args:
-        workdir: folder of the run.
-        best: the checkpoint with the lowest valid loss rather than the newest.
-        mesh: where the parameters go; that of the run if None.
-
-    Raises:
-        FileNotFoundError: if the workdir holds no config or no checkpoint.
-        ConfigError: if the corpus or its tokenizer has changed since, or the run is of version 0.1.
-    """
-    path = workdir / "config.json"
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file; give the workdir of a finished run.")
-    record = json.loads(path.read_text())
-    checkpoint.refuse_older(path, record)
-    cfg = config.from_record(record)
-    store = open_data(cfg)
-    if record["data"] != store.manifest:
-        raise ConfigError(
-            f"{path}: the run was trained on another corpus or tokenizer than {cfg.data.corpus} "
-            "is now; restore the data."
-        )
-    mesh = mesh or sharding.make_mesh(cfg.mesh.fsdp)
-    impl, _ = step.choose_attention(cfg)
-    graphdef, init = step.create_model(cfg, store.tokenizer.vocab_size, impl)
-    # Parameters and their average look alike; nothing else of the state is read.
-    name = "ema" if cfg.optim.ema_decay else "params"
-    abstract = {name: jax.eval_shape(init, jax.random.key(0))}
-    shardings = sharding.by_shape(mesh, abstract)
-    checkpoints = checkpoint.Checkpoints(workdir, cfg.train.keep, read_only=True)
-    position = checkpoints.position(best=best)
-    if position is None:
-        raise FileNotFoundError(f"{workdir}: holds no checkpoint; train the run first.")
-    part = checkpoints.restore_part(checkpoint.abstract_like(abstract, shardings), best=best)
-    checkpoints.close()
-    return Run(cfg, store, mesh, graphdef, part[name], position)
 
 
 def score_run(evaluator: Evaluator, run: Run, workdir: pathlib.Path, name: str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Samples from a trained run, with a key/value cache; letters as in `models/transformer.py`.
 
 `python -m lm_jax.generate --workdir=DIR --prompt="..."` prints samples and appends them to
-`samples.jsonl`; in a notebook `generate(evaluate.open_run(workdir), prompt)` returns them.
+`samples.jsonl`; in a notebook `generate(open_run(workdir), prompt)` returns them.
 """
 
 import argparse
@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lm_jax import config, evaluate
+from lm_jax import config
+from lm_jax.workdir import Run, open_run
 
 
 class ArgumentError(ValueError):
@@ -36,7 +37,7 @@ class Sample:
 
 
 def generate(
-    run: evaluate.Run,
+    run: Run,
     prompt: str,
     *,
     tokens: int | None = None,
@@ -233,7 +234,7 @@ def main() -> None:
     options = vars(parser.parse_args())
     workdir = options.pop("workdir")
     try:
-        run = evaluate.open_run(workdir)
+        run = open_run(workdir)
         made = generate(run, **options)
     except (ArgumentError, config.ConfigError, FileNotFoundError) as error:
         sys.exit(str(error))

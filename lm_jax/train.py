@@ -1,27 +1,17 @@
 """The training loop, top to bottom."""
 
 import contextlib
-import datetime
-import importlib.metadata
 import itertools
-import json
 import math
 import pathlib
-import platform
-import shutil
-import signal
-import subprocess
-import threading
 import time
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from rich.console import Console
 
-import lm_jax
-from lm_jax import checkpoint, config, evaluate, metrics, optim, preflight, sharding, step
+from lm_jax import checkpoint, evaluate, metrics, optim, preflight, sharding, step
 from lm_jax.config import Config, rules
 from lm_jax.config.resolve import resolve, rounded
 from lm_jax.data import windows as pipeline
@@ -32,13 +22,10 @@ from lm_jax.distill import scores as distill_report
 from lm_jax.distill import step as distill_step
 from lm_jax.distill.opening import open_teacher, record_teacher, verify
 from lm_jax.doctor import provenance
-from lm_jax.files import write_json
 from lm_jax.kernels.device import choose_dtype
+from lm_jax.signals import Interrupted, Signals, agree
+from lm_jax.workdir import open_run, record_config
 from lm_jax.writers import Writers
-
-
-class Interrupted(SystemExit):
-    """The run was asked to stop, saved its state and can be resumed."""
 
 
 def train_and_evaluate(cfg: Config, workdir: str | pathlib.Path) -> dict[str, Any]:
@@ -272,7 +259,7 @@ def train_and_evaluate(cfg: Config, workdir: str | pathlib.Path) -> dict[str, An
                 raise Interrupted(0)
     del state  # the best parameters take its place
     with jax.set_mesh(mesh):
-        run = evaluate.open_run(workdir)
+        run = open_run(workdir)
         names = rules.eval_splits(cfg, store.manifest["splits"])
         results = {name: evaluate.score_run(evaluator, run, workdir, name) for name in names}
         if distilling:
@@ -323,104 +310,3 @@ def due(position: int, every: str, steps: int) -> bool:
 def parameter_count(params: Any) -> int:
     """Number of scalars in all leaves."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
-
-
-def agree(received: str | None) -> str | None:
-    """The signal that any process received, so that all stop after the same update."""
-    if jax.process_count() == 1:
-        return received
-    numbers = multihost_utils.process_allgather(signal.Signals[received] if received else 0)
-    return signal.Signals(numbers.max()).name if numbers.any() else None
-
-
-class Signals:
-    """Turns SIGTERM and SIGINT into a request to save and stop; a second one stops at once."""
-
-    received: str | None = None
-
-    def __enter__(self) -> "Signals":
-        """Install the handlers (in the main thread only: notebooks may train in another)."""
-        self._old = {}
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._old[number] = signal.signal(number, self._handle)
-        return self
-
-    def _handle(self, number: int, frame: Any) -> None:
-        if self.received:
-            raise KeyboardInterrupt
-        self.received = signal.Signals(number).name
-
-    def __exit__(self, *error: object) -> None:
-        """Put the old handlers back."""
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-
-
-def record_config(
-    workdir: pathlib.Path, cfg: Config, store: Store, *, resuming: bool, asked_dtype: str
-) -> None:
-    """Write `config.json` and the tokenizer, or compare with those of the run to be resumed.
-
-    `asked_dtype` is `train.compute_dtype` as written, of which `cfg` has what it became here.
-
-    Raises:
-        ConfigError: if a run with another config lives in the workdir, naming the keys.
-    """
-    path = workdir / "config.json"
-    if resuming:
-        old = json.loads(path.read_text())
-        checkpoint.refuse_older(path, old)
-        # A field that came later had its default.
-        before = config.to_dict(config.from_record(old))
-        own, here = before["train"]["compute_dtype"], cfg.train.compute_dtype
-        if asked_dtype == "auto" and own != here:
-            raise config.ConfigError(
-                f"config.train.compute_dtype: 'auto' is {here} on this device, and the run in "
-                f"{workdir} computes in {own}; give --config.train.compute_dtype={own} to go on."
-            )
-        changes = config.difference(before, config.to_dict(cfg))
-        if changes:
-            raise config.ConfigError(
-                f"{path}: the run there has another config ({'; '.join(changes)}); "
-                "give the same config or another --workdir."
-            )
-        if old["data"] != store.manifest:
-            raise config.ConfigError(
-                f"{path}: the run there was trained on another corpus or tokenizer; "
-                "restore the data or give another --workdir."
-            )
-        return
-    if jax.process_index():
-        return
-    workdir.mkdir(parents=True, exist_ok=True)
-    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-    record = {
-        "config": config.to_dict(cfg),
-        "hash": config.config_hash(cfg),
-        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "versions": {"python": platform.python_version(), "lm_jax": lm_jax.__version__}
-        | {name: importlib.metadata.version(name) for name in packages},
-        "devices": [device.device_kind for device in jax.devices()],
-        "git_revision": git_revision(),
-        "data": store.manifest,
-    }
-    shutil.copytree(store.path / "tokenizer", workdir / "tokenizer", dirs_exist_ok=True)
-    write_json(path, record)
-
-
-def git_revision() -> str | None:
-    """Commit of the source tree, with "+" if it has changes; None outside a checkout."""
-    root = pathlib.Path(__file__).parent
-    try:
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False
-        )
-        status = subprocess.run(
-            ["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True, check=False
-        )
-    except FileNotFoundError:  # git is not installed
-        return None
-    if commit.returncode:
-        return None
-    return commit.stdout.strip() + ("+" if status.stdout.strip() else "")

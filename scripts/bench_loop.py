@@ -20,6 +20,7 @@ from typing import Any
 
 from lm_jax.config.flags import load_config
 from lm_jax.main import keep_freed_memory
+from lm_jax.workdir import open_run
 
 
 def bench_loop(cfg: Any, workdir: pathlib.Path, updates: int) -> dict[str, float]:
@@ -37,7 +38,7 @@ def bench_loop(cfg: Any, workdir: pathlib.Path, updates: int) -> dict[str, float
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     waits = [row["perf/input_wait"] for row in rows if "perf/input_wait" in row][5:]
 
-    run = evaluate.open_run(workdir)
+    run = open_run(workdir)
     evaluator = evaluate.Evaluator(
         run.cfg, run.store, run.mesh, step.make_eval_step(run.cfg, run.graphdef)
     )

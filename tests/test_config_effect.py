@@ -22,7 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm_jax import config, evaluate, step, train
+from lm_jax import config, step, train
+from lm_jax import workdir as run_files
 from lm_jax.config import Config
 from lm_jax.config.resolve import resolve
 from lm_jax.data import corpora, shards
@@ -319,7 +320,7 @@ def loop(cfg, workdir):
         seen["reader_threads"].append(options["num_threads"])
         return read_options(**options)
 
-    prepare, popen = train.evaluate.open_data, subprocess.Popen
+    prepare, popen = train.open_data, subprocess.Popen
 
     def open_data(cfg):
         if "manifest" not in seen:  # otherwise nothing would be left to tokenise
@@ -339,8 +340,8 @@ def loop(cfg, workdir):
         patch.setattr(step, "make_eval_step", make_eval_step)
         patch.setattr(train.checkpoint, "Checkpoints", Checkpoints)
         patch.setattr(train, "open_data", open_data)
-        patch.setattr(evaluate, "open_data", open_data)
-        patch.setattr(train, "git_revision", lambda: None)
+        patch.setattr(run_files, "open_data", open_data)
+        patch.setattr(run_files, "git_revision", lambda: None)
         patch.setattr(train.preflight, "examine_config", examine_config)
         patch.setattr(train.provenance, "trace", lambda *_, **__: None)
         patch.setattr(grain, "ReadOptions", note_threads)

@@ -7,12 +7,13 @@ import types
 import jax
 import pytest
 
-from lm_jax import config, evaluate, generate, step, train
+from lm_jax import config, generate, step, train
 from lm_jax.config import Duration
 from lm_jax.config.flags import load_module
 from lm_jax.config.resolve import resolve
 from lm_jax.kernels import device
 from lm_jax.models.sizing import size
+from lm_jax.workdir import open_run
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("*.py"))
@@ -176,7 +177,7 @@ def test_wikitext2_trains_in_float16(small_wikitext2, tmp_path):
     skipped = sum(row.get("optim/skipped_updates", 0) for row in rows)
     assert len(scales) == 30 and skipped == 0
     assert result["valid"]["loss"] < 0.9 * rows[0]["train/loss"]
-    run = evaluate.open_run(tmp_path / "run")
+    run = open_run(tmp_path / "run")
     assert run.cfg.train.compute_dtype == "float16"
     (sample,) = generate.generate(run, "To be", tokens=8, samples=1)
     assert len(sample.ids) == 8

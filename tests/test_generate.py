@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lm_jax import config, evaluate, generate, loss, step, train
+from lm_jax import config, generate, loss, step, train
 from lm_jax.config import Config
 from lm_jax.data.tokenizers.kinds import CharTokenizer
 from lm_jax.generate import ArgumentError, sample, shortlist
+from lm_jax.workdir import Run, open_run
 from tests.helpers import every, randomise, tiny_config
 
 FAMILIES = {
@@ -44,7 +45,7 @@ def make_run(std=0.3, **changes):
     cfg = tiny_config(**{"data__seq_len": 24} | changes)
     graphdef, init = step.create_model(cfg, V, "reference")
     params = randomise(jax.jit(init)(jax.random.key(1)), 1, std)
-    return evaluate.Run(cfg, Letters(), None, graphdef, params, 7)
+    return Run(cfg, Letters(), None, graphdef, params, 7)
 
 
 def full_logits(run, tokens_BT, dtype=jnp.float32):
@@ -313,7 +314,7 @@ def test_command(workdir, monkeypatch, capsys):
     for record in records:
         assert len(record["ids"]) == len(record["log_probs"]) == len(record["text"]) == 9
         assert f"to {record['text']}\n" in out
-    run = evaluate.open_run(workdir)
+    run = open_run(workdir)
     again = generate.generate(
         run, "to ", tokens=9, samples=2, temperature=1.5, top_k=5, top_p=0.9, seed=3
     )

@@ -11,7 +11,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 # From DESIGN: a module may import only what stands above it (or beside it, inside a package).
 ORDER = (
     "kernels config files data models loss optim sharding step metrics checkpoint "
-    "evaluate generate writers distill doctor preflight train compare main"
+    "workdir evaluate generate writers signals distill doctor preflight train compare main"
 ).split()
 
 

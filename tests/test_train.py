@@ -17,6 +17,8 @@ from lm_jax import config, evaluate, step, train
 from lm_jax.compare import compare
 from lm_jax.config import Config, ConfigError
 from lm_jax.data import windows
+from lm_jax.signals import Interrupted
+from lm_jax.workdir import open_run
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -84,7 +86,7 @@ def rows(workdir):
 
 
 def final_state(workdir):
-    run = evaluate.open_run(pathlib.Path(workdir), best=False)
+    run = open_run(pathlib.Path(workdir), best=False)
     assert run.step == int(run.cfg.train.steps)
     return [np.asarray(x) for x in jax.tree.leaves(run.params)]
 
@@ -164,7 +166,7 @@ def test_stop_and_resume_is_bit_identical(
     with monkeypatch.context() as patched:
         before = record_batches(patched)
         patched.setattr(train, "Signals", lambda: StopAfter(stop))
-        with pytest.raises(train.Interrupted) as stopped:
+        with pytest.raises(Interrupted) as stopped:
             train.train_and_evaluate(small(text), tmp_path)
     assert stopped.value.code == 0 and len(before) == stop
     assert (
@@ -312,7 +314,7 @@ def test_evaluation_refuses_another_corpus(straight, text):
     changed.write_text(old.replace("ba", "ab"))
     try:
         with pytest.raises(ConfigError, match="another corpus or tokenizer"):
-            evaluate.open_run(straight[0])
+            open_run(straight[0])
     finally:
         changed.write_text(old)
 
@@ -355,7 +357,7 @@ def test_finished_run_is_only_reported_again(straight, text):
 
 
 def test_batch_size_and_stride_of_evaluation(straight):
-    run = evaluate.open_run(straight[0])
+    run = open_run(straight[0])
 
     def score(batch_size, stride):
         cfg = config.replace(run.cfg, eval__batch_size=batch_size, eval__stride=stride)

@@ -20,6 +20,7 @@ from lm_jax.distill.alignment import Aligner, Retokenised
 from lm_jax.distill.teachers import Teacher
 from lm_jax.files import write_json
 from lm_jax.models import huggingface
+from lm_jax.workdir import Run, open_run
 
 TOLERANCE = 1e-3  # of a teacher's loss on another device or in another precision
 WHERE = "config.distill.teachers"
@@ -75,12 +76,12 @@ def open_teacher(cfg: Config, store: Store, mesh: Mesh | None = None) -> Teacher
     return teacher
 
 
-def _shares(run: evaluate.Run, store: Store) -> bool:
+def _shares(run: Run, store: Store) -> bool:
     """Whether a run has the tokenizer of a store."""
     return run.store.tokenizer.content_hash == store.tokenizer.content_hash
 
 
-def _open(name: str, cfg: Config, store: Store, mesh: Mesh) -> evaluate.Run:
+def _open(name: str, cfg: Config, store: Store, mesh: Mesh) -> Run:
     """A run, or a Hugging Face checkpoint as if it were one."""
     folder = pathlib.Path(name)
     fields = folder / "config.json"
@@ -99,17 +100,17 @@ def _open(name: str, cfg: Config, store: Store, mesh: Mesh) -> evaluate.Run:
     graphdef, _ = step.create_model(how, vocab_size, impl)
     params = jax.device_put(params, sharding.by_shape(mesh, params))
     own = Retokenised(store.path, store.manifest, tokenizer, store)
-    return evaluate.Run(how, own, mesh, graphdef, params, 0)
+    return Run(how, own, mesh, graphdef, params, 0)
 
 
-def _open_run(field: str, workdir: str, mesh: Mesh) -> evaluate.Run:
+def _open_run(field: str, workdir: str, mesh: Mesh) -> Run:
     try:
-        return evaluate.open_run(pathlib.Path(workdir), mesh=mesh)
+        return open_run(pathlib.Path(workdir), mesh=mesh)
     except FileNotFoundError as error:
         raise ConfigError(f"{field}: {error}") from error
 
 
-def _as_read(run: evaluate.Run, cfg: Config) -> nnx.GraphDef:
+def _as_read(run: Run, cfg: Config) -> nnx.GraphDef:
     """The model of a run for rows that are cut the student's way."""
     how = config.replace(
         run.cfg,
@@ -123,7 +124,7 @@ def _as_read(run: evaluate.Run, cfg: Config) -> nnx.GraphDef:
     return graphdef
 
 
-def _align(name: str, runs: tuple[evaluate.Run, ...], cfg: Config, store: Store) -> Aligner:
+def _align(name: str, runs: tuple[Run, ...], cfg: Config, store: Store) -> Aligner:
     """What makes the rows of a teacher with another tokenizer."""
     other = f"{WHERE}: {name} has another tokenizer than the student"
     if len(runs) > 1:
@@ -142,20 +143,20 @@ def _align(name: str, runs: tuple[evaluate.Run, ...], cfg: Config, store: Store)
         raise ConfigError(f"{other}, and cannot be aligned: {error}") from error
 
 
-def students_text(run: evaluate.Run, store: Store) -> Store:
+def students_text(run: Run, store: Store) -> Store:
     """The student's corpus in the tokens of a run."""
     if _shares(run, store):
         return store
     return Retokenised(store.path, store.manifest, run.store.tokenizer, store)
 
 
-def score(run: evaluate.Run, store: Store, split: str) -> dict[str, Any]:
+def score(run: Run, store: Store, split: str) -> dict[str, Any]:
     """Exact evaluation of a run on a split of some store, with the run's own windows."""
     eval_step = step.make_eval_step(run.cfg, run.graphdef, run.mesh)
     return evaluate.Evaluator(run.cfg, store, run.mesh, eval_step)(run.params, split)
 
 
-def _as_student_reads(run: evaluate.Run, model: nnx.GraphDef, cfg: Config) -> evaluate.Run:
+def _as_student_reads(run: Run, model: nnx.GraphDef, cfg: Config) -> Run:
     """The run with the student's windows."""
     how = config.replace(
         run.cfg,

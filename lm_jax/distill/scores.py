@@ -13,8 +13,8 @@ from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
-from lm_jax import evaluate, metrics, sharding
 from lm_jax import loss as losses
+from lm_jax import metrics, sharding
 from lm_jax.config import Config, rules
 from lm_jax.data import windows
 from lm_jax.data.store import Store
@@ -25,6 +25,7 @@ from lm_jax.distill.teachers import Teacher
 from lm_jax.files import write_json
 from lm_jax.kernels import divergences
 from lm_jax.kernels.linear_divergence import Member
+from lm_jax.workdir import Run, open_run
 
 TIMED_BATCHES = 5
 SHOWN = (  # heading, value and how it is written
@@ -44,9 +45,7 @@ class Scored(NamedTuple):
     models: Sequence[tuple[nnx.GraphDef, Any]]  # structure and parameters
 
 
-def write(
-    cfg: Config, workdir: pathlib.Path, run: evaluate.Run, teacher: Teacher
-) -> dict[str, Any] | None:
+def write(cfg: Config, workdir: pathlib.Path, run: Run, teacher: Teacher) -> dict[str, Any] | None:
     """Score everything on the last configured split; write `distillation.json` and print it.
 
     Nothing is written for a cache, whose teacher is not at hand.
@@ -63,7 +62,7 @@ def write(
     members = list(zip(teacher.models, teacher.params, strict=True))
     scored = [Scored("distilled", [(run.graphdef, run.params)])]
     if cfg.distill.alone:
-        alone = evaluate.open_run(pathlib.Path(cfg.distill.alone), mesh=run.mesh)
+        alone = open_run(pathlib.Path(cfg.distill.alone), mesh=run.mesh)
         scored.append(Scored("alone", [(alone.graphdef, alone.params)]))
     taught_by = f"teacher {teacher.names[0]}" if len(members) == 1 else "mean of the teachers"
     with jax.default_matmul_precision(cfg.train.matmul_precision):

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lm_jax import evaluate
 from lm_jax.distill import alignment
 from lm_jax.kernels import divergences
 from lm_jax.kernels.divergences import Kept
 from lm_jax.kernels.linear_divergence import Groups, Member
 from lm_jax.loss import Batch, Shifted
 from lm_jax.models.transformer import head_logits
+from lm_jax.workdir import Run
 
 
 def mean_log_p(members: Sequence[Member], temperature: float = 1.0) -> jax.Array:
@@ -48,7 +48,7 @@ class Teacher:
     params: tuple[Any, ...]
     extend: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]] = dict  # of batches
     cached: str = ""  # sha256 of a cache's manifest
-    runs: tuple[evaluate.Run, ...] = ()  # where the models came from
+    runs: tuple[Run, ...] = ()  # where the models came from
     # Of the ids of student and teacher, where their tokenizers differ.
     first_bytes: tuple[np.ndarray, ...] | None = None
 

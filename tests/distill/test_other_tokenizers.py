@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from scipy.special import log_softmax, logsumexp
 
-from lm_jax import config, evaluate, generate, step, train
+from lm_jax import config, generate, step, train
 from lm_jax import loss as losses
 from lm_jax.config import ConfigError, rules
 from lm_jax.config.resolve import resolve
@@ -19,6 +19,7 @@ from lm_jax.distill import alignment
 from lm_jax.distill import step as distill_step
 from lm_jax.distill.opening import open_teacher, verify
 from lm_jax.kernels import divergences
+from lm_jax.workdir import open_run
 from tests.distill.test_step import EVERYTHING
 from tests.helpers import examine_distillation_of
 from tests.test_hf_tokenizer import byte_level, save
@@ -222,7 +223,7 @@ def test_a_student_with_the_tokenizer_of_a_checkpoint(text, tmp_path):
     split = store.split("valid")
     assert result["valid"]["token_count"] == len(split.tokens)
     assert len(store.tokenizer.decode(split.tokens).encode()) == split.bytes
-    samples = generate.generate(evaluate.open_run(tmp_path / "run"), "ba", tokens=25, samples=40)
+    samples = generate.generate(open_run(tmp_path / "run"), "ba", tokens=25, samples=40)
     # It can hardly tell its ids apart yet, so that of 1000 many differ and one would be it.
     drawn = {i for sample in samples for i in sample.ids}
     assert store.tokenizer.separator not in drawn and len(drawn) > 100

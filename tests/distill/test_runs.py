@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from scipy.special import log_softmax
 
-from lm_jax import config, evaluate, train
+from lm_jax import config, train
 from lm_jax import loss as losses
 from lm_jax.config import ConfigError, rules
 from lm_jax.config.flags import load_module
@@ -20,6 +20,8 @@ from lm_jax.data.open import open_data
 from lm_jax.distill import cache, scores, teachers
 from lm_jax.distill.opening import open_teacher, verify
 from lm_jax.preflight import Unfit, examine_config
+from lm_jax.signals import Interrupted
+from lm_jax.workdir import open_run
 from tests.distill.test_step import EVERYTHING
 from tests.helpers import examine_distillation_of
 from tests.test_train import StopAfter, final_state, rows, small
@@ -64,7 +66,7 @@ def test_resuming_is_bit_identical(distilled, tmp_path, monkeypatch):
     cfg, straight = distilled
     with monkeypatch.context() as patch:
         patch.setattr(train, "Signals", lambda: StopAfter(4))
-        with pytest.raises(train.Interrupted):
+        with pytest.raises(Interrupted):
             train.train_and_evaluate(cfg, tmp_path)
     train.train_and_evaluate(cfg, tmp_path)
     for a, b in zip(final_state(straight), final_state(tmp_path), strict=True):
@@ -80,7 +82,7 @@ def test_another_teacher_on_resuming_is_refused(text, runs, tmp_path, monkeypatc
     cfg = student(text, distill__teachers=str(teacher))
     with monkeypatch.context() as patch:
         patch.setattr(train, "Signals", lambda: StopAfter(4))
-        with pytest.raises(train.Interrupted):
+        with pytest.raises(Interrupted):
             train.train_and_evaluate(cfg, tmp_path / "run")
     shutil.rmtree(teacher)
     shutil.copytree(runs / "teacher-1", teacher)
@@ -90,8 +92,8 @@ def test_another_teacher_on_resuming_is_refused(text, runs, tmp_path, monkeypatc
 
 def test_a_distilled_run_is_a_run(distilled, runs):
     _, workdir = distilled
-    run = evaluate.open_run(workdir)
-    assert set(run.params) == set(evaluate.open_run(runs / "alone").params)
+    run = open_run(workdir)
+    assert set(run.params) == set(open_run(runs / "alone").params)
     logged = [row for row in rows(workdir) if "train/loss" in row]
     for row in logged:
         assert row["distill/lm_ce"] == pytest.approx(row["train/loss"], rel=1e-6)
@@ -131,7 +133,7 @@ def test_the_divergence_of_the_report_is_from_the_teacher(text, runs):
     cfg = student(text, distill__teachers=name)
     store = open_data(rules.validate(cfg))
     cfg = resolve(cfg, windows=50)
-    models = [evaluate.open_run(runs / folder) for folder in ("alone", "teacher-0")]
+    models = [open_run(runs / folder) for folder in ("alone", "teacher-0")]
     scored = [
         scores.Scored(folder, [(run.graphdef, run.params)])
         for folder, run in zip(("alone", name), models, strict=True)

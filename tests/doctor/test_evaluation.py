@@ -14,6 +14,7 @@ from lm_jax.data import windows as pipeline
 from lm_jax.data.store import Split
 from lm_jax.data.tokenizers.kinds import CharTokenizer
 from lm_jax.doctor.eval.examine import examine_evaluation
+from lm_jax.workdir import Run
 from tests.doctor import toy_decoder
 from tests.helpers import randomise, tiny_config
 
@@ -121,7 +122,7 @@ def package_model(dtype, name="adamw"):
     def given(seed, std=None):
         params = init(jax.random.key(seed))
         params = params if std is None else randomise(params, seed, std)
-        run = evaluate.Run(cfg, Letters(None), None, graphdef, params, 7)
+        run = Run(cfg, Letters(None), None, graphdef, params, 7)
         empty_cache = nnx.merge(graphdef, params).empty_cache
         made = generate.generate(run, "abc", tokens=20, temperature=1.0, seed=seed)[0]
         context = [0, *Letters.tokenizer.encode("abc").tolist()]
