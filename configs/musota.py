@@ -15,7 +15,8 @@ perplexity 452 (musota), 493 (total), 543 (flops), 561 (blocks); 3 to 10 minutes
 """
 
 from lm_jax.config import Config, Duration
-from lm_jax.models.sizing import Quantity, matched, size
+from lm_jax.models.families import size
+from lm_jax.models.sizing import Quantity, matched
 
 BASELINES: tuple[Quantity, ...] = ("total", "blocks", "flops")
 ARMS = ("musota", *BASELINES)

@@ -38,16 +38,33 @@ class Checkpoints:
         self._best = manager("best", 1)
 
     def save(self, state: Any, manifest: Manifest, *, best: bool = False) -> None:
-        """Start saving `state`; `manifest["position"]` is the next batch's number and the name."""
-        manager = self._best if best else self._newest
+        """Start saving `state`; `manifest["position"]` is the next batch's number and the name.
+
+        Raises:
+            RuntimeError: if a later checkpoint is there, which this one cannot replace.
+        """
+        manager, position = (self._best if best else self._newest), manifest["position"]
         # A finished newest checkpoint may name the best one, so that must be finished before.
         self._best.wait_until_finished()
-        manager.save(
-            manifest["position"],
+        if best:  # after a kill, one of an update that was made anew may be there
+            self.clear_best(position)
+        # The manifest changes while it is being written.
+        saved = manager.save(
+            position,
             args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state), manifest=ocp.args.JsonSave(manifest)
+                state=ocp.args.StandardSave(state), manifest=ocp.args.JsonSave(dict(manifest))
             ),
         )
+        if not saved:
+            raise RuntimeError(
+                f"{manager.directory}: update {position} could not be saved beside that of update "
+                f"{manager.latest_step()}; give another --workdir."
+            )
+
+    def clear_best(self, position: int = 0) -> None:
+        """Remove the best checkpoint if it is of update `position` or later."""
+        for later in [step for step in self._best.all_steps() if step >= position]:
+            self._best.delete(later)
 
     def position(self, *, best: bool = False) -> int | None:
         """Number of updates in the newest (or best) finished checkpoint; None if there is none."""

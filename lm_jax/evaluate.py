@@ -25,8 +25,8 @@ from lm_jax.data import windows
 from lm_jax.data.references import references
 from lm_jax.data.store import Store
 from lm_jax.files import write_json
-from lm_jax.models import musota
-from lm_jax.workdir import Run, open_run
+from lm_jax.models.families import FAMILIES, family
+from lm_jax.workdir import Trained, open_trained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,9 +47,9 @@ class Evaluator:
 
         Returns:
             `loss` (nats per token), `token_ppl`, `word_ppl`, `bits_per_byte`, `accuracy`,
-            `token_count`, `split_token_count` (equal, or this raises) and `stride`, of family
-            musota also `sensitivity`, for each block its mean by layer; and the nats of each
-            document, float64 [documents].
+            `token_count`, `split_token_count` (equal, or this raises) and `stride`; what is
+            observed of the family by its name, for each column its mean by layer; and the nats
+            of each document, float64 [documents].
         """
         cfg, split = self.cfg, self.store.split(split_name)
         batches = windows.eval_batches(
@@ -62,7 +62,7 @@ class Evaluator:
             process_count=jax.process_count(),
         )
         total, parts, pending = metrics.Sums(), [], None
-        sensitivity_Lk = np.zeros((cfg.model.layers, musota.K))
+        observed, observed_Lk = family(cfg.model).observed, np.zeros(())
         for batch in itertools.chain(batches, [None]):
             begun = None
             if batch is not None:
@@ -72,7 +72,8 @@ class Evaluator:
                 sums, nats_N = _fetch(pending)
                 total += sums
                 parts.append(nats_N)
-                sensitivity_Lk += pending.get("sensitivity", 0.0)
+                if observed:
+                    observed_Lk = observed_Lk + np.asarray(pending["observed"], np.float64)
             pending = begun
         assert int(total.count) == len(split.tokens), (total.count, len(split.tokens))
         result: dict[str, Any] = {
@@ -80,9 +81,9 @@ class Evaluator:
             "split_token_count": len(split.tokens),
             "stride": cfg.eval.stride,
         }
-        if cfg.model.family == "musota":
-            means_kL = (sensitivity_Lk / total.count).T.tolist()
-            result["sensitivity"] = dict(zip(musota.BLOCKS, means_kL, strict=True))
+        if observed:
+            means_kL = (observed_Lk / total.count).T.tolist()
+            result[observed.name] = dict(zip(observed.columns, means_kL, strict=True))
         # The windows score every token once and in the order of the split, whatever their stride.
         nats_N = np.concatenate(parts)
         return result, np.add.reduceat(nats_N, split.document_starts[:-1], dtype=np.float64)
@@ -134,17 +135,19 @@ def report(name: str, result: dict[str, Any], console: Console) -> None:
             style="bold" if key == "this model" else None,
         )
     console.print(table)
-    if "sensitivity" in result:
-        rows_by_block = result["sensitivity"]
-        table = Table(title="mean sensitivity of each block, by layer")
-        for heading in ("block", *range(len(next(iter(rows_by_block.values()))))):
-            table.add_column(str(heading), justify="right")
-        for block, means in rows_by_block.items():
-            table.add_row(block, *(f"{mean:.3f}" for mean in means))
-        console.print(table)
+    for observed in filter(None, (known.observed for known in FAMILIES.values())):
+        if by_column := result.get(observed.name):
+            table = Table(title=f"mean {observed.name}, by layer")
+            for heading in ("", *range(len(next(iter(by_column.values()))))):
+                table.add_column(str(heading), justify="right")
+            for column, means in by_column.items():
+                table.add_row(column, *(f"{mean:.3f}" for mean in means))
+            console.print(table)
 
 
-def score_run(evaluator: Evaluator, run: Run, workdir: pathlib.Path, name: str) -> dict[str, Any]:
+def score_run(
+    evaluator: Evaluator, run: Trained, workdir: pathlib.Path, name: str
+) -> dict[str, Any]:
     """Score one split of a run; write and print the result, which is `eval_<split>.json`."""
     result, nats_D = evaluator.score(run.params, name)
     result = {"step": run.step, **result, "references": references(evaluator.store, name)}
@@ -170,7 +173,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     try:
-        run = open_run(args.workdir)
+        run = open_trained(args.workdir)
         cfg = run.cfg
         if args.stride is not None:
             cfg = rules.validate(config.replace(cfg, eval__stride=args.stride))

@@ -1,7 +1,7 @@
 """Samples from a trained run, with a key/value cache; letters as in `models/transformer.py`.
 
 `python -m lm_jax.generate --workdir=DIR --prompt="..."` prints samples and appends them to
-`samples.jsonl`; in a notebook `generate(open_run(workdir), prompt)` returns them.
+`samples.jsonl`; in a notebook `generate(open_trained(workdir), prompt)` returns them.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 
 from lm_jax import config
-from lm_jax.workdir import Run, open_run
+from lm_jax.workdir import Trained, open_trained
 
 
 class ArgumentError(ValueError):
@@ -37,7 +37,7 @@ class Sample:
 
 
 def generate(
-    run: Run,
+    run: Trained,
     prompt: str,
     *,
     tokens: int | None = None,
@@ -50,7 +50,7 @@ def generate(
     """Continue `prompt`, which opens a document.
 
     Args:
-        run: from `evaluate.open_run`.
+        run: from `evaluate.open_trained`.
         prompt: text; empty to start from nothing.
         tokens: length of each continuation; None: 200, or fewer where the window is shorter.
         samples: number of continuations.
@@ -234,7 +234,7 @@ def main() -> None:
     options = vars(parser.parse_args())
     workdir = options.pop("workdir")
     try:
-        run = open_run(workdir)
+        run = open_trained(workdir)
         made = generate(run, **options)
     except (ArgumentError, config.ConfigError, FileNotFoundError) as error:
         sys.exit(str(error))

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from lm_jax.kernels.linear_loss import linear_cross_entropy
-from lm_jax.models.transformer import head_logits
+from lm_jax.models.layers import head_logits
 
 Batch = dict[str, jax.Array]
 

@@ -54,11 +54,11 @@ def main(_: list[str]) -> None:
     spec = config_flags.get_config_filename(flags.FLAGS["config"])
     workdir = _WORKDIR.value or f"runs/{run_name(spec, _CONFIG.value.seed)}"
     try:
-        open_data(rules.validate(_CONFIG.value))
+        store = open_data(rules.validate(_CONFIG.value))
     except (ValueError, OSError) as error:
         sys.exit(str(error))
     try:
-        train_and_evaluate(_CONFIG.value, workdir)
+        train_and_evaluate(_CONFIG.value, workdir, store)
     except (config.ConfigError, preflight.Unfit) as error:
         sys.exit(str(error))
 

@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from lm_jax.config import Config
-from lm_jax.models import sizing
+from lm_jax.models.families import size
 
 # Dense 16-bit tensor-core FLOP/s from the makers' data sheets, by a part of the device name.
 _PEAK_FLOPS = {
@@ -63,8 +63,8 @@ def exp(nats: float) -> float:
 
 
 def flops_per_token(cfg: Config, vocab_size: int) -> float:
-    """FLOPs of one token in training, see `models.sizing.size`."""
-    return sizing.size(cfg.model, vocab_size, cfg.data.seq_len).flops
+    """FLOPs of one token in training, see `models.families.size`."""
+    return size(cfg.model, vocab_size, cfg.data.seq_len).flops
 
 
 def peak_flops(device_kind: str, compute_dtype: str, devices: int) -> float | None:

@@ -89,7 +89,7 @@ def decayed(cfg: OptimConfig, params: Params) -> Params:
     )
 
 
-def make_optimizer(cfg: OptimConfig) -> optax.GradientTransformation:
+def make_optimizer(cfg: OptimConfig, beside_lr: float = 0.0) -> optax.GradientTransformation:
     """The update direction before the learning rate: u in params -= lr u.
 
     adamw: Adam (Kingma and Ba 2015) with decoupled decay (Loshchilov and Hutter 2019).
@@ -97,19 +97,41 @@ def make_optimizer(cfg: OptimConfig) -> optax.GradientTransformation:
     the root mean square of an Adam update (Liu et al. 2025, arXiv 2502.16982, section 2.2), and
     decay; all other leaves take Adam with Nesterov momentum and do not decay. `b1` and `b2` are
     Adam's.
+
+    Args:
+        cfg: optimiser, decay and peak learning rate.
+        beside_lr: peak learning rate of what is trained beside the model, on the same schedule, by
+            Adam without decay; parameters are then the pair of the model's and the others.
     """
+    adam = optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps)
+    decay = cfg.weight_decay
     if cfg.name == "adamw":
-        return optax.chain(
-            optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps),
-            optax.add_decayed_weights(cfg.weight_decay, functools.partial(decayed, cfg)),
-        )
-    matrices = optax.chain(scale_by_muon(cfg.eps), optax.add_decayed_weights(cfg.weight_decay))
-    rest = optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps, nesterov=True)
+        mask = functools.partial(decayed, cfg)
+        model = optax.chain(adam, optax.add_decayed_weights(decay, mask))
+    else:
+        matrices = optax.chain(scale_by_muon(cfg.eps), optax.add_decayed_weights(decay))
+        rest = optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps, nesterov=True)
 
-    def labels(params: Params) -> Params:
-        return jax.tree.map(lambda d: "muon" if d else "adam", decayed(cfg, params))
+        def labels(params: Params) -> Params:
+            return jax.tree.map(lambda d: "muon" if d else "adam", decayed(cfg, params))
 
-    return optax.partition({"muon": matrices, "adam": rest}, labels)
+        model = optax.partition({"muon": matrices, "adam": rest}, labels)
+    if not beside_lr:
+        return model
+    return _for_pair(model, optax.chain(adam, optax.scale(beside_lr / cfg.peak_lr)))
+
+
+def _for_pair(*both: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Two trees, each with a transformation of its own."""
+
+    def init(params: Params) -> Params:
+        return tuple(tx.init(p) for tx, p in zip(both, params, strict=True))
+
+    def update(grads: Params, state: Params, params: Params = None) -> tuple[Params, Params]:
+        found = [tx.update(*x) for tx, *x in zip(both, grads, state, params, strict=True)]
+        return tuple(u for u, _ in found), tuple(s for _, s in found)
+
+    return optax.GradientTransformation(init, update)
 
 
 class MuonState(NamedTuple):

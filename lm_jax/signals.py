@@ -12,14 +12,6 @@ class Interrupted(SystemExit):
     """The run was asked to stop, saved its state and can be resumed."""
 
 
-def agree(received: str | None) -> str | None:
-    """The signal that any process received, so that all stop after the same update."""
-    if jax.process_count() == 1:
-        return received
-    numbers = multihost_utils.process_allgather(signal.Signals[received] if received else 0)
-    return signal.Signals(numbers.max()).name if numbers.any() else None
-
-
 class Signals:
     """Turns SIGTERM and SIGINT into a request to save and stop; a second one stops at once."""
 
@@ -37,6 +29,14 @@ class Signals:
         if self.received:
             raise KeyboardInterrupt
         self.received = signal.Signals(number).name
+
+    def agreed(self) -> str | None:
+        """The signal that any process received, so that all stop after the same update."""
+        if jax.process_count() == 1:
+            return self.received
+        number = signal.Signals[self.received] if self.received else 0
+        numbers = multihost_utils.process_allgather(number)
+        return signal.Signals(numbers.max()).name if numbers.any() else None
 
     def __exit__(self, *error: object) -> None:
         """Put the old handlers back."""

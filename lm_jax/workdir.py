@@ -14,19 +14,20 @@ import jax
 from jax.sharding import Mesh
 
 import lm_jax
-from lm_jax import checkpoint, config, sharding, step
+from lm_jax import checkpoint, config, sharding
 from lm_jax.config import Config, ConfigError
 from lm_jax.data.open import open_data
 from lm_jax.data.store import Store
 from lm_jax.files import write_json
+from lm_jax.models.families import choose_attention, create_model
 
 
 def record_config(
-    workdir: pathlib.Path, cfg: Config, store: Store, *, resuming: bool, asked_dtype: str
+    workdir: pathlib.Path, cfg: Config, store: Store, *, resuming: bool, asked: Config
 ) -> None:
     """Write `config.json` and the tokenizer, or compare with those of the run to be resumed.
 
-    `asked_dtype` is `train.compute_dtype` as written, of which `cfg` has what it became here.
+    `asked` is the config as written, `cfg` what it became here.
 
     Raises:
         ConfigError: if a run with another config lives in the workdir, naming the keys.
@@ -38,7 +39,7 @@ def record_config(
         # A field that came later had its default.
         before = config.to_dict(config.from_record(old))
         own, here = before["train"]["compute_dtype"], cfg.train.compute_dtype
-        if asked_dtype == "auto" and own != here:
+        if asked.train.compute_dtype == "auto" and own != here:
             raise config.ConfigError(
                 f"config.train.compute_dtype: 'auto' is {here} on this device, and the run in "
                 f"{workdir} computes in {own}; give --config.train.compute_dtype={own} to go on."
@@ -73,6 +74,14 @@ def record_config(
     write_json(path, record)
 
 
+def clear_results(workdir: pathlib.Path) -> None:
+    """Remove what another run may have left here: its scores are not those of this one."""
+    if jax.process_index() == 0:
+        for pattern in ("eval_*.json", "documents_*.npz", "distillation.json", "watch.json"):
+            for path in workdir.glob(pattern):
+                path.unlink()
+
+
 def git_revision() -> str | None:
     """Commit of the source tree, with "+" if it has changes; None outside a checkout."""
     root = pathlib.Path(__file__).parent
@@ -91,7 +100,7 @@ def git_revision() -> str | None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class Trained:
     """A trained run, opened for use."""
 
     cfg: Config
@@ -102,13 +111,20 @@ class Run:
     step: int
 
 
-def open_run(workdir: pathlib.Path, *, best: bool = True, mesh: Mesh | None = None) -> Run:
+def open_trained(
+    workdir: pathlib.Path,
+    *,
+    best: bool = True,
+    mesh: Mesh | None = None,
+    store: Store | None = None,
+) -> Trained:
     """Config, data and parameters of a workdir.
 
     Args:
         workdir: folder of the run.
         best: the checkpoint with the lowest valid loss rather than the newest.
         mesh: where the parameters go; that of the run if None.
+        store: its data, if they are open already.
 
     Raises:
         FileNotFoundError: if the workdir holds no config or no checkpoint.
@@ -120,15 +136,15 @@ def open_run(workdir: pathlib.Path, *, best: bool = True, mesh: Mesh | None = No
     record = json.loads(path.read_text())
     checkpoint.refuse_older(path, record)
     cfg = config.from_record(record)
-    store = open_data(cfg)
+    store = store or open_data(cfg)
     if record["data"] != store.manifest:
         raise ConfigError(
             f"{path}: the run was trained on another corpus or tokenizer than {cfg.data.corpus} "
             "is now; restore the data."
         )
     mesh = mesh or sharding.make_mesh(cfg.mesh.fsdp)
-    impl, _ = step.choose_attention(cfg)
-    graphdef, init = step.create_model(cfg, store.tokenizer.vocab_size, impl)
+    impl, _ = choose_attention(cfg)
+    graphdef, init = create_model(cfg, store.tokenizer.vocab_size, impl)
     # Parameters and their average look alike; nothing else of the state is read.
     name = "ema" if cfg.optim.ema_decay else "params"
     abstract = {name: jax.eval_shape(init, jax.random.key(0))}
@@ -139,4 +155,4 @@ def open_run(workdir: pathlib.Path, *, best: bool = True, mesh: Mesh | None = No
         raise FileNotFoundError(f"{workdir}: holds no checkpoint; train the run first.")
     part = checkpoints.restore_part(checkpoint.abstract_like(abstract, shardings), best=best)
     checkpoints.close()
-    return Run(cfg, store, mesh, graphdef, part[name], position)
+    return Trained(cfg, store, mesh, graphdef, part[name], position)

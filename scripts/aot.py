@@ -41,6 +41,8 @@ from lm_jax.config import Config
 from lm_jax.config.flags import load_module
 from lm_jax.config.resolve import resolve
 from lm_jax.kernels.attention import attend
+from lm_jax.models.families import choose_attention, create_model
+from lm_jax.objective import NextToken
 
 ROOT = pathlib.Path(__file__).parents[1]
 RECORD = ROOT / "scripts" / "results" / "aot.json"
@@ -77,9 +79,7 @@ def compile_step(cfg: Config, mesh: Mesh) -> Any:
     """The compiled train step of a config, with the attention and the dtype that it gets there."""
     with jax.set_mesh(mesh):
         cfg = resolve(cfg, windows=10_000)
-        graphdef, init = step.create_model(
-            cfg, cfg.tokenizer.vocab_size, step.choose_attention(cfg)[0]
-        )
+        graphdef, init = create_model(cfg, cfg.tokenizer.vocab_size, choose_attention(cfg)[0])
         state = jax.eval_shape(lambda: step.init_state(cfg, init(jax.random.key(0))))
     shape = (1, cfg.data.batch_size, cfg.data.seq_len + 1)
     batch = {
@@ -87,7 +87,7 @@ def compile_step(cfg: Config, mesh: Mesh) -> Any:
         "segment_ids": jax.ShapeDtypeStruct(shape, jnp.int32),
         "weights": jax.ShapeDtypeStruct(shape, jnp.float32),
     }
-    return compile_for(mesh, step.make_train_step(cfg, graphdef), state, batch)
+    return compile_for(mesh, step.make_train_step(cfg, NextToken.of(cfg, graphdef)), state, batch)
 
 
 def compile_for(mesh: Mesh, function: Any, *args: Any) -> Any:

@@ -9,6 +9,7 @@ beside the size of one array of logits, of which the step holds none.
 """
 
 import argparse
+import functools
 import json
 import pathlib
 import statistics
@@ -21,9 +22,11 @@ from lm_jax import config, step
 from lm_jax.config import Config
 from lm_jax.config.flags import load_module
 from lm_jax.config.resolve import resolve
-from lm_jax.distill import step as distill_step
+from lm_jax.distill.objective import distilled
 from lm_jax.distill.teachers import Teacher
 from lm_jax.main import keep_freed_memory
+from lm_jax.models.families import choose_attention, create_model
+from lm_jax.objective import NextToken, Objective
 
 ROOT = pathlib.Path(__file__).parents[1]
 V = 8192
@@ -56,33 +59,32 @@ def main() -> None:
     B, T = small.data.batch_size, small.data.seq_len
     batch = random_batch(B, T, V)
     stacked = jax.tree.map(lambda x: x[None], batch)
-    impl, _ = step.choose_attention(small)
-    graphdef, init = step.create_model(large, V, impl)
+    impl, _ = choose_attention(small)
+    graphdef, init = create_model(large, V, impl)
     params = jax.jit(init)(jax.random.key(1))
     teacher = Teacher(("teacher",), (graphdef,), (params,))
     evaluate = step.make_eval_step(large, graphdef)
-    graphdef, init = step.create_model(small, V, impl)
+    graphdef, init = create_model(small, V, impl)
     key = jax.random.key(0)
-    plain = step.make_train_step(small, graphdef)
+    plain = step.make_train_step(small, NextToken.of(small, graphdef))
 
-    def fresh(cfg: Config) -> step.TrainState:
-        return jax.jit(lambda key: step.init_state(cfg, init(key)))(key)
+    def fresh(cfg: Config, objective: Objective) -> step.TrainState:
+        return jax.jit(lambda key: step.init_state(cfg, init(key), objective.beside(key)))(key)
 
     peers = {
         "teacher forward": Steps(
             lambda params, batch: (params, evaluate(params, batch)), params, batch
         ),
-        "student step": Steps(plain, fresh(small), stacked),
+        "student step": Steps(plain, fresh(small, NextToken(graphdef)), stacked),
     }
     for name, changes in CASES.items():
         cfg = resolved("distilled", **changes)
-        auxiliary, init_aux = distill_step.create_auxiliary(cfg, graphdef, init, teacher)
-        steps = distill_step.make_train_step(cfg, graphdef, auxiliary, teacher)
-        state = fresh(cfg)._replace(aux=init_aux(key))
-        compiled = jax.jit(steps).lower(state, stacked).compile()
+        objective = distilled(cfg, graphdef, init, teacher)
+        jitted, state = step.make_train_step(cfg, objective), fresh(cfg, objective)
+        compiled = jitted.lower(state, stacked, objective.reads).compile()
         memory = compiled.memory_analysis().temp_size_in_bytes  # type: ignore[union-attr]
         results[name] = {"temporary_mib": memory / 2**20}
-        peers[name] = Steps(steps, state, stacked)
+        peers[name] = Steps(functools.partial(jitted, reads=objective.reads), state, stacked)
     for name, ms in take_turns(peers, args.turns).items():
         results.setdefault(name, {})["step_ms"] = ms
     parts = [statistics.median(results[n]["step_ms"]) for n in ("teacher forward", "student step")]

@@ -20,7 +20,8 @@ from typing import Any
 
 from lm_jax.config.flags import load_config
 from lm_jax.main import keep_freed_memory
-from lm_jax.workdir import open_run
+from lm_jax.objective import NextToken
+from lm_jax.workdir import open_trained
 
 
 def bench_loop(cfg: Any, workdir: pathlib.Path, updates: int) -> dict[str, float]:
@@ -38,7 +39,7 @@ def bench_loop(cfg: Any, workdir: pathlib.Path, updates: int) -> dict[str, float
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     waits = [row["perf/input_wait"] for row in rows if "perf/input_wait" in row][5:]
 
-    run = open_run(workdir)
+    run = open_trained(workdir)
     evaluator = evaluate.Evaluator(
         run.cfg, run.store, run.mesh, step.make_eval_step(run.cfg, run.graphdef)
     )
@@ -46,7 +47,7 @@ def bench_loop(cfg: Any, workdir: pathlib.Path, updates: int) -> dict[str, float
 
     @jax.jit
     def forward(params, batch):
-        return step.loss_sums(run.graphdef, params, batch, dtype=dtype, key=None)
+        return NextToken(run.graphdef, dtype).scored(params, batch)
 
     split = run.store.split("valid")
     batches = windows.eval_batches(

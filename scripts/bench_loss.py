@@ -36,7 +36,7 @@ from lm_jax import loss
 from lm_jax.kernels.linear_divergence import Member, linear_distillation
 from lm_jax.kernels.linear_loss import linear_cross_entropy
 from lm_jax.main import keep_freed_memory
-from lm_jax.models.transformer import head_logits
+from lm_jax.models.layers import head_logits
 
 
 class Case(NamedTuple):

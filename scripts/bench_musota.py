@@ -20,7 +20,8 @@ from lm_jax.config import Config
 from lm_jax.config.flags import load_module
 from lm_jax.config.resolve import resolve
 from lm_jax.main import keep_freed_memory
-from lm_jax.models.sizing import size
+from lm_jax.models.families import choose_attention, create_model, size
+from lm_jax.objective import NextToken
 
 ROOT = pathlib.Path(__file__).parents[1]
 LAYERS, T, V, B = 12, 192, 16_000, 8
@@ -28,10 +29,10 @@ LAYERS, T, V, B = 12, 192, 16_000, 8
 
 def train_steps(cfg: Config) -> Steps:
     """The train step of one arm."""
-    graphdef, init = step.create_model(cfg, V, step.choose_attention(cfg)[0])
+    graphdef, init = create_model(cfg, V, choose_attention(cfg)[0])
     state = jax.jit(lambda key: step.init_state(cfg, init(key)))(jax.random.key(0))
     batch = jax.tree.map(lambda x: x[None], random_batch(B, T, V))
-    return Steps(step.make_train_step(cfg, graphdef), state, batch)
+    return Steps(step.make_train_step(cfg, NextToken.of(cfg, graphdef)), state, batch)
 
 
 def main() -> None:

@@ -12,7 +12,9 @@ import numpy as np
 from lm_jax import config, loss, step
 from lm_jax.kernels.attention import attend
 from lm_jax.kernels.linear_loss import linear_cross_entropy
-from lm_jax.models.transformer import head_logits
+from lm_jax.models.families import choose_attention, create_model
+from lm_jax.models.layers import head_logits
+from lm_jax.objective import NextToken
 
 Values = dict[str, Any]  # arrays, or lists of them
 Function = Callable[..., Values]
@@ -156,8 +158,9 @@ def step_check(case: str, layers: int, rows: int, impls: list[str]) -> Check:
     def update(attention: str, kind: str, dtype: str, precision: str) -> Function:
         changes = dict(attention__impl=attention, loss__impl=kind, train__compute_dtype=dtype)
         cfg = config.replace(base, **changes, train__matmul_precision=precision)
-        graphdef, _ = step.create_model(cfg, V, step.choose_attention(cfg)[0])
-        gradients_of, make = step.make_gradients(cfg, graphdef), step.make_update(cfg)
+        graphdef, _ = create_model(cfg, V, choose_attention(cfg)[0])
+        gradients_of = step.make_gradients(cfg, NextToken.of(cfg, graphdef))
+        make = step.make_update(cfg)
 
         def run(state: step.TrainState, batch: loss.Batch) -> Values:
             with jax.default_matmul_precision(precision):
@@ -167,12 +170,12 @@ def step_check(case: str, layers: int, rows: int, impls: list[str]) -> Check:
                 "loss": metrics["train/loss"],
                 "gradient norm": metrics["optim/grad_norm"],
                 "update norm": metrics["optim/update_norm"],
-                "gradient": jax.tree.leaves(found[2]),
+                "gradient": jax.tree.leaves(found[0]),
             }
 
         return run
 
-    _, init = step.create_model(base, V, "reference")
+    _, init = create_model(base, V, "reference")
     state = jax.jit(lambda key: step.init_state(base, init(key)))(jax.random.key(0))
     rng = np.random.default_rng(1)
     tokens = rng.integers(1, V, (B, T + 1)).astype(np.int32)

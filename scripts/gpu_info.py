@@ -12,7 +12,7 @@ import gpu_peers
 import jax
 import jax.numpy as jnp
 
-from lm_jax import step
+from lm_jax.models.families import choose_attention
 
 PACKAGES = (
     "jax jaxlib jax-cuda13-plugin jax-cuda12-plugin flax optax orbax-checkpoint grain numpy torch "
@@ -79,7 +79,7 @@ def main() -> None:
     for case in args.cases.split(","):
         for peer in ("lm_jax", "lm_jax plain"):
             cfg = gpu_peers.config_of(gpu_peers.CASES[case], peer)
-            impl, reason = step.choose_attention(cfg)
+            impl, reason = choose_attention(cfg)
             say(case=case, peer=peer, attention=impl, reason=reason)
     say(gemm_tflops=benchmark.clock())
     say(copy_tb_per_s=copy_rate())

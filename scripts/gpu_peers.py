@@ -23,6 +23,7 @@ from lm_jax import config
 from lm_jax.config import Config
 from lm_jax.config.flags import load_module
 from lm_jax.config.resolve import resolve
+from lm_jax.models.families import choose_attention, create_model
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 
@@ -30,7 +31,7 @@ CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 class Case(NamedTuple):
     """A model and its batch."""
 
-    fields: str  # a file in configs/; empty: the defaults
+    config: str  # a file in configs/; empty: the defaults
     changes: dict[str, Any]
     vocab_size: int
     peers: tuple[str, ...]
@@ -131,11 +132,12 @@ class JaxPeer:
         import jax
 
         from lm_jax import optim, step
+        from lm_jax.objective import NextToken
 
         cfg = config_of(case, name)
         self.waits = device == "cpu"
-        self.attention, _ = step.choose_attention(cfg)
-        graphdef, init = step.create_model(cfg, case.vocab_size, self.attention)
+        self.attention, _ = choose_attention(cfg)
+        graphdef, init = create_model(cfg, case.vocab_size, self.attention)
         seen: dict[str, tuple[int, ...]] = {}
 
         def value(path: Any, like: Any) -> np.ndarray:
@@ -158,7 +160,7 @@ class JaxPeer:
             {k: np.repeat(v[None], self.count, axis=0) for k, v in batch.items()}
         )
         began = time.perf_counter()
-        train_steps: Any = step.make_train_step(cfg, graphdef)
+        train_steps: Any = step.make_train_step(cfg, NextToken.of(cfg, graphdef))
         self.train_steps = train_steps.lower(self.state, self.batches).compile()
         self.compile_seconds = time.perf_counter() - began
         self.version = f"jax {jax.__version__}"

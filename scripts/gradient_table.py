@@ -21,11 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lm_jax import doctor, loss, step
+from lm_jax import doctor, loss
 from lm_jax.config import Config
 from lm_jax.config.flags import load_config
 from lm_jax.config.resolve import resolve
-from lm_jax.models.transformer import unstack
+from lm_jax.models.families import create_model
+from lm_jax.models.layers import unstack
+from lm_jax.objective import NextToken
 
 T = 7
 V = 101  # enough for every backward pass; the widths of the layers are those of the config
@@ -56,7 +58,7 @@ class Row:
 def parts(cfg: Config, seed: int = 0) -> Iterator[Part]:
     """The layers of a dense model, from the loss down to the tables, and the whole model."""
     rng = np.random.default_rng(seed)
-    graphdef, init = step.create_model(cfg, V, "reference")
+    graphdef, init = create_model(cfg, V, "reference")
     leaves, tree = jax.tree.flatten(init(jax.random.key(seed)))
     params = jax.tree.unflatten(tree, [0.3 * rng.standard_normal(x.shape) for x in leaves])
     batch: dict[str, Any] = {
@@ -69,9 +71,7 @@ def parts(cfg: Config, seed: int = 0) -> Iterator[Part]:
     x_BTD = rng.standard_normal((2, T, cfg.model.d_model))
 
     def mean_loss(params: Any, _: Any, impl: str) -> jax.Array:
-        sums = step.loss_sums(
-            graphdef, params, batch, dtype=jnp.dtype("float64"), key=None, loss_impl=impl
-        )
+        sums = NextToken(graphdef, jnp.dtype("float64"), impl).scored(params, batch)
         return sums.objective / sums.count
 
     def head_and_loss(head_VD: Any, x_BTD: Any, impl: str) -> jax.Array:

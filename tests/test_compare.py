@@ -14,7 +14,7 @@ from lm_jax import config
 from lm_jax.compare import compare, ranking
 from lm_jax.config import Config
 from lm_jax.config.resolve import resolve
-from lm_jax.models import sizing
+from lm_jax.models import size as size_module
 
 DOCUMENTS, TOKENS, BYTES = 50, 40, 160  # of the split, and of each document
 STEPS = 20
@@ -206,7 +206,7 @@ def test_values_are_those_of_the_runs(three):
     arm = values["arms"][2]
     assert arm["seeds"] == [0, 1, 2] and arm["tokenizer"] == "bpe 300"
     cfg = config.from_dict(json.loads((three[3] / "config.json").read_text())["config"])
-    size = sizing.size(cfg.model, 300, 16)
+    size = size_module.size(cfg.model, 300, 16)
     parts = [arm[f"parameters_{p}"] for p in ("total", "table", "positions", "blocks")]
     assert parts == [size.total, size.table, size.positions, size.blocks]
     assert arm["flops_per_token"] == size.flops

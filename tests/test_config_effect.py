@@ -22,15 +22,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm_jax import config, step, train
+from lm_jax import checkpoint, config, preflight, setup, step, train
 from lm_jax import workdir as run_files
 from lm_jax.config import Config
 from lm_jax.config.resolve import resolve
 from lm_jax.data import corpora, shards
 from lm_jax.data.windows import batch_hash
-from lm_jax.distill import step as distill_step
-from lm_jax.doctor import Report
+from lm_jax.distill.objective import distilled
+from lm_jax.doctor import Report, provenance
 from lm_jax.kernels import device
+from lm_jax.models import families
+from lm_jax.objective import NextToken
 from tests.distill.test_step import toy_teacher
 from tests.test_hf_tokenizer import byte_level, save
 
@@ -218,16 +220,18 @@ def text_of(traced):
 def trace(cfg):
     """The initialisation and the steps as they are compiled."""
     cfg = resolve(cfg, windows=50)
-    graphdef, init = step.create_model(cfg, V, cfg.attention.impl)
+    graphdef, init = families.create_model(cfg, V, cfg.attention.impl)
     key = jax.random.key(0)
     state = jax.eval_shape(lambda key: step.init_state(cfg, init(key)), key)
 
     def distillation():
         teacher = toy_teacher()
-        auxiliary, init_aux = distill_step.create_auxiliary(cfg, graphdef, init, teacher)
-        steps = distill_step.make_train_step(cfg, graphdef, auxiliary, teacher)
-        aux = jax.eval_shape(init_aux, key)
-        return digest(str(jax.make_jaxpr(steps)(state._replace(aux=aux), batch(1))))
+        objective = distilled(cfg, graphdef, init, teacher)
+        with_it = jax.eval_shape(
+            lambda key: step.init_state(cfg, init(key), objective.beside(key)), key
+        )
+        steps = step.make_train_step(cfg, objective)
+        return text_of(steps.trace(with_it, batch(1), objective.reads))
 
     def batch(*lead):
         shape = (*lead, cfg.data.batch_size, cfg.data.seq_len + 1)
@@ -240,7 +244,9 @@ def trace(cfg):
 
     return {
         "initialisation": lambda: text_of(jax.jit(init).trace(key)),
-        "train_step": lambda: text_of(step.make_train_step(cfg, graphdef).trace(state, batch(1))),
+        "train_step": lambda: text_of(
+            step.make_train_step(cfg, NextToken.of(cfg, graphdef)).trace(state, batch(1))
+        ),
         "eval_step": lambda: text_of(
             step.make_eval_step(cfg, graphdef).trace(state.params, batch())
         ),
@@ -264,8 +270,8 @@ def loop(cfg, workdir):
         seen["implementation"] = impl
         return None, lambda key: {"kernel": jax.random.normal(key, (4, 2))}
 
-    def make_train_step(cfg, graphdef):
-        def train_steps(state, batches):
+    def make_train_step(cfg, objective):
+        def train_steps(state, batches, reads):
             batches = jax.device_get(batches)
             count = len(batches["tokens"])
             first = sum(seen["calls"])
@@ -299,7 +305,7 @@ def loop(cfg, workdir):
 
         return eval_step
 
-    class Checkpoints(train.checkpoint.Checkpoints):
+    class Checkpoints(checkpoint.Checkpoints):
         def save(self, state, manifest, *, best=False):
             seen["saved"].append((manifest["position"], best))
             super().save(state, manifest, best=best)
@@ -320,7 +326,7 @@ def loop(cfg, workdir):
         seen["reader_threads"].append(options["num_threads"])
         return read_options(**options)
 
-    prepare, popen = train.open_data, subprocess.Popen
+    prepare, popen = setup.open_data, subprocess.Popen
 
     def open_data(cfg):
         if "manifest" not in seen:  # otherwise nothing would be left to tokenise
@@ -335,15 +341,15 @@ def loop(cfg, workdir):
 
     screen = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(screen):
-        patch.setattr(step, "create_model", create_model)
+        patch.setattr(setup, "create_model", create_model)
+        patch.setattr(run_files, "create_model", create_model)
         patch.setattr(step, "make_train_step", make_train_step)
         patch.setattr(step, "make_eval_step", make_eval_step)
-        patch.setattr(train.checkpoint, "Checkpoints", Checkpoints)
-        patch.setattr(train, "open_data", open_data)
-        patch.setattr(run_files, "open_data", open_data)
+        patch.setattr(setup, "Checkpoints", Checkpoints)
+        patch.setattr(setup, "open_data", open_data)
         patch.setattr(run_files, "git_revision", lambda: None)
-        patch.setattr(train.preflight, "examine_config", examine_config)
-        patch.setattr(train.provenance, "trace", lambda *_, **__: None)
+        patch.setattr(preflight, "examine_config", examine_config)
+        patch.setattr(provenance, "trace", lambda *_, **__: None)
         patch.setattr(grain, "ReadOptions", note_threads)
         patch.setattr(corpora, "SYNTHETIC_LENGTH", 40)
         if cfg.data.workers:

@@ -7,13 +7,13 @@ import types
 import jax
 import pytest
 
-from lm_jax import config, generate, step, train
+from lm_jax import config, generate, train
 from lm_jax.config import Duration
 from lm_jax.config.flags import load_module
 from lm_jax.config.resolve import resolve
 from lm_jax.kernels import device
-from lm_jax.models.sizing import size
-from lm_jax.workdir import open_run
+from lm_jax.models.families import choose_attention, create_model, size
+from lm_jax.workdir import open_trained
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("*.py"))
@@ -47,8 +47,8 @@ def test_config_resolves(name):
     assert f"python -m lm_jax.main --config=configs/{name}.py" in module.__doc__
     cfg = resolve(module.get_config(), windows=5000)
     vocab_size, millions = SIZES[name]
-    _, init = step.create_model(cfg, vocab_size, "reference")
-    count = train.parameter_count(jax.eval_shape(init, jax.random.key(0)))
+    _, init = create_model(cfg, vocab_size, "reference")
+    count = sum(x.size for x in jax.tree.leaves(jax.eval_shape(init, jax.random.key(0))))
     if millions:
         assert abs(count / 1e6 - millions) < 0.2, count
 
@@ -58,8 +58,8 @@ def test_published_sizes_are_exact(name):
     cfg = resolve(load(name).get_config(), windows=5000)
     vocab_size, millions = SIZES[name]
     assert cfg.tokenizer.vocab_size == vocab_size
-    _, init = step.create_model(cfg, vocab_size, "reference")
-    count = train.parameter_count(jax.eval_shape(init, jax.random.key(0)))
+    _, init = create_model(cfg, vocab_size, "reference")
+    count = sum(x.size for x in jax.tree.leaves(jax.eval_shape(init, jax.random.key(0))))
     assert count == round(1e6 * millions)
 
 
@@ -129,10 +129,10 @@ def test_configs_for_a_gpu_suit_the_gpu(kind, dtype, impls, monkeypatch):
         cfg = resolve(load(name).get_config(), windows=5000)
         assert cfg.train.compute_dtype == dtype
         assert cfg.train.matmul_precision == "tensorfloat32"
-        chosen, reason = step.choose_attention(cfg)
+        chosen, reason = choose_attention(cfg)
         assert chosen == impl and f", {dtype}, head width 64" in reason
     mu_sota = resolve(load("musota").get_config(), windows=5000)
-    assert step.choose_attention(mu_sota)[0] == "xla"  # its heads are 2 wide
+    assert choose_attention(mu_sota)[0] == "xla"  # its heads are 2 wide
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +177,7 @@ def test_wikitext2_trains_in_float16(small_wikitext2, tmp_path):
     skipped = sum(row.get("optim/skipped_updates", 0) for row in rows)
     assert len(scales) == 30 and skipped == 0
     assert result["valid"]["loss"] < 0.9 * rows[0]["train/loss"]
-    run = open_run(tmp_path / "run")
+    run = open_trained(tmp_path / "run")
     assert run.cfg.train.compute_dtype == "float16"
     (sample,) = generate.generate(run, "To be", tokens=8, samples=1)
     assert len(sample.ids) == 8

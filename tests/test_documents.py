@@ -12,6 +12,8 @@ from lm_jax import config, evaluate, loss, sharding, step
 from lm_jax.config import Config
 from lm_jax.config.resolve import resolve
 from lm_jax.data.open import open_data
+from lm_jax.models.families import create_model
+from lm_jax.objective import NextToken
 from tests.helpers import randomise
 
 T = 40
@@ -52,7 +54,7 @@ def store(cfg):
 @pytest.fixture(scope="module")
 def model(cfg, store):
     """Structure, and parameters under which every token depends on those before it."""
-    graphdef, init = step.create_model(resolved(cfg), store.tokenizer.vocab_size, "reference")
+    graphdef, init = create_model(resolved(cfg), store.tokenizer.vocab_size, "reference")
     return graphdef, randomise(init(jax.random.key(0)), 1)
 
 
@@ -83,7 +85,7 @@ def alone(store, model):
         one = {name: x[row : row + 1] for name, x in rows.items()}
         return score_row(one).nats
 
-    score_row = jax.jit(lambda b: step.loss_sums(*model, b, dtype=jnp.float32, key=None))
+    score_row = jax.jit(lambda b: NextToken(model[0]).scored(model[1], b))
     return np.array([nats(row) for row in range(len(tokens))], np.float64)
 
 

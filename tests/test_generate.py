@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lm_jax import config, generate, loss, step, train
+from lm_jax import config, generate, loss, train
 from lm_jax.config import Config
 from lm_jax.data.tokenizers.kinds import CharTokenizer
 from lm_jax.generate import ArgumentError, sample, shortlist
-from lm_jax.workdir import Run, open_run
+from lm_jax.models.families import create_model
+from lm_jax.objective import NextToken
+from lm_jax.workdir import Trained, open_trained
 from tests.helpers import every, randomise, tiny_config
 
 FAMILIES = {
@@ -41,11 +43,11 @@ class Letters:
 
 
 def make_run(std=0.3, **changes):
-    """A run with random parameters, as `open_run` would return it."""
+    """A run with random parameters, as `open_trained` would return it."""
     cfg = tiny_config(**{"data__seq_len": 24} | changes)
-    graphdef, init = step.create_model(cfg, V, "reference")
+    graphdef, init = create_model(cfg, V, "reference")
     params = randomise(jax.jit(init)(jax.random.key(1)), 1, std)
-    return Run(cfg, Letters(), None, graphdef, params, 7)
+    return Trained(cfg, Letters(), None, graphdef, params, 7)
 
 
 def full_logits(run, tokens_BT, dtype=jnp.float32):
@@ -87,9 +89,7 @@ def test_log_probs_are_those_of_the_scoring_path(family):
     run = make_run(**FAMILIES[family])
     prompt = "ab c."
     made = generate.generate(run, prompt, tokens=19, samples=2, temperature=1, seed=3)
-    score = jax.jit(
-        lambda batch: step.loss_sums(run.graphdef, run.params, batch, dtype=jnp.float32, key=None)
-    )
+    score = jax.jit(lambda batch: NextToken(run.graphdef).scored(run.params, batch))
     for one in made:
         tokens = np.array([[0, *LETTERS.encode(prompt), *one.ids]], np.int32)
         weights = np.float32(np.arange(25) > len(prompt))[None]
@@ -314,7 +314,7 @@ def test_command(workdir, monkeypatch, capsys):
     for record in records:
         assert len(record["ids"]) == len(record["log_probs"]) == len(record["text"]) == 9
         assert f"to {record['text']}\n" in out
-    run = open_run(workdir)
+    run = open_trained(workdir)
     again = generate.generate(
         run, "to ", tokens=9, samples=2, temperature=1.5, top_k=5, top_p=0.9, seed=3
     )

@@ -7,9 +7,12 @@ import pytest
 from flax import nnx
 from jax.test_util import check_grads
 
-from lm_jax import loss, optim, step
+from lm_jax import loss, optim
 from lm_jax.kernels.attention import attend
-from lm_jax.models.transformer import MLP, Block, Norm, head_logits, rotary
+from lm_jax.models.families import create_model
+from lm_jax.models.layers import Norm, head_logits, rotary
+from lm_jax.models.transformer import MLP, Block
+from lm_jax.objective import NextToken
 from tests.helpers import every, random_batch, randomise, tiny_config
 from tests.test_transformer import FAMILIES
 
@@ -149,13 +152,13 @@ def test_block():
 @pytest.mark.parametrize("family", every(FAMILIES))
 def test_whole_model(family):
     cfg = tiny_config(data__seq_len=5, **FAMILIES[family])
-    graphdef, init = step.create_model(cfg, V, "reference")
+    graphdef, init = create_model(cfg, V, "reference")
     params = jax.tree.map(lambda x: x.astype(jnp.float64), init(jax.random.key(0)))
     params = randomise(params, 3)
     batch = float64_batch(17, (2, 6))
 
     def f(params):
-        sums = step.loss_sums(graphdef, params, batch, dtype=jnp.float64, key=None)
+        sums = NextToken(graphdef, jnp.float64).scored(params, batch)
         return sums.objective / sums.count
 
     f = jax.jit(f)

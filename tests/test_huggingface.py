@@ -14,9 +14,10 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
-from lm_jax import config, step
+from lm_jax import config
 from lm_jax.config.resolve import resolve
 from lm_jax.models import huggingface
+from lm_jax.models.families import create_model
 
 V = 37
 LLAMA = {
@@ -267,7 +268,7 @@ def package_logits(folder, tokens_BT):
     cfg = config.replace(config.Config(model=model_cfg), data__seq_len=max_len)
     resolved = resolve(config.replace(cfg, train__steps="200"), windows=50)
     assert resolved.model == model_cfg
-    graphdef, init = step.create_model(cfg, vocab_size, "reference")
+    graphdef, init = create_model(cfg, vocab_size, "reference")
     like = jax.eval_shape(init, jax.random.key(0))
     found = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
     assert found == like

@@ -18,7 +18,7 @@ from lm_jax.kernels import linear_loss
 from lm_jax.kernels.chunks import rows_per_chunk
 from lm_jax.kernels.linear_divergence import Member, linear_distillation
 from lm_jax.kernels.linear_loss import linear_cross_entropy
-from lm_jax.models.transformer import head_logits
+from lm_jax.models.layers import head_logits
 from tests.test_gradients import check
 
 B, T, D, V = 3, 11, 8, 97

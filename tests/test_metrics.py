@@ -2,12 +2,13 @@ import math
 import sys
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm_jax import metrics, step
+from lm_jax import metrics
 from lm_jax.metrics import Sums
+from lm_jax.models.families import create_model
+from lm_jax.objective import NextToken
 from tests.helpers import random_batch, tiny_config
 
 V = 29
@@ -76,7 +77,7 @@ SHAPES = [
 @pytest.mark.parametrize("changes", SHAPES)
 def test_flops_are_six_a_weight_and_attention(changes):
     cfg = tiny_config(**changes)
-    _, init = step.create_model(cfg, V, "reference")
+    _, init = create_model(cfg, V, "reference")
     params = jax.eval_shape(init, jax.random.key(0))
     weights = sum(
         leaf.size for p, leaf in jax.tree.leaves_with_path(params) if "kernel" in str(p[-1])
@@ -109,12 +110,12 @@ FACTORISED: list[dict] = [dict(model__embedding_rank=5, model__tied=tied) for ti
 @pytest.mark.parametrize("changes", [*SHAPES, *FACTORISED])
 def test_flops_are_those_of_the_traced_gradient(changes):
     cfg = tiny_config(**changes)
-    graphdef, init = step.create_model(cfg, V, "reference")
+    graphdef, init = create_model(cfg, V, "reference")
     params = jax.eval_shape(init, jax.random.key(0))
     batch = random_batch(np.random.default_rng(0), (3, 12), V)
 
     def loss(params):
-        return step.loss_sums(graphdef, params, batch, dtype=jnp.float32, key=None)[0]
+        return NextToken(graphdef).scored(params, batch).objective
 
     tokens = 3 * 11
     counted = products(jax.make_jaxpr(jax.grad(loss))(params).jaxpr) / tokens

@@ -13,6 +13,7 @@ from lm_jax.config import ConfigError
 from lm_jax.config.resolve import resolve
 from lm_jax.data.open import open_data
 from lm_jax.models import musota
+from lm_jax.models.families import create_model
 from tests.helpers import randomise, tiny_config
 from tests.test_train import small, text  # noqa: F401
 
@@ -37,7 +38,7 @@ def test_blocks_are_squares_of_the_matrix_and_back():
 @pytest.mark.parametrize(("n", "T", "vocab"), [(12, 128, 50_000), (24, 512, 50_000), (1, 7, 11)])
 def test_parameters_are_those_of_the_closed_form(n, T, vocab):
     cfg = tiny_config(**MUSOTA, model__layers=n, data__seq_len=T)
-    _, init = step.create_model(cfg, vocab, "reference")
+    _, init = create_model(cfg, vocab, "reference")
     leaves = jax.tree.leaves(jax.eval_shape(init, jax.random.key(0)))
     assert sum(x.size for x in leaves) == vocab * (129 + 16 * n) + 64 * T + 52_640 * n + 128
 
@@ -115,7 +116,7 @@ def by_equations(params, tokens):
 @pytest.mark.parametrize("impl", ["reference", "blockwise", "xla"])
 def test_the_model_is_its_equations(impl):
     cfg = tiny_config(**MUSOTA)
-    graphdef, init = step.create_model(cfg, V, impl)
+    graphdef, init = create_model(cfg, V, impl)
     params = randomise(jax.jit(init)(jax.random.key(0)), 1, 0.5)
     rng = np.random.default_rng(2)
     tokens_BT = rng.integers(0, V, (3, 9)).astype(np.int32)
@@ -147,7 +148,7 @@ def test_entropy_is_a_share_of_its_maximum():
 def test_dropout_reaches_the_gate():
     """In the first layer nothing before the gate is random but the gate itself."""
     cfg = tiny_config(**MUSOTA, model__dropout=0.5)
-    graphdef, init = step.create_model(cfg, V, "reference")
+    graphdef, init = create_model(cfg, V, "reference")
     model = nnx.merge(graphdef, randomise(jax.jit(init)(jax.random.key(0)), 1, 0.5))
     tokens_BT = np.arange(8, dtype=np.int32)[None]
     read = (tokens_BT, np.ones_like(tokens_BT), tokens_BT)
@@ -170,7 +171,7 @@ def test_evaluation_reports_the_sensitivity_of_every_block(text):  # noqa: F811
     kind = {"model__layers": 2, "model__d_model": 128, "model__heads": 4, "model__family": "musota"}
     cfg = resolve(small(text, **kind), windows=50)
     store = open_data(cfg)
-    graphdef, init = step.create_model(cfg, store.tokenizer.vocab_size, "reference")
+    graphdef, init = create_model(cfg, store.tokenizer.vocab_size, "reference")
     params = randomise(jax.jit(init)(jax.random.key(0)), 3, 0.5)
     eval_step = step.make_eval_step(cfg, graphdef)
     evaluator = evaluate.Evaluator(cfg, store, sharding.make_mesh(1), eval_step)

@@ -4,8 +4,9 @@ import numpy as np
 import optax
 import pytest
 
-from lm_jax import optim, step
+from lm_jax import optim
 from lm_jax.config import Duration, OptimConfig
+from lm_jax.models.families import create_model
 from tests.helpers import tiny_config
 
 
@@ -40,7 +41,7 @@ def test_schedule_shapes():
 
 def params_of(**changes):
     cfg = tiny_config(model__norm="layernorm", model__bias=True, **changes)
-    _, init = step.create_model(cfg, 29, "reference")
+    _, init = create_model(cfg, 29, "reference")
     return cfg, init(jax.random.key(0))
 
 

@@ -14,6 +14,8 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from lm_jax import checkpoint, sharding, step, train
+from lm_jax.models.families import create_model
+from lm_jax.objective import NextToken
 from tests.helpers import random_batch, tiny_config
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -124,7 +126,7 @@ def sharded_config(accumulation, devices):
 def run_on(mesh, accumulation):
     """Metrics, state on the host and shard shapes after the updates; as train.py does it."""
     cfg = sharded_config(accumulation, mesh.size)
-    graphdef, init = step.create_model(cfg, V, "reference")
+    graphdef, init = create_model(cfg, V, "reference")
 
     def init_state(key):
         return step.init_state(cfg, init(key))
@@ -135,7 +137,7 @@ def run_on(mesh, accumulation):
     start = jax.device_get(state.params)
     batches = sharding.put_batch(mesh, ragged_batches(), axis=1)
     with jax.set_mesh(mesh):
-        state, metrics = step.make_train_step(cfg, graphdef)(state, batches)
+        state, metrics = step.make_train_step(cfg, NextToken.of(cfg, graphdef))(state, batches)
     rows = jax.tree.map(lambda x: x[0], ragged_batches())
     sums = step.make_eval_step(cfg, graphdef)(state.params, sharding.put_batch(mesh, rows, axis=0))
     names = [jax.tree_util.keystr(p) for p, _ in jax.tree.leaves_with_path(state)]

@@ -5,10 +5,10 @@ import dataclasses
 import jax
 import pytest
 
-from lm_jax import step
 from lm_jax.config import Config, ModelConfig
 from lm_jax.config.resolve import resolve
-from lm_jax.models.sizing import allocated, matched, size
+from lm_jax.models.families import create_model, size
+from lm_jax.models.sizing import allocated, matched
 
 # 50,000 ids, rows of 128, 12 layers: MU-SOTA as published has 16,690,000 parameters, of which
 # 631,808 are in no table.
@@ -42,7 +42,7 @@ def test_size_counts_the_parameters_of_the_model(changes):
     cfg = Config()
     cfg.model = dataclasses.replace(cfg.model, layers=3, d_model=48, **changes)
     cfg = resolve(cfg, windows=100)
-    _, init = step.create_model(cfg, 101, "reference")
+    _, init = create_model(cfg, 101, "reference")
     params = jax.eval_shape(init, jax.random.key(0))
     found = size(cfg.model, 101, cfg.data.seq_len)
     assert found.total == sum(leaf.size for leaf in jax.tree.leaves(params))

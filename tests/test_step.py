@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from lm_jax import optim, step
+from lm_jax.models.families import create_model
+from lm_jax.objective import NextToken
 from tests.helpers import random_batch, tiny_config
 
 V = 29
@@ -13,7 +15,7 @@ V = 29
 
 def make(**changes):
     cfg = tiny_config(**changes)
-    graphdef, init = step.create_model(cfg, V, "reference")
+    graphdef, init = create_model(cfg, V, "reference")
     return cfg, graphdef, step.init_state(cfg, init(jax.random.key(0)))
 
 
@@ -26,10 +28,9 @@ def ragged(rng, rows=6, width=12):
 
 
 def gradients(graphdef, params, batch, accumulation):
-    f = functools.partial(
-        step.gradients, graphdef, accumulation=accumulation, dtype=jnp.float32, key=None
-    )
-    return jax.jit(f)(params, batch)
+    f = functools.partial(step.gradients, NextToken(graphdef), accumulation=accumulation, key=None)
+    grads, found = jax.jit(f)(params, batch)
+    return found.nats, found.count, grads
 
 
 @pytest.mark.parametrize("accumulation", [2, 3, 6])
@@ -73,7 +74,7 @@ def stacked(rng, steps):
 
 def run(batches, **changes):
     cfg, graphdef, state = make(**changes)
-    return state, *step.make_train_step(cfg, graphdef)(
+    return state, *step.make_train_step(cfg, NextToken.of(cfg, graphdef))(
         jax.tree.map(jnp.copy, state), jax.tree.map(jnp.asarray, batches)
     )
 
@@ -93,7 +94,7 @@ def test_one_dispatch_of_many_is_many_of_one():
     changes = dict(model__dropout=0.2, optim__ema_decay=0.9, data__micro_batch=3)
     _, together, metrics = run(batches, **changes)
     cfg, graphdef, state = make(**changes)
-    train_step = step.make_train_step(cfg, graphdef)
+    train_step = step.make_train_step(cfg, NextToken.of(cfg, graphdef))
     losses = []
     for i in range(4):
         one = {name: jnp.asarray(x[i : i + 1]) for name, x in batches.items()}
@@ -174,7 +175,9 @@ def test_float16_scales_the_loss_up_and_down():
     np.testing.assert_allclose(low["optim/grad_norm"][ok][0], wide["optim/grad_norm"][0], rtol=3e-2)
     cfg, graphdef, start = make(train__compute_dtype="float16")
     start = start._replace(loss_scale=jnp.float32(2.0**24))
-    state, low = step.make_train_step(cfg, graphdef)(start, jax.tree.map(jnp.asarray, batches))
+    state, low = step.make_train_step(cfg, NextToken.of(cfg, graphdef))(
+        start, jax.tree.map(jnp.asarray, batches)
+    )
     scales = np.asarray(low["optim/loss_scale"])
     assert low["optim/skipped_updates"][0] == 1 and scales[1] == scales[0] / 2
     assert low["optim/skipped_updates"][-1] == 0
@@ -185,7 +188,7 @@ def test_eval_is_exact_and_repeatable():
     batch = random_batch(np.random.default_rng(10), (4, 12), V)
     eval_step = step.make_eval_step(cfg, graphdef)
     a, b = eval_step(state.params, batch), eval_step(state.params, batch)
-    sums = step.loss_sums(graphdef, state.params, batch, dtype=jnp.float32, key=None)
+    sums = NextToken(graphdef).scored(state.params, batch)
     jax.tree.map(np.testing.assert_array_equal, a, b)
     assert a["count"] == sums.count
     np.testing.assert_allclose(a["nats"], sums.nats, rtol=1e-6)

@@ -13,12 +13,12 @@ import jax
 import numpy as np
 import pytest
 
-from lm_jax import config, evaluate, step, train
+from lm_jax import config, evaluate, setup, step, train
 from lm_jax.compare import compare
 from lm_jax.config import Config, ConfigError
 from lm_jax.data import windows
 from lm_jax.signals import Interrupted
-from lm_jax.workdir import open_run
+from lm_jax.workdir import open_trained
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -74,8 +74,7 @@ class StopAfter:
     def __exit__(self, *_):
         pass
 
-    @property
-    def received(self):
+    def agreed(self):
         self.count -= 2
         return "SIGTERM" if self.count <= 0 else None
 
@@ -86,7 +85,7 @@ def rows(workdir):
 
 
 def final_state(workdir):
-    run = open_run(pathlib.Path(workdir), best=False)
+    run = open_trained(pathlib.Path(workdir), best=False)
     assert run.step == int(run.cfg.train.steps)
     return [np.asarray(x) for x in jax.tree.leaves(run.params)]
 
@@ -314,7 +313,7 @@ def test_evaluation_refuses_another_corpus(straight, text):
     changed.write_text(old.replace("ba", "ab"))
     try:
         with pytest.raises(ConfigError, match="another corpus or tokenizer"):
-            open_run(straight[0])
+            open_trained(straight[0])
     finally:
         changed.write_text(old)
 
@@ -357,7 +356,7 @@ def test_finished_run_is_only_reported_again(straight, text):
 
 
 def test_batch_size_and_stride_of_evaluation(straight):
-    run = open_run(straight[0])
+    run = open_trained(straight[0])
 
     def score(batch_size, stride):
         cfg = config.replace(run.cfg, eval__batch_size=batch_size, eval__stride=stride)
@@ -397,7 +396,7 @@ def test_divergence_stops_with_the_reason(text, tmp_path, capsys):
 def test_what_metrics_rule_out_is_told_once_while_training(
     text, tmp_path, monkeypatch, capsys, changes, told
 ):
-    monkeypatch.setattr(train, "examine", lambda *_: None)
+    monkeypatch.setattr(setup, "examine", lambda *_: None)
     cfg = small(text, doctor="fast", train__eval_every="3", optim__clip_norm=100.0)
     train.train_and_evaluate(config.replace(cfg, **changes), tmp_path)
     lines = capsys.readouterr().out.splitlines()

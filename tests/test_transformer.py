@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lm_jax import loss, step
+from lm_jax import loss
 from lm_jax.kernels.attention import attend
 from lm_jax.kernels.rowwise import along_last, normalise, swiglu
-from lm_jax.models.transformer import Norm, add_bias, rotary
+from lm_jax.models.families import create_model
+from lm_jax.models.layers import Norm, add_bias, rotary
+from lm_jax.objective import NextToken
 from tests.helpers import every, random_batch, randomise, tiny_config
 
 V = 29
@@ -30,7 +32,7 @@ FAMILIES = {
 
 def build(seed=0, impl="reference", **changes):
     cfg = tiny_config(**changes)
-    graphdef, init = step.create_model(cfg, V, impl)
+    graphdef, init = create_model(cfg, V, impl)
     return cfg, graphdef, randomise(jax.jit(init)(jax.random.key(seed)), seed)
 
 
@@ -127,7 +129,7 @@ def test_scan_and_remat_are_the_same_function():
 
     def grads(graphdef, params):
         def total(params):
-            return step.loss_sums(graphdef, params, batch, dtype=jnp.float32, key=None)[0]
+            return NextToken(graphdef).scored(params, batch).objective
 
         return jax.value_and_grad(total)(params)
 
@@ -252,7 +254,7 @@ def test_low_precision_follows_float32(dtype):
 
 def test_initialisation_is_declared():
     cfg = tiny_config(model__d_model=64, model__init="normal", model__tied=False)
-    _, init = step.create_model(cfg, 500, "reference")
+    _, init = create_model(cfg, 500, "reference")
     params = init(jax.random.key(0))
     block = jax.tree.map(lambda x: x[1], params["blocks"])
     residual = 0.02 / np.sqrt(2 * cfg.model.layers)

@@ -45,7 +45,8 @@ from lm_jax import doctor, metrics
 from lm_jax.compare import page, ranking, tables
 from lm_jax.compare.runs import Arm, Run, group, load_run
 from lm_jax.files import finite_or_none, write_json
-from lm_jax.models import sizing
+from lm_jax.models.families import size
+from lm_jax.models.size import Size
 
 _FEW_DOCUMENTS = 20
 
@@ -161,13 +162,13 @@ def _same_models(arms: Sequence[Arm]) -> list[list[str]]:
     return found["config.same_arms"].values["same"]
 
 
-def _size(arm: Arm) -> sizing.Size:
+def _size(arm: Arm) -> Size:
     run = arm.runs[0]
-    return sizing.size(run.cfg.model, run.data["vocab_size"], run.cfg.data.seq_len)
+    return size(run.cfg.model, run.data["vocab_size"], run.cfg.data.seq_len)
 
 
 def _describe(arm: Arm, words: int, one_tokenizer: bool) -> dict[str, Any]:
-    size, first = _size(arm), arm.runs[0]
+    sizes, first = _size(arm), arm.runs[0]
     loss = np.array([run.result["loss"] for run in arm.runs])
     tokens = first.result["token_count"]
     return {
@@ -175,11 +176,11 @@ def _describe(arm: Arm, words: int, one_tokenizer: bool) -> dict[str, Any]:
         "folders": [str(run.folder) for run in arm.runs],
         "seeds": [run.cfg.seed for run in arm.runs],
         "tokenizer": _tokenizer(first),
-        "parameters_total": size.total,
-        "parameters_table": size.table,
-        "parameters_positions": size.positions,
-        "parameters_blocks": size.blocks,
-        "flops_per_token": size.flops,
+        "parameters_total": sizes.total,
+        "parameters_table": sizes.table,
+        "parameters_positions": sizes.positions,
+        "parameters_blocks": sizes.blocks,
+        "flops_per_token": sizes.flops,
         "tokens_seen": float(np.mean([run.tokens_seen for run in arm.runs])),
         "text_bytes_seen": arm.bytes_seen,
         "tokens_per_second": float(np.median([run.tokens_per_second for run in arm.runs])),

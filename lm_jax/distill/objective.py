@@ -1,18 +1,23 @@
 """The objective of a distillation: terms, their weights over the run, and their sum."""
 
-from typing import Any
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from lm_jax import sharding
-from lm_jax.config import ROUTED, STATES, Config, ConfigError, Curve, ModelConfig
+from lm_jax.config import INSIDE, ROUTED, STATES, Config, ConfigError, Curve, ModelConfig
 from lm_jax.distill import terms
 from lm_jax.distill.router import Router
-from lm_jax.distill.teachers import Reading
+from lm_jax.distill.teachers import Reading, Teacher
+from lm_jax.kernels.linear_divergence import linear_distillation
 from lm_jax.loss import Batch, Shifted, shift
-from lm_jax.models.transformer import Linear, Observed
+from lm_jax.models.layers import Linear
+from lm_jax.models.transformer import Observed
+from lm_jax.objective import Summary
 
 # Field of config.distill to the name under which the raw term is logged.
 LOGGED_AS = {"kd": "kd_kl_t2", "lm": "lm_ce"}
@@ -89,6 +94,136 @@ def log(
             cfg.data.batch_size // sharding.accumulation(cfg)
         )
     return row
+
+
+class Plan(NamedTuple):
+    """What a micro-batch must know of its batch and of the run."""
+
+    now: dict[str, jax.Array]  # see `schedule`
+    counts: dict[str, jax.Array]  # see `counts`
+    scored: jax.Array  # tokens of the batch
+    aligned: bool  # whether the teacher has another tokenizer
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Distilled:
+    """The weighted sum of all terms, each divided by its count, as a `lm_jax.objective.Objective`.
+
+    What is trained beside the student takes `distill.lr` on the student's schedule.
+    """
+
+    cfg: Config
+    graphdef: nnx.GraphDef
+    teacher: Teacher
+    auxiliary: nnx.GraphDef | None  # of what is trained beside the student
+    beside: Callable[[jax.Array], Any]
+
+    @property
+    def reads(self) -> Any:
+        """The parameters of the teachers."""
+        return self.teacher.params
+
+    @property
+    def beside_lr(self) -> float:
+        """Peak learning rate of projections and router; 0 without."""
+        return 0.0 if self.auxiliary is None else self.cfg.distill.lr
+
+    def extend(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Add what the teacher reads or has kept."""
+        return self.teacher.extend(batch)
+
+    def plan(self, batch: Batch, update: jax.typing.ArrayLike) -> Plan:
+        """Weights of this update, and what each term is divided by."""
+        scored = shift(batch).weights.sum()
+        names = used(self.cfg)
+        return Plan(schedule(self.cfg, update), counts(batch, names), scored, "aligned" in batch)
+
+    def sums(
+        self, trained: Any, rows: Batch, plan: Plan, key: jax.Array | None, reads: Any
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The share of some rows in the objective of their batch, and the terms before weights.
+
+        The divergence is with T^2.
+        """
+        d, now, counts = self.cfg.distill, plan.now, plan.counts
+        inside = bool(set(INSIDE) & set(now))
+        dtype = jnp.dtype(self.cfg.train.compute_dtype)
+        student, aux = (trained, None) if self.auxiliary is None else trained
+        model, b = nnx.merge(self.graphdef, student), shift(rows)
+        read = (b.inputs, b.segment_ids, b.positions)
+        seen = None
+        if inside:
+            x_BTD, seen = model.observed(*read, dtype=dtype, key=key)
+        else:
+            x_BTD = model(*read, dtype=dtype, key=key)
+        reading = self.teacher.read(reads, rows, b, dtype, inside=inside)
+        found = linear_distillation(
+            x_BTD,
+            model.head_VD(),
+            reading.kept or reading.members,
+            b.weights,
+            b.targets,
+            kind=d.kind,  # type: ignore[arg-type]
+            temperature=now["temperature"],
+            beta=d.beta,
+            # Not divided yet: in float16 the gradient of a logit would underflow.
+            kd=now["kd"] * (counts["lm"] / counts["kd"]),
+            lm=now["lm"],
+            support=d.support,  # type: ignore[arg-type]
+            top_k=d.top_k,
+            groups=reading.groups,
+            softcap=model.cfg.logit_softcap,
+        )
+        total = found.objective / counts["lm"]
+        sums = {"kd": now["temperature"] ** 2 * found.divergence, "lm": found.nats}
+        if self.auxiliary is not None:
+            terms, extra = nnx.merge(self.auxiliary, aux)(x_BTD, seen, reading, b, now)
+            for name, term in terms.items():
+                total += now[name] * term / counts[name]
+            sums |= terms | extra
+        return total, sums | {"objective": total}
+
+    def summary(self, sums: dict[str, jax.Array], plan: Plan) -> Summary:
+        """Every term is divided already."""
+        logged = log(self.cfg, sums, plan.counts, plan.now)
+        if plan.aligned:
+            logged["distill/aligned_fraction"] = plan.counts["kd"] / plan.counts["lm"]
+        return Summary(1.0, sums["lm"], plan.scored, logged)
+
+
+def distilled(
+    cfg: Config, graphdef: nnx.GraphDef, init: Callable[[jax.Array], Any], teacher: Teacher
+) -> Distilled:
+    """The objective of a resolved config.
+
+    Args:
+        cfg: resolved config of the student.
+        graphdef: its structure.
+        init: from a key to its parameters.
+        teacher: what it learns from.
+
+    Raises:
+        ConfigError: for more experts than the teacher has layers.
+    """
+    if set(used(cfg)) <= {"kd", "lm"}:
+        return Distilled(cfg, graphdef, teacher, None, lambda key: None)
+
+    def width(graphdef: nnx.GraphDef, params: Any) -> int:
+        head = jax.eval_shape(lambda params: nnx.merge(graphdef, params).head_VD(), params)
+        return head.shape[1]
+
+    mine = width(graphdef, jax.eval_shape(init, jax.random.key(0)))
+    theirs = width(teacher.models[0], teacher.params[0])
+    model = nnx.merge(teacher.models[0], teacher.params[0]).cfg
+
+    def build(key: jax.Array) -> Auxiliary:
+        return Auxiliary(cfg, mine, theirs, model, nnx.Rngs(params=key))
+
+    def beside(key: jax.Array) -> Any:
+        return nnx.to_pure_dict(nnx.state(build(jax.random.fold_in(key, 1)), nnx.Param))
+
+    auxiliary = nnx.graphdef(nnx.eval_shape(lambda: build(jax.random.key(0))))
+    return Distilled(cfg, graphdef, teacher, auxiliary, beside)
 
 
 class Auxiliary(nnx.Module):

@@ -20,7 +20,8 @@ from lm_jax.distill.alignment import Aligner, Retokenised
 from lm_jax.distill.teachers import Teacher
 from lm_jax.files import write_json
 from lm_jax.models import huggingface
-from lm_jax.workdir import Run, open_run
+from lm_jax.models.families import choose_attention, create_model
+from lm_jax.workdir import Trained, open_trained
 
 TOLERANCE = 1e-3  # of a teacher's loss on another device or in another precision
 WHERE = "config.distill.teachers"
@@ -76,12 +77,12 @@ def open_teacher(cfg: Config, store: Store, mesh: Mesh | None = None) -> Teacher
     return teacher
 
 
-def _shares(run: Run, store: Store) -> bool:
+def _shares(run: Trained, store: Store) -> bool:
     """Whether a run has the tokenizer of a store."""
     return run.store.tokenizer.content_hash == store.tokenizer.content_hash
 
 
-def _open(name: str, cfg: Config, store: Store, mesh: Mesh) -> Run:
+def _open(name: str, cfg: Config, store: Store, mesh: Mesh) -> Trained:
     """A run, or a Hugging Face checkpoint as if it were one."""
     folder = pathlib.Path(name)
     fields = folder / "config.json"
@@ -96,21 +97,21 @@ def _open(name: str, cfg: Config, store: Store, mesh: Mesh) -> Run:
     how.model, how.data.seq_len, how.eval.stride = model, max_len, max_len
     if model.positions != "learned":  # any length is possible, and a shorter one costs less
         how.data.seq_len = how.eval.stride = min(max_len, cfg.data.seq_len)
-    impl, _ = step.choose_attention(how)
-    graphdef, _ = step.create_model(how, vocab_size, impl)
+    impl, _ = choose_attention(how)
+    graphdef, _ = create_model(how, vocab_size, impl)
     params = jax.device_put(params, sharding.by_shape(mesh, params))
     own = Retokenised(store.path, store.manifest, tokenizer, store)
-    return Run(how, own, mesh, graphdef, params, 0)
+    return Trained(how, own, mesh, graphdef, params, 0)
 
 
-def _open_run(field: str, workdir: str, mesh: Mesh) -> Run:
+def _open_run(field: str, workdir: str, mesh: Mesh) -> Trained:
     try:
-        return open_run(pathlib.Path(workdir), mesh=mesh)
+        return open_trained(pathlib.Path(workdir), mesh=mesh)
     except FileNotFoundError as error:
         raise ConfigError(f"{field}: {error}") from error
 
 
-def _as_read(run: Run, cfg: Config) -> nnx.GraphDef:
+def _as_read(run: Trained, cfg: Config) -> nnx.GraphDef:
     """The model of a run for rows that are cut the student's way."""
     how = config.replace(
         run.cfg,
@@ -119,12 +120,12 @@ def _as_read(run: Run, cfg: Config) -> nnx.GraphDef:
     )
     # It reads without dropout.
     teaching = config.replace(cfg, model=run.cfg.model, model__attention_dropout=0.0)
-    impl, _ = step.choose_attention(teaching)
-    graphdef, _ = step.create_model(how, run.store.tokenizer.vocab_size, impl)
+    impl, _ = choose_attention(teaching)
+    graphdef, _ = create_model(how, run.store.tokenizer.vocab_size, impl)
     return graphdef
 
 
-def _align(name: str, runs: tuple[Run, ...], cfg: Config, store: Store) -> Aligner:
+def _align(name: str, runs: tuple[Trained, ...], cfg: Config, store: Store) -> Aligner:
     """What makes the rows of a teacher with another tokenizer."""
     other = f"{WHERE}: {name} has another tokenizer than the student"
     if len(runs) > 1:
@@ -143,20 +144,20 @@ def _align(name: str, runs: tuple[Run, ...], cfg: Config, store: Store) -> Align
         raise ConfigError(f"{other}, and cannot be aligned: {error}") from error
 
 
-def students_text(run: Run, store: Store) -> Store:
+def students_text(run: Trained, store: Store) -> Store:
     """The student's corpus in the tokens of a run."""
     if _shares(run, store):
         return store
     return Retokenised(store.path, store.manifest, run.store.tokenizer, store)
 
 
-def score(run: Run, store: Store, split: str) -> dict[str, Any]:
+def score(run: Trained, store: Store, split: str) -> dict[str, Any]:
     """Exact evaluation of a run on a split of some store, with the run's own windows."""
     eval_step = step.make_eval_step(run.cfg, run.graphdef, run.mesh)
     return evaluate.Evaluator(run.cfg, store, run.mesh, eval_step)(run.params, split)
 
 
-def _as_student_reads(run: Run, model: nnx.GraphDef, cfg: Config) -> Run:
+def _as_student_reads(run: Trained, model: nnx.GraphDef, cfg: Config) -> Trained:
     """The run with the student's windows."""
     how = config.replace(
         run.cfg,

@@ -9,7 +9,7 @@ from flax import nnx
 from lm_jax.distill import terms
 from lm_jax.distill.terms import Sums
 from lm_jax.kernels.attention import attend
-from lm_jax.models.transformer import Linear
+from lm_jax.models.layers import Linear
 
 HEADS = 4
 SHARES = (0.4, 0.3, 0.3)  # of capacity, gap and expert scores

@@ -25,7 +25,7 @@ from lm_jax.distill.teachers import Teacher
 from lm_jax.files import write_json
 from lm_jax.kernels import divergences
 from lm_jax.kernels.linear_divergence import Member
-from lm_jax.workdir import Run, open_run
+from lm_jax.workdir import Trained, open_trained
 
 TIMED_BATCHES = 5
 SHOWN = (  # heading, value and how it is written
@@ -45,7 +45,9 @@ class Scored(NamedTuple):
     models: Sequence[tuple[nnx.GraphDef, Any]]  # structure and parameters
 
 
-def write(cfg: Config, workdir: pathlib.Path, run: Run, teacher: Teacher) -> dict[str, Any] | None:
+def write(
+    cfg: Config, workdir: pathlib.Path, run: Trained, teacher: Teacher
+) -> dict[str, Any] | None:
     """Score everything on the last configured split; write `distillation.json` and print it.
 
     Nothing is written for a cache, whose teacher is not at hand.
@@ -62,7 +64,7 @@ def write(cfg: Config, workdir: pathlib.Path, run: Run, teacher: Teacher) -> dic
     members = list(zip(teacher.models, teacher.params, strict=True))
     scored = [Scored("distilled", [(run.graphdef, run.params)])]
     if cfg.distill.alone:
-        alone = open_run(pathlib.Path(cfg.distill.alone), mesh=run.mesh)
+        alone = open_trained(pathlib.Path(cfg.distill.alone), mesh=run.mesh)
         scored.append(Scored("alone", [(alone.graphdef, alone.params)]))
     taught_by = f"teacher {teacher.names[0]}" if len(members) == 1 else "mean of the teachers"
     with jax.default_matmul_precision(cfg.train.matmul_precision):

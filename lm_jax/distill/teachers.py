@@ -15,8 +15,8 @@ from lm_jax.kernels import divergences
 from lm_jax.kernels.divergences import Kept
 from lm_jax.kernels.linear_divergence import Groups, Member
 from lm_jax.loss import Batch, Shifted
-from lm_jax.models.transformer import head_logits
-from lm_jax.workdir import Run
+from lm_jax.models.layers import head_logits
+from lm_jax.workdir import Trained
 
 
 def mean_log_p(members: Sequence[Member], temperature: float = 1.0) -> jax.Array:
@@ -48,14 +48,14 @@ class Teacher:
     params: tuple[Any, ...]
     extend: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]] = dict  # of batches
     cached: str = ""  # sha256 of a cache's manifest
-    runs: tuple[Run, ...] = ()  # where the models came from
+    runs: tuple[Trained, ...] = ()  # where the models came from
     # Of the ids of student and teacher, where their tokenizers differ.
     first_bytes: tuple[np.ndarray, ...] | None = None
 
     def read(
         self, params: tuple[Any, ...], batch: Batch, b: Shifted, dtype: Any, *, inside: bool
     ) -> Reading:
-        """Run the models in eval mode on the student's inputs.
+        """Trained the models in eval mode on the student's inputs.
 
         Args:
             params: those of the models.

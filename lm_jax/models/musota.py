@@ -5,6 +5,7 @@ matrices and blocks, that the original lacks. Letters beside those of `models.tr
 (16). D is 64, 16 blocks of 4 numbers.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from lm_jax.config import ModelConfig
 from lm_jax.kernels.attention import attend, attend_cache
 from lm_jax.kernels.dropout import dropout
 from lm_jax.kernels.rowwise import along_last
-from lm_jax.models.transformer import (
+from lm_jax.models.layers import (
     Cache,
     Linear,
     Norm,
@@ -25,6 +26,7 @@ from lm_jax.models.transformer import (
     through_layers,
     zero_cache,
 )
+from lm_jax.models.size import Size
 
 BLOCKS = (  # the grid of 2 x 2 blocks, row by row; nothing in the loss ties a block to its name
     *("identity", "structure", "local context", "global context"),
@@ -34,6 +36,7 @@ BLOCKS = (  # the grid of 2 x 2 blocks, row by row; nothing in the loss ties a b
 )
 D, K = 64, len(BLOCKS)
 BLOCK_HEADS = 2  # of a block, of width 2
+HEADS = K * BLOCK_HEADS  # of attention inside blocks, in one call
 CROSS_HEADS = 8  # of width 8
 D_FF = 256
 GATE_HIDDEN = 32
@@ -244,6 +247,11 @@ class MuSota(nnx.Module):
         x_BTD, _, s_LBTk = self._forward(tokens_BT, ids_BT, positions_BT, dtype, key, None)
         return x_BTD, s_LBTk
 
+    def sensitivities(self, read: Sequence[Any], weights_BT, dtype) -> tuple[jax.Array, jax.Array]:
+        """The hidden states of what `__call__` reads, and sums [L, 16] over the scored tokens."""
+        x_BTD, s_LBTk = self.observed(*read, dtype=dtype)
+        return x_BTD, jnp.einsum("bt,lbtk->lk", weights_BT, s_LBTk)
+
     def extend(
         self, tokens_BT: jax.Array, cache: Cache, *, dtype: jnp.dtype
     ) -> tuple[jax.Array, Cache]:
@@ -282,3 +290,19 @@ class MuSota(nnx.Module):
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Logits [B, T, V] in float32 or wider from hidden states."""
         return head_logits(x_BTD, self.head_VD(), self.cfg.logit_softcap)
+
+
+def musota_size(cfg: ModelConfig, vocab_size: int, seq_len: int) -> Size:
+    """In all V (129 + 16 n) + 64 T + 52,640 n + 128 parameters, n the number of layers."""
+    layers, F, G = cfg.layers, D_FF, GATE_HIDDEN
+    within, across, gate = K * (4 * 12 + 4 * 4), D * 3 * D + D * D, (K + 1) * G + G * K
+    matrices = within + across + 2 * D * F + gate
+    biases = K * (12 + 4) + 4 * D + F + D + G + K
+    rest = 2 * 2 * D + K + K * K  # two norms, the gate's base, the interaction
+    attention = 2 * 2.0 * seq_len * D  # inside blocks and across them
+    return Size(
+        table=vocab_size * (D + D + 1 + layers * K),
+        positions=seq_len * D,
+        blocks=layers * (matrices + biases + rest) + 2 * D,
+        forward_flops=2.0 * (layers * matrices + vocab_size * (D + 1)) + layers * attention,
+    )

@@ -1,88 +1,13 @@
-"""How large a model is, and dense models of a wanted size.
-
-Symbols as in `models.transformer`; L is the number of layers, T the positions of a row.
-"""
+"""Dense models of a wanted size; symbols as in `models.transformer`, T the positions of a row."""
 
 import dataclasses
 import math
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 from lm_jax.config import ModelConfig
-from lm_jax.models import musota
+from lm_jax.models.families import size
 
 Quantity = Literal["total", "blocks", "flops"]
-
-
-class Size(NamedTuple):
-    """Parameters by what they are for, and FLOPs (a multiply-add counts two) of one token.
-
-    Attention counts causally: half of the square of scores (Hoffmann et al. 2022, appendix F).
-    """
-
-    table: int  # all with a row for each id: token table, the head if it is not tied
-    positions: int  # position table
-    blocks: int  # layers and final norm
-    forward_flops: float
-
-    @property
-    def backward_flops(self) -> float:
-        """Two products for each one of the forward pass."""
-        return 2 * self.forward_flops
-
-    @property
-    def total(self) -> int:
-        """All parameters."""
-        return self.table + self.positions + self.blocks
-
-    @property
-    def flops(self) -> float:
-        """FLOPs of one token in training."""
-        return self.forward_flops + self.backward_flops
-
-
-def size(cfg: ModelConfig, vocab_size: int, seq_len: int) -> Size:
-    """The size of a model.
-
-    Args:
-        cfg: a resolved model config.
-        vocab_size: V.
-        seq_len: T, also the rows of a position table.
-    """
-    if cfg.family == "musota":
-        return _musota(cfg.layers, vocab_size, seq_len)
-    D, H, K, F = cfg.d_model, cfg.heads, cfg.kv_heads, cfg.d_ff
-    C = D // H
-    inner = 2 * F if cfg.mlp == "swiglu" else F
-    matrices = D * (H + 2 * K) * C + D * D + D * inner + F * D
-    biases = (H + 2 * K) * C + D + inner + D if cfg.bias else 0
-    norm = D * (2 if cfg.norm == "layernorm" and cfg.bias else 1)
-    layer = matrices + biases + 2 * norm + (2 * C if cfg.qk_norm else 0)
-    rank = cfg.embedding_rank
-    table = vocab_size * rank + rank * D if rank else vocab_size * D
-    head = table if cfg.tied else vocab_size * D
-    products = cfg.layers * matrices + head + rank * D
-    return Size(
-        table=table + (0 if cfg.tied else head),
-        positions=seq_len * D if cfg.positions == "learned" else 0,
-        blocks=cfg.layers * layer + norm,
-        forward_flops=2.0 * products + 2.0 * cfg.layers * seq_len * D,
-    )
-
-
-def _musota(layers: int, vocab_size: int, seq_len: int) -> Size:
-    """In all V (129 + 16 n) + 64 T + 52,640 n + 128 parameters, n the number of layers."""
-    D, K, F, G = musota.D, musota.K, musota.D_FF, musota.GATE_HIDDEN
-    within, across, gate = K * (4 * 12 + 4 * 4), D * 3 * D + D * D, (K + 1) * G + G * K
-    matrices = within + across + 2 * D * F + gate
-    biases = K * (12 + 4) + 4 * D + F + D + G + K
-    rest = 2 * 2 * D + K + K * K  # two norms, the gate's base, the interaction
-    attention = 2 * 2.0 * seq_len * D  # inside blocks and across them
-    return Size(
-        table=vocab_size * (D + D + 1 + layers * K),
-        positions=seq_len * D,
-        blocks=layers * (matrices + biases + rest) + 2 * D,
-        forward_flops=2.0 * (layers * matrices + vocab_size * (D + 1)) + layers * attention,
-    )
 
 
 def matched(

@@ -15,13 +15,14 @@ from lm_jax.data import windows as pipeline
 from lm_jax.data.references import references
 from lm_jax.data.store import Store
 from lm_jax.distill import objective, teachers
-from lm_jax.distill import step as distill_step
 from lm_jax.distill.alignment import BYTES
+from lm_jax.distill.objective import distilled
 from lm_jax.distill.opening import open_teacher
 from lm_jax.doctor.distill.examine import examine_distillation
 from lm_jax.doctor.findings import Report
 from lm_jax.kernels import divergences
 from lm_jax.kernels.linear_divergence import Member, linear_distillation
+from lm_jax.models.families import choose_attention, create_model
 
 ROWS, CALLS = 4, 3
 
@@ -71,11 +72,9 @@ class _Preflight:
         )
         self.teacher = open_teacher(cfg, store)
         self.dtype = jnp.dtype(cfg.train.compute_dtype)
-        impl, _ = step.choose_attention(cfg)
-        self.graphdef, self.init = step.create_model(self.small, store.tokenizer.vocab_size, impl)
-        self.auxiliary, self.init_aux = distill_step.create_auxiliary(
-            self.small, self.graphdef, self.init, self.teacher
-        )
+        impl, _ = choose_attention(cfg)
+        self.graphdef, self.init = create_model(self.small, store.tokenizer.vocab_size, impl)
+        self.objective = distilled(self.small, self.graphdef, self.init, self.teacher)
         windows = pipeline.train_batches(
             store.split("train"),
             seq_len=cfg.data.seq_len,
@@ -165,19 +164,15 @@ class _Preflight:
         z_BTV = divergences.mean_log_p(logits, 1.0)
         return jnp.pad(z_BTV, ((0, 0), (0, 1), (0, 0)))
 
-    @functools.cached_property
-    def of_rows(self) -> Any:
-        """The objective of the step."""
-        return distill_step.make_objective(self.small, self.graphdef, self.auxiliary, self.teacher)
-
-    def objective(self, params: Any, taught: Any, batch: losses.Batch, alpha: Any) -> Any:
+    def shared(self, params: Any, taught: Any, batch: losses.Batch, alpha: Any) -> Any:
         """Divergence and cross-entropy alone, shared by alpha."""
         rows, teacher_params = self.rows(batch, taught)
         names = objective.used(self.small)
         now = objective.schedule(self.small, 0)
         now |= {name: jnp.zeros(()) for name in names} | {"kd": alpha, "lm": 1 - alpha}
-        counts = objective.counts(rows, names)
-        total, sums = self.of_rows(params, rows, now, counts, None, teacher_params)
+        plan = self.objective.plan(rows, 0)._replace(now=now)
+        total, sums = self.objective.sums(params, rows, plan, None, teacher_params)
+        counts = plan.counts
         parts = {"kd_kl_t2": sums["kd"] / counts["kd"], "lm_ce": sums["lm"] / counts["lm"]}
         return total, parts
 
@@ -186,8 +181,8 @@ class _Preflight:
         rows, teacher_params = self.rows(batch, taught)
         names = objective.used(self.small)
         now = objective.schedule(self.small, 0) | dict.fromkeys(names, jnp.ones(()))
-        counts = objective.counts(rows, names)
-        return self.of_rows(params, rows, now, counts, None, teacher_params)[0]
+        plan = self.objective.plan(rows, 0)._replace(now=now)
+        return self.objective.sums(params, rows, plan, None, teacher_params)[0]
 
     def kd_fn(self, student, teacher, weights, temperature, top_k=0, support="full"):
         """The run's divergence of logits, through heads that copy."""
@@ -213,15 +208,15 @@ class _Preflight:
     def _report(self) -> Report:
         d, cfg = self.cfg.distill, self.small
         init_state = jax.jit(
-            lambda key: step.init_state(cfg, self.init(key))._replace(aux=self.init_aux(key))
+            lambda key: step.init_state(cfg, self.init(key), self.objective.beside(key))
         )
-        steps = distill_step.make_train_step(cfg, self.graphdef, self.auxiliary, self.teacher)
+        steps = step.make_train_step(cfg, self.objective)
         stacked = jax.tree.map(lambda x: jnp.asarray(x)[None], self.batch)
         records = []
 
         def step_fn(state: step.TrainState, batch: Any) -> step.TrainState:
             at = int(state.step)
-            state, values = steps(state, stacked)
+            state, values = steps(state, stacked, self.objective.reads)
             records.append({n: float(x[0]) for n, x in values.items()} | {"step": at + 1})
             return state
 
@@ -260,8 +255,8 @@ class _Preflight:
             batch={name: jnp.asarray(x) for name, x in self.shown.items()},
             compute_dtype=cfg.train.compute_dtype,
             student_params=init_state(jax.random.key(cfg.seed)).trained,
-            objective_fn=jax.jit(self.objective),
-            whole_fn=None if self.auxiliary is None else jax.jit(self.whole),
+            objective_fn=jax.jit(self.shared),
+            whole_fn=None if self.objective.auxiliary is None else jax.jit(self.whole),
             eval_fn=eval_fn,
             init_fn=lambda seed: init_state(jax.random.key(seed)),
             step_fn=step_fn,
@@ -280,7 +275,7 @@ class _Preflight:
 
     def student(self, params: Any) -> Any:
         """The model's part of `TrainState.trained`."""
-        return params if self.auxiliary is None else params[0]
+        return params if self.objective.auxiliary is None else params[0]
 
 
 def stripped(batch: Any) -> losses.Batch:

@@ -1,5 +1,6 @@
 """The checks made before a run, on the run's own code and data."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -26,7 +27,8 @@ from lm_jax.doctor.model.examine import examine_model
 from lm_jax.doctor.optimiser.examine import examine_optimiser
 from lm_jax.doctor.training.examine import examine_training
 from lm_jax.kernels import attention
-from lm_jax.models import musota
+from lm_jax.models.families import choose_attention, create_model, family
+from lm_jax.objective import NextToken
 from lm_jax.preflight import distill
 
 
@@ -149,10 +151,11 @@ class Small:
             self.loss_impl, _ = step.choose_loss(cfg, store.tokenizer.vocab_size)
         self.cfg.data.micro_batch = self.rows // micro_batches
         self.vocab_size = min(store.tokenizer.vocab_size, 500)
-        self.attention_impl, _ = step.choose_attention(cfg)
-        self.graphdef, self.init = step.create_model(self.cfg, self.vocab_size, self.attention_impl)
+        self.attention_impl, _ = choose_attention(cfg)
+        self.graphdef, self.init = create_model(self.cfg, self.vocab_size, self.attention_impl)
         self.cfg.loss.impl = self.loss_impl
         self.dtype = jnp.dtype(cfg.train.compute_dtype)
+        self.family = family(cfg.model)
 
     @functools.cached_property
     def params(self) -> dict[str, Any]:
@@ -162,7 +165,7 @@ class Small:
     @functools.cached_property
     def unused(self) -> list[str]:
         """Names of parameters that the model does not read."""
-        return [name for name in self.params if name.endswith(musota.UNUSED)]
+        return [name for name in self.params if name.endswith(self.family.unused)]
 
     def logits(self, params: Any, tokens_BT: Any, segment_ids_BT: Any, key: Any = None):
         """Logits of the model, as evaluation computes them."""
@@ -193,7 +196,7 @@ class Small:
             seq_len=self.cfg.data.seq_len,
             token_table=self.params["embedding"],
             position_table=self.params.get("position_embedding"),
-            tied=cfg.tied and cfg.family == "dense",
+            tied=self.family.tied(cfg),
             compute_dtype=self.cfg.train.compute_dtype,
             seed=self.cfg.seed,
         )
@@ -237,7 +240,7 @@ class Small:
         still = config.replace(
             self.cfg, model__dropout=0.0, model__attention_dropout=0.0, model__embedding_dropout=0.0
         )
-        steps = step.make_train_step(still, self.graphdef)
+        steps = step.make_train_step(still, NextToken.of(still, self.graphdef))
         return lambda state, batch: steps(
             state, {k: jnp.asarray(v)[None] for k, v in batch.items()}
         )
@@ -250,15 +253,9 @@ class Small:
         bad["weights"][-1, 1] = np.inf
 
         def gradient(params: Any, batch: Any, micro_batches: int) -> Any:
-            _, _, found = step.gradients(
-                self.graphdef,
-                optim.stacked(params),
-                batch,
-                accumulation=micro_batches,
-                dtype=self.dtype,
-                key=None,
-                loss_impl=self.loss_impl,
-                label_smoothing=self.cfg.loss.label_smoothing,
+            objective = NextToken.of(self.cfg, self.graphdef)
+            found, _ = step.gradients(
+                objective, optim.stacked(params), batch, accumulation=micro_batches, key=None
             )
             return optim.by_layer(found)
 
@@ -316,33 +313,23 @@ class Small:
 
     def gradients(self) -> Report:
         """The gradient of the whole loss, in float64, which not every attention can compute."""
-        graphdef, _ = step.create_model(self.cfg, self.vocab_size, "reference")
+        graphdef, _ = create_model(self.cfg, self.vocab_size, "reference")
+        of_run = NextToken.of(self.cfg, graphdef)
+        exact = dataclasses.replace(of_run, dtype=jnp.dtype("float64"))
         batch = {name: jnp.asarray(x) for name, x in self.batch().items()}
         leaves, tree = jax.tree.flatten(self.params)
         rng = np.random.default_rng(self.cfg.seed)
         params = jax.tree.unflatten(tree, [0.3 * rng.standard_normal(x.shape) for x in leaves])
 
         def mean_loss(params: Any) -> jax.Array:
-            sums = step.loss_sums(
-                graphdef,
-                optim.stacked(params),
-                batch,
-                dtype=jnp.dtype("float64"),
-                key=None,
-                loss_impl=self.loss_impl,
-                label_smoothing=self.cfg.loss.label_smoothing,
-            )
+            sums = exact.scored(optim.stacked(params), batch)
             return sums.objective / sums.count
 
         return examine_gradients(mean_loss, params, seed=self.cfg.seed, unused=self.unused)
 
     def attention(self) -> Report:
         """The attention of the run against the plain one, at lengths around those of blocks."""
-        model = self.cfg.model
-        queries, keys, width = model.heads, model.kv_heads, model.d_model // model.heads
-        if model.family == "musota":
-            queries = keys = musota.K * musota.BLOCK_HEADS
-            width = musota.D // queries
+        queries, keys, width = self.family.heads(self.cfg.model)
 
         def make(length: int, rng: np.random.Generator) -> tuple[jax.Array, ...]:
             shapes = [(1, length, heads, width) for heads in (queries, keys, keys)]

@@ -16,10 +16,11 @@ from lm_jax.config.resolve import resolve
 from lm_jax.data import windows as pipeline
 from lm_jax.data.open import open_data
 from lm_jax.distill import alignment
-from lm_jax.distill import step as distill_step
+from lm_jax.distill.objective import distilled
 from lm_jax.distill.opening import open_teacher, verify
 from lm_jax.kernels import divergences
-from lm_jax.workdir import open_run
+from lm_jax.models.families import create_model
+from lm_jax.workdir import open_trained
 from tests.distill.test_step import EVERYTHING
 from tests.helpers import examine_distillation_of
 from tests.test_hf_tokenizer import byte_level, save
@@ -107,14 +108,14 @@ def test_states_count_where_the_teacher_has_one(text, teacher):
     cfg, store, taught, _ = opened(text, distill__teachers=teacher, distill__feature="1")
     windows = pipeline.Windows(store.split("train"), cfg.data.seq_len, True)
     batch = taught.extend(windows.batch(np.arange(min(48, len(windows)))))
-    graphdef, init = step.create_model(cfg, store.tokenizer.vocab_size, "reference")
-    auxiliary, init_aux = distill_step.create_auxiliary(cfg, graphdef, init, taught)
-    params, aux = init(jax.random.key(0)), init_aux(jax.random.key(1))["params"]
-    gradients = distill_step.make_gradients(cfg, graphdef, auxiliary, taught)
-    row = jax.jit(gradients)((params, aux), 0, jnp.asarray(1.0), batch)[3]
+    graphdef, init = create_model(cfg, store.tokenizer.vocab_size, "reference")
+    objective = distilled(cfg, graphdef, init, taught)
+    params, aux = init(jax.random.key(0)), objective.beside(jax.random.key(1))
+    gradients = step.make_gradients(cfg, objective)
+    row = jax.jit(gradients)((params, aux), 0, jnp.asarray(1.0), batch)[1].metrics
 
     b = losses.shift(jax.tree.map(jnp.asarray, batch))
-    y_BTE = nnx.merge(auxiliary, aux).feature(
+    y_BTE = nnx.merge(objective.auxiliary, aux).feature(
         nnx.merge(graphdef, params)(b.inputs, b.segment_ids, b.positions)
     )
     read = (batch[f"teacher_{n}"] for n in ("tokens", "segment_ids", "positions"))
@@ -223,7 +224,7 @@ def test_a_student_with_the_tokenizer_of_a_checkpoint(text, tmp_path):
     split = store.split("valid")
     assert result["valid"]["token_count"] == len(split.tokens)
     assert len(store.tokenizer.decode(split.tokens).encode()) == split.bytes
-    samples = generate.generate(open_run(tmp_path / "run"), "ba", tokens=25, samples=40)
+    samples = generate.generate(open_trained(tmp_path / "run"), "ba", tokens=25, samples=40)
     # It can hardly tell its ids apart yet, so that of 1000 many differ and one would be it.
     drawn = {i for sample in samples for i in sample.ids}
     assert store.tokenizer.separator not in drawn and len(drawn) > 100

@@ -21,7 +21,7 @@ from lm_jax.distill import cache, scores, teachers
 from lm_jax.distill.opening import open_teacher, verify
 from lm_jax.preflight import Unfit, examine_config
 from lm_jax.signals import Interrupted
-from lm_jax.workdir import open_run
+from lm_jax.workdir import open_trained
 from tests.distill.test_step import EVERYTHING
 from tests.helpers import examine_distillation_of
 from tests.test_train import StopAfter, final_state, rows, small
@@ -92,8 +92,8 @@ def test_another_teacher_on_resuming_is_refused(text, runs, tmp_path, monkeypatc
 
 def test_a_distilled_run_is_a_run(distilled, runs):
     _, workdir = distilled
-    run = open_run(workdir)
-    assert set(run.params) == set(open_run(runs / "alone").params)
+    run = open_trained(workdir)
+    assert set(run.params) == set(open_trained(runs / "alone").params)
     logged = [row for row in rows(workdir) if "train/loss" in row]
     for row in logged:
         assert row["distill/lm_ce"] == pytest.approx(row["train/loss"], rel=1e-6)
@@ -133,7 +133,7 @@ def test_the_divergence_of_the_report_is_from_the_teacher(text, runs):
     cfg = student(text, distill__teachers=name)
     store = open_data(rules.validate(cfg))
     cfg = resolve(cfg, windows=50)
-    models = [open_run(runs / folder) for folder in ("alone", "teacher-0")]
+    models = [open_trained(runs / folder) for folder in ("alone", "teacher-0")]
     scored = [
         scores.Scored(folder, [(run.graphdef, run.params)])
         for folder, run in zip(("alone", name), models, strict=True)

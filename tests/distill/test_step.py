@@ -12,8 +12,10 @@ from lm_jax import config, step
 from lm_jax import loss as losses
 from lm_jax.config import ConfigError, Curve, rules
 from lm_jax.distill import objective, terms
-from lm_jax.distill import step as distill_step
+from lm_jax.distill.objective import distilled
 from lm_jax.distill.teachers import Teacher
+from lm_jax.models.families import create_model
+from lm_jax.objective import NextToken
 from tests.helpers import random_batch, randomise, tiny_config
 from tests.test_linear_loss import equations
 
@@ -40,7 +42,7 @@ def student_config(**changes):
 def toy_teacher(layers=3, d_model=24, seed=5, same=False):
     """A random teacher of another size; `same`: of the student's."""
     size = {} if same else dict(model__layers=layers, model__d_model=d_model)
-    graphdef, init = step.create_model(tiny_config(**size), V, "reference")
+    graphdef, init = create_model(tiny_config(**size), V, "reference")
     params = randomise(init(jax.random.key(seed)), seed)
     return Teacher(("toy",), (graphdef,), (params,))
 
@@ -51,33 +53,30 @@ class Lab:
     def __init__(self, teacher=None, **changes):
         self.cfg = student_config(**changes)
         self.teacher = teacher or toy_teacher()
-        self.graphdef, init = step.create_model(self.cfg, V, "reference")
-        self.auxiliary, init_aux = distill_step.create_auxiliary(
-            self.cfg, self.graphdef, init, self.teacher
-        )
+        self.graphdef, init = create_model(self.cfg, V, "reference")
+        self.objective = distilled(self.cfg, self.graphdef, init, self.teacher)
         self.params = randomise(init(jax.random.key(0)), 1)
-        self.aux = init_aux(jax.random.key(1))
+        self.beside = self.objective.beside(jax.random.key(1))
         self.batch = random_batch(np.random.default_rng(0), (6, 12), V, padded=2)
 
     @property
     def state(self):
         """Fresh copies, since the step takes them over."""
-        return jax.tree.map(jnp.copy, step.init_state(self.cfg, self.params)._replace(aux=self.aux))
+        return jax.tree.map(jnp.copy, step.init_state(self.cfg, self.params, self.beside))
 
     def gradients(self, update=0, batch=None):
-        of_update = distill_step.make_gradients(
-            self.cfg, self.graphdef, self.auxiliary, self.teacher
-        )
+        of_update = step.make_gradients(self.cfg, self.objective)
         batch = self.batch if batch is None else batch
-        return jax.jit(of_update)(self.state.trained, update, jnp.asarray(1.0), batch)
+        grads, found = jax.jit(of_update)(self.state.trained, update, jnp.asarray(1.0), batch)
+        return found.nats, found.count, grads, found.metrics
 
     def steps(self, count):
         """States and metrics after each of some updates."""
-        make = distill_step.make_train_step(self.cfg, self.graphdef, self.auxiliary, self.teacher)
+        make = step.make_train_step(self.cfg, self.objective)
         stacked = jax.tree.map(lambda x: jnp.asarray(x)[None], self.batch)
         state, rows = self.state, []
         for _ in range(count):
-            state, values = make(state, stacked)
+            state, values = make(state, stacked, self.objective.reads)
             rows.append({name: float(x[0]) for name, x in values.items()})
         return state, rows
 
@@ -90,9 +89,9 @@ def close(a, b, **tolerance):
 def test_without_a_divergence_it_is_the_plain_step():
     lab = Lab(distill__kd="0@0.5, 1@1", distill__lm="1")
     nats, count, grads, _ = lab.gradients()
-    plain = step.make_gradients(lab.cfg, lab.graphdef)
-    expected = jax.jit(plain)(lab.params, 0, jnp.asarray(1.0), lab.batch)
-    close((nats, count, grads), expected, rtol=2e-4, atol=1e-6)
+    plain = step.make_gradients(lab.cfg, NextToken.of(lab.cfg, lab.graphdef))
+    expected, found = jax.jit(plain)(lab.params, 0, jnp.asarray(1.0), lab.batch)
+    close((nats, count, grads), (found.nats, found.count, expected), rtol=2e-4, atol=1e-6)
 
 
 def test_without_cross_entropy_the_next_token_plays_no_part():
@@ -144,7 +143,7 @@ def test_each_term_reads_its_layers_and_is_divided_by_its_own_count():
     read = b.inputs, b.segment_ids, b.positions
     x_BTD, mine = nnx.merge(lab.graphdef, lab.params).observed(*read)
     x_BTE, theirs = nnx.merge(lab.teacher.models[0], lab.teacher.params[0]).observed(*read)
-    aux = nnx.merge(lab.auxiliary, lab.aux["params"])
+    aux = nnx.merge(lab.objective.auxiliary, lab.beside)
     weights = np.asarray(b.weights)
 
     def distance(y, target):
@@ -187,9 +186,9 @@ def test_each_term_reads_its_layers_and_is_divided_by_its_own_count():
 @pytest.mark.parametrize("warmup", ["2", "8"])
 def test_projections_learn_on_the_schedule_of_the_student(warmup):
     lab = Lab(distill__feature="1", distill__lr=3e-3, optim__warmup=warmup)
-    before = np.array(lab.aux["params"]["feature"]["kernel"])
+    before = np.array(lab.beside["feature"]["kernel"])
     state, rows = lab.steps(1)
-    moved = np.abs(state.aux["params"]["feature"]["kernel"] - before).max()
+    moved = np.abs(state.beside["feature"]["kernel"] - before).max()
     share = rows[0]["optim/lr"] / lab.cfg.optim.peak_lr
     assert share == pytest.approx(1 / int(warmup))
     assert moved == pytest.approx(3e-3 * share, rel=1e-2)  # the first step of Adam is its rate
@@ -206,14 +205,14 @@ def test_micro_batches_add_up():
 def test_the_objective_is_what_is_differentiated():
     # The target of routed_attention moves with the router, and by design passes no gradient on.
     lab = Lab(**EVERYTHING | {"distill__routed_attention": "0"})
-    make = distill_step.make_gradients(lab.cfg, lab.graphdef, lab.auxiliary, lab.teacher)
+    make = step.make_gradients(lab.cfg, lab.objective)
     grads, batch = lab.gradients(5)[2], lab.batch
     direction = randomise(lab.state.trained, 9, std=1.0)
 
     @jax.jit
     def at(distance):
         moved = jax.tree.map(lambda p, u: p + distance * u, lab.state.trained, direction)
-        return make(moved, 5, jnp.asarray(1.0), batch)[3]["distill/objective"]
+        return make(moved, 5, jnp.asarray(1.0), batch)[1].metrics["distill/objective"]
 
     slope = sum(
         float(jnp.vdot(g, u))
@@ -226,12 +225,10 @@ def test_the_objective_is_what_is_differentiated():
 
 def test_no_gradient_reaches_a_teacher_and_it_stays_as_it_is():
     lab = Lab(**EVERYTHING | {"distill__layer": "0.4"})
-    of_rows = distill_step.make_objective(lab.cfg, lab.graphdef, lab.auxiliary, lab.teacher)
-    now = objective.schedule(lab.cfg, 8)
-    counts = objective.counts(lab.batch, objective.used(lab.cfg))
+    plan = lab.objective.plan(lab.batch, 8)
 
     def total(trained, taught):
-        return of_rows(trained, lab.batch, now, counts, None, taught)[0]
+        return lab.objective.sums(trained, lab.batch, plan, None, taught)[0]
 
     student, teacher = jax.jit(jax.grad(total, (0, 1)))(lab.state.trained, lab.teacher.params)
     assert not any(np.any(g) for g in jax.tree.leaves(teacher))
@@ -244,7 +241,7 @@ def test_no_gradient_reaches_a_teacher_and_it_stays_as_it_is():
 
 
 def test_teacher_runs_in_eval_mode():
-    graphdef, init = step.create_model(tiny_config(model__dropout=0.5), V, "reference")
+    graphdef, init = create_model(tiny_config(model__dropout=0.5), V, "reference")
     params = randomise(init(jax.random.key(3)), 3)
     taught = [
         Lab(Teacher(("toy",), (graphdef,), (params,)), model__dropout=0.0).gradients(update)[3]
@@ -257,13 +254,12 @@ def test_teacher_runs_in_eval_mode():
 
 def test_a_spoiled_projection_skips_the_whole_update():
     lab = Lab(**EVERYTHING)
-    lab.aux["params"]["feature"]["kernel"] = (
-        lab.aux["params"]["feature"]["kernel"].at[0, 0].set(np.inf)
-    )
+    kernel = lab.beside["feature"]["kernel"]
+    lab.beside["feature"]["kernel"] = kernel.at[0, 0].set(np.inf)
     state, rows = lab.steps(1)
     assert rows[0]["optim/skipped_updates"] == 1
     close(state.trained[0], lab.params, rtol=0, atol=0)
-    close(state.aux["opt_state"].mu, lab.aux["opt_state"].mu, rtol=0, atol=0)
+    close(state.opt_state, lab.state.opt_state, rtol=0, atol=0)
 
 
 def test_schedules_count_updates():
@@ -377,12 +373,13 @@ def test_no_array_holds_the_logits_of_all_tokens():
     """Of neither model, in the whole step with its gradient."""
     cfg = student_config(data__batch_size=8, data__seq_len=256)
     vocabulary, tokens = 1000, 8 * 256
-    graphdef, init = step.create_model(cfg, vocabulary, "blockwise")
-    taught, init_teacher = step.create_model(
+    graphdef, init = create_model(cfg, vocabulary, "blockwise")
+    taught, init_teacher = create_model(
         config.replace(cfg, distill__teachers="", distill__temperature="2"), vocabulary, "blockwise"
     )
     teacher = Teacher(("toy",), (taught,), (init_teacher(jax.random.key(1)),))
-    steps = distill_step.make_train_step(cfg, graphdef, None, teacher)
+    objective = distilled(cfg, graphdef, init, teacher)
+    steps = functools.partial(step.make_train_step(cfg, objective), reads=objective.reads)
     state = step.init_state(cfg, init(jax.random.key(0)))
     batch = random_batch(np.random.default_rng(0), (1, 8, 257), vocabulary)
     traced = jax.make_jaxpr(steps)(state, batch)

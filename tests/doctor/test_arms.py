@@ -9,10 +9,11 @@ import numpy as np
 import optax
 import pytest
 
-from lm_jax import config, step
+from lm_jax import config
 from lm_jax.config import resolve as resolve_module
 from lm_jax.config import rules
 from lm_jax.doctor.arms.examine import examine_arms, shapes
+from lm_jax.models.families import create_model
 
 fault = pytest.mark.fault
 SEEDS = (0, 1, 2)
@@ -124,7 +125,7 @@ def test_no_key_of_the_package_itself_is_dead():
         for key, value in tree.items():
             setattr(cfg.model, key, value)
         cfg = resolve_module.resolve(rules.validate(cfg), windows=10)
-        graphdef, init = step.create_model(cfg, V, "reference")
+        graphdef, init = create_model(cfg, V, "reference")
         return {"graph": repr(graphdef), "tree": jax.eval_shape(init, jax.random.key(0))}
 
     tree = {"layers": 1, "d_model": 16, "heads": 2, "d_ff": 32, "bias": False, "tied": True}

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lm_jax import config, evaluate, generate, loss, sharding, step
+from lm_jax import config, evaluate, generate, loss, sharding
 from lm_jax.data import windows as pipeline
 from lm_jax.data.store import Split
 from lm_jax.data.tokenizers.kinds import CharTokenizer
 from lm_jax.doctor.eval.examine import examine_evaluation
-from lm_jax.workdir import Run
+from lm_jax.models.families import create_model
+from lm_jax.workdir import Trained
 from tests.doctor import toy_decoder
 from tests.helpers import randomise, tiny_config
 
@@ -103,7 +104,7 @@ def package_model(dtype, name="adamw"):
     cfg = tiny_config(
         data__seq_len=31, model__dropout=0.1, train__compute_dtype=dtype, optim__name=name
     )
-    graphdef, init = step.create_model(cfg, V, "reference")
+    graphdef, init = create_model(cfg, V, "reference")
     init, dtype = jax.jit(init), jnp.dtype(dtype)
 
     @jax.jit
@@ -122,7 +123,7 @@ def package_model(dtype, name="adamw"):
     def given(seed, std=None):
         params = init(jax.random.key(seed))
         params = params if std is None else randomise(params, seed, std)
-        run = Run(cfg, Letters(None), None, graphdef, params, 7)
+        run = Trained(cfg, Letters(None), None, graphdef, params, 7)
         empty_cache = nnx.merge(graphdef, params).empty_cache
         made = generate.generate(run, "abc", tokens=20, temperature=1.0, seed=seed)[0]
         context = [0, *Letters.tokenizer.encode("abc").tolist()]

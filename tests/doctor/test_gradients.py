@@ -9,10 +9,11 @@ import optax
 import pytest
 from flax import nnx
 
-from lm_jax import step
 from lm_jax.doctor.gradient.differences import rounding, slope
 from lm_jax.doctor.gradient.examine import examine_gradients
 from lm_jax.doctor.gradient.kernel import examine_kernel
+from lm_jax.models.families import create_model
+from lm_jax.objective import NextToken
 from tests.helpers import random_batch, randomise, tiny_config
 
 V, D = 11, 6
@@ -62,13 +63,13 @@ def test_a_jax_model_is_silent(seed):
 
 def own_model(dtype):
     cfg = tiny_config(data__seq_len=5)
-    graphdef, init = step.create_model(cfg, 7, "reference")
+    graphdef, init = create_model(cfg, 7, "reference")
     params = randomise(init(jax.random.key(0)), 3)
     batch = random_batch(np.random.default_rng(1), (2, 6), 7)
 
     @jax.jit
     def loss(params):
-        sums = step.loss_sums(graphdef, params, batch, dtype=dtype, key=None)
+        sums = NextToken(graphdef, dtype).scored(params, batch)
         return sums.nats / sums.count
 
     return loss, params

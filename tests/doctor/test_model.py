@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lm_jax import step
 from lm_jax.doctor.model.causality import probe_cuts
 from lm_jax.doctor.model.examine import examine_model
+from lm_jax.models.families import create_model
 from tests.doctor import leaks
 from tests.helpers import tiny_config
 
@@ -443,7 +443,7 @@ def test_transformers_of_the_package_are_silent(family):
     T = 40
     cfg = tiny_config(data__seq_len=T, **FAMILIES[family])
     dtype = jnp.dtype("bfloat16" if "bfloat16" in family else "float32")
-    graphdef, init = step.create_model(cfg, V, "reference")
+    graphdef, init = create_model(cfg, V, "reference")
     params = init(jax.random.key(1))
 
     @jax.jit

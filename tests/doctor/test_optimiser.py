@@ -10,6 +10,8 @@ import pytest
 
 from lm_jax import optim, step
 from lm_jax.doctor.optimiser.examine import examine_optimiser
+from lm_jax.models.families import create_model
+from lm_jax.objective import NextToken
 from tests.doctor import toy_loop
 from tests.doctor.toy_loop import adam, init, matrices
 from tests.helpers import random_batch, tiny_config
@@ -45,8 +47,8 @@ def whole_step(name, dtype):
         optim__ema_decay=0.999,
         data__micro_batch=3,
     )
-    graphdef, build = step.create_model(cfg, VOCABULARY, "reference")
-    train_step, steps = step.make_train_step(cfg, graphdef), int(cfg.train.steps)
+    graphdef, build = create_model(cfg, VOCABULARY, "reference")
+    train_step, steps = step.make_train_step(cfg, NextToken.of(cfg, graphdef)), int(cfg.train.steps)
     build = jax.jit(build)
     init_fn = jax.jit(functools.partial(step.init_state, cfg))
 
@@ -55,9 +57,8 @@ def whole_step(name, dtype):
 
     @functools.partial(jax.jit, static_argnums=2)
     def gradient_fn(params, batch, micro_batches):
-        return step.gradients(
-            graphdef, params, batch, accumulation=micro_batches, dtype=jnp.dtype(dtype), key=None
-        )[2]
+        objective = NextToken(graphdef, jnp.dtype(dtype))
+        return step.gradients(objective, params, batch, accumulation=micro_batches, key=None)[0]
 
     def given(seed):
         params = build(jax.random.key(seed))
@@ -103,7 +104,7 @@ def test_silent_on_the_step_of_this_package(name, dtype):
 def second_half(name="adamw", guard=True, clip=optim.clip):
     """lm_jax's pieces from gradients on, as a function from a seed to arguments."""
     cfg = tiny_config(model__layers=1, optim__name=name)
-    _, build = step.create_model(cfg, VOCABULARY, "reference")
+    _, build = create_model(cfg, VOCABULARY, "reference")
     build = jax.jit(build)
     tx, lr = optim.make_optimizer(cfg.optim), optim.learning_rate(cfg.optim, 20)
 

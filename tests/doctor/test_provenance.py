@@ -7,6 +7,8 @@ import pytest
 
 from lm_jax import step
 from lm_jax.doctor import provenance
+from lm_jax.models.families import create_model
+from lm_jax.objective import NextToken
 from tests.helpers import random_batch, tiny_config
 
 
@@ -58,14 +60,14 @@ def test_a_mask_of_infinities_is_passed_over_on_the_way_to_the_cause():
 @pytest.mark.parametrize("scan", [False, True])
 def test_the_parameter_of_a_real_model_is_named(scan):
     cfg = tiny_config(model__scan_layers=scan)
-    graphdef, init = step.create_model(cfg, 50, "reference")
+    graphdef, init = create_model(cfg, 50, "reference")
     params = init(jax.random.key(0))
     up = params["blocks"]["mlp"]["up"]
     up["kernel"] = up["kernel"].at[1, 0, 0].set(3e38)
     batch = random_batch(np.random.default_rng(0), (6, 12), 50)
 
     def gradients(params, batch):
-        return step.gradients(graphdef, params, batch, accumulation=1, dtype=jnp.float32, key=None)
+        return step.gradients(NextToken(graphdef), params, batch, accumulation=1, key=None)
 
     origin = provenance.trace(gradients, params=params, batch=batch)
     cause = origin.infinity or origin

@@ -7,6 +7,8 @@ import pytest
 
 from lm_jax import step
 from lm_jax.doctor.training.examine import examine_training
+from lm_jax.models.families import create_model
+from lm_jax.objective import NextToken
 from tests.doctor import leaks
 from tests.helpers import tiny_config
 
@@ -206,8 +208,11 @@ def test_training_of_the_package_is_silent():
         data__seq_len=T, data__batch_size=16, model__d_model=32, optim__peak_lr=3e-3,
         train__steps="400", optim__warmup="20", model__init="normal",
     )  # fmt: skip
-    graphdef, init = step.create_model(cfg, V, "reference")
-    train, score = step.make_train_step(cfg, graphdef), step.make_eval_step(cfg, graphdef)
+    graphdef, init = create_model(cfg, V, "reference")
+    train, score = (
+        step.make_train_step(cfg, NextToken.of(cfg, graphdef)),
+        step.make_eval_step(cfg, graphdef),
+    )
 
     def batch(tokens):
         ones = jnp.ones(tokens.shape)

@@ -1,0 +1,169 @@
+"""What a run says and writes while it goes on, and what it watches for."""
+
+import math
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from lm_jax import metrics, preflight, step
+from lm_jax.data.references import references
+from lm_jax.doctor import provenance
+from lm_jax.models.families import family
+from lm_jax.setup import Manifest, Setup
+from lm_jax.step import TrainState
+from lm_jax.writers import Writers
+
+Batch = dict[str, np.ndarray]
+_LOGGED = ("loss", "token_ppl", "word_ppl", "bits_per_byte", "accuracy", "token_count")
+
+
+class Call(NamedTuple):
+    """A call of the step that was dispatched and is not logged yet."""
+
+    updates: range
+    batch: Batch
+    metrics: dict[str, jax.Array]
+    began: float  # seconds, by `time.perf_counter`
+    input_wait: float  # seconds
+
+
+class Progress:
+    """Logs calls one behind the device, guards against updates that are not finite."""
+
+    def __init__(self, run: Setup, manifest: Manifest):
+        """Open the files of a run and say what it is.
+
+        Args:
+            run: its parts.
+            manifest: what was saved with its state; kept up to date here.
+        """
+        cfg = run.cfg
+        self.run, self.manifest = run, manifest
+        self._writers = Writers(
+            run.folder, steps=run.steps, start=run.start, tensorboard=cfg.train.tensorboard
+        )
+        self.say = self._writers.say
+        first, *others = run.lines
+        self.say(f"{first} from update {run.start:,}")
+        for line in others:
+            self.say(line)
+        self._flops = metrics.flops_per_token(cfg, run.store.tokenizer.vocab_size)
+        self._peak = metrics.peak_flops(
+            jax.devices()[0].device_kind, cfg.train.compute_dtype, jax.device_count()
+        )
+        self._pending: Call | None = None
+        self._skipped: list[int] = []
+        self._watch = preflight.Watch(run.folder)
+
+    def __enter__(self) -> "Progress":
+        """Itself."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Close the files."""
+        self._writers.close()
+
+    def waited(self, batches: Iterable[tuple[range, Batch]]) -> Iterator[tuple[range, Batch]]:
+        """The same batches; the time until each is there is logged with its call."""
+        remaining = iter(batches)
+        while True:
+            self._began = time.perf_counter()
+            try:
+                item = next(remaining)
+            except StopIteration:
+                return
+            self._input_wait = time.perf_counter() - self._began
+            yield item
+
+    def dispatched(
+        self, updates: range, batch: Batch, values: dict[str, jax.Array], state: TrainState
+    ) -> None:
+        """Log the call before, while this one computes."""
+        alone = self._pending is None
+        self.catch_up(state)
+        began = self._began if alone else time.perf_counter()
+        self._pending = Call(updates, batch, values, began, self._input_wait)
+
+    def catch_up(self, state: TrainState) -> None:
+        """Log the call that is not logged yet; waits until it is done.
+
+        Raises:
+            FloatingPointError: after `train.max_nonfinite` skipped updates in a row.
+        """
+        if self._pending is None:
+            return
+        call, self._pending = self._pending, None
+        cfg, run = self.run.cfg, self.run
+        values = jax.device_get(call.metrics)
+        seconds = time.perf_counter() - call.began
+        per_update = cfg.data.batch_size * cfg.data.seq_len
+        speed = metrics.throughput(
+            tokens=len(call.updates) * per_update,
+            seconds=seconds,
+            steps=len(call.updates),
+            input_wait=call.input_wait,
+            flops=self._flops,
+            peak=self._peak,
+        )
+        for i, now in enumerate(range(call.updates.start + 1, call.updates.stop + 1)):
+            row = {key: value[i] for key, value in values.items()}
+            scored = int(row.pop("data/scored"))
+            self.manifest["tokens"] += scored
+            row |= {
+                "data/scored_fraction": scored / per_update,
+                "data/tokens": self.manifest["tokens"],
+                "data/examples": now * cfg.data.batch_size,
+                "data/epoch": now * cfg.data.batch_size / run.windows,
+                **speed,
+            }
+            if now == run.start + 1 > 1:
+                row["resumed"] = run.start
+            self._writers.write(now, row)
+            if now % int(cfg.train.log_every) == 0 or now == run.steps:
+                self._writers.progress(now, row)
+            self._guard(now, row, {key: value[i] for key, value in call.batch.items()}, state)
+
+    def _guard(self, now: int, row: dict[str, Any], batch: Batch, state: TrainState) -> None:
+        """Name skipped updates and what spoiled them, and stop after too many in a row."""
+        if not row["optim/skipped_updates"]:
+            self._skipped.clear()
+            return
+        self._skipped.append(now)
+        self.say(f"update {now} skipped: loss or gradient of batch {now - 1} is not finite")
+        if len(self._skipped) == 1 and jax.process_count() == 1:
+            gradients_of = step.make_gradients(self.run.cfg, self.run.objective)
+
+            def spoiled(params: Any, batch: Any) -> tuple[Any, ...]:
+                grads, found = gradients_of(params, now - 1, state.loss_scale, batch)
+                return found.nats, found.count, grads
+
+            origin = provenance.trace(spoiled, params=state.trained, batch=batch)
+            self.say(provenance.describe(origin))
+        if len(self._skipped) >= self.run.cfg.train.max_nonfinite:
+            raise FloatingPointError(
+                f"updates {self._skipped[0]} to {self._skipped[-1]} were all skipped for "
+                "non-finite loss or gradient; lower config.optim.peak_lr or look at these batches."
+            )
+
+    def evaluated(self, result: dict[str, Any], position: int) -> bool:
+        """Log an evaluation; whether it is the best so far, which the manifest then says."""
+        row = {name: value for name, value in result.items() if name in _LOGGED}
+        if observed := family(self.run.cfg.model).observed:
+            for column, by_layer in result[observed.name].items():
+                row[f"{observed.name}/{column}"] = sum(by_layer) / len(by_layer)
+        self._writers.write(position, {f"valid/{name}": value for name, value in row.items()})
+        self.say(
+            f"step {position}/{self.run.steps}  valid loss {result['loss']:.4f}  word ppl "
+            f"{result['word_ppl']:.2f}  bits per byte {result['bits_per_byte']:.4f}"
+        )
+        if self.run.cfg.doctor != "off" and jax.process_index() == 0:
+            for line in self._watch.look(references(self.run.store, "valid")):
+                self.say(line)
+        best = self.manifest["best_loss"]
+        if not result["loss"] < (math.inf if best is None else best):
+            return False
+        self.manifest |= {"best_loss": result["loss"], "best_position": position}
+        return True

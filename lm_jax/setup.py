@@ -1,0 +1,259 @@
+"""The parts of a run, put together before its first update."""
+
+import dataclasses
+import functools
+import itertools
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from rich.console import Console
+
+from lm_jax import checkpoint, evaluate, optim, preflight, sharding, step, workdir
+from lm_jax.checkpoint import Checkpoints
+from lm_jax.config import Config, rules
+from lm_jax.config.resolve import resolve, rounded
+from lm_jax.data import windows
+from lm_jax.data.open import open_data
+from lm_jax.data.store import Store
+from lm_jax.distill import scores
+from lm_jax.distill.objective import distilled
+from lm_jax.distill.opening import open_teacher, record_teacher, verify
+from lm_jax.distill.teachers import Teacher
+from lm_jax.evaluate import Evaluator
+from lm_jax.kernels.device import choose_dtype
+from lm_jax.models.families import choose_attention, create_model
+from lm_jax.objective import NextToken, Objective
+from lm_jax.step import TrainState
+
+Manifest = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What a run consists of; nothing here changes while it goes on."""
+
+    cfg: Config  # resolved
+    folder: pathlib.Path  # the workdir
+    store: Store
+    mesh: Mesh
+    windows: int  # of one epoch
+    objective: Objective
+    init_state: Callable[[jax.Array], TrainState]
+    train_steps: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+    evaluator: Evaluator
+    checkpoints: Checkpoints
+    lines: tuple[str, ...]  # what was chosen, in words
+    teacher: Teacher | None = None
+
+    @property
+    def steps(self) -> int:
+        """Updates of the whole run."""
+        return int(self.cfg.train.steps)
+
+    @functools.cached_property
+    def start(self) -> int:
+        """Updates that this run has behind it."""
+        return self.checkpoints.position() or 0
+
+    def restore(self) -> tuple[TrainState, Manifest]:
+        """The newest checkpoint of this run."""
+        abstract = self.abstract
+        shardings = sharding.by_shape(self.mesh, abstract)
+        like = checkpoint.abstract_like(abstract.saved(), shardings.saved())
+        manifest = self.checkpoints.manifest()
+        if self.checkpoints.position(best=True) is not None:
+            # After a kill the best checkpoint may be newer than the one to go on from.
+            best = self.checkpoints.manifest(best=True)
+            manifest |= {"best_loss": best["best_loss"], "best_position": best["best_position"]}
+        return TrainState(**self.checkpoints.restore(like)), manifest
+
+    def begin(self) -> tuple[TrainState, Manifest]:
+        """The state before the first update, once teachers and doctor have nothing against it.
+
+        Raises:
+            ConfigError: if a teacher is not what its record says, or knows nothing of the text.
+            Unfit: if a check of the doctor failed.
+        """
+        self.checkpoints.clear_best()
+        workdir.clear_results(self.folder)
+        taught = verify(self.teacher, self.cfg, self.store) if self.teacher else []
+        if jax.process_index() == 0:
+            print(*taught, sep="\n", end="\n" if taught else "", flush=True)
+        examine(self.cfg, self.store, self.folder)
+        shardings = sharding.by_shape(self.mesh, self.abstract)
+        init = jax.jit(self.init_state, out_shardings=shardings)
+        manifest = {"position": 0, "tokens": 0, "best_loss": None, "best_position": None}
+        return init(jax.random.key(self.cfg.seed)), manifest
+
+    @property
+    def abstract(self) -> TrainState:
+        """Shapes and dtypes of the state."""
+        return jax.eval_shape(self.init_state, jax.random.key(self.cfg.seed))
+
+    def batches(self) -> Iterator[tuple[range, dict[str, np.ndarray]]]:
+        """What is left of the run: the updates of each call, and their batches."""
+        data, calls = self.cfg.data, dispatches(self.cfg, self.start)
+        batches = windows.train_batches(
+            self.store.split("train"),
+            seq_len=data.seq_len,
+            batch_size=data.batch_size,
+            document_mask=data.document_mask,
+            seed=self.cfg.seed,
+            calls=calls,
+            movable=data.window_offset,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            threads=data.threads,
+            extend=self.objective.extend,
+        )
+        return zip(calls, batches, strict=True)
+
+    def step(
+        self, state: TrainState, batch: dict[str, np.ndarray]
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        """Dispatch the updates of one call; the state is donated."""
+        on_device = sharding.put_batch(self.mesh, batch, axis=1)
+        with jax.transfer_guard("disallow"):
+            return self.train_steps(state, on_device, self.objective.reads)
+
+    def evaluates(self, position: int) -> bool:
+        """Whether the valid split is scored after so many updates."""
+        return due(position, self.cfg.train.eval_every, self.steps)
+
+    def saves(self, position: int) -> bool:
+        """Whether a checkpoint is written after so many updates."""
+        return due(position, self.cfg.train.checkpoint_every, self.steps)
+
+    def evaluate(self, state: TrainState) -> dict[str, Any]:
+        """Score the valid split with the averaged parameters, if there are any."""
+        return self.evaluator(state.ema if self.cfg.optim.ema_decay else state.params, "valid")
+
+    def finish(self) -> dict[str, Any]:
+        """Score the best checkpoint on the splits that the config names."""
+        best = workdir.open_trained(self.folder, mesh=self.mesh, store=self.store)
+        names = rules.eval_splits(self.cfg, self.store.manifest["splits"])
+        results = {
+            name: evaluate.score_run(self.evaluator, best, self.folder, name) for name in names
+        }
+        if self.teacher is not None:
+            scores.write(self.cfg, self.folder, best, self.teacher)
+        return results
+
+
+def assemble(cfg: Config, folder: pathlib.Path, store: Store | None = None) -> Setup:
+    """Put a run together, and write its record into the workdir or compare with the one there.
+
+    Args:
+        cfg: the config as written; what it leaves open is resolved here.
+        folder: the workdir.
+        store: the data of the config, if they are open already.
+
+    Raises:
+        ConfigError: for an impossible config, or one that differs from the workdir's.
+    """
+    asked = rules.validate(cfg)
+    store = store or open_data(asked)
+    train = store.split("train")
+    epoch = windows.count_windows(train, cfg.data.seq_len, cfg.data.window_offset)
+    cfg = resolve(asked, windows=epoch)
+    mesh = sharding.make_mesh(cfg.mesh.fsdp)
+    graphdef, init = create_model(cfg, store.tokenizer.vocab_size, choose_attention(cfg)[0])
+    teacher = None
+    objective: Objective = NextToken.of(cfg, graphdef)
+    if cfg.distill.teachers or cfg.distill.cache:
+        teacher = open_teacher(cfg, store, mesh)
+        objective = distilled(cfg, graphdef, init, teacher)
+
+    def init_state(key: jax.Array) -> TrainState:
+        return step.init_state(cfg, init(key), objective.beside(key))
+
+    setup = Setup(
+        cfg=cfg,
+        folder=folder,
+        store=store,
+        mesh=mesh,
+        windows=epoch,
+        objective=objective,
+        init_state=init_state,
+        train_steps=step.make_train_step(cfg, objective),
+        evaluator=Evaluator(cfg, store, mesh, step.make_eval_step(cfg, graphdef, mesh)),
+        checkpoints=Checkpoints(folder, cfg.train.keep),
+        lines=_choices(asked, cfg, store, mesh, epoch),
+        teacher=teacher,
+    )
+    resuming = setup.start > 0
+    workdir.record_config(folder, cfg, store, resuming=resuming, asked=asked)
+    if teacher is not None:
+        record_teacher(folder, teacher, resuming=resuming)
+    return setup
+
+
+def _choices(asked: Config, cfg: Config, store: Store, mesh: Mesh, epoch: int) -> tuple[str, ...]:
+    """What was chosen for a run and why, in words; `asked` is the config as written."""
+    impl, reason = choose_attention(cfg)
+    vocab_size = store.tokenizer.vocab_size
+    with jax.set_mesh(mesh):  # the devices share the rows
+        micro_batches = sharding.accumulation(cfg)
+        loss, loss_reason = step.choose_loss(cfg, vocab_size)
+    if cfg.distill.teachers or cfg.distill.cache:
+        loss, loss_reason = "fused", "one operation with the divergence"
+    _, dtype_reason = choose_dtype(asked.train.compute_dtype)
+    _, init = create_model(cfg, vocab_size, impl)
+    params = jax.eval_shape(init, jax.random.key(0))
+    lines = [
+        f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,} parameters on "
+        f"{jax.device_count()} {jax.devices()[0].device_kind} device(s); "
+        f"{cfg.train.compute_dtype} ({dtype_reason}); attention {impl} ({reason}); "
+        f"loss {loss} ({loss_reason}); {len(store.split('train').tokens):,} training tokens, "
+        f"{int(cfg.train.steps):,} updates of {cfg.data.batch_size * cfg.data.seq_len:,}"
+        + (f" in {micro_batches} micro-batches" if micro_batches > 1 else "")
+    ]
+    for path, (exact, whole) in rounded(asked, windows=epoch).items():
+        lines.append(
+            f"config.{path}: {exact:,} updates made {whole:,}, "
+            f"whole calls of config.train.steps_per_call={cfg.train.steps_per_call}"
+        )
+    decays = jax.tree.leaves_with_path(optim.decayed(cfg.optim, params))
+    kept = [optim.path_name(path) for path, decay in decays if not decay]
+    return (*lines, f"no weight decay on {len(kept)} leaves: {', '.join(kept)}")
+
+
+def examine(cfg: Config, store: Store, folder: pathlib.Path) -> None:
+    """Examine a new run; keep the findings in `doctor.json`, print what is not in order.
+
+    Raises:
+        Unfit: if a check failed.
+    """
+    if cfg.doctor == "off":
+        return
+    report = preflight.examine_config(cfg, level=cfg.doctor, store=store)
+    if jax.process_index() == 0:
+        (folder / "doctor.json").write_text(report.to_json() + "\n")
+        report.show(Console(), everything=False)
+    if report.failed:
+        raise preflight.Unfit(
+            f"the doctor refuses this run: {', '.join(report.failed)} failed (above, and in "
+            f"{folder / 'doctor.json'}); mend it, or give --config.doctor=off."
+        )
+
+
+def dispatches(cfg: Config, start: int) -> list[range]:
+    """The updates from `start` to the end, cut into the calls that are dispatched.
+
+    Calls end on a grid that depends on the config alone, so that a resumed run compiles and runs
+    the same calls as one that was never stopped.
+    """
+    steps = int(cfg.train.steps)
+    every = (cfg.train.steps_per_call, int(cfg.train.eval_every), int(cfg.train.checkpoint_every))
+    ends = {end for span in every if span for end in range(span, steps, span)} | {steps}
+    bounds = [start, *sorted(end for end in ends if end > start)]
+    return [range(*pair) for pair in itertools.pairwise(bounds)]
+
+
+def due(position: int, every: str, steps: int) -> bool:
+    """Whether something that happens `every` so many updates, and at the end, happens now."""
+    return position == steps or (int(every) > 0 and position % int(every) == 0)
