@@ -63,12 +63,7 @@ def generate(
     Raises:
         ArgumentError: if an argument is impossible, naming the command's flag and the remedy.
     """
-    _check(samples >= 1, f"--samples={samples}", "give 1 or more")
-    _check(0 <= temperature < math.inf, f"--temperature={temperature}", "give 0 or more")
-    _check(top_k >= 0, f"--top_k={top_k}", "give 1 or more, or 0 for all tokens")
-    _check(0 < top_p <= 1, f"--top_p={top_p}", "give more than 0 and at most 1")
-    # JAX drops the higher bits of a seed, so two of them would give the same samples.
-    _check(0 <= seed < 2**32, f"--seed={seed}", "give 0 or more and below 2**32")
+    _check_options(samples, temperature, top_k, top_p, seed)
     tokenizer = run.store.tokenizer
     try:
         ids = tokenizer.encode(prompt)
@@ -211,6 +206,15 @@ def _fit(prompt_tokens: int, tokens: int | None, seq_len: int) -> int:
             f"config.data.seq_len={seq_len}, the window this model was trained on; {remedy}."
         )
     return tokens
+
+
+def _check_options(samples: int, temperature: float, top_k: int, top_p: float, seed: int) -> None:
+    _check(samples >= 1, f"--samples={samples}", "give 1 or more")
+    _check(0 <= temperature < math.inf, f"--temperature={temperature}", "give 0 or more")
+    _check(top_k >= 0, f"--top_k={top_k}", "give 1 or more, or 0 for all tokens")
+    _check(0 < top_p <= 1, f"--top_p={top_p}", "give more than 0 and at most 1")
+    # JAX drops the higher bits of a seed, so two of them would give the same samples.
+    _check(0 <= seed < 2**32, f"--seed={seed}", "give 0 or more and below 2**32")
 
 
 def _check(ok: bool, flag: str, remedy: str) -> None:

@@ -12,9 +12,10 @@ import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
+import lm_jax
 from lm_jax import checkpoint, evaluate, optim, preflight, sharding, step, workdir
 from lm_jax.checkpoint import Checkpoints
-from lm_jax.config import Config, rules
+from lm_jax.config import Config, ConfigError, rules
 from lm_jax.config.resolve import resolve, rounded
 from lm_jax.data import windows
 from lm_jax.data.open import open_data
@@ -60,11 +61,21 @@ class Setup:
         return self.checkpoints.position() or 0
 
     def restore(self) -> tuple[TrainState, Manifest]:
-        """The newest checkpoint of this run."""
+        """The newest checkpoint of this run.
+
+        Raises:
+            ConfigError: if what is trained beside the model was saved by version 0.2.
+        """
         abstract = self.abstract
         shardings = sharding.by_shape(self.mesh, abstract)
         like = checkpoint.abstract_like(abstract.saved(), shardings.saved())
         manifest = self.checkpoints.manifest()
+        if self.objective.beside_lr and "version" not in manifest:
+            raise ConfigError(
+                f"{self.folder}: the projections of this distillation were saved by lm_jax 0.2, "
+                "and this version cannot go on from them; go on with that one, or train anew in "
+                "another --workdir."
+            )
         if self.checkpoints.position(best=True) is not None:
             # After a kill the best checkpoint may be newer than the one to go on from.
             best = self.checkpoints.manifest(best=True)
@@ -86,7 +97,8 @@ class Setup:
         examine(self.cfg, self.store, self.folder)
         shardings = sharding.by_shape(self.mesh, self.abstract)
         init = jax.jit(self.init_state, out_shardings=shardings)
-        manifest = {"position": 0, "tokens": 0, "best_loss": None, "best_position": None}
+        manifest: Manifest = {"version": lm_jax.__version__, "position": 0, "tokens": 0}
+        manifest |= {"best_loss": None, "best_position": None}
         return init(jax.random.key(self.cfg.seed)), manifest
 
     @property

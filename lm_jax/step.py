@@ -101,13 +101,13 @@ def gradients(
         total, sums = objective.sums(trained, rows, plan, key, reads)
         return total * scale, sums
 
-    grads, sums = accumulated(scaled, trained, batch, key, accumulation)
+    grads, sums = _accumulated(scaled, trained, batch, key, accumulation)
     found = objective.summary(sums, plan)
     divisor = jnp.asarray(found.divisor * scale)
     return jax.tree.map(lambda g: g / divisor.astype(g.dtype), grads), found
 
 
-def accumulated(
+def _accumulated(
     function: Callable[[Params, losses.Batch, jax.Array | None], tuple[jax.Array, Any]],
     params: Params,
     batch: losses.Batch,
@@ -207,32 +207,25 @@ def make_update(
 
     def update(state: TrainState, grads: Any, found: Summary) -> tuple[TrainState, Metrics]:
         own, *others = grads if beside_lr else (grads,)
-        layer_norms = {}
-        if cfg.train.layer_norms:
-            for name, g in optim.by_layer(own).items():
-                layer_norms[f"grad_norm/{name}"] = optim.global_norm(g)
+        layer_norms = _layer_norms(own) if cfg.train.layer_norms else {}
         own, norm, clipped_norm = optim.clip(own, cfg.optim.clip_norm)
         lr = schedule(state.step)
         clipped = (own, *others) if beside_lr else own
         direction, opt_state = tx.update(clipped, state.opt_state, state.trained)
         updates = jax.tree.map(lambda u: -lr * u, direction)
-        moved = state.with_trained(optax.apply_updates(state.trained, updates))
-
-        ema = state.ema
+        new = state.with_trained(optax.apply_updates(state.trained, updates))
+        new = new._replace(opt_state=opt_state)
         if cfg.optim.ema_decay:
             # Warm-up: early averages must forget the random start.
             decay = jnp.minimum(cfg.optim.ema_decay, (1.0 + state.step) / (10.0 + state.step))
-            ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), ema, moved.params)
+            ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema, new.params)
+            new = new._replace(ema=ema)
 
         finite = jnp.isfinite(norm) & jnp.isfinite(found.nats)
         for other in others:
             finite &= jnp.isfinite(optim.global_norm(other))
-        params, beside, opt_state, ema = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old),
-            (moved.params, moved.beside, opt_state, ema),
-            (state.params, state.beside, state.opt_state, state.ema),
-        )
-        moved_norm = optim.global_norm(updates[0] if beside_lr else updates)
+        new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
+        moved = optim.global_norm(updates[0] if beside_lr else updates)
         metrics = {
             "train/loss": found.nats / jnp.maximum(found.count, 1),
             "data/scored": found.count,
@@ -240,28 +233,25 @@ def make_update(
             "optim/grad_norm": norm,
             "optim/grad_norm_clipped": clipped_norm,
             "optim/clip_rate": (clipped_norm < norm).astype(jnp.float32),
-            "optim/update_norm": jnp.where(finite, moved_norm, 0.0),
-            "optim/param_norm": optim.global_norm(params),
+            "optim/update_norm": jnp.where(finite, moved, 0.0),
+            "optim/param_norm": optim.global_norm(new.params),
             "optim/skipped_updates": 1 - finite.astype(jnp.float32),
             **layer_norms,
             **found.metrics,
         }
-        scale, good_steps = state.loss_scale, state.good_steps
+        new = new._replace(step=state.step + 1)
         if cfg.train.compute_dtype == "float16":
-            metrics["optim/loss_scale"] = scale
-            scale, good_steps = next_scale(scale, good_steps, finite)
-        new_state = TrainState(
-            step=state.step + 1,
-            params=params,
-            opt_state=opt_state,
-            ema=ema,
-            loss_scale=scale,
-            good_steps=good_steps,
-            beside=beside,
-        )
-        return new_state, metrics
+            metrics["optim/loss_scale"] = state.loss_scale
+            scale, good_steps = next_scale(state.loss_scale, state.good_steps, finite)
+            new = new._replace(loss_scale=scale, good_steps=good_steps)
+        return new, metrics
 
     return update
+
+
+def _layer_norms(grads: Params) -> Metrics:
+    leaves = optim.by_layer(grads).items()
+    return {f"grad_norm/{name}": optim.global_norm(g) for name, g in leaves}
 
 
 def next_scale(

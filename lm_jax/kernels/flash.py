@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import custom_batching
 
 from lm_jax.kernels import dropout, flash_backward, flash_forward, mosaic
+from lm_jax.kernels.flash_query import query_gradient, query_tiles
 from lm_jax.kernels.flash_tile import LOG2E, Settings, block_ranges
 
 _ROWS = 128  # T is padded to a multiple of it; every tile divides it
@@ -121,8 +122,8 @@ def _attention_backward(settings: Settings, residuals, gradients):
             *inputs, ranges_BJ4, settings
         )
         if settings.deterministic:
-            ranges_BI4, _ = ranges(flash_backward.query_tiles(C))
-            return flash_backward.query_gradient(*inputs, ranges_BI4, settings), dk_BTKC, dv_BTKC
+            ranges_BI4, _ = ranges(query_tiles(C))
+            return query_gradient(*inputs, ranges_BI4, settings), dk_BTKC, dv_BTKC
         return (dq_BTHC * settings.scale).astype(q_BTHC.dtype), dk_BTKC, dv_BTKC
 
     # Softmax hands to each score of a row the same share: that of the output, and the row's own

@@ -230,23 +230,9 @@ class _Preflight:
             found = evaluate_step(self.student(params), stripped(rows))
             return {name: found[name] for name in ("nats", "count", "correct")}
 
-        head_to_head: dict[str, Any] = {}
-        if self.aligned:
-            head_to_head["targets_fn"] = self.targets
-            head_to_head["suffix_fn"] = self.other_suffix
-        else:
-            unigram = references(self.store, "valid")["unigram"]
-            head_to_head["unigram_nats"] = float(np.log(unigram))
-            if self.teacher.models:
-                head_to_head["teacher_fn"] = jax.jit(self.alone)
-                head_to_head["targets_fn"] = self.targets
-        if d.support != "full":
-            head_to_head["topk_fn"] = jax.jit(
-                functools.partial(self.kd_fn, support=d.support), static_argnums=4
-            )
         candidates = self.cfg.data.batch_size // sharding.accumulation(self.cfg)
         return examine_distillation(
-            **head_to_head,
+            **self.head_to_head(),
             kd_fn=jax.jit(self.kd_fn),
             kind=d.kind,
             beta=d.beta,
@@ -272,6 +258,22 @@ class _Preflight:
             contrastive_candidates=None if d.contrastive.zero else candidates,
             seed=cfg.seed,
         )
+
+    def head_to_head(self) -> dict[str, Any]:
+        """What is compared with the teacher by itself, as far as it can be."""
+        found: dict[str, Any] = {}
+        if self.aligned:
+            found |= {"targets_fn": self.targets, "suffix_fn": self.other_suffix}
+        else:
+            unigram = references(self.store, "valid")["unigram"]
+            found["unigram_nats"] = float(np.log(unigram))
+            if self.teacher.models:
+                found |= {"teacher_fn": jax.jit(self.alone), "targets_fn": self.targets}
+        support = self.cfg.distill.support
+        if support != "full":
+            kept = functools.partial(self.kd_fn, support=support)
+            found["topk_fn"] = jax.jit(kept, static_argnums=4)
+        return found
 
     def student(self, params: Any) -> Any:
         """The model's part of `TrainState.trained`."""

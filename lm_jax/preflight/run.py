@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,8 +16,7 @@ from lm_jax.config import Config, ModelConfig, rules
 from lm_jax.config.resolve import resolve
 from lm_jax.data import windows as pipeline
 from lm_jax.data.open import open_data
-from lm_jax.data.store import Split, Store
-from lm_jax.doctor.data.examine import examine_data
+from lm_jax.data.store import Store
 from lm_jax.doctor.eval.examine import examine_evaluation
 from lm_jax.doctor.findings import Report
 from lm_jax.doctor.gradient.examine import examine_gradients
@@ -29,14 +28,11 @@ from lm_jax.doctor.training.examine import examine_training
 from lm_jax.kernels import attention
 from lm_jax.models.families import choose_attention, create_model, family
 from lm_jax.objective import NextToken
-from lm_jax.preflight import distill
+from lm_jax.preflight import data, distill
 
 
 class Unfit(ValueError):
     """A run that a check refuses."""
-
-
-_SPLITS = ("valid", "test")
 
 
 def examine_config(cfg: Config, *, level: str = "fast", store: Store | None = None) -> Report:
@@ -61,7 +57,7 @@ def examine_config(cfg: Config, *, level: str = "fast", store: Store | None = No
     split = store.split("train")
     windows = pipeline.count_windows(split, cfg.data.seq_len, cfg.data.window_offset)
     cfg = resolve(cfg, windows=windows)
-    report = _data(cfg, store, windows)
+    report = data.examine(cfg, store, windows)
     small = Small(cfg, store)
     report += small.model() + small.loss() + small.optimiser()
     if cfg.distill.teachers or cfg.distill.cache:
@@ -69,54 +65,6 @@ def examine_config(cfg: Config, *, level: str = "fast", store: Store | None = No
     if level == "full":
         report += small.training() + small.gradients() + small.attention() + small.evaluation()
     return report
-
-
-def _data(cfg: Config, store: Store, windows: int) -> Report:
-    """The splits, and the first batches of two epochs."""
-    splits = {name: store.split(name) for name in ("train", *_SPLITS) if name in _names(store)}
-    tokenizer = store.tokenizer
-    texts = [tokenizer.decode(document) for document in _first(splits["valid"], 20)]
-
-    def epoch(number: int) -> list[dict[str, np.ndarray]]:
-        first = number * -(-windows // cfg.data.batch_size)
-        calls = [range(first + i, first + i + 1) for i in range(2)]
-        return list(
-            pipeline.train_batches(
-                splits["train"],
-                seq_len=cfg.data.seq_len,
-                batch_size=cfg.data.batch_size,
-                document_mask=cfg.data.document_mask,
-                seed=cfg.seed,
-                calls=calls,
-                movable=cfg.data.window_offset,
-                threads=0,
-            )
-        )
-
-    return examine_data(
-        _documents(splits["train"]),
-        *(_documents(splits[name]) if name in splits else None for name in _SPLITS),
-        vocab_size=tokenizer.vocab_size,
-        separator=tokenizer.separator,
-        tokenizer=(tokenizer.encode, tokenizer.decode),
-        texts=texts,
-        epochs=[epoch(0), epoch(1)],
-        max_tokens=1 << 21,
-    )
-
-
-def _names(store: Store) -> list[str]:
-    return list(store.manifest["splits"])
-
-
-def _documents(split: Split) -> Iterator[np.ndarray]:
-    for first, end in zip(split.document_starts[:-1], split.document_starts[1:], strict=True):
-        yield np.asarray(split.tokens[first:end])
-
-
-def _first(split: Split, count: int) -> list[np.ndarray]:
-    documents = _documents(split)
-    return [document for document, _ in zip(documents, range(count), strict=False)]
 
 
 def _narrow(model: ModelConfig) -> dict[str, int]:
