@@ -138,3 +138,25 @@ def test_a_run_of_another_layout_is_refused_in_one_sentence(tmp_path):
     checkpoint.refuse_older(path, {"versions": {"lm_jax": "0.2.0"}})
     with pytest.raises(ConfigError, match=r"config.json: .*lm_jax 0\.1\.0, .*go on with that one"):
         checkpoint.refuse_older(path, {"versions": {"lm_jax": "0.1.0"}})
+
+
+def test_a_manifest_may_change_after_it_was_handed_over(checkpoints):
+    manifest = {"position": 3, "best_loss": 0.5}
+    checkpoints.save(state(3), manifest)
+    manifest["best_loss"] = 0.1
+    checkpoints.wait()
+    assert checkpoints.manifest()["best_loss"] == 0.5
+
+
+def test_what_cannot_be_saved_is_no_silence(checkpoints):
+    checkpoints.save(state(6), {"position": 6})
+    checkpoints.wait()
+    with pytest.raises(RuntimeError, match="update 3 could not be saved beside that of update 6"):
+        checkpoints.save(state(3), {"position": 3})
+
+
+def test_the_best_of_updates_made_anew_replaces_that_of_before_a_kill(checkpoints, tmp_path):
+    for position in (6, 4, 4):
+        checkpoints.save(state(position), {"position": position}, best=True)
+    checkpoints.wait()
+    assert folders(tmp_path / "best") == [4]
