@@ -9,12 +9,17 @@ from typing import Any
 from lm_jax.config import Config
 from lm_jax.models.families import size
 
-# Dense 16-bit tensor-core FLOP/s from the makers' data sheets, by a part of the device name.
+# Dense 16-bit tensor-core FLOP/s from the makers' data sheets, by the words of the device name that
+# must all be there; the first that fits counts. SXM where no other form is named.
 _PEAK_FLOPS = {
+    "H200 NVL": 835e12,
     "H200": 989e12,
+    "H100 NVL": 835e12,
+    "H100 PCIe": 756e12,
     "H100": 989e12,
     "A100": 312e12,
     "L4": 121e12,
+    "V100 PCIE": 112e12,
     "V100": 125e12,
     "T4": 65e12,
 }
@@ -71,10 +76,10 @@ def peak_flops(device_kind: str, compute_dtype: str, devices: int) -> float | No
     """FLOP/s of all devices together, or None where it is not known."""
     if compute_dtype == "float32":
         return None
-    for name, peak in _PEAK_FLOPS.items():
-        if name in re.split("[ -]", device_kind):  # an L40S is no L4
-            return peak * devices
-    return None
+    words = set(re.split("[ -]", device_kind))  # an L40S is no L4
+    fitting = (peak for name, peak in _PEAK_FLOPS.items() if words.issuperset(name.split()))
+    peak = next(fitting, None)
+    return peak and peak * devices
 
 
 def throughput(

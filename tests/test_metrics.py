@@ -138,6 +138,10 @@ def test_flops_are_those_of_the_traced_gradient(changes):
         ("NVIDIA L40S", "bfloat16", 1, None),  # another chip
         ("NVIDIA T400 4GB", "float16", 1, None),
         ("cpu", "bfloat16", 1, None),
+        ("NVIDIA H100 PCIe", "bfloat16", 2, 2 * 756e12),
+        ("NVIDIA H100 NVL", "bfloat16", 1, 835e12),
+        ("NVIDIA H200 NVL", "bfloat16", 1, 835e12),
+        ("Tesla V100-PCIE-16GB", "float16", 1, 112e12),
     ],
 )
 def test_peak_flops(kind, dtype, devices, peak):
