@@ -8,7 +8,6 @@ import numpy as np
 from lm_jax.doctor.findings import Skip, Status, Verdict, check, verdict
 from lm_jax.doctor.log.loss import CONTEXT_PROBES, LEAK_PROBES, UPDATE_PROBES
 from lm_jax.doctor.log.subject import Log, Series, half_unit, noise, pairs
-from lm_jax.metrics import exp
 
 
 @check(
@@ -176,7 +175,7 @@ def floor(log: Log) -> Verdict:
     if "kn2" in log.references:
         kn2 = log.references["kn2"]
         text = (
-            f"{name} = {nats:.4g} nats, perplexity {exp(nats):.4g}, against {kn2:.4g} of a "
+            f"{name} = {nats:.4g} nats, perplexity {_exp(nats):.4g}, against {kn2:.4g} of a "
             "bigram model of the same tokens; less than a tenth of that must be proven."
         )
         large = (log.parameters or 0) >= 1e9
@@ -194,7 +193,7 @@ def floor(log: Log) -> Verdict:
     if _vocabulary(log) < 1000:
         raise Skip("with fewer than 1000 ids, low perplexities are ordinary; give references.")
     text = (
-        f"{name} = {nats:.4g} nats, perplexity {exp(nats):.4g} over {log.vocab_size} ids; "
+        f"{name} = {nats:.4g} nats, perplexity {_exp(nats):.4g} over {log.vocab_size} ids; "
         "below 5 is not known of natural text, but no reference lines are given."
     )
     return verdict(nats >= math.log(5), text, otherwise="warn", loss=nats, probes=LEAK_PROBES)
@@ -229,7 +228,7 @@ def baseline(log: Log) -> Verdict:
     falling = len(loss) > 1 and loss.values[-1] < loss.values[0] - 0.05 * abs(loss.values[0])
     falling &= log.vocab_size is None or nats < math.log(log.vocab_size)
     text = (
-        f"{split} ends at {nats:.4g} nats, perplexity {exp(nats):.4g}, and counting gives "
+        f"{split} ends at {nats:.4g} nats, perplexity {_exp(nats):.4g}, and counting gives "
         + ", ".join(f"{math.exp(x):.4g} ({k})" for k, x in reference.items())
         + "."
     )
@@ -365,3 +364,8 @@ CHECKS = (
     floor,
     baseline,
 )
+
+
+def _exp(nats: float) -> float:
+    with np.errstate(over="ignore"):  # inf above what float64 holds
+        return float(np.exp(nats))

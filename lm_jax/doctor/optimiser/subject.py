@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm_jax.doctor.findings import Arguments, Skip, call
-from lm_jax.optim import path_name
 
 Arrays = dict[str, np.ndarray]
 
@@ -191,7 +190,7 @@ class Loop:
             if _shapes(average) != _shapes(found):
                 raise Skip("ema_of does not return a tree like the parameters.")
         arrays = {
-            path_name(path): np.array(leaf)
+            _name(path): np.array(leaf)
             for path, leaf in jax.tree.leaves_with_path(state)
             if isinstance(leaf, jax.Array | np.ndarray | np.generic)
             and jnp.issubdtype(leaf.dtype, np.number)
@@ -253,7 +252,7 @@ class Loop:
 
 def named(tree: Any) -> Arrays:
     """Copies of the leaves on the host by their path."""
-    return {path_name(path): np.array(leaf) for path, leaf in jax.tree.leaves_with_path(tree)}
+    return {_name(path): np.array(leaf) for path, leaf in jax.tree.leaves_with_path(tree)}
 
 
 def is_floating(x: np.ndarray) -> bool:
@@ -301,3 +300,7 @@ def _numbers(metrics: Any) -> dict[str, float]:
         for name, x in values.items()
         if x.size and jnp.issubdtype(x.dtype, np.number)
     }
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
