@@ -71,7 +71,7 @@ class Checkpoints:
         return (self._best if best else self._newest).latest_step()
 
     def manifest(self, *, best: bool = False) -> Manifest:
-        """What was saved beside the state of the newest (or best) checkpoint."""
+        """The manifest saved with the newest (or best) checkpoint."""
         manager = self._best if best else self._newest
         args = ocp.args.Composite(manifest=ocp.args.JsonRestore())
         return manager.restore(manager.latest_step(), args=args).manifest

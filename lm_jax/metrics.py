@@ -28,7 +28,7 @@ _MAX_NATS = math.log(sys.float_info.max)
 
 @dataclasses.dataclass(frozen=True)
 class Sums:
-    """What evaluation adds up over batches, devices and hosts."""
+    """Sums of an evaluation over batches, devices and hosts."""
 
     nats: float = 0.0
     count: float = 0.0

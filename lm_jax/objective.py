@@ -1,4 +1,4 @@
-"""What a train step minimises: the interface, and next-token cross-entropy."""
+"""The objective of a train step: its interface, and next-token cross-entropy."""
 
 import dataclasses
 from typing import Any, NamedTuple, Protocol
@@ -16,7 +16,7 @@ Metrics = dict[str, jax.Array]
 
 
 class Summary(NamedTuple):
-    """What came of a whole batch."""
+    """The sums of a whole batch."""
 
     divisor: jax.typing.ArrayLike  # what the gradient of the summed objective is divided by
     nats: jax.Array  # summed next-token nats
@@ -25,7 +25,7 @@ class Summary(NamedTuple):
 
 
 class Objective(Protocol):
-    """What a train step minimises.
+    """The quantity that a train step minimises.
 
     A batch is cut into micro-batches, whose values and gradients are added up: `plan` sees the
     whole batch before, `sums` one micro-batch, `summary` the added sums.
@@ -46,7 +46,7 @@ class Objective(Protocol):
         """The first parameters of what is trained beside the model; None if nothing is."""
 
     def plan(self, batch: losses.Batch, update: jax.typing.ArrayLike) -> Any:
-        """What a micro-batch must know of the whole batch and of the number of the update."""
+        """Everything a micro-batch needs to know of its batch and of the number of the update."""
 
     def sums(
         self, trained: Any, rows: losses.Batch, plan: Any, key: jax.Array | None, reads: Any
@@ -57,7 +57,7 @@ class Objective(Protocol):
         """
 
     def summary(self, sums: Metrics, plan: Any) -> Summary:
-        """What came of the whole batch, from the sums of its micro-batches."""
+        """The summary of a batch, from the added sums of its micro-batches."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -73,7 +73,7 @@ class NextToken:
 
     @classmethod
     def of(cls, cfg: Config, graphdef: nnx.GraphDef) -> "NextToken":
-        """That of a resolved config."""
+        """The objective of a resolved config."""
         dtype = jnp.dtype(cfg.train.compute_dtype)
         return cls(graphdef, dtype, cfg.loss.impl, cfg.loss.label_smoothing)
 

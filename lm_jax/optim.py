@@ -135,7 +135,7 @@ def _for_pair(*both: optax.GradientTransformation) -> optax.GradientTransformati
 
 
 class MuonState(NamedTuple):
-    """What Muon carries from update to update."""
+    """Muon's state between updates."""
 
     updates: jax.Array  # int32, those made
     momentum: Params

@@ -1,4 +1,4 @@
-"""What a run says and writes while it goes on, and what it watches for."""
+"""Logging and guarding a run while it goes on."""
 
 import math
 import time
@@ -67,7 +67,7 @@ class Progress:
         self._writers.close()
 
     def waited(self, batches: Iterable[tuple[range, Batch]]) -> Iterator[tuple[range, Batch]]:
-        """The same batches; the time until each is there is logged with its call."""
+        """Pass batches through and time how long the loop waits for each."""
         remaining = iter(batches)
         while True:
             self._began = time.perf_counter()

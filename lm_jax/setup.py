@@ -35,7 +35,7 @@ Manifest = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What a run consists of; nothing here changes while it goes on."""
+    """The parts of a run; none of them changes while it goes on."""
 
     cfg: Config  # resolved
     folder: pathlib.Path  # the workdir
@@ -107,7 +107,7 @@ class Setup:
         return jax.eval_shape(self.init_state, jax.random.key(self.cfg.seed))
 
     def batches(self) -> Iterator[tuple[range, dict[str, np.ndarray]]]:
-        """What is left of the run: the updates of each call, and their batches."""
+        """The remaining calls: the updates of each, and their batches."""
         data, calls = self.cfg.data, dispatches(self.cfg, self.start)
         batches = windows.train_batches(
             self.store.split("train"),
@@ -133,11 +133,11 @@ class Setup:
             return self.train_steps(state, on_device, self.objective.reads)
 
     def evaluates(self, position: int) -> bool:
-        """Whether the valid split is scored after so many updates."""
+        """True if the valid split is scored after this update."""
         return due(position, self.cfg.train.eval_every, self.steps)
 
     def saves(self, position: int) -> bool:
-        """Whether a checkpoint is written after so many updates."""
+        """True if a checkpoint is written after this update."""
         return due(position, self.cfg.train.checkpoint_every, self.steps)
 
     def evaluate(self, state: TrainState) -> dict[str, Any]:
@@ -205,7 +205,7 @@ def assemble(cfg: Config, folder: pathlib.Path, store: Store | None = None) -> S
 
 
 def _choices(asked: Config, cfg: Config, store: Store, mesh: Mesh, epoch: int) -> tuple[str, ...]:
-    """What was chosen for a run and why, in words; `asked` is the config as written."""
+    """The choices made for a run and their reasons, in words; `asked` is the config as written."""
     impl, reason = choose_attention(cfg)
     vocab_size = store.tokenizer.vocab_size
     with jax.set_mesh(mesh):  # the devices share the rows
@@ -267,5 +267,5 @@ def dispatches(cfg: Config, start: int) -> list[range]:
 
 
 def due(position: int, every: str, steps: int) -> bool:
-    """Whether something that happens `every` so many updates, and at the end, happens now."""
+    """True if an event that happens every `every` updates, and at the end, is due now."""
     return position == steps or (int(every) > 0 and position % int(every) == 0)

@@ -37,7 +37,7 @@ class TrainState(NamedTuple):
 
     @property
     def trained(self) -> Any:
-        """What the gradient is taken of: the parameters, or the pair of them and `beside`."""
+        """The differentiated parameters: the model's, or the pair of those and `beside`."""
         return self.params if self.beside is None else (self.params, self.beside)
 
     def with_trained(self, trained: Any) -> "TrainState":

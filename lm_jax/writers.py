@@ -1,4 +1,4 @@
-"""What is seen while a run goes on: a progress line, `metrics.jsonl`, TensorBoard."""
+"""Metrics of a run that goes on: a progress line, `metrics.jsonl`, TensorBoard."""
 
 import json
 import math

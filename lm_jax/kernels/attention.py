@@ -231,7 +231,7 @@ def _refusal(
 
 
 def _cudnn_refusal(q_BTHC: Any, options: dict[str, Any], device: Any) -> str | None:
-    """What the flash attention of cuDNN lacks, and what to do about it."""
+    """Why cuDNN's flash attention cannot do this, with the remedy; None if it can."""
     C = q_BTHC.shape[-1]
     capability = devices.compute_capability(device)
     if capability is None or capability < (8, 0):

@@ -32,7 +32,7 @@ class _Options:
 
     @property
     def factor(self) -> float:
-        """What the scores of `_scores` are to be multiplied with."""
+        """The factor on the scores of `_scores`."""
         return self.softcap or self.scale
 
 

@@ -49,7 +49,7 @@ def compute_capability(device: Any) -> tuple[int, int] | None:
 
 
 def describe(device: Any) -> str:
-    """What a reason says about a device: its compute capability, or else its kind."""
+    """A device in words: its compute capability, or else its kind."""
     capability = compute_capability(device)
     if capability is None:
         return "a cpu" if device.platform == "cpu" else device.device_kind

@@ -1,4 +1,4 @@
-"""What the flash attention kernels share: settings, block ranges, masks, tile products.
+"""Settings, block ranges, masks and tile products of the flash attention kernels.
 
 Letters: B batch, T query positions, S key positions, H query heads, K key/value heads, C head
 width, I tiles of queries, J tiles of keys. A tile of scores is [queries, keys] where softmax runs
@@ -88,7 +88,7 @@ def block_ranges(
 
 
 def _extent(segment_ids_BT: jax.Array, tile: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Of each tile, the lowest and highest real id (an empty interval if none), and the least."""
+    """The lowest and highest real id of each tile (an empty interval if none), and the least id."""
     ids = segment_ids_BT.reshape(segment_ids_BT.shape[0], -1, tile)
     lowest = jnp.where(ids > 0, ids, jnp.iinfo(ids.dtype).max).min(-1)
     return lowest, ids.max(-1), ids.min(-1)
@@ -108,7 +108,7 @@ def _ranges(some: jax.Array, whole: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Masks:
-    """What is hidden or dropped in one tile of scores, [queries, keys] or [keys, queries].
+    """Masks of one tile of scores, [queries, keys] or [keys, queries]: hidden and dropped.
 
     Attributes:
         settings: what hides keys.
@@ -240,5 +240,5 @@ def start(acc_ref, values: jax.Array, interpret: bool) -> None:
 
 
 def finish(acc_ref, values: jax.Array, interpret: bool) -> jax.Array:
-    """What an accumulator that began at `values` has come to."""
+    """The final value of an accumulator that began at `values`."""
     return acc_ref[...] + values if interpret else acc_ref[...]

@@ -1,4 +1,4 @@
-"""What is computed row by row between the products, with backward passes laid out for speed."""
+"""Norms, gates and sums along rows, with backward passes laid out for speed."""
 
 import functools
 

@@ -19,7 +19,7 @@ from lm_jax.models.transformer import Transformer, dense_size
 
 
 class Observed(NamedTuple):
-    """What evaluation logs of a family beside the loss: means over the scored tokens."""
+    """Means over the scored tokens that evaluation logs beside the loss."""
 
     name: str
     columns: Sequence[str]  # of the values of a layer
@@ -59,7 +59,7 @@ FAMILIES = {
 
 
 def family(cfg: ModelConfig) -> Family:
-    """That of a model config."""
+    """The family of a model config."""
     return FAMILIES[cfg.family]
 
 

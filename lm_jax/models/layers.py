@@ -1,4 +1,4 @@
-"""What models of every family are made of; letters as in `models.transformer`."""
+"""Layers that models of every family share; letters as in `models.transformer`."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -131,5 +131,5 @@ def _check(cfg: ModelConfig, **positive: float) -> None:
 
 
 def _width_step(cfg: ModelConfig) -> int:
-    """What D must be a multiple of: heads of equal width, which rotary positions turn in pairs."""
+    """D must be a multiple of this: heads have equal width, and rotary positions turn pairs."""
     return cfg.heads * (2 if cfg.positions == "rotary" else 1)

@@ -128,7 +128,7 @@ class Block(nnx.Module):
 
 
 class Observed(NamedTuple):
-    """What a layer computes, with a leading axis of layers."""
+    """States, queries and keys of every layer, with a leading axis of layers."""
 
     x_LBTD: jax.Array  # the residual stream after it
     q_LBTHC: jax.Array
@@ -213,7 +213,7 @@ class Transformer(nnx.Module):
     def extend(
         self, tokens_BT: jax.Array, cache: Cache, *, dtype: jnp.dtype
     ) -> tuple[jax.Array, Cache]:
-        """The same hidden states for tokens that continue one document, and the longer cache.
+        """Hidden states of tokens that continue one document, and the longer cache.
 
         Args:
             tokens_BT: the next T tokens; the cache has free slots for them.
@@ -270,7 +270,7 @@ def matrix_std(cfg: ModelConfig, inputs: int) -> float:
 
 
 def residual_std(cfg: ModelConfig, inputs: int) -> float:
-    """The same for a matrix that writes to the residual stream: less by sqrt(2 L) (GPT-2)."""
+    """Standard deviation of a matrix that writes to the residual stream: sqrt(2 L) less (GPT-2)."""
     return matrix_std(cfg, inputs) * (2 * cfg.layers) ** -0.5
 
 

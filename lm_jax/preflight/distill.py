@@ -92,7 +92,7 @@ class _Preflight:
 
     @property
     def taught(self) -> Any:
-        """What the targets are made of: the teacher's parameters, or what was kept."""
+        """The source of the targets: the teacher's parameters, or the cached distributions."""
         return self.teacher.params if self.teacher.models else (self.batch["kept_log_p"],)
 
     def rows(self, batch: dict[str, Any], taught: Any) -> tuple[losses.Batch, Any]:
@@ -260,7 +260,7 @@ class _Preflight:
         )
 
     def head_to_head(self) -> dict[str, Any]:
-        """What is compared with the teacher by itself, as far as it can be."""
+        """Arguments for the checks that hold the targets against the teacher, as far as it is there."""
         found: dict[str, Any] = {}
         if self.aligned:
             found |= {"targets_fn": self.targets, "suffix_fn": self.other_suffix}

@@ -80,7 +80,7 @@ def _object(path: pathlib.Path, *keys: str) -> dict[str, Any]:
 
 
 class Watch:
-    """What the metrics of a run say while it goes on, each thing once."""
+    """Examines the metrics of a run while it goes on, and says each finding once."""
 
     def __init__(self, workdir: pathlib.Path):
         """Watch the run in `workdir`."""
