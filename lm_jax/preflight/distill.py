@@ -260,7 +260,7 @@ class _Preflight:
         )
 
     def head_to_head(self) -> dict[str, Any]:
-        """Arguments for the checks that hold the targets against the teacher, as far as it is there."""
+        """Arguments for the checks that hold the targets against the teacher."""
         found: dict[str, Any] = {}
         if self.aligned:
             found |= {"targets_fn": self.targets, "suffix_fn": self.other_suffix}

@@ -150,7 +150,7 @@ class Small:
         )
 
     def loss(self) -> Report:
-        """The loss of the run. Fused loss: logits are passed as hidden states, with an identity head."""
+        """The loss of the run; a fused one gets logits as hidden states, with an identity head."""
 
         def sums(logits_BTV: Any, tokens_BT: Any, weights_BT: Any) -> tuple[Any, Any]:
             ids = jnp.ones_like(tokens_BT)
