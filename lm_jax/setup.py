@@ -89,12 +89,12 @@ class Setup:
             ConfigError: if a teacher is not what its record says, or knows nothing of the text.
             Unfit: if a check of the doctor failed.
         """
-        self.checkpoints.clear_best()
-        workdir.clear_results(self.folder)
         taught = verify(self.teacher, self.cfg, self.store) if self.teacher else []
         if jax.process_index() == 0:
             print(*taught, sep="\n", end="\n" if taught else "", flush=True)
         examine(self.cfg, self.store, self.folder)
+        self.checkpoints.clear_best()
+        workdir.clear_results(self.folder)
         shardings = sharding.by_shape(self.mesh, self.abstract)
         init = jax.jit(self.init_state, out_shardings=shardings)
         manifest: Manifest = {"version": lm_jax.__version__, "position": 0, "tokens": 0}
