@@ -15,6 +15,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 import jax
+import numpy as np
 import pytest
 from absl import flags
 
@@ -33,3 +34,15 @@ def cache_dir(tmp_path_factory):
 def parsed_flags():
     """Grain and TFDS read absl flags, which pytest does not parse."""
     flags.FLAGS.mark_as_parsed()
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    """A folder with 40 small documents of a made-up language."""
+    folder = tmp_path_factory.mktemp("text")
+    rng = np.random.default_rng(0)
+    words = ["ba", "du", "kilo", "mefa", "no", "pi", "roso", "tu"]
+    for i in range(40):
+        lines = (" ".join(rng.choice(words, 6)) for _ in range(12))
+        (folder / f"{i:02}.txt").write_text("\n".join(lines) + "\n")
+    return folder

@@ -1,5 +1,6 @@
 """What several tests share."""
 
+import json
 import os
 import pathlib
 
@@ -8,15 +9,20 @@ import numpy as np
 import pytest
 
 from lm_jax import config
-from lm_jax.config import rules
+from lm_jax.config import Config, rules
+from lm_jax.config.flags import load_module
 from lm_jax.config.resolve import resolve
 from lm_jax.data.open import open_data
 from lm_jax.preflight import distill, run
+from lm_jax.workdir import open_trained
+
+ROOT = pathlib.Path(__file__).parents[1]
+CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("*.py"))
 
 
 def shared_data(name: str) -> pathlib.Path:
     """A file or folder of the shared data; the test is skipped where it is not there."""
-    default = pathlib.Path(__file__).parents[2] / "shared" / "data"
+    default = ROOT.parent / "shared" / "data"
     path = pathlib.Path(os.environ.get("LM_JAX_SHARED_DATA", default)) / name
     if not path.exists():
         pytest.skip(f"{name} is not in LM_JAX_SHARED_DATA or ../shared/data")
@@ -41,7 +47,7 @@ def tiny_config(**changes):
         train__steps="20",
         optim__warmup="3",
     )
-    return resolve(config.replace(config.Config(), **base | changes), windows=50)
+    return resolve(config.replace(Config(), **base | changes), windows=50)
 
 
 def examine_distillation_of(cfg):
@@ -71,3 +77,116 @@ def randomise(params, seed, std=0.3):
         std * jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)
     ]
     return jax.tree.unflatten(tree, noise)
+
+
+FAMILIES = {
+    "llama": {},
+    "gpt2": dict(
+        model__norm="layernorm", model__positions="learned", model__mlp="gelu", model__bias=True
+    ),
+    "grouped": dict(model__kv_heads=2, model__qk_norm=True, model__tied=False),
+    "plain": dict(model__positions="none", model__logit_softcap=5.0),
+    "scanned": dict(model__scan_layers=True, model__remat=True),
+    "factorised": dict(model__embedding_rank=7),
+    "musota": dict(
+        model__family="musota", model__d_model=128, model__heads=4, model__init="normal"
+    ),
+}
+
+
+STRANGE = [
+    "",
+    " ",
+    "  two  spaces  ",
+    "\n\n \n",
+    "line\r\nline\r\n",
+    "NUL \x00 and \x1c\x1d separators",
+    "tab\tand\u00a0no-break\u3000wide",
+    "naïve café – 北京 👩‍👩‍👧 🇩🇪",
+    "combining e\u0301 and \u200b zero width",
+    "<unk> <eos> <sep> <|endoftext|> <s> </s> [SEP] <separator>",
+    "Ġ Ċ ▁ ĠĠ Āā",
+    "'s 't don't I'LL 12345 ___ !!!",
+]
+
+
+def random_texts(seed, n):
+    rng = np.random.default_rng(seed)
+    ranges = [(0, 0x80), (0x80, 0x800), (0x800, 0xD800), (0xE000, 0x10000), (0x10000, 0x110000)]
+    for _ in range(n):
+        low_high = [ranges[i] for i in rng.integers(0, 5, rng.integers(1, 40))]
+        text = "".join(chr(rng.integers(*bounds)) for bounds in low_high)
+        yield " ".join([text[:7], text[7:]]) + ["", " ", "\n", "\r\n"][rng.integers(4)]
+
+
+TEXTS = [*STRANGE, *random_texts(0, 60)]
+
+
+def small(text, **changes):
+    """A run of a second or two on the fixture `text`."""
+    base = dict(
+        doctor="off",
+        data__corpus="text",
+        data__source_dir=str(text),
+        data__files="*.txt",
+        data__valid_fraction=0.2,
+        data__test_fraction=0.2,
+        data__cache_dir=str(text / "cache"),
+        data__seq_len=32,
+        data__batch_size=4,
+        data__micro_batch=2,
+        tokenizer__kind="char",
+        model__layers=1,
+        model__d_model=16,
+        model__heads=2,
+        model__dropout=0.1,
+        train__steps="12",
+        train__eval_every="6",
+        train__checkpoint_every="4",
+        train__log_every="5",
+        train__steps_per_call=2,
+        optim__warmup="2",
+    )
+    return config.replace(Config(), **base | changes)
+
+
+class StopAfter:
+    """Stands for Signals: the request to stop comes while update `count` is under way."""
+
+    def __init__(self, count):
+        self.count = count
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def agreed(self):
+        self.count -= 2
+        return "SIGTERM" if self.count <= 0 else None
+
+
+def rows(workdir):
+    lines = (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def final_state(workdir):
+    run = open_trained(pathlib.Path(workdir), best=False)
+    assert run.step == int(run.cfg.train.steps)
+    return [np.asarray(x) for x in jax.tree.leaves(run.params)]
+
+
+def equations(jaxpr, inside=""):
+    """All equations at any depth, with the names of the primitives around them."""
+    for eqn in jaxpr.eqns:
+        yield inside, eqn
+        for sub in jax.tree.leaves(eqn.params, is_leaf=lambda p: hasattr(p, "eqns")):
+            if hasattr(sub, "eqns"):
+                yield from equations(sub, f"{inside}/{eqn.primitive.name}")
+
+
+def load_config(name):
+    """The module of a shipped config."""
+    return load_module(ROOT / "configs" / f"{name}.py")

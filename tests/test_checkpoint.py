@@ -7,7 +7,7 @@ from lm_jax import checkpoint, evaluate, train
 from lm_jax.checkpoint import Checkpoints, abstract_like
 from lm_jax.config import ConfigError
 from lm_jax.workdir import open_trained
-from tests.test_train import small, text  # noqa: F401
+from tests.helpers import small
 
 
 def state(seed):

@@ -33,8 +33,8 @@ from lm_jax.doctor import Report, provenance
 from lm_jax.kernels import device
 from lm_jax.models import families
 from lm_jax.objective import NextToken
-from tests.distill.test_step import toy_teacher
-from tests.test_hf_tokenizer import byte_level, save
+from tests.distill.toys import toy_teacher
+from tests.hugging_face import byte_level, save_tokenizer
 
 V = 29
 
@@ -306,7 +306,7 @@ def loop(cfg, workdir):
         return eval_step
 
     class Checkpoints(checkpoint.Checkpoints):
-        def save(self, state, manifest, *, best=False):
+        def save_tokenizer(self, state, manifest, *, best=False):
             seen["saved"].append((manifest["position"], best))
             super().save(state, manifest, best=best)
 
@@ -417,9 +417,9 @@ def lab(tmp_path_factory):
         (root / folder / "valid.md").write_text("ba du kilo\n")
         (root / folder / "test.md").write_text("no pi roso\n")
     tree = byte_level()
-    save(root / "hf", tree, special="<|endoftext|>")
+    save_tokenizer(root / "hf", tree, special="<|endoftext|>")
     tree["model"]["merges"] = []
-    save(root / "other", tree, special="<|endoftext|>")
+    save_tokenizer(root / "other", tree, special="<|endoftext|>")
     return Lab(root)
 
 

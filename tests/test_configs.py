@@ -1,7 +1,6 @@
 """Every shipped config resolves, and its model has the size its docstring says."""
 
 import json
-import pathlib
 import types
 
 import jax
@@ -9,14 +8,12 @@ import pytest
 
 from lm_jax import config, generate, train
 from lm_jax.config import Duration
-from lm_jax.config.flags import load_module
 from lm_jax.config.resolve import resolve
 from lm_jax.kernels import device
 from lm_jax.models.families import choose_attention, create_model, size
 from lm_jax.workdir import open_trained
+from tests.helpers import CONFIGS, load_config
 
-ROOT = pathlib.Path(__file__).parents[1]
-CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("*.py"))
 # Name: (vocabulary with the separator, millions of parameters).
 SIZES = {
     "distill": (8192, None),
@@ -33,17 +30,13 @@ SIZES = {
 }
 
 
-def load(name):
-    return load_module(ROOT / "configs" / f"{name}.py")
-
-
 def test_every_config_is_listed():
     assert sorted(SIZES) == CONFIGS
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_config_resolves(name):
-    module = load(name)
+    module = load_config(name)
     assert f"python -m lm_jax.main --config=configs/{name}.py" in module.__doc__
     cfg = resolve(module.get_config(), windows=5000)
     vocab_size, millions = SIZES[name]
@@ -55,7 +48,7 @@ def test_config_resolves(name):
 
 @pytest.mark.parametrize("name", ["gpt2_124m", "stream_226m"])
 def test_published_sizes_are_exact(name):
-    cfg = resolve(load(name).get_config(), windows=5000)
+    cfg = resolve(load_config(name).get_config(), windows=5000)
     vocab_size, millions = SIZES[name]
     assert cfg.tokenizer.vocab_size == vocab_size
     _, init = create_model(cfg, vocab_size, "reference")
@@ -65,7 +58,7 @@ def test_published_sizes_are_exact(name):
 
 def test_arms_of_the_allocation_study_differ():
     """All but the two that are the same by definition, where both axes meet."""
-    module = load("phase1")
+    module = load_config("phase1")
     models = {}
     for arm in module.ARMS:
         model = resolve(module.get_config(arm), windows=5000).model
@@ -76,7 +69,7 @@ def test_arms_of_the_allocation_study_differ():
 
 
 def test_arms_against_overfitting_change_one_thing_each():
-    module = load("small_corpus")
+    module = load_config("small_corpus")
     base = dict(config.named_fields(module.get_config("base")))
     for arm, changes in module.ARMS.items():
         changed = dict(config.named_fields(module.get_config(arm)))
@@ -86,7 +79,7 @@ def test_arms_against_overfitting_change_one_thing_each():
 
 
 def test_baselines_of_mu_sota_are_matched():
-    module = load("musota")
+    module = load_config("musota")
     sizes = {}
     for arm in module.ARMS:
         cfg = resolve(module.get_config(arm), windows=5000)
@@ -101,7 +94,7 @@ def test_baselines_of_mu_sota_are_matched():
 
 def test_the_character_config_trains_from_one_text_file(tmp_path):
     (tmp_path / "input.txt").write_text("To be, or not to be: that is the question.\n" * 200)
-    cfg = load("shakespeare_char").get_config()
+    cfg = load_config("shakespeare_char").get_config()
     cfg.doctor = "off"
     cfg.data.source_dir, cfg.data.cache_dir = str(tmp_path), str(tmp_path / "cache")
     cfg.train.steps, cfg.optim.warmup = Duration("2"), Duration("1")
@@ -126,12 +119,12 @@ def test_configs_for_a_gpu_suit_the_gpu(kind, dtype, impls, monkeypatch):
     gpu = types.SimpleNamespace(platform="gpu", device_kind=kind)
     monkeypatch.setattr(device, "target", lambda: gpu)
     for name, impl in zip(GPU_CONFIGS, impls, strict=True):
-        cfg = resolve(load(name).get_config(), windows=5000)
+        cfg = resolve(load_config(name).get_config(), windows=5000)
         assert cfg.train.compute_dtype == dtype
         assert cfg.train.matmul_precision == "tensorfloat32"
         chosen, reason = choose_attention(cfg)
         assert chosen == impl and f", {dtype}, head width 64" in reason
-    mu_sota = resolve(load("musota").get_config(), windows=5000)
+    mu_sota = resolve(load_config("musota").get_config(), windows=5000)
     assert choose_attention(mu_sota)[0] == "xla"  # its heads are 2 wide
 
 
@@ -144,7 +137,7 @@ def small_wikitext2(tmp_path_factory):
 
     def make(dtype):
         return config.replace(
-            load("wikitext2").get_config(),
+            load_config("wikitext2").get_config(),
             doctor="off",
             data__corpus="text",
             data__source_dir=str(folder),

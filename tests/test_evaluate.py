@@ -13,7 +13,7 @@ from lm_jax import config, evaluate, metrics
 from lm_jax.config import Config
 from lm_jax.data import open as data_open
 from lm_jax.data import references as references_module
-from lm_jax.data.open import _locked, open_data
+from lm_jax.data.open import open_data
 from lm_jax.files import write_json
 from tests.helpers import shared_data
 
@@ -52,23 +52,22 @@ def test_one_process_at_a_time_prepares_data_and_others_say_that_they_wait(
     tmp_path, monkeypatch, capsys
 ):
     cfg = config.replace(Config(), data__cache_dir=str(tmp_path), tokenizer__kind="byte")
-    prepare, said = data_open.prepare, threading.Event()
+    prepare, said, go_on = data_open.prepare, threading.Event(), threading.Event()
 
     def prepare_under_lock(*arguments, **options):
         with (tmp_path / "lock").open() as lock, pytest.raises(BlockingIOError):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        assert go_on.wait(60)
         return prepare(*arguments, **options)
 
     monkeypatch.setattr(data_open, "prepare", prepare_under_lock)
     monkeypatch.setattr(data_open, "print", lambda *a, **k: print(*a, **k) or said.set(), False)
-    open_data(cfg)
-    assert not said.is_set()
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        with _locked(tmp_path / "lock"):
-            other = pool.submit(open_data, cfg)
-            assert said.wait(60)
-            assert not other.done()
-        assert other.result(60).tokenizer.kind == "byte"
+        both = [pool.submit(open_data, cfg) for _ in range(2)]
+        assert said.wait(60)
+        assert not any(one.done() for one in both)
+        go_on.set()
+        assert [one.result(60).tokenizer.kind for one in both] == ["byte"] * 2
     (line,) = capsys.readouterr().err.splitlines()
     holder = f"process {os.getpid()} on {platform.node()}"
     assert line == f"waiting until {holder} has prepared its data in {tmp_path}"

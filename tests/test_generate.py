@@ -1,6 +1,7 @@
 """The cache against the full forward, the sampler's properties, and the command end to end."""
 
 import json
+import logging
 import sys
 
 import jax
@@ -260,13 +261,15 @@ def test_logits_that_are_not_finite_are_named():
         generate.generate(run, "e", tokens=3)
 
 
-def test_second_call_compiles_nothing():
+def test_second_call_compiles_nothing(caplog):
     run = make_run()
     generate.generate(run, "abc", tokens=5, temperature=0.5)
-    before = generate._decode._cache_size()
-    generate.generate(run, "cab", tokens=5, temperature=0, top_p=0.5, top_k=3, seed=4)
-    generate.generate(run, "bca", tokens=5, temperature=1)
-    assert generate._decode._cache_size() == before
+    with caplog.at_level(logging.WARNING), jax.log_compiles():
+        generate.generate(run, "cab", tokens=5, temperature=0, top_p=0.5, top_k=3, seed=4)
+        generate.generate(run, "bca", tokens=5, temperature=1)
+        assert not caplog.messages
+        generate.generate(run, "bca", tokens=6)
+        assert any("Compiling jit(_decode)" in message for message in caplog.messages)
 
 
 @pytest.fixture(scope="module")

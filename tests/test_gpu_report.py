@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-import pathlib
 import queue
 import random
 import subprocess
@@ -12,7 +11,8 @@ import time
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parents[1]
+from tests.helpers import ROOT
+
 sys.path.insert(0, str(ROOT / "scripts"))
 PARTS = "info correct steps attention loss train".split()
 SECTIONS = "Device Correctness Steps Attention Training".split()

@@ -7,14 +7,14 @@ import pytest
 from flax import nnx
 from jax.test_util import check_grads
 
-from lm_jax import loss, optim
+from lm_jax import loss
 from lm_jax.kernels.attention import attend
 from lm_jax.models.families import create_model
 from lm_jax.models.layers import Norm, head_logits, rotary
 from lm_jax.models.transformer import MLP, Block
 from lm_jax.objective import NextToken
-from tests.helpers import every, random_batch, randomise, tiny_config
-from tests.test_transformer import FAMILIES
+from tests.differences import check_gradient, directional_error
+from tests.helpers import FAMILIES, every, random_batch, randomise, tiny_config
 
 V = 7
 
@@ -34,60 +34,9 @@ def normal(seed, *shape):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape))
 
 
-def directional_error(f, x, seed, eps):
-    """|<grad, v> - central difference| over |<grad, v>| for a random unit direction v.
-
-    Where v happens to be nearly orthogonal to the gradient, its typical |<grad, v>| counts, which
-    is |grad| / sqrt(n) in n dimensions.
-    """
-    leaves, tree = jax.tree.flatten(x)
-    rng = np.random.default_rng(seed)
-    v = [rng.normal(size=leaf.shape) for leaf in leaves]
-    length = np.sqrt(sum((d**2).sum() for d in v))
-    v = jax.tree.unflatten(tree, [jnp.asarray(d / length) for d in v])
-
-    def along(t):
-        return f(jax.tree.map(lambda a, d: a + t * d, x, v))
-
-    grad = jax.grad(f)(x)
-    dot = sum(jax.tree.leaves(jax.tree.map(lambda g, d: (g * d).sum(), grad, v)))
-    typical = optim.global_norm(grad) / np.sqrt(sum(leaf.size for leaf in leaves))
-    return abs(dot - (along(eps) - along(-eps)) / (2 * eps)) / max(abs(dot), typical)
-
-
-def check(f, x):
-    """Five directions, an eps sweep with its V, every coordinate, and JAX's own check."""
-    f = jax.jit(f)
-    assert ":f32[" not in str(jax.make_jaxpr(f)(x)), "computes in float32 somewhere"
-    for seed in range(5):
-        assert directional_error(f, x, seed, 1e-6) < 1e-6
-    errors = [directional_error(f, x, 0, eps) for eps in (1e-1, 1e-6, 1e-13)]
-    assert errors[1] < errors[0] and errors[1] < errors[2], f"no V over eps: {errors}"
-    grad = jax.grad(f)(x)
-    leaves, tree = jax.tree.flatten(x)
-    for i, leaf in enumerate(leaves):
-        flat = np.asarray(leaf).ravel()
-        for j in np.random.default_rng(i).permutation(flat.size)[:64]:
-            values = []
-            for sign in (1, -1):
-                moved = flat.copy()
-                moved[j] += sign * 1e-5
-                values.append(
-                    f(
-                        jax.tree.unflatten(
-                            tree, [*leaves[:i], moved.reshape(leaf.shape), *leaves[i + 1 :]]
-                        )
-                    )
-                )
-            expected = (values[0] - values[1]) / 2e-5
-            actual = np.asarray(jax.tree.leaves(grad)[i]).ravel()[j]
-            np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-7)
-    check_grads(f, (x,), order=1, modes=["rev"], atol=1e-7, rtol=1e-7, eps=1e-6)
-
-
 def test_cross_entropy():
     b = loss.shift(float64_batch(0, (2, 5)))
-    check(lambda z: loss.cross_entropy(z, b.targets, b.weights)[0], normal(1, 2, 4, V))
+    check_gradient(lambda z: loss.cross_entropy(z, b.targets, b.weights)[0], normal(1, 2, 4, V))
 
 
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
@@ -98,7 +47,7 @@ def test_head(softcap):
         logits = head_logits(x["hidden"], x["head"], softcap)
         return loss.cross_entropy(logits, b.targets, b.weights)[0]
 
-    check(f, {"hidden": normal(3, 2, 4, 6), "head": normal(4, V, 6)})
+    check_gradient(f, {"hidden": normal(3, 2, 4, 6), "head": normal(4, V, 6)})
 
 
 @pytest.mark.parametrize("kind", ["rmsnorm", "layernorm"])
@@ -106,7 +55,7 @@ def test_norm(kind):
     graphdef, params = nnx.split(Norm(6, kind, True))
     params = randomise(jax.tree.map(lambda x: x.astype(jnp.float64), nnx.to_pure_dict(params)), 0)
     w = normal(5, 3, 6)
-    check(
+    check_gradient(
         lambda x: (nnx.merge(graphdef, x["params"])(x["x"]) * w).sum(),
         {"params": params, "x": normal(6, 3, 6)},
     )
@@ -115,7 +64,9 @@ def test_norm(kind):
 def test_rotary():
     w = normal(7, 1, 5, 2, 6)
     positions = jnp.arange(5)[None]
-    check(lambda x: jnp.sin((rotary(x, positions, 100.0) * w).sum()), normal(8, 1, 5, 2, 6))
+    check_gradient(
+        lambda x: jnp.sin((rotary(x, positions, 100.0) * w).sum()), normal(8, 1, 5, 2, 6)
+    )
 
 
 def test_attention():
@@ -125,7 +76,7 @@ def test_attention():
     def f(x):
         return (attend(x["q"], x["k"], x["v"], segment_ids_BT=ids, impl="reference") * w).sum()
 
-    check(
+    check_gradient(
         f, {"q": normal(10, 1, 6, 4, 3), "k": normal(11, 1, 6, 2, 3), "v": normal(12, 1, 6, 2, 3)}
     )
 
@@ -137,7 +88,7 @@ def test_mlp(mlp):
     params = randomise(jax.tree.map(lambda x: x.astype(jnp.float64), nnx.to_pure_dict(params)), 1)
     x = normal(13, 1, 3, 16)
     w = normal(14, 1, 3, 16)
-    check(lambda p: (nnx.merge(graphdef, p)(x) * w).sum(), params)
+    check_gradient(lambda p: (nnx.merge(graphdef, p)(x) * w).sum(), params)
 
 
 def test_block():
@@ -146,7 +97,7 @@ def test_block():
     params = randomise(jax.tree.map(lambda x: x.astype(jnp.float64), nnx.to_pure_dict(params)), 2)
     x, w = normal(15, 1, 4, 16), normal(16, 1, 4, 16)
     ids, positions = jnp.ones((1, 4), int), jnp.arange(4)[None]
-    check(lambda p: (nnx.merge(graphdef, p)(x, ids, positions, None) * w).sum(), params)
+    check_gradient(lambda p: (nnx.merge(graphdef, p)(x, ids, positions, None) * w).sum(), params)
 
 
 @pytest.mark.parametrize("family", every(FAMILIES))

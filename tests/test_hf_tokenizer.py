@@ -9,25 +9,10 @@ import pytest
 import tokenizers
 
 from lm_jax.data.tokenizers.hf import HfTokenizer
-from tests.test_tokenizers import TEXTS
+from tests.helpers import TEXTS
+from tests.hugging_face import CORPUS, byte_level, save_tokenizer
 
-CORPUS = ["low lower lowest new newer newest naïve café 北京\n\n  the end\n"] * 9
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
-
-
-def byte_level():
-    """In the manner of GPT-2."""
-    made = tokenizers.Tokenizer(tokenizers.models.BPE())
-    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
-    made.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=["<|endoftext|>"],
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    made.train_from_iterator(CORPUS, trainer)
-    return json.loads(made.to_str())
 
 
 def byte_level_by_regex():
@@ -73,20 +58,13 @@ STYLES = {
 }
 
 
-def save(folder, tree, special="<s>", **changes):
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tokenizer.json").write_text(json.dumps(tree))
-    c = {"vocab_size": 340, "bos_token_id": None, "eos_token_id": None} | changes
-    (folder / "config.json").write_text(json.dumps(c))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": special}))
-    return folder
-
-
 @pytest.fixture(scope="module", params=STYLES)
 def trained(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
     special = "<|endoftext|>" if request.param.startswith("bytes") else "<s>"
-    return request.param, HfTokenizer.from_folder(save(folder, STYLES[request.param](), special))
+    return request.param, HfTokenizer.from_folder(
+        save_tokenizer(folder, STYLES[request.param](), special)
+    )
 
 
 @pytest.mark.parametrize("text", [*TEXTS, "the <0x41> byte", "low newest lower"])
@@ -140,7 +118,7 @@ def test_the_ids_are_the_librarys_own(tmp_path):
     tree = byte_level()
     tree["pre_tokenizer"]["add_prefix_space"] = False
     library = tokenizers.Tokenizer.from_str(json.dumps(tree))
-    tokenizer = HfTokenizer.from_folder(save(tmp_path, tree, "<|endoftext|>"))
+    tokenizer = HfTokenizer.from_folder(save_tokenizer(tmp_path, tree, "<|endoftext|>"))
     for text in CORPUS[:1] + TEXTS[:9]:
         assert tokenizer.encode(text).tolist() == library.encode(text).ids
 
@@ -148,7 +126,7 @@ def test_the_ids_are_the_librarys_own(tmp_path):
 def test_files_of_older_versions(tmp_path):
     """GPT-2's does not say of what type its model is; some cut, fill, frame or shake a text."""
     tree = byte_level()
-    plain = HfTokenizer.from_folder(save(tmp_path / "a", tree, "<|endoftext|>"))
+    plain = HfTokenizer.from_folder(save_tokenizer(tmp_path / "a", tree, "<|endoftext|>"))
     del tree["model"]["type"]
     tree["model"]["dropout"] = 0.9
     tree["truncation"] = {
@@ -176,7 +154,7 @@ def test_files_of_older_versions(tmp_path):
     }
     library = tokenizers.Tokenizer.from_str(json.dumps(tree))
     assert library.encode("low").ids[0] == 0 and len(library.encode(CORPUS[0]).ids) == 8
-    old = HfTokenizer.from_folder(save(tmp_path / "b", tree, "<|endoftext|>"))
+    old = HfTokenizer.from_folder(save_tokenizer(tmp_path / "b", tree, "<|endoftext|>"))
     for text in ("low", CORPUS[0]):
         np.testing.assert_array_equal(old.encode(text), plain.encode(text))
     assert old.content_hash != plain.content_hash
@@ -191,13 +169,13 @@ def test_added_tokens_that_are_text(tmp_path):
         token | {"id": n + 1, "content": "<é>", "special": False},
         token | {"id": n + 2, "content": "<|pad|>", "special": True},
     ]
-    tokenizer = HfTokenizer.from_folder(save(tmp_path / "a", tree, "<|endoftext|>"))
+    tokenizer = HfTokenizer.from_folder(save_tokenizer(tmp_path / "a", tree, "<|endoftext|>"))
     text = "a    <é> <|pad|>"
     ids = tokenizer.encode(text)
     assert n in ids and n + 1 in ids and n + 2 not in ids
     assert tokenizer.decode(ids) == text
     tree["added_tokens"][2]["lstrip"] = True
-    tokenizer = HfTokenizer.from_folder(save(tmp_path / "b", tree, "<|endoftext|>"))
+    tokenizer = HfTokenizer.from_folder(save_tokenizer(tmp_path / "b", tree, "<|endoftext|>"))
     with pytest.raises(ValueError, match="added_tokens, changes the text at character 1, ' <é>'"):
         tokenizer.encode("a <é>")
 
@@ -219,7 +197,7 @@ def test_added_tokens_that_are_text(tmp_path):
     ],
 )
 def test_the_separator_begins_a_text_or_ends_it(tmp_path, named, config_ids, expected):
-    folder = save(tmp_path, sentencepiece(metaspace=True), **config_ids)
+    folder = save_tokenizer(tmp_path, sentencepiece(metaspace=True), **config_ids)
     if named is None:
         os.remove(folder / "tokenizer_config.json")
     else:
@@ -259,7 +237,7 @@ CHANGED = {
 def test_a_changed_text_names_the_component(tmp_path, case):
     part, value, text, component = CHANGED[case]
     tokenizer = HfTokenizer.from_folder(
-        save(tmp_path, byte_level() | {part: value}, "<|endoftext|>")
+        save_tokenizer(tmp_path, byte_level() | {part: value}, "<|endoftext|>")
     )
     unchanged = text.split()[-1].lower()
     assert tokenizer.decode(tokenizer.encode(unchanged)) == unchanged
@@ -270,7 +248,7 @@ def test_a_changed_text_names_the_component(tmp_path, case):
 def test_characters_without_a_token(tmp_path):
     tree = sentencepiece(metaspace=True)
     tree["model"]["byte_fallback"] = False
-    tokenizer = HfTokenizer.from_folder(save(tmp_path, tree))
+    tokenizer = HfTokenizer.from_folder(save_tokenizer(tmp_path, tree))
     with pytest.raises(ValueError, match="tokenizer.json: model, .* at character 4, '\u20ac!'"):
         tokenizer.encode("low \u20ac!")
 
@@ -278,7 +256,7 @@ def test_characters_without_a_token(tmp_path):
 def test_tokenizers_of_another_kind_are_refused(tmp_path):
     def refused(message, tree, **changes):
         with pytest.raises(ValueError, match=message):
-            HfTokenizer.from_folder(save(tmp_path, tree, "<|endoftext|>", **changes))
+            HfTokenizer.from_folder(save_tokenizer(tmp_path, tree, "<|endoftext|>", **changes))
 
     tree = byte_level()
     words = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}

@@ -11,40 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import safetensors.numpy
 from flax import nnx
 
 from lm_jax import config
 from lm_jax.config.resolve import resolve
 from lm_jax.models import huggingface
 from lm_jax.models.families import create_model
+from tests.hugging_face import GPT2, LLAMA, V, random_tensors, save_checkpoint
 
-V = 37
-LLAMA = {
-    "model_type": "llama",
-    "vocab_size": V,
-    "hidden_size": 24,
-    "intermediate_size": 20,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "hidden_act": "silu",
-    "max_position_embeddings": 16,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500.0,
-    "tie_word_embeddings": False,
-}
 QWEN3 = LLAMA | {"model_type": "qwen3", "head_dim": 4, "rms_norm_eps": 1e-3}
-GPT2 = {
-    "model_type": "gpt2",
-    "vocab_size": V,
-    "n_embd": 24,
-    "n_layer": 2,
-    "n_head": 6,
-    "n_positions": 16,
-    "activation_function": "gelu_new",
-    "layer_norm_epsilon": 1e-5,
-}
 VARIANTS = {
     "llama": LLAMA,
     "llama tied": LLAMA | {"tie_word_embeddings": True, "rms_norm_eps": 1e-6},
@@ -59,87 +34,6 @@ VARIANTS = {
     "gpt2 untied": GPT2 | {"tie_word_embeddings": False, "n_inner": 40},
     "gpt2 with exact gelu": GPT2 | {"activation_function": "gelu"},
 }
-
-
-# --- checkpoints made here -----------------------------------------------------------------------
-
-
-def llama_shapes(c):
-    D, F, L = c["hidden_size"], c["intermediate_size"], c["num_hidden_layers"]
-    C = D // c["num_attention_heads"]
-    kv = c.get("num_key_value_heads", c["num_attention_heads"]) * C
-    yield "model.embed_tokens.weight", (c["vocab_size"], D)
-    for i in range(L):
-        yield f"model.layers.{i}.input_layernorm.weight", (D,)
-        yield f"model.layers.{i}.post_attention_layernorm.weight", (D,)
-        for part, name, shape in (
-            ("self_attn", "q", (D, D)),
-            ("self_attn", "k", (kv, D)),
-            ("self_attn", "v", (kv, D)),
-            ("self_attn", "o", (D, D)),
-            ("mlp", "gate", (F, D)),
-            ("mlp", "up", (F, D)),
-            ("mlp", "down", (D, F)),
-        ):
-            yield f"model.layers.{i}.{part}.{name}_proj.weight", shape
-            if c.get("mlp_bias"):
-                yield f"model.layers.{i}.{part}.{name}_proj.bias", shape[:1]
-        if c["model_type"] == "qwen3":
-            yield f"model.layers.{i}.self_attn.q_norm.weight", (C,)
-            yield f"model.layers.{i}.self_attn.k_norm.weight", (C,)
-    yield "model.norm.weight", (D,)
-    if not c["tie_word_embeddings"]:
-        yield "lm_head.weight", (c["vocab_size"], D)
-
-
-def gpt2_shapes(c):
-    D, F = c["n_embd"], c.get("n_inner", 4 * c["n_embd"])
-    yield "transformer.wte.weight", (c["vocab_size"], D)
-    yield "transformer.wpe.weight", (c["n_positions"], D)
-    for i in range(c["n_layer"]):
-        for name, shape in (
-            ("ln_1", (D,)),
-            ("attn.c_attn", (D, 3 * D)),
-            ("attn.c_proj", (D, D)),
-            ("ln_2", (D,)),
-            ("mlp.c_fc", (D, F)),
-            ("mlp.c_proj", (F, D)),
-        ):
-            yield f"transformer.h.{i}.{name}.weight", shape
-            yield f"transformer.h.{i}.{name}.bias", shape[-1:]
-    yield "transformer.ln_f.weight", (D,)
-    yield "transformer.ln_f.bias", (D,)
-    if not c.get("tie_word_embeddings", True):
-        yield "lm_head.weight", (c["vocab_size"], D)
-
-
-def random_tensors(c, seed=0, dtype=np.float32):
-    """Tables are small, so that an epsilon counts; the rest is large enough to matter."""
-    rng = np.random.default_rng(seed)
-    shapes = gpt2_shapes(c) if c["model_type"] == "gpt2" else llama_shapes(c)
-    tensors = {}
-    for name, shape in shapes:
-        std = 0.05 if "embed" in name or "wte" in name or "wpe" in name else 0.3
-        centre = 1.0 if len(shape) == 1 and "bias" not in name else 0.0
-        tensors[name] = rng.normal(centre, std, shape).astype(dtype)
-    return tensors
-
-
-def write(folder, c, tensors, shards=1):
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(c))
-    if shards == 1:
-        safetensors.numpy.save_file(tensors, folder / "model.safetensors")
-        return folder
-    names, weight_map = sorted(tensors), {}
-    for i in range(shards):
-        file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
-        part = {name: tensors[name] for name in names[i::shards]}
-        safetensors.numpy.save_file(part, folder / file)
-        weight_map |= dict.fromkeys(part, file)
-    index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    return folder
 
 
 # --- the models by their equations ---------------------------------------------------------------
@@ -299,7 +193,7 @@ def assert_close(logits, expected):
 def test_logits_follow_the_equations(tmp_path, variant):
     c = VARIANTS[variant]
     tensors = random_tensors(c)
-    folder = write(tmp_path, c, tensors)
+    folder = save_checkpoint(tmp_path, c, tensors)
     tokens_BT = random_tokens()
     assert_close(package_logits(folder, tokens_BT), expected_logits(c, tensors, tokens_BT))
 
@@ -309,7 +203,7 @@ def test_shards_and_half_precision(tmp_path, c):
     """Weights of fewer bits are the same numbers in float32."""
     for dtype, shards in ((jnp.bfloat16, 1), (np.float16, 1), (np.float32, 3)):
         tensors = random_tensors(c, dtype=np.dtype(dtype))
-        folder = write(tmp_path / np.dtype(dtype).name, c, tensors, shards)
+        folder = save_checkpoint(tmp_path / np.dtype(dtype).name, c, tensors, shards)
         _, _, _, params = huggingface.load(folder)
         assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype(np.float32)}
         tokens_BT = random_tokens()
@@ -326,12 +220,14 @@ def test_what_old_checkpoints_hold_beside_parameters(tmp_path):
         old[f"h.{i}.attn.bias"] = np.ones((1, 1, 16, 16), np.uint8)
         old[f"h.{i}.attn.masked_bias"] = np.full((), -1e4, np.float32)
     old["lm_head.weight"] = old["wte.weight"]
-    assert_close(package_logits(write(tmp_path / "gpt2", GPT2, old), tokens_BT), expected)
+    assert_close(package_logits(save_checkpoint(tmp_path / "gpt2", GPT2, old), tokens_BT), expected)
 
     tensors = random_tensors(LLAMA)
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(2, np.float32)
     expected = expected_logits(LLAMA, tensors, tokens_BT)
-    assert_close(package_logits(write(tmp_path / "llama", LLAMA, tensors), tokens_BT), expected)
+    assert_close(
+        package_logits(save_checkpoint(tmp_path / "llama", LLAMA, tensors), tokens_BT), expected
+    )
 
 
 def library_config(transformers, c):
@@ -408,7 +304,7 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_would_be_another_model_is_refused(tmp_path, case):
     c, changes, message = REFUSED[case]
-    folder = write(tmp_path, c, random_tensors(c))
+    folder = save_checkpoint(tmp_path, c, random_tensors(c))
     (folder / "config.json").write_text(json.dumps(c | changes))
     with pytest.raises(ValueError, match=message) as caught:
         huggingface.load(folder)
@@ -428,12 +324,14 @@ def test_what_would_be_another_model_is_refused(tmp_path, case):
 )
 def test_fields_that_change_nothing_are_taken(tmp_path, changes):
     tensors = random_tensors(LLAMA)
-    plain = huggingface.load(write(tmp_path / "plain", LLAMA, tensors))[:3]
-    assert huggingface.load(write(tmp_path / "other", LLAMA | changes, tensors))[:3] == plain
+    plain = huggingface.load(save_checkpoint(tmp_path / "plain", LLAMA, tensors))[:3]
+    assert (
+        huggingface.load(save_checkpoint(tmp_path / "other", LLAMA | changes, tensors))[:3] == plain
+    )
 
 
 def test_the_missing_package_is_named(tmp_path, monkeypatch):
-    write(tmp_path, LLAMA, random_tensors(LLAMA))
+    save_checkpoint(tmp_path, LLAMA, random_tensors(LLAMA))
     monkeypatch.setitem(sys.modules, "safetensors", None)
     with pytest.raises(ValueError, match="needs the package safetensors: pip install"):
         huggingface.load(tmp_path)
@@ -447,7 +345,7 @@ def test_damaged_files_are_named(tmp_path):
     folder = tmp_path / "model"
     refused("config.json is missing")
     tensors = random_tensors(LLAMA)
-    write(folder, LLAMA, tensors, shards=2)
+    save_checkpoint(folder, LLAMA, tensors, shards=2)
     shard = folder / "model-00002-of-00002.safetensors"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-1])
@@ -464,11 +362,11 @@ def test_damaged_files_are_named(tmp_path):
     refused("config.json is no JSON")
 
     name = "model.layers.1.mlp.up_proj.weight"
-    write(folder, LLAMA, tensors | {name: tensors[name].T.copy()})
+    save_checkpoint(folder, LLAMA, tensors | {name: tensors[name].T.copy()})
     refused(r"layers.1.mlp.up_proj.weight has shape \[24, 20\]; config.json asks for \[20, 24\]")
-    write(folder, LLAMA, tensors | {name: tensors[name].astype(np.int8)})
+    save_checkpoint(folder, LLAMA, tensors | {name: tensors[name].astype(np.int8)})
     refused("layers.1.mlp.up_proj.weight is of type I8; save it as float32")
-    write(folder, LLAMA, {key: value for key, value in tensors.items() if key != name})
+    save_checkpoint(folder, LLAMA, {key: value for key, value in tensors.items() if key != name})
     refused("layers.1.mlp.up_proj.weight is missing")
-    write(folder, LLAMA, tensors | {"score.weight": tensors[name]})
+    save_checkpoint(folder, LLAMA, tensors | {"score.weight": tensors[name]})
     refused("score.weight is no part of the model")

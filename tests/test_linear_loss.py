@@ -19,7 +19,8 @@ from lm_jax.kernels.chunks import rows_per_chunk
 from lm_jax.kernels.linear_divergence import Member, linear_distillation
 from lm_jax.kernels.linear_loss import linear_cross_entropy
 from lm_jax.models.layers import head_logits
-from tests.test_gradients import check
+from tests.differences import check_gradient
+from tests.helpers import equations
 
 B, T, D, V = 3, 11, 8, 97
 EPS = float(np.finfo(np.float32).eps)
@@ -201,7 +202,7 @@ def test_against_central_differences(options):
         def f(arrays):
             return objective(*arrays, targets, weights, chunk_rows=4, **options)
 
-        check(f, (x.astype(jnp.float64), head.astype(jnp.float64)))
+        check_gradient(f, (x.astype(jnp.float64), head.astype(jnp.float64)))
 
 
 def test_rows_of_weight_zero_may_hold_anything():
@@ -325,15 +326,6 @@ def test_vmap_remat_and_scan():
     alone = value_and_grads(loss, sets[2][0], sets[0][1], *sets[2][2:])
     for a, b in zip((value, dx, dhead), alone, strict=True):
         np.testing.assert_allclose(a[2], b, rtol=1e-5, atol=1e-6)
-
-
-def equations(jaxpr, inside=""):
-    """All equations at any depth, with the names of the primitives around them."""
-    for eqn in jaxpr.eqns:
-        yield inside, eqn
-        for sub in jax.tree.leaves(eqn.params, is_leaf=lambda p: hasattr(p, "eqns")):
-            if hasattr(sub, "eqns"):
-                yield from equations(sub, f"{inside}/{eqn.primitive.name}")
 
 
 def traced(f, *args):
@@ -508,7 +500,7 @@ def test_divergence_against_central_differences(kind, beta):
                 *arrays, y, other, weights, kind=kind, beta=beta, temperature=1.5, **caps
             )
 
-        check(f, (x, head))
+        check_gradient(f, (x, head))
 
 
 @pytest.mark.parametrize("cap", [0.5, 3.0])

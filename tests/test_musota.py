@@ -14,8 +14,7 @@ from lm_jax.config.resolve import resolve
 from lm_jax.data.open import open_data
 from lm_jax.models import musota
 from lm_jax.models.families import create_model
-from tests.helpers import randomise, tiny_config
-from tests.test_train import small, text  # noqa: F401
+from tests.helpers import randomise, small, tiny_config
 
 V = 29
 MUSOTA = dict(model__family="musota", model__d_model=128, model__heads=4, model__init="normal")

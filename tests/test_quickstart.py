@@ -1,7 +1,6 @@
 """The whole path against an oracle: a source whose entropy rate is known."""
 
 import os
-import pathlib
 import subprocess
 import sys
 
@@ -12,14 +11,12 @@ from lm_jax import config
 from lm_jax.data.open import open_data
 from lm_jax.data.synthetic import MarkovSource
 from lm_jax.train import train_and_evaluate
-from tests.test_configs import load
-
-ROOT = pathlib.Path(__file__).parents[1]
+from tests.helpers import ROOT, load_config
 
 
 @pytest.mark.slow
 def test_quickstart_comes_down_to_the_entropy_rate(tmp_path):
-    cfg = load("quickstart").get_config()
+    cfg = load_config("quickstart").get_config()
     # A run of the command in the README that is finished is not made again.
     workdir = os.environ.get("LM_JAX_QUICKSTART")
     if workdir is None:

@@ -16,9 +16,8 @@ from jax.sharding import PartitionSpec
 from lm_jax import checkpoint, sharding, step, train
 from lm_jax.models.families import create_model
 from lm_jax.objective import NextToken
-from tests.helpers import random_batch, tiny_config
+from tests.helpers import ROOT, random_batch, small, tiny_config
 
-ROOT = pathlib.Path(__file__).parents[1]
 V = 29
 UPDATES = 5
 FSDP = {"one": None, "data": 1, "fsdp2": 2, "fsdp8": 8}  # value of config.mesh.fsdp; None: no mesh
@@ -269,8 +268,6 @@ def test_a_checkpoint_moves_between_meshes(eight):
 
 
 def text_config(folder):
-    from tests.test_train import small
-
     return small(
         folder,
         optim__eps=1e-3,

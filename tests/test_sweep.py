@@ -11,8 +11,8 @@ import time
 import pytest
 
 from lm_jax.config.flags import load_module
+from tests.helpers import ROOT
 
-ROOT = pathlib.Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts" / "sweep.py"
 sweep = load_module(SCRIPT)
 
@@ -157,6 +157,7 @@ def test_a_stopped_sweep_stops_its_runs_once(tmp_path, specs, number, whole_grou
 import pathlib, sys
 sys.argv = ["sweep.py", {specs[0]!r}, "--root={tmp_path}"]
 from lm_jax.config.flags import load_module
+from tests.helpers import ROOT
 sweep = load_module(pathlib.Path({str(SCRIPT)!r}))
 plan = sweep.plan
 def slow(*arguments):

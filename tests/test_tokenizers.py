@@ -12,34 +12,7 @@ from lm_jax.data.tokenizers import kinds
 from lm_jax.data.tokenizers.base import count_words
 from lm_jax.data.tokenizers.kinds import WordTokenizer
 from lm_jax.data.tokenizers.load import load_tokenizer, train_tokenizer
-from tests.helpers import shared_data
-
-STRANGE = [
-    "",
-    " ",
-    "  two  spaces  ",
-    "\n\n \n",
-    "line\r\nline\r\n",
-    "NUL \x00 and \x1c\x1d separators",
-    "tab\tand\u00a0no-break\u3000wide",
-    "naïve café – 北京 👩‍👩‍👧 🇩🇪",
-    "combining e\u0301 and \u200b zero width",
-    "<unk> <eos> <sep> <|endoftext|> <s> </s> [SEP] <separator>",
-    "Ġ Ċ ▁ ĠĠ Āā",
-    "'s 't don't I'LL 12345 ___ !!!",
-]
-
-
-def _random_texts(seed, n):
-    rng = np.random.default_rng(seed)
-    ranges = [(0, 0x80), (0x80, 0x800), (0x800, 0xD800), (0xE000, 0x10000), (0x10000, 0x110000)]
-    for _ in range(n):
-        low_high = [ranges[i] for i in rng.integers(0, 5, rng.integers(1, 40))]
-        text = "".join(chr(rng.integers(*bounds)) for bounds in low_high)
-        yield " ".join([text[:7], text[7:]]) + ["", " ", "\n", "\r\n"][rng.integers(4)]
-
-
-TEXTS = [*STRANGE, *_random_texts(0, 60)]
+from tests.helpers import TEXTS, shared_data
 
 
 @pytest.fixture(scope="module", params=["byte", "char", "bpe"])

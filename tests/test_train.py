@@ -2,14 +2,12 @@
 
 import json
 import os
-import pathlib
 import shutil
 import signal
 import subprocess
 import sys
 import time
 
-import jax
 import numpy as np
 import pytest
 
@@ -19,75 +17,7 @@ from lm_jax.config import Config, ConfigError
 from lm_jax.data import windows
 from lm_jax.signals import Interrupted
 from lm_jax.workdir import open_trained
-
-ROOT = pathlib.Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    """A folder with 40 small documents of a made-up language."""
-    folder = tmp_path_factory.mktemp("text")
-    rng = np.random.default_rng(0)
-    words = ["ba", "du", "kilo", "mefa", "no", "pi", "roso", "tu"]
-    for i in range(40):
-        lines = (" ".join(rng.choice(words, 6)) for _ in range(12))
-        (folder / f"{i:02}.txt").write_text("\n".join(lines) + "\n")
-    return folder
-
-
-def small(text, **changes):
-    base = dict(
-        doctor="off",
-        data__corpus="text",
-        data__source_dir=str(text),
-        data__files="*.txt",
-        data__valid_fraction=0.2,
-        data__test_fraction=0.2,
-        data__cache_dir=str(text / "cache"),
-        data__seq_len=32,
-        data__batch_size=4,
-        data__micro_batch=2,
-        tokenizer__kind="char",
-        model__layers=1,
-        model__d_model=16,
-        model__heads=2,
-        model__dropout=0.1,
-        train__steps="12",
-        train__eval_every="6",
-        train__checkpoint_every="4",
-        train__log_every="5",
-        train__steps_per_call=2,
-        optim__warmup="2",
-    )
-    return config.replace(Config(), **base | changes)
-
-
-class StopAfter:
-    """Stands for Signals: the request to stop comes while update `count` is under way."""
-
-    def __init__(self, count):
-        self.count = count
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    def agreed(self):
-        self.count -= 2
-        return "SIGTERM" if self.count <= 0 else None
-
-
-def rows(workdir):
-    lines = (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
-
-
-def final_state(workdir):
-    run = open_trained(pathlib.Path(workdir), best=False)
-    assert run.step == int(run.cfg.train.steps)
-    return [np.asarray(x) for x in jax.tree.leaves(run.params)]
+from tests.helpers import ROOT, StopAfter, final_state, rows, small
 
 
 def record_batches(monkeypatch):

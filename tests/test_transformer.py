@@ -12,22 +12,9 @@ from lm_jax.kernels.rowwise import along_last, normalise, swiglu
 from lm_jax.models.families import create_model
 from lm_jax.models.layers import Norm, add_bias, rotary
 from lm_jax.objective import NextToken
-from tests.helpers import every, random_batch, randomise, tiny_config
+from tests.helpers import FAMILIES, every, random_batch, randomise, tiny_config
 
 V = 29
-FAMILIES = {
-    "llama": {},
-    "gpt2": dict(
-        model__norm="layernorm", model__positions="learned", model__mlp="gelu", model__bias=True
-    ),
-    "grouped": dict(model__kv_heads=2, model__qk_norm=True, model__tied=False),
-    "plain": dict(model__positions="none", model__logit_softcap=5.0),
-    "scanned": dict(model__scan_layers=True, model__remat=True),
-    "factorised": dict(model__embedding_rank=7),
-    "musota": dict(
-        model__family="musota", model__d_model=128, model__heads=4, model__init="normal"
-    ),
-}
 
 
 def build(seed=0, impl="reference", **changes):

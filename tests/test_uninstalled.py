@@ -2,15 +2,13 @@
 
 import json
 import os
-import pathlib
 import subprocess
 import sys
 
 import pytest
 
 import lm_jax
-
-ROOT = pathlib.Path(__file__).parents[1]
+from tests.helpers import ROOT
 
 # Python runs this before anything else.
 SITECUSTOMIZE = """

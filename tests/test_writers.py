@@ -94,7 +94,7 @@ def test_tensorboard_shows_every_update_once(tmp_path, start):
 
 
 class Clock:
-    now = 100.0
+    now = 0.0
 
     def monotonic(self):
         return self.now
@@ -139,5 +139,11 @@ def test_progress_is_one_line_on_a_terminal(tmp_path, monkeypatch):
         (90061, "25:01:01"),
     ],
 )
-def test_clock(seconds, text):
-    assert writers._clock(seconds) == text
+def test_time_left(tmp_path, monkeypatch, capsys, seconds, text):
+    clock = Clock()
+    monkeypatch.setattr(writers, "time", clock)
+    out = opened(tmp_path, steps=2)
+    clock.now += seconds  # for the first of two updates
+    out.progress(1, ROW)
+    out.close()
+    assert capsys.readouterr().out.endswith(f"  eta {text}\n")

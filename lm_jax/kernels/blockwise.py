@@ -70,7 +70,7 @@ def blockwise(
     """
     B, T, H, C = q_BTHC.shape
     K = k_BTKC.shape[2]
-    N = -(-T // (block or _largest_block(B * H)))
+    N = -(-T // (block or largest_block(B * H)))
     block = -(-T // N)
     options = _Options(
         T, block, causal, window, softcap, scale, 0.0 if seed is None else dropout_rate
@@ -91,8 +91,11 @@ def blockwise(
     return out_BTHC[:, :T], lse_BTH[:, :T]
 
 
-def _largest_block(heads: int) -> int:
-    """On a CPU the scores of a block, over all rows and heads, should stay in its caches."""
+def largest_block(heads: int) -> int:
+    """The most queries or keys in a block, for `heads` heads over all rows.
+
+    On a CPU the scores of a block, over all rows and heads, should stay in its caches.
+    """
     if device.target().platform != "cpu":
         return 256
     return next((size for size in (256, 128) if heads * size**2 <= 2**19), 64)

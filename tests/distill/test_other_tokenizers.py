@@ -21,11 +21,16 @@ from lm_jax.distill.opening import open_teacher, verify
 from lm_jax.kernels import divergences
 from lm_jax.models.families import create_model
 from lm_jax.workdir import open_trained
-from tests.distill.test_step import EVERYTHING
-from tests.helpers import examine_distillation_of
-from tests.test_hf_tokenizer import byte_level, save
-from tests.test_huggingface import GPT2, LLAMA, random_tensors, write
-from tests.test_train import rows, small
+from tests.distill.toys import EVERYTHING
+from tests.helpers import examine_distillation_of, rows, small
+from tests.hugging_face import (
+    GPT2,
+    LLAMA,
+    byte_level,
+    random_tensors,
+    save_checkpoint,
+    save_tokenizer,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -187,8 +192,8 @@ def test_a_hugging_face_checkpoint_is_read(text, tmp_path):
     for name, fields in (("llama", LLAMA), ("gpt2", GPT2)):
         c = fields | {"vocab_size": 320, "max_position_embeddings": 64, "n_positions": 64}
         folder = tmp_path / name
-        save(folder, byte_level(), special="<|endoftext|>")
-        write(folder, c, random_tensors(c))
+        save_tokenizer(folder, byte_level(), special="<|endoftext|>")
+        save_checkpoint(folder, c, random_tensors(c))
         cfg, store, taught, batch = opened(text, distill__teachers=str(folder))
         assert batch["teacher_tokens"].shape[-1] == taught.extend.length <= 64
         b = losses.shift(jax.tree.map(jnp.asarray, batch))
@@ -207,8 +212,8 @@ def test_a_student_with_the_tokenizer_of_a_checkpoint(text, tmp_path):
     last = max(ids, key=ids.__getitem__)
     ids["<|endoftext|>"], ids[last] = ids[last], ids["<|endoftext|>"]
     tree["added_tokens"][0]["id"] = ids["<|endoftext|>"]
-    save(tmp_path / "gpt2", tree, special="<|endoftext|>")
-    write(tmp_path / "gpt2", c, random_tensors(c))
+    save_tokenizer(tmp_path / "gpt2", tree, special="<|endoftext|>")
+    save_checkpoint(tmp_path / "gpt2", c, random_tensors(c))
     folder = str(tmp_path / "gpt2")
     own = dict(tokenizer__kind="hf", tokenizer__folder=folder)
     cfg, store, taught, batch = opened(

@@ -22,11 +22,9 @@ from lm_jax.distill.opening import open_teacher, verify
 from lm_jax.preflight import Unfit, examine_config
 from lm_jax.signals import Interrupted
 from lm_jax.workdir import open_trained
-from tests.distill.test_step import EVERYTHING
-from tests.helpers import examine_distillation_of
-from tests.test_train import StopAfter, final_state, rows, small
+from tests.distill.toys import EVERYTHING
+from tests.helpers import ROOT, StopAfter, examine_distillation_of, final_state, rows, small
 
-ROOT = pathlib.Path(__file__).parents[2]
 CACHED = dict(distill__support="top_k", distill__top_k=5, distill__temperature="2")
 pytestmark = pytest.mark.slow
 

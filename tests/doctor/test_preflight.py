@@ -10,9 +10,7 @@ from rich.console import Console
 
 from lm_jax import config, doctor, loss, preflight, train
 from lm_jax.config import Config, rules
-from tests.helpers import shared_data
-from tests.test_configs import CONFIGS, load
-from tests.test_train import small, text  # noqa: F401
+from tests.helpers import CONFIGS, load_config, shared_data, small
 
 
 def not_in_order(report):
@@ -37,7 +35,7 @@ VARIANTS = {"phase1", "small_corpus"}  # of the others, in options that are amon
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_configs_are_in_order(name, cache_dir):
-    cfg = load(name).get_config()
+    cfg = load_config(name).get_config()
     cfg.data.cache_dir = cache_dir
     if SHIPPED[name]:
         cfg.data.source_dir = str(shared_data(SHIPPED[name]))

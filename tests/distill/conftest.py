@@ -1,3 +1,0 @@
-"""The small text of the loop's tests."""
-
-from tests.test_train import text  # noqa: F401
