@@ -4,10 +4,10 @@ import shutil
 
 from lm_jax import train
 from lm_jax.data import open as data_open
-from tests.test_train import small, text  # noqa: F401
+from tests.helpers import small
 
 
-def test_a_run_opens_its_data_once(text, tmp_path, monkeypatch):  # noqa: F811
+def test_a_run_opens_its_data_once(text, tmp_path, monkeypatch):
     opened, real = [], data_open.prepare
 
     def prepare(*arguments, **options):
@@ -19,10 +19,7 @@ def test_a_run_opens_its_data_once(text, tmp_path, monkeypatch):  # noqa: F811
     assert len(opened) == 1
 
 
-def test_the_best_checkpoint_and_scores_of_another_run_are_not_those_of_this_one(
-    text,  # noqa: F811
-    tmp_path,
-):
+def test_the_best_checkpoint_and_scores_of_another_run_are_not_those_of_this_one(text, tmp_path):
     train.train_and_evaluate(small(text), tmp_path)
     shutil.rmtree(tmp_path / "checkpoints")
     left = tmp_path / "eval_train.json"
