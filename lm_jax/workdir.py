@@ -1,4 +1,4 @@
-"""The files of a run, in its folder: what it is, what it has learnt."""
+"""The files of a run, in its folder: its record (`config.json`) and its parameters."""
 
 import dataclasses
 import datetime
@@ -8,6 +8,7 @@ import pathlib
 import platform
 import shutil
 import subprocess
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,39 +23,60 @@ from lm_jax.files import write_json
 from lm_jax.models.families import choose_attention, create_model
 
 
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """The record that a run writes before its first update."""
+
+    path: pathlib.Path
+    cfg: Config  # resolved
+    data: Mapping[str, Any]  # the manifest of its store
+    devices: Sequence[str]  # their kinds
+
+
+def read_record(workdir: pathlib.Path, *, checkpoints: bool = False) -> Record:
+    """Read the `config.json` of a run; a field that came later has its default.
+
+    Args:
+        workdir: folder of the run.
+        checkpoints: whether the caller reads its checkpoints too, which must then be of a version
+            whose layout this one reads.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ConfigError: if the file is not as a run writes it, or the version cannot be read.
+    """
+    path = workdir / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file; give the workdir of a run.")
+    try:
+        read = json.loads(path.read_text())
+        record = Record(path, config.from_record(read), read["data"], read["devices"])
+        _ = record.data["vocab_size"], record.data["splits"]["train"]["tokens"], record.devices[0]
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        what = f"{type(error).__name__}: {error}".rstrip(".")
+        raise ConfigError(f"{path}: not as a run writes it ({what}); restore the file.") from error
+    if checkpoints:
+        checkpoint.refuse_older(path, read)
+    return record
+
+
 def record_config(
     workdir: pathlib.Path, cfg: Config, store: Store, *, resuming: bool, asked: Config
 ) -> None:
     """Write `config.json` and the tokenizer, or compare with those of the run to be resumed.
 
-    `asked` is the config as written, `cfg` what it became here.
+    Args:
+        workdir: folder of the run.
+        cfg: the config as resolved here.
+        store: the data.
+        resuming: whether a run lives in the workdir.
+        asked: the config as written.
 
     Raises:
         ConfigError: if a run with another config lives in the workdir, naming the keys.
     """
-    path = workdir / "config.json"
     if resuming:
-        old = json.loads(path.read_text())
-        checkpoint.refuse_older(path, old)
-        # A field that came later had its default.
-        before = config.to_dict(config.from_record(old))
-        own, here = before["train"]["compute_dtype"], cfg.train.compute_dtype
-        if asked.train.compute_dtype == "auto" and own != here:
-            raise config.ConfigError(
-                f"config.train.compute_dtype: 'auto' is {here} on this device, and the run in "
-                f"{workdir} computes in {own}; give --config.train.compute_dtype={own} to go on."
-            )
-        changes = config.difference(before, config.to_dict(cfg))
-        if changes:
-            raise config.ConfigError(
-                f"{path}: the run there has another config ({'; '.join(changes)}); "
-                "give the same config or another --workdir."
-            )
-        if old["data"] != store.manifest:
-            raise config.ConfigError(
-                f"{path}: the run there was trained on another corpus or tokenizer; "
-                "restore the data or give another --workdir."
-            )
+        _require_same(read_record(workdir, checkpoints=True), cfg, store, asked)
         return
     if jax.process_index():
         return
@@ -71,11 +93,32 @@ def record_config(
         "data": store.manifest,
     }
     shutil.copytree(store.path / "tokenizer", workdir / "tokenizer", dirs_exist_ok=True)
-    write_json(path, record)
+    write_json(workdir / "config.json", record)
+
+
+def _require_same(old: Record, cfg: Config, store: Store, asked: Config) -> None:
+    own, here = old.cfg.train.compute_dtype, cfg.train.compute_dtype
+    if asked.train.compute_dtype == "auto" and own != here:
+        raise ConfigError(
+            f"config.train.compute_dtype: 'auto' is {here} on this device, and the run in "
+            f"{old.path.parent} computes in {own}; give --config.train.compute_dtype={own} to go "
+            "on."
+        )
+    changes = config.difference(config.to_dict(old.cfg), config.to_dict(cfg))
+    if changes:
+        raise ConfigError(
+            f"{old.path}: the run there has another config ({'; '.join(changes)}); "
+            "give the same config or another --workdir."
+        )
+    if old.data != store.manifest:
+        raise ConfigError(
+            f"{old.path}: the run there was trained on another corpus or tokenizer; "
+            "restore the data or give another --workdir."
+        )
 
 
 def clear_results(workdir: pathlib.Path) -> None:
-    """Remove what another run may have left here: its scores are not those of this one."""
+    """Remove the results that an earlier run may have left in this folder."""
     if jax.process_index() == 0:
         for pattern in ("eval_*.json", "documents_*.npz", "distillation.json", "watch.json"):
             for path in workdir.glob(pattern):
@@ -123,24 +166,21 @@ def open_trained(
     Args:
         workdir: folder of the run.
         best: the checkpoint with the lowest valid loss rather than the newest.
-        mesh: where the parameters go; that of the run if None.
+        mesh: where the parameters go; if None, a mesh of all devices with the run's `mesh.fsdp`.
         store: its data, if they are open already.
 
     Raises:
         FileNotFoundError: if the workdir holds no config or no checkpoint.
-        ConfigError: if the corpus or its tokenizer has changed since, or the run is of version 0.1.
+        ConfigError: if the corpus or its tokenizer has changed since, or `read_record` refuses the
+            record.
     """
-    path = workdir / "config.json"
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file; give the workdir of a finished run.")
-    record = json.loads(path.read_text())
-    checkpoint.refuse_older(path, record)
-    cfg = config.from_record(record)
+    record = read_record(workdir, checkpoints=True)
+    cfg = record.cfg
     store = store or open_data(cfg)
-    if record["data"] != store.manifest:
+    if record.data != store.manifest:
         raise ConfigError(
-            f"{path}: the run was trained on another corpus or tokenizer than {cfg.data.corpus} "
-            "is now; restore the data."
+            f"{record.path}: the run was trained on another corpus or tokenizer than "
+            f"{cfg.data.corpus} is now; restore the data."
         )
     mesh = mesh or sharding.make_mesh(cfg.mesh.fsdp)
     impl, _ = choose_attention(cfg)

@@ -1,12 +1,14 @@
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm_jax import checkpoint, evaluate, train
+from lm_jax import checkpoint, config, evaluate, train
 from lm_jax.checkpoint import Checkpoints, abstract_like
-from lm_jax.config import ConfigError
-from lm_jax.workdir import open_trained
+from lm_jax.config import Config, ConfigError
+from lm_jax.workdir import open_trained, read_record
 from tests.helpers import small
 
 
@@ -160,3 +162,34 @@ def test_the_best_of_updates_made_anew_replaces_that_of_before_a_kill(checkpoint
         checkpoints.save(state(position), {"position": position}, best=True)
     checkpoints.wait()
     assert folders(tmp_path / "best") == [4]
+
+
+def write_record(folder, **changes):
+    data = {"vocab_size": 300, "splits": {"train": {"tokens": 1000}}}
+    record = {"config": config.to_dict(Config()), "data": data, "devices": ["cpu"]} | changes
+    (folder / "config.json").write_text(json.dumps(record))
+
+
+def test_results_of_another_layout_are_read_and_its_checkpoints_refused(tmp_path):
+    write_record(tmp_path, versions={"lm_jax": "0.1.0"})
+    assert read_record(tmp_path).cfg == Config()
+    with pytest.raises(ConfigError, match=r"lm_jax 0\.1\.0"):
+        read_record(tmp_path, checkpoints=True)
+    with pytest.raises(ConfigError, match=r"lm_jax 0\.1\.0"):
+        open_trained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"config": {"x": 1}}, {"config": 3}, {"data": {}}, {"data": None}, {"devices": []}]
+)
+def test_a_broken_record_is_named_in_one_sentence(tmp_path, changes):
+    write_record(tmp_path, **changes)
+    with pytest.raises(ConfigError, match=r"config\.json: not as a run writes it .*\.$") as caught:
+        read_record(tmp_path)
+    assert str(caught.value).count(". ") == 0
+    (tmp_path / "config.json").write_text('{"config": {"mod')
+    with pytest.raises(ConfigError, match=r"config\.json: not as a run writes it \(JSON"):
+        read_record(tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match="give the workdir of a run"):
+        read_record(tmp_path)

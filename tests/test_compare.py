@@ -14,7 +14,7 @@ from lm_jax import config
 from lm_jax.compare import compare, ranking
 from lm_jax.config import Config
 from lm_jax.config.resolve import resolve
-from lm_jax.models import size as size_module
+from lm_jax.models.families import size as size_of
 
 DOCUMENTS, TOKENS, BYTES = 50, 40, 160  # of the split, and of each document
 STEPS = 20
@@ -62,7 +62,7 @@ def write_run(
         "vocab_size": 300,
         "splits": {"train": counts, "valid": counts, "test": counts},
     }
-    record = {"config": config.to_dict(cfg), "data": data}
+    record = {"config": config.to_dict(cfg), "data": data, "devices": ["cpu"]}
     (folder / "config.json").write_text(json.dumps(record))
     hard_D = np.random.default_rng(0).normal(0, 5, documents)
     own_D = np.random.default_rng([seed, *folder.name.encode()]).normal(0, 1, documents)
@@ -206,7 +206,7 @@ def test_values_are_those_of_the_runs(three):
     arm = values["arms"][2]
     assert arm["seeds"] == [0, 1, 2] and arm["tokenizer"] == "bpe 300"
     cfg = config.from_dict(json.loads((three[3] / "config.json").read_text())["config"])
-    size = size_module.size(cfg.model, 300, 16)
+    size = size_of(cfg.model, 300, 16)
     parts = [arm[f"parameters_{p}"] for p in ("total", "table", "positions", "blocks")]
     assert parts == [size.total, size.table, size.positions, size.blocks]
     assert arm["flops_per_token"] == size.flops
@@ -338,7 +338,7 @@ def test_refusals_name_the_folder_and_the_remedy(three, tmp_path):
     for name in ("eval_test.json", "documents_test.npz", "config.json"):
         command = f"lm_jax.evaluate --workdir={bare} --split=test"
         (bare / name).unlink()
-        remedy = "workdir of a finished run" if name == "config.json" else command
+        remedy = "workdir of a run" if name == "config.json" else command
         refused([*three, bare], str(bare), name, remedy, error=FileNotFoundError)
         (bare / name).write_bytes((three[0] / name).read_bytes())
     refused(
@@ -481,5 +481,5 @@ def test_command_refuses_in_one_sentence(tmp_path, monkeypatch, capsys):
         run_main(monkeypatch, tmp_path)
     assert stopped.value.code == 2
     assert capsys.readouterr().err == (
-        f"{tmp_path}/config.json: no such file; give the workdir of a finished run.\n"
+        f"{tmp_path}/config.json: no such file; give the workdir of a run.\n"
     )

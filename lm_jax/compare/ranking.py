@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from scipy.special import stdtrit
 
+from lm_jax.doctor.arms.noise import noise_of_gap
+
 _RESAMPLES = 10_000
 _MOST_BLOCKS = 2_000  # of neighbouring documents, where there are more documents
 
@@ -66,11 +68,9 @@ def _resampled(columns_DA: np.ndarray) -> np.ndarray:
 def judge(better: np.ndarray, worse: np.ndarray, over_documents: float | None) -> dict[str, Any]:
     """Whether the gap between two arms stands out of the noise of seeds and documents.
 
-    The error over seeds is Welch's (1947): arms may vary differently. Equal seeds are not paired:
-    all they share is the order of the data, and to leave out what that has in common makes the
-    error larger. The error over documents is added as a known one; the degrees of freedom follow
-    from Welch-Satterthwaite. The gap must exceed 2 standard errors or, where few seeds leave their
-    noise uncertain, the 97.5 % point of Student's t times the standard error.
+    The rule is `lm_jax.doctor.arms.noise.noise_of_gap`, the error over documents being known. Equal
+    seeds are not paired: they share only the order of the data, and pairing them would make the
+    error larger.
 
     Args:
         better: bits per byte by seed of the arm with the lower mean.
@@ -78,41 +78,31 @@ def judge(better: np.ndarray, worse: np.ndarray, over_documents: float | None) -
         over_documents: standard error, see `document_errors`; None if it is not known.
 
     Returns:
-        The values of a pair in `compare.json`, but for the names.
+        The values of a pair in `compare.json`, without the names.
     """
     gap = float(worse.mean() - better.mean())
-    seeds = np.array([len(better), len(worse)])
-    result: dict[str, Any] = {
+    over_seeds, noise = noise_of_gap(better, worse), None
+    reason = "one seed" if over_seeds is None else "noise over documents unknown"
+    if over_documents is not None:
+        noise = noise_of_gap(better, worse, known=over_documents)
+    verdict, low, high = "not ranked", None, None
+    if noise is not None:
+        verdict = "separated" if gap > noise.needed * noise.error else "not distinguishable"
+        low, high = gap - noise.t * noise.error, gap + noise.t * noise.error
+        reason = "no noise"
+        if noise.error:
+            reason = f"{gap / noise.error:.1f} SE, {noise.needed:.1f} needed"
+    return {
         "gap_bits_per_byte": gap,
-        "standard_error_seeds": None,
+        "standard_error_seeds": over_seeds and over_seeds.error,
         "standard_error_documents": over_documents,
-        "standard_error": None,
-        "degrees_of_freedom": None,
-        "needed_standard_errors": None,
-        "gap_low95": None,
-        "gap_high95": None,
-        "verdict": "not ranked",
-    }
-    if seeds.min() < 2:
-        return result | {"reason": "one seed"}
-    variances = np.array([better.var(ddof=1), worse.var(ddof=1)]) / seeds
-    result["standard_error_seeds"] = math.sqrt(variances.sum())
-    if over_documents is None:
-        return result | {"reason": "noise over documents unknown"}
-    error = math.sqrt(variances.sum() + over_documents**2)
-    uncertain = float((variances**2 / (seeds - 1)).sum())
-    freedom = error**4 / uncertain if uncertain else math.inf
-    t = float(stdtrit(min(freedom, 1e6), 0.975))
-    needed = max(2.0, t)
-    separated = gap > needed * error
-    return result | {
-        "standard_error": error,
-        "degrees_of_freedom": freedom,
-        "needed_standard_errors": needed,
-        "gap_low95": gap - t * error,
-        "gap_high95": gap + t * error,
-        "verdict": "separated" if separated else "not distinguishable",
-        "reason": f"{gap / error:.1f} SE, {needed:.1f} needed" if error else "no noise",
+        "standard_error": noise and noise.error,
+        "degrees_of_freedom": noise and noise.freedom,
+        "needed_standard_errors": noise and noise.needed,
+        "gap_low95": low,
+        "gap_high95": high,
+        "verdict": verdict,
+        "reason": reason,
     }
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from lm_jax import config
 from lm_jax.config import Config
+from lm_jax.workdir import read_record
 
 # Where a run lies, what it reports and how it is fed: nothing that changes the trained model.
 _INCIDENTAL = {
@@ -80,11 +81,8 @@ class Arm:
 
 def load_run(folder: pathlib.Path, split: str) -> Run:
     """Read a finished run."""
-    path = folder / "config.json"
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file; give the workdir of a finished run.")
-    record = json.loads(path.read_text())
-    cfg, data = config.from_record(record), record["data"]
+    record = read_record(folder)
+    cfg, data = record.cfg, record.data
     if split not in data["splits"]:
         raise ValueError(
             f"{folder}: its corpus has no {split} split; "

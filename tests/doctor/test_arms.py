@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from lm_jax import config
+from lm_jax.compare.ranking import judge
 from lm_jax.config import resolve as resolve_module
 from lm_jax.config import rules
 from lm_jax.doctor.arms.examine import examine_arms, shapes
@@ -183,6 +184,38 @@ def test_a_winner_inside_the_noise():
     assert silent(examine_arms(far, winner=winner))
     loser = ({*far} - {winner}).pop()
     assert examine_arms(far, winner=loser).failed == ["config.ranking"]
+
+
+@fault(48, "config.ranking")
+def test_two_loose_seeds_are_not_made_certain_by_ten_tight_ones():
+    """The doctor and the comparison use one rule, Welch's; a pooled sd would separate them."""
+    tight = 1 + 0.001 * np.random.default_rng(0).normal(size=10)
+    loose = np.array([1.02, 1.06])
+    found = examine_arms({"a": {"losses": list(tight)}, "b": {"losses": list(loose)}}, winner="a")[
+        "config.ranking"
+    ]
+    assert found.status == "fail" and "12.7 SE are needed" in found.evidence
+    pair = judge(tight, loose, 0.0)
+    assert pair["needed_standard_errors"] == pytest.approx(12.7, abs=0.05)
+    assert pair["verdict"] == "not distinguishable"
+    assert found.values["error"] == pair["standard_error"]
+
+
+def test_the_best_is_ahead_of_every_arm_and_not_of_the_next_alone():
+    losses = {"best": [1.0, 1.01], "next": [1.1, 1.11], "loose": [1.2, 1.9]}
+    arms = {name: {"losses": x} for name, x in losses.items()}
+    found = examine_arms(arms)["config.ranking"]
+    assert found.status == "warn" and "ahead of loose" in found.evidence
+    del arms["loose"]
+    assert examine_arms(arms)["config.ranking"].status == "pass"
+
+
+def test_arms_that_are_the_same_run_tell_the_noise_of_one_seed_each():
+    losses = {"a": 1.0, "a again": 1.02, "a once more": 1.01, "b": 2.0}
+    arms = {name: {"losses": [x], "parameters": ord(name[0])} for name, x in losses.items()}
+    found = examine_arms(arms, winner="a")["config.ranking"]
+    assert found.status == "fail" and "arms that are the same run" in found.evidence
+    assert found.values["error"] == pytest.approx(0.01 * np.sqrt(2))
 
 
 @fault(48, "config.ranking")

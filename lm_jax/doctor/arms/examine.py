@@ -9,12 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from lm_jax.doctor.arms.noise import Noise, as_noise, noise_of_gap
 from lm_jax.doctor.findings import Report, Skip, Status, Verdict, call, check, run_all, verdict
 from lm_jax.doctor.log.subject import products
 
 _MATCH = 0.005  # parameter counts within this share are the same
-# Two-sided 95 % points of Student's t by degrees of freedom; 2 beyond.
-_T = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 8: 2.31, 10: 2.23, 15: 2.13, 60: 2.0}
 _KEYS = (
     "config resolved tree tables parameters table_parameters claimed_parameters tied losses "
     "run_dir budget"
@@ -193,30 +192,32 @@ def unknown_keys(arms: Arms) -> Verdict:
     "tokens and compare token by token.",
 )
 def ranking(arms: Arms) -> Verdict:
-    """The best arm is ahead of the next by more than the noise between seeds."""
+    """The best arm is ahead of every other one by more than the noise between seeds."""
     losses = {n: np.asarray(x, float) for n, x in arms.having("losses").items()}
     if len(losses) < 2:
         raise Skip("one arm has nothing to be compared with.")
     best = arms.winner or min(losses, key=lambda name: losses[name].mean())
     if best not in losses:
         raise Skip(f"the losses of {best} are not given.")
-    spread, freedom, source = _seed_noise(arms, losses)
     gaps = {n: float(x.mean() - losses[best].mean()) for n, x in losses.items() if n != best}
-    runner_up = min(gaps, key=lambda name: gaps[name])
-    gap = gaps[runner_up]
-    text = f"{best} is {gap:.4g} nats ahead of {runner_up}; "
+    repeats = _noise_of_repeats(arms, losses)
+    noises = {name: repeats or noise_of_gap(losses[best], losses[name]) for name in gaps}
+    # The rival that is hardest to tell from the best: one without an estimate, else the one whose
+    # gap exceeds the needed one by least.
+    margins = {n: gaps[n] - x.needed * x.error if x else -math.inf for n, x in noises.items()}
+    rival = min(margins, key=lambda name: (margins[name], gaps[name]))
+    gap, noise = gaps[rival], noises[rival]
+    text = f"{best} is {gap:.4g} nats ahead of {rival}; "
     otherwise: Status = "fail" if arms.winner else "warn"
-    if not freedom:
-        text += "with one seed each there is no estimate of the noise to hold that against."
+    if noise is None:
+        text += "with one seed in either there is no estimate of the noise to hold that against."
         return verdict(False, text, otherwise=otherwise, gap=gap)
-    error = spread * math.sqrt(1 / len(losses[best]) + 1 / len(losses[runner_up]))
-    factor = float(np.interp(freedom, list(_T), list(_T.values())))
     text += (
-        f"SE {error:.3g} from sd {spread:.3g} {source} ({freedom} degrees of freedom), "
-        f"{factor:.3g} SE are needed."
+        f"SE {noise.error:.3g} between {'arms that are the same run' if repeats else 'seeds'} "
+        f"({noise.freedom:.3g} degrees of freedom), {noise.needed:.3g} SE are needed."
     )
-    ok = gap > factor * error
-    return verdict(ok, text, otherwise=otherwise, gap=gap, error=error, sd=spread, winner=best)
+    ok = margins[rival] > 0
+    return verdict(ok, text, otherwise=otherwise, gap=gap, error=noise.error, winner=best)
 
 
 @check("config.run_dirs", "Give every run a folder of its own, named by the hash of its config.")
@@ -347,22 +348,25 @@ def _tables(arms: Arms, arm: Mapping[str, Any]) -> list[str]:
     return [path for path, shape in found.items() if len(shape) > 1 and arms.vocab_size in shape]
 
 
-def _seed_noise(arms: Arms, losses: Mapping[str, np.ndarray]) -> tuple[float, int, str]:
-    """Pooled standard deviation of one run, its degrees of freedom and where it comes from."""
-    groups = {name: [x] for name, x in losses.items()}
-    source = "between seeds"
-    if all(len(x) < 2 for x in losses.values()):
-        try:
-            _, marks = arms.identities()
-        except Skip:
-            return 0.0, 0, ""
-        groups, source = {}, "between arms that are the same run"
-        for name, x in losses.items():
-            groups.setdefault(marks[name], []).append(x)
-    values = [np.concatenate(parts) for parts in groups.values()]
-    freedom = sum(len(x) - 1 for x in values)
-    squares = sum(float(((x - x.mean()) ** 2).sum()) for x in values)
-    return math.sqrt(squares / freedom) if freedom else 0.0, freedom, source
+def _noise_of_repeats(arms: Arms, losses: Mapping[str, np.ndarray]) -> Noise | None:
+    """The noise where each arm has one loss, from arms that are the same run.
+
+    None if an arm has several losses, or no two arms are the same run.
+    """
+    if any(len(x) > 1 for x in losses.values()):
+        return None
+    try:
+        _, marks = arms.identities()
+    except Skip:
+        return None
+    groups: dict[str, list[float]] = {}
+    for name, x in losses.items():
+        groups.setdefault(marks[name], []).append(float(x[0]))
+    freedom = sum(len(x) - 1 for x in groups.values())
+    if not freedom:
+        return None
+    variance = sum(np.var(x) * len(x) for x in groups.values()) / freedom
+    return as_noise(math.sqrt(2 * variance), freedom)
 
 
 def _resolver(arms: Arms) -> Callable[[Any], Any]:
