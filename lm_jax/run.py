@@ -45,10 +45,10 @@ def open_run(workdir: str | pathlib.Path, *, best: bool = True) -> Run:
 
     Example:
         ```python
-        run = lm_jax.open_run("runs/notebook")
-        run.evaluate("test", stride=16)["token_ppl"]
-        run.generate(tokens=20, temperature=0.5)[0].text
-        run.history()[-1]["train/loss"]
+        run = lm_jax.open_run("runs/example")
+        longer = run.evaluate("test", stride=16)  # with 16 tokens of context
+        samples = run.generate(tokens=20, samples=2, temperature=0.5)
+        losses = [row["train/loss"] for row in run.history() if "train/loss" in row]
         ```
 
     Args:

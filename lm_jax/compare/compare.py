@@ -70,6 +70,12 @@ class Comparison:
 def compare(workdirs: Sequence[str | pathlib.Path], split: str = "test") -> Comparison:
     """Compare finished runs by their exact evaluations of a split.
 
+    Example:
+        ```python
+        comparison = lm_jax.compare_runs(["runs/example"])  # or several
+        print(comparison.markdown())
+        ```
+
     Raises:
         FileNotFoundError: for a folder that lacks a file of a finished and evaluated run.
         ValueError: for runs that cannot be compared; the sentence names them.
