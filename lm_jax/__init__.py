@@ -1,41 +1,39 @@
-"""lm_jax: a language-model trainer that proves its numbers."""
+"""lm_jax: a language-model trainer that proves its numbers.
 
-import importlib.util
-import os
-import pathlib
-import shutil
+The names in `__all__` are imported when they are first used, for JAX takes seconds.
+"""
 
+import pkgutil
+from typing import TYPE_CHECKING, Any
+
+from lm_jax.cuda import name_cuda_folder
+
+if TYPE_CHECKING:
+    from lm_jax import doctor
+    from lm_jax.compare.compare import compare as compare_runs
+    from lm_jax.config import Config
+    from lm_jax.run import open_run
+    from lm_jax.train import train_and_evaluate
+
+__all__ = ["Config", "__version__", "compare_runs", "doctor", "open_run", "train_and_evaluate"]
 __version__ = "0.2.0"
 
-_TOOLKIT = ("bin/nvcc", "bin/ptxas", "nvvm/libdevice/libdevice.10.bc")
+_LAZY = {
+    "Config": "lm_jax.config:Config",
+    "compare_runs": "lm_jax.compare.compare:compare",
+    "doctor": "lm_jax.doctor:",
+    "open_run": "lm_jax.run:open_run",
+    "train_and_evaluate": "lm_jax.train:train_and_evaluate",
+}
+
+name_cuda_folder()
 
 
-def _name_cuda_folder() -> None:
-    """Set CUDA_ROOT to the toolkit whose nvcc is found, unless JAX finds nvidia's wheels.
-
-    With its CUDA plug-in and a part of the wheels, JAX takes the string "None" for the folder. It
-    reads CUDA_ROOT when it is imported, so this must come before.
-    """
-    if "CUDA_ROOT" in os.environ or _finds_wheels():
-        return
-    for nvcc in filter(None, (shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc")):
-        folder = pathlib.Path(nvcc).resolve().parents[1]
-        if all((folder / file).exists() for file in _TOOLKIT):  # it may be a script elsewhere
-            os.environ["CUDA_ROOT"] = str(folder)
-            return
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return pkgutil.resolve_name(_LAZY[name])
 
 
-def _finds_wheels() -> bool:
-    """JAX looks into the first of these packages that is there, and into no other."""
-    for name in ("nvidia.cu13", "nvidia.cuda_nvcc"):
-        try:
-            spec = importlib.util.find_spec(name)
-        except ModuleNotFoundError:  # there is no package `nvidia`
-            return False
-        if spec:
-            folders = spec.submodule_search_locations or ()
-            return any(pathlib.Path(folder, "bin", "ptxas").exists() for folder in folders)
-    return False
-
-
-_name_cuda_folder()
+def __dir__() -> list[str]:
+    return __all__

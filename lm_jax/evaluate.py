@@ -4,23 +4,24 @@
 of a run and writes `eval_<split>.json` and, document by document, `documents_<split>.npz`.
 """
 
-import argparse
 import dataclasses
 import itertools
 import math
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from absl import flags
 from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
 from lm_jax import config, metrics, sharding, step
 from lm_jax.config import Config, rules
+from lm_jax.config.flags import misuse, parse
 from lm_jax.data import windows
 from lm_jax.data.references import references
 from lm_jax.data.store import Store
@@ -37,6 +38,18 @@ class Evaluator:
     store: Store
     mesh: Mesh
     eval_step: Callable[..., step.Metrics]
+
+    @classmethod
+    def of(cls, run: Trained, stride: int | None = None) -> "Evaluator":
+        """That of a run, with another stride if one is given.
+
+        Raises:
+            ConfigError: if the stride is impossible.
+        """
+        cfg = run.cfg
+        if stride is not None:
+            cfg = rules.validate(config.replace(cfg, eval__stride=stride))
+        return cls(cfg, run.store, run.mesh, step.make_eval_step(cfg, run.graphdef, run.mesh))
 
     def __call__(self, params: Any, split_name: str) -> dict[str, Any]:
         """Score a whole split; see `score`."""
@@ -163,26 +176,22 @@ def score_run(
     return result
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Score one split of a run; write `eval_<split>.json` and `documents_<split>.npz`."""
-    parser = argparse.ArgumentParser(prog="python -m lm_jax.evaluate", description=main.__doc__)
-    parser.add_argument("--workdir", type=pathlib.Path, required=True, help="folder of the run")
-    parser.add_argument("--split", default="test", choices=("train", "valid", "test"))
-    parser.add_argument(
-        "--stride", type=int, help="targets scored per window; default: as in the run's config"
-    )
-    args = parser.parse_args()
+    given = flags.FlagValues()
+    flags.DEFINE_string("workdir", None, "Folder of the run.", given, required=True)
+    flags.DEFINE_enum("split", "test", ["train", "valid", "test"], "What is scored.", given)
+    stride = "Targets scored per window. Default: as in the run's config."
+    flags.DEFINE_integer("stride", None, stride, flag_values=given)
+    parse(given, argv, __doc__)
+    folder = pathlib.Path(given.workdir)
     try:
-        run = open_trained(args.workdir)
-        cfg = run.cfg
-        if args.stride is not None:
-            cfg = rules.validate(config.replace(cfg, eval__stride=args.stride))
-        run.store.split(args.split)
+        run = open_trained(folder)
+        run.store.split(given.split)
+        evaluator = Evaluator.of(run, given.stride)
     except (ValueError, OSError) as error:
-        parser.exit(2, f"{error}\n")
-    eval_step = step.make_eval_step(cfg, run.graphdef, run.mesh)
-    evaluator = Evaluator(cfg, run.store, run.mesh, eval_step)
-    score_run(evaluator, run, args.workdir, args.split)
+        misuse(str(error))
+    score_run(evaluator, run, folder, given.split)
 
 
 if __name__ == "__main__":

@@ -1,24 +1,26 @@
 """Samples from a trained run, with a key/value cache; letters as in `models/transformer.py`.
 
 `python -m lm_jax.generate --workdir=DIR --prompt="..."` prints samples and appends them to
-`samples.jsonl`; in a notebook `generate(open_trained(workdir), prompt)` returns them.
+`samples.jsonl`; in a notebook `lm_jax.open_run(workdir).generate(prompt)` returns them.
 """
 
-import argparse
 import dataclasses
 import functools
 import json
 import math
 import pathlib
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import flags
 from flax import nnx
 
 from lm_jax import config
+from lm_jax.config.flags import parse
 from lm_jax.workdir import Trained, open_trained
 
 
@@ -50,7 +52,7 @@ def generate(
     """Continue `prompt`, which opens a document.
 
     Args:
-        run: from `evaluate.open_trained`.
+        run: from `open_trained` or `open_run`.
         prompt: text; empty to start from nothing.
         tokens: length of each continuation; None: 200, or fewer where the window is shorter.
         samples: number of continuations.
@@ -222,21 +224,22 @@ def _check(ok: bool, flag: str, remedy: str) -> None:
         raise ArgumentError(f"{flag} is impossible; {remedy}.")
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Print samples of a run and append them to its `samples.jsonl`."""
-    parser = argparse.ArgumentParser(prog="python -m lm_jax.generate", description=main.__doc__)
-    parser.add_argument("--workdir", type=pathlib.Path, required=True, help="folder of the run")
-    parser.add_argument("--prompt", default="", help="opens the document; default: empty")
-    parser.add_argument(
-        "--tokens", type=int, help="length of a sample; default: 200, or as many as fit"
-    )
-    parser.add_argument("--samples", type=int, default=1, help="number of samples")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: most likely token")
-    parser.add_argument("--top_k", type=int, default=0, help="most likely tokens kept; 0: all")
-    parser.add_argument("--top_p", type=float, default=1.0, help="probability mass kept")
-    parser.add_argument("--seed", type=int, default=0)
-    options = vars(parser.parse_args())
-    workdir = options.pop("workdir")
+    given = flags.FlagValues()
+    flags.DEFINE_string("prompt", "", "Opens the document.", given)
+    tokens = "Length of a sample. Default: 200, or as many as fit."
+    flags.DEFINE_integer("tokens", None, tokens, flag_values=given)
+    flags.DEFINE_integer("samples", 1, "Number of samples.", flag_values=given)
+    flags.DEFINE_float("temperature", 0.8, "0: the most likely token.", flag_values=given)
+    flags.DEFINE_integer("top_k", 0, "Most likely tokens kept; 0: all.", flag_values=given)
+    flags.DEFINE_float("top_p", 1.0, "Probability mass kept.", flag_values=given)
+    flags.DEFINE_integer("seed", 0, "The same seed gives the same samples.", flag_values=given)
+    names = list(given)  # the arguments of `generate`
+    flags.DEFINE_string("workdir", None, "Folder of the run.", given, required=True)
+    parse(given, argv, __doc__)
+    workdir = pathlib.Path(given.workdir)
+    options: dict[str, Any] = {name: given[name].value for name in names}
     try:
         run = open_trained(workdir)
         made = generate(run, **options)

@@ -7,20 +7,15 @@ import ctypes
 import pathlib
 import platform
 import sys
+from collections.abc import Sequence
 
-from absl import app, flags, logging
+from absl import flags
 from ml_collections import config_flags
 
 from lm_jax import config
 from lm_jax.config import rules
 from lm_jax.config.flags import define_config, parse, run_name
 from lm_jax.data.open import open_data
-
-_CONFIG = define_config()
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder of the run; the same folder resumes it. Default: runs/<config>-<seed>."
-)
-flags.mark_flag_as_required("config")
 
 
 def keep_freed_memory() -> None:
@@ -43,26 +38,31 @@ def keep_freed_memory() -> None:
         libc.mallopt(option, value)
 
 
-def main(_: list[str]) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run the training that the flags describe; a mistake in them is one sentence."""
+    given = flags.FlagValues()
+    define_config(given, argv)
+    flags.mark_flag_as_required("config", given)
+    folder = "Folder of the run; the same folder resumes it. Default: runs/<config>-<seed>."
+    flags.DEFINE_string("workdir", None, folder, given)
+    parse(given, argv, __doc__)
+    keep_freed_memory()
+
     from lm_jax import preflight, sharding
     from lm_jax.train import train_and_evaluate
 
-    if "verbosity" not in {flag.split("=")[0].lstrip("-") for flag in sys.argv[1:]}:
-        logging.set_verbosity(logging.WARNING)  # Orbax and Grain tell every step at INFO
     sharding.initialize()
-    spec = config_flags.get_config_filename(flags.FLAGS["config"])
-    workdir = _WORKDIR.value or f"runs/{run_name(spec, _CONFIG.value.seed)}"
+    cfg, spec = given.config, config_flags.get_config_filename(given["config"])
+    workdir = given.workdir or f"runs/{run_name(spec, cfg.seed)}"
     try:
-        store = open_data(rules.validate(_CONFIG.value))
+        store = open_data(rules.validate(cfg))
     except (ValueError, OSError) as error:
         sys.exit(str(error))
     try:
-        train_and_evaluate(_CONFIG.value, workdir, store)
+        train_and_evaluate(cfg, workdir, store)
     except (config.ConfigError, preflight.Unfit) as error:
         sys.exit(str(error))
 
 
 if __name__ == "__main__":
-    keep_freed_memory()
-    app.run(main, flags_parser=parse)
+    main()

@@ -18,6 +18,12 @@ def train_and_evaluate(
 ) -> dict[str, Any]:
     """Train, evaluate and checkpoint one run; with the same workdir, go on where it stopped.
 
+    Example:
+        ```python
+        results = lm_jax.train_and_evaluate(cfg, "runs/example")
+        results["valid"]["loss"], results["valid"]["references"]
+        ```
+
     Args:
         cfg: the config as written; durations are resolved here.
         workdir: folder for everything the run leaves behind.

@@ -11,11 +11,12 @@ ids (4 k above 65,536 ids).
 
 import pathlib
 import sys
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from lm_jax import config
 from lm_jax import loss as losses
@@ -27,10 +28,6 @@ from lm_jax.data.open import open_data
 from lm_jax.distill import cache, teachers
 from lm_jax.distill.opening import open_teacher, verify
 from lm_jax.kernels import divergences
-
-_CONFIG = define_config()
-_OUT = flags.DEFINE_string("out", None, "Folder of the cache.")
-flags.mark_flags_as_required(["config", "out"])
 
 
 def make_cache(cfg: config.Config, folder: pathlib.Path) -> int:
@@ -71,14 +68,19 @@ def make_cache(cfg: config.Config, folder: pathlib.Path) -> int:
         return cache.write(folder, cfg, store, on_host, teacher.identity)
 
 
-def main(_: list[str]) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Write the cache that the flags describe."""
+    given = flags.FlagValues()
+    define_config(given, argv)
+    flags.mark_flag_as_required("config", given)
+    flags.DEFINE_string("out", None, "Folder of the cache.", given, required=True)
+    parse(given, argv, __doc__)
     try:
-        count = make_cache(_CONFIG.value, pathlib.Path(str(_OUT.value)))
+        count = make_cache(given.config, pathlib.Path(given.out))
     except (ValueError, OSError) as error:
         sys.exit(str(error))
-    print(f"{count:,} windows in {_OUT.value}")
+    print(f"{count:,} windows in {given.out}")
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse)
+    main()

@@ -29,7 +29,6 @@ The values of `compare.json`:
 - `same_model`: groups of arms whose configs are equal. `notes`: sentences.
 """
 
-import argparse
 import dataclasses
 import importlib.util
 import itertools
@@ -40,10 +39,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from absl import flags
 
 from lm_jax import doctor, metrics
 from lm_jax.compare import page, ranking, tables
 from lm_jax.compare.runs import Arm, Run, group, load_run
+from lm_jax.config.flags import misuse, parse
 from lm_jax.files import finite_or_none, write_json
 from lm_jax.models.families import size
 from lm_jax.models.size import Size
@@ -68,6 +69,12 @@ class Comparison:
 
 def compare(workdirs: Sequence[str | pathlib.Path], split: str = "test") -> Comparison:
     """Compare finished runs by their exact evaluations of a split.
+
+    Example:
+        ```python
+        comparison = lm_jax.compare_runs(["runs/example"])  # or several
+        print(comparison.markdown())
+        ```
 
     Raises:
         FileNotFoundError: for a folder that lacks a file of a finished and evaluated run.
@@ -274,26 +281,27 @@ def _notes(arms: Sequence[Arm], values: Mapping[str, Any]) -> list[str]:
     return notes
 
 
-def main() -> None:
-    """Compare finished runs."""
-    parser = argparse.ArgumentParser(prog="python -m lm_jax.compare", description=main.__doc__)
-    parser.add_argument("runs", nargs="+", type=pathlib.Path, help="workdirs of finished runs")
-    parser.add_argument("--split", default="test", choices=("train", "valid", "test"))
-    parser.add_argument(
-        "--out", type=pathlib.Path, help="folder for compare.md, compare.json and compare.html"
-    )
-    args = parser.parse_args()
+def main(argv: Sequence[str] | None = None) -> None:
+    """Compare finished runs: `python -m lm_jax.compare RUN RUN ... [--split=test] [--out=DIR]`."""
+    given = flags.FlagValues()
+    flags.DEFINE_enum("split", "test", ["train", "valid", "test"], "Whose scores.", given)
+    out = "Folder for compare.md, compare.json and compare.html."
+    flags.DEFINE_string("out", None, out, given)
+    folders = parse(given, argv, main.__doc__, others=True)
+    if not folders:
+        misuse("no RUN is given; give the workdirs of finished runs.")
     try:
-        comparison = compare(args.runs, args.split)
+        comparison = compare(folders, given.split)
     except (ValueError, OSError) as error:
-        parser.exit(2, f"{error}\n")
+        misuse(str(error))
     print(comparison.markdown())
-    if args.out is None:
+    if given.out is None:
         return
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "compare.md").write_text(comparison.markdown())
-    write_json(args.out / "compare.json", comparison.values)
+    folder = pathlib.Path(given.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "compare.md").write_text(comparison.markdown())
+    write_json(folder / "compare.json", comparison.values)
     if importlib.util.find_spec("matplotlib") is None:
         print("No compare.html without matplotlib: pip install 'lm_jax[plots]'.", file=sys.stderr)
         return
-    (args.out / "compare.html").write_text(comparison.html())
+    (folder / "compare.html").write_text(comparison.html())

@@ -248,7 +248,16 @@ class DistillConfig(_Section):
 
 @dataclasses.dataclass
 class Config(_Section):
-    """One run."""
+    """One run.
+
+    Example:
+        ```python
+        cfg = lm_jax.Config(doctor="off")  # a tiny model of the synthetic corpus
+        cfg.model.layers, cfg.model.d_model, cfg.data.seq_len = 1, 16, 32
+        cfg.optim.peak_lr = 1e-2
+        cfg.optim.warmup, cfg.train.steps = "5", "20"
+        ```
+    """
 
     seed: int = 0  # of parameters, order of the data and dropout
     doctor: str = "fast"  # checks before a new run starts: off | fast (seconds) | full (minutes)

@@ -1,34 +1,29 @@
 """Command-line flags that hold a config; a mistake in them is one sentence."""
 
+import faulthandler
 import importlib.util
 import pathlib
 import re
 import sys
+from collections.abc import Sequence
 from types import ModuleType
 from typing import NoReturn
 
-from absl import flags
+from absl import flags, logging
 from ml_collections import config_flags
 
 from lm_jax.config import fields
 from lm_jax.config.values import Curve, Duration
 
 
-def define_config() -> flags.FlagHolder:
-    """Define `--config=FILE` and `--config.a.b=value`."""
-    for kind in (Duration, Curve):
-        config_flags.register_flag_parser_for_type(kind, flags.ArgumentParser())
-    return config_flags.DEFINE_config_file("config", None, "Config file, as configs/quickstart.py.")
+def define_config(given: flags.FlagValues, argv: Sequence[str] | None) -> None:
+    """Define `--config=FILE` and `--config.a.b=value`; end with exit code 2 if one is not there.
 
-
-def override_paths(argv: list[str]) -> list[str]:
-    """Dotted paths of the `--config.a.b=...` and `--noconfig.a.b` arguments."""
-    found = (re.match(r"--?(?:no)?config\.([^=]+)", argument) for argument in argv)
-    return [match[1] for match in found if match]
-
-
-def parse(argv: list[str]) -> list[str]:
-    """Parse the flags; a mistake in them or in the config file ends with exit code 2."""
+    Args:
+        given: the flags of a command.
+        argv: the program's name and its arguments; None: those of the process.
+    """
+    argv = list(sys.argv if argv is None else argv)
     for argument in argv:
         name, _, path = argument.partition("=")
         # A string for `get_config` may follow the path after a colon.
@@ -36,10 +31,56 @@ def parse(argv: list[str]) -> list[str]:
             misuse(f"--config={path}: no such file; give a path as configs/quickstart.py.")
     try:
         fields.check_names(override_paths(argv))
-        return flags.FLAGS(argv)
-    except (fields.ConfigError, flags.Error) as error:
+    except fields.ConfigError as error:
+        misuse(str(error))
+    for kind in (Duration, Curve):
+        config_flags.register_flag_parser_for_type(kind, flags.ArgumentParser())
+    config_flags.DEFINE_config_file(
+        "config",
+        None,
+        "Config file, as configs/quickstart.py; its fields are --config.a.b.",
+        given,
+        sys_argv=argv,
+    )
+
+
+def override_paths(argv: Sequence[str]) -> list[str]:
+    """Dotted paths of the `--config.a.b=...` and `--noconfig.a.b` arguments."""
+    found = (re.match(r"--?(?:no)?config\.([^=]+)", argument) for argument in argv)
+    return [match[1] for match in found if match]
+
+
+def parse(
+    given: flags.FlagValues, argv: Sequence[str] | None, about: str | None, *, others: bool = False
+) -> list[str]:
+    """Parse a command's arguments; `--help` ends it with exit code 0, a mistake with 2.
+
+    Args:
+        given: the flags that it defined; they have their values afterwards.
+        argv: the program's name and its arguments; None: those of the process.
+        about: what it does, for `--help`.
+        others: whether it takes arguments that are no flags.
+
+    Returns:
+        These arguments.
+    """
+    argv = sys.argv if argv is None else argv
+    if not {"-h", "--help"}.isdisjoint(argv):
+        print(about, given.get_help(include_special_flags=False), sep="\n")
+        sys.exit()
+    faulthandler.enable(2)
+    logging.use_absl_handler()
+    given.append_flag_values(flags.FLAGS)  # --verbosity and what else libraries define
+    given.set_gnu_getopt()
+    flags.FLAGS.mark_as_parsed()
+    try:
+        rest = given(argv)[1:]
+    except flags.Error as error:
         # What `get_config` refuses comes with a traceback before it.
         misuse(str(error).rpartition("\nValueError: ")[2].strip())
+    if rest and not others:
+        misuse(f"{rest[0]}: not a flag; see --help.")
+    return rest
 
 
 def run_name(spec: str, seed: int) -> str:

@@ -1,4 +1,11 @@
-"""Checks that find out why a language-model run went wrong, or will."""
+"""Checks that find out why a language-model run went wrong, or will.
+
+Example:
+    ```python
+    report = lm_jax.doctor.examine_log(lm_jax.open_run("runs/example").history())
+    print(report.failed)
+    ```
+"""
 
 from lm_jax.doctor.arms.examine import examine_arms
 from lm_jax.doctor.data.examine import examine_data

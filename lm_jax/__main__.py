@@ -1,0 +1,32 @@
+"""The command `lm-jax`, or `python -m lm_jax`: one word for each thing to do with a run."""
+
+import pkgutil
+import sys
+from collections.abc import Sequence
+
+# Name: the module whose `main` it is, and what it does.
+COMMANDS = {
+    "train": ("lm_jax.main", "train, evaluate and save a run, or go on with one that was stopped"),
+    "doctor": ("lm_jax.preflight.command", "look for what is wrong in a config, a run or a log"),
+    "evaluate": ("lm_jax.evaluate", "score a whole split of a run, each token once"),
+    "generate": ("lm_jax.generate", "print samples of a run"),
+    "compare": ("lm_jax.compare.compare", "put finished runs side by side and rank them"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Hand the arguments over to the command that the first one names."""
+    name, *rest = (sys.argv if argv is None else argv)[1:] or ["--help"]
+    if name in ("-h", "--help"):
+        print("lm-jax COMMAND [--flag=value ...]; `lm-jax COMMAND --help` lists its flags.\n")
+        for command, (_, does) in COMMANDS.items():
+            print(f"  {command:10}{does}")
+    elif name in COMMANDS:
+        pkgutil.resolve_name(f"{COMMANDS[name][0]}:main")([f"lm-jax {name}", *rest])
+    else:
+        print(f"{name}: no such command; choose from {', '.join(COMMANDS)}.", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

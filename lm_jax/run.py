@@ -1,0 +1,63 @@
+"""A run in its folder, opened with its verbs."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+from lm_jax.doctor.log.subject import read_log
+from lm_jax.evaluate import Evaluator, score_run
+from lm_jax.generate import Sample, generate
+from lm_jax.workdir import Trained, open_trained
+
+
+@dataclasses.dataclass(frozen=True)
+class Run(Trained):
+    """A finished or stopped run: its parts, as `Trained` has them, and what to do with it."""
+
+    workdir: pathlib.Path
+
+    def evaluate(self, split: str = "test", stride: int | None = None) -> dict[str, Any]:
+        """Score a whole split, each token once; print it and write it into the workdir.
+
+        Args:
+            split: train, valid or test.
+            stride: targets scored per window; None: as in the run's config.
+
+        Returns:
+            The values of `eval_<split>.json`, see the README.
+
+        Raises:
+            ValueError: if the corpus has no such split, or the stride is impossible.
+        """
+        return score_run(Evaluator.of(self, stride), self, self.workdir, split)
+
+    def generate(self, prompt: str = "", **options: Any) -> list[Sample]:
+        """Continue a prompt; the options and errors are those of `lm_jax.generate.generate`."""
+        return generate(self, prompt, **options)
+
+    def history(self) -> list[dict[str, Any]]:
+        """The rows of `metrics.jsonl` in order, without the torn last line of a killed run."""
+        return read_log(self.workdir / "metrics.jsonl", null_is_nan=True).records
+
+
+def open_run(workdir: str | pathlib.Path, *, best: bool = True) -> Run:
+    """Open a finished or stopped run to use what it has learnt.
+
+    Example:
+        ```python
+        run = lm_jax.open_run("runs/example")
+        longer = run.evaluate("test", stride=16)  # with 16 tokens of context
+        samples = run.generate(tokens=20, samples=2, temperature=0.5)
+        losses = [row["train/loss"] for row in run.history() if "train/loss" in row]
+        ```
+
+    Args:
+        workdir: folder of the run.
+        best: the checkpoint with the lowest valid loss rather than the newest.
+
+    Raises:
+        FileNotFoundError: if the workdir holds no config or no checkpoint.
+        ConfigError: if the corpus or its tokenizer has changed since, or the run is of version 0.1.
+    """
+    folder = pathlib.Path(workdir)
+    return Run(workdir=folder, **vars(open_trained(folder, best=best)))

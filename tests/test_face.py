@@ -1,0 +1,160 @@
+"""What users see first: the names of `lm_jax`, a run with its verbs, the command `lm-jax`."""
+
+import ast
+import inspect
+import json
+import pathlib
+import pkgutil
+import re
+import shutil
+import subprocess
+import sys
+import time
+import tomllib
+
+import pytest
+from absl import flags
+
+import lm_jax
+from lm_jax.__main__ import COMMANDS, main
+from lm_jax.files import finite_or_none
+
+ROOT = pathlib.Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+NAMES = [name for name in lm_jax.__all__ if not name.startswith("__")]
+
+
+def fresh(code):
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return run.stdout
+
+
+def test_import_is_light():
+    code = (
+        "import sys, time; began = time.perf_counter(); import lm_jax; dir(lm_jax); "
+        "print(time.perf_counter() - began); "
+        "heavy = {'jax', 'numpy', 'absl', 'grain', 'tokenizers'} & set(sys.modules); "
+        "assert not heavy, heavy"
+    )
+    assert min(float(fresh(code)) for _ in range(3)) < 0.3  # the machine may be busy
+
+
+def test_names_are_imported_when_used():
+    code = "import sys, lm_jax; lm_jax.{}; print([m for m in ('jax', 'flax') if m in sys.modules])"
+    assert fresh(code.format("Config().train")) == "[]\n"
+    assert fresh(code.format("train_and_evaluate")) == "['jax', 'flax']\n"
+
+
+def test_type_checkers_see_the_same_names():
+    tree = ast.parse((ROOT / "lm_jax" / "__init__.py").read_text())
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    seen = {
+        alias.asname or alias.name: (node.module, alias.name)
+        for node in block.body
+        for alias in node.names
+    }
+    assert sorted(seen) == sorted(NAMES) == sorted(lm_jax._LAZY)
+    for name, (module, attribute) in seen.items():
+        assert getattr(lm_jax, name) is pkgutil.resolve_name(f"{module}.{attribute}")
+    with pytest.raises(AttributeError, match="'lm_jax' has no attribute 'nothing'"):
+        lm_jax.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_name_hides_a_module_and_the_readme_has_each(name):
+    here = any((ROOT / "lm_jax" / path).exists() for path in (name, f"{name}.py"))
+    assert here == inspect.ismodule(getattr(lm_jax, name))
+    assert f"`lm_jax.{name}`" in README
+
+
+def example(thing):
+    """The code in a docstring."""
+    return inspect.cleandoc(re.search(r"```python\n(.*?)```", thing.__doc__, re.DOTALL)[1])
+
+
+@pytest.fixture(scope="module")
+def examples(tmp_path_factory):
+    """What the examples of all public names leave, run one after the other in a folder."""
+    left = {"lm_jax": lm_jax}
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("examples")
+        patch.chdir(folder)
+        patch.setenv("HOME", str(folder))  # of the prepared corpus
+        for name in ("Config", "train_and_evaluate", "open_run", "compare_runs", "doctor"):
+            exec(example(getattr(lm_jax, name)), left)
+    return left | {"run": lm_jax.open_run(folder / "runs" / "example")}
+
+
+def test_examples_do_what_they_show(examples):
+    assert set(NAMES) == {"Config", "train_and_evaluate", "open_run", "compare_runs", "doctor"}
+    results, losses = examples["results"], examples["losses"]
+    assert len(losses) == 20 and losses[-1] < losses[0]
+    assert results["test"]["loss"] == pytest.approx(losses[-1], rel=0.01)
+    assert examples["longer"]["stride"] == 16
+    assert len(examples["samples"]) == 2 and all(len(one.ids) == 20 for one in examples["samples"])
+    (arm,) = examples["comparison"].values["arms"]
+    assert arm["name"] == "example"
+    assert "log.updates" in [finding.check for finding in examples["report"].findings]
+
+
+def test_a_run_does_what_the_commands_do(examples, capsys):
+    run = examples["run"]
+    assert run.step == 20 and run.cfg.seed == 0
+    result = run.evaluate("valid")
+    assert result == examples["results"]["valid"]
+    (run.workdir / "eval_valid.json").unlink()
+    main(["lm-jax", "evaluate", f"--workdir={run.workdir}", "--split", "valid"])
+    assert json.loads((run.workdir / "eval_valid.json").read_text()) == finite_or_none(result)
+    made = run.generate(tokens=5, seed=3)
+    main(["lm-jax", "generate", "--workdir", str(run.workdir), "--tokens=5", "--seed=3"])
+    record = json.loads((run.workdir / "samples.jsonl").read_text().splitlines()[-1])
+    assert record["text"] == made[0].text in capsys.readouterr().out
+    main(["lm-jax", "compare", str(run.workdir), "--split=valid"])
+    assert "| example |" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="config.eval.stride"):
+        run.evaluate("valid", stride=-1)
+
+
+def test_a_killed_run_is_opened(examples, tmp_path):
+    folder = shutil.copytree(examples["run"].workdir, tmp_path / "killed")
+    shutil.rmtree(folder / "best")
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 21, "tra')
+    run = lm_jax.open_run(str(folder), best=False)
+    assert run.history() == examples["run"].history()
+    assert run.step == 20 and run.generate(tokens=3)[0].ids
+
+
+def test_the_list_of_commands_is_quick():
+    code = "import lm_jax.__main__ as m; m.main(['lm-jax']); assert 'jax' not in m.sys.modules"
+    began = time.perf_counter()
+    shown = fresh(code)
+    assert time.perf_counter() - began < 1
+    assert re.findall(r"^  (\w+) +\w", shown, re.MULTILINE) == list(COMMANDS)
+    assert all(f"`lm-jax {name}" in README for name in COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_and_misuse(name, capsys):
+    for arguments, code in (("--help", 0), ("--bogus=1", 2), ("--split=none", 2)):
+        with pytest.raises(SystemExit) as stopped:
+            main(["lm-jax", name, arguments])
+        assert (stopped.value.code or 0) == code
+        out, err = capsys.readouterr()
+        assert len(err.splitlines()) == (code > 0)
+        assert ("python -m lm_jax." in out and "  --" in out) == (code == 0)
+    assert not {"workdir", "config", "split", "log"} & set(flags.FLAGS)
+
+
+def test_unknown_command(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["lm-jax", "trian"])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith("trian: no such command; choose from train, doctor")
+
+
+def test_what_is_installed():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert pkgutil.resolve_name(project["project"]["scripts"]["lm-jax"]) is main
+    for file in project["tool"]["setuptools"]["package-data"]["lm_jax"]:
+        assert (ROOT / "lm_jax" / file).exists()
