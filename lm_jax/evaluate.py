@@ -7,7 +7,6 @@ of a run and writes `eval_<split>.json` and, document by document, `documents_<s
 import dataclasses
 import itertools
 import math
-import os
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,7 +24,7 @@ from lm_jax.config.flags import misuse, parse
 from lm_jax.data import windows
 from lm_jax.data.references import references
 from lm_jax.data.store import Store
-from lm_jax.files import write_json
+from lm_jax.files import whole, write_json
 from lm_jax.models.families import FAMILIES, family
 from lm_jax.workdir import Trained, open_trained
 
@@ -165,12 +164,9 @@ def score_run(
     result, nats_D = evaluator.score(run.params, name)
     result = {"step": run.step, **result, "references": references(evaluator.store, name)}
     if jax.process_index() == 0:
-        path = workdir / f"documents_{name}.npz"
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
         arrays: dict[str, Any] = documents(evaluator.store, name, nats_D)
-        with temporary.open("wb") as file:
+        with whole(workdir / f"documents_{name}.npz") as file:
             np.savez(file, allow_pickle=False, **arrays)
-        temporary.replace(path)
         write_json(workdir / f"eval_{name}.json", result)
         report(name, result, Console())
     return result

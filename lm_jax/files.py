@@ -1,21 +1,46 @@
 """Files that are there whole or not at all."""
 
+import contextlib
 import json
 import math
 import os
-import pathlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO
 
 
-def write_json(path: pathlib.Path, value: Any) -> None:
-    """Write a readable JSON file in one move, so that a reader never sees half of it.
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[BinaryIO]:
+    """Opens a file that takes the name `path` once all of it is on the disk.
 
-    What is not finite, as a perplexity beyond float64, becomes null: JSON has no number for it.
+    Readers see the old file or the new one, even if the machine dies. Until then the bytes are in a
+    hidden file in the same folder; an error removes it, a kill leaves it.
     """
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(finite_or_none(value), indent=2, allow_nan=False) + "\n")
-    temporary.replace(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file in UTF-8, whole or not at all."""
+    with whole(path) as file:
+        file.write(text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a readable JSON file, whole or not at all.
+
+    Floats that are not finite, such as a perplexity beyond float64, become null: JSON has no number
+    for them.
+    """
+    write_text(path, json.dumps(finite_or_none(value), indent=2, allow_nan=False) + "\n")
 
 
 def finite_or_none(value: Any) -> Any:
@@ -42,9 +67,3 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds no JSON object; copy the checkpoint again.")
     return values
-
-
-def sync(file: IO) -> None:
-    """Puts on the disk what was written: else the machine may die and only the name be there."""
-    file.flush()
-    os.fsync(file.fileno())

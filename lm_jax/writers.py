@@ -9,6 +9,8 @@ from collections.abc import Mapping
 
 import jax
 
+from lm_jax.files import write_text
+
 Row = Mapping[str, float]
 
 
@@ -88,9 +90,7 @@ def _truncate(path: pathlib.Path, start: int) -> None:
         # A kill can leave half a last line.
         if line.endswith("}") and json.loads(line)["step"] <= start:
             kept.append(line + "\n")
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
-    temporary.replace(path)
+    write_text(path, "".join(kept))
 
 
 def _clock(seconds: float) -> str:

@@ -182,9 +182,9 @@ def test_a_killed_preparation_goes_on_from_its_finished_parts(tmp_path, monkeypa
     wait_for(lambda: all(map(ended, children)))  # unless killed, with the part that it was at
     kept = finished(tmp_path)
     assert len(kept) == (3 if all_at_once else 5)
-    written, write = [], parts.write
+    written, write = [], parts.write_part
     monkeypatch.setattr(
-        parts, "write", lambda part, *rest: written.append(part.name) or write(part, *rest)
+        parts, "write_part", lambda part, *rest: written.append(part.name) or write(part, *rest)
     )
     resumed = prepare_pieces(gated, tmp_path, workers=1)
     names = [part.name for part in parts.plan(of_pieces(gated, tmp_path).splits)]
@@ -196,20 +196,20 @@ def test_a_killed_preparation_goes_on_from_its_finished_parts(tmp_path, monkeypa
 
 def test_a_kill_while_parts_are_joined_loses_none(tmp_path, monkeypatch, corpus):
     (tmp_path / "open").touch()
-    join = store._join_split
+    join = parts.join
 
-    def breaks_off(corpus, name, *rest):
-        found = join(corpus, name, *rest)
-        if name == "valid":
+    def breaks_off(folders, tokenizer, tokens_path, starts_path):
+        found = join(folders, tokenizer, tokens_path, starts_path)
+        if tokens_path.name == "valid.tokens.npy":
             raise KeyboardInterrupt
         return found
 
-    monkeypatch.setattr(store, "_join_split", breaks_off)
+    monkeypatch.setattr(parts, "join", breaks_off)
     with pytest.raises(KeyboardInterrupt):
         prepare_pieces(gated, tmp_path, workers=1)
     assert len(finished(tmp_path)) == 7
     monkeypatch.undo()
-    monkeypatch.setattr(parts, "write", lambda *_: pytest.fail("tokenised again"))
+    monkeypatch.setattr(parts, "write_part", lambda *_: pytest.fail("tokenised again"))
     resumed = prepare_pieces(gated, tmp_path, workers=1)
     monkeypatch.undo()
     whole = prepare_pieces(gated, tmp_path, workers=1, cache=tmp_path / "other")
@@ -334,9 +334,9 @@ def test_a_damaged_part_is_tokenised_again_and_no_other(tmp_path, monkeypatch, c
     (unfinished,) = tmp_path.glob("stores/*.parts")
     part = unfinished / "train.000004-of-000006"
     damage(part)
-    written, write = [], parts.write
+    written, write = [], parts.write_part
     monkeypatch.setattr(
-        parts, "write", lambda part, *rest: written.append(part.name) or write(part, *rest)
+        parts, "write_part", lambda part, *rest: written.append(part.name) or write(part, *rest)
     )
     resumed = prepare_pieces(gated, tmp_path, workers=1)
     assert written == [part.name]
@@ -352,20 +352,20 @@ def test_a_damaged_part_is_tokenised_again_and_no_other(tmp_path, monkeypatch, c
 def test_a_part_knows_its_tokenizer(tmp_path):
     tokenizers = [CharTokenizer("etx"), CharTokenizer("etxy")]
     part = parts.Part("train", 0, 1, functools.partial(iter, ["text"]))
-    parts.write(part, tokenizers[0], tmp_path)
+    parts.write_part(part, tokenizers[0], tmp_path)
     records = [parts.read_record(tmp_path / part.name, tokenizer) for tokenizer in tokenizers]
     assert records[0] is not None and records[0]["tokens"] == 4 and records[1] is None
 
 
 def test_a_part_that_is_damaged_whenever_it_is_written_is_an_error(tmp_path, monkeypatch):
     (tmp_path / "open").touch()
-    write = parts.write
+    write = parts.write_part
 
     def write_badly(part, tokenizer, folder):
         write(part, tokenizer, folder)
         flip(folder / part.name / "ids")
 
-    monkeypatch.setattr(parts, "write", write_badly)
+    monkeypatch.setattr(parts, "write_part", write_badly)
     with pytest.raises(OSError, match=r"does not come back from the disk .*cache_dir.*again\.$"):
         prepare_pieces(gated, tmp_path, workers=1)
 

@@ -182,7 +182,7 @@ def test_a_store_gets_its_name_only_once_it_is_checked(tmp_path, monkeypatch):
         with pytest.raises(OSError, match=r"not come back .*differs from the sha256.*again\.$"):
             _prepare(tmp_path)
     assert len(_left_over(tmp_path)) == len(list((tmp_path / "stores").iterdir())) == 1
-    monkeypatch.setattr(parts, "write", lambda *_: pytest.fail("tokenised again"))
+    monkeypatch.setattr(parts, "write_part", lambda *_: pytest.fail("tokenised again"))
     assert _prepare(tmp_path).manifest["splits"]["train"]["documents"] == 3
 
 
@@ -197,10 +197,12 @@ def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch
     monkeypatch.setattr(os, "replace", lambda a, b: events.append(str(b)) or replace(a, b))
     path = _prepare(tmp_path, _corpus({"train": ["text"]})).path
     names = [re.sub(r"^\.(.*)\.\d+$", r"\1", event.rsplit("/", 1)[1]) for event in events]
-    part = ["ids", "lengths", "counts.json", "train.000000-of-000001"]
-    store = ["train.tokens.npy", "train.documents.npy", "manifest.json", path.name]
-    tokenizer = ["tokenizer.json"] * 2
-    assert names == [*tokenizer, *part, *tokenizer, *store]
+    of_part = ["lengths", "lengths", "ids", "ids", "counts.json", "counts.json"]
+    arrays = [f"train.{name}.npy" for name in ("tokens", "documents") for _ in range(2)]
+    of_store = [*arrays, "manifest.json", "manifest.json"]
+    tokenizer = ["tokenizer.json"] * 2  # on the disk, then under its name
+    part = "train.000000-of-000001"
+    assert names == [*tokenizer, *of_part, part, *tokenizer, *of_store, path.name]
 
 
 def test_a_tokenizer_that_is_not_whole_is_learnt_again(tmp_path, monkeypatch):
@@ -214,7 +216,7 @@ def test_a_tokenizer_that_is_not_whole_is_learnt_again(tmp_path, monkeypatch):
             _prepare(tmp_path, kind="char")
     (unfinished,) = (tmp_path / "stores").iterdir()
     (unfinished / "tokenizer.json").write_text("")
-    monkeypatch.setattr(parts, "write", lambda *_: pytest.fail("tokenised again"))
+    monkeypatch.setattr(parts, "write_part", lambda *_: pytest.fail("tokenised again"))
     assert _prepare(tmp_path, kind="char").manifest == whole.manifest
 
 

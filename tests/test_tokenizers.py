@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from lm_jax.data.tokenizers import kinds
+from lm_jax.data.tokenizers import base, kinds
 from lm_jax.data.tokenizers.base import count_words
 from lm_jax.data.tokenizers.kinds import WordTokenizer
 from lm_jax.data.tokenizers.load import load_tokenizer, train_tokenizer
@@ -99,9 +99,9 @@ def test_the_library_sees_little_of_a_long_document_at_once(monkeypatch):
 @pytest.mark.parametrize("block", [1, 2, 3, 7])
 def test_words_are_counted_in_bounded_memory(monkeypatch, block):
     expected = [len(text.split()) + text.count("\n") for text in TEXTS]
-    monkeypatch.setattr(kinds, "BLOCK", block)
+    monkeypatch.setattr(base, "BLOCK", block)
     assert [count_words(text) for text in TEXTS] == expected
-    monkeypatch.setattr(kinds, "BLOCK", 1000 * block)
+    monkeypatch.setattr(base, "BLOCK", 1000 * block)
     text = "ab cd " * 50_000
     tracemalloc.start()
     assert count_words(text) == 100_000

@@ -1,8 +1,8 @@
 """Tokenises the pieces of a corpus, in several processes, into parts that outlive a kill.
 
 A part is a folder with the ids of one piece of one split, the lengths of its documents and a record
-of its counts and hashes. It appears under its name only when it is complete, and holds the same
-bytes whichever process wrote it.
+of its counts and hashes. It gets its name only when it is complete, and holds the same bytes
+whichever process wrote it. `join` puts the parts of a split end to end.
 """
 
 import concurrent.futures
@@ -12,6 +12,7 @@ import functools
 import hashlib
 import itertools
 import json
+import multiprocessing
 import os
 import pickle
 import queue
@@ -23,17 +24,19 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from lm_jax.data.shards import Documents
 from lm_jax.data.tokenizers.base import Tokenizer, count_words
 from lm_jax.data.tokenizers.load import load_tokenizer
-from lm_jax.files import sync
+from lm_jax.files import whole, write_text
 
 BATCH_CHARACTERS = 1 << 20  # text tokenised at once
+BLOCK = 1 << 20  # bytes copied at once
 COUNTS = "tokens documents empty_documents bytes words".split()
 REPORT_SECONDS = 10.0  # between lines on how far a long preparation is
 
@@ -54,7 +57,7 @@ class Part:
 
 
 class Damaged(Exception):
-    """Finished parts that no longer hold what was written into them; its arguments, their paths."""
+    """Finished parts do not hold what was written into them; the arguments are their paths."""
 
 
 def plan(splits: Mapping[str, Sequence[Documents]]) -> list[Part]:
@@ -81,14 +84,14 @@ def write_all(parts: Sequence[Part], tokenizer: Tokenizer, folder: Path, workers
         ChildProcessError: if a process ended before its work did.
     """
     for leftover in folder.glob("partial-*"):
-        # Whoever is still at it was left behind by a kill and ends with this part.
+        # Workers left over from a killed run stop after this part.
         shutil.rmtree(leftover, ignore_errors=True)
     todo = [part for part in parts if not (folder / part.name).exists()]
     workers = min(workers or _cores(), len(todo))
     report = _Report(folder, len(parts))
     if workers <= 1 or all(part.of == 1 for part in parts):
         for part in todo:
-            write(part, tokenizer, folder)
+            write_part(part, tokenizer, folder)
             report()
         return
     tasks: queue.SimpleQueue[Part | None] = queue.SimpleQueue()
@@ -103,27 +106,31 @@ def write_all(parts: Sequence[Part], tokenizer: Tokenizer, folder: Path, workers
             with contextlib.suppress(queue.Empty):
                 while True:
                     tasks.get_nowait()
-            for _ in drivers:  # they stop after the part that they are at
+            for _ in drivers:  # each stops after its current part
                 tasks.put(None)
             raise
 
 
 def _cores() -> int:
-    """Those that this process may use, where the system tells."""
+    """Cores that this process may use, where the system tells, else all."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
-def write(part: Part, tokenizer: Tokenizer, folder: Path) -> None:
-    """Tokenises one piece."""
+def write_part(part: Part, tokenizer: Tokenizer, folder: Path) -> None:
+    """Tokenises one piece into a part in `folder`.
+
+    Raises:
+        ValueError: if a document cannot be read or tokenised.
+    """
     dtype = id_type(tokenizer)
     counts = dict.fromkeys(COUNTS, 0)
     ids_hash, lengths_hash = hashlib.sha256(), hashlib.sha256()
     with tempfile.TemporaryDirectory(dir=folder, prefix="partial-") as partial:
         new = Path(partial) / "part"
         new.mkdir()
-        with (new / "ids").open("wb") as ids_file, (new / "lengths").open("wb") as lengths_file:
+        with whole(new / "ids") as ids_file, whole(new / "lengths") as lengths_file:
             for texts in _batches(part.documents()):
                 encoded = _encode(texts, tokenizer, part.split)
                 lengths = np.array([len(ids) for ids in encoded if len(ids)], "<i8")
@@ -140,22 +147,68 @@ def write(part: Part, tokenizer: Tokenizer, folder: Path) -> None:
                     if len(ids):
                         counts["bytes"] += len(text.encode())
                         counts["words"] += count_words(text)
-            sync(ids_file)
-            sync(lengths_file)
         record = {
             **counts,
             "tokenizer": tokenizer.content_hash,
             "ids": ids_hash.hexdigest(),
             "lengths": lengths_hash.hexdigest(),
         }
-        with (new / "counts.json").open("w") as file:
-            file.write(json.dumps({**record, "sha256": _seal(record)}))
-            sync(file)
+        write_text(new / "counts.json", json.dumps({**record, "sha256": _seal(record)}))
         try:
             os.replace(new, folder / part.name)
         except OSError:
-            if not (folder / part.name).exists():  # else one left behind by a kill was faster
+            if not (folder / part.name).exists():  # else a worker left over by a kill was faster
                 raise
+
+
+def join(
+    folders: Sequence[Path], tokenizer: Tokenizer, tokens_path: Path, starts_path: Path
+) -> dict[str, Any]:
+    """Writes the ids of parts end to end, and where their documents start, as two .npy files.
+
+    Returns:
+        The sum of each of COUNTS, and the `sha256` of both arrays' content.
+
+    Raises:
+        Damaged: if parts do not hold what was written into them.
+    """
+    found = {part: read_record(part, tokenizer) for part in folders}
+    records = {part: record for part, record in found.items() if record is not None}
+    if damaged := [part for part in folders if part not in records]:
+        raise Damaged(*damaged)
+    counts = {key: sum(record[key] for record in records.values()) for key in COUNTS}
+    digest = hashlib.sha256()
+    with whole(tokens_path) as file:
+        _write_header(file, id_type(tokenizer), counts["tokens"])
+        for part, record in records.items():
+            of_part = hashlib.sha256()
+            with (part / "ids").open("rb") as ids_file:
+                while block := ids_file.read(BLOCK):
+                    of_part.update(block)
+                    digest.update(block)
+                    file.write(block)
+            if of_part.hexdigest() != record["ids"]:
+                damaged.append(part)
+    with whole(starts_path) as file:
+        _write_header(file, np.dtype("<i8"), counts["documents"] + 1)
+        starts = np.zeros(1, "<i8")
+        digest.update(starts)
+        file.write(starts)
+        for part, record in records.items():
+            lengths = np.fromfile(part / "lengths", "<i8")
+            if hashlib.sha256(lengths).hexdigest() != record["lengths"]:
+                damaged.append(part)
+            starts = np.cumsum(np.concatenate([starts[-1:], lengths]))
+            digest.update(starts[1:])
+            file.write(starts[1:])
+    if damaged:
+        raise Damaged(*dict.fromkeys(damaged))
+    return {**counts, "sha256": digest.hexdigest()}
+
+
+def _write_header(file: BinaryIO, dtype: np.dtype, length: int) -> None:
+    header = {"descr": dtype.str, "fortran_order": False, "shape": (length,)}
+    np.lib.format.write_array_header_1_0(file, header)
 
 
 def read_record(folder: Path, tokenizer: Tokenizer) -> dict[str, Any] | None:
@@ -196,7 +249,7 @@ def _encode(texts: list[str], tokenizer: Tokenizer, split: str) -> list[np.ndarr
 
 
 class _Report:
-    """Says on standard error, now and then, how many parts are written."""
+    """Says on standard error every REPORT_SECONDS how many parts are written."""
 
     def __init__(self, folder: Path, total: int) -> None:
         self.folder, self.total = folder, total
@@ -210,7 +263,7 @@ class _Report:
 
 
 def _drive(tasks: "queue.SimpleQueue[Part | None]", folder: Path, report: _Report) -> None:
-    """Feeds one process, which ends with its input: also when this process is killed.
+    """Feeds one process, which ends with its connection: also when this process is killed.
 
     Not multiprocessing's pool: that runs the caller's script again in every process, and leaves
     its processes behind when it is killed.
@@ -220,33 +273,33 @@ def _drive(tasks: "queue.SimpleQueue[Part | None]", folder: Path, report: _Repor
         "RAYON_NUM_THREADS": "1",  # the processes are the parallelism
         "TOKENIZERS_PARALLELISM": "false",
     }
-    with subprocess.Popen(
-        [sys.executable, "-c", "from lm_jax.data.parts import serve; serve()"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
+    connection, theirs = multiprocessing.Pipe()
+    program = f"from lm_jax.data.parts import serve; serve({theirs.fileno()})"
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdin=subprocess.DEVNULL,
+        stdout=2,  # standard output belongs to reports
+        pass_fds=[theirs.fileno()],
         env=environment,
-        start_new_session=True,  # Ctrl-C is for this process, which then ends the input
-    ) as process:
-        assert process.stdin is not None
-        try:
-            while (part := tasks.get()) is not None:
-                if (error := _ask(process, (part, folder))) is not None:
-                    raise error
-                report()
-        finally:
-            with contextlib.suppress(BrokenPipeError):  # of a process whose end is reported above
-                process.stdin.close()
+        start_new_session=True,  # Ctrl-C is for this process, which then ends the connection
+    )
+    theirs.close()
+    with process, connection:
+        while (part := tasks.get()) is not None:
+            if (error := _ask(process, connection, (part, folder))) is not None:
+                raise error
+            report()
 
 
-def _ask(process: subprocess.Popen, task: tuple[Part, Path]) -> Exception | None:
+def _ask(
+    process: subprocess.Popen, connection: Connection, task: tuple[Part, Path]
+) -> Exception | None:
     """What a process answers to a task: None once the part is written."""
-    assert process.stdin is not None and process.stdout is not None
     try:
-        _send(process.stdin, task)
-        return pickle.load(process.stdout)
-    except (EOFError, pickle.UnpicklingError, BrokenPipeError) as error:
-        with contextlib.suppress(BrokenPipeError):
-            process.stdin.close()
+        connection.send(task)
+        return connection.recv()
+    except (EOFError, ConnectionError) as error:
+        connection.close()
         code = process.wait()
         found = f"ended with return code {code}, and may have said why on standard error: "
         if code == -signal.SIGKILL:
@@ -258,23 +311,21 @@ def _ask(process: subprocess.Popen, task: tuple[Part, Path]) -> Exception | None
         ) from error
 
 
-def serve() -> None:
-    """Writes the parts that come from standard input until it ends; answers None or an error."""
-    tasks = open(0, "rb", closefd=False)
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what libraries print must not get among the answers
+def serve(descriptor: int) -> None:
+    """Writes the parts that come through a connection and answers None or an error to each.
+
+    It ends when the caller has no more tasks, or was killed.
+    """
     load = functools.cache(load_tokenizer)
-    while tasks.peek(1):  # waits for the next task, or for the end
-        answer: Exception | None = None
-        try:
-            part, folder = pickle.load(tasks)
-            write(part, load(folder), folder)
-        except Exception as error:
-            answer = _sendable(error)
-        try:
-            _send(answers, answer)
-        except BrokenPipeError:  # the caller was killed
-            os._exit(1)
+    with Connection(descriptor) as connection, contextlib.suppress(EOFError, ConnectionError):
+        while True:
+            task, answer = connection.recv_bytes(), None
+            try:
+                part, folder = pickle.loads(task)
+                write_part(part, load(folder), folder)
+            except Exception as error:
+                answer = _sendable(error)
+            connection.send(answer)
 
 
 def _sendable(error: Exception) -> Exception:
@@ -286,8 +337,3 @@ def _sendable(error: Exception) -> Exception:
     except Exception:
         pass
     return RuntimeError(f"{type(error).__name__}: {error}")
-
-
-def _send(stream: IO[bytes], value: object) -> None:
-    pickle.dump(value, stream)
-    stream.flush()

@@ -9,7 +9,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from lm_jax.data.shards import Documents
 from lm_jax.data.tokenizers.base import Tokenizer
 from lm_jax.data.tokenizers.hf import HfTokenizer
 from lm_jax.data.tokenizers.load import load_tokenizer, train_tokenizer
-from lm_jax.files import sync
+from lm_jax.files import write_text
 
 FORMAT = 1  # raised whenever the same corpus and tokenizer would give other files
 MANIFEST_KEYS = (
@@ -37,8 +37,8 @@ class Split:
     name: str
     tokens: np.ndarray  # uint16 or uint32, memory-mapped and read-only
     document_starts: np.ndarray  # int64, one more than there are documents; the last is the length
-    bytes: int  # of the documents' UTF-8
-    words: int  # of the documents, count_words
+    bytes: int  # of all documents in UTF-8
+    words: int  # of all documents, as count_words counts them
     separator: int
 
 
@@ -51,7 +51,11 @@ class Store:
     tokenizer: Tokenizer
 
     def split(self, name: str) -> Split:
-        """The split of that name."""
+        """The split of that name.
+
+        Raises:
+            ValueError: if the corpus has no such split.
+        """
         if name not in self.manifest["splits"]:
             raise ValueError(
                 f"Corpus {self.manifest['corpus']!r} has no split {name!r} but "
@@ -77,18 +81,17 @@ def prepare(
 ) -> Store:
     """Tokenises every split of a corpus once; later calls open the finished store.
 
-    The tokenizer is that of the checkpoint in `folder` (kind hf), or learns from the train split
-    alone: from `sample` characters of it, taken in equal shares from the start of every piece, or
-    from all (0). `workers` processes tokenise (0: one a core); the store is the same, byte for
-    byte, for any number. It appears under its name only when it is complete; what a killed
-    preparation had finished is beside it, and the next goes on from there. One process at a time
-    may prepare a store.
+    The tokenizer is that of the checkpoint in `folder` (kind hf), or it learns from the train split
+    alone: from `sample` characters of it, in equal shares from the start of every piece, or from
+    all (0). `workers` processes tokenise (0: one a core); the store is the same, byte for byte, for
+    any number. It gets its name only when it is complete. A killed preparation leaves its finished
+    parts beside it, and the next one goes on from there. One process at a time may prepare a store.
 
     Raises:
         ValueError: if the corpus cannot be tokenised, or its files changed since they were hashed;
             then nothing is left behind.
         ChildProcessError: if a process that tokenised ended before its work did.
-        OSError: if a file cannot be read, or what was written does not come back from the disk.
+        OSError: if a file cannot be read, or the disk does not give back what was written.
     """
     stores = Path(cache_dir).expanduser() / "stores"
     given = HfTokenizer.from_folder(Path(folder)) if folder else None
@@ -99,7 +102,7 @@ def prepare(
     unfinished = path.with_name(f"{path.name}.parts")
     if path.exists():
         store = open_store(path)
-        shutil.rmtree(unfinished, ignore_errors=True)  # a kill may have left some of it
+        shutil.rmtree(unfinished, ignore_errors=True)  # a kill may have left it
         return store
     unfinished.mkdir(parents=True, exist_ok=True)
     try:
@@ -117,12 +120,17 @@ def prepare(
     except OSError:
         if not path.exists():  # otherwise another process finished the same store first
             raise
-    shutil.rmtree(unfinished, ignore_errors=True)  # what is left goes when the store is opened
+    shutil.rmtree(unfinished, ignore_errors=True)  # what stays is removed at the next opening
     return _open(path)
 
 
 def open_store(path: str | os.PathLike) -> Store:
-    """Opens a finished store and checks every array against the manifest, in bounded memory."""
+    """Opens a finished store and checks every array against the manifest, in bounded memory.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        ValueError: if a file does not hold what was written into it.
+    """
     store = _open(path)
     path, manifest, tokenizer = store.path, store.manifest, store.tokenizer
     if tokenizer.content_hash != manifest["tokenizer_hash"]:
@@ -130,31 +138,25 @@ def open_store(path: str | os.PathLike) -> Store:
     if tokenizer.vocab_size != manifest["vocab_size"]:
         raise _broken(path / "manifest.json", "gives another vocab_size than the tokenizer")
     for name, counts in manifest["splits"].items():
-        tokens, starts = _arrays(path, name)
-        if len(tokens) != counts["tokens"]:
-            problem = f"holds {len(tokens)} tokens, the manifest says {counts['tokens']}"
-            raise _broken(_tokens_path(path, name), problem)
-        if len(starts) != counts["documents"] + 1:
-            problem = f"holds {len(starts) - 1} documents, the manifest says {counts['documents']}"
-            raise _broken(_documents_path(path, name), problem)
-        _check_content(path, name, tokens, starts, tokenizer, counts["sha256"])
+        _check_split(path, name, tokenizer, counts)
     return store
 
 
 def _open(path: str | os.PathLike) -> Store:
-    """A store whose arrays nobody has looked at, or which is known to be whole."""
+    """A store without a check of its arrays."""
     path = Path(path)
     return Store(path, _read_manifest(path / "manifest.json"), load_tokenizer(path / "tokenizer"))
 
 
-def _check_content(
-    path: Path,
-    name: str,
-    tokens: np.memmap,
-    starts: np.memmap,
-    tokenizer: Tokenizer,
-    sha256: str,
-) -> None:
+def _check_split(path: Path, name: str, tokenizer: Tokenizer, counts: dict[str, Any]) -> None:
+    """Raises ValueError if a split's arrays are not those of the manifest."""
+    (tokens, starts), (tokens_path, starts_path) = _arrays(path, name), _array_paths(path, name)
+    for file, what, found in (
+        (tokens_path, "tokens", len(tokens)),
+        (starts_path, "documents", len(starts) - 1),
+    ):
+        if found != counts[what]:
+            raise _broken(file, f"holds {found} {what}, the manifest says {counts[what]}")
     digest = hashlib.sha256()
     highest, separated = -1, False
     for block in _blocks(tokens):
@@ -163,20 +165,20 @@ def _check_content(
         separated |= bool((block == tokenizer.separator).any())
     if separated or highest >= tokenizer.vocab_size:
         problem = f"holds the separator, or an id that is not below {tokenizer.vocab_size}"
-        raise _broken(_tokens_path(path, name), problem)
+        raise _broken(tokens_path, problem)
     ascending, last = starts[0] == 0, -1
     for block in _blocks(starts):
         digest.update(block)
         ascending &= bool((np.diff(block, prepend=last) > 0).all())
         last = int(block[-1])
     if not ascending or last != len(tokens):
-        raise _broken(_documents_path(path, name), "does not divide the tokens into documents")
-    if digest.hexdigest() != sha256:
-        raise _broken(_tokens_path(path, name), "differs from the sha256 in the manifest")
+        raise _broken(starts_path, "does not divide the tokens into documents")
+    if digest.hexdigest() != counts["sha256"]:
+        raise _broken(tokens_path, "differs from the sha256 in the manifest")
 
 
 def _blocks(array: np.memmap) -> Iterator[np.ndarray]:
-    """The array, read block by block: pages touched through its map would stay in memory."""
+    """Reads an array block by block; pages touched through its map would stay in memory."""
     assert array.filename is not None
     with open(array.filename, "rb") as file:
         file.seek(array.offset)
@@ -192,18 +194,19 @@ def _tokenizer(
     sample: int,
     unfinished: Path,
 ) -> Tokenizer:
-    """The tokenizer that an earlier start has saved, or a new one; the parts read it there."""
+    """The tokenizer that an earlier start saved in `unfinished`, or a new one saved there."""
     try:
         return load_tokenizer(unfinished)
-    except (FileNotFoundError, ValueError):  # not there or not whole: learnt again, it is the same
+    except (FileNotFoundError, ValueError):
+        # Missing or damaged: training it again gives the same one.
         tokenizer = given or _learn(corpus, kind, vocab_size, sample)
-    files.refuse_changed(corpus.files)  # the parts only know that they did not change meanwhile
+    files.refuse_changed(corpus.files)  # a part only notices a change while it is written
     tokenizer.save(unfinished)
     return load_tokenizer(unfinished)
 
 
 def _learn(corpus: Corpus, kind: str, vocab_size: int, sample: int) -> Tokenizer:
-    """The tokenizer of the train split."""
+    """Trains a tokenizer on the train split."""
     if not any(corpus.documents("train")):
         raise _no_tokens(corpus, "train", "no documents, or empty ones")
     documents = _heads(corpus.splits["train"], sample) if sample else corpus.documents("train")
@@ -211,7 +214,7 @@ def _learn(corpus: Corpus, kind: str, vocab_size: int, sample: int) -> Tokenizer
 
 
 def _heads(pieces: Sequence[Documents], characters: int) -> Iterator[str]:
-    """So many characters in all, in equal shares from the start of every piece."""
+    """Texts of `characters` characters in all, in equal shares from the start of every piece."""
     share = -(-characters // len(pieces))
     for piece in pieces:
         left = share
@@ -223,7 +226,7 @@ def _heads(pieces: Sequence[Documents], characters: int) -> Iterator[str]:
 
 
 def _write_and_join(corpus: Corpus, tokenizer: Tokenizer, unfinished: Path, workers: int) -> None:
-    """Tokenises what no earlier start has, or what since was damaged, and joins the parts."""
+    """Tokenises the parts that are missing or damaged, and joins all parts."""
     all_parts = parts.plan(corpus.splits)
     damaged: set[Path] = set()
     while True:
@@ -244,6 +247,13 @@ def _join(corpus: Corpus, all_parts: list[Part], tokenizer: Tokenizer, unfinishe
     folder = unfinished / "store"
     folder.mkdir(exist_ok=True)
     tokenizer.save(folder / "tokenizer")
+    splits = {}
+    for name in corpus.splits:
+        of_split = [unfinished / part.name for part in all_parts if part.split == name]
+        counts = parts.join(of_split, tokenizer, *_array_paths(folder, name))
+        if not counts["tokens"]:
+            raise _no_tokens(corpus, name, f"{counts['empty_documents']} empty documents")
+        splits[name] = counts
     manifest = {
         "format": FORMAT,
         "corpus": corpus.name,
@@ -252,75 +262,9 @@ def _join(corpus: Corpus, all_parts: list[Part], tokenizer: Tokenizer, unfinishe
         "tokenizer_hash": tokenizer.content_hash,
         "vocab_size": tokenizer.vocab_size,
         "entropy_rate": corpus.entropy_rate,
-        "splits": {
-            name: _join_split(
-                corpus,
-                name,
-                [unfinished / part.name for part in all_parts if part.split == name],
-                tokenizer,
-                folder,
-            )
-            for name in corpus.splits
-        },
+        "splits": splits,
     }
-    with (folder / "manifest.json").open("w", encoding="utf-8") as file:
-        file.write(json.dumps(manifest, indent=1) + "\n")
-        sync(file)
-
-
-def _join_split(
-    corpus: Corpus, name: str, folders: list[Path], tokenizer: Tokenizer, folder: Path
-) -> dict[str, Any]:
-    """Copies a split's parts end to end and returns its entry in the manifest.
-
-    Raises:
-        Damaged: if parts do not hold what was written into them.
-    """
-    records, damaged = {}, []
-    for part in folders:
-        if (record := parts.read_record(part, tokenizer)) is None:
-            damaged.append(part)
-        else:
-            records[part] = record
-    if damaged:
-        raise parts.Damaged(*damaged)
-    counts = {key: sum(record[key] for record in records.values()) for key in parts.COUNTS}
-    if not counts["tokens"]:
-        raise _no_tokens(corpus, name, f"{counts['empty_documents']} empty documents")
-    digest = hashlib.sha256()
-    with _tokens_path(folder, name).open("wb") as file:
-        _write_header(file, parts.id_type(tokenizer), counts["tokens"])
-        for part, record in records.items():
-            of_part = hashlib.sha256()
-            with (part / "ids").open("rb") as ids_file:
-                while block := ids_file.read(BLOCK):
-                    of_part.update(block)
-                    digest.update(block)
-                    file.write(block)
-            if of_part.hexdigest() != record["ids"]:
-                damaged.append(part)
-        sync(file)
-    with _documents_path(folder, name).open("wb") as file:
-        _write_header(file, np.dtype("<i8"), counts["documents"] + 1)
-        starts = np.zeros(1, "<i8")
-        digest.update(starts)
-        file.write(starts.tobytes())
-        for part, record in records.items():
-            lengths = np.fromfile(part / "lengths", "<i8")
-            if hashlib.sha256(lengths).hexdigest() != record["lengths"]:
-                damaged.append(part)
-            starts = np.cumsum(np.concatenate([starts[-1:], lengths]))
-            digest.update(starts[1:])
-            file.write(starts[1:].tobytes())
-        sync(file)
-    if damaged:
-        raise parts.Damaged(*dict.fromkeys(damaged))
-    return {**counts, "sha256": digest.hexdigest()}
-
-
-def _write_header(file: BinaryIO, dtype: np.dtype, length: int) -> None:
-    header = {"descr": dtype.str, "fortran_order": False, "shape": (length,)}
-    np.lib.format.write_array_header_1_0(file, header)
+    write_text(folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -342,24 +286,22 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _arrays(path: Path, name: str) -> tuple[np.memmap, np.memmap]:
+def _array_paths(path: Path, name: str) -> tuple[Path, Path]:
+    """A split's files of tokens and of document starts."""
+    return path / f"{name}.tokens.npy", path / f"{name}.documents.npy"
+
+
+def _arrays(path: Path, name: str) -> list[np.memmap]:
+    """A split's tokens and document starts."""
     loaded = []
-    for file in (_tokens_path(path, name), _documents_path(path, name)):
+    for file in _array_paths(path, name):
         if not file.is_file():
             raise FileNotFoundError(f"There is no {file}: delete the folder to rebuild the store.")
         try:
             loaded.append(np.load(file, mmap_mode="r", allow_pickle=False))
         except ValueError as error:
             raise _broken(file, f"is cut short or damaged ({error})") from error
-    return loaded[0], loaded[1]
-
-
-def _tokens_path(path: Path, name: str) -> Path:
-    return path / f"{name}.tokens.npy"
-
-
-def _documents_path(path: Path, name: str) -> Path:
-    return path / f"{name}.documents.npy"
+    return loaded
 
 
 def _no_tokens(corpus: Corpus, split: str, found: str) -> ValueError:

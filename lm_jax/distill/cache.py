@@ -15,7 +15,7 @@ import numpy as np
 from lm_jax.config import Config, ConfigError
 from lm_jax.data import windows as pipeline
 from lm_jax.data.store import Store
-from lm_jax.files import write_json
+from lm_jax.files import whole, write_json
 
 Batch = dict[str, np.ndarray]
 MANIFEST, HASHES, IDS, LOG_P = "manifest.json", "hashes.npy", "ids.npy", "log_p.npy"
@@ -83,7 +83,8 @@ def write(
         ][:rows]
     ids.flush()
     log_p.flush()
-    np.save(folder / HASHES, hashes)
+    with whole(folder / HASHES) as file:
+        np.save(file, hashes)
     # Last: without it the folder is no cache.
     write_json(folder / MANIFEST, describe(cfg, store) | {"teacher": origin})
     return N

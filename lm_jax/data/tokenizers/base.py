@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from lm_jax.files import sync
+from lm_jax.files import write_text
 
 FILE_NAME = "tokenizer.json"
 BLOCK = 1 << 20  # characters split into words at once: a list of words is ten times their size
@@ -24,7 +24,7 @@ def count_words(text: str) -> int:
     count = text.count("\n")
     for start in range(0, len(text), BLOCK):
         count += len(text[start : start + BLOCK].split())
-        if start:  # a word across the cut is counted on both sides
+        if start:  # a word across the cut was counted on both sides
             count -= not (text[start - 1].isspace() or text[start].isspace())
     return count
 
@@ -33,24 +33,22 @@ class Tokenizer(abc.ABC):
     """Encodes and decodes one document at a time; immutable."""
 
     kind: ClassVar[str]
+    ARGUMENTS: ClassVar[Sequence[str]] = ()  # the constructor's, kept as attributes and in the file
     separator: int = 0
+    _bytes: list[bytes]  # of each id
 
     @property
-    @abc.abstractmethod
     def vocab_size(self) -> int:
         """Number of ids, the separator included."""
+        return len(self._bytes)
 
     @abc.abstractmethod
     def encode(self, text: str) -> np.ndarray:
         """Ids of a document, int32."""
 
-    @abc.abstractmethod
     def token_bytes(self, ids: np.ndarray) -> list[bytes]:
         """UTF-8 bytes that each id stands for; none for the separator."""
-
-    @abc.abstractmethod
-    def _payload(self) -> dict[str, Any]:
-        """The constructor's arguments, which with the kind define the tokenizer."""
+        return [self._bytes[i] for i in np.asarray(ids).tolist()]
 
     def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of several documents."""
@@ -64,13 +62,13 @@ class Tokenizer(abc.ABC):
         """Bytes and words that belong to each of a document's ids.
 
         They sum to len(text.encode()) and count_words(text). A word belongs to the token that
-        holds its first byte. Kind "word" needs `text` unless it has WikiText's layout and no word
-        became <unk>; the others recover it from the ids.
+        holds its first byte. Kind "word" needs `text` unless the text has WikiText's layout and no
+        word became <unk>; the other kinds recover the text from the ids.
         """
         del text
         pieces = self.token_bytes(ids)
         bytes_T = np.array([len(piece) for piece in pieces], np.int64)
-        # Stray bytes, which only a cut-out part of a document can have, count as letters.
+        # Part of a document may begin or end within a character; such bytes count as letters.
         decoded = b"".join(pieces).decode("utf-8", errors="surrogateescape")
         codes = np.frombuffer(decoded.encode("utf-32-le", errors="surrogatepass"), "<u4")
         sizes = 1 + (codes >= 0x80) + (codes >= 0x800).astype(np.int64) + (codes >= 0x10000)
@@ -84,19 +82,17 @@ class Tokenizer(abc.ABC):
     @functools.cached_property
     def content_hash(self) -> str:
         """sha256 of everything that decides the ids."""
-        content = json.dumps({"kind": self.kind, **self._payload()}, sort_keys=True)
+        content = json.dumps(self._definition(), sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
 
     def save(self, folder: str | os.PathLike) -> None:
         """Writes tokenizer.json into `folder`, whole or not at all."""
         path = Path(folder) / FILE_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{FILE_NAME}.{os.getpid()}")
-        content = {"kind": self.kind, **self._payload()}
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(content, ensure_ascii=True))
-            sync(file)
-        os.replace(partial, path)
+        write_text(path, json.dumps(self._definition()))
+
+    def _definition(self) -> dict[str, Any]:
+        return {"kind": self.kind, **{name: getattr(self, name) for name in self.ARGUMENTS}}
 
 
 def split_words(text: str) -> Iterator[str]:

@@ -26,6 +26,7 @@ class HfTokenizer(Tokenizer):
     """
 
     kind = "hf"
+    ARGUMENTS = ("definition", "separator", "vocab_size")
 
     def __init__(self, definition: str, separator: int, vocab_size: int) -> None:
         """Read the definition.
@@ -40,7 +41,7 @@ class HfTokenizer(Tokenizer):
         """
         import tokenizers
 
-        self.definition, self.separator, self._vocab_size = definition, separator, vocab_size
+        self.definition, self.separator = definition, separator
         try:
             # The library fills in what older files leave out.
             tree = json.loads(tokenizers.Tokenizer.from_str(definition).to_str())
@@ -54,7 +55,7 @@ class HfTokenizer(Tokenizer):
             tree[part] = _without_prefix(tree[part])
         self._parts = {part: list(_components(tree[part])) for part in PARTS}
         self._bytes_of = _writing(tree["model"], itertools.chain(*self._parts.values()))
-        self._bytes = self._table(tree)
+        self._bytes = self._table(tree, vocab_size)
         tree["model"]["dropout"] = None
         if not 0 <= separator < vocab_size or self._bytes[separator]:
             raise ValueError(
@@ -85,11 +86,6 @@ class HfTokenizer(Tokenizer):
             config["vocab_size"],
         )
 
-    @property
-    def vocab_size(self) -> int:
-        """Rows of the model's token table."""
-        return self._vocab_size
-
     def encode(self, text: str) -> np.ndarray:
         """Ids of the text, int32.
 
@@ -111,31 +107,20 @@ class HfTokenizer(Tokenizer):
                 )
         return documents
 
-    def token_bytes(self, ids: np.ndarray) -> list[bytes]:
-        """The bytes of each token; none for special tokens and for ids that are only padding."""
-        return [self._bytes[i] for i in np.asarray(ids).tolist()]
-
-    def _payload(self) -> dict[str, Any]:
-        return {
-            "definition": self.definition,
-            "separator": self.separator,
-            "vocab_size": self.vocab_size,
-        }
-
-    def _table(self, tree: dict[str, Any]) -> list[bytes]:
-        """The bytes of each id below `vocab_size`."""
+    def _table(self, tree: dict[str, Any], vocab_size: int) -> list[bytes]:
+        """The bytes of each id below `vocab_size`: none of special tokens and of padding rows."""
         pieces = {i: self._bytes_of(token) for token, i in tree["model"]["vocab"].items()}
         for token in tree["added_tokens"]:
             plain = self._bytes_of is _from_byte_alphabet  # these are not written in it
             piece = token["content"].encode() if plain else self._bytes_of(token["content"])
             pieces[token["id"]] = b"" if token["special"] else piece
         highest = max((i for i, piece in pieces.items() if piece), default=0)
-        if highest >= self.vocab_size:
+        if highest >= vocab_size:
             raise ValueError(
-                f"tokenizer.json has a token of id {highest}, which vocab_size={self.vocab_size} "
+                f"tokenizer.json has a token of id {highest}, which vocab_size={vocab_size} "
                 "of config.json leaves out; take the tokenizer that belongs to the model."
             )
-        return [pieces.get(i, b"") for i in range(self.vocab_size)]
+        return [pieces.get(i, b"") for i in range(vocab_size)]
 
     def _culprit(self, text: str) -> str:
         """The component of tokenizer.json that does not keep the text."""

@@ -20,35 +20,24 @@ class ByteTokenizer(Tokenizer):
     """One id a byte: 1 + its value."""
 
     kind = "byte"
-    vocab_size = 257
+    _bytes = [b"", *(bytes((value,)) for value in range(256))]
 
     def encode(self, text: str) -> np.ndarray:
         """Ids of the text's UTF-8 bytes, int32."""
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32) + 1
-
-    def token_bytes(self, ids: np.ndarray) -> list[bytes]:
-        """The byte of each id."""
-        return [bytes((i - 1,)) if i else b"" for i in np.asarray(ids).tolist()]
-
-    def _payload(self) -> dict[str, Any]:
-        return {}
 
 
 class CharTokenizer(Tokenizer):
     """One id a character of the training split, in code-point order."""
 
     kind = "char"
+    ARGUMENTS = ("characters",)
 
     def __init__(self, characters: str) -> None:
         """`characters`: the distinct ones, sorted."""
         self.characters = characters
         self._codes = _code_points(characters)
         self._bytes = [b"", *(character.encode() for character in characters)]
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of ids, the separator included."""
-        return len(self.characters) + 1
 
     def encode(self, text: str) -> np.ndarray:
         """Ids of the text's characters, int32; an unseen character is an error."""
@@ -64,13 +53,6 @@ class CharTokenizer(Tokenizer):
             )
         return (places + 1).astype(np.int32)
 
-    def token_bytes(self, ids: np.ndarray) -> list[bytes]:
-        """The UTF-8 bytes of each character."""
-        return [self._bytes[i] for i in np.asarray(ids).tolist()]
-
-    def _payload(self) -> dict[str, Any]:
-        return {"characters": self.characters}
-
 
 class WordTokenizer(Tokenizer):
     r"""One id a word between white space, and one for the newline (WikiText's <eos>).
@@ -79,17 +61,13 @@ class WordTokenizer(Tokenizer):
     """
 
     kind = "word"
+    ARGUMENTS = ("types",)
 
     def __init__(self, types: list[str]) -> None:
         r"""`types`: words, and "\n" for the newline, in id order from 1."""
         self.types = types
         self._ids = {word: i for i, word in enumerate(types, start=1)}
         self._bytes = [b"", *(f" {word}".encode() for word in types)]
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of ids, the separator included."""
-        return len(self.types) + 1
 
     @property
     def line_end(self) -> int:
@@ -108,10 +86,6 @@ class WordTokenizer(Tokenizer):
                 "--config.tokenizer.kind=bpe, or a tokenizer.vocab_size below the number of types."
             )
         return ids
-
-    def token_bytes(self, ids: np.ndarray) -> list[bytes]:
-        """Each word with the space before it."""
-        return [self._bytes[i] for i in np.asarray(ids).tolist()]
 
     def spans(self, ids: np.ndarray, text: str | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Bytes and words of each id; with `text`, white space belongs to the word after it."""
@@ -132,9 +106,6 @@ class WordTokenizer(Tokenizer):
         bytes_T[words_T > 0] = [len(text[start:end].encode()) for start, end in bounds]
         return bytes_T, words_T
 
-    def _payload(self) -> dict[str, Any]:
-        return {"types": self.types}
-
 
 class BpeTokenizer(Tokenizer):
     """Byte-level byte-pair encoding with GPT-2's pre-tokenisation; any text round trips.
@@ -144,7 +115,8 @@ class BpeTokenizer(Tokenizer):
     """
 
     kind = "bpe"
-    PIECE = 1 << 17  # characters of a piece, where the text can be cut
+    ARGUMENTS = ("vocabulary", "merges")
+    PIECE = 1 << 17  # characters after which a text is cut where it can be
     AT_ONCE = 1 << 20  # characters given to the library at once: it needs 30 times their size
 
     def __init__(self, vocabulary: list[str], merges: list[list[str]]) -> None:
@@ -192,11 +164,6 @@ class BpeTokenizer(Tokenizer):
             start = boundary.end()
         yield text[start:]
 
-    @property
-    def vocab_size(self) -> int:
-        """Number of ids, the separator included."""
-        return len(self.vocabulary) + 1
-
     def encode(self, text: str) -> np.ndarray:
         """Ids of the text, int32."""
         return self.encode_all([text])[0]
@@ -223,13 +190,6 @@ class BpeTokenizer(Tokenizer):
                 group.append((number, piece))
                 size += len(piece)
         yield group
-
-    def token_bytes(self, ids: np.ndarray) -> list[bytes]:
-        """The bytes of each token."""
-        return [self._bytes[i] for i in np.asarray(ids).tolist()]
-
-    def _payload(self) -> dict[str, Any]:
-        return {"vocabulary": self.vocabulary, "merges": self.merges}
 
 
 def _code_points(text: str) -> np.ndarray:

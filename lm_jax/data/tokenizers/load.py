@@ -54,10 +54,10 @@ def train_tokenizer(kind: str, documents: Iterable[str], vocab_size: int) -> Tok
     elif kind == "word":
         tokenizer = _train_words(documents, vocab_size)
     elif kind == "bpe":
-        if vocab_size < ByteTokenizer.vocab_size:
+        if vocab_size < (least := ByteTokenizer().vocab_size):
             raise ValueError(
                 f"tokenizer.vocab_size={vocab_size} is too small for kind bpe: set at least "
-                f"--config.tokenizer.vocab_size={ByteTokenizer.vocab_size}, "
+                f"--config.tokenizer.vocab_size={least}, "
                 "the 256 bytes and the separator."
             )
         tokenizer = BpeTokenizer.train(documents, vocab_size)
