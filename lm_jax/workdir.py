@@ -37,14 +37,14 @@ def record_config(
         old = json.loads(path.read_text())
         checkpoint.refuse_older(path, old)
         # A field that came later had its default.
-        before = config.to_dict(config.from_record(old))
-        own, here = before["train"]["compute_dtype"], cfg.train.compute_dtype
+        before = config.from_record(old)
+        own, here = before.train.compute_dtype, cfg.train.compute_dtype
         if asked.train.compute_dtype == "auto" and own != here:
             raise config.ConfigError(
                 f"config.train.compute_dtype: 'auto' is {here} on this device, and the run in "
                 f"{workdir} computes in {own}; give --config.train.compute_dtype={own} to go on."
             )
-        changes = config.difference(before, config.to_dict(cfg))
+        changes = config.difference(before, cfg)
         if changes:
             raise config.ConfigError(
                 f"{path}: the run there has another config ({'; '.join(changes)}); "

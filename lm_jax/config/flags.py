@@ -4,13 +4,15 @@ import importlib.util
 import pathlib
 import re
 import sys
+from collections.abc import Sequence
 from types import ModuleType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import flags
 from ml_collections import config_flags
 
-from lm_jax.config import fields
+from lm_jax.config.fields import Config
+from lm_jax.config.section import ConfigError, field_types, unknown_field
 from lm_jax.config.values import Curve, Duration
 
 
@@ -35,11 +37,24 @@ def parse(argv: list[str]) -> list[str]:
         if name in ("-config", "--config") and not pathlib.Path(path.split(":")[0]).exists():
             misuse(f"--config={path}: no such file; give a path as configs/quickstart.py.")
     try:
-        fields.check_names(override_paths(argv))
+        check_names(override_paths(argv))
         return flags.FLAGS(argv)
-    except (fields.ConfigError, flags.Error) as error:
+    except (ConfigError, flags.Error) as error:
         # What `get_config` refuses comes with a traceback before it.
         misuse(str(error).rpartition("\nValueError: ")[2].strip())
+
+
+def check_names(paths: Sequence[str]) -> None:
+    """Raise ConfigError if a dotted path names no field."""
+    for path in paths:
+        section: Any = Config
+        parts = path.split(".")
+        for depth, name in enumerate(parts):
+            types = field_types(section)
+            if name not in types:
+                valid = list(types) or [parts[depth - 1]]
+                raise ConfigError(unknown_field(".".join(parts[: depth + 1]), valid))
+            section = types[name]
 
 
 def run_name(spec: str, seed: int) -> str:
@@ -48,7 +63,7 @@ def run_name(spec: str, seed: int) -> str:
     return "-".join([pathlib.Path(path).stem, *([arm] if arm else []), str(seed)])
 
 
-def load_config(spec: str) -> fields.Config:
+def load_config(spec: str) -> Config:
     """The config of FILE or FILE:ARM.
 
     Raises:
