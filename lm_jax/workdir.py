@@ -104,7 +104,7 @@ def _require_same(old: Record, cfg: Config, store: Store, asked: Config) -> None
             f"{old.path.parent} computes in {own}; give --config.train.compute_dtype={own} to go "
             "on."
         )
-    changes = config.difference(config.to_dict(old.cfg), config.to_dict(cfg))
+    changes = config.difference(old.cfg, cfg)
     if changes:
         raise ConfigError(
             f"{old.path}: the run there has another config ({'; '.join(changes)}); "

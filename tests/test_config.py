@@ -1,11 +1,26 @@
+import subprocess
+import sys
 import types
+import typing
 
+import jax
+import jax.numpy as jnp
 import pytest
+from flax import nnx
 
 from lm_jax import config
-from lm_jax.config import Config, ConfigError
+from lm_jax.config import Config, ConfigError, flags
 from lm_jax.config.resolve import resolve, rounded
+from lm_jax.config.section import field_types, marks
+from lm_jax.data.tokenizers.hf import HfTokenizer
+from lm_jax.data.tokenizers.load import KINDS
+from lm_jax.doctor.distill import divergence
+from lm_jax.kernels import attention, divergences
 from lm_jax.kernels import device as devices
+from lm_jax.models.families import FAMILIES, create_model
+
+CHOICES = {path: found["choices"] for path, found in marks(Config) if "choices" in found}
+TYPES = field_types(config.ModelConfig)
 
 
 def resolved(windows=1000, **changes):
@@ -28,8 +43,8 @@ def test_unknown_field_names_the_nearest():
 )
 def test_unknown_override(path, said):
     with pytest.raises(ConfigError, match=said):
-        config.check_names([path])
-    config.check_names(["model.layers", "seed"])
+        flags.check_names([path])
+    flags.check_names(["model.layers", "seed"])
 
 
 @pytest.mark.parametrize(
@@ -47,6 +62,71 @@ def test_unknown_override(path, said):
 def test_wrong_type_names_the_field(path, value):
     with pytest.raises(ConfigError, match=path.replace("__", r"\.")):
         config.replace(Config(), **{path: value})
+
+
+@pytest.mark.parametrize(
+    ("path", "implemented"),
+    [
+        ("model.family", FAMILIES),
+        ("attention.impl", ("auto", *attention.IMPLEMENTATIONS)),
+        ("tokenizer.kind", (*KINDS, HfTokenizer.kind)),
+        ("distill.kind", typing.get_args(divergences.Kind)),
+        ("distill.kind", divergence.KINDS),
+        ("distill.support", typing.get_args(divergences.Support)),
+    ],
+)
+def test_the_choices_are_what_is_implemented(path, implemented):
+    assert sorted(CHOICES[path]) == sorted(implemented)
+
+
+def test_jax_knows_the_dtypes():
+    for name in CHOICES["train.compute_dtype"][1:]:
+        assert jnp.issubdtype(jnp.dtype(name), jnp.floating)
+    for name in CHOICES["train.matmul_precision"]:
+        with jax.default_matmul_precision(name):
+            assert jnp.ones(2) @ jnp.ones(2) == 2
+
+
+def test_a_family_reads_the_fields_that_are_listed():
+    """Neither fewer, which would refuse what works, nor more, which would ignore what is asked."""
+
+    class Noted(config.ModelConfig):
+        def __getattribute__(self, name):
+            if name in TYPES and recording:
+                seen.add(name)
+            return super().__getattribute__(name)
+
+    recording, seen = False, set()
+    cfg = resolved(model__family="musota", data__seq_len=8)
+    model = Noted(**config.to_dict(cfg)["model"])
+    object.__setattr__(cfg, "model", model)
+    recording = True
+    graphdef, init = create_model(cfg, 11, "reference")
+    ids = jnp.ones((1, 8), jnp.int32)
+
+    def losses(key):
+        model = nnx.merge(graphdef, init(key))
+        return model.logits(model(ids, ids, ids, key=key))
+
+    jax.eval_shape(losses, jax.random.key(0))
+    recording = False
+    listed = {name for name in TYPES if cfg.model.reads(name)}
+    assert seen | {"family"} == listed
+
+
+def test_only_incidental_fields_are_called_so():
+    """The paths, threads and logging of a run; nothing that the model is trained with."""
+    found = config.incidental_fields()
+    assert found < {path for path, _ in config.named_fields(Config())}
+    assert {"data.cache_dir", "data.threads", "train.keep", "train.log_every"} < found
+    assert not {path for path in found if path.split(".")[0] in ("model", "optim", "loss", "mesh")}
+
+
+def test_the_import_is_light():
+    code = (
+        "import sys, lm_jax.config; assert not {'jax', 'absl', 'ml_collections'} & {*sys.modules}"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_int_becomes_float():
@@ -178,11 +258,9 @@ def test_dict_round_trip_and_hash():
 
 
 def test_difference_lists_the_keys():
-    old, new = config.to_dict(Config()), config.to_dict(Config())
-    new["optim"]["peak_lr"] = 0.5
-    new["seed"] = 1
+    old, new = Config(), config.replace(Config(), optim__peak_lr=0.5, seed=1)
     assert config.difference(old, new) == [
-        "config.optim.peak_lr: 0.001 -> 0.5",
         "config.seed: 0 -> 1",
+        "config.optim.peak_lr: 0.001 -> 0.5",
     ]
     assert config.difference(old, old) == []

@@ -26,6 +26,7 @@ from lm_jax import checkpoint, config, preflight, setup, step, train
 from lm_jax import workdir as run_files
 from lm_jax.config import Config
 from lm_jax.config.resolve import resolve
+from lm_jax.config.section import marks
 from lm_jax.data import corpora, shards
 from lm_jax.data.windows import batch_hash
 from lm_jax.distill.objective import distilled
@@ -436,6 +437,35 @@ def test_a_changed_field_changes_the_run(lab, path):
         before = lab.observe(companions, aspect)
         after = lab.observe(companions | {path: value}, aspect)
         assert after and before != after, aspect
+
+
+CHOICES = {path: found["choices"] for path, found in marks(Config) if "choices" in found}
+# What else must be set for a choice to be possible.
+NEEDED = {
+    "bpe": {"tokenizer.vocab_size": 258},
+    "hf": {"tokenizer.folder": "{root}/hf"},
+    "musota": {"model.d_model": 128, "model.heads": 4},
+    "wsd": {"optim.decay": "2"},
+    "top_k": {"distill.top_k": 3},
+    "union": {"distill.top_k": 3},
+}
+
+
+@pytest.mark.parametrize("path", CHOICES)
+def test_every_choice_is_a_run_of_its_own(lab, path):
+    """A choice that nothing implements would be the same run as another one."""
+    _, aspects, companions = TABLE[path]
+    companions = {
+        name: value
+        for name, value in companions.items()
+        if name.startswith(("model.", "distill.t"))
+    }
+    seen = {}
+    for choice in CHOICES[path]:
+        if choice != "auto":  # stands for another one
+            changes = companions | NEEDED.get(choice, {}) | {path: choice}
+            seen[choice] = [str(lab.observe(changes, aspect)) for aspect in aspects.split()]
+    assert len({tuple(found) for found in seen.values()}) == len(seen), seen
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [("NVIDIA H200", "bfloat16"), ("Tesla T4", "float16")])

@@ -14,24 +14,6 @@ from lm_jax import config
 from lm_jax.config import Config
 from lm_jax.workdir import read_record
 
-# Where a run lies, what it reports and how it is fed: nothing that changes the trained model.
-_INCIDENTAL = {
-    "seed",
-    "doctor",
-    "data.source_dir",
-    "data.cache_dir",
-    "data.workers",
-    "data.threads",
-    "train.checkpoint_every",
-    "train.keep",
-    "train.log_every",
-    "train.layer_norms",
-    "train.tensorboard",
-    "eval.splits",
-    "eval.batch_size",
-    "distill.alone",
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class Run:
@@ -173,4 +155,5 @@ def group(runs: Sequence[Run]) -> list[Arm]:
 
 
 def _settings(cfg: Config) -> dict[str, Any]:
-    return {path: value for path, value in config.named_fields(cfg) if path not in _INCIDENTAL}
+    left_out = {"seed", *config.incidental_fields()}
+    return {path: value for path, value in config.named_fields(cfg) if path not in left_out}

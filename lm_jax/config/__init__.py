@@ -1,52 +1,18 @@
 """The typed run config: fields with their defaults, copies, hash."""
 
+from lm_jax.config.copies import config_hash, difference, from_dict, from_record, replace, to_dict
 from lm_jax.config.fields import (
     INSIDE,
     ROUTED,
     STATES,
     Config,
-    ConfigError,
-    DataConfig,
-    DistillConfig,
     ModelConfig,
     OptimConfig,
-    TrainConfig,
-    check_names,
-    config_hash,
-    difference,
-    from_dict,
-    from_record,
-    get,
-    named_fields,
-    nearest,
-    replace,
-    to_dict,
-    unknown_field,
+    incidental_fields,
 )
+from lm_jax.config.section import ConfigError, named_fields
 from lm_jax.config.values import Curve, Duration
 
-__all__ = [
-    "INSIDE",
-    "ROUTED",
-    "STATES",
-    "Config",
-    "ConfigError",
-    "Curve",
-    "DataConfig",
-    "DistillConfig",
-    "Duration",
-    "ModelConfig",
-    "OptimConfig",
-    "TrainConfig",
-    "check_names",
-    "config_hash",
-    "difference",
-    "from_dict",
-    "from_record",
-    "get",
-    "named_fields",
-    "nearest",
-    "replace",
-    "to_dict",
-    "unknown_field",
-]
+__all__ = ["INSIDE", "ROUTED", "STATES", "Config", "ConfigError", "Curve", "Duration"]
+__all__ += ["ModelConfig", "OptimConfig", "config_hash", "difference", "from_dict", "from_record"]
+__all__ += ["incidental_fields", "named_fields", "replace", "to_dict"]

@@ -7,12 +7,13 @@ import re
 import sys
 from collections.abc import Sequence
 from types import ModuleType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import flags, logging
 from ml_collections import config_flags
 
-from lm_jax.config import fields
+from lm_jax.config.fields import Config
+from lm_jax.config.section import ConfigError, field_types, unknown_field
 from lm_jax.config.values import Curve, Duration
 
 
@@ -30,8 +31,8 @@ def define_config(given: flags.FlagValues, argv: Sequence[str] | None) -> None:
         if name in ("-config", "--config") and not pathlib.Path(path.split(":")[0]).exists():
             misuse(f"--config={path}: no such file; give a path as configs/quickstart.py.")
     try:
-        fields.check_names(override_paths(argv))
-    except fields.ConfigError as error:
+        check_names(override_paths(argv))
+    except ConfigError as error:
         misuse(str(error))
     for kind in (Duration, Curve):
         config_flags.register_flag_parser_for_type(kind, flags.ArgumentParser())
@@ -83,13 +84,26 @@ def parse(
     return rest
 
 
+def check_names(paths: Sequence[str]) -> None:
+    """Raise ConfigError if a dotted path names no field."""
+    for path in paths:
+        section: Any = Config
+        parts = path.split(".")
+        for depth, name in enumerate(parts):
+            types = field_types(section)
+            if name not in types:
+                valid = list(types) or [parts[depth - 1]]
+                raise ConfigError(unknown_field(".".join(parts[: depth + 1]), valid))
+            section = types[name]
+
+
 def run_name(spec: str, seed: int) -> str:
     """The folder of a run: `phase1-emb25-0` for `configs/phase1.py:emb25` and seed 0."""
     path, _, arm = spec.partition(":")
     return "-".join([pathlib.Path(path).stem, *([arm] if arm else []), str(seed)])
 
 
-def load_config(spec: str) -> fields.Config:
+def load_config(spec: str) -> Config:
     """The config of FILE or FILE:ARM.
 
     Raises:

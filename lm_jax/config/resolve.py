@@ -2,15 +2,10 @@
 
 import math
 
-from lm_jax.config.fields import (
-    Config,
-    ConfigError,
-    DataConfig,
-    from_dict,
-    named_fields,
-    to_dict,
-)
+from lm_jax.config.copies import from_dict, to_dict
+from lm_jax.config.fields import Config, DataConfig
 from lm_jax.config.rules import validate
+from lm_jax.config.section import ConfigError, named_fields
 from lm_jax.config.values import Duration
 from lm_jax.kernels import device
 
@@ -56,11 +51,11 @@ def resolve(cfg: Config, *, windows: int) -> Config:
             _, steps = whole_calls.get(path, (exact, exact))
             setattr(getattr(cfg, section), name, str(steps))
     model = cfg.model
-    if model.family == "dense":
+    if model.reads("kv_heads"):
         model.kv_heads = model.kv_heads or model.heads
-        if model.d_ff == 0:
-            width = 8 * model.d_model / 3 if model.mlp == "swiglu" else 4 * model.d_model
-            model.d_ff = 8 * round(width / 8)
+    if model.reads("d_ff") and model.d_ff == 0:
+        width = 8 * model.d_model / 3 if model.mlp == "swiglu" else 4 * model.d_model
+        model.d_ff = 8 * round(width / 8)
     cfg.train.compute_dtype, _ = device.choose_dtype(cfg.train.compute_dtype)
     cfg.eval.batch_size = cfg.eval.batch_size or cfg.data.batch_size
     cfg.eval.stride = cfg.eval.stride or cfg.data.seq_len

@@ -1,278 +1,212 @@
-"""Which values and combinations a config may have."""
+"""Which values and combinations a config may have.
+
+A rule yields "path of a field: what is wrong with its value; the remedy".
+"""
 
 import re
-from collections.abc import Callable, Container
+from collections.abc import Container, Iterator
 
-from lm_jax.config.fields import (
-    INSIDE,
-    ROUTED,
-    STATES,
-    Config,
-    ConfigError,
-    DistillConfig,
-    ModelConfig,
-    get,
-    named_fields,
-    nearest,
-)
+from lm_jax.config.fields import INSIDE, ROUTED, STATES, Config, DistillConfig, ModelConfig
+from lm_jax.config.section import ConfigError, get, marks, named_fields, nearest
 from lm_jax.config.values import Curve
-
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "tokenizer.kind": ("byte", "char", "word", "bpe", "hf"),
-    "model.family": ("dense", "musota"),
-    "model.norm": ("rmsnorm", "layernorm"),
-    "model.positions": ("rotary", "learned", "none"),
-    "model.mlp": ("swiglu", "gelu", "gelu_tanh", "relu2"),
-    "model.init": ("normal", "fan_in"),
-    "optim.name": ("adamw", "muon"),
-    "optim.schedule": ("cosine", "linear", "constant", "wsd"),
-    "attention.impl": tuple(
-        "auto reference xla cudnn blockwise pallas pallas_deterministic".split()
-    ),
-    "doctor": ("off", "fast", "full"),
-    "loss.impl": ("auto", "materialised", "fused"),
-    "distill.kind": ("forward", "reverse", "jsd", "skew"),
-    "distill.support": ("full", "top_k", "union"),
-    "train.compute_dtype": ("auto", "float32", "bfloat16", "float16"),
-    "train.matmul_precision": ("float32", "tensorfloat32"),
-}
-_POSITIVE = (
-    "data.seq_len data.batch_size model.layers model.d_model model.heads model.norm_eps "
-    "model.rope_theta model.init_std optim.peak_lr optim.eps train.keep "
-    "train.steps_per_call train.max_nonfinite mesh.fsdp distill.experts distill.router_top_k "
-    "distill.lr"
-).split()
-_SHARE = (  # in [0, 1)
-    "data.valid_fraction data.test_fraction model.dropout model.attention_dropout "
-    "model.embedding_dropout loss.label_smoothing optim.b1 optim.b2 optim.ema_decay"
-).split()
-_NOT_NEGATIVE = (
-    "seed data.workers data.threads data.micro_batch "
-    "tokenizer.vocab_size tokenizer.sample model.kv_heads "
-    "model.d_ff model.embedding_rank model.logit_softcap optim.end_lr optim.weight_decay "
-    "optim.clip_norm eval.batch_size eval.stride"
-).split()
-# What a layer of family musota can be told; the rest of it is fixed.
-_MUSOTA = "family layers init_std dropout embedding_dropout logit_softcap scan_layers remat".split()
 
 
 def validate(cfg: Config) -> Config:
     """Return `cfg`, or raise ConfigError on the first impossible value or combination."""
-
-    def require(ok: bool, path: str, problem: str, remedy: str) -> None:
-        if not ok:
-            raise ConfigError(f"config.{path}: {get(cfg, path)!r} {problem}; {remedy}.")
-
-    for path, choices in _CHOICES.items():
-        value = get(cfg, path)
-        if value not in choices:
-            raise ConfigError(
-                f"config.{path}: {value!r} is none of {', '.join(choices)}; "
-                f"did you mean {nearest(value, choices)!r}?"
-            )
-    for path in _POSITIVE:
-        require(get(cfg, path) > 0, path, "must be above 0", "give a positive number")
-    for path in _NOT_NEGATIVE:
-        require(get(cfg, path) >= 0, path, "is negative", "give 0 or more")
-    for path in _SHARE:
-        require(0 <= get(cfg, path) < 1, path, "is no share", "give 0 or more and below 1")
-
-    data, model = cfg.data, cfg.model
-    require(
-        (data.corpus == "text") == bool(data.files),
-        "data.files",
-        f"does not fit config.data.corpus={data.corpus!r}",
-        'name the training files with corpus "text", and only there',
-    )
-    if model.family == "musota":
-        for path, default in named_fields(ModelConfig(), "model."):
-            require(
-                path.removeprefix("model.") in _MUSOTA or get(cfg, path) == default,
-                path,
-                "has no meaning for config.model.family='musota'",
-                f"leave it at {default!r}",
-            )
-    held_out = data.valid_fraction + data.test_fraction
-    require(held_out < 1, "data.valid_fraction", "and test_fraction leave no text", "lower them")
-    require(
-        (cfg.tokenizer.kind == "bpe" and cfg.tokenizer.vocab_size > 257)
-        or cfg.tokenizer.kind == "word"
-        or (cfg.tokenizer.kind in ("byte", "char", "hf") and cfg.tokenizer.vocab_size == 0),
-        "tokenizer.vocab_size",
-        f"does not fit config.tokenizer.kind={cfg.tokenizer.kind!r}",
-        "give more than 257 for bpe, 0 or more for word, and 0 for byte, char and hf",
-    )
-    require(
-        (cfg.tokenizer.kind == "hf") == bool(cfg.tokenizer.folder),
-        "tokenizer.folder",
-        f"does not fit config.tokenizer.kind={cfg.tokenizer.kind!r}",
-        "name the folder of the checkpoint with kind hf, and only there",
-    )
-    require(
-        cfg.tokenizer.kind in ("bpe", "word") or cfg.tokenizer.sample == 0,
-        "tokenizer.sample",
-        f"does not fit config.tokenizer.kind={cfg.tokenizer.kind!r}, which learns from no sample",
-        "give 0",
-    )
-    _validate_distillation(cfg, require)
-    require(
-        model.d_model % model.heads == 0,
-        "model.heads",
-        f"does not divide config.model.d_model={model.d_model}",
-        "choose a divisor",
-    )
-    require(
-        model.embedding_rank < model.d_model,
-        "model.embedding_rank",
-        f"is not below config.model.d_model={model.d_model} and would save nothing",
-        "lower it, or give 0 for one table",
-    )
-    require(
-        model.kv_heads == 0 or model.heads % model.kv_heads == 0,
-        "model.kv_heads",
-        f"does not divide config.model.heads={model.heads}",
-        "choose a divisor, or 0 for as many",
-    )
-    require(
-        model.positions != "rotary" or model.d_model // model.heads % 2 == 0,
-        "model.heads",
-        f"gives an odd head width of {model.d_model // model.heads}, which rotary cannot pair",
-        "choose an even head width",
-    )
-    require(
-        cfg.eval.stride <= data.seq_len,
-        "eval.stride",
-        f"is longer than config.data.seq_len={data.seq_len} and would leave targets unscored",
-        "lower it, or give 0 for the window length",
-    )
-    require(
-        cfg.attention.impl not in ("xla", "cudnn") or model.attention_dropout == 0,
-        "model.attention_dropout",
-        f"cannot be had from the {cfg.attention.impl} implementation",
-        "set it to 0, or config.attention.impl to blockwise",
-    )
-    for name in eval_splits(cfg):
-        require(
-            name in ("valid", "test"),
-            "eval.splits",
-            f"names {name!r}",
-            "give valid, test or both with a comma",
-        )
+    for rule in (_values, _data, _tokenizer, _distillation, _model, _evaluation):
+        for found in rule(cfg):
+            path, _, problem = found.partition(": ")
+            end = "" if problem.endswith("?") else "."
+            raise ConfigError(f"config.{path}: {get(cfg, path)!r} {problem}{end}")
     return cfg
 
 
-def _validate_distillation(cfg: Config, require: Callable[[bool, str, str, str], None]) -> None:
-    """The rules for `config.distill`."""
+def _values(cfg: Config) -> Iterator[str]:
+    """The choices or the bound of each field."""
+    for path, found in marks(Config):
+        value, choices, bound = get(cfg, path), found.get("choices"), found.get("bound")
+        if choices and value not in choices:
+            close = nearest(value, choices)
+            yield f"{path}: is none of {', '.join(choices)}; did you mean {close!r}?"
+        if bound and not bound.holds(value):
+            yield f"{path}: {bound.otherwise}"
+
+
+def _data(cfg: Config) -> Iterator[str]:
+    data = cfg.data
+    if (data.corpus == "text") != bool(data.files):
+        yield (
+            f"data.files: does not fit config.data.corpus={data.corpus!r}; "
+            'name the training files with corpus "text", and only there'
+        )
+    if data.valid_fraction + data.test_fraction >= 1:
+        yield "data.valid_fraction: and test_fraction leave no text; lower them"
+
+
+def _tokenizer(cfg: Config) -> Iterator[str]:
+    kind, size = cfg.tokenizer.kind, cfg.tokenizer.vocab_size
+    unfit = f"does not fit config.tokenizer.kind={kind!r}"
+    if kind != "word" and (size <= 257 if kind == "bpe" else size):
+        yield (
+            f"tokenizer.vocab_size: {unfit}; "
+            "give more than 257 for bpe, 0 or more for word, and 0 for byte, char and hf"
+        )
+    if (kind == "hf") != bool(cfg.tokenizer.folder):
+        remedy = "name the folder of the checkpoint with kind hf, and only there"
+        yield f"tokenizer.folder: {unfit}; {remedy}"
+    if kind not in ("bpe", "word") and cfg.tokenizer.sample:
+        yield f"tokenizer.sample: {unfit}, which learns from no sample; give 0"
+
+
+def _model(cfg: Config) -> Iterator[str]:
+    model, impl = cfg.model, cfg.attention.impl
+    D, H, K = model.d_model, model.heads, model.kv_heads
+    for path, default in named_fields(ModelConfig(), "model."):
+        if get(cfg, path) != default and not model.reads(path.removeprefix("model.")):
+            family = f"config.model.family={model.family!r}"
+            yield f"{path}: has no meaning for {family}; leave it at {default!r}"
+    if D % H:
+        yield f"model.heads: does not divide config.model.d_model={D}; choose a divisor"
+    if model.embedding_rank >= D:
+        yield (
+            f"model.embedding_rank: is not below config.model.d_model={D} and would save nothing; "
+            "lower it, or give 0 for one table"
+        )
+    if K and H % K:
+        remedy = "choose a divisor, or 0 for as many"
+        yield f"model.kv_heads: does not divide config.model.heads={H}; {remedy}"
+    if model.positions == "rotary" and D // H % 2:
+        yield (
+            f"model.heads: gives an odd head width of {D // H}, which rotary cannot pair; "
+            "choose an even head width"
+        )
+    if impl in ("xla", "cudnn") and model.attention_dropout:
+        yield (
+            f"model.attention_dropout: cannot be had from the {impl} implementation; "
+            "set it to 0, or config.attention.impl to blockwise"
+        )
+
+
+def _evaluation(cfg: Config) -> Iterator[str]:
+    if cfg.eval.stride > cfg.data.seq_len:
+        yield (
+            f"eval.stride: is longer than config.data.seq_len={cfg.data.seq_len} and would leave "
+            "targets unscored; lower it, or give 0 for the window length"
+        )
+    for name in eval_splits(cfg):
+        if name not in ("valid", "test"):
+            yield f"eval.splits: names {name!r}; give valid, test or both with a comma"
+
+
+def _distillation(cfg: Config) -> Iterator[str]:
     distill = cfg.distill
     if not (distill.teachers or distill.cache):
         for path, default in named_fields(DistillConfig(), "distill."):
-            remedy = f"name config.distill.teachers, or leave it at {default!r}"
-            require(get(cfg, path) == default, path, "has no meaning without a teacher", remedy)
+            if get(cfg, path) != default:
+                remedy = f"name config.distill.teachers, or leave it at {default!r}"
+                yield f"{path}: has no meaning without a teacher; {remedy}"
         return
     used = {name for name in STATES if not getattr(distill, name).zero}
-    require(
-        not (distill.teachers and distill.cache),
-        "distill.cache",
-        "stands in the place of config.distill.teachers, which is given too",
-        "give one of the two",
-    )
-    require(0 < distill.beta < 1, "distill.beta", "must lie inside (0, 1)", "give a share")
-    require(
-        bool(used) or not distill.kd.zero,
-        "distill.kd",
-        "leaves nothing that the teacher could teach",
-        "raise it, or the weight of another term",
-    )
-    for path, value in named_fields(distill, "distill."):
-        if isinstance(value, Curve):
-            lowest = min(value for _, value in value.points())
-            positive = path.endswith("temperature")
-            require(lowest > 0 or not positive, path, "must stay above 0", "raise it")
-            require(lowest >= 0, path, "is negative", "give 0 or more")
-    require(
-        (distill.support == "full") == (distill.top_k == 0),
-        "distill.top_k",
-        f"does not fit config.distill.support={distill.support!r}",
-        "give 1 or more for top_k and union, and 0 for full",
-    )
-    taught = not distill.kd.zero
-    for name, with_it, what in (
-        *((name, taught, "config.distill.kd") for name in ("kind", "support", "temperature")),
+    yield from _teachers(cfg, used)
+    yield from _divergence(cfg)
+    yield from _options(cfg, used)
+    yield from _states(cfg, used)
+    if distill.cache:
+        yield from _cache(cfg)
+    if cfg.loss.label_smoothing:
+        why = "is not used beside a teacher, whose targets are soft already"
+        yield f"loss.label_smoothing: {why}; set it to 0"
+
+
+def _teachers(cfg: Config, used: set[str]) -> Iterator[str]:
+    distill = cfg.distill
+    if distill.teachers and distill.cache:
+        yield (
+            "distill.cache: stands in the place of config.distill.teachers, which is given too; "
+            "give one of the two"
+        )
+    if distill.kd.zero and not used:
+        remedy = "raise it, or the weight of another term"
+        yield f"distill.kd: leaves nothing that the teacher could teach; {remedy}"
+    names = [name.strip() for name in distill.teachers.split(",")]
+    if len(set(names)) < len(names) or not (all(names) or names == [""]):
+        why = "names one of them twice, or nothing between two commas"
+        yield f"distill.teachers: {why}; name each once"
+
+
+def _divergence(cfg: Config) -> Iterator[str]:
+    distill = cfg.distill
+    if not 0 < distill.beta < 1:
+        yield "distill.beta: must lie inside (0, 1); give a share"
+    for path, curve in named_fields(distill, "distill."):
+        if isinstance(curve, Curve):
+            lowest = min(value for _, value in curve.points())
+            if path.endswith("temperature") and lowest <= 0:
+                yield f"{path}: must stay above 0; raise it"
+            if lowest < 0:
+                yield f"{path}: is negative; give 0 or more"
+    if (distill.support == "full") != (distill.top_k == 0):
+        yield (
+            f"distill.top_k: does not fit config.distill.support={distill.support!r}; "
+            "give 1 or more for top_k and union, and 0 for full"
+        )
+
+
+def _options(cfg: Config, used: set[str]) -> Iterator[str]:
+    """The options of terms that are off must keep their defaults."""
+    distill = cfg.distill
+    for names, with_it, what in (
+        ("kind support temperature", not distill.kd.zero, "config.distill.kd"),
         ("beta", distill.kind in ("jsd", "skew"), "config.distill.kind jsd or skew"),
         ("attention_layers", "attention" in used, "config.distill.attention"),
-        ("experts", used & set(ROUTED), "a routed term"),
-        ("router_top_k", used & set(ROUTED), "a routed term"),
-        ("router_temperature", used & set(ROUTED), "a routed term"),
+        ("experts router_top_k router_temperature", used & set(ROUTED), "a routed term"),
         ("lr", used - {"attention"}, "a term with a projection"),
     ):
-        require(
-            bool(with_it) or getattr(distill, name) == getattr(DistillConfig(), name),
-            f"distill.{name}",
-            f"has no meaning without {what}",
-            "leave it at its default",
+        for name in names.split():
+            if not with_it and getattr(distill, name) != getattr(DistillConfig(), name):
+                yield f"distill.{name}: has no meaning without {what}; leave it at its default"
+
+
+def _states(cfg: Config, used: set[str]) -> Iterator[str]:
+    """The terms on the states of a teacher."""
+    distill, L = cfg.distill, cfg.model.layers
+    numbers = distill.attention_layers.split(",")
+    if (
+        not all(re.fullmatch(r"\s*-?\d+\s*", number) for number in numbers)
+        or not all(-L <= int(number) < L for number in numbers)
+        or len({int(number) % L for number in numbers}) < len(numbers)
+    ):
+        why = f"does not name layers of config.model.layers={L}, each once"
+        yield f'distill.attention_layers: {why}; write like "0,-1"'
+    if distill.router_top_k > distill.experts:
+        why = f"is above config.distill.experts={distill.experts}"
+        yield f"distill.router_top_k: {why}; lower it"
+    if "contrastive" in used and (cfg.data.batch_size == 1 or cfg.data.micro_batch == 1):
+        yield (
+            "distill.contrastive: tells rows apart, of which a device computes one at a time; "
+            "raise config.data.batch_size and config.data.micro_batch"
         )
-    names = [name.strip() for name in distill.teachers.split(",")]
-    require(
-        len(set(names)) == len(names) and (all(names) or names == [""]),
-        "distill.teachers",
-        "names one of them twice, or nothing between two commas",
-        "name each once",
-    )
-    numbers, L = distill.attention_layers.split(","), cfg.model.layers
-    require(
-        all(re.fullmatch(r"\s*-?\d+\s*", number) for number in numbers)
-        and all(-L <= int(number) < L for number in numbers)
-        and len({int(number) % L for number in numbers}) == len(numbers),
-        "distill.attention_layers",
-        f"does not name layers of config.model.layers={L}, each once",
-        'write like "0,-1"',
-    )
-    require(
-        distill.router_top_k <= distill.experts,
-        "distill.router_top_k",
-        f"is above config.distill.experts={distill.experts}",
-        "lower it",
-    )
-    require(
-        "contrastive" not in used or (cfg.data.batch_size > 1 and cfg.data.micro_batch != 1),
-        "distill.contrastive",
-        "tells rows apart, of which a device computes one at a time",
-        "raise config.data.batch_size and config.data.micro_batch",
-    )
     one = bool(distill.teachers) and "," not in distill.teachers
-    for name in used:
-        require(
-            one and (cfg.model.family == "dense" or name not in INSIDE),
-            f"distill.{name}",
-            "needs the states of one teacher"
-            + (" and a student of family 'dense'" if name in INSIDE else ""),
-            "set it to 0",
+    dense = cfg.model.family == "dense"
+    for name in sorted(used):
+        if not one or (name in INSIDE and not dense):
+            student = " and a student of family 'dense'" if name in INSIDE else ""
+            yield f"distill.{name}: needs the states of one teacher{student}; set it to 0"
+
+
+def _cache(cfg: Config) -> Iterator[str]:
+    distill = cfg.distill
+    if distill.support != "top_k" or len(distill.temperature.points()) > 1:
+        yield (
+            "distill.cache: holds the most likely ids at one temperature; "
+            "set config.distill.support to top_k and a constant config.distill.temperature"
         )
-    if distill.cache:
-        require(
-            distill.support == "top_k" and len(distill.temperature.points()) == 1,
-            "distill.cache",
-            "holds the most likely ids at one temperature",
-            "set config.distill.support to top_k and a constant config.distill.temperature",
-        )
-        require(
-            not distill.alone,
-            "distill.alone",
-            "is compared with a teacher's states, which config.distill.cache does not hold",
-            "leave it empty",
-        )
-        require(
-            not cfg.data.window_offset,
-            "data.window_offset",
-            "makes windows that are in no cache",
-            "set it to False, or name config.distill.teachers",
-        )
-    require(
-        cfg.loss.label_smoothing == 0,
-        "loss.label_smoothing",
-        "is not used beside a teacher, whose targets are soft already",
-        "set it to 0",
-    )
+    if distill.alone:
+        why = "is compared with a teacher's states, which config.distill.cache does not hold"
+        yield f"distill.alone: {why}; leave it empty"
+    if cfg.data.window_offset:
+        remedy = "set it to False, or name config.distill.teachers"
+        yield f"data.window_offset: makes windows that are in no cache; {remedy}"
 
 
 def eval_splits(cfg: Config, available: Container[str] = ()) -> list[str]:

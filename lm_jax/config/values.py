@@ -14,11 +14,13 @@ class Duration(str):
         """Amount and unit: step, token or epoch.
 
         Raises:
-            ValueError: if it is written in no such way.
+            ValueError: if it is not written like that.
         """
         match = _DURATION.fullmatch(self.strip())
         if match is None:
-            raise ValueError(f"{str(self)!r} is no duration")
+            raise ValueError(
+                'is no duration; write a number of steps, or like "2M tokens" or "3 epochs"'
+            )
         return float(match[1]) * _UNITS[match[2]], (match[3] or "steps").rstrip("s")
 
 
@@ -29,20 +31,29 @@ class Curve(str):
         """(share of the run, value), in order; linear between them and constant outside.
 
         Raises:
-            ValueError: if the text is no curve.
+            ValueError: if it is not written like that.
         """
-        parts = [part.split("@") for part in self.split(",")]
-        if len(parts) == len(parts[0]) == 1:
-            parts[0].append("0")
-        points = [(float(share), float(value)) for value, share in parts]
-        shares = [share for share, _ in points]
-        if shares != sorted(set(shares)) or not 0 <= shares[0] <= shares[-1] <= 1:
-            raise ValueError("shares must rise from 0 or more to 1 or less")
-        if not all(math.isfinite(value) for _, value in points):
-            raise ValueError("values must be finite")
-        return points
+        try:
+            return _points(self)
+        except ValueError as error:
+            raise ValueError(
+                f'is no curve ({error}); write a number, or value@share as in "0@0.1, 1@0.4"'
+            ) from error
 
     @property
     def zero(self) -> bool:
         """Whether it is 0 throughout."""
         return not any(value for _, value in self.points())
+
+
+def _points(text: str) -> list[tuple[float, float]]:
+    parts = [part.split("@") for part in text.split(",")]
+    if len(parts) == len(parts[0]) == 1:
+        parts[0].append("0")
+    points = [(float(share), float(value)) for value, share in parts]
+    shares = [share for share, _ in points]
+    if shares != sorted(set(shares)) or not 0 <= shares[0] <= shares[-1] <= 1:
+        raise ValueError("shares must rise from 0 or more to 1 or less")
+    if not all(math.isfinite(value) for _, value in points):
+        raise ValueError("values must be finite")
+    return points

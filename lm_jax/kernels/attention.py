@@ -4,6 +4,8 @@ Letters: B batch, T query positions, S key positions, H query heads, K key/value
 G = H / K query heads per key/value head, C head width.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -141,18 +143,7 @@ def attend(
         real_BT11 = segment_ids_BT[:, :, None, None] > 0
         q_BTHC, k_BTKC, v_BTKC = (jnp.where(real_BT11, x, 0) for x in (q_BTHC, k_BTKC, v_BTKC))
     inputs = (q_BTHC, k_BTKC, v_BTKC, segment_ids_BT)
-    lse_BTH = None
-    if impl == "reference":
-        out_BTHC, lse_BTH = _reference(*inputs, seed, **options)
-    elif impl == "blockwise":
-        out_BTHC, lse_BTH = blockwise(*inputs, seed, **options)
-    elif impl in ("pallas", "pallas_deterministic"):
-        from lm_jax.kernels.flash import flash  # needs a newer JAX than the rest
-
-        deterministic = impl == "pallas_deterministic"
-        out_BTHC, lse_BTH = flash(*inputs, seed, deterministic=deterministic, **options)
-    else:
-        out_BTHC = _from_jax(*inputs, impl, options)
+    out_BTHC, lse_BTH = IMPLEMENTATIONS[impl](*inputs, seed, **options)
     if real_BT11 is not None:
         out_BTHC = jnp.where(real_BT11, out_BTHC, 0)
     if lse_BTH is None or not return_lse:
@@ -213,7 +204,7 @@ def _refusal(
             reason = f"it is not split over {jax.device_count()} devices"
         return reason and f"cannot run: {reason}; use blockwise"
     anything = "use reference or blockwise"
-    if impl not in ("xla", "cudnn"):
+    if impl not in IMPLEMENTATIONS:
         return f"does not exist; {anything}"
     if options["softcap"]:
         return f"has no softcap; {anything}"
@@ -246,7 +237,8 @@ def _cudnn_refusal(q_BTHC: Any, options: dict[str, Any], device: Any) -> str | N
     return None
 
 
-def _from_jax(q_BTHC, k_BTKC, v_BTKC, segment_ids_BT, impl: Any, options) -> jax.Array:
+def _from_jax(impl: Any, q_BTHC, k_BTKC, v_BTKC, segment_ids_BT, _, **options):
+    """Output of JAX's attention, which has neither dropout nor a log-sum-exp: None."""
     T = q_BTHC.shape[1]
     same_B1TS = None
     if segment_ids_BT is not None:
@@ -270,7 +262,13 @@ def _from_jax(q_BTHC, k_BTKC, v_BTKC, segment_ids_BT, impl: Any, options) -> jax
         scale=options["scale"],
         implementation=impl,
     )
-    return out_BTHC[:, :T]
+    return out_BTHC[:, :T], None
+
+
+def _pallas(*inputs, **options):
+    from lm_jax.kernels.flash import flash  # needs a newer JAX than the rest
+
+    return flash(*inputs, **options)
 
 
 def _reference(
@@ -309,3 +307,14 @@ def _masked(q_BTHC, k_BSKC, v_BSKC, mask_B1TS, seed, softcap, scale, dropout_rat
         probs_BHTS = jnp.where(keep_BHTS, probs_BHTS / (1 - dropout_rate), 0)
     out_BTHC = jnp.einsum("bhts,bshc->bthc", probs_BHTS, v_BSHC)
     return out_BTHC, jax.nn.logsumexp(scores_BHTS, axis=-1).swapaxes(1, 2)
+
+
+# Functions of queries, keys, values, segment ids, seed and options; output and log-sum-exp.
+IMPLEMENTATIONS: dict[str, Callable] = {
+    "reference": _reference,
+    "xla": functools.partial(_from_jax, "xla"),
+    "cudnn": functools.partial(_from_jax, "cudnn"),
+    "blockwise": blockwise,
+    "pallas": functools.partial(_pallas, deterministic=False),
+    "pallas_deterministic": functools.partial(_pallas, deterministic=True),
+}

@@ -1,0 +1,139 @@
+"""Sections of the config: what a field may hold, and assignment that checks names and types."""
+
+import dataclasses
+import difflib
+import math
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+from lm_jax.config.values import Curve, Duration
+
+T = TypeVar("T")
+Number = TypeVar("Number", int, float)
+# Types that are written as text, and what reads them.
+_WRITTEN: dict[Any, Callable] = {Duration: Duration.parts, Curve: Curve.points}
+
+
+class ConfigError(ValueError):
+    """A config field that is unknown, of the wrong type or impossible."""
+
+
+class Bound(NamedTuple):
+    """What must hold of a number, and what an error says otherwise."""
+
+    holds: Callable[[float], bool]
+    otherwise: str
+
+
+_POSITIVE = Bound(lambda x: x > 0, "must be above 0; give a positive number")
+_NOT_NEGATIVE = Bound(lambda x: x >= 0, "is negative; give 0 or more")
+_SHARE = Bound(lambda x: 0 <= x < 1, "is no share; give 0 or more and below 1")
+
+
+def positive(default: Number) -> Number:
+    """A field above 0."""
+    return _marked(default, bound=_POSITIVE)
+
+
+def not_negative(default: Number) -> Number:
+    """A field of 0 or more."""
+    return _marked(default, bound=_NOT_NEGATIVE)
+
+
+def share(default: float) -> float:
+    """A field in [0, 1)."""
+    return _marked(default, bound=_SHARE)
+
+
+def one_of(choices: str, *, default: str) -> str:
+    """A field that is one of a few words, which `choices` lists with spaces between them."""
+    return _marked(default, choices=choices.split())
+
+
+def incidental(default: T) -> T:
+    """A field that says where a run lies, how it is fed or what it reports.
+
+    No number of the trained model depends on it. `default` may have a bound or choices.
+    """
+    return _marked(default, incidental=True)
+
+
+def _marked(default: Any, **new: Any) -> Any:
+    """A dataclass field with marks; if `default` is such a field, it keeps its own as well."""
+    if isinstance(default, dataclasses.Field):
+        default, new = default.default, {**default.metadata, **new}
+    return dataclasses.field(default=default, metadata=new)
+
+
+class Section:
+    """Base of the config's dataclasses: every assignment checks the name and the type."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set a field, or raise ConfigError naming it and the remedy."""
+        types = field_types(type(self))
+        own = type(self).__name__.removesuffix("Config").lower()
+        path = f"{own}.{name}" if own else name
+        if name not in types:
+            raise ConfigError(unknown_field(path, list(types)))
+        object.__setattr__(self, name, _typed(path, value, types[name]))
+
+
+def field_types(section: Any) -> dict[str, Any]:
+    """The type of each field of a section's class; none if it is no such class."""
+    if not (isinstance(section, type) and issubclass(section, Section)):
+        return {}
+    return {field.name: field.type for field in dataclasses.fields(section)}  # type: ignore[arg-type]
+
+
+def marks(section: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield (dotted path, marks) of every leaf field of a section's class."""
+    for field in dataclasses.fields(section):
+        if field_types(field.type):
+            yield from ((f"{field.name}.{path}", found) for path, found in marks(field.type))
+        else:
+            yield field.name, field.metadata
+
+
+def named_fields(section: Section, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted path, value) of every leaf field."""
+    for path, _ in marks(type(section)):
+        yield prefix + path, get(section, path)
+
+
+def get(section: Section, path: str) -> Any:
+    """The value at a dotted path."""
+    return operator.attrgetter(path)(section)
+
+
+def nearest(name: str, names: Sequence[str]) -> str:
+    """The one of `names` that is spelt most like `name`."""
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
+    return close[0] if close else ""
+
+
+def unknown_field(path: str, names: Sequence[str]) -> str:
+    """The sentence for an unknown field at dotted `path`; `names` are the fields there are."""
+    *parents, last = path.split(".")
+    meant = ".".join([*parents, nearest(last, names)])
+    return f"config.{path}: there is no such field; did you mean config.{meant}?"
+
+
+def _typed(path: str, value: Any, expected: Any) -> Any:
+    """`value` as the type of the field at `path`, or raise ConfigError."""
+    if expected in _WRITTEN:
+        try:
+            _WRITTEN[expected](expected(value))
+        except ValueError as error:
+            raise ConfigError(f"config.{path}: {value!r} {error}.") from error
+        return expected(str(value).strip())
+    if expected is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
+        raise ConfigError(
+            f"config.{path}: {value!r} is a {type(value).__name__}; "
+            f"give a {expected.__name__} instead."
+        )
+    if expected is float and not math.isfinite(value):
+        raise ConfigError(f"config.{path}: {value!r} is not finite; give a finite number.")
+    return value
