@@ -10,17 +10,17 @@ from lm_jax.cuda import name_cuda_folder
 
 if TYPE_CHECKING:
     from lm_jax import doctor
-    from lm_jax.compare.compare import compare as compare_runs
+    from lm_jax.compare.compare import compare_runs
     from lm_jax.config import Config
     from lm_jax.run import open_run
     from lm_jax.train import train_and_evaluate
 
 __all__ = ["Config", "__version__", "compare_runs", "doctor", "open_run", "train_and_evaluate"]
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 _LAZY = {
     "Config": "lm_jax.config:Config",
-    "compare_runs": "lm_jax.compare.compare:compare",
+    "compare_runs": "lm_jax.compare.compare:compare_runs",
     "doctor": "lm_jax.doctor:",
     "open_run": "lm_jax.run:open_run",
     "train_and_evaluate": "lm_jax.train:train_and_evaluate",

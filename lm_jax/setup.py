@@ -152,7 +152,7 @@ class Setup:
             name: evaluate.score_run(self.evaluator, best, self.folder, name) for name in names
         }
         if self.teacher is not None:
-            scores.write(self.cfg, self.folder, best, self.teacher)
+            scores.report_distillation(self.cfg, self.folder, best, self.teacher)
         return results
 
 

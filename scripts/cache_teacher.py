@@ -43,7 +43,7 @@ def make_cache(cfg: config.Config, folder: pathlib.Path) -> int:
     read_back = config.replace(cfg, distill__cache=str(folder), distill__teachers="")
     rules.validate(read_back)
     teacher = open_teacher(cfg, store)
-    temperature = cache.describe(cfg, store)["temperature"]
+    temperature = cache.describe_cache(cfg, store)["temperature"]
 
     @jax.jit
     def most_likely(params, batch):
@@ -54,7 +54,7 @@ def make_cache(cfg: config.Config, folder: pathlib.Path) -> int:
             members = [
                 m._replace(x_BTE=x_TE) for m, x_TE in zip(reading.members, states, strict=True)
             ]
-            log_p_TU = teachers.mean_log_p(members, temperature)
+            log_p_TU = teachers.members_log_p(members, temperature)
             return divergences.most_likely(log_p_TU, cfg.distill.top_k)
 
         return jax.lax.map(row, [m.x_BTE for m in reading.members])
@@ -65,7 +65,7 @@ def make_cache(cfg: config.Config, folder: pathlib.Path) -> int:
     for line in verify(teacher, cfg, store):
         print(line)
     with jax.default_matmul_precision(cfg.train.matmul_precision):
-        return cache.write(folder, cfg, store, on_host, teacher.identity)
+        return cache.write_cache(folder, cfg, store, on_host, teacher.identity)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -185,7 +185,7 @@ def test_a_chain_is_cut_only_where_all_pairs_are_separated(separated, groups):
 
 
 def test_ranks_outside_the_noise_and_refuses_inside(three):
-    comparison = compare.compare(three)
+    comparison = compare.compare_runs(three)
     assert [arm["name"] for arm in comparison.values["arms"]] == ["good", "fair", "poor"]
     assert verdicts(comparison) == {
         ("good", "fair"): "not distinguishable",
@@ -196,13 +196,13 @@ def test_ranks_outside_the_noise_and_refuses_inside(three):
     assert "Ranking: {good, fair} < poor" in comparison.markdown()
     assert comparison.values["same_model"] == []
     assert not any("training text" in note for note in comparison.values["notes"])
-    inside = compare.compare([f for f in three if "poor" not in f.name])
+    inside = compare.compare_runs([f for f in three if "poor" not in f.name])
     assert inside.values["ranking"] == [["good", "fair"]]
     assert "No ranking: good, fair cannot be told apart." in inside.markdown()
 
 
 def test_values_are_those_of_the_runs(three):
-    values = compare.compare(three).values
+    values = compare.compare_runs(three).values
     arm = values["arms"][2]
     assert arm["seeds"] == [0, 1, 2] and arm["tokenizer"] == "bpe 300"
     cfg = config.from_dict(json.loads((three[3] / "config.json").read_text())["config"])
@@ -234,19 +234,19 @@ def test_values_are_those_of_the_runs(three):
 
 def test_one_seed_is_not_ranked_but_does_not_stop_the_others(three, tmp_path):
     single = write_run(tmp_path / "single", 0, 2.0, optim__peak_lr=5e-3)
-    comparison = compare.compare([*three, single])
+    comparison = compare.compare_runs([*three, single])
     assert verdicts(comparison)["single", "poor"] == "not ranked"
     assert comparison.values["ranking"] == [["good", "fair"], ["poor"]]
     assert comparison.values["arms"][0]["bits_per_byte"]["low95"] is None
     assert any(note.startswith("One seed of single") for note in comparison.values["notes"])
-    two = compare.compare([single, three[0]])
+    two = compare.compare_runs([single, three[0]])
     assert two.values["ranking"] == [] and "No ranking" in two.markdown()
-    assert compare.compare([single]).values["pairs"] == []
+    assert compare.compare_runs([single]).values["pairs"] == []
 
 
 def test_the_same_model_is_flagged(three, tmp_path):
     twin = write_arm(tmp_path, "twin", [3.0, 3.0, 3.01], train__log_every="7")
-    values = compare.compare([*three, *twin]).values
+    values = compare.compare_runs([*three, *twin]).values
     assert values["same_model"] == [["good", "twin"]] or values["same_model"] == [["twin", "good"]]
     assert any("they are the same model" in note for note in values["notes"])
     (pair,) = (p for p in values["pairs"] if {p["better"], p["worse"]} == {"good", "twin"})
@@ -264,7 +264,7 @@ def test_another_tokenizer_leaves_no_token_perplexity(three, tmp_path):
         tokenizer="t1",
         tokens=30,
     )
-    comparison = compare.compare([*three, *words])
+    comparison = compare.compare_runs([*three, *words])
     assert not comparison.values["one_tokenizer"]
     assert all(arm["token_perplexity"] is None for arm in comparison.values["arms"])
     assert "token perplexity" not in comparison.markdown() + comparison.html()
@@ -281,7 +281,7 @@ def test_a_tokenizer_that_drops_text_is_compared_with_itself_alone(three, tmp_pa
     words = write_arm(tmp_path, "words", [4.0, 4.1], **options)
     for runs in ([*three, *words], [*words, *three]):
         with pytest.raises(ValueError, match="words-[01]: its tokenizer drops part of the text"):
-            compare.compare(runs)
+            compare.compare_runs(runs)
 
 
 def test_documents_of_unknown_bytes_are_weighed_by_tokens(tmp_path):
@@ -291,7 +291,7 @@ def test_documents_of_unknown_bytes_are_weighed_by_tokens(tmp_path):
         root = tmp_path / str(known)
         folders = write_arm(root, "a", [4.0, 4.1], **options)
         folders += write_arm(root, "b", [4.2, 4.1], model__d_model=64, **options)
-        comparison = compare.compare(folders)
+        comparison = compare.compare_runs(folders)
         assert comparison.values["documents_weighed_by"] == ("bytes" if known else "tokens")
         assert known != any("weighed by their tokens" in x for x in comparison.values["notes"])
         errors.append(comparison.values["pairs"][0]["standard_error_documents"])
@@ -306,7 +306,7 @@ def test_other_documents_are_not_paired(three, tmp_path, kept):
         arrays = dict(np.load(folder / "documents_test.npz"))
         joined = {k: np.append(v[:-2], v[-2:].sum()) for k, v in arrays.items() if k in kept}
         np.savez(folder / "documents_test.npz", **joined)
-    comparison = compare.compare([*three, *fewer])
+    comparison = compare.compare_runs([*three, *fewer])
     assert set(verdicts(comparison).values()) == {"not ranked"}
     assert any("cannot be paired" in note for note in comparison.values["notes"])
 
@@ -314,14 +314,14 @@ def test_other_documents_are_not_paired(three, tmp_path, kept):
 def test_one_document_is_no_sample(tmp_path):
     folders = write_arm(tmp_path, "a", [3.0, 3.01], documents=1)
     folders += write_arm(tmp_path, "b", [4.0, 4.01], documents=1, model__d_model=64)
-    comparison = compare.compare(folders)
+    comparison = compare.compare_runs(folders)
     assert set(verdicts(comparison).values()) == {"not ranked"}
     assert any(note.startswith("The split is one document") for note in comparison.values["notes"])
 
 
 def refused(folders, *said, error=ValueError, split="test"):
     with pytest.raises(error) as caught:
-        compare.compare(folders, split)
+        compare.compare_runs(folders, split)
     sentence = str(caught.value)
     assert all(part in sentence for part in said), sentence
     assert sentence.count(". ") == 0 and sentence.endswith("."), sentence
@@ -389,7 +389,7 @@ def test_seeds_of_an_arm_have_equal_configs(tmp_path, options, said):
     if said:
         refused([second, first], str(first), str(second), "'arm'", *said)
     else:
-        (arm,) = compare.compare([second, first]).values["arms"]
+        (arm,) = compare.compare_runs([second, first]).values["arms"]
         assert arm["name"] == "arm" and arm["seeds"] == [0, 1]
 
 
@@ -404,7 +404,7 @@ def test_each_seed_may_be_held_against_a_student_of_its_own(tmp_path):
         )
         for seed in (0, 1)
     ]
-    (arm,) = compare.compare(runs).values["arms"]
+    (arm,) = compare.compare_runs(runs).values["arms"]
     assert arm["seeds"] == [0, 1]
 
 
@@ -431,7 +431,7 @@ class Page(html.parser.HTMLParser):
 
 def test_page_needs_no_network_and_can_be_read_aloud(three, tmp_path):
     odd = write_arm(tmp_path, "a<b & |c|", [3.3, 3.31], optim__peak_lr=0.1)
-    comparison = compare.compare([*three, *odd])
+    comparison = compare.compare_runs([*three, *odd])
     source = comparison.html()
     page = Page(source)
     for tag, attributes in page.tags:

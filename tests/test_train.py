@@ -345,7 +345,7 @@ def test_evaluate_command(straight, monkeypatch, capsys):
 
 def test_a_run_can_be_compared(straight):
     workdir, results = straight
-    (arm,) = compare.compare([workdir]).values["arms"]
+    (arm,) = compare.compare_runs([workdir]).values["arms"]
     assert arm["folders"] == [str(workdir)] and arm["seeds"] == [0]
     assert arm["bits_per_byte"]["by_seed"] == [results["test"]["bits_per_byte"]]
     assert arm["token_perplexity"]["mean"] == pytest.approx(results["test"]["token_ppl"])

@@ -1,4 +1,4 @@
-"""Runs side by side: size, cost, bits per byte with intervals, and what of it can be ranked.
+"""Compare runs: size, cost, bits per byte with intervals, and a ranking where noise allows one.
 
     python -m lm_jax.compare RUN RUN ... [--split=test] [--out=DIR]
 
@@ -41,20 +41,18 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from lm_jax import doctor, metrics
+from lm_jax import metrics
 from lm_jax.compare import page, ranking, tables
-from lm_jax.compare.runs import Arm, Run, group, load_run
+from lm_jax.compare.runs import Arm, Run, group_runs, load_run
 from lm_jax.config.flags import misuse, parse
 from lm_jax.files import finite_or_none, write_json
-from lm_jax.models.families import size
-from lm_jax.models.size import Size
 
 _FEW_DOCUMENTS = 20
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """The outcome; `values` is described at the top of this module."""
+    """A finished comparison; `values` is described at the top of this module."""
 
     values: dict[str, Any]
 
@@ -67,7 +65,7 @@ class Comparison:
         return page.html(self.values)
 
 
-def compare(workdirs: Sequence[str | pathlib.Path], split: str = "test") -> Comparison:
+def compare_runs(workdirs: Sequence[str | pathlib.Path], split: str = "test") -> Comparison:
     """Compare finished runs by their exact evaluations of a split.
 
     Example:
@@ -80,14 +78,14 @@ def compare(workdirs: Sequence[str | pathlib.Path], split: str = "test") -> Comp
         FileNotFoundError: for a folder that lacks a file of a finished and evaluated run.
         ValueError: for runs that cannot be compared; the sentence names them.
     """
-    arms = group([load_run(pathlib.Path(workdir), split) for workdir in workdirs])
+    arms = group_runs([load_run(pathlib.Path(workdir), split) for workdir in workdirs])
     _require_one_text(arms, split)
     arms.sort(key=lambda arm: arm.bits_per_byte.mean())
     runs = [run for arm in arms for run in arm.runs]
     first = runs[0]
     counts = first.data["splits"][split]
     one_tokenizer = len({run.data["tokenizer_hash"] for run in runs}) == 1
-    weighed_by, bytes_D = document_bytes(runs, counts["bytes"])
+    weighed_by, bytes_D = _document_bytes(runs, counts["bytes"])
     pairs = _pairs(arms, bytes_D)
     separated = {frozenset((p["better"], p["worse"])) for p in pairs if p["verdict"] == "separated"}
     several = [arm.name for arm in arms if len(arm.runs) > 1]
@@ -146,43 +144,38 @@ def _require_one_text(arms: Sequence[Arm], split: str) -> None:
                     )
 
 
-def document_bytes(runs: Sequence[Run], split_bytes: int) -> tuple[str | None, np.ndarray | None]:
-    """Bytes of each document, float64, and how they were found.
+def _document_bytes(runs: Sequence[Run], split_bytes: int) -> tuple[str | None, np.ndarray | None]:
+    """The unit in which documents are weighed, and the bytes of each document, float64.
 
-    Where no run knows them, each token stands for as many bytes as a token has on average
-    ("tokens" and not "bytes"). None twice where the runs do not have the same documents.
+    Where no run knows the bytes, the unit is "tokens", and each token stands for the mean number of
+    bytes. Both are None where the runs do not have the same documents.
     """
     how, known = "bytes", [run.documents["bytes"] for run in runs if "bytes" in run.documents]
     if not known:
         how, known = "tokens", [run.documents["tokens"] for run in runs]
-    lengths = {len(run.documents["nats"]) for run in runs}
-    if len(lengths) > 1 or any(not np.array_equal(known[0], other) for other in known):
+    sizes = {len(run.documents["nats"]) for run in runs}
+    if len(sizes) > 1 or any(not np.array_equal(known[0], other) for other in known):
         return None, None
     return how, known[0] * (split_bytes / known[0].sum())
 
 
 def _same_models(arms: Sequence[Arm]) -> list[list[str]]:
-    """Groups of arms that differ in nothing that makes the model."""
-    if len(arms) < 2:
-        return []
-    found = doctor.examine_arms({arm.name: {"resolved": arm.settings} for arm in arms}, ignore=())
-    return found["config.same_arms"].values["same"]
-
-
-def _size(arm: Arm) -> Size:
-    run = arm.runs[0]
-    return size(run.cfg.model, run.data["vocab_size"], run.cfg.data.seq_len)
+    """Groups of arms with equal settings."""
+    groups: dict[str, list[str]] = {}
+    for arm in arms:
+        groups.setdefault(repr(arm.settings), []).append(arm.name)
+    return [names for names in groups.values() if len(names) > 1]
 
 
 def _describe(arm: Arm, words: int, one_tokenizer: bool) -> dict[str, Any]:
-    sizes, first = _size(arm), arm.runs[0]
+    sizes, first = arm.size, arm.runs[0]
     loss = np.array([run.result["loss"] for run in arm.runs])
     tokens = first.result["token_count"]
     return {
         "name": arm.name,
         "folders": [str(run.folder) for run in arm.runs],
         "seeds": [run.cfg.seed for run in arm.runs],
-        "tokenizer": _tokenizer(first),
+        "tokenizer": first.tokenizer,
         "parameters_total": sizes.total,
         "parameters_table": sizes.table,
         "parameters_positions": sizes.positions,
@@ -204,10 +197,6 @@ def _interval(values: np.ndarray, unit: Any = float) -> dict[str, Any]:
     return {"mean": mean, "low95": low, "high95": high, "by_seed": [unit(x) for x in values]}
 
 
-def _tokenizer(run: Run) -> str:
-    return f"{run.data['tokenizer_kind']} {run.data['vocab_size']:,}"
-
-
 def _references(
     runs: Sequence[Run], counts: Mapping[str, int], one_tokenizer: bool
 ) -> list[dict[str, Any]]:
@@ -221,7 +210,7 @@ def _references(
             rows.append(
                 {
                     "name": name,
-                    "tokenizer": _tokenizer(run),
+                    "tokenizer": run.tokenizer,
                     "bits_per_byte": nats * tokens / counts["bytes"] / math.log(2),
                     "word_perplexity": metrics.exp(nats * tokens / words) if words else None,
                     "token_perplexity": metrics.exp(nats) if one_tokenizer else None,
@@ -231,7 +220,7 @@ def _references(
 
 
 def _notes(arms: Sequence[Arm], values: Mapping[str, Any]) -> list[str]:
-    """What a reader must know before he believes a table."""
+    """Sentences that a reader must know before trusting a table."""
     notes = [
         f"{' and '.join(names)} have one config: they are the same model."
         for names in values["same_model"]
@@ -239,9 +228,9 @@ def _notes(arms: Sequence[Arm], values: Mapping[str, Any]) -> list[str]:
     same = {frozenset(p) for g in values["same_model"] for p in itertools.combinations(g, 2)}
     notes += [
         f"{a.name} and {b.name} have equally many parameters in tables, positions and blocks, "
-        f"{_size(a).total:,}."
+        f"{a.size.total:,}."
         for a, b in itertools.combinations(arms, 2)
-        if _size(a)[:3] == _size(b)[:3] and frozenset((a.name, b.name)) not in same
+        if a.size[:3] == b.size[:3] and frozenset((a.name, b.name)) not in same
     ]
     if not values["one_tokenizer"]:
         notes.append(
@@ -291,7 +280,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not folders:
         misuse("no RUN is given; give the workdirs of finished runs.")
     try:
-        comparison = compare(folders, given.split)
+        comparison = compare_runs(folders, given.split)
     except (ValueError, OSError) as error:
         misuse(str(error))
     print(comparison.markdown())

@@ -1,5 +1,6 @@
 """A comparison as one HTML page."""
 
+import functools
 import html as escapes
 import io
 import itertools
@@ -11,21 +12,27 @@ from lm_jax.compare.tables import (
     BRACKETS,
     Table,
     Values,
-    pair_table,
+    all_tables,
     ranking_sentence,
-    reference_table,
-    result_table,
     short,
-    size_table,
     title,
 )
 
+Drawn = tuple[str, dict[str, Any]]  # the content in words; what the legend shows of each arm
+
 # Okabe and Ito's colours, which colour-blind readers can tell apart, and lighter ones for a dark
-# page; markers differ as well. Figures are drawn in the first and name them by CSS variables.
+# page; markers differ as well. Figures are drawn in the light colours, which then become CSS
+# variables.
 _LIGHT = ("#0072b2", "#d55e00", "#007a5a", "#a8518a", "#8a6500", "#2f2f2f")
 _DARK = ("#56b4e9", "#ff8c3f", "#2fc79b", "#e3a0c8", "#e6b31e", "#dddddd")
 _MARKERS = "osD^vPX"
-_INK, _RULE = "#010203", "#b0b1b2"  # become the colours of text and of rules
+_INK, _RULE = "#010203", "#b0b1b2"  # stand for the page's colours of text and of rules
+
+
+def _variables(palette: Sequence[str]) -> str:
+    return " ".join(f"--c{i}: {colour};" for i, colour in enumerate(palette))
+
+
 _STYLE = """
 :root { color-scheme: light dark; --page: #fff; --ink: #1b1b1b; --rule: #bbb; --soft: #f3f3f1;
   LIGHT }
@@ -44,52 +51,48 @@ th:first-child { text-align: left; position: sticky; left: 0; background: var(--
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); }
 figure { margin: 0; } figcaption { font-size: .9rem; margin-bottom: .3rem; }
 svg { width: 100%; height: auto; } svg text { font-family: inherit !important; }
-"""
+""".replace("LIGHT", _variables(_LIGHT)).replace("DARK", _variables(_DARK))
 
 
 def html(c: Values) -> str:
-    """One page that needs no network; the figures are drawn by matplotlib."""
+    """The whole comparison as one file that needs no network; matplotlib draws the figures.
+
+    Args:
+        c: the values of `compare.json`.
+    """
     text = escapes.escape
-    colours = (
-        " ".join(f"--c{i}: {colour};" for i, colour in enumerate(palette))
-        for palette in (_LIGHT, _DARK)
-    )
-    style = _STYLE.replace("LIGHT", next(colours)).replace("DARK", next(colours))
-    figures = [
-        _figure(f"{name} against training tokens, one line a seed.", _curves(c, kind), c)
-        for name, kind in (("Valid loss", "valid"), ("Training loss", "train"))
-    ]
-    figures += [
-        _figure(
-            f"Bits per byte against {name}, with 95 % intervals over seeds. "
-            "The line joins the arms that no other beats in both, by their means alone.",
-            _pareto(c, key),
-            c,
-        )
-        for name, key in (
-            ("parameters", "parameters_total"),
-            ("training FLOPs per token", "flops_per_token"),
-        )
-    ]
-    sections = [
-        f"<h1>{text(title(c))}</h1>",
-        f'<p class="ranking">{text(ranking_sentence(c))}</p>',
-        "<h2>Results</h2>" + _html_table(result_table(c), "Results"),
-        f"<p>{BRACKETS}</p>",
-        "<h2>Size and cost</h2>" + _html_table(size_table(c), "Size and cost"),
-        f'<h2>Figures</h2><div class="figures">{"".join(figures)}</div>',
-        "<h2>Reference lines</h2>" + _html_table(reference_table(c), "Reference lines"),
-    ]
-    if c["pairs"]:
-        sections.append("<h2>Pairs</h2>" + _html_table(pair_table(c), "Pairs"))
+    sections = [f"<h1>{text(title(c))}</h1>", f'<p class="ranking">{text(ranking_sentence(c))}</p>']
+    for heading, table in all_tables(c).items():
+        sections.append(f"<h2>{heading}</h2>" + _html_table(table, heading))
+        if heading == "Results":
+            sections.append(f"<p>{BRACKETS}</p>")
+        if heading == "Size and cost":
+            sections.append(f'<h2>Figures</h2><div class="figures">{_figures(c)}</div>')
     if c["notes"]:
         items = "".join(f"<li>{text(note)}</li>" for note in c["notes"])
         sections.append(f"<h2>Notes</h2><ul>{items}</ul>")
     return (
         '<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{text(title(c))}</title>\n<style>{style}</style></head>\n"
+        f"<title>{text(title(c))}</title>\n<style>{_STYLE}</style></head>\n"
         f"<body>\n{chr(10).join(sections)}\n</body>\n</html>\n"
+    )
+
+
+def _figures(c: Values) -> str:
+    against_tokens = "{} loss against training tokens, one line a seed."
+    against = (
+        "Bits per byte against {}, with 95 % intervals over seeds. The line joins the arms that no "
+        "other beats in both, by their means alone."
+    )
+    return "".join(
+        _figure(caption, functools.partial(draw, c, key), len(c["arms"]))
+        for caption, draw, key in (
+            (against_tokens.format("Valid"), _curves, "valid"),
+            (against_tokens.format("Training"), _curves, "train"),
+            (against.format("parameters"), _pareto, "parameters_total"),
+            (against.format("training FLOPs per token"), _pareto, "flops_per_token"),
+        )
     )
 
 
@@ -108,8 +111,8 @@ def _html_table(table: Table, name: str) -> str:
     )
 
 
-def _figure(caption: str, draw: Callable[[Any], str], c: Values) -> str:
-    """A captioned SVG; `draw` fills the axes and returns its content in words."""
+def _figure(caption: str, draw: Callable[[Any], Drawn], arms: int) -> str:
+    """A captioned SVG that `draw` fills."""
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
@@ -126,17 +129,14 @@ def _figure(caption: str, draw: Callable[[Any], str], c: Values) -> str:
         "svg.hashsalt": "lm_jax",  # else the page would differ from one time to the next
     }
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(4.8, 3.3 + 0.22 * -(-len(c["arms"]) // 2)), layout="constrained")
+        figure = Figure(figsize=(4.8, 3.3 + 0.22 * -(-arms // 2)), layout="constrained")
         axes = figure.subplots()
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.locator_params(axis="x", nbins=5)
-        words = draw(axes)
-        # Given labels: of itself the legend leaves out those that begin with "_".
-        names = {arm["name"] for arm in c["arms"]}
-        drawn = {str(artist.get_label()): artist for artist in axes.get_children()}
-        labels = [name for name in drawn if name in names]
-        handles = [drawn[name] for name in labels]
-        figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
+        words, handles = draw(axes)
+        figure.legend(
+            handles.values(), handles.keys(), loc="outside lower center", ncols=2, frameon=False
+        )
         file = io.StringIO()
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(file, format="svg", transparent=True, metadata=nothing)
@@ -154,69 +154,50 @@ def _figure(caption: str, draw: Callable[[Any], str], c: Values) -> str:
 
 
 def _looks(c: Values) -> list[tuple[Values, dict[str, str]]]:
-    """Every arm with a colour and a marker of its own."""
+    """Every arm with its colour and marker."""
     looks = zip(c["arms"], itertools.cycle(_LIGHT), itertools.cycle(_MARKERS), strict=False)
     return [(arm, {"color": colour, "marker": marker}) for arm, colour, marker in looks]
 
 
-def _curves(c: Values, kind: str) -> Callable[[Any], str]:
-    def draw(axes: Any) -> str:
-        words, late = [], []
-        for arm, look in _looks(c):
-            for i, curve in enumerate(arm["curves"]):
-                tokens, bits = curve[f"{kind}_tokens"], curve[f"{kind}_bits_per_byte"]
-                axes.plot(
-                    tokens,
-                    bits,
-                    **look,
-                    linewidth=1.2,
-                    markersize=4,
-                    markevery=max(1, len(tokens) // 8),
-                    label=None if i else arm["name"],
-                )
-                late += [b for t, b in zip(tokens, bits, strict=True) if t > 0.2 * tokens[-1]]
-            if bits:
-                words.append(f"{arm['name']} ends at {bits[-1]:.3f}")
-        if late:  # the fall from chance would leave no room for what differs
-            margin = 0.05 * (max(late) - min(late)) or 0.05
-            axes.set_ylim(min(late) - margin, max(late) + margin)
-        axes.set_xlabel("training tokens seen")
-        axes.set_ylabel("bits per byte")
-        return "; ".join(words)
-
-    return draw
+def _curves(c: Values, kind: str, axes: Any) -> Drawn:
+    words, late = [], []
+    handles: dict[str, Any] = {}
+    for arm, look in _looks(c):
+        for curve in arm["curves"]:
+            tokens, bits = curve[f"{kind}_tokens"], curve[f"{kind}_bits_per_byte"]
+            every = max(1, len(tokens) // 8)
+            (line,) = axes.plot(tokens, bits, **look, linewidth=1.2, markersize=4, markevery=every)
+            handles.setdefault(arm["name"], line)
+            late += [b for t, b in zip(tokens, bits, strict=True) if t > 0.2 * tokens[-1]]
+        if bits:
+            words.append(f"{arm['name']} ends at {bits[-1]:.3f}")
+    if late:  # the fall from chance would leave no room for what differs
+        margin = 0.05 * (max(late) - min(late)) or 0.05
+        axes.set_ylim(min(late) - margin, max(late) + margin)
+    axes.set_xlabel("training tokens seen")
+    axes.set_ylabel("bits per byte")
+    return "; ".join(words), handles
 
 
-def _pareto(c: Values, key: str) -> Callable[[Any], str]:
-    def draw(axes: Any) -> str:
-        points, words = [], []
-        for arm, look in _looks(c):
-            bits = arm["bits_per_byte"]
-            error = None
-            if bits["low95"] is not None:
-                error = [[bits["mean"] - bits["low95"]], [bits["high95"] - bits["mean"]]]
-            axes.errorbar(
-                arm[key],
-                bits["mean"],
-                error,
-                **look,
-                linestyle="none",
-                capsize=3,
-                label=arm["name"],
-            )
-            points.append((arm[key], bits["mean"]))
-            words.append(f"{arm['name']}: {short(arm[key])}, {bits['mean']:.4f}")
-        front = _front(points)
-        axes.plot(*zip(*front, strict=True), color=_RULE, linewidth=1, zorder=0)
-        axes.set_xlabel(key.replace("_total", "").replace("_", " ").replace("flops", "FLOPs"))
-        axes.set_ylabel("bits per byte")
-        return "; ".join(words)
-
-    return draw
+def _pareto(c: Values, key: str, axes: Any) -> Drawn:
+    points, words, handles = [], [], {}
+    for arm, look in _looks(c):
+        bits, error = arm["bits_per_byte"], None
+        if bits["low95"] is not None:
+            error = [[bits["mean"] - bits["low95"]], [bits["high95"] - bits["mean"]]]
+        points.append((arm[key], bits["mean"]))
+        handles[arm["name"]] = axes.errorbar(
+            *points[-1], error, **look, linestyle="none", capsize=3
+        )
+        words.append(f"{arm['name']}: {short(arm[key])}, {bits['mean']:.4f}")
+    axes.plot(*zip(*_front(points), strict=True), color=_RULE, linewidth=1, zorder=0)
+    axes.set_xlabel(key.replace("_total", "").replace("_", " ").replace("flops", "FLOPs"))
+    axes.set_ylabel("bits per byte")
+    return "; ".join(words), handles
 
 
 def _front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Points that no other is below in one coordinate and not above in the other."""
+    """The Pareto front, by rising x: the points that no other one dominates."""
     front: list[tuple[float, float]] = []
     for x, y in sorted(points):
         if not front or y < front[-1][1]:

@@ -12,12 +12,14 @@ import numpy as np
 
 from lm_jax import config
 from lm_jax.config import Config
+from lm_jax.models.families import size
+from lm_jax.models.size import Size
 from lm_jax.workdir import read_record
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What a finished run left behind."""
+    """A finished run and its evaluation of one split."""
 
     folder: pathlib.Path
     cfg: Config
@@ -29,6 +31,11 @@ class Run:
     training_seconds: float
     curve: Mapping[str, list[float]]
 
+    @property
+    def tokenizer(self) -> str:
+        """Kind of the tokenizer and number of its ids."""
+        return f"{self.data['tokenizer_kind']} {self.data['vocab_size']:,}"
+
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
@@ -39,7 +46,7 @@ class Arm:
 
     @property
     def bits_per_byte(self) -> np.ndarray:
-        """One value a seed."""
+        """Bits per byte of each seed."""
         return np.array([run.result["bits_per_byte"] for run in self.runs])
 
     @property
@@ -48,21 +55,32 @@ class Arm:
         return np.mean([run.documents["nats"] for run in self.runs], axis=0)
 
     @property
+    def size(self) -> Size:
+        """Parameters and FLOPs per token."""
+        run = self.runs[0]
+        return size(run.cfg.model, run.data["vocab_size"], run.cfg.data.seq_len)
+
+    @property
     def bytes_seen(self) -> float:
-        """Bytes of the text that went through training, mean over seeds."""
+        """Bytes of text seen in training, mean over seeds."""
         counts = self.runs[0].data["splits"]["train"]
         tokens = float(np.mean([run.tokens_seen for run in self.runs]))
         return tokens * counts["bytes"] / counts["tokens"]
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All that makes the trained model but the seed."""
+        """All settings that determine the trained model, without the seed."""
         run = self.runs[0]
         return {**_settings(run.cfg), "tokenizer": run.data["tokenizer_hash"]}
 
 
 def load_run(folder: pathlib.Path, split: str) -> Run:
-    """Read a finished run."""
+    """Read a finished run and its evaluation of a split.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        ValueError: if the run is not finished, or its files do not belong together.
+    """
     record = read_record(folder)
     cfg, data = record.cfg, record.data
     if split not in data["splits"]:
@@ -126,8 +144,12 @@ def _curve(rows: list, training: list, counts: Mapping[str, int]) -> dict[str, l
     }
 
 
-def group(runs: Sequence[Run]) -> list[Arm]:
-    """Runs as the seeds of their arms, by the names of their folders."""
+def group_runs(runs: Sequence[Run]) -> list[Arm]:
+    """Group runs into arms by the names of their folders.
+
+    Raises:
+        ValueError: if two runs of an arm differ in more than the seed, or have the same one.
+    """
     by_name: dict[str, list[Run]] = {}
     for run in runs:
         name = run.folder.resolve().name.removesuffix(f"-{run.cfg.seed}")
@@ -136,22 +158,24 @@ def group(runs: Sequence[Run]) -> list[Arm]:
     for name, members in by_name.items():
         members.sort(key=lambda run: run.cfg.seed)
         for a, b in itertools.pairwise(members):
-            both = f"{a.folder} and {b.folder} are taken for seeds of {name!r}"
-            if a.cfg.seed == b.cfg.seed:
-                raise ValueError(f"{both}, but both have seed {a.cfg.seed}; leave one out.")
-            ours, others = (
-                {**_settings(run.cfg), "eval.stride": run.result["stride"]} for run in (a, b)
-            )
-            for path in ours:
-                if ours[path] != others[path]:
-                    raise ValueError(
-                        f"{both}, but config.{path} is {ours[path]!r} in one and {others[path]!r} "
-                        "in the other; rename a folder to make it an arm of its own."
-                    )
-            if a.data["tokenizer_hash"] != b.data["tokenizer_hash"]:
-                raise ValueError(f"{both}, but their tokenizers differ; rename a folder.")
+            _require_seeds(name, a, b)
         arms.append(Arm(name, tuple(members)))
     return arms
+
+
+def _require_seeds(name: str, a: Run, b: Run) -> None:
+    both = f"{a.folder} and {b.folder} are taken for seeds of {name!r}"
+    if a.cfg.seed == b.cfg.seed:
+        raise ValueError(f"{both}, but both have seed {a.cfg.seed}; leave one out.")
+    ours, others = ({**_settings(run.cfg), "eval.stride": run.result["stride"]} for run in (a, b))
+    for path in ours:
+        if ours[path] != others[path]:
+            raise ValueError(
+                f"{both}, but config.{path} is {ours[path]!r} in one and {others[path]!r} "
+                "in the other; rename a folder to make it an arm of its own."
+            )
+    if a.data["tokenizer_hash"] != b.data["tokenizer_hash"]:
+        raise ValueError(f"{both}, but their tokenizers differ; rename a folder.")
 
 
 def _settings(cfg: Config) -> dict[str, Any]:

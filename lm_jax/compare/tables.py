@@ -1,6 +1,6 @@
-"""A comparison as Markdown; what is in it stands in `lm_jax.compare.compare`."""
+"""The tables of a comparison, and all of it as Markdown; see `lm_jax.compare.compare`."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 Table = tuple[list[str], list[list[str]]]  # headings, rows
@@ -10,20 +10,33 @@ BRACKETS = "Brackets: 95 % intervals over seeds."
 
 
 def markdown(c: Values) -> str:
-    """Tables, ranking and notes."""
-    parts = [f"# {title(c)}", ranking_sentence(c), _markdown_table(result_table(c)), BRACKETS]
-    parts += ["## Size and cost", _markdown_table(size_table(c))]
-    parts += ["## Reference lines", _markdown_table(reference_table(c))]
-    if c["pairs"]:
-        best = c["arms"][0]["name"]
-        parts += [f"## Against {best}", _markdown_table(pair_table(c, only=best))]
+    """The whole comparison; of the pairs, those of the best arm."""
+    parts = [f"# {title(c)}", ranking_sentence(c)]
+    for heading, table in all_tables(c, best_only=True).items():
+        parts += [f"## {heading}", _markdown_table(table)]
+        if heading == "Results":
+            parts.append(BRACKETS)
     if c["notes"]:
         parts += ["## Notes", "\n".join(f"- {note}" for note in c["notes"])]
     return "\n\n".join(parts) + "\n"
 
 
+def all_tables(c: Values, *, best_only: bool = False) -> dict[str, Table]:
+    """Every table by its heading, in order; `best_only` leaves out pairs without the best arm."""
+    tables = {
+        "Results": _result_table(c),
+        "Size and cost": _size_table(c),
+        "Reference lines": _reference_table(c),
+    }
+    if c["pairs"]:
+        best = c["arms"][0]["name"]
+        pairs = [pair for pair in c["pairs"] if not best_only or pair["better"] == best]
+        tables[f"Against {best}" if best_only else "Pairs"] = _pair_table(pairs)
+    return tables
+
+
 def title(c: Values) -> str:
-    """What was scored."""
+    """The corpus, the split and its size."""
     return (
         f"{c['corpus']}, {c['split']} split: {c['split_bytes']:,} bytes, "
         f"{c['documents']:,} document{'s' if c['documents'] != 1 else ''}"
@@ -31,7 +44,7 @@ def title(c: Values) -> str:
 
 
 def ranking_sentence(c: Values) -> str:
-    """The chain of what is separated, as a sentence."""
+    """One sentence that says which arms are separated."""
     if not c["pairs"]:
         return "One arm: nothing to rank."
     if not c["ranking"]:
@@ -48,8 +61,7 @@ def ranking_sentence(c: Values) -> str:
     return f"No ranking: {names} cannot be told apart."
 
 
-def result_table(c: Values) -> Table:
-    """Bits per byte and perplexities of every arm."""
+def _result_table(c: Values) -> Table:
     headings = ["arm", "bits per byte", "word perplexity", "token perplexity", "seeds", "tokenizer"]
     rows = []
     for arm in c["arms"]:
@@ -59,8 +71,7 @@ def result_table(c: Values) -> Table:
     return _without_token_perplexity(c, headings, rows)
 
 
-def size_table(c: Values) -> Table:
-    """Parameters, FLOPs, tokens and time of every arm."""
+def _size_table(c: Values) -> Table:
     columns = {
         "parameters": "parameters_total",
         "table": "parameters_table",
@@ -74,8 +85,7 @@ def size_table(c: Values) -> Table:
     return ["arm", *columns], rows
 
 
-def reference_table(c: Values) -> Table:
-    """The simple predictors, for each tokenizer."""
+def _reference_table(c: Values) -> Table:
     headings = ["predictor", "bits per byte", "word perplexity", "token perplexity", "tokenizer"]
     rows = []
     for row in c["references"]:
@@ -86,7 +96,7 @@ def reference_table(c: Values) -> Table:
 
 
 def _without_token_perplexity(c: Values, headings: list[str], rows: list[list[str]]) -> Table:
-    """Drop the column where the tokenizers differ."""
+    """Drop the column of token perplexities where the tokenizers differ."""
     lines = [headings, *rows]
     if not c["one_tokenizer"]:
         at = headings.index("token perplexity")
@@ -94,14 +104,11 @@ def _without_token_perplexity(c: Values, headings: list[str], rows: list[list[st
     return lines[0], lines[1:]
 
 
-def pair_table(c: Values, only: str | None = None) -> Table:
-    """Every pair of arms, or those with the arm `only`."""
+def _pair_table(pairs: Sequence[Values]) -> Table:
     headings = ["better", "worse", "verdict", "gap, bits per byte", "95 % interval", "SE, seeds"]
     headings += ["SE, documents", "SE", "reason"]
     rows = []
-    for pair in c["pairs"]:
-        if only not in (None, pair["better"]):
-            continue
+    for pair in pairs:
         bounds = pair["gap_low95"], pair["gap_high95"]
         interval = "-" if None in bounds else "[{:.4f}, {:.4f}]".format(*bounds)
         errors = ("standard_error_seeds", "standard_error_documents", "standard_error")
@@ -121,7 +128,7 @@ def _interval(value: Values | None, digits: int) -> str:
 
 
 def short(value: float) -> str:
-    """Four figures and a unit."""
+    """A number with four figures and a unit prefix."""
     for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if value >= size:
             return f"{value / size:.4g}{unit}"

@@ -8,6 +8,7 @@ there: after " the" never "i", if " their" is a token. A student with much finer
 not know this, is taught too much certainty at such places; nothing else of later text is read.
 """
 
+import codecs
 import dataclasses
 import itertools
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from lm_jax.data.tokenizers.base import Tokenizer
 from lm_jax.data.windows import Windows
 
 BYTES = 256  # groups of ids: by their first byte
+CONTINUATION = bytes(range(0x80, 0xC0))  # the bytes of a UTF-8 character after its first
 WINDOWS = 64  # that are looked at beforehand, all over the split
 Batch = dict[str, np.ndarray]
 
@@ -72,19 +74,16 @@ class Aligner:
         for first, end in _pieces(tokens_T, segment_ids_T, self.student.separator):
             segment = int(segment_ids_T[first])
             opened = tokens_T[first] == self.student.separator
-            if not segments or segments[-1] != segment:
-                position = 0
-            read, ends_T = self._read(tokens_T[first:end], opened)
-            start = len(ids)
-            ids += read.ids.tolist()
-            segments += [segment] * len(read.ids)
-            positions += range(position, position + len(read.ids))
-            position += len(read.ids)
+            ids_U, ends_U, ends_T = self._read(tokens_T[first:end], opened)
             # The last teacher token that ends at or before the student's.
-            last_T = np.searchsorted(read.ends, ends_T, side="right") - 1
+            last_T = np.searchsorted(ends_U, ends_T, side="right") - 1
             found_T = last_T >= 0
-            place_T[first:end] = np.where(found_T, start + last_T, -1)
-            aligned_T[first:end][found_T] = read.ends[last_T[found_T]] == ends_T[found_T]
+            place_T[first:end] = np.where(found_T, len(ids) + last_T, -1)
+            aligned_T[first:end][found_T] = ends_U[last_T[found_T]] == ends_T[found_T]
+            position = positions[-1] + 1 if segments and segments[-1] == segment else 0
+            ids += ids_U.tolist()
+            segments += [segment] * len(ids_U)
+            positions += range(position, position + len(ids_U))
         aligned_T[place_T >= self.length] = 0
         place_T[place_T >= self.length] = -1
         return {
@@ -95,34 +94,29 @@ class Aligner:
             "aligned": aligned_T,
         }
 
-    def _read(self, tokens: np.ndarray, opened: bool) -> tuple["_Read", np.ndarray]:
-        """A piece of one document as teacher tokens, and the byte at which each token ends."""
-        pieces = self.student.token_bytes(tokens)
-        text = b"".join(pieces)
+    def _read(
+        self, tokens_T: np.ndarray, opened: bool
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """A piece of one document as teacher ids, and the byte at which each id and token ends."""
+        pieces = self.student.token_bytes(tokens_T)
         ends_T = np.cumsum([len(piece) for piece in pieces])
-        skipped, text = _whole_characters(text)
-        ids = self.teacher.encode(text.decode("utf-8"))
-        theirs = self.teacher.token_bytes(ids)
-        if b"".join(theirs) != text:
+        skipped, text = _whole_characters(b"".join(pieces))
+        ids_U = self.teacher.encode(text)
+        theirs = self.teacher.token_bytes(ids_U)
+        if b"".join(theirs) != text.encode():
             raise ValueError(
                 f"A tokenizer of kind {self.teacher.kind} does not keep the text; "
                 "give a teacher of kind bpe or byte."
             )
-        ends = skipped + np.cumsum([len(piece) for piece in theirs], dtype=np.int64)
+        ends_U = skipped + np.cumsum([len(piece) for piece in theirs], dtype=np.int64)
         if opened:
-            ids = np.concatenate([[self.teacher.separator], ids])
-            ends = np.concatenate([[0], ends])
-        return _Read(ids, ends), ends_T
+            ids_U = np.concatenate([[self.teacher.separator], ids_U])
+            ends_U = np.concatenate([[0], ends_U])
+        return ids_U, ends_U, ends_T
 
     def _fixed(self, values: list[int], filling: int) -> np.ndarray:
         values = values[: self.length]
         return np.array(values + [filling] * (self.length - len(values)), np.int32)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Read:
-    ids: np.ndarray
-    ends: np.ndarray  # bytes of the piece up to the end of each
 
 
 def _pieces(
@@ -141,20 +135,11 @@ def _pieces(
             yield int(first), int(end)
 
 
-def _whole_characters(text: bytes) -> tuple[int, bytes]:
+def _whole_characters(text: bytes) -> tuple[int, str]:
     """How many bytes of a cut character open the text, and the text without cut characters."""
-    first = 0
-    while first < len(text) and text[first] & 0xC0 == 0x80:
-        first += 1
-    last = len(text)
-    for back in range(1, min(4, last - first) + 1):
-        byte = text[-back]
-        if byte & 0xC0 == 0x80:
-            continue
-        needed = 1 + (byte >= 0xC0) + (byte >= 0xE0) + (byte >= 0xF0)
-        last = len(text) if needed <= back else len(text) - back
-        break
-    return first, text[first:last]
+    rest = text.lstrip(CONTINUATION)
+    # The decoder keeps a cut character at the end to itself.
+    return len(text) - len(rest), codecs.getincrementaldecoder("utf-8")().decode(rest)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,7 +197,7 @@ def open_aligner(cfg: Config, store: Store, teacher: Tokenizer, limit: int | Non
     return Aligner(store.tokenizer, teacher, min(length, limit or length))
 
 
-def share(aligner: Aligner, cfg: Config, store: Store) -> float:
+def aligned_share(aligner: Aligner, cfg: Config, store: Store) -> float:
     """Share of the scored tokens of some windows before which both tokenizers have a bound."""
     batch = aligner(_some_windows(cfg, store))
     weights = batch["weights"][:, 1:]

@@ -19,10 +19,10 @@ from lm_jax.files import whole, write_json
 
 Batch = dict[str, np.ndarray]
 MANIFEST, HASHES, IDS, LOG_P = "manifest.json", "hashes.npy", "ids.npy", "log_p.npy"
-ROWS = 64  # windows handed out at a time by `write`
+ROWS = 64  # windows handed out at a time by `write_cache`
 
 
-def describe(cfg: Config, store: Store) -> dict[str, Any]:
+def describe_cache(cfg: Config, store: Store) -> dict[str, Any]:
     """What a cache and the run that reads it must have in common."""
     return {
         "tokenizer_hash": store.tokenizer.content_hash,
@@ -42,7 +42,7 @@ def row_hash(tokens_T: np.ndarray, segment_ids_T: np.ndarray) -> int:
     return int.from_bytes(digest.digest(), "little")
 
 
-def write(
+def write_cache(
     folder: pathlib.Path,
     cfg: Config,
     store: Store,
@@ -86,7 +86,7 @@ def write(
     with whole(folder / HASHES) as file:
         np.save(file, hashes)
     # Last: without it the folder is no cache.
-    write_json(folder / MANIFEST, describe(cfg, store) | {"teacher": origin})
+    write_json(folder / MANIFEST, describe_cache(cfg, store) | {"teacher": origin})
     return N
 
 
@@ -111,7 +111,7 @@ def open_cache(cfg: Config, store: Store) -> tuple[Callable[[Batch], Batch], str
         )
     manifest = (folder / MANIFEST).read_bytes()
     kept = json.loads(manifest)
-    for name, wanted in describe(cfg, store).items():
+    for name, wanted in describe_cache(cfg, store).items():
         if kept[name] != wanted:
             raise ConfigError(
                 f"config.distill.cache: {folder} was made for {name} {kept[name]!r}, but this run "

@@ -151,7 +151,7 @@ def students_text(run: Trained, store: Store) -> Store:
     return Retokenised(store.path, store.manifest, run.store.tokenizer, store)
 
 
-def score(run: Trained, store: Store, split: str) -> dict[str, Any]:
+def score_teacher(run: Trained, store: Store, split: str) -> dict[str, Any]:
     """Exact evaluation of a run on a split of some store, with the run's own windows."""
     eval_step = step.make_eval_step(run.cfg, run.graphdef, run.mesh)
     return evaluate.Evaluator(run.cfg, store, run.mesh, eval_step)(run.params, split)
@@ -191,13 +191,13 @@ def verify(teacher: Teacher, cfg: Config, store: Store) -> list[str]:
     lines = []
     for name, run, model in zip(teacher.names, teacher.runs, teacher.models, strict=True):
         text = students_text(run, store)
-        result = score(run, text, "valid")
+        result = score_teacher(run, text, "valid")
         own = run.store.manifest == text.manifest and _shares(run, store)
         said, record = "no record of it", pathlib.Path(name) / "eval_valid.json"
         recorded = json.loads(record.read_text()) if record.exists() else {}
         same_windows = recorded.get("stride") == run.cfg.eval.stride
         if same_windows and recorded["step"] == run.step and recorded["loss"] is not None:
-            loss = (result if own else score(run, run.store, "valid"))["loss"]
+            loss = (result if own else score_teacher(run, run.store, "valid"))["loss"]
             said = f"on its record {recorded['loss']:.4f}, found {loss:.4f}"
             if not abs(loss - recorded["loss"]) <= TOLERANCE * loss:
                 raise ConfigError(
@@ -205,7 +205,7 @@ def verify(teacher: Teacher, cfg: Config, store: Store) -> list[str]:
                     f"{recorded['loss']:.4f}; restore the run."
                 )
         if text is store and _windows(run.cfg) != _windows(cfg):
-            result = score(_as_student_reads(run, model, cfg), text, "valid")
+            result = score_teacher(_as_student_reads(run, model, cfg), text, "valid")
             said += ", here in the student's windows"
         if not result["bits_per_byte"] < unigram:
             raise ConfigError(
@@ -219,7 +219,7 @@ def verify(teacher: Teacher, cfg: Config, store: Store) -> list[str]:
             + (f", word ppl {result['word_ppl']:.2f}" if math.isfinite(result["word_ppl"]) else "")
         )
     if isinstance(teacher.extend, Aligner):
-        share = alignment.share(teacher.extend, cfg, store)
+        share = alignment.aligned_share(teacher.extend, cfg, store)
         trained, length = teacher.runs[0].cfg.data.seq_len, teacher.extend.length
         if length > trained:
             lines.append(

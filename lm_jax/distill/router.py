@@ -39,7 +39,7 @@ def choices(
     return all_BTX, chosen_BTX / chosen_BTX.sum(-1, keepdims=True)
 
 
-def balance(all_BTX: jax.Array, weights_BT: jax.Array) -> Sums:
+def balance_experts(all_BTX: jax.Array, weights_BT: jax.Array) -> Sums:
     """KL(uniform || mean use of the experts) times the number of tokens, and that number."""
     count = weights_BT.sum()
     mean_X = jnp.einsum("bt,btx->x", weights_BT, all_BTX) / jnp.maximum(count, 1)
@@ -107,7 +107,7 @@ class Router(nnx.Module):
         matrix, squared error of attention from s_t to the c of the positions before t against c_t.
         No c gets a gradient: a target that is trained would move to where it is easy to hit. A
         position never reads its own c, which would be copied.
-        balance: see `balance`.
+        balance: see `balance_experts`.
         """
         x_BTD = x_BTD.astype(jnp.float32)
         teacher_BTE = terms.normalised(teacher_BTE)
@@ -129,4 +129,4 @@ class Router(nnx.Module):
         attention = terms.squared_error(
             self.out(before_BTF), terms.normalised(c_BTF[:, 1:]), weights_BT[:, 1:] * same_BT
         )
-        return Routed(feature, attention, balance(all_BTX, weights_BT))
+        return Routed(feature, attention, balance_experts(all_BTX, weights_BT))

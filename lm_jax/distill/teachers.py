@@ -19,7 +19,7 @@ from lm_jax.models.layers import head_logits
 from lm_jax.workdir import Trained
 
 
-def mean_log_p(members: Sequence[Member], temperature: float = 1.0) -> jax.Array:
+def members_log_p(members: Sequence[Member], temperature: float = 1.0) -> jax.Array:
     """Log-probabilities [..., U] of one model or of the mean of several, all logits at once."""
     logits = [head_logits(m.x_BTE, m.head_UE, m.softcap) for m in members]
     return divergences.mean_log_p(logits, temperature)

@@ -116,7 +116,7 @@ class _Preflight:
             rows, params = self.rows(batch, taught)
             b = losses.shift(rows)
             reading = self.teacher.read(params, rows, b, self.dtype, inside=False)
-            z_BTV = teachers.mean_log_p(reading.members)
+            z_BTV = teachers.members_log_p(reading.members)
             if reading.groups is not None:
                 group, aligned_BT = reading.groups.teacher_U, reading.groups.aligned_BT
                 z_BTV = jax.vmap(divergences.grouped, (0, None, None))(z_BTV, group, BYTES)

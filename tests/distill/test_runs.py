@@ -132,11 +132,11 @@ def test_the_divergence_of_the_report_is_from_the_teacher(text, runs):
     store = open_data(rules.validate(cfg))
     cfg = resolve(cfg, windows=50)
     models = [open_trained(runs / folder) for folder in ("alone", "teacher-0")]
-    scored = [
-        scores.Scored(folder, [(run.graphdef, run.params)])
+    scored = {
+        folder: teachers.Teacher((folder,), (run.graphdef,), (run.params,))
         for folder, run in zip(("alone", name), models, strict=True)
-    ]
-    found = scores.score(cfg, store, "valid", scored, name)["alone"]["kl"]
+    }
+    found = scores.score_models(cfg, store, "valid", scored, name)["alone"]["kl"]
 
     def logits(run, b):
         model = nnx.merge(run.graphdef, run.params)

@@ -126,12 +126,12 @@ def test_choices_grow_and_are_renormalised():
 def test_balance():
     weights, _ = weights_and_segments()
     even = jnp.full((B, T, X), 1 / X)
-    assert abs(router.balance(even, jnp.asarray(weights))[0]) < 1e-5
+    assert abs(router.balance_experts(even, jnp.asarray(weights))[0]) < 1e-5
     uneven = jnp.asarray(softmax(normal(B, T, X), -1))
     mean = (weights[..., None] * uneven).sum((0, 1)) / weights.sum()
-    total, count = router.balance(uneven, jnp.asarray(weights))
+    total, count = router.balance_experts(uneven, jnp.asarray(weights))
     np.testing.assert_allclose(total / count, -np.log(X) - np.log(mean).mean(), rtol=1e-4)
-    nothing = router.balance(uneven, jnp.zeros((B, T)))
+    nothing = router.balance_experts(uneven, jnp.zeros((B, T)))
     assert nothing[0] == nothing[1] == 0
 
 
