@@ -20,7 +20,7 @@ from rich.table import Table
 
 from lm_jax import config, metrics, sharding, step
 from lm_jax.config import Config, rules
-from lm_jax.config.flags import misuse, parse
+from lm_jax.config.flags import misuse, parse_flags
 from lm_jax.data import windows
 from lm_jax.data.references import references
 from lm_jax.data.store import Store
@@ -179,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags.DEFINE_enum("split", "test", ["train", "valid", "test"], "What is scored.", given)
     stride = "Targets scored per window. Default: as in the run's config."
     flags.DEFINE_integer("stride", None, stride, flag_values=given)
-    parse(given, argv, __doc__)
+    parse_flags(given, argv, __doc__)
     folder = pathlib.Path(given.workdir)
     try:
         run = open_trained(folder)

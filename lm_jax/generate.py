@@ -20,7 +20,7 @@ from absl import flags
 from flax import nnx
 
 from lm_jax import config
-from lm_jax.config.flags import parse
+from lm_jax.config.flags import parse_flags
 from lm_jax.workdir import Trained, open_trained
 
 
@@ -237,7 +237,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags.DEFINE_integer("seed", 0, "The same seed gives the same samples.", flag_values=given)
     names = list(given)  # the arguments of `generate`
     flags.DEFINE_string("workdir", None, "Folder of the run.", given, required=True)
-    parse(given, argv, __doc__)
+    parse_flags(given, argv, __doc__)
     workdir = pathlib.Path(given.workdir)
     options: dict[str, Any] = {name: given[name].value for name in names}
     try:

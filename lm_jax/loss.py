@@ -52,7 +52,7 @@ class Scored(NamedTuple):
     correct: jax.Array  # where no token is more likely than the target
 
 
-def choose(impl: str, *, tokens: int, vocab_size: int) -> tuple[str, str]:
+def choose_impl(impl: str, *, tokens: int, vocab_size: int) -> tuple[str, str]:
     """The implementation that `impl` stands for on this device, and the reason.
 
     Args:
@@ -85,12 +85,12 @@ def from_hidden(
         head_VD: one row per vocabulary entry.
         b: what to predict.
         softcap: cap on the logits, 0 for none.
-        impl: see `choose`.
+        impl: see `choose_impl`.
         label_smoothing: e in the objective -sum_v ((1 - e) [v = target] + e / V) log p_v (Szegedy
             et al. 2016, section 7); `nats` stay those of the target.
         summed: else the terms of the sums are returned, for evaluation.
     """
-    impl, _ = choose(impl, tokens=b.targets.size, vocab_size=head_VD.shape[0])
+    impl, _ = choose_impl(impl, tokens=b.targets.size, vocab_size=head_VD.shape[0])
     if impl == "fused":
         return Scored(
             *linear_cross_entropy(

@@ -14,7 +14,7 @@ from ml_collections import config_flags
 
 from lm_jax import config
 from lm_jax.config import rules
-from lm_jax.config.flags import define_config, parse, run_name
+from lm_jax.config.flags import define_config, parse_flags, run_name
 from lm_jax.data.open import open_data
 
 
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags.mark_flag_as_required("config", given)
     folder = "Folder of the run; the same folder resumes it. Default: runs/<config>-<seed>."
     flags.DEFINE_string("workdir", None, folder, given)
-    parse(given, argv, __doc__)
+    parse_flags(given, argv, __doc__)
     keep_freed_memory()
 
     from lm_jax import preflight, sharding

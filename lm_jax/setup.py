@@ -92,7 +92,7 @@ class Setup:
         taught = verify(self.teacher, self.cfg, self.store) if self.teacher else []
         if jax.process_index() == 0:
             print(*taught, sep="\n", end="\n" if taught else "", flush=True)
-        examine(self.cfg, self.store, self.folder)
+        examine_run(self.cfg, self.store, self.folder)
         self.checkpoints.clear_best()
         workdir.clear_results(self.folder)
         shardings = sharding.by_shape(self.mesh, self.abstract)
@@ -234,7 +234,7 @@ def _choices(asked: Config, cfg: Config, store: Store, mesh: Mesh, epoch: int) -
     return (*lines, f"no weight decay on {len(kept)} leaves: {', '.join(kept)}")
 
 
-def examine(cfg: Config, store: Store, folder: pathlib.Path) -> None:
+def examine_run(cfg: Config, store: Store, folder: pathlib.Path) -> None:
     """Examine a new run; keep the findings in `doctor.json`, print what is not in order.
 
     Raises:

@@ -50,7 +50,7 @@ class TrainState(NamedTuple):
 def choose_loss(cfg: Config, vocab_size: int) -> tuple[str, str]:
     """The loss that a resolved config gets, by the size of a micro-batch, and the reason."""
     rows = cfg.data.batch_size // sharding.accumulation(cfg)
-    return losses.choose(cfg.loss.impl, tokens=rows * cfg.data.seq_len, vocab_size=vocab_size)
+    return losses.choose_impl(cfg.loss.impl, tokens=rows * cfg.data.seq_len, vocab_size=vocab_size)
 
 
 def init_state(cfg: Config, params: Params, beside: Params | None = None) -> TrainState:

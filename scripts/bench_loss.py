@@ -33,7 +33,7 @@ from absl import flags
 from benchmark import append, arguments, chosen, clock, machine, plot, take_turns, together, words
 
 from lm_jax import loss
-from lm_jax.kernels.linear_divergence import Member, linear_distillation
+from lm_jax.kernels.linear_divergence import Member, linear_divergence
 from lm_jax.kernels.linear_loss import linear_cross_entropy
 from lm_jax.main import keep_freed_memory
 from lm_jax.models.layers import head_logits
@@ -127,7 +127,7 @@ def jax_peers(case: Case, chunk_rows: list[int]) -> dict[str, Callable[..., jax.
     def ours(*args, chunk_rows=None):
         if case.kind == "divergence":
             x, head, y, other, weights = args
-            return linear_distillation(
+            return linear_divergence(
                 x, head, [Member(y, other)], weights, kind="forward", chunk_rows=chunk_rows
             ).objective
         return linear_cross_entropy(*args, chunk_rows=chunk_rows).objective

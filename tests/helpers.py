@@ -54,7 +54,7 @@ def examine_distillation_of(cfg):
     """That part of the preflight alone, for the others compile about as long again."""
     store = open_data(rules.validate(cfg))
     cfg = resolve(cfg, windows=50)
-    return distill.examine(cfg, run.Small(cfg, store).cfg, store)
+    return distill.examine_teaching(cfg, run.Small(cfg, store).cfg, store)
 
 
 def random_batch(rng, shape, vocab_size, *, documents=3, padded=0):

@@ -22,9 +22,29 @@ ORDER = (
 FILES = {path: ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
 IDS = {path: str(path.relative_to(PACKAGE)) for path in FILES}
 
-LONG_FUNCTIONS: set[str] = set()
-LONG_FILES: set[str] = set()
-CODE_LINES = 0
+LONG_FUNCTIONS = {
+    "doctor/data/examine.py:examine_data",
+    "doctor/data/overlap.py:document_containment",
+    "doctor/distill/examine.py:examine_distillation",
+    "doctor/log/examine.py:examine_log",
+    "doctor/log/loss.py:fall",
+    "doctor/log/subject.py:read_log",
+    "doctor/model/examine.py:examine_model",
+    "doctor/optimiser/examine.py:examine_optimiser",
+}
+LONG_FILES = {
+    "doctor/arms/examine.py",
+    "doctor/distill/divergence.py",
+    "doctor/eval/examine.py",
+    "doctor/log/evaluation.py",
+    "doctor/log/loop.py",
+    "doctor/log/loss.py",
+    "doctor/log/subject.py",
+    "doctor/model/causality.py",
+    "doctor/optimiser/examine.py",
+    "doctor/training/examine.py",
+}
+CODE_LINES = 17_907
 
 
 def room(path: pathlib.Path) -> str:

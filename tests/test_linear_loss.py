@@ -16,7 +16,7 @@ import pytest
 
 from lm_jax.kernels import linear_loss
 from lm_jax.kernels.chunks import rows_per_chunk
-from lm_jax.kernels.linear_divergence import Member, linear_distillation
+from lm_jax.kernels.linear_divergence import Member, linear_divergence
 from lm_jax.kernels.linear_loss import linear_cross_entropy
 from lm_jax.models.layers import head_logits
 from tests.differences import check_gradient
@@ -334,7 +334,7 @@ def traced(f, *args):
 
 def distil(x, head, y, other, weights, *, temperature=1.0, teacher_softcap=0.0, **options):
     """Without the factor temperature^2, unless given."""
-    return linear_distillation(
+    return linear_divergence(
         x,
         head,
         [Member(y, other, teacher_softcap)],
@@ -582,7 +582,7 @@ def test_divergence_of_extreme_logits_is_finite(kind, beta):
 def test_divergence_names_the_option(options, message):
     with pytest.raises(ValueError, match=message):
         x, head, y, other, weights = pair()
-        linear_distillation(x, head, [Member(y, other)], weights, **options)
+        linear_divergence(x, head, [Member(y, other)], weights, **options)
 
 
 def test_divergence_needs_one_vocabulary():

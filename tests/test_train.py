@@ -326,7 +326,7 @@ def test_divergence_stops_with_the_reason(text, tmp_path, capsys):
 def test_what_metrics_rule_out_is_told_once_while_training(
     text, tmp_path, monkeypatch, capsys, changes, told
 ):
-    monkeypatch.setattr(setup, "examine", lambda *_: None)
+    monkeypatch.setattr(setup, "examine_run", lambda *_: None)
     cfg = small(text, doctor="fast", train__eval_every="3", optim__clip_norm=100.0)
     train.train_and_evaluate(config.replace(cfg, **changes), tmp_path)
     lines = capsys.readouterr().out.splitlines()

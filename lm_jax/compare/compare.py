@@ -44,7 +44,7 @@ from absl import flags
 from lm_jax import metrics
 from lm_jax.compare import page, ranking, tables
 from lm_jax.compare.runs import Arm, Run, group_runs, load_run
-from lm_jax.config.flags import misuse, parse
+from lm_jax.config.flags import misuse, parse_flags
 from lm_jax.files import finite_or_none, write_json
 
 _FEW_DOCUMENTS = 20
@@ -276,7 +276,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags.DEFINE_enum("split", "test", ["train", "valid", "test"], "Whose scores.", given)
     out = "Folder for compare.md, compare.json and compare.html."
     flags.DEFINE_string("out", None, out, given)
-    folders = parse(given, argv, main.__doc__, others=True)
+    folders = parse_flags(given, argv, main.__doc__, others=True)
     if not folders:
         misuse("no RUN is given; give the workdirs of finished runs.")
     try:

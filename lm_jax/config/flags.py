@@ -51,7 +51,7 @@ def override_paths(argv: Sequence[str]) -> list[str]:
     return [match[1] for match in found if match]
 
 
-def parse(
+def parse_flags(
     given: flags.FlagValues, argv: Sequence[str] | None, about: str | None, *, others: bool = False
 ) -> list[str]:
     """Parse a command's arguments; `--help` ends it with exit code 0, a mistake with 2.

@@ -13,7 +13,7 @@ from lm_jax.config import INSIDE, ROUTED, STATES, Config, ConfigError, Curve, Mo
 from lm_jax.distill import terms
 from lm_jax.distill.router import Router
 from lm_jax.distill.teachers import Reading, Teacher
-from lm_jax.kernels.linear_divergence import linear_distillation
+from lm_jax.kernels.linear_divergence import linear_divergence
 from lm_jax.loss import Batch, Shifted, shift
 from lm_jax.models.layers import Linear
 from lm_jax.models.transformer import Observed
@@ -157,7 +157,7 @@ class Distilled:
         else:
             x_BTD = model(*read, dtype=dtype, key=key)
         reading = self.teacher.read(reads, rows, b, dtype, inside=inside)
-        found = linear_distillation(
+        found = linear_divergence(
             x_BTD,
             model.head_VD(),
             reading.kept or reading.members,

@@ -58,7 +58,7 @@ def choose(
         for name in ("cudnn", "pallas")
     }
     if not refused["cudnn"]:
-        times = measured.find(device.device_kind, dtype, head_dim, seq_len, segments)
+        times = measured.times_of(device.device_kind, dtype, head_dim, seq_len, segments)
         if times is None:
             return "cudnn", facts
         faster = "cudnn" if refused["pallas"] or times.cudnn <= times.pallas else "pallas"

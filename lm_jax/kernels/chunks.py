@@ -43,7 +43,7 @@ def _width(shape: tuple[int, ...], chunk_rows: int | None) -> int:
     return max(1, -(-T // chunks))
 
 
-def operand(head_VD: jax.Array, dtype: jnp.dtype) -> jax.Array:
+def head_operand(head_VD: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """The head in the dtype of the product; in 16 bits with rows of 0 up to a multiple of 64.
 
     The gradient of the logits then has rows that tensor cores can read.
@@ -103,7 +103,7 @@ def _scan(how: How, x_BTD, head_VD, weights_BT, rows, shared, *, differentiate: 
     # Small probabilities times a weight would underflow in float16.
     scale = 2.0**10 if x_BTD.dtype == jnp.float16 else 1.0
     V = head_VD.shape[0]
-    operand_VD = operand(head_VD, x_BTD.dtype)
+    operand_VD = head_operand(head_VD, x_BTD.dtype)
     width = _width(x_BTD.shape, how.chunk_rows)
     chunks = max(1, -(-T // width))
 

@@ -39,7 +39,7 @@ def check(kind: str, beta: float) -> None:
 def over(
     taught: jax.Array | Kept, log_q: jax.Array, kind: Kind, beta: float, support: Support, k: int
 ) -> jax.Array:
-    """Divergence over a support, see `linear_distillation`; what is kept decides on its own."""
+    """Divergence over a support, see `linear_divergence`; what is kept decides on its own."""
     if not isinstance(taught, Kept) and support == "top_k":
         taught = most_likely(taught, k)
     if isinstance(taught, Kept):

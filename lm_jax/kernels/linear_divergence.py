@@ -28,7 +28,7 @@ class Groups(NamedTuple):
     aligned_BT: jax.Array  # factor of each position's divergence
 
 
-class Distilled(NamedTuple):
+class Diverged(NamedTuple):
     """Sums over weighted tokens; float32 (float64 for float64 inputs)."""
 
     objective: jax.Array  # what to minimise; the only differentiable one
@@ -38,7 +38,7 @@ class Distilled(NamedTuple):
     correct: jax.Array  # weight of the positions where no token is more likely than the target
 
 
-def linear_distillation(
+def linear_divergence(
     x_BTD: jax.Array,
     head_VD: jax.Array,
     teacher: Sequence[Member] | Kept,
@@ -55,7 +55,7 @@ def linear_distillation(
     groups: Groups | None = None,
     softcap: float = 0.0,
     chunk_rows: int | None = None,
-) -> Distilled:
+) -> Diverged:
     """Summed divergence of a student from its teacher, and cross-entropy, of the same logits.
 
         objective = sum_bt w (kd T^2 divergence + lm nats)
@@ -93,7 +93,7 @@ def linear_distillation(
     _check(head_VD.shape[0], teacher, kind, temperature, beta, support, top_k, groups)
     members = () if isinstance(teacher, Kept) else tuple(teacher)
     taught: Any = tuple(m.x_BTE for m in members) or teacher
-    heads = tuple(chunks.operand(m.head_UE, m.x_BTE.dtype) for m in members)
+    heads = tuple(chunks.head_operand(m.head_UE, m.x_BTE.dtype) for m in members)
 
     usual = len(members) == 1 and kind == "forward" and support == "full" and groups is None
 
@@ -147,7 +147,7 @@ def linear_distillation(
     of_ids: tuple[jax.Array, ...] = ()
     if groups is not None:
         aligned_BT, of_ids = groups.aligned_BT, (groups.student_V, groups.teacher_U)
-    return Distilled(
+    return Diverged(
         *chunks.sums(
             chunks.How(score, softcap, chunk_rows),
             x_BTD,
@@ -190,7 +190,7 @@ def _forward_kl(z_NV, y_NV, target_N, weights_N, temperature, kd, lm):
 
 
 def _check(V, teacher, kind, temperature, beta, support, top_k, groups) -> None:
-    """Raise the errors of `linear_distillation`."""
+    """Raise the errors of `linear_divergence`."""
     divergences.check(kind, beta)
     if isinstance(temperature, int | float) and not temperature > 0:
         raise ValueError(f"temperature: {temperature} must be above 0.")

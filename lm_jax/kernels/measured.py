@@ -31,7 +31,9 @@ ATTENTION: tuple[Times, ...] = (
 )
 
 
-def find(device_kind: str, dtype: Any, head_dim: int, seq_len: int, segments: bool) -> Times | None:
+def times_of(
+    device_kind: str, dtype: Any, head_dim: int, seq_len: int, segments: bool
+) -> Times | None:
     """The times in this shape on this kind of device; None where none were measured."""
     shape = (device_kind, jnp.dtype(dtype).name, head_dim, seq_len, segments)
     return next((times for times in ATTENTION if times[:5] == shape), None)

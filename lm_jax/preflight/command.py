@@ -17,7 +17,7 @@ from absl import flags
 from rich.console import Console
 
 from lm_jax import doctor, preflight
-from lm_jax.config.flags import define_config, misuse, parse
+from lm_jax.config.flags import define_config, misuse, parse_flags
 from lm_jax.doctor.findings import require
 from lm_jax.doctor.log.subject import number, read_log
 
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = flags.FlagValues()
     define_config(given, argv)
     _define(given)
-    if others := parse(given, argv, __doc__, others=True):
+    if others := parse_flags(given, argv, __doc__, others=True):
         misuse(f"{others[0]}: not a flag; give files as --config=, --workdir= or --log=.")
     if sum(given[name].value is not None for name in ("config", "workdir", "log")) != 1:
         misuse("give one of --config, --workdir and --log.")

@@ -13,7 +13,7 @@ from lm_jax.doctor.findings import Report
 _SPLITS = ("valid", "test")
 
 
-def examine(cfg: Config, store: Store, windows: int) -> Report:
+def examine_splits(cfg: Config, store: Store, windows: int) -> Report:
     """The splits, and the first batches of two epochs."""
     splits = {name: store.split(name) for name in ("train", *_SPLITS) if name in _names(store)}
     tokenizer = store.tokenizer

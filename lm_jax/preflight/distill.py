@@ -21,13 +21,13 @@ from lm_jax.distill.opening import open_teacher
 from lm_jax.doctor.distill.examine import examine_distillation
 from lm_jax.doctor.findings import Report
 from lm_jax.kernels import divergences
-from lm_jax.kernels.linear_divergence import Member, linear_distillation
+from lm_jax.kernels.linear_divergence import Member, linear_divergence
 from lm_jax.models.families import choose_attention, create_model
 
 ROWS, CALLS = 4, 3
 
 
-def examine(cfg: Config, small: Config, store: Store) -> Report:
+def examine_teaching(cfg: Config, small: Config, store: Store) -> Report:
     """All checks of a distillation.
 
     Args:
@@ -187,7 +187,7 @@ class _Preflight:
     def kd_fn(self, student, teacher, weights, temperature, top_k=0, support="full"):
         """The run's divergence of logits, through heads that copy."""
         head = jnp.eye(student.shape[-1], dtype=student.dtype)
-        found = linear_distillation(
+        found = linear_divergence(
             student,
             head,
             [Member(teacher, head)],

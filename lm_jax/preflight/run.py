@@ -57,11 +57,11 @@ def examine_config(cfg: Config, *, level: str = "fast", store: Store | None = No
     split = store.split("train")
     windows = pipeline.count_windows(split, cfg.data.seq_len, cfg.data.window_offset)
     cfg = resolve(cfg, windows=windows)
-    report = data.examine(cfg, store, windows)
+    report = data.examine_splits(cfg, store, windows)
     small = Small(cfg, store)
     report += small.model() + small.loss() + small.optimiser()
     if cfg.distill.teachers or cfg.distill.cache:
-        report += distill.examine(cfg, small.cfg, store)
+        report += distill.examine_teaching(cfg, small.cfg, store)
     if level == "full":
         report += small.training() + small.gradients() + small.attention() + small.evaluation()
     return report

@@ -7,7 +7,7 @@ import pytest
 from scipy.special import log_softmax, logsumexp
 
 from lm_jax.kernels import divergences
-from lm_jax.kernels.linear_divergence import Groups, Member, linear_distillation
+from lm_jax.kernels.linear_divergence import Groups, Member, linear_divergence
 from lm_jax.kernels.linear_loss import linear_cross_entropy
 
 B, T, D, E, V = 2, 5, 6, 4, 23
@@ -45,7 +45,7 @@ def logits(x, head):
 
 def run(teacher, x, head, weights, targets=None, **options):
     options = {"kind": "forward", "beta": 0.3, "chunk_rows": 4, **options}
-    return linear_distillation(x, head, teacher, weights, targets, **options)
+    return linear_divergence(x, head, teacher, weights, targets, **options)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm_jax.kernels.linear_divergence import Member, linear_distillation
+from lm_jax.kernels.linear_divergence import Member, linear_divergence
 
 V, TOKENS = 512, 200
 TEMPERATURES = (1.0, 1.5, 2.0, 3.0, 4.0, 8.0)
@@ -35,7 +35,7 @@ def measured():
     head, weights = jnp.eye(V), jnp.full((1, TOKENS), 1 / TOKENS)
 
     def loss(student, temperature):
-        found = linear_distillation(
+        found = linear_divergence(
             student, head, [Member(teacher, head)], weights, kind="forward", temperature=temperature
         )
         return found.objective, found.divergence

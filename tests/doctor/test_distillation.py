@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lm_jax.doctor.distill.examine import examine_distillation
-from lm_jax.kernels.linear_divergence import Member, linear_distillation
+from lm_jax.kernels.linear_divergence import Member, linear_divergence
 from tests.doctor import toy_distillation as toy
 from tests.doctor.toy_distillation import V, kl
 
@@ -61,7 +61,7 @@ def test_silent_on_the_divergence_of_this_package(kind):
     @functools.partial(jax.jit, static_argnums=3)
     def kd_fn(student, teacher, weights, temperature):
         head = jnp.eye(student.shape[-1], dtype=student.dtype)
-        found = linear_distillation(
+        found = linear_divergence(
             student,
             head,
             [Member(teacher, head)],
