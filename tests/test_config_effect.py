@@ -307,7 +307,7 @@ def loop(cfg, workdir):
         return eval_step
 
     class Checkpoints(checkpoint.Checkpoints):
-        def save_tokenizer(self, state, manifest, *, best=False):
+        def save(self, state, manifest, *, best=False):
             seen["saved"].append((manifest["position"], best))
             super().save(state, manifest, best=best)
 

@@ -1,6 +1,8 @@
 """The whole path against an oracle: a source whose entropy rate is known."""
 
+import json
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -26,6 +28,9 @@ def test_quickstart_comes_down_to_the_entropy_rate(tmp_path):
         command += [f"--workdir={workdir}", f"--config.data.cache_dir={cache_dir}"]
         # Optimised, as users run it.
         subprocess.run(command, cwd=ROOT, env=os.environ | {"XLA_FLAGS": ""}, check=True)
+    examined = json.loads((pathlib.Path(workdir) / "doctor.json").read_text())["findings"]
+    statuses = [finding["status"] for finding in examined]
+    assert {"fail", "warn"}.isdisjoint(statuses) and statuses.count("pass") > 50
     store = open_data(cfg)
     results = train_and_evaluate(cfg, workdir)
     source = MarkovSource()

@@ -19,7 +19,7 @@ from lm_jax.data import windows
 from lm_jax.data.open import open_data
 from lm_jax.distill import cache, scores, teachers
 from lm_jax.distill.opening import open_teacher, verify
-from lm_jax.preflight import Unfit, examine_config
+from lm_jax.preflight import examine_config
 from lm_jax.signals import Interrupted
 from lm_jax.workdir import open_trained
 from tests.distill.toys import EVERYTHING
@@ -193,7 +193,8 @@ def kept(text, runs):
 
 def test_a_cache_teaches_as_its_teacher_does(text, runs, kept, tmp_path):
     live = student(text, distill__teachers=str(runs / "teacher-0"), **CACHED)
-    from_disk = student(text, distill__cache=str(kept), **CACHED, seed=0, doctor="fast")
+    from_disk = student(text, distill__cache=str(kept), **CACHED, seed=0)
+    assert not examine_distillation_of(from_disk).failed
     found = []
     for name, cfg in (("live", live), ("disk", from_disk)):
         train.train_and_evaluate(cfg, tmp_path / name)
@@ -324,7 +325,7 @@ def test_the_preflight_sees_a_gradient_of_the_teacher_by_any_term(text, runs, mo
     assert "distill.teacher_gradient" in scores.failed, scores["distill.teacher_gradient"].evidence
 
 
-def test_the_preflight_refuses_targets_that_are_not_the_teachers(text, runs, monkeypatch, tmp_path):
+def test_the_preflight_sees_targets_that_are_not_the_teachers(text, runs, monkeypatch):
     read = teachers.Teacher.read
 
     def late(self, params, batch, b, dtype, *, inside):
@@ -333,6 +334,5 @@ def test_the_preflight_refuses_targets_that_are_not_the_teachers(text, runs, mon
         return reading._replace(members=shifted)
 
     monkeypatch.setattr(teachers.Teacher, "read", late)
-    cfg = student(text, distill__teachers=str(runs / "teacher-0"), doctor="fast")
-    with pytest.raises(Unfit, match="distill.alignment"):
-        train.train_and_evaluate(cfg, tmp_path)
+    cfg = student(text, distill__teachers=str(runs / "teacher-0"))
+    assert "distill.alignment" in examine_distillation_of(cfg).failed

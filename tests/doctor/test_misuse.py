@@ -13,10 +13,6 @@ def logits(tokens):
     return np.zeros((*tokens.shape, 5), np.float32)
 
 
-def loss(logits, tokens, weights):
-    return 0.0, weights.sum()
-
-
 def scalar(params):
     return (params["a"] ** 2).sum()
 
@@ -25,6 +21,7 @@ def train(state, tokens):
     return state
 
 
+# Whole numbers are refused by one function: here what is none, with each family what is too small.
 MISUSES = [
     (doctor.examine_model, (logits,), dict(vocab_size="5", seq_len=8), "vocab_size='5'"),
     (doctor.examine_model, (logits,), dict(vocab_size=5, seq_len=2.5), "seq_len=2.5"),
@@ -41,8 +38,6 @@ MISUSES = [
         dict(vocab_size=5, seq_len=8, init_std={"a": None}),
         "init_std is",
     ),
-    (doctor.examine_loss, (loss,), dict(vocab_size=None, seq_len=8), "vocab_size=None"),
-    (doctor.examine_loss, (loss,), dict(vocab_size=5, seq_len="x"), "seq_len='x'"),
     (doctor.examine_gradients, (scalar, {"a": np.ones(2)}), dict(unused=5), "unused=5"),
     (doctor.examine_gradients, (scalar, {"a": "text"}), {}, "no floating-point leaf"),
     (
@@ -51,14 +46,12 @@ MISUSES = [
         dict(vocab_size=5, seq_len=8, smallest_leak="x"),
         "smallest_leak is 'x'",
     ),
-    (doctor.examine_evaluation, (), dict(vocab_size="a", seq_len=8), "vocab_size='a'"),
     (
         doctor.examine_evaluation,
         (),
         dict(vocab_size=5, seq_len=8, strides=[None]),
         "strides=None",
     ),
-    (doctor.examine_optimiser, (), dict(steps="a"), "steps='a'"),
     (doctor.examine_optimiser, (), dict(clip_norm="a"), "clip_norm"),
     (doctor.examine_optimiser, (), dict(params={}), "params"),
     (doctor.examine_distillation, (), dict(vocab_size=8, beta="a"), "beta"),
