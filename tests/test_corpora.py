@@ -125,13 +125,13 @@ def test_a_wikitext_file_that_changes_while_it_is_read_is_refused(tmp_path, text
 
 def test_a_wikitext_file_that_changes_while_the_corpus_is_opened_is_refused(tmp_path, monkeypatch):
     source = _wikitext_files(tmp_path / "s")
-    pieces = wikitext.pieces
+    pieces = wikitext.pieces_of
 
     def change_then(path):
         (tmp_path / "s" / "wiki.train.tokens").write_text(ARTICLE.format("Other", "text"))
         return pieces(path)
 
-    monkeypatch.setattr(wikitext, "pieces", change_then)
+    monkeypatch.setattr(wikitext, "pieces_of", change_then)
     with pytest.raises(ValueError, match=r"wiki\.train\.tokens has changed since it was hashed"):
         _open(tmp_path, "wikitext2", source_dir=source)
 

@@ -92,9 +92,11 @@ def test_a_file_with_several_names_is_found_once_by_the_first(tmp_path):
     (tmp_path / "c.txt").symlink_to(tmp_path / "data" / "a.txt")
     (tmp_path / "data" / "up").symlink_to(tmp_path)
     once = [tmp_path / "c.txt", tmp_path / "data" / "b.txt"]
-    assert files.find("**/*.txt", "files", tmp_path) == once
-    assert files.find(f"{tmp_path}/data/b.txt, c.txt,data/../c.txt", "files", tmp_path) == once
-    assert len(files.find("b.txt,../data/b.txt", "files", tmp_path / "data")) == 1
+    assert files.find_files("**/*.txt", "files", tmp_path) == once
+    assert (
+        files.find_files(f"{tmp_path}/data/b.txt, c.txt,data/../c.txt", "files", tmp_path) == once
+    )
+    assert len(files.find_files("b.txt,../data/b.txt", "files", tmp_path / "data")) == 1
 
 
 @pytest.mark.parametrize("name", ["set[1]", "a*", "what?", "**"])
@@ -102,14 +104,14 @@ def test_only_the_pattern_is_one_and_not_the_folder(tmp_path, name):
     for folder in (name, "set1", "ab", "whatt"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "x.txt").write_text("x")
-    found = files.find("*.txt", "files", tmp_path / name)
+    found = files.find_files("*.txt", "files", tmp_path / name)
     assert found == [tmp_path / name / "x.txt"]
 
 
 @pytest.mark.parametrize("patterns", ["", ",", " , "])
 def test_no_pattern_is_an_error(patterns):
     with pytest.raises(ValueError, match=r"data\.valid_files is empty: .*\.valid_files=PATH.*\.$"):
-        files.find(patterns, "valid_files", None)
+        files.find_files(patterns, "valid_files", None)
 
 
 @pytest.mark.parametrize("block", range(1, 9))

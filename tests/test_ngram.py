@@ -4,7 +4,7 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
-from lm_jax.data.ngram import nats, references, unigram_nats
+from lm_jax.data.ngram import nats, perplexities, unigram_nats
 from tests.helpers import shared_data
 
 
@@ -105,7 +105,7 @@ def test_unigram_adds_one_when_a_token_is_unknown():
 
 def test_references_are_perplexities_of_the_named_predictors():
     train_ids, ids = random_text(7, 500, 30), random_text(8, 100, 30)
-    result = references(train_ids, ids, vocab_size=30, start=0, orders=(2, 4))
+    result = perplexities(train_ids, ids, vocab_size=30, start=0, orders=(2, 4))
     assert list(result) == ["uniform", "unigram", "kn2", "kn4"]
     assert result["uniform"] == 30
     kn4 = nats(train_ids, ids, 4, vocab_size=30, start=0)
@@ -117,7 +117,7 @@ def test_an_empty_split_is_refused(train_ids, ids):
     arrays = np.array(train_ids, np.uint16), np.array(ids, np.uint16)
     message = f"{len(train_ids)} to fit and {len(ids)} to score"
     with pytest.raises(ValueError, match=message):
-        references(*arrays, vocab_size=2, start=0)
+        perplexities(*arrays, vocab_size=2, start=0)
     with pytest.raises(ValueError, match=message):
         nats(*arrays, 2, vocab_size=2, start=0)
 
@@ -138,5 +138,5 @@ def test_wikitext_2_gives_the_known_perplexities():
     }
     for name, expected in known.items():
         options = dict(vocab_size=len(number), start=number["<eos>"])
-        found = references(splits["train"], splits[name], orders=(2, 3, 5), **options)
+        found = perplexities(splits["train"], splits[name], orders=(2, 3, 5), **options)
         assert {key: round(value, 1) for key, value in found.items()} == expected

@@ -158,7 +158,6 @@ def test_a_long_file_is_read_in_bounded_memory(tmp_path, monkeypatch):
 
 def test_errors_name_the_place_in_a_later_piece(tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "PIECE", 20)
-    monkeypatch.setattr(files, "BLOCK", 7)
     path = tmp_path / "t.jsonl"
     path.write_text('{"text": "a"}\n\n' * 10 + '{"text": 3}\n')
     with pytest.raises(ValueError, match=r"t\.jsonl, line 21 has no text field 'text' but"):
@@ -278,7 +277,7 @@ def test_parquet_without_its_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(ValueError, match=r"pip install 'lm_jax\[parquet\]'\.$"):
-        shards.parse("parquet:text")
+        shards.parse_format("parquet:text")
 
 
 def test_parquet_columns_of_other_string_types(tmp_path):

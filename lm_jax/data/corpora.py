@@ -35,10 +35,10 @@ class Corpus:
     """
 
     name: str
-    fingerprint: str  # sha256 of what defines the documents
+    fingerprint: str  # sha256 of what defines the documents and their splits
     splits: Mapping[str, Sequence[Documents]]
     entropy_rate: float | None = None  # nats per symbol, where it is known
-    files: Sequence[Hashed] = ()  # those it is read from, as the fingerprint knows them
+    files: Sequence[Hashed] = ()  # the files it is read from, as they were hashed
 
     def documents(self, split: str) -> Iterator[str]:
         """All documents of a split, in order."""
@@ -63,10 +63,14 @@ def open_corpus(
     files, valid_files, test_files: paths or globs of corpus "text", separated by commas.
     document: what one document of corpus "text" is: "file", "line", "jsonl:FIELD",
         "parquet:FIELD", "arrayrecord" (each record is a text) or "arrayrecord:FIELD" (JSON).
-    valid_fraction, test_fraction: share held out where the corpus has no such split, by the hash
-        of the document's content, which is its id; of a single document the end is held out, in
-        characters.
+    valid_fraction, test_fraction: share of the documents held out where the corpus has no such
+        split, chosen by the hash of their content; of a single document the end is held out, as a
+        share of its characters.
     cache_dir: downloads and prepared data sets live here.
+
+    Raises:
+        ValueError: if an option or a file does not fit.
+        FileNotFoundError: if a file does not exist or cannot be downloaded.
     """
     cache = Path(cache_dir).expanduser()
     source = Path(source_dir).expanduser() if source_dir else None
@@ -112,8 +116,8 @@ def _wikitext(name: str, source: Path | None, cache: Path) -> Corpus:
     source = source or wikitext.download(name, cache)
     paths = [source / file for file in wikitext.FILES.values()]
     hashed = source_files.hash_files(paths, cache, text=True)
-    splits = {split: wikitext.pieces(source / file) for split, file in wikitext.FILES.items()}
-    source_files.refuse_changed(hashed)  # since what was cut is now known by its stamp alone
+    splits = {split: wikitext.pieces_of(source / file) for split, file in wikitext.FILES.items()}
+    source_files.refuse_changed(hashed)  # from here on the stamp alone tells
     fingerprint = _fingerprint(name, [file.sha256 for file in hashed])
     return Corpus(name, fingerprint, splits, files=hashed)
 
@@ -125,23 +129,23 @@ def _text(
     document: str,
     held_out: dict[str, float],
 ) -> Corpus:
-    kind, _ = shards.parse(document)
+    kind, _ = shards.parse_format(document)
     fields = {"train": "files", "valid": "valid_files", "test": "test_files"}
     paths = {
-        split: source_files.find(value, fields[split], source)
+        split: source_files.find_files(value, fields[split], source)
         for split, value in patterns.items()
         if value or split == "train"
     }
     text = kind in ("file", "line", "jsonl")
     hashed = {split: source_files.hash_files(of, cache, text=text) for split, of in paths.items()}
     hashes = {split: [file.sha256 for file in of] for split, of in hashed.items()}
-    # Equal documents are as good as any, and of format "file" each file is one.
+    # With format "file" a file is a document, and a document may occur twice.
     source_files.refuse_equal(hashed, within_splits=kind != "file")
 
     splits = {split: shards.pieces(of, document) for split, of in paths.items()}
     files = list(itertools.chain(*hashed.values()))
-    source_files.refuse_changed(files)  # since what was cut is now known by its stamp alone
-    shares = {split: held_out[split] for split in held_out if split not in paths}
+    source_files.refuse_changed(files)  # from here on the stamp alone tells
+    shares = {split: share for split, share in held_out.items() if split not in paths}
     splits = _hold_out(splits, shares)
     return Corpus("text", _fingerprint(document, shares, hashes), splits, files=files)
 
@@ -180,17 +184,11 @@ def _tfds(name: str, data_dir: Path, held_out: dict[str, float]) -> Corpus:
             f"data.corpus='tfds:{name}' has no train split but {sorted(builder.info.splits)}: "
             "choose another data set."
         )
-    shares = {split: held_out[split] for split in held_out if available[split] is None}
-    splits = {
-        split: _tfds_pieces(builder, own, feature)
-        for split, own in available.items()
-        if own is not None
-    }
-    sizes = {
-        own: (builder.info.splits[own].num_examples, builder.info.splits[own].num_bytes)
-        for own in available.values()
-        if own is not None
-    }
+    shares = {split: share for split, share in held_out.items() if available[split] is None}
+    present = {split: own for split, own in available.items() if own is not None}
+    splits = {split: _tfds_pieces(builder, own, feature) for split, own in present.items()}
+    infos = {own: builder.info.splits[own] for own in present.values()}
+    sizes = {own: (info.num_examples, info.num_bytes) for own, info in infos.items()}
     fingerprint = _fingerprint(builder.info.full_name, feature, sizes, shares)
     return Corpus(f"tfds:{name}", fingerprint, _hold_out(splits, shares))
 
@@ -253,9 +251,9 @@ def _hold_out(
 
 
 def _choose_documents(documents: Documents, split: str, shares: dict[str, float]) -> Iterator[str]:
-    """Documents of the split's share by their ids, the hashes of their content.
+    """The documents of a split, chosen by the hash of their content.
 
-    Equal documents have one id and stay together, and how files are cut or ordered does not matter.
+    Equal documents stay together, and neither the order of the files nor their pieces matter.
     """
     for text in documents():
         digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
@@ -272,15 +270,15 @@ def _choose_documents(documents: Documents, split: str, shares: dict[str, float]
 def _cut_document(
     pieces: Sequence[Documents], split: str, shares: dict[str, float]
 ) -> Iterator[str]:
-    """The split's stretch of a single document: train first, then valid, then test."""
+    """A split's stretch of a single document: train first, then valid, then test."""
     text = "".join(shards.chain(pieces))
-    # As decimal shares: 0.7 + 0.1 of 20 characters are 16 and not 15.999.
+    # Decimal fractions: 0.7 + 0.1 of 20 characters are 16, not 15.999.
     held_out = {name: fractions.Fraction(str(share)) for name, share in shares.items()}
     share_by_split = {"train": 1 - sum(held_out.values()), **held_out}
     ends = itertools.accumulate(share_by_split.values(), initial=fractions.Fraction(0))
     bounds = [int(end * len(text)) for end in ends]
     place = list(share_by_split).index(split)
-    text = text[bounds[place] : bounds[place + 1]]  # of which no whole copy need stay
+    text = text[bounds[place] : bounds[place + 1]]  # frees the full text
     yield text
 
 

@@ -1,4 +1,4 @@
-"""The files of a corpus: which they are, what they hold, and that they stay as they were hashed."""
+"""The files of a corpus: found, hashed, and refused if they change or are equal."""
 
 import codecs
 import contextlib
@@ -10,6 +10,8 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from lm_jax.files import write_text
 
 BLOCK = 1 << 20  # bytes read at once
 SETTLED = 2 * 10**9  # nanoseconds after which a change of a file is sure to change its time stamp
@@ -23,19 +25,23 @@ class Hashed(NamedTuple):
     path: Path
     stamp: Stamp
     sha256: str
-    settled: bool  # any change from then on gives another stamp
+    settled: bool  # any later change gives another stamp
 
 
 def stamp(path: Path) -> Stamp:
-    """What differs once a file has changed."""
+    """Size and change time of a file; a change of the file changes it."""
     stat = path.stat()
     return stat.st_size, stat.st_ctime_ns
 
 
-def find(patterns: str, name: str, source: Path | None) -> list[Path]:
+def find_files(patterns: str, name: str, source: Path | None) -> list[Path]:
     """The files that comma-separated paths and globs of the field `data.NAME` name, sorted.
 
-    A file with several names, as by links, is there once, by the first of them.
+    A file with several names, by links for example, is listed once, under the first.
+
+    Raises:
+        ValueError: if there is no pattern.
+        FileNotFoundError: if a pattern matches no file.
     """
     split = [pattern for part in patterns.split(",") if (pattern := part.strip())]
     if not split:
@@ -46,7 +52,7 @@ def find(patterns: str, name: str, source: Path | None) -> list[Path]:
     found: set[Path] = set()
     for pattern in split:
         path = Path(source or "", os.path.expanduser(pattern))
-        # Only the pattern is one: a folder may well be called [1].
+        # The source folder is no pattern: it may be called [1].
         matches = glob.glob(os.path.expanduser(pattern), root_dir=source, recursive=True)
         named = [path] if path.is_file() else [Path(source or "", match) for match in matches]
         files = [match for match in named if match.is_file()]
@@ -63,9 +69,13 @@ def find(patterns: str, name: str, source: Path | None) -> list[Path]:
 
 
 def hash_files(paths: Sequence[Path], cache: Path, *, text: bool) -> list[Hashed]:
-    """Hashes files that must exist, hold something and, if `text`, be UTF-8.
+    """Hashes files, which must not be empty and, if `text`, must be UTF-8.
 
     The sha256 of unchanged files are remembered in the folder `cache`, by path and stamp.
+
+    Raises:
+        FileNotFoundError: if a file does not exist.
+        ValueError: if a file is empty, or not UTF-8.
     """
     memory = cache / "file_hashes.json"
     known = _remembered(memory)
@@ -78,19 +88,17 @@ def hash_files(paths: Sequence[Path], cache: Path, *, text: bool) -> list[Hashed
         settled = now - changed > SETTLED
         before = known.get(key)
         if isinstance(before, list) and before[:-1] == entry:
-            hashed.append(Hashed(path, (size, changed), before[-1], settled))
-            continue
-        if size == 0:
+            sha256 = before[-1]
+        elif size == 0:
             raise ValueError(f"{path} is empty: give the file its text or leave it out.")
-        sha256 = _hash(path, text)
+        else:
+            sha256 = _hash(path, text)
+            if settled:
+                fresh[key] = [*entry, sha256]
         hashed.append(Hashed(path, (size, changed), sha256, settled))
-        if settled:
-            fresh[key] = [*entry, sha256]
     if fresh:
         cache.mkdir(parents=True, exist_ok=True)
-        partial = memory.with_name(f".{memory.name}.{os.getpid()}")
-        partial.write_text(json.dumps(known | fresh))
-        os.replace(partial, memory)
+        write_text(memory, json.dumps(known | fresh))
     return hashed
 
 
@@ -99,19 +107,15 @@ def _remembered(memory: Path) -> dict[str, Any]:
         known = json.loads(memory.read_bytes())
     except (FileNotFoundError, ValueError):
         known = {}
-    # A damaged memory is an empty one: what it held can be read from the files again.
+    # A damaged memory counts as empty: the files are hashed again.
     return known if isinstance(known, dict) else {}
 
 
 def refuse_changed(files: Iterable[Hashed]) -> None:
-    """What was read since the files were hashed must be what was hashed.
-
-    Raises:
-        ValueError: if one of them has changed.
-    """
+    """Raises ValueError if one of the files has changed since it was hashed."""
     for file in files:
         refuse_other(file.path, file.stamp)
-        # Within a tick of the clock after a change, another leaves the stamp as it is.
+        # Two changes within a tick of the clock leave the same stamp.
         if not file.settled and _hash(file.path, text=False) != file.sha256:
             raise _changed(file.path)
 
@@ -123,10 +127,10 @@ def refuse_other(path: Path, before: Stamp) -> None:
 
 
 def refuse_equal(files: Mapping[str, Sequence[Hashed]], *, within_splits: bool) -> None:
-    """Files of equal content would let the model train on what it is tested on, or on it twice.
+    """Refuses files of equal content: they would be trained on twice, or trained and tested on.
 
     Raises:
-        ValueError: if two splits hold the same content or, where that is asked, one holds it twice.
+        ValueError: if two splits hold the same file or, with `within_splits`, one holds it twice.
     """
     seen: dict[str, tuple[str, Path]] = {}
     for split, of_split in files.items():
@@ -146,9 +150,13 @@ def refuse_equal(files: Mapping[str, Sequence[Hashed]], *, within_splits: bool) 
 
 @contextlib.contextmanager
 def naming(name: str | Path) -> Iterator[None]:
-    """Whatever goes wrong while something is read, the error says in what.
+    """Puts `name`, that of what is read, into errors that lack it.
 
-    Libraries do not, and some raise what nobody would expect: ArrayRecord RuntimeError, for one.
+    Libraries leave it out, and raise other errors than one expects: ArrayRecord RuntimeError.
+
+    Raises:
+        OSError: for an OSError without the name.
+        ValueError: for any other error without the name, except MemoryError.
     """
     try:
         yield

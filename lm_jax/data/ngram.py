@@ -1,8 +1,8 @@
 """Reference predictors of a split: uniform, unigram and interpolated Kneser-Ney.
 
-They are fitted on the training tokens and scored on the same tokens as the model, so that a
-perplexity can be read against them. The tokens are one stream without separators: histories cross
-documents, and the history before the first token of either stream is `start`, repeated.
+They are fitted on the training tokens and scored on the same tokens as the model, so that its
+perplexity can be compared with theirs. The tokens are one stream without separators: histories
+cross documents, and the history before the first token of either stream is `start`, repeated.
 """
 
 import math
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def references(
+def perplexities(
     train_ids: np.ndarray,
     ids: np.ndarray,
     *,
@@ -26,8 +26,8 @@ def references(
     nats_by_name = {"unigram": unigram_nats(train_ids, ids, vocab_size=vocab_size)}
     for order in orders:
         nats_by_name[f"kn{order}"] = nats(train_ids, ids, order, vocab_size=vocab_size, start=start)
-    perplexities = {name: math.exp(nats_N.mean()) for name, nats_N in nats_by_name.items()}
-    return {"uniform": float(vocab_size), **perplexities}
+    by_name = {name: math.exp(nats_N.mean()) for name, nats_N in nats_by_name.items()}
+    return {"uniform": float(vocab_size), **by_name}
 
 
 def unigram_nats(train_ids: np.ndarray, ids: np.ndarray, *, vocab_size: int) -> np.ndarray:
@@ -84,7 +84,7 @@ def nats(
 
 
 def _gram_ids(stream: np.ndarray, order: int) -> list[np.ndarray]:
-    """For k = 0 ... order, a number for the k-gram that ends at each position, equal iff equal.
+    """For k = 0 ... order, the number of the k-gram that ends at each position; equal iff equal.
 
     Each k-gram is a pair of two small numbers, its history's and its last token's, so that keys
     never overflow. Positions before k - 1 hold no k-gram; padding keeps them out of the counts.
@@ -99,7 +99,7 @@ def _gram_ids(stream: np.ndarray, order: int) -> list[np.ndarray]:
 
 
 def _distinct(gram: np.ndarray) -> np.ndarray:
-    """One position of every distinct number."""
+    """A position of every distinct number."""
     return np.unique(gram, return_index=True)[1]
 
 

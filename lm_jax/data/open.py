@@ -50,7 +50,7 @@ def open_data(cfg: Config) -> Store:
 
 @contextlib.contextmanager
 def _locked(path: pathlib.Path) -> Iterator[None]:
-    """Holds the lock of a cache; who must wait for it says so, and for whom."""
+    """Holds the lock of a cache; a process that must wait says so, and for which one."""
     with path.open("a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

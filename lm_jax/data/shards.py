@@ -1,8 +1,8 @@
 """Files of text cut into pieces: byte ranges, row groups or ranges of records of one or more files.
 
-A piece is a callable that can be pickled and gives a fresh pass over its documents. The pieces of
-a corpus, in their order, hold every document of its files once, and none needs more memory than
-its longest document (Parquet: its largest row group).
+A piece is a callable that can be pickled; each call is a fresh pass over its documents. The pieces
+of a corpus, in order, hold every document of its files once. Reading one needs the memory of its
+longest document (Parquet: of its largest row group).
 """
 
 import functools
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from lm_jax.data import files
 
-Documents = Callable[[], Iterator[str]]  # each call starts a fresh pass
+Documents = Callable[[], Iterator[str]]
 
 PIECE = 32 << 20  # bytes of the files in one piece; store.FORMAT rises when it changes
 RECORDS = 256  # rows or records read at once
@@ -32,15 +32,14 @@ class Stretch(NamedTuple):
     end: int
 
 
-def parse(document: str) -> tuple[str, str]:
+def parse_format(document: str) -> tuple[str, str]:
     """The format and the field that `data.document` names.
 
     Raises:
         ValueError: if there is no such format, or its package is not installed.
     """
     kind, _, field = document.partition(":")
-    needs_field = {"jsonl": True, "parquet": True, "file": False, "line": False}
-    if kind not in _CUT or needs_field.get(kind, bool(field)) != bool(field):
+    if kind not in _FORMATS or bool(field) not in _FORMATS[kind].with_field:
         raise ValueError(
             f"data.document={document!r} does not exist: set --config.data.document={FORMATS}."
         )
@@ -51,14 +50,15 @@ def parse(document: str) -> tuple[str, str]:
 
 def pieces(paths: Iterable[Path], document: str) -> list[Documents]:
     """Pieces of about PIECE bytes, in the order of the files and of the documents in them."""
-    kind, field = parse(document)
-    return cut_into_pieces(paths, _CUT[kind], functools.partial(_READ[kind], field=field))
+    kind, field = parse_format(document)
+    cut, read, _ = _FORMATS[kind]
+    return cut_into_pieces(paths, cut, functools.partial(read, field=field))
 
 
 def cut_into_pieces(
     paths: Iterable[Path], cut: Callable[[Path], Iterator[Cut]], read: Read
 ) -> list[Documents]:
-    """Pieces of files that `cut` divides and `read`, which can be pickled, reads."""
+    """Pieces of files that `cut` divides and `read` reads; `read` can be pickled."""
     groups: list[list[Stretch]] = [[]]
     size = 0  # of the last group
     for path in paths:
@@ -90,7 +90,7 @@ def _read(stretches: Sequence[Stretch], read: Read) -> Iterator[str]:
             try:
                 yield from read(path, first, end)
             except Exception:
-                files.refuse_other(path, stamp)  # which explains any error
+                files.refuse_other(path, stamp)  # a change explains any error
                 raise
         files.refuse_other(path, stamp)
 
@@ -152,13 +152,7 @@ def _cut_short(path: Path, size: int, end: int) -> ValueError:
 
 
 def _line_name(path: Path, offset: int) -> str:
-    number = 1
-    with path.open("rb") as file:
-        while offset:
-            block = file.read(min(offset, files.BLOCK))
-            number += block.count(b"\n")
-            offset -= len(block)
-    return f"{path}, line {number}"
+    return f"{path}, line {1 + sum(1 for _ in lines(path, 0, offset))}"
 
 
 def _json_field(record: str | bytes, field: str, name: Callable[[], str]) -> str:
@@ -280,17 +274,16 @@ def _not_utf8(name: str, error: UnicodeDecodeError) -> ValueError:
     return ValueError(f"{name} is not UTF-8 ({error.reason}): write the file again as UTF-8.")
 
 
-_CUT: dict[str, Callable[[Path], Iterator[Cut]]] = {
-    "file": _cut_file,
-    "line": cut_lines,
-    "jsonl": cut_lines,
-    "parquet": _cut_parquet,
-    "arrayrecord": _cut_array_record,
-}
-_READ: dict[str, Callable[..., Iterator[str]]] = {
-    "file": _read_file,
-    "line": _read_lines,
-    "jsonl": _read_jsonl,
-    "parquet": _read_parquet,
-    "arrayrecord": _read_array_record,
+class _Format(NamedTuple):
+    cut: Callable[[Path], Iterator[Cut]]
+    read: Callable[..., Iterator[str]]
+    with_field: tuple[bool, ...]
+
+
+_FORMATS = {
+    "file": _Format(_cut_file, _read_file, (False,)),
+    "line": _Format(cut_lines, _read_lines, (False,)),
+    "jsonl": _Format(cut_lines, _read_jsonl, (True,)),
+    "parquet": _Format(_cut_parquet, _read_parquet, (True,)),
+    "arrayrecord": _Format(_cut_array_record, _read_array_record, (False, True)),
 }

@@ -15,13 +15,17 @@ class MarkovSource:
     The state is (parity of the previous symbol, current symbol). Each state has `successors`
     possible next symbols, with probabilities drawn from a flat Dirichlet distribution and mixed
     with a tenth of uniform, so that none is too rare to be learnt. One successor of every symbol
-    follows a random cycle through all symbols, hence the stationary distribution is unique.
+    follows a random cycle through all symbols, so the stationary distribution is unique.
 
     `entropy_rate`, nats per symbol, is the mean entropy of a state's successors under it.
     """
 
     def __init__(self, seed: int = 0, symbols: int = MAX_SYMBOLS, successors: int = 8) -> None:
-        """Draws the transition probabilities from `seed`."""
+        """Draws the transition probabilities from `seed`.
+
+        Raises:
+            ValueError: if the sizes do not fit each other.
+        """
         if not 2 <= successors <= symbols <= MAX_SYMBOLS:
             raise ValueError(
                 f"MarkovSource(symbols={symbols}, successors={successors}) must satisfy "
@@ -41,7 +45,7 @@ class MarkovSource:
         self.probability_CSS = np.zeros((2, symbols, symbols))
         np.put_along_axis(self.probability_CSS, next_CSK, probability_CSK, axis=-1)
         self._successors = next_CSK.tolist()
-        # Without the last boundary, which may round below 1.
+        # The last boundary is left out: it may round below 1.
         self._boundaries = np.cumsum(probability_CSK, axis=-1)[..., :-1].tolist()
         self.stationary_CS = self._stationary()
         entropy_CS = -(probability_CSK * np.log(probability_CSK)).sum(-1)
@@ -79,8 +83,8 @@ class MarkovSource:
     def nats(self, symbols: np.ndarray) -> np.ndarray:
         """-log p of each symbol given all before it, float64; inf where the source cannot go.
 
-        The parity before a document's first symbol is not seen, so the first two symbols are
-        scored under the stationary distribution of what remains unknown.
+        The parity before a document's first symbol is unknown, so the first two symbols are scored
+        under the stationary distribution, with that parity summed out.
         """
         before, current, following = symbols[:-2], symbols[1:-1], symbols[2:]
         marginal_S = self.stationary_CS.sum(0)
@@ -97,7 +101,11 @@ class MarkovSource:
         return (np.asarray(symbols).astype("<u4") + FIRST_CHARACTER).tobytes().decode("utf-32-le")
 
     def from_text(self, text: str) -> np.ndarray:
-        """The symbols of a text written by `to_text`."""
+        """The symbols of a text written by `to_text`.
+
+        Raises:
+            ValueError: if the text holds another letter.
+        """
         symbols = np.frombuffer(text.encode("utf-32-le"), "<u4").astype(np.int64) - FIRST_CHARACTER
         strange = np.flatnonzero((symbols < 0) | (symbols >= self.symbols))
         if len(strange):

@@ -43,8 +43,8 @@ ARCHIVES = {
 }
 
 
-def pieces(path: Path) -> list[shards.Documents]:
-    """Pieces of a split's file; their articles add up to it byte by byte."""
+def pieces_of(path: Path) -> list[shards.Documents]:
+    """Pieces of a split's file; their articles, end to end, are the file byte for byte."""
     return shards.cut_into_pieces([path], shards.cut_lines, read_articles)
 
 
@@ -54,7 +54,7 @@ def read_articles(path: Path, first: int, end: int) -> Iterator[str]:
     An article begins at the blank line before a level-one heading, ` = Title = `. A blank line
     must follow as well: formulas and table legends that look like headings have text around them.
     """
-    article: list[str] | None = None if first else []  # None: it began before `first`
+    article: list[str] | None = None if first else []  # None: the article began before `first`
     lines = itertools.chain(shards.lines(path, first, path.stat().st_size), [(0, "")] * 2)
     pairs = itertools.pairwise(lines)
     for ((offset, line), (_, heading)), (_, (_, following)) in itertools.pairwise(pairs):
@@ -71,7 +71,12 @@ def read_articles(path: Path, first: int, end: int) -> Iterator[str]:
 
 
 def download(name: str, cache_dir: Path) -> Path:
-    """Folder with the published files, fetched and checked the first time."""
+    """Folder with the published files, fetched and checked the first time.
+
+    Raises:
+        FileNotFoundError: if the archive cannot be downloaded.
+        ValueError: if it is not the published one.
+    """
     archive = ARCHIVES[name]
     folder = cache_dir / "downloads" / archive.folder
     if folder.is_dir():

@@ -31,7 +31,7 @@ READ_AHEAD_PER_THREAD = 2
 
 
 class Windows:
-    """The windows of a split, by number; in memory are 8 bytes for each document and no tokens.
+    """The windows of a split, by number; keeps 8 bytes for each document and no tokens in memory.
 
     With a stride shorter than T (evaluation), the first window scores all its targets and every
     later one only its last `stride`: each target is scored once and, past the first window, with
@@ -47,9 +47,10 @@ class Windows:
         *,
         movable: bool = False,
     ):
-        """Indexes a split; the stride is `seq_len` unless given, and then windows may be movable.
+        """Indexes a split; the stride is `seq_len` unless given.
 
-        Movable windows are one more, so that at any offset they reach the end of the stream.
+        Only windows of the usual stride may be movable. There is one more of these, so that they
+        reach the end of the stream at any offset.
         """
         if not len(split.tokens):
             raise ValueError(f"split '{split.name}' holds no tokens: prepare its corpus again.")
@@ -79,8 +80,8 @@ class Windows:
 
         `weights[b, t]` says whether `tokens[b, t]` is scored as a target. Segments count the
         documents of a window from 1; padding is segment 0. Index -1 gives a row of padding.
-        Movable windows start `earlier` by less than T positions; what then lies before the stream
-        is padding.
+        Movable windows start `earlier` by less than T positions; positions before the stream are
+        padding.
         """
         indices_B = np.asarray(indices, np.int64)
         start_B = indices_B * self.stride - np.asarray(earlier, np.int64)
@@ -98,7 +99,7 @@ class Windows:
         if self.document_mask:
             segment_ids_BT *= (document_BT - document_BT[..., :1] + 1).astype(np.int32)
 
-        # Column 0 needs no care in the first window: a separator stands there.
+        # Column 0 of the first window is a separator and has weight 0 already.
         weights_BT = text_BT.astype(np.float32)
         weights_BT[indices_B > 0, : self.seq_len + 1 - self.stride] = 0
         return {
@@ -114,9 +115,9 @@ def count_windows(split: "Split", seq_len: int, movable: bool) -> int:
 
 
 def _take(tokens: np.ndarray, offset_BT: np.ndarray) -> np.ndarray:
-    """tokens[offset_BT]; in a row offsets never fall.
+    """tokens[offset_BT], where the offsets of a row never fall.
 
-    Of a file each row is read as one stretch: pages touched through its map would stay in memory.
+    A row of a file is read as one stretch: pages touched through its map would stay in memory.
     """
     if not isinstance(tokens, np.memmap):
         return tokens[offset_BT]
@@ -137,7 +138,7 @@ def _take(tokens: np.ndarray, offset_BT: np.ndarray) -> np.ndarray:
 def example_index(position: ArrayLike, num_windows: int, seed: int) -> np.ndarray:
     """Maps positions in the endless sequence of samples to window numbers.
 
-    Every epoch is a permutation of its own, a function of (seed, epoch).
+    Every epoch has its own permutation, a function of (seed, epoch).
     """
     epoch, offset = np.divmod(np.asarray(position, np.int64), num_windows)
     index = np.empty_like(offset)
@@ -148,7 +149,7 @@ def example_index(position: ArrayLike, num_windows: int, seed: int) -> np.ndarra
 
 
 def window_offset(epoch: ArrayLike, seq_len: int, seed: int) -> np.ndarray:
-    """By how much an epoch's windows start earlier, in [0, T); a function of (seed, epoch)."""
+    """Positions in [0, T) by which an epoch's windows start earlier, from (seed, epoch) alone."""
     epochs, place = np.unique(epoch, return_inverse=True)
     offsets = [
         np.random.Philox(np.random.SeedSequence(seed, spawn_key=(int(e), 1))).random_raw() % seq_len
@@ -159,7 +160,7 @@ def window_offset(epoch: ArrayLike, seq_len: int, seed: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=2)
 def _permutation(num_windows: int, seed: int, epoch: int) -> np.ndarray:
-    """Sorts raw generator words: NumPy keeps those stable over versions, `permutation` it may not.
+    """Sorts raw words of the generator: NumPy may change `permutation` between versions, not these.
 
     Two are cached, since a batch may span the end of an epoch.
     """
@@ -184,17 +185,14 @@ class _CallSource:
         return len(self.calls)
 
     def __getitem__(self, item: int) -> Batch:
-        return self.extend(self._windows(item))
-
-    def _windows(self, item: int) -> Batch:
         first_K1 = self.batch_size * np.asarray(self.calls[item])[:, None]
         position_KB = first_K1 + np.arange(self.batch_size)[self.rows]
         indices_KB = example_index(position_KB, len(self.windows), self.seed)
-        if not self.windows.movable:
-            return self.windows.batch(indices_KB)
-        epoch_KB = position_KB // len(self.windows)
-        offsets_KB = window_offset(epoch_KB, self.windows.seq_len, self.seed)
-        return self.windows.batch(indices_KB, earlier=offsets_KB)
+        earlier_KB: ArrayLike = 0
+        if self.windows.movable:
+            epoch_KB = position_KB // len(self.windows)
+            earlier_KB = window_offset(epoch_KB, self.windows.seq_len, self.seed)
+        return self.extend(self.windows.batch(indices_KB, earlier_KB))
 
 
 def train_batches(
@@ -213,8 +211,11 @@ def train_batches(
 ) -> Iterator[Batch]:
     """Yields, for each call, the training batches of its numbers: [K, B/P, T+1], K = len(call).
 
-    The rows are those of this process. `threads` reads ahead; 0 reads when asked. With `movable`
-    windows every epoch has an offset of its own. `extend` adds arrays to what a thread has read.
+    The rows are those of this process. `threads` threads read ahead; 0 reads on demand. With
+    `movable` windows every epoch has its own offset. `extend` adds arrays to a call's batches.
+
+    Raises:
+        ValueError: if the split does not fill one window, or the batch cannot be divided.
     """
     rows = _process_rows(batch_size, process_index, process_count)
     windows = Windows(split, seq_len, document_mask, movable=movable)

@@ -1,4 +1,4 @@
-"""What every tokenizer has, and how words are counted."""
+"""The base of all tokenizers, and the count of words."""
 
 import abc
 import functools

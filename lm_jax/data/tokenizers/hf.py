@@ -13,16 +13,16 @@ import numpy as np
 from lm_jax.data.tokenizers.base import Tokenizer, byte_alphabet
 from lm_jax.files import read_json
 
-PARTS = ("normalizer", "pre_tokenizer")  # of tokenizer.json, which may change the text
-_SPACE = "\u2581"  # by which SentencePiece writes a space
+PARTS = ("normalizer", "pre_tokenizer")  # parts of tokenizer.json that may change the text
+_SPACE = "\u2581"  # SentencePiece's space
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # a token of byte fallback
 
 
 class HfTokenizer(Tokenizer):
-    """Byte-pair encoding by the tokenizers library, of bytes (GPT-2) or in SentencePiece's way.
+    """Byte-pair encoding by the tokenizers library, byte-level (GPT-2) or SentencePiece's.
 
-    A text is encoded as it stands: without the space that SentencePiece puts before it, without
-    truncation, and what is spelt like a special token is text. Special tokens stand for no bytes.
+    A text is encoded as it stands: without the space that SentencePiece puts before it and without
+    truncation; text spelt like a special token is text. Special tokens stand for no bytes.
     """
 
     kind = "hf"
@@ -34,7 +34,7 @@ class HfTokenizer(Tokenizer):
         Args:
             definition: content of tokenizer.json.
             separator: id that opens a document.
-            vocab_size: rows of the model's table; may be more than the tokenizer has ids.
+            vocab_size: rows of the model's table, at least the number of the tokenizer's ids.
 
         Raises:
             ValueError: if the tokenizer is of another kind or has ids beyond the table.
@@ -45,7 +45,7 @@ class HfTokenizer(Tokenizer):
         try:
             # The library fills in what older files leave out.
             tree = json.loads(tokenizers.Tokenizer.from_str(definition).to_str())
-        except Exception as error:  # the library raises nothing more special
+        except Exception as error:  # the library raises no narrower class
             raise ValueError(
                 f"tokenizer.json cannot be read by the tokenizers library ({error}); "
                 "copy the checkpoint again."
@@ -63,13 +63,13 @@ class HfTokenizer(Tokenizer):
                 f"{vocab_size}; correct bos_token_id in config.json."
             )
         self._library = tokenizers.Tokenizer.from_str(json.dumps(tree))
-        self._library.encode_special_tokens = True  # as any other text
+        self._library.encode_special_tokens = True  # encodes their spelling like any other text
 
     @classmethod
     def from_folder(cls, folder: Path) -> Self:
         """The tokenizer of a checkpoint: tokenizer.json, with what config.json says of the model.
 
-        The separator is the token that begins a text, or where there is none the one that ends it.
+        The separator is the token that begins a text; if there is none, the one that ends it.
 
         Raises:
             ValueError: if a file or field is missing, or the tokenizer is of another kind.
@@ -111,7 +111,7 @@ class HfTokenizer(Tokenizer):
         """The bytes of each id below `vocab_size`: none of special tokens and of padding rows."""
         pieces = {i: self._bytes_of(token) for token, i in tree["model"]["vocab"].items()}
         for token in tree["added_tokens"]:
-            plain = self._bytes_of is _from_byte_alphabet  # these are not written in it
+            plain = self._bytes_of is _from_byte_alphabet  # added tokens are not written in it
             piece = token["content"].encode() if plain else self._bytes_of(token["content"])
             pieces[token["id"]] = b"" if token["special"] else piece
         highest = max((i for i, piece in pieces.items() if piece), default=0)
@@ -138,7 +138,7 @@ class HfTokenizer(Tokenizer):
         return "model, or one of added_tokens,"
 
     def _difference(self, ids: np.ndarray, text: str) -> str:
-        """The first place at which they differ, in words."""
+        """Names the first place at which text and decoded ids differ."""
         kept = self.decode(ids)
         same = (a == b for a, b in zip(text, kept, strict=False))
         at = next((i for i, equal in enumerate(same) if not equal), min(len(text), len(kept)))
@@ -146,7 +146,7 @@ class HfTokenizer(Tokenizer):
 
 
 def _components(part: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
-    """The normalisers or pre-tokenisers that a sequence of them consists of."""
+    """The single normalisers or pre-tokenisers of a nested sequence."""
     if part is not None:
         for inner in part.get("normalizers", part.get("pretokenizers", [])):
             yield from _components(inner)
@@ -158,7 +158,7 @@ def _writing(model: dict[str, Any], parts: Iterable[dict[str, Any]]) -> Callable
     """The function from a token of the model to its bytes.
 
     Raises:
-        ValueError: if the model is no BPE, of bytes or in SentencePiece's writing.
+        ValueError: if the model is neither byte-level BPE nor SentencePiece's.
     """
     affixes = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
     if model["type"] != "BPE" or affixes:
@@ -178,7 +178,7 @@ def _writing(model: dict[str, Any], parts: Iterable[dict[str, Any]]) -> Callable
 
 
 def _without_prefix(part: dict[str, Any] | None) -> dict[str, Any] | None:
-    """A normaliser or pre-tokeniser that puts no space before the text."""
+    """The same normaliser or pre-tokeniser without the space before the text."""
     if part is None or part["type"] == "Prepend":
         return None
     part = dict(part)
@@ -201,20 +201,21 @@ def _byte_of() -> dict[str, int]:
 
 
 def _from_byte_alphabet(token: str) -> bytes:
-    """Bytes of a token in the alphabet of byte-level BPE; in UTF-8 if it is not written in it."""
-    if any(character not in _byte_of() for character in token):
+    """Bytes of a token in the alphabet of byte-level BPE, or its UTF-8 if it has other letters."""
+    try:
+        return bytes(_byte_of()[character] for character in token)
+    except KeyError:
         return token.encode()
-    return bytes(_byte_of()[character] for character in token)
 
 
 def _from_sentencepiece(token: str) -> bytes:
-    """Bytes of a token in SentencePiece's writing."""
+    """Bytes of a token as SentencePiece writes it."""
     byte = _BYTE.fullmatch(token)
     return bytes((int(byte[1], 16),)) if byte else token.replace(_SPACE, " ").encode()
 
 
 def _separator(folder: Path, tokenizer: dict[str, Any], config: dict[str, Any]) -> int:
-    """Id of the token that begins a text, or where there is none of the one that ends it."""
+    """Id of the token that begins a text; if there is none, of the one that ends it."""
     path = folder / "tokenizer_config.json"
     named = read_json(path) if path.is_file() else {}
     for name in ("bos", "eos"):

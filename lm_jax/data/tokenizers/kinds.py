@@ -40,7 +40,11 @@ class CharTokenizer(Tokenizer):
         self._bytes = [b"", *(character.encode() for character in characters)]
 
     def encode(self, text: str) -> np.ndarray:
-        """Ids of the text's characters, int32; an unseen character is an error."""
+        """Ids of the text's characters, int32.
+
+        Raises:
+            ValueError: if the train split lacks a character.
+        """
         codes = _code_points(text)
         places = np.searchsorted(self._codes, codes)
         known = self._codes[np.minimum(places, len(self._codes) - 1)] == codes
@@ -75,7 +79,11 @@ class WordTokenizer(Tokenizer):
         return self._ids.get("\n", self.separator)
 
     def encode(self, text: str) -> np.ndarray:
-        """Ids of the words and newlines, int32; an unseen word is <unk> or an error."""
+        """Ids of the words and newlines, int32; an unseen word is <unk>.
+
+        Raises:
+            ValueError: if a word is unseen and there is no <unk>.
+        """
         unknown = self._ids.get(UNKNOWN, -1)
         ids = np.fromiter((self._ids.get(word, unknown) for word in split_words(text)), np.int32)
         if unknown == -1 and (missing := np.flatnonzero(ids == -1)).size:
@@ -179,7 +187,7 @@ class BpeTokenizer(Tokenizer):
 
     @classmethod
     def _groups(cls, texts: Sequence[str]) -> Iterator[list[tuple[int, str]]]:
-        """Pieces of some AT_ONCE characters together, each with the number of its text."""
+        """Groups of pieces, about AT_ONCE characters each; a piece comes with its text's number."""
         group: list[tuple[int, str]] = []
         size = 0
         for number, text in enumerate(texts):

@@ -1,4 +1,4 @@
-"""Tokenizers by kind: learnt from a corpus, or as they were saved."""
+"""Tokenizers by kind: trained on a corpus, or loaded from a file."""
 
 import collections
 import difflib
@@ -23,7 +23,12 @@ KINDS: dict[str, Callable[..., Tokenizer]] = {
 
 
 def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
-    """The tokenizer that `Tokenizer.save` wrote into `folder`."""
+    """The tokenizer that `Tokenizer.save` wrote into `folder`.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if the file is not complete.
+    """
     path = Path(folder) / FILE_NAME
     if not path.is_file():
         raise FileNotFoundError(
@@ -40,9 +45,12 @@ def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
 
 
 def train_tokenizer(kind: str, documents: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A tokenizer that knows the train split's `documents` and nothing else.
+    """Trains a tokenizer on the train split's `documents` alone.
 
     `vocab_size` counts all ids, the separator too; 0 means as many as there are (not for bpe).
+
+    Raises:
+        ValueError: if the kind does not exist or `vocab_size` does not fit.
     """
     if kind == "byte":
         tokenizer: Tokenizer = ByteTokenizer()
@@ -75,7 +83,7 @@ def train_tokenizer(kind: str, documents: Iterable[str], vocab_size: int) -> Tok
 
 
 def _train_words(documents: Iterable[str], vocab_size: int) -> WordTokenizer:
-    """The most frequent words, equally frequent ones by alphabet."""
+    """Keeps the most frequent words; equally frequent words are in alphabetical order."""
     counts: collections.Counter[str] = collections.Counter()
     for document in documents:
         counts.update(split_words(document))
