@@ -353,7 +353,7 @@ def test_a_part_knows_its_tokenizer(tmp_path):
     tokenizers = [CharTokenizer("etx"), CharTokenizer("etxy")]
     part = parts.Part("train", 0, 1, functools.partial(iter, ["text"]))
     parts.write_part(part, tokenizers[0], tmp_path)
-    records = [parts.read_record(tmp_path / part.name, tokenizer) for tokenizer in tokenizers]
+    records = [parts.read_part_record(tmp_path / part.name, tokenizer) for tokenizer in tokenizers]
     assert records[0] is not None and records[0]["tokens"] == 4 and records[1] is None
 
 

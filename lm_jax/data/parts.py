@@ -172,7 +172,7 @@ def join(
     Raises:
         Damaged: if parts do not hold what was written into them.
     """
-    found = {part: read_record(part, tokenizer) for part in folders}
+    found = {part: read_part_record(part, tokenizer) for part in folders}
     records = {part: record for part, record in found.items() if record is not None}
     if damaged := [part for part in folders if part not in records]:
         raise Damaged(*damaged)
@@ -211,7 +211,7 @@ def _write_header(file: BinaryIO, dtype: np.dtype, length: int) -> None:
     np.lib.format.write_array_header_1_0(file, header)
 
 
-def read_record(folder: Path, tokenizer: Tokenizer) -> dict[str, Any] | None:
+def read_part_record(folder: Path, tokenizer: Tokenizer) -> dict[str, Any] | None:
     """The counts of a part and the sha256 of its `ids` and `lengths`, which are not read.
 
     None if the record, or the size of a file, is not what was written with this tokenizer.
