@@ -148,9 +148,9 @@ def test_help_and_misuse(name, capsys):
 
 def test_unknown_command(capsys):
     with pytest.raises(SystemExit) as stopped:
-        main(["lm-jax", "trian"])
+        main(["lm-jax", "trane"])
     assert stopped.value.code == 2
-    assert capsys.readouterr().err.startswith("trian: no such command; choose from train, doctor")
+    assert capsys.readouterr().err.startswith("trane: no such command; choose from train, doctor")
 
 
 def test_what_is_installed():
