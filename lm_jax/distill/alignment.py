@@ -5,7 +5,7 @@ end of its own token, never a later one. Where both end at the same byte, both m
 follows the same text, and their probabilities of the next byte are compared. A teacher token ends
 where it does because of what follows, so these are predictions given that a teacher token ends
 there: after " the" never "i", if " their" is a token. A student with much finer tokens, which does
-not know this, is taught too much certainty at such places; nothing else of later text is read.
+not know this, becomes overconfident there; nothing else of later text is read.
 """
 
 import codecs
