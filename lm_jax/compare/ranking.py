@@ -1,4 +1,4 @@
-"""What of a comparison stands out of the noise of seeds and of documents."""
+"""Statistics of a comparison: is a gap larger than the noise of seeds and of documents?"""
 
 import itertools
 import math
@@ -66,7 +66,7 @@ def _resampled(columns_DA: np.ndarray) -> np.ndarray:
 
 
 def judge(better: np.ndarray, worse: np.ndarray, over_documents: float | None) -> dict[str, Any]:
-    """Whether the gap between two arms stands out of the noise of seeds and documents.
+    """Decide whether the gap between two arms exceeds the noise of seeds and documents.
 
     The rule is `lm_jax.doctor.arms.noise.noise_of_gap`, the error over documents being known. Equal
     seeds are not paired: they share only the order of the data, and pairing them would make the
@@ -107,7 +107,7 @@ def judge(better: np.ndarray, worse: np.ndarray, over_documents: float | None) -
 
 
 def rank(names: Sequence[str], separated: set[frozenset[str]]) -> list[list[str]]:
-    """Names, best first, cut wherever all before are separated from all behind."""
+    """Names in groups, best first; all arms of a group are separated from all of later groups."""
     groups: list[list[str]] = []
     for i, name in enumerate(names):
         pairs = itertools.product(names[:i], names[i:])

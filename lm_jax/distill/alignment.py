@@ -42,7 +42,7 @@ def first_bytes(*tokenizers: Tokenizer) -> tuple[np.ndarray, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Aligner:
-    """Adds to batches what the teacher reads, and where its tokens end in the student's.
+    """Adds the teacher's rows to batches, and where their tokens end in the student's rows.
 
     `teacher_tokens`, `teacher_segment_ids` and `teacher_positions`, int32 [..., U], are rows of the
     teacher; `teacher_place`, int32 [..., T], the teacher's position for each of the student's, -1
@@ -136,7 +136,7 @@ def _pieces(
 
 
 def _whole_characters(text: bytes) -> tuple[int, str]:
-    """How many bytes of a cut character open the text, and the text without cut characters."""
+    """The bytes that a cut character at the start takes, and the text without cut characters."""
     rest = text.lstrip(CONTINUATION)
     # The decoder keeps a cut character at the end to itself.
     return len(text) - len(rest), codecs.getincrementaldecoder("utf-8")().decode(rest)
@@ -198,7 +198,7 @@ def open_aligner(cfg: Config, store: Store, teacher: Tokenizer, limit: int | Non
 
 
 def aligned_share(aligner: Aligner, cfg: Config, store: Store) -> float:
-    """Share of the scored tokens of some windows before which both tokenizers have a bound."""
+    """Share of the scored tokens of some windows at whose start a teacher token ends."""
     batch = aligner(_some_windows(cfg, store))
     weights = batch["weights"][:, 1:]
     return float(np.average(batch["aligned"], weights=weights))

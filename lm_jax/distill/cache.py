@@ -1,7 +1,7 @@
 """A teacher's most likely ids for every training window, kept on disk.
 
-A window is found by the hash of its tokens and segments, whatever the order of the data, so another
-corpus or tokenizer cannot be taken for the right one.
+A window is looked up by the hash of its tokens and segments. The order of the data does not matter,
+and another corpus or tokenizer cannot be taken for the right one.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ ROWS = 64  # windows handed out at a time by `write_cache`
 
 
 def describe_cache(cfg: Config, store: Store) -> dict[str, Any]:
-    """What a cache and the run that reads it must have in common."""
+    """The facts in which a cache and the run that reads it must agree."""
     return {
         "tokenizer_hash": store.tokenizer.content_hash,
         "vocab_size": store.tokenizer.vocab_size,

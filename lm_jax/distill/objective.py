@@ -54,7 +54,7 @@ def schedule(cfg: Config, update: jax.typing.ArrayLike) -> dict[str, jax.Array]:
 
 
 def counts(batch: Batch, names: list[str]) -> dict[str, jax.Array]:
-    """What each term of a whole batch is divided by: tokens, or rows; at least 1.
+    """The divisor of each term over a whole batch: its tokens or rows, at least 1.
 
     With another tokenizer the divergence counts aligned tokens, and terms on states those for which
     the teacher has one.
@@ -97,7 +97,7 @@ def log(
 
 
 class Plan(NamedTuple):
-    """What a micro-batch must know of its batch and of the run."""
+    """Facts of the whole batch and of the run that every micro-batch needs."""
 
     now: dict[str, jax.Array]  # see `schedule`
     counts: dict[str, jax.Array]  # see `counts`
@@ -227,7 +227,7 @@ def distilled(
 
 
 class Auxiliary(nnx.Module):
-    """What is trained beside the student and thrown away with the teacher."""
+    """Projections and router: trained beside the student, needed only while it is distilled."""
 
     def __init__(
         self,

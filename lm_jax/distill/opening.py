@@ -78,7 +78,7 @@ def open_teacher(cfg: Config, store: Store, mesh: Mesh | None = None) -> Teacher
 
 
 def _shares(run: Trained, store: Store) -> bool:
-    """Whether a run has the tokenizer of a store."""
+    """True if a run has the tokenizer of a store."""
     return run.store.tokenizer.content_hash == store.tokenizer.content_hash
 
 
@@ -126,7 +126,7 @@ def _as_read(run: Trained, cfg: Config) -> nnx.GraphDef:
 
 
 def _align(name: str, runs: tuple[Trained, ...], cfg: Config, store: Store) -> Aligner:
-    """What makes the rows of a teacher with another tokenizer."""
+    """The aligner for a teacher with another tokenizer."""
     other = f"{WHERE}: {name} has another tokenizer than the student"
     if len(runs) > 1:
         raise ConfigError(f"{other}, so it cannot teach beside others; name it alone.")
@@ -176,7 +176,8 @@ def _windows(cfg: Config) -> tuple[Any, ...]:
 def verify(teacher: Teacher, cfg: Config, store: Store) -> list[str]:
     """Score each model on the valid split, and say what share of tokens is aligned.
 
-    The record of a run is about its own corpus and windows; what it must know are the student's.
+    The record of a run is about its own corpus and windows, so the teacher is scored on those of
+    the student too.
 
     Returns:
         Lines to print.

@@ -26,7 +26,7 @@ def members_log_p(members: Sequence[Member], temperature: float = 1.0) -> jax.Ar
 
 
 class Reading(NamedTuple):
-    """What a teacher says of a batch; no gradient goes into it."""
+    """The states or kept probabilities of a teacher for a batch; they get no gradient."""
 
     members: list[Member]
     kept: Kept | None = None  # in place of members
@@ -55,7 +55,7 @@ class Teacher:
     def read(
         self, params: tuple[Any, ...], batch: Batch, b: Shifted, dtype: Any, *, inside: bool
     ) -> Reading:
-        """Trained the models in eval mode on the student's inputs.
+        """Run the models in eval mode on the student's inputs.
 
         Args:
             params: those of the models.
@@ -105,7 +105,7 @@ class Teacher:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What teaches: steps and fingerprints of the parameters, or that of a cache."""
+        """Steps and fingerprints of the models' parameters, or the sha256 of a cache."""
         if not self.runs:
             return {"cache": self.cached}
         return {
@@ -117,7 +117,7 @@ class Teacher:
 
 @jax.jit
 def _sums(params: Any) -> list[jax.Array]:
-    """Of each leaf, the sum of its bits times odd numbers, modulo 2^32; however it is split."""
+    """A 32-bit checksum per leaf, independent of sharding."""
 
     def one(leaf: jax.Array) -> jax.Array:
         bits = jax.lax.bitcast_convert_type(leaf.astype(jnp.float32), jnp.uint32).ravel()

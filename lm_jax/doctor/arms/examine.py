@@ -43,7 +43,7 @@ class Arms:
         return found
 
     def identities(self) -> tuple[str, dict[str, str]]:
-        """By what the arms can be told apart, and a fingerprint of each."""
+        """The fact that tells the arms apart, in words, and its fingerprint for each arm."""
         if all("resolved" in arm for _, arm in self):
             return "resolved config", {n: self.fingerprint(a["resolved"]) for n, a in self}
         if self.resolve is not None and all("config" in arm for _, arm in self):
@@ -108,7 +108,7 @@ def examine_arms(
 
 
 def _numbers(values: Any) -> bool:
-    """Whether these are one or more finite numbers."""
+    """True for one or more finite numbers."""
     if not isinstance(values, Sequence | np.ndarray) or isinstance(values, str) or not len(values):
         return False
     return all(isinstance(x, int | float | np.number) and math.isfinite(x) for x in values)
@@ -376,7 +376,7 @@ def _resolver(arms: Arms) -> Callable[[Any], Any]:
 
 
 def _same(arms: Arms, resolve: Callable[[Any], Any], config: Any, before: str) -> bool:
-    """Whether a config gives the result `before`; one that raises was read."""
+    """True if a config gives the result `before`; one that raises was read."""
     try:
         return arms.fingerprint(resolve(config)) == before
     except Exception:  # the changed value may be an impossible one: then something reads it
