@@ -74,6 +74,17 @@ def test_resuming_is_bit_identical(distilled, tmp_path, monkeypatch):
             assert name.startswith("perf/") or a[name] == b[name], name
 
 
+def test_projections_that_an_older_version_saved_are_refused_in_one_sentence(distilled, tmp_path):
+    cfg, straight = distilled
+    shutil.copytree(straight, tmp_path / "run")
+    (manifest,) = (tmp_path / "run" / "checkpoints").glob("8/manifest/metadata")
+    kept = json.loads(manifest.read_text())
+    del kept["version"]
+    manifest.write_text(json.dumps(kept))
+    with pytest.raises(ConfigError, match=r"saved by lm_jax 0\.2, and this version cannot go on"):
+        train.train_and_evaluate(cfg, tmp_path / "run")
+
+
 def test_another_teacher_on_resuming_is_refused(text, runs, tmp_path, monkeypatch):
     teacher = tmp_path / "teacher"
     shutil.copytree(runs / "teacher-0", teacher)
