@@ -40,7 +40,7 @@ class Evaluator:
 
     @classmethod
     def of(cls, run: Trained, stride: int | None = None) -> "Evaluator":
-        """That of a run, with another stride if one is given.
+        """The evaluator of a run, with another stride if one is given.
 
         Raises:
             ConfigError: if the stride is impossible.
