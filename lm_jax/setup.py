@@ -25,6 +25,7 @@ from lm_jax.distill.objective import distilled
 from lm_jax.distill.opening import open_teacher, record_teacher, verify
 from lm_jax.distill.teachers import Teacher
 from lm_jax.evaluate import Evaluator
+from lm_jax.files import write_text
 from lm_jax.kernels.device import choose_dtype
 from lm_jax.models.families import choose_attention, create_model
 from lm_jax.objective import NextToken, Objective
@@ -244,7 +245,7 @@ def examine_run(cfg: Config, store: Store, folder: pathlib.Path) -> None:
         return
     report = preflight.examine_config(cfg, level=cfg.doctor, store=store)
     if jax.process_index() == 0:
-        (folder / "doctor.json").write_text(report.to_json() + "\n")
+        write_text(folder / "doctor.json", report.to_json() + "\n")
         report.show(Console(), everything=False)
     if report.failed:
         raise preflight.Unfit(

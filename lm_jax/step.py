@@ -30,10 +30,7 @@ class TrainState(NamedTuple):
 
     def saved(self) -> dict[str, Any]:
         """The fields for a checkpoint; `beside` only if it is used."""
-        fields = self._asdict()
-        return (
-            fields if self.beside is not None else {n: fields[n] for n in fields if n != "beside"}
-        )
+        return {n: x for n, x in self._asdict().items() if n != "beside" or x is not None}
 
     @property
     def trained(self) -> Any:

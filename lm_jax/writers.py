@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import jax
 
-from lm_jax.files import write_text
+from lm_jax.files import finite_or_none, write_text
 
 Row = Mapping[str, float]
 
@@ -49,9 +49,7 @@ class Writers:
         if not self._active:
             return
         plain = {key: float(value) for key, value in row.items()}
-        # JSON has no number for what is not finite.
-        safe = {key: value if math.isfinite(value) else None for key, value in plain.items()}
-        self._file.write(json.dumps({"step": step} | safe) + "\n")
+        self._file.write(json.dumps({"step": step} | finite_or_none(plain)) + "\n")
         if self._events is not None:
             for key, value in plain.items():
                 self._events.add_scalar(key, value, step)

@@ -8,6 +8,7 @@ from lm_jax import metrics
 from lm_jax.doctor.findings import Finding, Report, require
 from lm_jax.doctor.log.examine import examine_log
 from lm_jax.doctor.log.subject import read_log
+from lm_jax.files import write_text
 from lm_jax.workdir import read_record
 
 _SATURATED = 0.9  # of the updates
@@ -79,7 +80,7 @@ class Watch:
             references: see `examine_workdir`.
         """
         report = examine_workdir(self._workdir, references=references)
-        (self._workdir / "watch.json").write_text(report.to_json() + "\n")
+        write_text(self._workdir / "watch.json", report.to_json() + "\n")
         new = [f for f in report if _notable(f) and (f.check, f.status) not in self._said]
         self._said |= {(f.check, f.status) for f in new}
         return [f"doctor: {f.check} ({_word(f)}): {f.evidence} {f.remedy}".strip() for f in new]
