@@ -127,8 +127,8 @@ def prepare(options: dict[str, Any]) -> dict[str, Any]:
         def call(*arguments: Any, **keywords: Any) -> Any:
             began, used = time.perf_counter(), cpu()
             result = function(*arguments, **keywords)
-            seconds[name] = time.perf_counter() - began
-            seconds[f"{name}_cpu"] = cpu() - used
+            seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - began
+            seconds[f"{name}_cpu"] = seconds.get(f"{name}_cpu", 0.0) + cpu() - used
             return result
 
         return call
@@ -136,8 +136,8 @@ def prepare(options: dict[str, Any]) -> dict[str, Any]:
     corpus = timed("open_corpus", open_corpus)(options)
     timed("open_corpus_again", open_corpus)(options)
     parts.write_all = timed("tokenise", parts.write_all)
-    store._learn = timed("learn", store._learn)
-    store._join = timed("join", store._join)
+    parts.join = timed("join", parts.join)
+    store.train_tokenizer = timed("learn", store.train_tokenizer)
     store.open_store = timed("open_store", store.open_store)
     found = store.prepare(
         corpus,

@@ -12,6 +12,7 @@ from lm_jax import config
 from lm_jax.config import Config, rules
 from lm_jax.config.flags import load_module
 from lm_jax.config.resolve import resolve
+from lm_jax.data import synthetic
 from lm_jax.data.open import open_data
 from lm_jax.preflight import distill, run
 from lm_jax.workdir import open_trained
@@ -77,6 +78,29 @@ def randomise(params, seed, std=0.3):
         std * jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)
     ]
     return jax.tree.unflatten(tree, noise)
+
+
+def source_symbols(text):
+    """The symbols of a text that a MarkovSource wrote, int32."""
+    codes = np.frombuffer(text.encode("utf-32-le"), "<u4")
+    return codes.astype(np.int32) - synthetic.FIRST_CHARACTER
+
+
+def source_nats(source, symbols):
+    """-log p of each symbol given all before it, float64; inf where the source cannot go.
+
+    The parity before a document's first symbol is unknown, so the first two symbols are scored
+    under the stationary distribution, with that parity summed out.
+    """
+    before, current, following = symbols[:-2], symbols[1:-1], symbols[2:]
+    marginal_S = source.stationary_CS.sum(0)
+    pair_SS = (source.stationary_CS[..., None] * source.probability_CSS).sum(0)
+    p = np.empty(len(symbols))
+    p[:1] = marginal_S[symbols[:1]]
+    p[1:2] = pair_SS[symbols[:-1][:1], symbols[1:2]] / marginal_S[symbols[:-1][:1]]
+    p[2:] = source.probability_CSS[before % 2, current, following]
+    with np.errstate(divide="ignore"):
+        return -np.log(p)
 
 
 FAMILIES = {

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lm_jax.data import corpora, shards, store, wikitext
+from lm_jax.data import corpora, parts, shards, store, wikitext
 from lm_jax.data.corpora import open_corpus
 from lm_jax.data.synthetic import MarkovSource
-from tests.helpers import shared_data
+from tests.helpers import shared_data, source_nats, source_symbols
 
 ARTICLE = " \n = {} = \n \n {} \n \n"
 
@@ -299,8 +299,12 @@ def test_a_file_that_changes_during_the_preparation_gives_no_store(tmp_path, mon
     path, texts = tmp_path / "a.jsonl", [f"document {i}" for i in range(50)]
     _jsonl(path, texts)
     options = {"files": "a.jsonl", "document": "jsonl:text", "source_dir": str(tmp_path)}
-    name = {"learning": "_learn", "tokenising": "_write_and_join", "joining": "_join"}[moment]
-    original = getattr(store, name)
+    module, name = {
+        "learning": (store, "train_tokenizer"),
+        "tokenising": (parts, "write_all"),
+        "joining": (parts, "join"),
+    }[moment]
+    original = getattr(module, name)
 
     def change_then(*arguments):
         _jsonl(path, texts[:20])
@@ -312,9 +316,9 @@ def test_a_file_that_changes_during_the_preparation_gives_no_store(tmp_path, mon
         return store.prepare(corpus, tokenizer_kind="byte", vocab_size=0, cache_dir=cache)
 
     with monkeypatch.context() as patch:
-        patch.setattr(store, name, change_then)
+        patch.setattr(module, name, change_then)
         if moment == "learning":  # a tokenizer is not kept that has learnt from other text
-            patch.setattr(store, "_write_and_join", lambda *_: pytest.fail("went on"))
+            patch.setattr(parts, "write_all", lambda *_: pytest.fail("went on"))
         with pytest.raises(ValueError, match=r"a\.jsonl has changed since it was hashed: .*\.$"):
             prepare()
     assert not list((tmp_path / "cache" / "stores").iterdir())
@@ -410,7 +414,7 @@ def test_synthetic_splits_come_from_one_source(tmp_path):
         assert [len(text) for text in documents] == [10_000] * count
         assert not seen & {text[:50] for text in documents}
         seen |= {text[:50] for text in documents}
-        nats = np.concatenate([source.nats(source.from_text(text)) for text in documents])
+        nats = np.concatenate([source_nats(source, source_symbols(text)) for text in documents])
         assert abs(nats.mean() - source.entropy_rate) < 0.01
     again = _open(tmp_path, "synthetic")
     assert next(corpus.documents("train")) == next(again.documents("train"))

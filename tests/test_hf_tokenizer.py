@@ -80,8 +80,6 @@ def test_ids_stand_for_exactly_the_text(trained, text):
     assert b"".join(tokenizer.token_bytes(ids)) == text.encode()
     assert tokenizer.decode(ids) == text
     assert tokenizer.separator not in ids
-    n_bytes, _ = tokenizer.spans(ids)
-    assert n_bytes.sum() == len(text.encode())
 
 
 def test_words_of_the_corpus_are_tokens_of_their_own(trained):

@@ -328,7 +328,7 @@ def test_a_damaged_part_is_tokenised_again_and_no_other(tmp_path, monkeypatch, c
     (tmp_path / "open").touch()
     whole = prepare_pieces(gated, tmp_path, workers=1, cache=tmp_path / "other")
     with monkeypatch.context() as patch:
-        patch.setattr(store, "_join", stop)
+        patch.setattr(parts, "join", stop)
         with pytest.raises(KeyboardInterrupt):
             prepare_pieces(gated, tmp_path, workers=1)
     (unfinished,) = tmp_path.glob("stores/*.parts")

@@ -13,7 +13,7 @@ from lm_jax import config
 from lm_jax.data.open import open_data
 from lm_jax.data.synthetic import MarkovSource
 from lm_jax.train import train_and_evaluate
-from tests.helpers import ROOT, load_config
+from tests.helpers import ROOT, load_config, source_nats, source_symbols
 
 
 @pytest.mark.slow
@@ -40,7 +40,7 @@ def test_quickstart_comes_down_to_the_entropy_rate(tmp_path):
         nats = []
         for first, last in zip(starts[:-1], starts[1:], strict=True):
             text = store.tokenizer.decode(np.asarray(split.tokens[first:last]))
-            nats.append(source.nats(source.from_text(text)))
+            nats.append(source_nats(source, source_symbols(text)))
         nats = np.concatenate(nats)
         standard_error = nats.std() / np.sqrt(len(nats))
         loss = results[name]["loss"]

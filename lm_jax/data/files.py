@@ -62,10 +62,8 @@ def find_files(patterns: str, name: str, source: Path | None) -> list[Path]:
                 "in --config.data.source_dir."
             )
         found.update(files)
-    once: dict[Path, Path] = {}
-    for path in sorted(found):
-        once.setdefault(path.resolve(), path)
-    return list(once.values())
+    once = {path.resolve(): path for path in sorted(found, reverse=True)}  # the first name wins
+    return sorted(once.values())
 
 
 def hash_files(paths: Sequence[Path], cache: Path, *, text: bool) -> list[Hashed]:
@@ -160,14 +158,17 @@ def naming(name: str | Path) -> Iterator[None]:
     """
     try:
         yield
-    except MemoryError:
-        raise
     except Exception as error:
-        if str(name) in str(error):
+        if isinstance(error, MemoryError) or str(name) in str(error):
             raise
         kind = OSError if isinstance(error, OSError) else ValueError
         what = " ".join(f"{type(error).__name__}: {error}".split())
         raise kind(f"{name} cannot be read ({what}): replace it or leave it out.") from error
+
+
+def hash_json(value: Any) -> str:
+    """sha256 of a value that JSON can hold."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _changed(path: Path) -> ValueError:
@@ -180,24 +181,17 @@ def _changed(path: Path) -> ValueError:
 def _hash(path: Path, text: bool) -> str:
     digest = hashlib.sha256()
     decoder = codecs.getincrementaldecoder("utf-8")()
-    offset = 0
     with path.open("rb", buffering=0) as file:
-        while block := file.read(BLOCK):
-            digest.update(block)
-            if text:
-                _validate(decoder, block, path, offset)
-            offset += len(block)
-    if text:
-        _validate(decoder, b"", path, offset)
+        try:
+            while block := file.read(BLOCK):
+                digest.update(block)
+                if text:
+                    decoder.decode(block)
+            decoder.decode(b"", final=True)
+        except UnicodeDecodeError as error:
+            # The error's object is what was read last, and before it what the decoder held back.
+            place = file.tell() - len(error.object) + error.start
+            raise ValueError(
+                f"{path} is not UTF-8 at byte {place} ({error.reason}): convert the file to UTF-8."
+            ) from error
     return digest.hexdigest()
-
-
-def _validate(decoder: codecs.IncrementalDecoder, block: bytes, path: Path, offset: int) -> None:
-    held_back = len(decoder.getstate()[0])
-    try:
-        decoder.decode(block, final=not block)
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} is not UTF-8 at byte {offset - held_back + error.start} ({error.reason}): "
-            "convert the file to UTF-8."
-        ) from error

@@ -7,7 +7,6 @@ whichever process wrote it. `join` puts the parts of a split end to end.
 
 import concurrent.futures
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import itertools
@@ -23,13 +22,14 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from lm_jax.data.files import hash_json
 from lm_jax.data.shards import Documents
 from lm_jax.data.tokenizers.base import Tokenizer, count_words
 from lm_jax.data.tokenizers.load import load_tokenizer
@@ -41,8 +41,7 @@ COUNTS = "tokens documents empty_documents bytes words".split()
 REPORT_SECONDS = 10.0  # between lines on how far a long preparation is
 
 
-@dataclasses.dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """One piece of a split."""
 
     split: str
@@ -88,27 +87,21 @@ def write_all(parts: Sequence[Part], tokenizer: Tokenizer, folder: Path, workers
         shutil.rmtree(leftover, ignore_errors=True)
     todo = [part for part in parts if not (folder / part.name).exists()]
     workers = min(workers or _cores(), len(todo))
-    report = _Report(folder, len(parts))
-    if workers <= 1 or all(part.of == 1 for part in parts):
+    due = time.monotonic() + REPORT_SECONDS
+
+    def report() -> None:
+        nonlocal due
+        if time.monotonic() > due:
+            due = time.monotonic() + REPORT_SECONDS
+            done = len(list(folder.glob("*-of-*")))
+            print(f"tokenised {done} of {len(parts)} parts", file=sys.stderr)
+
+    if workers > 1 and any(part.of > 1 for part in parts):
+        _write_in_processes(todo, folder, workers, report)
+    else:
         for part in todo:
             write_part(part, tokenizer, folder)
             report()
-        return
-    tasks: queue.SimpleQueue[Part | None] = queue.SimpleQueue()
-    for task in [*todo, *[None] * workers]:
-        tasks.put(task)
-    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        drivers = [pool.submit(_drive, tasks, folder, report) for _ in range(workers)]
-        try:
-            for driver in concurrent.futures.as_completed(drivers):
-                driver.result()
-        except BaseException:
-            with contextlib.suppress(queue.Empty):
-                while True:
-                    tasks.get_nowait()
-            for _ in drivers:  # each stops after its current part
-                tasks.put(None)
-            raise
 
 
 def _cores() -> int:
@@ -132,18 +125,21 @@ def write_part(part: Part, tokenizer: Tokenizer, folder: Path) -> None:
         new.mkdir()
         with whole(new / "ids") as ids_file, whole(new / "lengths") as lengths_file:
             for texts in _batches(part.documents()):
-                encoded = _encode(texts, tokenizer, part.split)
+                try:
+                    encoded = tokenizer.encode_all(texts)
+                except ValueError as error:
+                    message = f"Split {part.split!r} cannot be tokenised: {error}"
+                    raise ValueError(message) from error
                 lengths = np.array([len(ids) for ids in encoded if len(ids)], "<i8")
-                for ids in encoded:
-                    stored = ids.astype(dtype)
-                    ids_file.write(stored)
-                    ids_hash.update(stored)
                 lengths_file.write(lengths)
                 lengths_hash.update(lengths)
                 counts["tokens"] += int(lengths.sum())
                 counts["documents"] += len(lengths)
                 counts["empty_documents"] += len(texts) - len(lengths)
                 for text, ids in zip(texts, encoded, strict=True):
+                    stored = ids.astype(dtype)
+                    ids_file.write(stored)
+                    ids_hash.update(stored)
                     if len(ids):
                         counts["bytes"] += len(text.encode())
                         counts["words"] += count_words(text)
@@ -153,7 +149,7 @@ def write_part(part: Part, tokenizer: Tokenizer, folder: Path) -> None:
             "ids": ids_hash.hexdigest(),
             "lengths": lengths_hash.hexdigest(),
         }
-        write_text(new / "counts.json", json.dumps({**record, "sha256": _seal(record)}))
+        write_text(new / "counts.json", json.dumps({**record, "sha256": hash_json(record)}))
         try:
             os.replace(new, folder / part.name)
         except OSError:
@@ -221,14 +217,10 @@ def read_part_record(folder: Path, tokenizer: Tokenizer) -> dict[str, Any] | Non
         sizes = [(folder / name).stat().st_size for name in ("ids", "lengths")]
     except (FileNotFoundError, ValueError):
         return None
-    if not isinstance(record, dict) or record.pop("sha256", None) != _seal(record):
+    if not isinstance(record, dict) or record.pop("sha256", None) != hash_json(record):
         return None
     expected = [record["tokens"] * id_type(tokenizer).itemsize, record["documents"] * 8]
     return record if (record["tokenizer"], sizes) == (tokenizer.content_hash, expected) else None
-
-
-def _seal(record: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
@@ -241,33 +233,37 @@ def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def _encode(texts: list[str], tokenizer: Tokenizer, split: str) -> list[np.ndarray]:
-    try:
-        return tokenizer.encode_all(texts)
-    except ValueError as error:
-        raise ValueError(f"Split {split!r} cannot be tokenised: {error}") from error
-
-
-class _Report:
-    """Says on standard error every REPORT_SECONDS how many parts are written."""
-
-    def __init__(self, folder: Path, total: int) -> None:
-        self.folder, self.total = folder, total
-        self.due = time.monotonic() + REPORT_SECONDS
-
-    def __call__(self) -> None:
-        if time.monotonic() > self.due:
-            self.due = time.monotonic() + REPORT_SECONDS
-            done = len(list(self.folder.glob("*-of-*")))
-            print(f"tokenised {done} of {self.total} parts", file=sys.stderr)
-
-
-def _drive(tasks: "queue.SimpleQueue[Part | None]", folder: Path, report: _Report) -> None:
-    """Feeds one process, which ends with its connection: also when this process is killed.
+def _write_in_processes(
+    todo: Sequence[Part], folder: Path, workers: int, report: Callable[[], None]
+) -> None:
+    """Writes parts, each in the next of several processes that is idle.
 
     Not multiprocessing's pool: that runs the caller's script again in every process, and leaves
     its processes behind when it is killed.
     """
+    idle: queue.SimpleQueue[Callable[[Part, Path], None]] = queue.SimpleQueue()
+
+    def write(part: Part) -> None:
+        write_in_process = idle.get()
+        try:
+            write_in_process(part, folder)
+        finally:
+            idle.put(write_in_process)
+
+    with contextlib.ExitStack() as stack:
+        for _ in range(workers):
+            idle.put(stack.enter_context(_process()))
+        pool = concurrent.futures.ThreadPoolExecutor(workers)
+        # After an error, waits for the parts that are being written, and begins no other.
+        stack.callback(pool.shutdown, cancel_futures=True)
+        for written in concurrent.futures.as_completed([pool.submit(write, part) for part in todo]):
+            written.result()
+            report()
+
+
+@contextlib.contextmanager
+def _process() -> Iterator[Callable[[Part, Path], None]]:
+    """A process that writes parts; it ends with its connection, also when this one is killed."""
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(sys.path),
         "RAYON_NUM_THREADS": "1",  # the processes are the parallelism
@@ -284,31 +280,27 @@ def _drive(tasks: "queue.SimpleQueue[Part | None]", folder: Path, report: _Repor
         start_new_session=True,  # Ctrl-C is for this process, which then ends the connection
     )
     theirs.close()
+
+    def write(part: Part, folder: Path) -> None:
+        try:
+            connection.send((part, folder))
+            answer = connection.recv()
+        except (EOFError, ConnectionError) as error:
+            raise _ended(process.wait()) from error
+        if answer is not None:
+            raise answer
+
     with process, connection:
-        while (part := tasks.get()) is not None:
-            if (error := _ask(process, connection, (part, folder))) is not None:
-                raise error
-            report()
+        yield write
 
 
-def _ask(
-    process: subprocess.Popen, connection: Connection, task: tuple[Part, Path]
-) -> Exception | None:
-    """What a process answers to a task: None once the part is written."""
-    try:
-        connection.send(task)
-        return connection.recv()
-    except (EOFError, ConnectionError) as error:
-        connection.close()
-        code = process.wait()
-        found = f"ended with return code {code}, and may have said why on standard error: "
-        if code == -signal.SIGKILL:
-            found = (
-                "was killed, perhaps for lack of memory: set a smaller --config.data.workers and "
-            )
-        raise ChildProcessError(
-            f"A process that tokenises {found}start again, which goes on from the finished parts."
-        ) from error
+def _ended(code: int) -> ChildProcessError:
+    how = f"ended with return code {code}, and may have said why on standard error:"
+    if code == -signal.SIGKILL:
+        how = "was killed, perhaps for lack of memory: set a smaller --config.data.workers and"
+    return ChildProcessError(
+        f"A process that tokenises {how} start again, which goes on from the finished parts."
+    )
 
 
 def serve(descriptor: int) -> None:

@@ -17,7 +17,6 @@ Documents = Callable[[], Iterator[str]]
 
 PIECE = 32 << 20  # bytes of the files in one piece; store.FORMAT rises when it changes
 RECORDS = 256  # rows or records read at once
-FORMATS = "file, line, jsonl:FIELD, parquet:FIELD, arrayrecord or arrayrecord:FIELD"
 
 Cut = tuple[int, int, int]  # first, end, and the size in bytes
 Read = Callable[[Path, int, int], Iterator[str]]  # the documents from first to end
@@ -39,9 +38,11 @@ def parse_format(document: str) -> tuple[str, str]:
         ValueError: if there is no such format, or its package is not installed.
     """
     kind, _, field = document.partition(":")
-    if kind not in _FORMATS or bool(field) not in _FORMATS[kind].with_field:
+    if (f"{kind}:FIELD" if field else kind) not in _FORMATS:
+        *others, last = _FORMATS
         raise ValueError(
-            f"data.document={document!r} does not exist: set --config.data.document={FORMATS}."
+            f"data.document={document!r} does not exist: set --config.data.document="
+            f"{', '.join(others)} or {last}."
         )
     if kind == "parquet":
         _pyarrow()
@@ -51,8 +52,10 @@ def parse_format(document: str) -> tuple[str, str]:
 def pieces(paths: Iterable[Path], document: str) -> list[Documents]:
     """Pieces of about PIECE bytes, in the order of the files and of the documents in them."""
     kind, field = parse_format(document)
-    cut, read, _ = _FORMATS[kind]
-    return cut_into_pieces(paths, cut, functools.partial(read, field=field))
+    cut, read = _FORMATS[f"{kind}:FIELD" if field else kind]
+    if field:
+        read = functools.partial(read, field=field)
+    return cut_into_pieces(paths, cut, read)
 
 
 def cut_into_pieces(
@@ -111,14 +114,14 @@ def cut_lines(path: Path) -> Iterator[Cut]:
         yield first, end, end - first
 
 
-def _read_file(path: Path, first: int, end: int, field: str) -> Iterator[str]:
+def _read_file(path: Path, first: int, end: int) -> Iterator[str]:
     content = path.read_bytes()
     if len(content) != end:
         raise _cut_short(path, len(content), end)
     yield content.decode()
 
 
-def _read_lines(path: Path, first: int, end: int, field: str) -> Iterator[str]:
+def _read_lines(path: Path, first: int, end: int) -> Iterator[str]:
     for _, line in lines(path, first, end):
         yield line.removesuffix("\n").removesuffix("\r")
 
@@ -257,7 +260,7 @@ def _cut_array_record(path: Path) -> Iterator[Cut]:
         yield first, end, (end - first) * size // count
 
 
-def _read_array_record(path: Path, first: int, end: int, field: str) -> Iterator[str]:
+def _read_array_record(path: Path, first: int, end: int, field: str = "") -> Iterator[str]:
     reader = _open_array_record(path)
     for start in range(first, end, RECORDS):
         for number, record in enumerate(reader.read(start, min(start + RECORDS, end)), start + 1):
@@ -274,16 +277,11 @@ def _not_utf8(name: str, error: UnicodeDecodeError) -> ValueError:
     return ValueError(f"{name} is not UTF-8 ({error.reason}): write the file again as UTF-8.")
 
 
-class _Format(NamedTuple):
-    cut: Callable[[Path], Iterator[Cut]]
-    read: Callable[..., Iterator[str]]
-    with_field: tuple[bool, ...]
-
-
-_FORMATS = {
-    "file": _Format(_cut_file, _read_file, (False,)),
-    "line": _Format(cut_lines, _read_lines, (False,)),
-    "jsonl": _Format(cut_lines, _read_jsonl, (True,)),
-    "parquet": _Format(_cut_parquet, _read_parquet, (True,)),
-    "arrayrecord": _Format(_cut_array_record, _read_array_record, (False, True)),
+_FORMATS: dict[str, tuple[Callable[[Path], Iterator[Cut]], Callable[..., Iterator[str]]]] = {
+    "file": (_cut_file, _read_file),
+    "line": (cut_lines, _read_lines),
+    "jsonl:FIELD": (cut_lines, _read_jsonl),
+    "parquet:FIELD": (_cut_parquet, _read_parquet),
+    "arrayrecord": (_cut_array_record, _read_array_record),
+    "arrayrecord:FIELD": (_cut_array_record, _read_array_record),
 }

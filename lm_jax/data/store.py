@@ -1,5 +1,6 @@
 """The tokenised corpus on disk: ids, document offsets, exact counts, content hashes, manifest."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -63,7 +64,7 @@ class Store:
                 f"--config.data.{name}_fraction above 0 to hold one out."
             )
         counts = self.manifest["splits"][name]
-        tokens, starts = _arrays(self.path, name)
+        tokens, starts = map(_load, _array_paths(self.path, name))
         return Split(
             name, tokens, starts, counts["bytes"], counts["words"], self.tokenizer.separator
         )
@@ -96,9 +97,9 @@ def prepare(
     stores = Path(cache_dir).expanduser() / "stores"
     given = HfTokenizer.from_folder(Path(folder)) if folder else None
     decides_ids = tokenizer_kind if given is None else given.content_hash
-    key = json.dumps([corpus.fingerprint, decides_ids, vocab_size, sample, FORMAT])
+    key = files.hash_json([corpus.fingerprint, decides_ids, vocab_size, sample, FORMAT])
     name = re.sub(r"[^\w.]+", "-", corpus.name)
-    path = stores / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+    path = stores / f"{name}-{key[:12]}"
     unfinished = path.with_name(f"{path.name}.parts")
     if path.exists():
         store = open_store(path)
@@ -113,15 +114,16 @@ def prepare(
         shutil.rmtree(unfinished)
         raise
     try:
-        open_store(unfinished / "store")
-        os.replace(unfinished / "store", path)
+        store = open_store(unfinished / "store")
+        os.replace(store.path, path)
     except ValueError as error:
         raise _not_written(error) from error
     except OSError:
-        if not path.exists():  # otherwise another process finished the same store first
+        if not path.exists():
             raise
+        store = open_store(path)  # another process finished it first
     shutil.rmtree(unfinished, ignore_errors=True)  # what stays is removed at the next opening
-    return _open(path)
+    return dataclasses.replace(store, path=path)
 
 
 def open_store(path: str | os.PathLike) -> Store:
@@ -131,26 +133,21 @@ def open_store(path: str | os.PathLike) -> Store:
         FileNotFoundError: if a file is missing.
         ValueError: if a file does not hold what was written into it.
     """
-    store = _open(path)
-    path, manifest, tokenizer = store.path, store.manifest, store.tokenizer
+    path = Path(path)
+    manifest, tokenizer = _read_manifest(path / "manifest.json"), load_tokenizer(path / "tokenizer")
     if tokenizer.content_hash != manifest["tokenizer_hash"]:
         raise _broken(path / "tokenizer", "is not the tokenizer that the store was made with")
     if tokenizer.vocab_size != manifest["vocab_size"]:
         raise _broken(path / "manifest.json", "gives another vocab_size than the tokenizer")
     for name, counts in manifest["splits"].items():
         _check_split(path, name, tokenizer, counts)
-    return store
-
-
-def _open(path: str | os.PathLike) -> Store:
-    """A store without a check of its arrays."""
-    path = Path(path)
-    return Store(path, _read_manifest(path / "manifest.json"), load_tokenizer(path / "tokenizer"))
+    return Store(path, manifest, tokenizer)
 
 
 def _check_split(path: Path, name: str, tokenizer: Tokenizer, counts: dict[str, Any]) -> None:
     """Raises ValueError if a split's arrays are not those of the manifest."""
-    (tokens, starts), (tokens_path, starts_path) = _arrays(path, name), _array_paths(path, name)
+    tokens_path, starts_path = _array_paths(path, name)
+    tokens, starts = _load(tokens_path), _load(starts_path)
     for file, what, found in (
         (tokens_path, "tokens", len(tokens)),
         (starts_path, "documents", len(starts) - 1),
@@ -158,14 +155,11 @@ def _check_split(path: Path, name: str, tokenizer: Tokenizer, counts: dict[str, 
         if found != counts[what]:
             raise _broken(file, f"holds {found} {what}, the manifest says {counts[what]}")
     digest = hashlib.sha256()
-    highest, separated = -1, False
     for block in _blocks(tokens):
         digest.update(block)
-        highest = max(highest, int(block.max()))
-        separated |= bool((block == tokenizer.separator).any())
-    if separated or highest >= tokenizer.vocab_size:
-        problem = f"holds the separator, or an id that is not below {tokenizer.vocab_size}"
-        raise _broken(tokens_path, problem)
+        if (block == tokenizer.separator).any() or block.max() >= tokenizer.vocab_size:
+            problem = f"holds the separator, or an id that is not below {tokenizer.vocab_size}"
+            raise _broken(tokens_path, problem)
     ascending, last = starts[0] == 0, -1
     for block in _blocks(starts):
         digest.update(block)
@@ -195,22 +189,17 @@ def _tokenizer(
     unfinished: Path,
 ) -> Tokenizer:
     """The tokenizer that an earlier start saved in `unfinished`, or a new one saved there."""
-    try:
+    with contextlib.suppress(FileNotFoundError, ValueError):
         return load_tokenizer(unfinished)
-    except (FileNotFoundError, ValueError):
-        # Missing or damaged: training it again gives the same one.
-        tokenizer = given or _learn(corpus, kind, vocab_size, sample)
+    # Missing or damaged: training it again gives the same one.
+    if given is None:
+        if not any(corpus.documents("train")):
+            raise _no_tokens(corpus, "train", "no documents, or empty ones")
+        documents = _heads(corpus.splits["train"], sample) if sample else corpus.documents("train")
+        given = train_tokenizer(kind, documents, vocab_size)
     files.refuse_changed(corpus.files)  # a part only notices a change while it is written
-    tokenizer.save(unfinished)
+    given.save(unfinished)
     return load_tokenizer(unfinished)
-
-
-def _learn(corpus: Corpus, kind: str, vocab_size: int, sample: int) -> Tokenizer:
-    """Trains a tokenizer on the train split."""
-    if not any(corpus.documents("train")):
-        raise _no_tokens(corpus, "train", "no documents, or empty ones")
-    documents = _heads(corpus.splits["train"], sample) if sample else corpus.documents("train")
-    return train_tokenizer(kind, documents, vocab_size)
 
 
 def _heads(pieces: Sequence[Documents], characters: int) -> Iterator[str]:
@@ -291,17 +280,13 @@ def _array_paths(path: Path, name: str) -> tuple[Path, Path]:
     return path / f"{name}.tokens.npy", path / f"{name}.documents.npy"
 
 
-def _arrays(path: Path, name: str) -> list[np.memmap]:
-    """A split's tokens and document starts."""
-    loaded = []
-    for file in _array_paths(path, name):
-        if not file.is_file():
-            raise FileNotFoundError(f"There is no {file}: delete the folder to rebuild the store.")
-        try:
-            loaded.append(np.load(file, mmap_mode="r", allow_pickle=False))
-        except ValueError as error:
-            raise _broken(file, f"is cut short or damaged ({error})") from error
-    return loaded
+def _load(path: Path) -> np.memmap:
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no {path}: delete the folder to rebuild the store.")
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except ValueError as error:
+        raise _broken(path, f"is cut short or damaged ({error})") from error
 
 
 def _no_tokens(corpus: Corpus, split: str, found: str) -> ValueError:

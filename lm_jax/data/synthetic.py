@@ -80,37 +80,6 @@ class MarkovSource:
         for index in range(count):
             yield self.to_text(self.sample(length, (seed, index)))
 
-    def nats(self, symbols: np.ndarray) -> np.ndarray:
-        """-log p of each symbol given all before it, float64; inf where the source cannot go.
-
-        The parity before a document's first symbol is unknown, so the first two symbols are scored
-        under the stationary distribution, with that parity summed out.
-        """
-        before, current, following = symbols[:-2], symbols[1:-1], symbols[2:]
-        marginal_S = self.stationary_CS.sum(0)
-        pair_SS = (self.stationary_CS[..., None] * self.probability_CSS).sum(0)
-        p = np.empty(len(symbols))
-        p[:1] = marginal_S[symbols[:1]]
-        p[1:2] = pair_SS[symbols[:-1][:1], symbols[1:2]] / marginal_S[symbols[:-1][:1]]
-        p[2:] = self.probability_CSS[before % 2, current, following]
-        with np.errstate(divide="ignore"):
-            return -np.log(p)
-
     def to_text(self, symbols: np.ndarray) -> str:
         """One letter a symbol."""
         return (np.asarray(symbols).astype("<u4") + FIRST_CHARACTER).tobytes().decode("utf-32-le")
-
-    def from_text(self, text: str) -> np.ndarray:
-        """The symbols of a text written by `to_text`.
-
-        Raises:
-            ValueError: if the text holds another letter.
-        """
-        symbols = np.frombuffer(text.encode("utf-32-le"), "<u4").astype(np.int64) - FIRST_CHARACTER
-        strange = np.flatnonzero((symbols < 0) | (symbols >= self.symbols))
-        if len(strange):
-            raise ValueError(
-                f"Character {text[strange[0]]!r} at position {strange[0]} is not one of the "
-                f"{self.symbols} letters from U+{FIRST_CHARACTER:04X} up that the source writes."
-            )
-        return symbols.astype(np.int32)

@@ -3,7 +3,6 @@
 Merity et al. 2016, "Pointer Sentinel Mixture Models", word level with <unk>, CC BY-SA.
 """
 
-import dataclasses
 import hashlib
 import itertools
 import re
@@ -13,6 +12,7 @@ import urllib.request
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from lm_jax.data import shards
 
@@ -20,8 +20,7 @@ FILES = {split: f"wiki.{split}.tokens" for split in ("train", "valid", "test")}
 HEADING = re.compile(r" = (?!= ).*(?<! =) = \n?")
 
 
-@dataclasses.dataclass(frozen=True)
-class Archive:
+class Archive(NamedTuple):
     """A published zip file and the folder in it that holds the three splits."""
 
     url: str

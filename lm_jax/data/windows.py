@@ -12,7 +12,6 @@ neither the number of processes nor the number of threads can change what a step
 """
 
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import os
@@ -170,31 +169,6 @@ def _permutation(num_windows: int, seed: int, epoch: int) -> np.ndarray:
     return order
 
 
-@dataclasses.dataclass(frozen=True)
-class _CallSource:
-    """Random access to training batches: item i stacks the batches of call i."""
-
-    windows: Windows
-    batch_size: int
-    seed: int
-    calls: Sequence[range]
-    rows: slice
-    extend: Callable[[Batch], Batch]
-
-    def __len__(self) -> int:
-        return len(self.calls)
-
-    def __getitem__(self, item: int) -> Batch:
-        first_K1 = self.batch_size * np.asarray(self.calls[item])[:, None]
-        position_KB = first_K1 + np.arange(self.batch_size)[self.rows]
-        indices_KB = example_index(position_KB, len(self.windows), self.seed)
-        earlier_KB: ArrayLike = 0
-        if self.windows.movable:
-            epoch_KB = position_KB // len(self.windows)
-            earlier_KB = window_offset(epoch_KB, self.windows.seq_len, self.seed)
-        return self.extend(self.windows.batch(indices_KB, earlier_KB))
-
-
 def train_batches(
     split: "Split",
     *,
@@ -224,17 +198,28 @@ def train_batches(
             f"split '{split.name}' has {len(split.tokens)} tokens, too few to fill one window of "
             f"seq_len={seq_len}: set a smaller --config.data.seq_len or take a larger corpus."
         )
-    return _read(_CallSource(windows, batch_size, seed, calls, rows, extend), threads)
+
+    def read(call: range) -> Batch:
+        first_K1 = batch_size * np.asarray(call)[:, None]
+        position_KB = first_K1 + np.arange(batch_size)[rows]
+        indices_KB = example_index(position_KB, len(windows), seed)
+        epoch_KB = position_KB // len(windows)
+        earlier = window_offset(epoch_KB, seq_len, seed) if movable else 0
+        return extend(windows.batch(indices_KB, earlier))
+
+    return _read_ahead(read, calls, threads)
 
 
-def _read(source: _CallSource, threads: int) -> Iterator[Batch]:
-    """Reads a source in order through grain, and stops its threads when the reader stops."""
+def _read_ahead(
+    read: Callable[[range], Batch], calls: Sequence[range], threads: int
+) -> Iterator[Batch]:
+    """What `read` gives for each call, in order; grain's threads stop when the reader stops."""
     import grain
 
     options = grain.ReadOptions(
         num_threads=threads, prefetch_buffer_size=READ_AHEAD_PER_THREAD * threads
     )
-    dataset = grain.MapDataset.source(source).to_iter_dataset(options)
+    dataset = grain.MapDataset.source(calls).map(read).to_iter_dataset(options)
     with contextlib.closing(iter(dataset)) as batches:
         yield from batches
 

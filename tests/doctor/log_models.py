@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from lm_jax import metrics
-from lm_jax.data import ngram
+from lm_jax.data.references import perplexities
 
 V, D, T, B = 1024, 32, 24, 8
 PEAK = 0.01
@@ -182,7 +182,7 @@ def train(
 def references(seed=0, windows=1600):
     """Unigram and bigram perplexity of the valid split."""
     train_ids, ids = corpus(seed, windows).ravel(), corpus(seed + 1000, 64)[:, 1:].ravel()
-    return ngram.perplexities(train_ids, ids, vocab_size=V, start=0, orders=(2,))
+    return perplexities(train_ids, ids, vocab_size=V, start=0, orders=(2,))
 
 
 def declared(seed=0, steps=300, windows=1600, peak=PEAK, **more):

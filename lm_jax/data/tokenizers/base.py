@@ -2,7 +2,6 @@
 
 import abc
 import functools
-import hashlib
 import itertools
 import json
 import os
@@ -12,11 +11,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from lm_jax.data.files import hash_json
 from lm_jax.files import write_text
 
 FILE_NAME = "tokenizer.json"
 BLOCK = 1 << 20  # characters split into words at once: a list of words is ten times their size
-WHITESPACE = np.array([c for c in range(0x3001) if chr(c).isspace()], np.uint32)
 
 
 def count_words(text: str) -> int:
@@ -58,32 +57,10 @@ class Tokenizer(abc.ABC):
         """Text of the ids; bytes that are not UTF-8 show as U+FFFD."""
         return b"".join(self.token_bytes(ids)).decode("utf-8", errors="replace")
 
-    def spans(self, ids: np.ndarray, text: str | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Bytes and words that belong to each of a document's ids.
-
-        They sum to len(text.encode()) and count_words(text). A word belongs to the token that
-        holds its first byte. Kind "word" needs `text` unless the text has WikiText's layout and no
-        word became <unk>; the other kinds recover the text from the ids.
-        """
-        del text
-        pieces = self.token_bytes(ids)
-        bytes_T = np.array([len(piece) for piece in pieces], np.int64)
-        # Part of a document may begin or end within a character; such bytes count as letters.
-        decoded = b"".join(pieces).decode("utf-8", errors="surrogateescape")
-        codes = np.frombuffer(decoded.encode("utf-32-le", errors="surrogatepass"), "<u4")
-        sizes = 1 + (codes >= 0x80) + (codes >= 0x800).astype(np.int64) + (codes >= 0x10000)
-        sizes[(codes >= 0xDC80) & (codes <= 0xDCFF)] = 1
-        space = np.isin(codes, WHITESPACE)
-        starts_word = ~space & np.concatenate([[True], space[:-1]])[: len(space)]
-        offsets = (np.cumsum(sizes) - sizes)[starts_word | (codes == ord("\n"))]
-        owner = np.searchsorted(np.cumsum(bytes_T), offsets, side="right")
-        return bytes_T, np.bincount(owner, minlength=len(bytes_T))
-
     @functools.cached_property
     def content_hash(self) -> str:
         """sha256 of everything that decides the ids."""
-        content = json.dumps(self._definition(), sort_keys=True)
-        return hashlib.sha256(content.encode()).hexdigest()
+        return hash_json(self._definition())
 
     def save(self, folder: str | os.PathLike) -> None:
         """Writes tokenizer.json into `folder`, whole or not at all."""
@@ -104,8 +81,9 @@ def split_words(text: str) -> Iterator[str]:
     yield from rest.split()
 
 
-def byte_alphabet() -> list[str]:
-    """The printable character by which byte-level BPE writes each byte value."""
+@functools.cache
+def byte_alphabet() -> dict[str, int]:
+    """The byte values by the printable characters in which byte-level BPE writes them."""
     visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     shifted = itertools.count(0x100)
-    return [chr(byte if byte in visible else next(shifted)) for byte in range(256)]
+    return {chr(byte if byte in visible else next(shifted)): byte for byte in range(256)}

@@ -1,8 +1,8 @@
 """The tokenizer of a Hugging Face checkpoint: exactly the text's bytes, no special tokens added."""
 
-import functools
 import itertools
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -100,10 +100,11 @@ class HfTokenizer(Tokenizer):
         documents = [np.array(one.ids, np.int32) for one in encoded]
         for ids, text in zip(documents, texts, strict=True):
             if b"".join(self.token_bytes(ids)) != text.encode():
+                at = len(os.path.commonprefix([text, self.decode(ids)]))
                 raise ValueError(
-                    f"tokenizer.json: {self._culprit(text)} changes the text at "
-                    f"{self._difference(ids, text)}; take such documents out, or a tokenizer that "
-                    "keeps every byte."
+                    f"tokenizer.json: {self._culprit(text)} changes the text at character {at}, "
+                    f"{text[at : at + 8]!r}; take such documents out, or a tokenizer that keeps "
+                    "every byte."
                 )
         return documents
 
@@ -136,13 +137,6 @@ class HfTokenizer(Tokenizer):
             if self._bytes_of(pieces) != text.encode():
                 return f"pre_tokenizer ({', '.join(names['pre_tokenizer'])})"
         return "model, or one of added_tokens,"
-
-    def _difference(self, ids: np.ndarray, text: str) -> str:
-        """Names the first place at which text and decoded ids differ."""
-        kept = self.decode(ids)
-        same = (a == b for a, b in zip(text, kept, strict=False))
-        at = next((i for i, equal in enumerate(same) if not equal), min(len(text), len(kept)))
-        return f"character {at}, {text[at : at + 8]!r}"
 
 
 def _components(part: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
@@ -195,15 +189,10 @@ def _without_prefix(part: dict[str, Any] | None) -> dict[str, Any] | None:
     return part
 
 
-@functools.cache
-def _byte_of() -> dict[str, int]:
-    return {character: byte for byte, character in enumerate(byte_alphabet())}
-
-
 def _from_byte_alphabet(token: str) -> bytes:
     """Bytes of a token in the alphabet of byte-level BPE, or its UTF-8 if it has other letters."""
     try:
-        return bytes(_byte_of()[character] for character in token)
+        return bytes(map(byte_alphabet().__getitem__, token))
     except KeyError:
         return token.encode()
 
@@ -215,7 +204,6 @@ def _from_sentencepiece(token: str) -> bytes:
 
 
 def _separator(folder: Path, tokenizer: dict[str, Any], config: dict[str, Any]) -> int:
-    """Id of the token that begins a text; if there is none, of the one that ends it."""
     path = folder / "tokenizer_config.json"
     named = read_json(path) if path.is_file() else {}
     for name in ("bos", "eos"):

@@ -95,25 +95,6 @@ class WordTokenizer(Tokenizer):
             )
         return ids
 
-    def spans(self, ids: np.ndarray, text: str | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Bytes and words of each id; with `text`, white space belongs to the word after it."""
-        ids = np.asarray(ids)
-        words_T = (ids != self.separator).astype(np.int64)
-        if text is None:
-            return np.array([len(piece) for piece in self.token_bytes(ids)], np.int64), words_T
-        ends = [match.end() for match in re.finditer(r"\n|\S+", text)]
-        if len(ends) != words_T.sum():
-            raise ValueError(
-                f"The text has {len(ends)} words and the ids {words_T.sum()}: "
-                "give spans() the document that the ids were encoded from."
-            )
-        if ends:
-            ends[-1] = len(text)
-        bounds = itertools.pairwise([0, *ends])
-        bytes_T = np.zeros(len(ids), np.int64)
-        bytes_T[words_T > 0] = [len(text[start:end].encode()) for start, end in bounds]
-        return bytes_T, words_T
-
 
 class BpeTokenizer(Tokenizer):
     """Byte-level byte-pair encoding with GPT-2's pre-tokenisation; any text round trips.
@@ -138,8 +119,8 @@ class BpeTokenizer(Tokenizer):
         )
         self._library = tokenizers.Tokenizer(model)
         self._library.pre_tokenizer = _gpt2_words()
-        to_byte = {character: byte for byte, character in enumerate(byte_alphabet())}
-        self._bytes = [b"", *(bytes(to_byte[c] for c in token) for token in vocabulary)]
+        bytes_of = byte_alphabet()
+        self._bytes = [b"", *(bytes(bytes_of[c] for c in token) for token in vocabulary)]
 
     @classmethod
     def train(cls, documents: Iterable[str], vocab_size: int) -> Self:
@@ -151,7 +132,7 @@ class BpeTokenizer(Tokenizer):
         trainer = tokenizers.trainers.BpeTrainer(
             vocab_size=vocab_size - 1,
             min_frequency=2,
-            initial_alphabet=byte_alphabet(),
+            initial_alphabet=list(byte_alphabet()),
             show_progress=False,
         )
         pieces = itertools.chain.from_iterable(map(cls._pieces, documents))
