@@ -50,6 +50,11 @@ DETERMINISTIC = {
 }
 
 
+def fast(cases, names):
+    """Names of cases; all but `names` are slow tests, for they change with these kernels alone."""
+    return [pytest.param(n, marks=() if n in names else pytest.mark.slow) for n in cases]
+
+
 def flash_of(case, **options):
     """flash as a function of q, k and v."""
     ids = case.segment_ids()
@@ -79,7 +84,7 @@ def check(case, dtype, largest=2.0, **options):
     check_rounded(case, results, plain, truth, largest)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", fast(CASES, ("one position", "everything")))
 def test_values_and_gradients(name):
     # With one key the softmax has no gradient; what is left is the rounding of the output, which
     # the plain form does not use.
@@ -87,7 +92,7 @@ def test_values_and_gradients(name):
     check(CASES[name], "float16" if CASES[name].H == 1 else "bfloat16", largest)
 
 
-@pytest.mark.parametrize("name", DETERMINISTIC)
+@pytest.mark.parametrize("name", fast(DETERMINISTIC, ("everything, width 128",)))
 def test_deterministic(name):
     check(DETERMINISTIC[name], "bfloat16", deterministic=True)
 

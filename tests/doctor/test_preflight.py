@@ -114,6 +114,7 @@ def command(*arguments):
     )
 
 
+@pytest.mark.slow
 def test_exit_codes_of_the_command(tmp_path):
     log = tmp_path / "log.csv"
     log.write_text("it,train_loss\n" + "".join(f"{10 * i},{12 + i % 3}\n" for i in range(200)))
