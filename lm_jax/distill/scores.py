@@ -37,14 +37,14 @@ SHOWN = (  # heading, value and its format
 
 def report_distillation(
     cfg: Config, workdir: pathlib.Path, run: Trained, teacher: Teacher
-) -> dict[str, Any] | None:
+) -> None:
     """Score all models on the last configured split; write `distillation.json` and print it.
 
     Nothing is written for a cache, whose teacher is not at hand. `run` is the best checkpoint in
     the student's workdir.
     """
     if not teacher.models:
-        return None
+        return
     split = rules.eval_splits(cfg, run.store.manifest["splits"])[-1]
     models = {"distilled": _single("distilled", run.graphdef, run.params)}
     if cfg.distill.alone:
@@ -73,7 +73,6 @@ def report_distillation(
     for name, row in rows.items():
         table.add_row(name, *(_cell(row[value], form) for _, value, form in SHOWN))
     Console().print(table)
-    return result
 
 
 def _single(name: str, graphdef: Any, params: Any) -> Teacher:
