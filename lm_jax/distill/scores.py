@@ -35,9 +35,7 @@ SHOWN = (  # heading, value and its format
 )
 
 
-def report_distillation(
-    cfg: Config, workdir: pathlib.Path, run: Trained, teacher: Teacher
-) -> None:
+def report_distillation(cfg: Config, workdir: pathlib.Path, run: Trained, teacher: Teacher) -> None:
     """Score all models on the last configured split; write `distillation.json` and print it.
 
     Nothing is written for a cache, whose teacher is not at hand. `run` is the best checkpoint in
