@@ -26,7 +26,7 @@ from lm_jax.data.references import references
 from lm_jax.data.store import Store
 from lm_jax.files import whole, write_json
 from lm_jax.models.families import FAMILIES, family
-from lm_jax.workdir import Trained, open_trained
+from lm_jax.workdir import DOCUMENTS, SCORES, Trained, open_trained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,9 +165,9 @@ def score_run(
     result = {"step": run.step, **result, "references": references(evaluator.store, name)}
     if jax.process_index() == 0:
         arrays: dict[str, Any] = documents(evaluator.store, name, nats_D)
-        with whole(workdir / f"documents_{name}.npz") as file:
+        with whole(workdir / DOCUMENTS.format(name)) as file:
             np.savez(file, allow_pickle=False, **arrays)
-        write_json(workdir / f"eval_{name}.json", result)
+        write_json(workdir / SCORES.format(name), result)
         report(name, result, Console())
     return result
 

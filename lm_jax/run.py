@@ -7,7 +7,7 @@ from typing import Any
 from lm_jax.doctor.log.subject import read_log
 from lm_jax.evaluate import Evaluator, score_run
 from lm_jax.generate import Sample, generate
-from lm_jax.workdir import Trained, open_trained
+from lm_jax.workdir import METRICS, Trained, open_trained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Run(Trained):
 
     def history(self) -> list[dict[str, Any]]:
         """The rows of `metrics.jsonl` in order, without the torn last line of a killed run."""
-        return read_log(self.workdir / "metrics.jsonl", null_is_nan=True).records
+        return read_log(self.workdir / METRICS, null_is_nan=True).records
 
 
 def open_run(workdir: str | pathlib.Path, *, best: bool = True) -> Run:

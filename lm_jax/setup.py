@@ -245,12 +245,12 @@ def examine_run(cfg: Config, store: Store, folder: pathlib.Path) -> None:
         return
     report = preflight.examine_config(cfg, level=cfg.doctor, store=store)
     if jax.process_index() == 0:
-        write_text(folder / "doctor.json", report.to_json() + "\n")
+        write_text(folder / workdir.DOCTOR, report.to_json() + "\n")
         report.show(Console(), everything=False)
     if report.failed:
         raise preflight.Unfit(
             f"the doctor refuses this run: {', '.join(report.failed)} failed (above, and in "
-            f"{folder / 'doctor.json'}); mend it, or give --config.doctor=off."
+            f"{folder / workdir.DOCTOR}); mend it, or give --config.doctor=off."
         )
 
 

@@ -1,4 +1,4 @@
-"""The files of a run, in its folder: its record (`config.json`) and its parameters."""
+"""The files of a run, in its folder: their names, its record and log, and its parameters."""
 
 import dataclasses
 import datetime
@@ -21,6 +21,15 @@ from lm_jax.data.open import open_data
 from lm_jax.data.store import Store
 from lm_jax.files import write_json
 from lm_jax.models.families import choose_attention, create_model
+
+RECORD = "config.json"
+METRICS = "metrics.jsonl"
+SCORES = "eval_{}.json"  # of a split
+DOCUMENTS = "documents_{}.npz"  # of a split
+TEACHER = "teacher.json"
+AGREEMENT = "distillation.json"
+DOCTOR = "doctor.json"
+WATCH = "watch.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +54,7 @@ def read_record(workdir: pathlib.Path, *, checkpoints: bool = False) -> Record:
         FileNotFoundError: if there is no such file.
         ConfigError: if the file is not as a run writes it, or the version cannot be read.
     """
-    path = workdir / "config.json"
+    path = workdir / RECORD
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file; give the workdir of a run.")
     try:
@@ -93,7 +102,7 @@ def record_config(
         "data": store.manifest,
     }
     shutil.copytree(store.path / "tokenizer", workdir / "tokenizer", dirs_exist_ok=True)
-    write_json(workdir / "config.json", record)
+    write_json(workdir / RECORD, record)
 
 
 def _require_same(old: Record, cfg: Config, store: Store, asked: Config) -> None:
@@ -117,11 +126,21 @@ def _require_same(old: Record, cfg: Config, store: Store, asked: Config) -> None
         )
 
 
+def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
+    """The rows of `metrics.jsonl`, if it is there, without half a last line that a kill can leave.
+
+    A number that was not finite is None.
+    """
+    path = workdir / METRICS
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
 def clear_results(workdir: pathlib.Path) -> None:
     """Remove the results that an earlier run may have left in this folder."""
     if jax.process_index() == 0:
-        for pattern in ("eval_*.json", "documents_*.npz", "distillation.json", "watch.json"):
-            for path in workdir.glob(pattern):
+        for name in (SCORES, DOCUMENTS, AGREEMENT, WATCH):
+            for path in workdir.glob(name.format("*")):
                 path.unlink()
 
 

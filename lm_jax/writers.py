@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import jax
 
 from lm_jax.files import finite_or_none, write_text
+from lm_jax.workdir import METRICS, read_metrics
 
 Row = Mapping[str, float]
 
@@ -32,10 +33,9 @@ class Writers:
         self._events = None
         if not self._active:
             return
-        path = workdir / "metrics.jsonl"
-        if path.exists():
-            _truncate(path, start)
-        self._file = path.open("a", buffering=1)
+        kept = [row for row in read_metrics(workdir) if row["step"] <= start]
+        write_text(workdir / METRICS, "".join(json.dumps(row) + "\n" for row in kept))
+        self._file = (workdir / METRICS).open("a", buffering=1)
         if tensorboard:
             from tensorboardX import SummaryWriter
 
@@ -80,15 +80,6 @@ class Writers:
             self._file.close()
             if self._events is not None:
                 self._events.close()
-
-
-def _truncate(path: pathlib.Path, start: int) -> None:
-    kept = []
-    for line in path.read_text().splitlines():
-        # A kill can leave half a last line.
-        if line.endswith("}") and json.loads(line)["step"] <= start:
-            kept.append(line + "\n")
-    write_text(path, "".join(kept))
 
 
 def _clock(seconds: float) -> str:

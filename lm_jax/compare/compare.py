@@ -45,9 +45,9 @@ from lm_jax import metrics
 from lm_jax.compare import page, ranking, tables
 from lm_jax.compare.runs import Arm, Run, group_runs, load_run
 from lm_jax.config.flags import misuse, parse_flags
-from lm_jax.files import finite_or_none, write_json
+from lm_jax.files import finite_or_none, write_json, write_text
 
-_FEW_DOCUMENTS = 20
+_PARTS = ("total", "table", "positions", "blocks")  # of the parameters of a model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,15 +127,16 @@ def _require_one_text(arms: Sequence[Arm], split: str) -> None:
         return run.data["corpus_fingerprint"], counts["bytes"], counts["words"]
 
     runs = [run for arm in arms for run in arm.runs]
+    first = runs[0]
     for run in runs[1:]:
-        if text(run) != text(runs[0]):
+        if text(run) != text(first):
             raise ValueError(
-                f"{runs[0].folder} and {run.folder} were trained and scored on different texts "
-                f"(data of {runs[0].data['corpus']} and {run.data['corpus']}); compare runs of one "
+                f"{first.folder} and {run.folder} were trained and scored on different texts "
+                f"(data of {first.data['corpus']} and {run.data['corpus']}); compare runs of one "
                 "corpus."
             )
-        if run.data["tokenizer_hash"] != runs[0].data["tokenizer_hash"]:
-            for lossy in (run, runs[0]):
+        if run.data["tokenizer_hash"] != first.data["tokenizer_hash"]:
+            for lossy in (run, first):
                 if "bytes" not in lossy.documents:
                     raise ValueError(
                         f"{lossy.folder}: its tokenizer drops part of the text (words that became "
@@ -176,10 +177,7 @@ def _describe(arm: Arm, words: int, one_tokenizer: bool) -> dict[str, Any]:
         "folders": [str(run.folder) for run in arm.runs],
         "seeds": [run.cfg.seed for run in arm.runs],
         "tokenizer": first.tokenizer,
-        "parameters_total": sizes.total,
-        "parameters_table": sizes.table,
-        "parameters_positions": sizes.positions,
-        "parameters_blocks": sizes.blocks,
+        **{f"parameters_{part}": getattr(sizes, part) for part in _PARTS},
         "flops_per_token": sizes.flops,
         "tokens_seen": float(np.mean([run.tokens_seen for run in arm.runs])),
         "text_bytes_seen": arm.bytes_seen,
@@ -201,12 +199,11 @@ def _references(
     runs: Sequence[Run], counts: Mapping[str, int], one_tokenizer: bool
 ) -> list[dict[str, Any]]:
     """The simple predictors of each tokenizer, worst first."""
-    rows = []
+    rows, words = [], counts["words"]
     for run in {run.data["tokenizer_hash"]: run for run in runs}.values():
         tokens = run.result["token_count"]
         for name, value in run.result["references"].items():
             nats = value if name == "entropy_rate" else math.log(value)
-            words = counts["words"]
             rows.append(
                 {
                     "name": name,
@@ -225,12 +222,11 @@ def _notes(arms: Sequence[Arm], values: Mapping[str, Any]) -> list[str]:
         f"{' and '.join(names)} have one config: they are the same model."
         for names in values["same_model"]
     ]
-    same = {frozenset(p) for g in values["same_model"] for p in itertools.combinations(g, 2)}
     notes += [
         f"{a.name} and {b.name} have equally many parameters in tables, positions and blocks, "
         f"{a.size.total:,}."
         for a, b in itertools.combinations(arms, 2)
-        if a.size[:3] == b.size[:3] and frozenset((a.name, b.name)) not in same
+        if a.size[:3] == b.size[:3] and a.settings != b.settings
     ]
     if not values["one_tokenizer"]:
         notes.append(
@@ -244,7 +240,7 @@ def _notes(arms: Sequence[Arm], values: Mapping[str, Any]) -> list[str]:
         notes.append("The tokenizers keep different documents, which cannot be paired: no ranking.")
     elif documents == 1:
         notes.append("The split is one document: how far it decides is not known, so no ranking.")
-    elif documents < _FEW_DOCUMENTS:
+    elif documents < 20:
         notes.append(f"{documents} documents are few to estimate the noise over documents from.")
     if values["documents_weighed_by"] == "tokens":
         notes.append(
@@ -288,9 +284,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     folder = pathlib.Path(given.out)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "compare.md").write_text(comparison.markdown())
+    write_text(folder / "compare.md", comparison.markdown())
     write_json(folder / "compare.json", comparison.values)
     if importlib.util.find_spec("matplotlib") is None:
         print("No compare.html without matplotlib: pip install 'lm_jax[plots]'.", file=sys.stderr)
         return
-    (folder / "compare.html").write_text(comparison.html())
+    write_text(folder / "compare.html", comparison.html())

@@ -1,6 +1,5 @@
 """A comparison as one HTML page."""
 
-import functools
 import html as escapes
 import io
 import itertools
@@ -8,15 +7,8 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lm_jax.compare.tables import (
-    BRACKETS,
-    Table,
-    Values,
-    all_tables,
-    ranking_sentence,
-    short,
-    title,
-)
+from lm_jax.compare import tables
+from lm_jax.compare.tables import Table, Values
 
 Drawn = tuple[str, dict[str, Any]]  # the content in words; what the legend shows of each arm
 
@@ -61,11 +53,12 @@ def html(c: Values) -> str:
         c: the values of `compare.json`.
     """
     text = escapes.escape
-    sections = [f"<h1>{text(title(c))}</h1>", f'<p class="ranking">{text(ranking_sentence(c))}</p>']
-    for heading, table in all_tables(c).items():
+    title, ranking = text(tables.title(c)), text(tables.ranking_sentence(c))
+    sections = [f"<h1>{title}</h1>", f'<p class="ranking">{ranking}</p>']
+    for heading, table in tables.all_tables(c).items():
         sections.append(f"<h2>{heading}</h2>" + _html_table(table, heading))
         if heading == "Results":
-            sections.append(f"<p>{BRACKETS}</p>")
+            sections.append(f"<p>{tables.BRACKETS}</p>")
         if heading == "Size and cost":
             sections.append(f'<h2>Figures</h2><div class="figures">{_figures(c)}</div>')
     if c["notes"]:
@@ -74,45 +67,40 @@ def html(c: Values) -> str:
     return (
         '<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{text(title(c))}</title>\n<style>{_STYLE}</style></head>\n"
+        f"<title>{title}</title>\n<style>{_STYLE}</style></head>\n"
         f"<body>\n{chr(10).join(sections)}\n</body>\n</html>\n"
     )
 
 
 def _figures(c: Values) -> str:
-    against_tokens = "{} loss against training tokens, one line a seed."
-    against = (
+    loss = "{} loss against training tokens, one line a seed."
+    bits = (
         "Bits per byte against {}, with 95 % intervals over seeds. The line joins the arms that no "
         "other beats in both, by their means alone."
     )
-    return "".join(
-        _figure(caption, functools.partial(draw, c, key), len(c["arms"]))
-        for caption, draw, key in (
-            (against_tokens.format("Valid"), _curves, "valid"),
-            (against_tokens.format("Training"), _curves, "train"),
-            (against.format("parameters"), _pareto, "parameters_total"),
-            (against.format("training FLOPs per token"), _pareto, "flops_per_token"),
-        )
+    return (
+        _figure(c, loss.format("Valid"), _curves, "valid")
+        + _figure(c, loss.format("Training"), _curves, "train")
+        + _figure(c, bits.format("parameters"), _pareto, "parameters_total")
+        + _figure(c, bits.format("training FLOPs per token"), _pareto, "flops_per_token")
     )
 
 
 def _html_table(table: Table, name: str) -> str:
-    headings, rows = table
-    head = "".join(f'<th scope="col">{escapes.escape(x)}</th>' for x in headings)
-    body = "".join(
-        f'<tr><th scope="row">{escapes.escape(row[0])}</th>'
-        + "".join(f"<td>{escapes.escape(x)}</td>" for x in row[1:])
-        + "</tr>"
-        for row in rows
-    )
+    head = "".join(f'<th scope="col">{escapes.escape(x)}</th>' for x in table[0])
+    body = ""
+    for row in table:
+        first, *others = map(escapes.escape, row.values())
+        cells = "".join(f"<td>{x}</td>" for x in others)
+        body += f'<tr><th scope="row">{first}</th>{cells}</tr>'
     return (
         f'<div class="scroll" role="region" aria-label="{name}" tabindex="0"><table>'
         f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
 
-def _figure(caption: str, draw: Callable[[Any], Drawn], arms: int) -> str:
-    """A captioned SVG that `draw` fills."""
+def _figure(c: Values, caption: str, draw: Callable[[Values, str, Any], Drawn], key: str) -> str:
+    """A captioned SVG that `draw` fills with values of that key."""
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
@@ -129,11 +117,11 @@ def _figure(caption: str, draw: Callable[[Any], Drawn], arms: int) -> str:
         "svg.hashsalt": "lm_jax",  # else the page would differ from one time to the next
     }
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(4.8, 3.3 + 0.22 * -(-arms // 2)), layout="constrained")
+        figure = Figure(figsize=(4.8, 3.3 + 0.22 * -(-len(c["arms"]) // 2)), layout="constrained")
         axes = figure.subplots()
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.locator_params(axis="x", nbins=5)
-        words, handles = draw(axes)
+        words, handles = draw(c, key, axes)
         figure.legend(
             handles.values(), handles.keys(), loc="outside lower center", ncols=2, frameon=False
         )
@@ -189,7 +177,7 @@ def _pareto(c: Values, key: str, axes: Any) -> Drawn:
         handles[arm["name"]] = axes.errorbar(
             *points[-1], error, **look, linestyle="none", capsize=3
         )
-        words.append(f"{arm['name']}: {short(arm[key])}, {bits['mean']:.4f}")
+        words.append(f"{arm['name']}: {tables.short(arm[key])}, {bits['mean']:.4f}")
     axes.plot(*zip(*_front(points), strict=True), color=_RULE, linewidth=1, zorder=0)
     axes.set_xlabel(key.replace("_total", "").replace("_", " ").replace("flops", "FLOPs"))
     axes.set_ylabel("bits per byte")

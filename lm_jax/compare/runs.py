@@ -14,7 +14,7 @@ from lm_jax import config
 from lm_jax.config import Config
 from lm_jax.models.families import size
 from lm_jax.models.size import Size
-from lm_jax.workdir import read_record
+from lm_jax.workdir import DOCUMENTS, SCORES, read_metrics, read_record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,10 +88,7 @@ def load_run(folder: pathlib.Path, split: str) -> Run:
             f"{folder}: its corpus has no {split} split; "
             f"give --split={' or --split='.join(data['splits'])}."
         )
-    log = folder / "metrics.jsonl"
-    # A kill can leave half a last line.
-    lines = [x for x in log.read_text().splitlines() if x.endswith("}")] if log.exists() else []
-    rows = [json.loads(line) for line in lines]
+    rows = read_metrics(folder)
     training = [row for row in rows if "train/loss" in row]
     done = training[-1]["step"] if training else 0
     if done < int(cfg.train.steps):
@@ -100,7 +97,7 @@ def load_run(folder: pathlib.Path, split: str) -> Run:
             f"`python -m lm_jax.main --config=FILE --workdir={folder}`."
         )
     again = f"`python -m lm_jax.evaluate --workdir={folder} --split={split}`"
-    names = (f"eval_{split}.json", f"documents_{split}.npz")
+    names = SCORES.format(split), DOCUMENTS.format(split)
     for name in names:
         if not (folder / name).exists():
             raise FileNotFoundError(f"{folder}: has no {name}; write it with {again}.")

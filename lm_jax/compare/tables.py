@@ -1,9 +1,9 @@
 """The tables of a comparison, and all of it as Markdown; see `lm_jax.compare.compare`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-Table = tuple[list[str], list[list[str]]]  # headings, rows
+Table = list[dict[str, str]]  # rows: the cells by their headings
 Values = Mapping[str, Any]
 
 BRACKETS = "Brackets: 95 % intervals over seeds."
@@ -24,14 +24,14 @@ def markdown(c: Values) -> str:
 def all_tables(c: Values, *, best_only: bool = False) -> dict[str, Table]:
     """Every table by its heading, in order; `best_only` leaves out pairs without the best arm."""
     tables = {
-        "Results": _result_table(c),
-        "Size and cost": _size_table(c),
-        "Reference lines": _reference_table(c),
+        "Results": [_result_row(c, arm) for arm in c["arms"]],
+        "Size and cost": [_size_row(arm) for arm in c["arms"]],
+        "Reference lines": [_reference_row(c, line) for line in c["references"]],
     }
     if c["pairs"]:
         best = c["arms"][0]["name"]
         pairs = [pair for pair in c["pairs"] if not best_only or pair["better"] == best]
-        tables[f"Against {best}" if best_only else "Pairs"] = _pair_table(pairs)
+        tables[f"Against {best}" if best_only else "Pairs"] = [_pair_row(pair) for pair in pairs]
     return tables
 
 
@@ -61,17 +61,18 @@ def ranking_sentence(c: Values) -> str:
     return f"No ranking: {names} cannot be told apart."
 
 
-def _result_table(c: Values) -> Table:
-    headings = ["arm", "bits per byte", "word perplexity", "token perplexity", "seeds", "tokenizer"]
-    rows = []
-    for arm in c["arms"]:
-        row = [arm["name"], _interval(arm["bits_per_byte"], 4)]
-        row += [_interval(arm[f"{key}_perplexity"], 2) for key in ("word", "token")]
-        rows.append([*row, str(len(arm["seeds"])), arm["tokenizer"]])
-    return _without_token_perplexity(c, headings, rows)
+def _result_row(c: Values, arm: Values) -> dict[str, str]:
+    row = {
+        "arm": arm["name"],
+        "bits per byte": _interval(arm["bits_per_byte"], ",.4f"),
+        "word perplexity": _interval(arm["word_perplexity"], ",.2f"),
+    }
+    if c["one_tokenizer"]:
+        row["token perplexity"] = _interval(arm["token_perplexity"], ",.2f")
+    return row | {"seeds": str(len(arm["seeds"])), "tokenizer": arm["tokenizer"]}
 
 
-def _size_table(c: Values) -> Table:
+def _size_row(arm: Values) -> dict[str, str]:
     columns = {
         "parameters": "parameters_total",
         "table": "parameters_table",
@@ -81,50 +82,44 @@ def _size_table(c: Values) -> Table:
         "tokens seen": "tokens_seen",
         "tokens/s": "tokens_per_second",
     }
-    rows = [[arm["name"], *(short(arm[key]) for key in columns.values())] for arm in c["arms"]]
-    return ["arm", *columns], rows
+    return {"arm": arm["name"]} | {column: short(arm[key]) for column, key in columns.items()}
 
 
-def _reference_table(c: Values) -> Table:
-    headings = ["predictor", "bits per byte", "word perplexity", "token perplexity", "tokenizer"]
-    rows = []
-    for row in c["references"]:
-        perplexities = (row[f"{key}_perplexity"] for key in ("word", "token"))
-        cells = ["-" if x is None else f"{x:,.2f}" for x in perplexities]
-        rows.append([row["name"], f"{row['bits_per_byte']:.4f}", *cells, row["tokenizer"]])
-    return _without_token_perplexity(c, headings, rows)
+def _reference_row(c: Values, line: Values) -> dict[str, str]:
+    row = {
+        "predictor": line["name"],
+        "bits per byte": _cell(line["bits_per_byte"], ".4f"),
+        "word perplexity": _cell(line["word_perplexity"], ",.2f"),
+    }
+    if c["one_tokenizer"]:
+        row["token perplexity"] = _cell(line["token_perplexity"], ",.2f")
+    return row | {"tokenizer": line["tokenizer"]}
 
 
-def _without_token_perplexity(c: Values, headings: list[str], rows: list[list[str]]) -> Table:
-    """Drop the column of token perplexities where the tokenizers differ."""
-    lines = [headings, *rows]
-    if not c["one_tokenizer"]:
-        at = headings.index("token perplexity")
-        lines = [[*line[:at], *line[at + 1 :]] for line in lines]
-    return lines[0], lines[1:]
+def _pair_row(pair: Values) -> dict[str, str]:
+    bounds = pair["gap_low95"], pair["gap_high95"]
+    return {
+        "better": pair["better"],
+        "worse": pair["worse"],
+        "verdict": pair["verdict"],
+        "gap, bits per byte": _cell(pair["gap_bits_per_byte"], ".4f"),
+        "95 % interval": "-" if None in bounds else "[{:.4f}, {:.4f}]".format(*bounds),
+        "SE, seeds": _cell(pair["standard_error_seeds"], ".4f"),
+        "SE, documents": _cell(pair["standard_error_documents"], ".4f"),
+        "SE": _cell(pair["standard_error"], ".4f"),
+        "reason": pair["reason"],
+    }
 
 
-def _pair_table(pairs: Sequence[Values]) -> Table:
-    headings = ["better", "worse", "verdict", "gap, bits per byte", "95 % interval", "SE, seeds"]
-    headings += ["SE, documents", "SE", "reason"]
-    rows = []
-    for pair in pairs:
-        bounds = pair["gap_low95"], pair["gap_high95"]
-        interval = "-" if None in bounds else "[{:.4f}, {:.4f}]".format(*bounds)
-        errors = ("standard_error_seeds", "standard_error_documents", "standard_error")
-        row = [pair["better"], pair["worse"], pair["verdict"], f"{pair['gap_bits_per_byte']:.4f}"]
-        row += [interval, *("-" if pair[key] is None else f"{pair[key]:.4f}" for key in errors)]
-        rows.append([*row, pair["reason"]])
-    return headings, rows
+def _cell(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
 
 
-def _interval(value: Values | None, digits: int) -> str:
+def _interval(value: Values | None, form: str) -> str:
     if value is None or value["mean"] is None:
         return "-"
-    mean = f"{value['mean']:,.{digits}f}"
-    if value["low95"] is None:
-        return f"{mean} (one seed)"
-    return f"{mean} [{value['low95']:,.{digits}f}, {value['high95']:,.{digits}f}]"
+    mean, low, high = (_cell(value[key], form) for key in ("mean", "low95", "high95"))
+    return f"{mean} (one seed)" if value["low95"] is None else f"{mean} [{low}, {high}]"
 
 
 def short(value: float) -> str:
@@ -136,8 +131,8 @@ def short(value: float) -> str:
 
 
 def _markdown_table(table: Table) -> str:
-    headings, rows = table
-    lines = [headings, ["---", *["---:"] * (len(headings) - 1)], *rows]
+    headings = list(table[0])
+    lines = [headings, ["---", *["---:"] * (len(headings) - 1)], *(row.values() for row in table)]
     return "\n".join(
         f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines
     )

@@ -10,6 +10,7 @@ not know this, becomes overconfident there; nothing else of later text is read.
 
 import codecs
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterator
 
@@ -18,12 +19,11 @@ import numpy as np
 from lm_jax.config import Config
 from lm_jax.data.store import Split, Store
 from lm_jax.data.tokenizers.base import Tokenizer
-from lm_jax.data.windows import Windows
+from lm_jax.data.windows import Batch, Windows
 
 BYTES = 256  # groups of ids: by their first byte
 CONTINUATION = bytes(range(0x80, 0xC0))  # the bytes of a UTF-8 character after its first
 WINDOWS = 64  # that are looked at beforehand, all over the split
-Batch = dict[str, np.ndarray]
 
 
 def first_bytes(*tokenizers: Tokenizer) -> tuple[np.ndarray, ...]:
@@ -36,8 +36,8 @@ def first_bytes(*tokenizers: Tokenizer) -> tuple[np.ndarray, ...]:
     for tokenizer in tokenizers:
         pieces = tokenizer.token_bytes(np.arange(tokenizer.vocab_size))
         of_each.append(np.array([piece[0] if piece else BYTES for piece in pieces], np.int32))
-    common = set.intersection(*(set(first.tolist()) for first in of_each))
-    return tuple(np.where(np.isin(first, list(common)), first, BYTES) for first in of_each)
+    common = functools.reduce(np.intersect1d, of_each)
+    return tuple(np.where(np.isin(first, common), first, BYTES) for first in of_each)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,10 +59,8 @@ class Aligner:
         width = tokens.shape[-1]
         rows = zip(tokens.reshape(-1, width), segments.reshape(-1, width), strict=True)
         made = [self.row(row[:-1], ids[:-1]) for row, ids in rows]
-        lead = tokens.shape[:-1]
-        return batch | {
-            name: np.stack([row[name] for row in made]).reshape(*lead, -1) for name in made[0]
-        }
+        stacked = {name: np.stack([row[name] for row in made]) for name in made[0]}
+        return batch | {name: x.reshape(*tokens.shape[:-1], -1) for name, x in stacked.items()}
 
     def row(self, tokens_T: np.ndarray, segment_ids_T: np.ndarray) -> Batch:
         """Align one row of inputs."""
@@ -73,14 +71,13 @@ class Aligner:
         aligned_T = np.zeros(len(tokens_T), np.float32)
         for first, end in _pieces(tokens_T, segment_ids_T, self.student.separator):
             segment = int(segment_ids_T[first])
-            opened = tokens_T[first] == self.student.separator
-            ids_U, ends_U, ends_T = self._read(tokens_T[first:end], opened)
+            ids_U, ends_U, ends_T = self._read(tokens_T[first:end])
             # The last teacher token that ends at or before the student's.
             last_T = np.searchsorted(ends_U, ends_T, side="right") - 1
             found_T = last_T >= 0
             place_T[first:end] = np.where(found_T, len(ids) + last_T, -1)
             aligned_T[first:end][found_T] = ends_U[last_T[found_T]] == ends_T[found_T]
-            position = positions[-1] + 1 if segments and segments[-1] == segment else 0
+            position = segments.count(segment)
             ids += ids_U.tolist()
             segments += [segment] * len(ids_U)
             positions += range(position, position + len(ids_U))
@@ -94,9 +91,7 @@ class Aligner:
             "aligned": aligned_T,
         }
 
-    def _read(
-        self, tokens_T: np.ndarray, opened: bool
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _read(self, tokens_T: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """A piece of one document as teacher ids, and the byte at which each id and token ends."""
         pieces = self.student.token_bytes(tokens_T)
         ends_T = np.cumsum([len(piece) for piece in pieces])
@@ -109,7 +104,7 @@ class Aligner:
                 "give a teacher of kind bpe or byte."
             )
         ends_U = skipped + np.cumsum([len(piece) for piece in theirs], dtype=np.int64)
-        if opened:
+        if tokens_T[0] == self.student.separator:
             ids_U = np.concatenate([[self.teacher.separator], ids_U])
             ends_U = np.concatenate([[0], ends_U])
         return ids_U, ends_U, ends_T
@@ -129,8 +124,7 @@ def _pieces(
     starts = (tokens_T == separator) & (segment_ids_T > 0)
     starts[1:] |= segment_ids_T[1:] != segment_ids_T[:-1]
     starts[0] = True
-    bounds = [*np.flatnonzero(starts), len(tokens_T)]
-    for first, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for first, end in itertools.pairwise([*np.flatnonzero(starts), len(tokens_T)]):
         if segment_ids_T[first] > 0:
             yield int(first), int(end)
 
@@ -175,11 +169,7 @@ class Retokenised(Store):
 def open_aligner(cfg: Config, store: Store, teacher: Tokenizer, limit: int | None) -> Aligner:
     """An aligner whose rows hold the teacher's tokens of some windows, and a tenth more.
 
-    Args:
-        cfg: resolved config of the student.
-        store: its data.
-        teacher: the teacher's tokenizer.
-        limit: most tokens that the teacher can read, if there is a limit.
+    They hold at most `limit` tokens, if there is a limit to what the teacher can read.
 
     Raises:
         ValueError: if the student's ids do not tell the text, or the teacher changes it.

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from lm_jax.config import Config, ConfigError
-from lm_jax.data import windows as pipeline
+from lm_jax.data import windows
 from lm_jax.data.store import Store
+from lm_jax.data.windows import Batch
 from lm_jax.files import whole, write_json
 
-Batch = dict[str, np.ndarray]
 MANIFEST, HASHES, IDS, LOG_P = "manifest.json", "hashes.npy", "ids.npy", "log_p.npy"
 ROWS = 64  # windows handed out at a time by `write_cache`
 
@@ -35,11 +35,12 @@ def describe_cache(cfg: Config, store: Store) -> dict[str, Any]:
     }
 
 
-def row_hash(tokens_T: np.ndarray, segment_ids_T: np.ndarray) -> int:
-    """64 bits of a hash of a window."""
-    digest = hashlib.blake2b(np.ascontiguousarray(tokens_T, np.int32).tobytes(), digest_size=8)
-    digest.update(np.ascontiguousarray(segment_ids_T, np.int32).tobytes())
-    return int.from_bytes(digest.digest(), "little")
+def _hashes(batch: Batch) -> list[int]:
+    """64 bits of a hash of each window of a batch [..., T + 1], by its tokens and segments."""
+    both = np.concatenate([batch["tokens"], batch["segment_ids"]], axis=-1).astype(np.int32)
+    rows = both.reshape(-1, both.shape[-1])
+    digests = [hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in rows]
+    return [int.from_bytes(digest, "little") for digest in digests]
 
 
 def write_cache(
@@ -65,22 +66,22 @@ def write_cache(
     if (folder / MANIFEST).exists():
         raise FileExistsError(f"{folder}: holds a cache already; give another folder.")
     folder.mkdir(parents=True, exist_ok=True)
-    windows = pipeline.Windows(store.split("train"), cfg.data.seq_len, cfg.data.document_mask)
-    N, T, k = len(windows), cfg.data.seq_len, cfg.distill.top_k
+    split, T, k = store.split("train"), cfg.data.seq_len, cfg.distill.top_k
+    N = windows.count_windows(split, T, False)
     small = store.tokenizer.vocab_size <= 1 << 16
-    ids = _new(folder / IDS, np.uint16 if small else np.uint32, (N, T, k))
-    log_p = _new(folder / LOG_P, np.float32, (N, T, k + 1))
+    new = np.lib.format.open_memmap
+    ids = new(folder / IDS, "w+", np.uint16 if small else np.uint32, (N, T, k))
+    log_p = new(folder / LOG_P, "w+", np.float32, (N, T, k + 1))
     hashes = np.zeros(N, np.uint64)
-    for first in range(0, N, ROWS):
-        indices = np.arange(first, first + ROWS)
-        batch = windows.batch(np.where(indices < N, indices, pipeline.PADDING_ROW))
-        here = slice(first, min(N, first + ROWS))
-        rows = here.stop - first
+    batches = windows.eval_batches(
+        split, seq_len=T, batch_size=ROWS, document_mask=cfg.data.document_mask
+    )
+    for first, batch in zip(range(0, N, ROWS), batches, strict=True):
+        rows = min(ROWS, N - first)  # the last batch is padded
+        here = slice(first, first + rows)
         made_ids, made_log_p = most_likely(batch)
         ids[here], log_p[here] = made_ids[:rows], made_log_p[:rows]
-        hashes[here] = [
-            row_hash(*row) for row in zip(batch["tokens"], batch["segment_ids"], strict=True)
-        ][:rows]
+        hashes[here] = _hashes(batch)[:rows]
     ids.flush()
     log_p.flush()
     with whole(folder / HASHES) as file:
@@ -88,10 +89,6 @@ def write_cache(
     # Last: without it the folder is no cache.
     write_json(folder / MANIFEST, describe_cache(cfg, store) | {"teacher": origin})
     return N
-
-
-def _new(path: pathlib.Path, dtype: Any, shape: tuple[int, ...]) -> np.memmap:
-    return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
 
 
 def open_cache(cfg: Config, store: Store) -> tuple[Callable[[Batch], Batch], str]:
@@ -121,21 +118,14 @@ def open_cache(cfg: Config, store: Store) -> tuple[Callable[[Batch], Batch], str
     ids, log_p = (np.load(folder / name, mmap_mode="r") for name in (IDS, LOG_P))
 
     def extend(batch: Batch) -> Batch:
-        lead = batch["tokens"].shape[:-1]
-        rows = [
-            batch[name].reshape(-1, batch[name].shape[-1]) for name in ("tokens", "segment_ids")
-        ]
         try:
-            found = [place[row_hash(*row)] for row in zip(*rows, strict=True)]
+            found = [place[window] for window in _hashes(batch)]
         except KeyError as error:
             raise ConfigError(
                 f"config.distill.cache: {folder} lacks a window of this run; run "
                 "scripts/cache_teacher.py with this config."
             ) from error
-        kept_ids = ids[found].astype(np.int32)
-        return batch | {
-            "kept_ids": kept_ids.reshape(*lead, *kept_ids.shape[1:]),
-            "kept_log_p": log_p[found].reshape(*lead, *log_p.shape[1:]),
-        }
+        at = np.reshape(found, batch["tokens"].shape[:-1])
+        return batch | {"kept_ids": ids[at].astype(np.int32), "kept_log_p": log_p[at]}
 
     return extend, hashlib.sha256(manifest).hexdigest()

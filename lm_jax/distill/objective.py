@@ -11,22 +11,20 @@ from flax import nnx
 from lm_jax import sharding
 from lm_jax.config import INSIDE, ROUTED, STATES, Config, ConfigError, Curve, ModelConfig
 from lm_jax.distill import terms
-from lm_jax.distill.router import Router
-from lm_jax.distill.teachers import Reading, Teacher
+from lm_jax.distill.router import Router, projection
+from lm_jax.distill.teachers import Reading, Teacher, hidden_states
 from lm_jax.kernels.linear_divergence import linear_divergence
 from lm_jax.loss import Batch, Shifted, shift
-from lm_jax.models.layers import Linear
 from lm_jax.models.transformer import Observed
 from lm_jax.objective import Summary
 
 # Field of config.distill to the name under which the raw term is logged.
 LOGGED_AS = {"kd": "kd_kl_t2", "lm": "lm_ce"}
-TERMS = ("kd", "lm", *STATES)
 
 
 def used(cfg: Config) -> list[str]:
     """The terms whose weight is not 0 throughout the run; divergence and cross-entropy always."""
-    return [t for t in TERMS if t in ("kd", "lm") or not getattr(cfg.distill, t).zero]
+    return ["kd", "lm", *(t for t in STATES if not getattr(cfg.distill, t).zero)]
 
 
 def at(curve: Curve, progress: jax.Array) -> jax.Array:
@@ -53,56 +51,12 @@ def schedule(cfg: Config, update: jax.typing.ArrayLike) -> dict[str, jax.Array]:
     return values
 
 
-def counts(batch: Batch, names: list[str]) -> dict[str, jax.Array]:
-    """The divisor of each term over a whole batch: its tokens or rows, at least 1.
-
-    With another tokenizer the divergence counts aligned tokens, and terms on states those for which
-    the teacher has one.
-    """
-    b = shift(batch)
-    weights = taught = b.weights
-    if "aligned" in batch:
-        weights, taught = weights * (batch["teacher_place"] >= 0), weights * batch["aligned"]
-    same_BT = b.segment_ids[:, 1:] == b.segment_ids[:, :-1]
-    special = {
-        "kd": taught.sum(),
-        "lm": b.weights.sum(),
-        "contrastive": (weights.sum(1) > 0).sum(),
-        "routed_attention": (weights[:, 1:] * same_BT).sum(),
-    }
-    return {name: jnp.maximum(special.get(name, weights.sum()), 1) for name in names}
-
-
-def log(
-    cfg: Config,
-    sums: dict[str, jax.Array],
-    counts: dict[str, jax.Array],
-    now: dict[str, jax.Array],
-) -> dict[str, jax.Array]:
-    """Metrics of an update: raw terms, weighted terms, their sum as it was differentiated."""
-    names = used(cfg)
-    row = {"distill/objective": sums["objective"], "distill/temperature": now["temperature"]}
-    for name in names:
-        raw, logged_as = sums[name] / counts[name], LOGGED_AS.get(name, name)
-        row[f"distill/{logged_as}"] = raw
-        row[f"distill/weighted/{logged_as}"] = now[name] * raw
-    row["distill/kd_kl"] = row["distill/kd_kl_t2"] / now["temperature"] ** 2
-    if "contrastive" in names:
-        rows = counts["contrastive"]
-        row["distill/contrastive_accuracy"] = sums["contrastive_accuracy"] / rows
-        row["distill/contrastive_chance"] = jnp.log(
-            cfg.data.batch_size // sharding.accumulation(cfg)
-        )
-    return row
-
-
 class Plan(NamedTuple):
     """Facts of the whole batch and of the run that every micro-batch needs."""
 
     now: dict[str, jax.Array]  # see `schedule`
-    counts: dict[str, jax.Array]  # see `counts`
+    counts: dict[str, jax.Array]  # the divisor of each term: its tokens or rows, at least 1
     scored: jax.Array  # tokens of the batch
-    aligned: bool  # whether the teacher has another tokenizer
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -133,10 +87,25 @@ class Distilled:
         return self.teacher.extend(batch)
 
     def plan(self, batch: Batch, update: jax.typing.ArrayLike) -> Plan:
-        """Weights of this update, and what each term is divided by."""
-        scored = shift(batch).weights.sum()
-        names = used(self.cfg)
-        return Plan(schedule(self.cfg, update), counts(batch, names), scored, "aligned" in batch)
+        """Weights of this update, and the divisors of its terms.
+
+        With another tokenizer the divergence counts aligned tokens, and terms on states those for
+        which the teacher has one.
+        """
+        b = shift(batch)
+        weights = taught = b.weights
+        if self.teacher.first_bytes is not None:
+            weights, taught = weights * (batch["teacher_place"] >= 0), weights * batch["aligned"]
+        same_BT = b.segment_ids[:, 1:] == b.segment_ids[:, :-1]
+        scored = b.weights.sum()
+        special = {
+            "kd": taught.sum(),
+            "lm": scored,
+            "contrastive": (weights.sum(1) > 0).sum(),
+            "routed_attention": (weights[:, 1:] * same_BT).sum(),
+        }
+        counts = {n: jnp.maximum(special.get(n, weights.sum()), 1) for n in used(self.cfg)}
+        return Plan(schedule(self.cfg, update), counts, scored)
 
     def sums(
         self, trained: Any, rows: Batch, plan: Plan, key: jax.Array | None, reads: Any
@@ -151,11 +120,7 @@ class Distilled:
         student, aux = (trained, None) if self.auxiliary is None else trained
         model, b = nnx.merge(self.graphdef, student), shift(rows)
         read = (b.inputs, b.segment_ids, b.positions)
-        seen = None
-        if inside:
-            x_BTD, seen = model.observed(*read, dtype=dtype, key=key)
-        else:
-            x_BTD = model(*read, dtype=dtype, key=key)
+        x_BTD, seen = hidden_states(model, read, dtype, key, inside=inside)
         reading = self.teacher.read(reads, rows, b, dtype, inside=inside)
         found = linear_divergence(
             x_BTD,
@@ -177,30 +142,36 @@ class Distilled:
         total = found.objective / counts["lm"]
         sums = {"kd": now["temperature"] ** 2 * found.divergence, "lm": found.nats}
         if self.auxiliary is not None:
-            terms, extra = nnx.merge(self.auxiliary, aux)(x_BTD, seen, reading, b, now)
-            for name, term in terms.items():
-                total += now[name] * term / counts[name]
-            sums |= terms | extra
+            sums |= nnx.merge(self.auxiliary, aux)(x_BTD, seen, reading, b, now)
+            for name in [name for name in sums if name in STATES]:
+                total += now[name] * sums[name] / counts[name]
         return total, sums | {"objective": total}
 
     def summary(self, sums: dict[str, jax.Array], plan: Plan) -> Summary:
-        """Every term is divided already."""
-        logged = log(self.cfg, sums, plan.counts, plan.now)
-        if plan.aligned:
-            logged["distill/aligned_fraction"] = plan.counts["kd"] / plan.counts["lm"]
-        return Summary(1.0, sums["lm"], plan.scored, logged)
+        """Every term is divided already.
+
+        Logged are the raw and the weighted terms, and their sum as it was differentiated.
+        """
+        now, counts = plan.now, plan.counts
+        row = {"objective": sums["objective"], "temperature": now["temperature"]}
+        for name, count in counts.items():
+            raw, logged_as = sums[name] / count, LOGGED_AS.get(name, name)
+            row |= {logged_as: raw, f"weighted/{logged_as}": now[name] * raw}
+        row["kd_kl"] = row["kd_kl_t2"] / now["temperature"] ** 2
+        if "contrastive" in counts:
+            candidates = self.cfg.data.batch_size // sharding.accumulation(self.cfg)
+            row["contrastive_accuracy"] = sums["contrastive_accuracy"] / counts["contrastive"]
+            row["contrastive_chance"] = jnp.log(candidates)
+        if self.teacher.first_bytes is not None:
+            row["aligned_fraction"] = counts["kd"] / counts["lm"]
+        metrics = {f"distill/{name}": value for name, value in row.items()}
+        return Summary(1.0, sums["lm"], plan.scored, metrics)
 
 
 def distilled(
     cfg: Config, graphdef: nnx.GraphDef, init: Callable[[jax.Array], Any], teacher: Teacher
 ) -> Distilled:
-    """The objective of a resolved config.
-
-    Args:
-        cfg: resolved config of the student.
-        graphdef: its structure.
-        init: from a key to its parameters.
-        teacher: what it learns from.
+    """The objective of a student's resolved config; `init` makes its parameters from a key.
 
     Raises:
         ConfigError: for more experts than the teacher has layers.
@@ -209,8 +180,7 @@ def distilled(
         return Distilled(cfg, graphdef, teacher, None, lambda key: None)
 
     def width(graphdef: nnx.GraphDef, params: Any) -> int:
-        head = jax.eval_shape(lambda params: nnx.merge(graphdef, params).head_VD(), params)
-        return head.shape[1]
+        return jax.eval_shape(lambda p: nnx.merge(graphdef, p).head_VD(), params).shape[1]
 
     mine = width(graphdef, jax.eval_shape(init, jax.random.key(0)))
     theirs = width(teacher.models[0], teacher.params[0])
@@ -230,46 +200,30 @@ class Auxiliary(nnx.Module):
     """Projections and router: trained beside the student, needed only while it is distilled."""
 
     def __init__(
-        self,
-        cfg: Config,
-        width: int,
-        teacher_width: int,
-        teacher: ModelConfig,
-        rngs: nnx.Rngs,
+        self, cfg: Config, width: int, teacher_width: int, teacher: ModelConfig, rngs: nnx.Rngs
     ):
-        """Build what the used terms need.
-
-        Args:
-            cfg: resolved config of the student.
-            width: of its final states.
-            teacher_width: of the teacher's.
-            teacher: its model.
-            rngs: stream "params".
+        """Draw what the used terms need from the stream "params"; widths are of final states.
 
         Raises:
-            ConfigError: for more experts than there are layers.
+            ConfigError: for more experts than the teacher has layers.
         """
         self.cfg, self.teacher_layers = cfg, teacher.layers
-        names, L = used(cfg), cfg.model.layers
-        if set(ROUTED) & set(names) and cfg.distill.experts > teacher.layers:
-            raise ConfigError(
-                f"config.distill.experts: {cfg.distill.experts} is above the {teacher.layers} "
-                "layers of the teacher; lower it."
-            )
-
-        def project(inputs: int, outputs: int) -> Linear:
-            return Linear(inputs, outputs, inputs**-0.5, False, rngs)
-
+        names, L, experts = set(used(cfg)), cfg.model.layers, cfg.distill.experts
         if "feature" in names:
-            self.feature = project(width, teacher_width)
+            self.feature = projection(width, teacher_width, rngs)
         if "contrastive" in names:
-            self.contrastive = project(width, teacher_width)
+            self.contrastive = projection(width, teacher_width, rngs)
         if "layer" in names:
-            layers = [project(cfg.model.d_model, teacher.d_model) for _ in range(L)]
+            layers = [projection(cfg.model.d_model, teacher.d_model, rngs) for _ in range(L)]
             self.layers = nnx.List(layers)
             self.layer_share = nnx.Param(jnp.zeros((L,)))
-        if set(ROUTED) & set(names):
-            self.router = Router(width, teacher_width, teacher.d_model, cfg.distill.experts, rngs)
+        if names.intersection(ROUTED):
+            if experts > teacher.layers:
+                raise ConfigError(
+                    f"config.distill.experts: {experts} is above the {teacher.layers} layers of "
+                    "the teacher; lower it."
+                )
+            self.router = Router(width, teacher_width, teacher.d_model, experts, rngs)
 
     def __call__(
         self,
@@ -278,41 +232,34 @@ class Auxiliary(nnx.Module):
         reading: Reading,
         b: Shifted,
         now: dict[str, jax.Array],
-    ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-        """Sum of each used term, by name, and what else is worth logging; see `counts`.
+    ) -> dict[str, jax.Array]:
+        """The sum of each used term, and `contrastive_accuracy`, the rows that it finds.
 
-        Args:
-            x_BTD: final states of the student.
-            seen: what its layers compute, `Observed`, if a term needs it.
-            reading: the teacher's.
-            b: the batch.
-            now: values of `schedule`.
+        Of the student there are its final states and, if a term needs them, what its layers compute
+        (`seen`, an `Observed`); `now` holds the values of `schedule`.
         """
         found: dict[str, jax.Array] = {}
-        extra: dict[str, jax.Array] = {}
-        x_BTE, inside, weights = reading.x_BTE, reading.inside, b.weights
+        x_BTE, inside, weights = reading.members[0].x_BTE, reading.inside, b.weights
         if reading.there_BT is not None:
             weights = weights * reading.there_BT
         x_BTD = x_BTD.astype(jnp.float32)
         if "contrastive" in now:
-            nats, _, hits = terms.contrastive(self.contrastive(x_BTD), x_BTE, weights)
-            found["contrastive"] = nats
-            extra["contrastive_accuracy"] = hits
+            found["contrastive"], found["contrastive_accuracy"] = terms.contrastive(
+                self.contrastive(x_BTD), x_BTE, weights
+            )
         if "feature" in now:
             target_BTE = terms.normalised(x_BTE)
-            found["feature"], _ = terms.squared_error(self.feature(x_BTD), target_BTE, weights)
+            found["feature"] = terms.squared_error(self.feature(x_BTD), target_BTE, weights)
         if "layer" in now:
-            L = len(self.layers)
-            chosen = [terms.layer_for(i, L, self.teacher_layers) for i in range(L)]
             x_LBTD = seen.x_LBTD.astype(jnp.float32)
-            states = [project(x_BTD) for project, x_BTD in zip(self.layers, x_LBTD, strict=True)]
+            states = [project(x) for project, x in zip(self.layers, x_LBTD, strict=True)]
+            chosen = terms.as_deep(len(states), self.teacher_layers)
             targets = [terms.normalised(inside.x_LBTD[i]) for i in chosen]
-            found["layer"], _ = terms.layers(states, targets, self.layer_share[...], weights)
+            found["layer"] = terms.layers(states, targets, self.layer_share[...], weights)
         if "attention" in now:
             found["attention"] = self._maps(seen, inside, b)
-        if set(ROUTED) & set(now):
-            X = self.cfg.distill.experts
-            experts = [terms.layer_for(i, X, self.teacher_layers) for i in range(X)]
+        if "router_k" in now:
+            experts = terms.as_deep(self.cfg.distill.experts, self.teacher_layers)
             routed = self.router(
                 x_BTD,
                 x_BTE,
@@ -322,18 +269,18 @@ class Auxiliary(nnx.Module):
                 temperature=now["router_temperature"],
                 k=now["router_k"],
             )
-            parts = zip(ROUTED, routed, strict=True)
-            found |= {name: total for name, (total, _) in parts if name in now}
-        return found, extra
+            found |= {name: total for name, total in routed.items() if name in now}
+        return found
 
     def _maps(self, seen: Observed, inside: Observed, b: Shifted) -> jax.Array:
         """Mean over the chosen layers, each against the teacher's layer as deep."""
         L, total = self.cfg.model.layers, jnp.zeros(())
+        as_deep = terms.as_deep(L, self.teacher_layers)
         layers = [int(number) % L for number in self.cfg.distill.attention_layers.split(",")]
         for i in layers:
-            pairs = (seen, i), (inside, terms.layer_for(i, L, self.teacher_layers))
             mine, theirs = (
-                terms.log_map(o.q_LBTHC[at], o.k_LBTKC[at], b.segment_ids) for o, at in pairs
+                terms.log_map(o.q_LBTHC[at], o.k_LBTKC[at], b.segment_ids)
+                for o, at in ((seen, i), (inside, as_deep[i]))
             )
-            total += terms.attention(mine, theirs, b.weights)[0] / len(layers)
+            total += terms.attention(mine, theirs, b.weights) / len(layers)
         return total

@@ -7,10 +7,9 @@ import pathlib
 from typing import Any
 
 import jax
-from flax import nnx
 from jax.sharding import Mesh
 
-from lm_jax import config, evaluate, sharding, step
+from lm_jax import config, sharding
 from lm_jax.config import INSIDE, Config, ConfigError
 from lm_jax.data.references import references
 from lm_jax.data.store import Store
@@ -18,10 +17,11 @@ from lm_jax.data.tokenizers.hf import HfTokenizer
 from lm_jax.distill import alignment, cache
 from lm_jax.distill.alignment import Aligner, Retokenised
 from lm_jax.distill.teachers import Teacher
+from lm_jax.evaluate import Evaluator
 from lm_jax.files import write_json
 from lm_jax.models import huggingface
 from lm_jax.models.families import choose_attention, create_model
-from lm_jax.workdir import Trained, open_trained
+from lm_jax.workdir import SCORES, TEACHER, Trained, open_trained
 
 TOLERANCE = 1e-3  # of a teacher's loss on another device or in another precision
 WHERE = "config.distill.teachers"
@@ -39,7 +39,7 @@ def open_teacher(cfg: Config, store: Store, mesh: Mesh | None = None) -> Teacher
     mesh = mesh or sharding.make_mesh(cfg.mesh.fsdp)
     names = tuple(name.strip() for name in cfg.distill.teachers.split(","))
     runs = tuple(_open(name, cfg, store, mesh) for name in names)
-    models = tuple(_as_read(run, cfg) for run in runs)
+    models = tuple(_as_read(run, cfg).graphdef for run in runs)
     teacher = Teacher(names, models, tuple(run.params for run in runs), runs=runs)
     if cfg.distill.top_k > store.tokenizer.vocab_size:
         raise ConfigError(
@@ -54,9 +54,9 @@ def open_teacher(cfg: Config, store: Store, mesh: Mesh | None = None) -> Teacher
                     "layers cannot be compared; set it to 0."
                 )
     length = cfg.data.seq_len
-    others = [name for name, run in zip(names, runs, strict=True) if not _shares(run, store)]
-    if others:
-        aligner = _align(others[0], runs, cfg, store)
+    others = (name for name, run in zip(names, runs, strict=True) if not _shares(run, store))
+    if other := next(others, None):
+        aligner = _align(other, runs, cfg, store)
         length = aligner.length
         first = alignment.first_bytes(aligner.student, aligner.teacher)
         teacher = dataclasses.replace(teacher, extend=aligner, first_bytes=first)
@@ -93,12 +93,10 @@ def _open(name: str, cfg: Config, store: Store, mesh: Mesh) -> Trained:
         tokenizer = HfTokenizer.from_folder(folder)
     except ValueError as error:
         raise ConfigError(f"{WHERE}: {error}") from error
-    how = config.from_dict(config.to_dict(cfg))
-    how.model, how.data.seq_len, how.eval.stride = model, max_len, max_len
     if model.positions != "learned":  # any length is possible, and a shorter one costs less
-        how.data.seq_len = how.eval.stride = min(max_len, cfg.data.seq_len)
-    impl, _ = choose_attention(how)
-    graphdef, _ = create_model(how, vocab_size, impl)
+        max_len = min(max_len, cfg.data.seq_len)
+    how = config.replace(cfg, model=model, data__seq_len=max_len, eval__stride=max_len)
+    graphdef, _ = create_model(how, vocab_size, choose_attention(how)[0])
     params = jax.device_put(params, sharding.by_shape(mesh, params))
     own = Retokenised(store.path, store.manifest, tokenizer, store)
     return Trained(how, own, mesh, graphdef, params, 0)
@@ -111,8 +109,8 @@ def _open_run(field: str, workdir: str, mesh: Mesh) -> Trained:
         raise ConfigError(f"{field}: {error}") from error
 
 
-def _as_read(run: Trained, cfg: Config) -> nnx.GraphDef:
-    """The model of a run for rows that are cut the student's way."""
+def _as_read(run: Trained, cfg: Config) -> Trained:
+    """The run with the student's windows, and a model for rows that are cut so."""
     how = config.replace(
         run.cfg,
         data__document_mask=cfg.data.document_mask,
@@ -120,9 +118,15 @@ def _as_read(run: Trained, cfg: Config) -> nnx.GraphDef:
     )
     # It reads without dropout.
     teaching = config.replace(cfg, model=run.cfg.model, model__attention_dropout=0.0)
-    impl, _ = choose_attention(teaching)
-    graphdef, _ = create_model(how, run.store.tokenizer.vocab_size, impl)
-    return graphdef
+    vocab_size = run.store.tokenizer.vocab_size
+    graphdef, _ = create_model(how, vocab_size, choose_attention(teaching)[0])
+    windows = config.replace(
+        how,
+        data__seq_len=cfg.data.seq_len,
+        eval__batch_size=cfg.eval.batch_size,
+        eval__stride=cfg.eval.stride,
+    )
+    return dataclasses.replace(run, cfg=windows, graphdef=graphdef)
 
 
 def _align(name: str, runs: tuple[Trained, ...], cfg: Config, store: Store) -> Aligner:
@@ -144,29 +148,11 @@ def _align(name: str, runs: tuple[Trained, ...], cfg: Config, store: Store) -> A
         raise ConfigError(f"{other}, and cannot be aligned: {error}") from error
 
 
-def students_text(run: Trained, store: Store) -> Store:
-    """The student's corpus in the tokens of a run."""
-    if _shares(run, store):
-        return store
-    return Retokenised(store.path, store.manifest, run.store.tokenizer, store)
-
-
 def score_teacher(run: Trained, store: Store, split: str) -> dict[str, Any]:
-    """Exact evaluation of a run on a split of some store, with the run's own windows."""
-    eval_step = step.make_eval_step(run.cfg, run.graphdef, run.mesh)
-    return evaluate.Evaluator(run.cfg, store, run.mesh, eval_step)(run.params, split)
-
-
-def _as_student_reads(run: Trained, model: nnx.GraphDef, cfg: Config) -> Trained:
-    """The run with the student's windows."""
-    how = config.replace(
-        run.cfg,
-        data__seq_len=cfg.data.seq_len,
-        data__document_mask=cfg.data.document_mask,
-        eval__batch_size=cfg.eval.batch_size,
-        eval__stride=cfg.eval.stride,
-    )
-    return dataclasses.replace(run, cfg=how, graphdef=model)
+    """Exact evaluation of a run on a split of some store, in the run's own tokens and windows."""
+    if not _shares(run, store):
+        store = Retokenised(store.path, store.manifest, run.store.tokenizer, store)
+    return Evaluator.of(dataclasses.replace(run, store=store))(run.params, split)
 
 
 def _windows(cfg: Config) -> tuple[Any, ...]:
@@ -190,11 +176,10 @@ def verify(teacher: Teacher, cfg: Config, store: Store) -> list[str]:
     nats = len(split.tokens) * math.log(references(store, "valid")["unigram"])
     unigram = nats / split.bytes / math.log(2)
     lines = []
-    for name, run, model in zip(teacher.names, teacher.runs, teacher.models, strict=True):
-        text = students_text(run, store)
-        result = score_teacher(run, text, "valid")
-        own = run.store.manifest == text.manifest and _shares(run, store)
-        said, record = "no record of it", pathlib.Path(name) / "eval_valid.json"
+    for name, run in zip(teacher.names, teacher.runs, strict=True):
+        result = score_teacher(run, store, "valid")
+        own = _shares(run, store) and run.store.manifest == store.manifest
+        said, record = "no record of it", pathlib.Path(name) / SCORES.format("valid")
         recorded = json.loads(record.read_text()) if record.exists() else {}
         same_windows = recorded.get("stride") == run.cfg.eval.stride
         if same_windows and recorded["step"] == run.step and recorded["loss"] is not None:
@@ -205,8 +190,8 @@ def verify(teacher: Teacher, cfg: Config, store: Store) -> list[str]:
                     f"{WHERE}: {name} has a valid loss of {loss:.4f}, but {record} says "
                     f"{recorded['loss']:.4f}; restore the run."
                 )
-        if text is store and _windows(run.cfg) != _windows(cfg):
-            result = score_teacher(_as_student_reads(run, model, cfg), text, "valid")
+        if _shares(run, store) and _windows(run.cfg) != _windows(cfg):
+            result = score_teacher(_as_read(run, cfg), store, "valid")
             said += ", here in the student's windows"
         if not result["bits_per_byte"] < unigram:
             raise ConfigError(
@@ -220,15 +205,15 @@ def verify(teacher: Teacher, cfg: Config, store: Store) -> list[str]:
             + (f", word ppl {result['word_ppl']:.2f}" if math.isfinite(result["word_ppl"]) else "")
         )
     if isinstance(teacher.extend, Aligner):
+        (name,), (run,), length = teacher.names, teacher.runs, teacher.extend.length
         share = alignment.aligned_share(teacher.extend, cfg, store)
-        trained, length = teacher.runs[0].cfg.data.seq_len, teacher.extend.length
-        if length > trained:
+        if length > run.cfg.data.seq_len:
             lines.append(
-                f"teacher {teacher.names[0]} learned from rows of {trained} tokens and reads rows "
+                f"teacher {name} learned from rows of {run.cfg.data.seq_len} tokens and reads rows "
                 f"of {length}, where it may know less; lower config.data.seq_len"
             )
         lines.append(
-            f"teacher {teacher.names[0]} has another tokenizer: {share:.1%} of the tokens of "
+            f"teacher {name} has another tokenizer: {share:.1%} of the tokens of "
             f"{alignment.WINDOWS} windows end where a teacher token ends, and there the next byte "
             "is taught"
         )
@@ -241,12 +226,12 @@ def record_teacher(workdir: pathlib.Path, teacher: Teacher, *, resuming: bool) -
     Raises:
         ConfigError: if what teaches has changed.
     """
-    path = workdir / "teacher.json"
+    path = workdir / TEACHER
     if not resuming:
         if jax.process_index() == 0:
             write_json(path, teacher.identity)
     elif json.loads(path.read_text()) != teacher.identity:
-        raise config.ConfigError(
+        raise ConfigError(
             f"{path}: the run there learned from another teacher than it is now; restore that one "
             "or give another --workdir."
         )

@@ -1,13 +1,10 @@
 """The student-aware router: which of the teacher's experts a student token learns from."""
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from lm_jax.distill import terms
-from lm_jax.distill.terms import Sums
 from lm_jax.kernels.attention import attend
 from lm_jax.models.layers import Linear
 
@@ -15,12 +12,9 @@ HEADS = 4
 SHARES = (0.4, 0.3, 0.3)  # of capacity, gap and expert scores
 
 
-class Routed(NamedTuple):
-    """Terms of a batch, as sums and counts."""
-
-    feature: Sums
-    attention: Sums
-    balance: Sums
+def projection(inputs: int, outputs: int, rngs: nnx.Rngs) -> Linear:
+    """A linear map without bias that keeps the mean square."""
+    return Linear(inputs, outputs, inputs**-0.5, False, rngs)
 
 
 def choices(
@@ -28,10 +22,7 @@ def choices(
 ) -> tuple[jax.Array, jax.Array]:
     """Probabilities of the experts X, and the same of the k most likely renormalised, else 0.
 
-    Args:
-        scores_BTX: one score for each expert.
-        temperature: divides them.
-        k: a whole number, may be traced.
+    The temperature divides the scores; k is a whole number, which may be traced.
     """
     all_BTX = jax.nn.softmax(scores_BTX / temperature)
     rank_BTX = jnp.argsort(jnp.argsort(-all_BTX, axis=-1), axis=-1)
@@ -39,13 +30,13 @@ def choices(
     return all_BTX, chosen_BTX / chosen_BTX.sum(-1, keepdims=True)
 
 
-def balance_experts(all_BTX: jax.Array, weights_BT: jax.Array) -> Sums:
-    """KL(uniform || mean use of the experts) times the number of tokens, and that number."""
+def balance_experts(all_BTX: jax.Array, weights_BT: jax.Array) -> jax.Array:
+    """KL(uniform || mean use of the experts) times the number of tokens."""
     count = weights_BT.sum()
     mean_X = jnp.einsum("bt,btx->x", weights_BT, all_BTX) / jnp.maximum(count, 1)
     # Without a token there is nothing to balance.
     log_X = jnp.log(jnp.where(count > 0, mean_X, 1 / mean_X.size))
-    return -(jnp.log(mean_X.size) + log_X.mean()) * count, count
+    return -(jnp.log(mean_X.size) + log_X.mean()) * count
 
 
 class Router(nnx.Module):
@@ -60,27 +51,15 @@ class Router(nnx.Module):
     def __init__(
         self, width: int, teacher_width: int, expert_width: int, experts: int, rngs: nnx.Rngs
     ):
-        """All maps are linear.
-
-        Args:
-            width: D, of s.
-            teacher_width: of t.
-            expert_width: E, of the experts.
-            experts: X.
-            rngs: stream "params".
-        """
-
-        def linear(inputs: int, outputs: int) -> Linear:
-            return Linear(inputs, outputs, inputs**-0.5, False, rngs)
-
-        self.capacity = linear(width, experts)
-        self.narrow = linear(teacher_width, width)
-        self.gap = linear(2 * width, experts)
-        self.expert = linear(teacher_width, experts)
-        self.project = linear(width, expert_width)
+        """Draw all maps from the stream "params"; the widths are D of s, of t, and E of experts."""
+        self.capacity = projection(width, experts, rngs)
+        self.narrow = projection(teacher_width, width, rngs)
+        self.gap = projection(2 * width, experts, rngs)
+        self.expert = projection(teacher_width, experts, rngs)
+        self.project = projection(width, expert_width, rngs)
         self.compressed = HEADS * -(-width // HEADS)
-        self.query = linear(width, self.compressed)
-        self.out = linear(self.compressed, self.compressed)
+        self.query = projection(width, self.compressed, rngs)
+        self.out = projection(self.compressed, self.compressed, rngs)
 
     def scores(self, x_BTD: jax.Array, teacher_BTE: jax.Array) -> jax.Array:
         """One score for each expert, [B, T, X]."""
@@ -99,15 +78,15 @@ class Router(nnx.Module):
         *,
         temperature: jax.Array,
         k: jax.Array,
-    ) -> Routed:
-        """The three terms.
+    ) -> dict[str, jax.Array]:
+        """The three terms by name.
 
-        feature: squared error of the projected student against the routed target.
-        attention: with c the routed target compressed to the student's width by a fixed random
-        matrix, squared error of attention from s_t to the c of the positions before t against c_t.
-        No c gets a gradient: a target that is trained would move to where it is easy to hit. A
-        position never reads its own c, which would be copied.
-        balance: see `balance_experts`.
+        routed_feature: squared error of the projected student against the routed target.
+        routed_attention: with c the routed target compressed to the student's width by a fixed
+        random matrix, squared error of attention from s_t to the c of the positions before t
+        against c_t. No c gets a gradient: a target that is trained would move to where it is easy
+        to hit. A position never reads its own c, which would be copied.
+        router_balance: see `balance_experts`.
         """
         x_BTD = x_BTD.astype(jnp.float32)
         teacher_BTE = terms.normalised(teacher_BTE)
@@ -129,4 +108,8 @@ class Router(nnx.Module):
         attention = terms.squared_error(
             self.out(before_BTF), terms.normalised(c_BTF[:, 1:]), weights_BT[:, 1:] * same_BT
         )
-        return Routed(feature, attention, balance_experts(all_BTX, weights_BT))
+        return {
+            "routed_feature": feature,
+            "routed_attention": attention,
+            "router_balance": balance_experts(all_BTX, weights_BT),
+        }

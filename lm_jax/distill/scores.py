@@ -19,11 +19,10 @@ from lm_jax.data import windows
 from lm_jax.data.store import Store
 from lm_jax.distill import alignment, opening
 from lm_jax.distill.alignment import Aligner
-from lm_jax.distill.opening import students_text
 from lm_jax.distill.teachers import Teacher, members_log_p
 from lm_jax.files import write_json
 from lm_jax.kernels import divergences
-from lm_jax.workdir import Trained, open_trained
+from lm_jax.workdir import AGREEMENT, Trained, open_trained
 
 TIMED_BATCHES = 5
 SHOWN = (  # heading, value and its format
@@ -36,21 +35,14 @@ SHOWN = (  # heading, value and its format
 )
 
 
-def report_distillation(
-    cfg: Config, workdir: pathlib.Path, run: Trained, teacher: Teacher
-) -> dict[str, Any] | None:
+def report_distillation(cfg: Config, workdir: pathlib.Path, run: Trained, teacher: Teacher) -> None:
     """Score all models on the last configured split; write `distillation.json` and print it.
 
-    Nothing is written for a cache, whose teacher is not at hand.
-
-    Args:
-        cfg: resolved config of the student.
-        workdir: its folder.
-        run: its best checkpoint.
-        teacher: what taught it.
+    Nothing is written for a cache, whose teacher is not at hand. `run` is the best checkpoint in
+    the student's workdir.
     """
     if not teacher.models:
-        return None
+        return
     split = rules.eval_splits(cfg, run.store.manifest["splits"])[-1]
     models = {"distilled": _single("distilled", run.graphdef, run.params)}
     if cfg.distill.alone:
@@ -64,13 +56,14 @@ def report_distillation(
                 models[f"teacher {member[0]}"] = _single(*member)
             models |= {taught_by: teacher}
             rows = score_models(cfg, run.store, split, models, taught_by)
-        else:
+        else:  # its own tokens cannot be compared
             rows = score_models(cfg, run.store, split, models, None)
-            rows[taught_by] = _in_its_own_tokens(teacher, run.store, split)
+            found = opening.score_teacher(teacher.runs[0], run.store, split)
+            rows[taught_by] = _row(found, teacher)
     result: dict[str, Any] = {"split": split, "taught_by": taught_by, "models": rows}
     if isinstance(teacher.extend, Aligner):
         result["aligned_share"] = alignment.aligned_share(teacher.extend, cfg, run.store)
-    write_json(workdir / "distillation.json", result)
+    write_json(workdir / AGREEMENT, result)
     table = Table(title=f"{split}: agreement with and divergence from {taught_by}")
     table.add_column("", overflow="fold")
     for heading, _, _ in SHOWN:
@@ -78,7 +71,6 @@ def report_distillation(
     for name, row in rows.items():
         table.add_row(name, *(_cell(row[value], form) for _, value, form in SHOWN))
     Console().print(table)
-    return result
 
 
 def _single(name: str, graphdef: Any, params: Any) -> Teacher:
@@ -90,17 +82,11 @@ def _cell(value: float | None, form: str) -> str:
     return "-" if value is None or not math.isfinite(value) else format(value, form)
 
 
-def _in_its_own_tokens(teacher: Teacher, store: Store, split: str) -> dict[str, Any]:
-    """The row of a teacher with another tokenizer; its tokens cannot be compared."""
-    run = teacher.runs[0]
-    found = opening.score_teacher(run, students_text(run, store), split)
-    return _row(found, teacher) | {"agreement": None, "kl": None, "tokens_per_second": None}
-
-
 def _row(found: Mapping[str, float], model: Teacher) -> dict[str, Any]:
-    """Scores and size."""
+    """Scores and size, with the values of a comparison still to come."""
     row = {name: found[name] for name in ("bits_per_byte", "word_ppl", "loss")}
-    return row | {"parameters": sum(x.size for x in jax.tree.leaves(model.params))}
+    size = sum(x.size for x in jax.tree.leaves(model.params))
+    return row | {"parameters": size, "agreement": None, "kl": None, "tokens_per_second": None}
 
 
 def score_models(
@@ -137,18 +123,16 @@ def score_models(
         document_mask=cfg.data.document_mask,
         stride=cfg.eval.stride,
     ):
-        for name, sums in jax.device_get(sums_of(params, batch)).items():
-            totals[name] = totals[name] + sums
+        found = jax.device_get(sums_of(params, batch))
+        totals = {name: total + found[name] for name, total in totals.items()}
     count, rows = len(split.tokens), {}
     for name, (nats, same, kl) in totals.items():
         sums = metrics.Sums(nats, count, math.nan)
         found = metrics.summarise(sums, split_bytes=split.bytes, split_words=split.words)
-        rows[name] = {
-            **_row(found, models[name]),
-            "agreement": None if taught_by is None else same / count,
-            "kl": None if taught_by is None else kl / count,
-            "tokens_per_second": _speed(cfg, models[name], batch),
-        }
+        rows[name] = _row(found, models[name])
+        rows[name]["tokens_per_second"] = _speed(cfg, models[name], batch)
+        if taught_by is not None:
+            rows[name] |= {"agreement": same / count, "kl": kl / count}
     return rows
 
 
@@ -197,10 +181,9 @@ def _speed(cfg: Config, model: Teacher, batch: dict[str, np.ndarray]) -> float:
         log_p = _log_p(cfg, model, params, batch)
         return jax.lax.map(lambda row: log_p(row).sum(), jnp.arange(len(batch["tokens"])))
 
-    jax.block_until_ready(forward(model.params, batch))
     seconds = []
-    for _ in range(TIMED_BATCHES):
+    for _ in range(1 + TIMED_BATCHES):  # the first call compiles
         began = time.perf_counter()
         jax.block_until_ready(forward(model.params, batch))
         seconds.append(time.perf_counter() - began)
-    return batch["weights"][:, 1:].size / float(np.median(seconds))
+    return batch["weights"][:, 1:].size / float(np.median(seconds[1:]))

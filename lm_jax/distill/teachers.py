@@ -16,6 +16,7 @@ from lm_jax.kernels.divergences import Kept
 from lm_jax.kernels.linear_divergence import Groups, Member
 from lm_jax.loss import Batch, Shifted
 from lm_jax.models.layers import head_logits
+from lm_jax.models.transformer import Observed
 from lm_jax.workdir import Trained
 
 
@@ -25,12 +26,20 @@ def members_log_p(members: Sequence[Member], temperature: float = 1.0) -> jax.Ar
     return divergences.mean_log_p(logits, temperature)
 
 
+def hidden_states(
+    model: Any, inputs: Any, dtype: Any, key: jax.Array | None = None, *, inside: bool
+) -> tuple[jax.Array, Observed | None]:
+    """Final states and, if what is inside is wanted, what the layers compute."""
+    if inside:
+        return model.observed(*inputs, dtype=dtype, key=key)  # type: ignore[no-any-return]
+    return model(*inputs, dtype=dtype, key=key), None
+
+
 class Reading(NamedTuple):
     """The states or kept probabilities of a teacher for a batch; they get no gradient."""
 
     members: list[Member]
     kept: Kept | None = None  # in place of members
-    x_BTE: Any = None  # final states of a single teacher
     inside: Any = None  # what its layers compute, `Observed`
     groups: Groups | None = None  # of ids, where the tokenizers differ
     there_BT: Any = None  # 1 where a teacher with another tokenizer has a state
@@ -57,51 +66,31 @@ class Teacher:
     ) -> Reading:
         """Run the models in eval mode on the student's inputs.
 
-        Args:
-            params: those of the models.
-            batch: of the student, with what `extend` adds to it.
-            b: the same, shifted.
-            dtype: compute dtype.
-            inside: whether the states of each layer are wanted.
+        `batch` holds what `extend` adds to it, and `b` is the same shifted; `inside` asks for what
+        the layers compute.
         """
         params = jax.lax.stop_gradient(params)
         if not self.models:
             return Reading([], Kept(batch["kept_ids"], batch["kept_log_p"]))
-        inputs = b.inputs, b.segment_ids, b.positions
+        inputs = [b.inputs, b.segment_ids, b.positions]
         if self.first_bytes is not None:
-            inputs = (
-                batch["teacher_tokens"],
-                batch["teacher_segment_ids"],
-                batch["teacher_positions"],
-            )
-        members: list[Member] = []
-        seen: Any = None
-        x_BTE: Any = None
+            inputs = [batch[f"teacher_{name}"] for name in ("tokens", "segment_ids", "positions")]
+        members = []
         for graphdef, leaves in zip(self.models, params, strict=True):
             model = nnx.merge(graphdef, leaves)
-            if inside:
-                x_BTE, seen = model.observed(*inputs, dtype=dtype)
-            else:
-                x_BTE = model(*inputs, dtype=dtype)
+            x_BTE, seen = hidden_states(model, inputs, dtype, inside=inside)
             members.append(Member(x_BTE, model.head_VD(), model.cfg.logit_softcap))
         if self.first_bytes is None:
-            return Reading(members, x_BTE=x_BTE, inside=seen)
+            return Reading(members, inside=seen)
         place_BT1 = jnp.maximum(batch["teacher_place"], 0)[..., None]
         x_BTE = jnp.take_along_axis(x_BTE, place_BT1, axis=1)
-        if inside:
+        if seen is not None:
             seen = seen._replace(x_LBTD=jnp.take_along_axis(seen.x_LBTD, place_BT1[None], axis=2))
-        return Reading(
-            [members[0]._replace(x_BTE=x_BTE)],
-            x_BTE=x_BTE,
-            inside=seen,
-            groups=Groups(
-                jnp.asarray(self.first_bytes[0]),
-                jnp.asarray(self.first_bytes[1]),
-                alignment.BYTES,
-                batch["aligned"],
-            ),
-            there_BT=(batch["teacher_place"] >= 0).astype(jnp.float32),
-        )
+        mine, own = map(jnp.asarray, self.first_bytes)
+        groups = Groups(mine, own, alignment.BYTES, batch["aligned"])
+        there_BT = (batch["teacher_place"] >= 0).astype(jnp.float32)
+        member = members[0]._replace(x_BTE=x_BTE)
+        return Reading([member], None, seen, groups, there_BT)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -115,18 +104,13 @@ class Teacher:
         }
 
 
-@jax.jit
-def _sums(params: Any) -> list[jax.Array]:
-    """A 32-bit checksum per leaf, independent of sharding."""
-
-    def one(leaf: jax.Array) -> jax.Array:
-        bits = jax.lax.bitcast_convert_type(leaf.astype(jnp.float32), jnp.uint32).ravel()
-        return (bits * (2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1)).sum(dtype=jnp.uint32)
-
-    return [one(leaf) for leaf in jax.tree.leaves(params)]
-
-
 def _fingerprint(params: Any) -> str:
-    """A short hash of all parameters."""
-    digest = hashlib.sha256(repr([int(x) for x in _sums(params)]).encode())
-    return digest.hexdigest()[:16]
+    """A short hash of all parameters, independent of sharding."""
+    checksums = [int(_checksum(leaf)) for leaf in jax.tree.leaves(params)]
+    return hashlib.sha256(repr(checksums).encode()).hexdigest()[:16]
+
+
+@jax.jit
+def _checksum(leaf: jax.Array) -> jax.Array:
+    bits = jax.lax.bitcast_convert_type(leaf.astype(jnp.float32), jnp.uint32).ravel()
+    return (bits * (2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1)).sum(dtype=jnp.uint32)

@@ -1,8 +1,7 @@
 """Distillation of what is inside a model: states, attention maps, whole rows.
 
-Every term is a sum over weighted tokens (or rows) and the sum of the weights, in float32. Teacher
-arrays get no gradient. E is the width of the teacher. Where a weight is 0, the arrays may hold
-anything.
+Every term is a sum over weighted tokens (or rows), in float32. Teacher arrays get no gradient. E is
+the width of the teacher. Where a weight is 0, the arrays may hold anything.
 """
 
 from collections.abc import Sequence
@@ -13,7 +12,6 @@ import jax.numpy as jnp
 from lm_jax.kernels.chunks import scored
 from lm_jax.kernels.divergences import EXCLUDED, between
 
-Sums = tuple[jax.Array, jax.Array]
 CONTRAST_TEMPERATURE = 0.07  # of cosines (van den Oord et al. 2018; value of He et al. 2020)
 
 
@@ -23,18 +21,18 @@ def normalised(x: jax.Array) -> jax.Array:
     return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6)
 
 
-def squared_error(y_BTE: jax.Array, target_BTE: jax.Array, weights_BT: jax.Array) -> Sums:
+def squared_error(y_BTE: jax.Array, target_BTE: jax.Array, weights_BT: jax.Array) -> jax.Array:
     """Mean square over E of the difference; 1 for y = 0 and a normalised target.
 
     Of projected student states this is the hint loss (Romero et al. 2015, section 2.2).
     """
     error_BTE = scored(y_BTE.astype(jnp.float32) - target_BTE, weights_BT)
-    return _sum(jnp.square(error_BTE).mean(-1), weights_BT)
+    return (jnp.square(error_BTE).mean(-1) * weights_BT).sum()
 
 
-def layer_for(layer: int, student_layers: int, teacher_layers: int) -> int:
-    """The teacher's layer as deep as a student's; the last for the last."""
-    return -(-(layer + 1) * teacher_layers // student_layers) - 1
+def as_deep(layers: int, teacher_layers: int) -> list[int]:
+    """The teacher's layer as deep as each of so many evenly spaced ones; the last for the last."""
+    return [-(-(i + 1) * teacher_layers // layers) - 1 for i in range(layers)]
 
 
 def layers(
@@ -42,14 +40,14 @@ def layers(
     target_LBTE: Sequence[jax.Array],
     share_L: jax.Array,
     weights_BT: jax.Array,
-) -> Sums:
+) -> jax.Array:
     """Squared errors of several layers, layer l with the weight softmax(share)_l.
 
     The weights are learned, so they move to the layers that are easiest to match.
     """
     pairs = zip(y_LBTE, target_LBTE, strict=True)
-    errors = [squared_error(y, target, weights_BT)[0] for y, target in pairs]
-    return (jax.nn.softmax(share_L) * jnp.stack(errors)).sum(), weights_BT.sum()
+    errors = [squared_error(y, target, weights_BT) for y, target in pairs]
+    return (jax.nn.softmax(share_L) * jnp.stack(errors)).sum()
 
 
 def log_map(q_BTHC: jax.Array, k_BTKC: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
@@ -67,7 +65,7 @@ def log_map(q_BTHC: jax.Array, k_BTKC: jax.Array, segment_ids_BT: jax.Array) -> 
     return jax.nn.logsumexp(log_BHTS, axis=1) - jnp.log(q_BTHC.shape[2])
 
 
-def attention(student_BTS: jax.Array, teacher_BTS: jax.Array, weights_BT: jax.Array) -> Sums:
+def attention(student_BTS: jax.Array, teacher_BTS: jax.Array, weights_BT: jax.Array) -> jax.Array:
     """KL(teacher || student) of two `log_map` over the keys of each query, in nats.
 
     As Jiao et al. 2020 (TinyBERT), section 3.1, but on probabilities and averaged over heads, so
@@ -75,19 +73,19 @@ def attention(student_BTS: jax.Array, teacher_BTS: jax.Array, weights_BT: jax.Ar
     """
     teacher_BTS = scored(jax.lax.stop_gradient(teacher_BTS), weights_BT)
     student_BTS = scored(student_BTS, weights_BT)
-    return _sum(between(teacher_BTS, student_BTS, "forward", 0.5), weights_BT)
+    return (between(teacher_BTS, student_BTS, "forward", 0.5) * weights_BT).sum()
 
 
 def contrastive(
     y_BTE: jax.Array, target_BTE: jax.Array, weights_BT: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array]:
     """InfoNCE between the mean states of a student's and a teacher's rows, in nats per row.
 
     Each row of the student must find its own among the teacher's rows with a token; guessing costs
     the logarithm of their number. (Tian et al. 2020, section 3; in-batch negatives.)
 
     Returns:
-        Summed nats, number of rows with a token, and of those that are found.
+        Summed nats, and the number of rows that are found.
     """
 
     def pooled(x_BTE: jax.Array) -> jax.Array:
@@ -102,8 +100,4 @@ def contrastive(
     own_B = jnp.diagonal(scores_BB)
     nats_B = jax.nn.logsumexp(scores_BB, axis=-1) - own_B
     found_B = there_B & (own_B >= scores_BB.max(-1))
-    return jnp.where(there_B, nats_B, 0).sum(), there_B.sum(), found_B.sum()
-
-
-def _sum(x_BT: jax.Array, weights_BT: jax.Array) -> Sums:
-    return (x_BT * weights_BT).sum(), weights_BT.sum()
+    return jnp.where(there_B, nats_B, 0).sum(), found_B.sum()

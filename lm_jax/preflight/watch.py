@@ -9,7 +9,7 @@ from lm_jax.doctor.findings import Finding, Report, require
 from lm_jax.doctor.log.examine import examine_log
 from lm_jax.doctor.log.subject import read_log
 from lm_jax.files import write_text
-from lm_jax.workdir import read_record
+from lm_jax.workdir import METRICS, SCORES, WATCH, read_record
 
 _SATURATED = 0.9  # of the updates
 
@@ -29,12 +29,12 @@ def examine_workdir(
     """
     workdir = pathlib.Path(workdir)
     record = read_record(workdir)
-    metrics_file = workdir / "metrics.jsonl"
+    metrics_file = workdir / METRICS
     if not metrics_file.exists():
         raise FileNotFoundError(f"{metrics_file}: no such file; give the workdir of a run.")
     cfg, devices = record.cfg, record.devices
     split_tokens = {name: split["tokens"] for name, split in record.data["splits"].items()}
-    scored = workdir / "eval_valid.json"
+    scored = workdir / SCORES.format("valid")
     if references is None and scored.exists():
         references = _references(scored)
     log = read_log(metrics_file, null_is_nan=True)
@@ -80,7 +80,7 @@ class Watch:
             references: see `examine_workdir`.
         """
         report = examine_workdir(self._workdir, references=references)
-        write_text(self._workdir / "watch.json", report.to_json() + "\n")
+        write_text(self._workdir / WATCH, report.to_json() + "\n")
         new = [f for f in report if _notable(f) and (f.check, f.status) not in self._said]
         self._said |= {(f.check, f.status) for f in new}
         return [f"doctor: {f.check} ({_word(f)}): {f.evidence} {f.remedy}".strip() for f in new]

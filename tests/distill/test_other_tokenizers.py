@@ -198,7 +198,7 @@ def test_a_hugging_face_checkpoint_is_read(text, tmp_path):
         assert batch["teacher_tokens"].shape[-1] == taught.extend.length <= 64
         b = losses.shift(jax.tree.map(jnp.asarray, batch))
         reading = taught.read(taught.params, batch, b, jnp.float32, inside=True)
-        assert np.isfinite(reading.x_BTE).all()
+        assert np.isfinite(reading.members[0].x_BTE).all()
         # It was never trained, and is not taken for a teacher.
         with pytest.raises(ConfigError, match="bits per byte .* no better than"):
             verify(taught, cfg, store)
