@@ -97,6 +97,15 @@ def test_equals_have_no_divergence():
     assert Lab().gradients()[3]["distill/kd_kl"] > 0.01
 
 
+def test_a_row_without_a_token_is_no_candidate():
+    lab = Lab(distill__contrastive="1")
+    weights = lab.batch["weights"].copy()
+    weights[4] = 0
+    counts = lab.objective.plan({**lab.batch, "weights": weights}, 0).counts
+    assert counts["contrastive"] == len(weights) - 1
+    assert counts["kd"] == weights[:, 1:].sum()
+
+
 @pytest.mark.parametrize("update", [0, 5, STEPS - 1])
 def test_weighted_terms_add_up_and_have_their_names(update):
     lab = Lab(**EVERYTHING)
