@@ -263,7 +263,7 @@ def test_a_step_too_small_for_float32_is_no_evidence():
     assert errors[1e-6] > 0.01 > 10 * errors[1e-2], errors
 
 
-def test_tiling_changes_nothing():
+def test_tiling_changes_nothing(monkeypatch):
     """The same function whatever the block, dropout included; blocks that do not divide T too."""
     case = CASES["all at once"]
     with jax.enable_x64(True):
@@ -271,27 +271,26 @@ def test_tiling_changes_nothing():
         ids = jnp.asarray(case.segment_ids())
         seed = jax.random.bits(jax.random.key(0), (2,), "uint32")
         options = dict(causal=True, window=50, softcap=2.0, scale=0.3, dropout_rate=0.1)
-        one, *others = (
-            run(
-                lambda q, k, v, size=size: blockwise(q, k, v, ids, seed, block=size, **options),
-                arrays,
-                quick=True,
-            )
-            for size in (129, 50, 17)
-        )
+
+        def of_size(size):
+            monkeypatch.setattr(blocks, "largest_block", lambda heads: size)
+            return run(lambda q, k, v: blockwise(q, k, v, ids, seed, **options), arrays, quick=True)
+
+        one, *others = (of_size(size) for size in (129, 50, 17))
         assert (one["out"] != 0).mean() > 0.9
         for other in others:
             for name in one:
                 np.testing.assert_allclose(other[name], one[name], rtol=0, atol=1e-12)
 
 
-def test_rows_without_keys():
+def test_rows_without_keys(monkeypatch):
     """Handed padding itself, blockwise gives 0, -inf and no gradient, and nothing leaks."""
     case = CASES["segments and padding"]
     ids = case.segment_ids()
     ids[:, 10:20] = 0
     arrays = inputs(case, np.float32)
-    options = dict(causal=True, window=None, softcap=0.0, scale=0.2, dropout_rate=0.0, block=32)
+    monkeypatch.setattr(blocks, "largest_block", lambda heads: 32)
+    options = dict(causal=True, window=None, softcap=0.0, scale=0.2, dropout_rate=0.0)
     results = run(lambda q, k, v: blockwise(q, k, v, jnp.asarray(ids), None, **options), arrays)
     for name, value in results.items():
         np.testing.assert_array_equal(value[ids == 0], -np.inf if name == "lse" else 0, name)
@@ -312,14 +311,15 @@ def test_blockwise_memory(backward):
     assert temporary_bytes("blockwise", backward) < temporary_bytes("xla", backward) / 8
 
 
-def test_work_outside_the_mask_is_skipped():
+def test_work_outside_the_mask_is_skipped(monkeypatch):
     """Blocks are of 4, and 4 positions seen: 2 of 33 blocks. NaN times a masked 0 is NaN."""
     T, options = 4 * 33, dict(causal=True, window=4, softcap=0.0, scale=1.0, dropout_rate=0.0)
     x = jnp.ones((1, T, 1, 2))
+    monkeypatch.setattr(blocks, "largest_block", lambda heads: 4)
 
     @jax.jit
     def out_and_gradients(v, dout):
-        f = functools.partial(blockwise, segment_ids_BT=None, seed=None, block=4, **options)
+        f = functools.partial(blockwise, segment_ids_BT=None, seed=None, **options)
         out, pullback = jax.vjp(lambda *qkv: f(*qkv)[0], x, x, v)
         return out, *pullback(dout)
 
@@ -679,36 +679,40 @@ T4, H200 = gpu("Tesla T4"), gpu("NVIDIA H200")
         (TPU, shape(512), "xla", "TPU v4, bfloat16"),
     ],
 )
-def test_choose(device, arguments, expected, said):
-    impl, reason = choose("auto", device=device, **arguments)
+def test_choose(device, arguments, expected, said, monkeypatch):
+    monkeypatch.setattr(module.devices, "target", lambda: device)
+    impl, reason = choose("auto", **arguments)
     assert impl == expected and said in reason and len(reason) > 20
-    assert choose("xla", device=device, **arguments) == ("xla", "named in the config")
+    assert choose("xla", **arguments) == ("xla", "named in the config")
 
 
 def test_choose_by_what_was_measured(monkeypatch):
     """Pallas where it was faster in this very shape and can run."""
     here = shape(1024, segments=False)
+    monkeypatch.setattr(module.devices, "target", lambda: H200)
     monkeypatch.setattr(measured, "ATTENTION", ())
-    assert choose("auto", device=H200, **here)[0] == "cudnn"
+    assert choose("auto", **here)[0] == "cudnn"
     row = measured.Times("NVIDIA H200", "bfloat16", 64, 1024, False, cudnn=2.0, pallas=1.5)
     monkeypatch.setattr(measured, "ATTENTION", (row,))
     monkeypatch.setattr(jax, "__version_info__", (1, 0, 0))
     monkeypatch.setattr(jax, "device_count", lambda: 1)
-    impl, reason = choose("auto", device=H200, **here)
+    impl, reason = choose("auto", **here)
     assert impl == "pallas" and reason.startswith("measured: cudnn 2.0 ms, pallas 1.5 ms; ")
     for others in (
         {"segments": True},
         {"seq_len": 512},
         {"head_dim": 128},
         {"dtype": "float16"},
-        {"device": gpu("NVIDIA H100 80GB HBM3")},
     ):
-        assert choose("auto", **({"device": H200} | here | others))[0] == "cudnn", others
+        assert choose("auto", **(here | others))[0] == "cudnn", others
+    with monkeypatch.context() as patch:
+        patch.setattr(module.devices, "target", lambda: gpu("NVIDIA H100 80GB HBM3"))
+        assert choose("auto", **here)[0] == "cudnn"
     monkeypatch.setattr(jax, "device_count", lambda: 2)
-    assert choose("auto", device=H200, **here)[0] == "cudnn"
+    assert choose("auto", **here)[0] == "cudnn"
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     monkeypatch.setattr(measured, "ATTENTION", (row._replace(pallas=2.5),))
-    impl, reason = choose("auto", device=H200, **here)
+    impl, reason = choose("auto", **here)
     assert impl == "cudnn" and "measured" in reason
 
 

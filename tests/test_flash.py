@@ -15,6 +15,7 @@ from tests.attention_suite import KEY, Case, attention, check_rounded, inputs, o
 if reason := mosaic.unavailable(jnp.bfloat16, 64, interpret=True):
     pytest.skip(reason, allow_module_level=True)
 
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from lm_jax.kernels.flash import flash
@@ -108,7 +109,7 @@ def test_missing_fence_is_a_race(monkeypatch, capfd):
         said = capfd.readouterr().out  # jax 0.11
     except jax.errors.JaxRuntimeError as error:
         said = str(error)
-        mosaic.reset_interpreter()
+        gpu_callbacks.reset_gpu_interpret_mode_state()
     capfd.readouterr()
     assert "RACE DETECTED" in said
 

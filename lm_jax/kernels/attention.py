@@ -13,10 +13,8 @@ import jax.numpy as jnp
 
 from lm_jax.kernels import device as devices
 from lm_jax.kernels import dropout, measured
-from lm_jax.kernels.blockwise import blockwise
+from lm_jax.kernels.blockwise import MASKED, blockwise
 from lm_jax.kernels.mosaic import unavailable
-
-_MASKED = -1e30  # finite, so that a maximum over masked scores is no infinity
 
 
 def choose(
@@ -27,9 +25,8 @@ def choose(
     dtype: Any,
     segments: bool,
     attention_dropout: float = 0.0,
-    device: Any = None,
 ) -> tuple[str, str]:
-    """The implementation that `impl` stands for on this device, and the reason.
+    """The implementation that `impl` stands for on `device.target()`, and the reason.
 
     Args:
         impl: auto, or the name of an implementation of `attend`.
@@ -38,11 +35,10 @@ def choose(
         dtype: of queries, keys and values.
         segments: whether `attend` will be given segment ids.
         attention_dropout: rate on the probabilities.
-        device: a `jax.Device`; the one that is compiled for if None.
     """
     if impl != "auto":
         return impl, "named in the config"
-    device = device or devices.target()
+    device = devices.target()
     if device.platform == "cpu":
         if seq_len < 512:
             return "reference", f"faster than blockwise on a cpu at {seq_len} positions"
@@ -53,10 +49,7 @@ def choose(
     facts = f"{devices.describe(device)}, {dtype}, head width {head_dim}"
     q_BTHC = jax.ShapeDtypeStruct((1, seq_len, 1, head_dim), dtype)
     options = dict(softcap=0.0, dropout_rate=attention_dropout, window=None, causal=True)
-    refused = {
-        name: _refusal(name, q_BTHC, options, segments, False, device)
-        for name in ("cudnn", "pallas")
-    }
+    refused = {name: _refusal(name, q_BTHC, options, False) for name in ("cudnn", "pallas")}
     if not refused["cudnn"]:
         times = measured.times_of(device.device_kind, dtype, head_dim, seq_len, segments)
         if times is None:
@@ -134,8 +127,7 @@ def attend(
         scale=scale,
         dropout_rate=0.0 if seed is None else dropout_rate,
     )
-    segments, device = segment_ids_BT is not None, devices.target()
-    reason = _refusal(impl, q_BTHC, options, segments, return_lse, device)
+    reason = _refusal(impl, q_BTHC, options, return_lse)
     if reason:
         raise ValueError(f"attention.impl {impl} {reason}.")
     real_BT11 = None
@@ -192,14 +184,12 @@ def _check(q_BTHC, k_BTKC, v_BTKC, window, softcap: float, dropout_rate: float) 
         )
 
 
-def _refusal(
-    impl: str, q_BTHC: Any, options: dict[str, Any], segments: bool, return_lse: bool, device: Any
-) -> str | None:
+def _refusal(impl: str, q_BTHC: Any, options: dict[str, Any], return_lse: bool) -> str | None:
     """Why this implementation cannot run on the device, and what to do about it."""
     if impl in ("reference", "blockwise"):
         return None
     if impl in ("pallas", "pallas_deterministic"):
-        reason = unavailable(q_BTHC.dtype, q_BTHC.shape[-1], device=device)
+        reason = unavailable(q_BTHC.dtype, q_BTHC.shape[-1])
         if reason is None and jax.device_count() > 1:
             reason = f"it is not split over {jax.device_count()} devices"
         return reason and f"cannot run: {reason}; use blockwise"
@@ -213,18 +203,17 @@ def _refusal(
     if return_lse:
         return f"has no log-sum-exp that can be differentiated; {anything}"
     if impl == "cudnn":
-        return _cudnn_refusal(q_BTHC, options, device)
+        return _cudnn_refusal(q_BTHC, options)
     if q_BTHC.dtype == jnp.float64:
         return f"rounds float64 scores to float32; {anything}"
-    if q_BTHC.dtype == jnp.float16 and device.platform == "cpu":
+    if q_BTHC.dtype == jnp.float16 and devices.target().platform == "cpu":
         return f"cannot compute in float16 on a cpu; {anything}, or bfloat16"
     return None
 
 
-def _cudnn_refusal(q_BTHC: Any, options: dict[str, Any], device: Any) -> str | None:
-    """Why cuDNN's flash attention cannot do this, with the remedy; None if it can."""
+def _cudnn_refusal(q_BTHC: Any, options: dict[str, Any]) -> str | None:
     C = q_BTHC.shape[-1]
-    capability = devices.compute_capability(device)
+    capability = devices.compute_capability(devices.target())
     if capability is None or capability < (8, 0):
         has = "" if capability is None else ", not {}.{}".format(*capability)
         return f"needs a GPU of compute capability 8.0 or more{has}; use xla or blockwise"
@@ -240,7 +229,7 @@ def _cudnn_refusal(q_BTHC: Any, options: dict[str, Any], device: Any) -> str | N
 def _from_jax(impl: Any, q_BTHC, k_BTKC, v_BTKC, segment_ids_BT, _, **options):
     """Output of JAX's attention, which has neither dropout nor a log-sum-exp: None."""
     T = q_BTHC.shape[1]
-    same_B1TS = None
+    same_B1TS = sides = None
     if segment_ids_BT is not None:
         if impl == "cudnn" and T % 2:  # its gradient takes masks of even length only
             q_BTHC, k_BTKC, v_BTKC, segment_ids_BT = (
@@ -249,7 +238,6 @@ def _from_jax(impl: Any, q_BTHC, k_BTKC, v_BTKC, segment_ids_BT, _, **options):
             )
         # Padding sees padding here, so that no row is empty; `attend` discards the result.
         same_B1TS = segment_ids_BT[:, None, :, None] == segment_ids_BT[:, None, None, :]
-    sides = None
     if options["window"] is not None:
         sides = (options["window"] - 1, 0 if options["causal"] else T)
     out_BTHC = jax.nn.dot_product_attention(
@@ -274,16 +262,15 @@ def _pallas(*inputs, **options):
 def _reference(
     q_BTHC, k_BTKC, v_BTKC, segment_ids_BT, seed, *, causal, window, softcap, scale, dropout_rate
 ):
-    t, s = jnp.arange(q_BTHC.shape[1])[:, None], jnp.arange(q_BTHC.shape[1])[None]
-    mask_TS = jnp.ones((t.size, s.size), bool)
+    at_T = jnp.arange(q_BTHC.shape[1])
+    t, s = at_T[None, None, :, None], at_T[None, None, None]
+    mask_B1TS = jnp.ones((1, 1, t.size, s.size), bool)
     if causal:
-        mask_TS &= s <= t
+        mask_B1TS &= s <= t
     if window is not None:
-        mask_TS &= t - s < window
-    mask_B1TS = mask_TS[None, None]
+        mask_B1TS &= t - s < window
     if segment_ids_BT is not None:
-        same_BTS = segment_ids_BT[:, :, None] == segment_ids_BT[:, None]
-        mask_B1TS = mask_B1TS & same_BTS[:, None]
+        mask_B1TS &= segment_ids_BT[:, None, :, None] == segment_ids_BT[:, None, None, :]
     return _masked(q_BTHC, k_BTKC, v_BTKC, mask_B1TS, seed, softcap, scale, dropout_rate)
 
 
@@ -297,13 +284,12 @@ def _masked(q_BTHC, k_BSKC, v_BSKC, mask_B1TS, seed, softcap, scale, dropout_rat
     scores_BHTS *= scale
     if softcap:
         scores_BHTS = softcap * jnp.tanh(scores_BHTS / softcap)
-    scores_BHTS = jnp.where(mask_B1TS, scores_BHTS, _MASKED)
+    scores_BHTS = jnp.where(mask_B1TS, scores_BHTS, MASKED)
     probs_BHTS = jax.nn.softmax(scores_BHTS, axis=-1).astype(v_BSHC.dtype)
     if dropout_rate:
         row_BH11 = jnp.arange(B * H).reshape(B, H, 1, 1)
-        t_11T1 = jnp.arange(T)[None, None, :, None]
-        s_111S = jnp.arange(T)[None, None, None, :]
-        keep_BHTS = dropout.keep(dropout.row_words(seed, row_BH11, t_11T1), s_111S, dropout_rate)
+        words = dropout.row_words(seed, row_BH11, jnp.arange(T)[None, None, :, None])
+        keep_BHTS = dropout.keep(words, jnp.arange(T)[None, None, None], dropout_rate)
         probs_BHTS = jnp.where(keep_BHTS, probs_BHTS / (1 - dropout_rate), 0)
     out_BTHC = jnp.einsum("bhts,bshc->bthc", probs_BHTS, v_BSHC)
     return out_BTHC, jax.nn.logsumexp(scores_BHTS, axis=-1).swapaxes(1, 2)

@@ -4,8 +4,7 @@ The forward pass is the online softmax of Milakov and Gimelshein (2018, algorith
 block; the backward pass recomputes each block of probabilities from the log-sum-exp (Dao 2023,
 algorithm 2): five matrix products per pair of blocks and nothing of size [T, T] kept.
 
-Letters beside those of the package: N blocks, I queries of a block, J keys of a block,
-G = H / K query heads per key/value head.
+Letters beside those of `attention`: N blocks, I queries of a block, J keys of a block.
 """
 
 import dataclasses
@@ -17,7 +16,7 @@ import numpy as np
 
 from lm_jax.kernels import device, dropout
 
-_MASKED = -1e30  # finite: the difference of two of them is 0 and not NaN
+MASKED = -1e30  # finite: the difference of two of them is 0 and not NaN
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +31,7 @@ class _Options:
 
     @property
     def factor(self) -> float:
-        """The factor on the scores of `_scores`."""
+        """What the scores of `_scores` lack."""
         return self.softcap or self.scale
 
 
@@ -48,29 +47,20 @@ def blockwise(
     softcap: float,
     scale: float,
     dropout_rate: float,
-    block: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Attention output [B, T, H, C] and log-sum-exp [B, T, H]; see `attention.attend`.
+    """Attention output [B, T, H, C] and log-sum-exp [B, T, H].
 
     Products are accumulated in float32, or float64 for float64 inputs. Blocks that the causal
     mask or the window rules out are skipped.
 
+    The rest of the arguments are those of `attention.attend`; the scale must not be negative.
+
     Args:
-        q_BTHC: queries.
-        k_BTKC: keys; H must be a multiple of K.
-        v_BTKC: values.
-        segment_ids_BT: document number per position, 0 for padding; None for one document.
-        seed: uint32 [2] for dropout; None switches it off.
-        causal: whether a position sees only itself and what is before it.
-        window: number of positions seen, itself included, counted to the left; None for all.
-        softcap: c > 0 turns scores z into c tanh(z / c).
-        scale: factor on the products of queries and keys, not negative.
-        dropout_rate: share of probabilities set to 0.
-        block: most queries or keys in a block; None for a size that suits the device.
+        seed: uint32 [2] for `dropout.row_words`; None switches dropout off.
     """
     B, T, H, C = q_BTHC.shape
     K = k_BTKC.shape[2]
-    N = -(-T // (block or largest_block(B * H)))
+    N = -(-T // largest_block(B * H))
     block = -(-T // N)
     options = _Options(
         T, block, causal, window, softcap, scale, 0.0 if seed is None else dropout_rate
@@ -84,8 +74,7 @@ def blockwise(
     q_NBKGIC = split(q_BTHC, K, H // K, C).transpose(0, 1, 3, 4, 2, 5)
     k_NBKJC, v_NBKJC = (split(x, K, C).swapaxes(2, 3) for x in (k_BTKC, v_BTKC))
     ids_NBI = None if segment_ids_BT is None else split(segment_ids_BT)
-    blocks = (q_NBKGIC, k_NBKJC, v_NBKJC, ids_NBI, seed)
-    out_NBKGIC, lse_NBKGI = _attend(options, *blocks)
+    out_NBKGIC, lse_NBKGI = _attend(options, q_NBKGIC, k_NBKJC, v_NBKJC, ids_NBI, seed)
     out_BTHC = out_NBKGIC.transpose(1, 0, 4, 2, 3, 5).reshape(B, N * block, H, C)
     lse_BTH = lse_NBKGI.transpose(1, 0, 4, 2, 3).reshape(B, N * block, H)
     return out_BTHC[:, :T], lse_BTH[:, :T]
@@ -102,8 +91,8 @@ def largest_block(heads: int) -> int:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(options: _Options, q_NBKGIC, k_NBKJC, v_NBKJC, ids_NBI, seed):
-    return _forward(options, q_NBKGIC, k_NBKJC, v_NBKJC, ids_NBI, seed)[0]
+def _attend(options: _Options, *blocks):
+    return _forward(options, *blocks)[0]
 
 
 def _forward(options: _Options, q_NBKGIC, k_NBKJC, v_NBKJC, ids_NBI, seed):
@@ -115,10 +104,10 @@ def _forward(options: _Options, q_NBKGIC, k_NBKJC, v_NBKJC, ids_NBI, seed):
 
         def visit(j, _, carry):
             acc_BKGIC, max_BKGI, sum_BKGI = carry
-            scores, mask = _scores(options, q_BKGIC, k_NBKJC[j], _ids(ids_NBI, i, j), i, j)
-            scores = jnp.where(mask, scores, _MASKED)
+            scores, mask = _scores(options, q_BKGIC, k_NBKJC[j], ids_NBI, i, j)
+            scores = jnp.where(mask, scores, MASKED)
             new_max_BKGI = jnp.maximum(max_BKGI, scores.max(-1))
-            # Where a row has seen no key yet its maximum is _MASKED as well.
+            # Where a row has seen no key yet its maximum is MASKED as well.
             p_BKGIJ = jnp.exp(options.factor * (scores - new_max_BKGI[..., None]))
             p_BKGIJ = jnp.where(mask, p_BKGIJ, 0)
             rescale_BKGI = jnp.exp(options.factor * (max_BKGI - new_max_BKGI))
@@ -138,8 +127,8 @@ def _forward(options: _Options, q_NBKGIC, k_NBKJC, v_NBKJC, ids_NBI, seed):
         return (acc_BKGIC / safe_BKGI[..., None]).astype(q_NBKGIC.dtype), max_BKGI, sum_BKGI
 
     zeros_BKGI = jnp.zeros((B, K, G, block), wide)
-    start = (jnp.zeros((B, K, G, block, C), wide), zeros_BKGI + _MASKED, zeros_BKGI)
-    _, results = _over_pairs(_key_blocks(options, N), of_queries, (), start, finish)
+    start = (jnp.zeros((B, K, G, block, C), wide), zeros_BKGI + MASKED, zeros_BKGI)
+    _, results = _over_pairs(_blocks_in_sight(options, N)[0], of_queries, (), start, finish)
     out_NBKGIC, max_NBKGI, sum_NBKGI = results
     lse_NBKGI = options.factor * max_NBKGI + jnp.log(jnp.where(sum_NBKGI > 0, sum_NBKGI, 1))
     lse_NBKGI = jnp.where(sum_NBKGI > 0, lse_NBKGI, -jnp.inf)
@@ -164,7 +153,7 @@ def _backward(options: _Options, residuals, cotangents):
         def visit(i, dq_NBKGIC, carry):
             dk_BKJC, dv_BKJC = carry
             q_BKGIC, dout_BKGIC = q_NBKGIC[i], dout_NBKGIC[i]
-            scores, mask = _scores(options, q_BKGIC, k_BKJC, _ids(ids_NBI, i, j), i, j)
+            scores, mask = _scores(options, q_BKGIC, k_BKJC, ids_NBI, i, j)
             p_BKGIJ = jnp.exp(options.factor * (scores - max_NBKGI[i][..., None]))
             p_BKGIJ = jnp.where(mask, p_BKGIJ * inverse_NBKGI[i][..., None], 0)
             dp_BKGIJ = product("bkgic,bkjc->bkgij", dout_BKGIC, v_BKJC)
@@ -188,7 +177,7 @@ def _backward(options: _Options, residuals, cotangents):
     dq_NBKGIC = jnp.zeros(q_NBKGIC.shape, wide)
     start = (jnp.zeros(k_NBKJC.shape[1:], wide),) * 2
     dq_NBKGIC, (dk_NBKJC, dv_NBKJC) = _over_pairs(
-        _query_blocks(options, N), of_keys, dq_NBKGIC, start, finish
+        _blocks_in_sight(options, N)[1], of_keys, dq_NBKGIC, start, finish
     )
     return (options.scale * dq_NBKGIC).astype(dtype), dk_NBKJC, dv_NBKJC, None, None
 
@@ -236,27 +225,24 @@ def _over_pairs(bounds_N2, visitor, shared, start, finish):
     return shared, results
 
 
-def _key_blocks(options: _Options, N: int) -> np.ndarray:
-    """For every query block, the key blocks [first, end) it sees something of: int32 [N, 2]."""
-    i_N = np.arange(N, dtype=np.int32)
-    first_N, end_N = np.zeros_like(i_N), np.full_like(i_N, N)
-    if options.window is not None:
-        first_N = np.maximum(first_N, i_N * options.block - options.window + 1) // options.block
-    if options.causal:
-        end_N = i_N + 1
-    return np.stack([first_N, end_N], 1)
+def _blocks_in_sight(options: _Options, N: int) -> tuple[np.ndarray, np.ndarray]:
+    """For each query block the key blocks [first, end) it sees something of, and the reverse.
 
-
-def _query_blocks(options: _Options, N: int) -> np.ndarray:
-    """For every key block, the query blocks [first, end) that see some of it: int32 [N, 2]."""
-    j_N = np.arange(N, dtype=np.int32)
-    first_N, end_N = np.zeros_like(j_N), np.full_like(j_N, N)
+    Both are int32 [N, 2].
+    """
+    first_N = np.arange(N) * options.block
+    last_N = first_N + options.block - 1
+    sees_NN = np.ones((N, N), bool)
     if options.causal:
-        first_N = j_N
+        sees_NN &= first_N <= last_N[:, None]
     if options.window is not None:
-        last_query_N = (j_N + 1) * options.block - 1 + options.window - 1
-        end_N = np.minimum(end_N, last_query_N // options.block + 1)
-    return np.stack([first_N, end_N], 1)
+        sees_NN &= first_N[:, None] - last_N < options.window
+
+    def bounds(sees_NN: np.ndarray) -> np.ndarray:
+        ends = sees_NN.argmax(1), N - sees_NN[:, ::-1].argmax(1)
+        return np.stack(ends, 1).astype(np.int32)
+
+    return bounds(sees_NN), bounds(sees_NN.T)
 
 
 def _positions(options: _Options, i, j):
@@ -267,11 +253,7 @@ def _positions(options: _Options, i, j):
     return t, s
 
 
-def _ids(ids_NBI, i, j):
-    return None if ids_NBI is None else (ids_NBI[i], ids_NBI[j])
-
-
-def _scores(options: _Options, q_BKGIC, k_BKJC, ids, i, j):
+def _scores(options: _Options, q_BKGIC, k_BKJC, ids_NBI, i, j):
     """Scores [B, K, G, I, J] of a pair of blocks, and which of them count (broadcastable).
 
     They lack a factor: multiplied only after the maximum is subtracted, it costs large scores no
@@ -287,8 +269,8 @@ def _scores(options: _Options, q_BKGIC, k_BKJC, ids, i, j):
         mask = mask & (s <= t)
     if options.window is not None:
         mask = mask & (t - s < options.window)
-    if ids is not None:
-        t_ids, s_ids = ids[0][:, None, None, :, None], ids[1][:, None, None, None, :]
+    if ids_NBI is not None:
+        t_ids, s_ids = ids_NBI[i][:, None, None, :, None], ids_NBI[j][:, None, None, None, :]
         mask = mask & (t_ids == s_ids) & (s_ids > 0)
     return scores, mask
 

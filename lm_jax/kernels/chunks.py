@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from lm_jax.kernels import device
+from lm_jax.kernels.linear import product
 
 Values = tuple[jax.Array, ...]
 
@@ -76,12 +77,10 @@ def terms(how: How, x_BTD, head_VD, weights_BT, rows, shared) -> Values:
     return _scan(how, x_BTD, head_VD, weights_BT, rows, shared, differentiate=False)[0]
 
 
-def _forward(how: How, x_BTD, head_VD, weights_BT, rows, shared):
-    values, dx_BTD, dhead_VD = _scan(
-        how, x_BTD, head_VD, weights_BT, rows, shared, differentiate=True
-    )
-    like = [jnp.zeros((), a.dtype) for a in (x_BTD, head_VD)]
-    return values, (dx_BTD, dhead_VD, like)
+def _forward(how: How, *inputs):
+    values, *gradients = _scan(how, *inputs, differentiate=True)
+    like = [jnp.zeros((), a.dtype) for a in inputs[:2]]
+    return values, (*gradients, like)
 
 
 def _backward(how: How, residuals, g: Values):
@@ -126,12 +125,12 @@ def _scan(how: How, x_BTD, head_VD, weights_BT, rows, shared, *, differentiate: 
         dx_BTD, dhead_DV = carry
         dz_NV = (dz_NV * slope_NV * scale).astype(x_ND.dtype)
         dz_NV = jnp.pad(dz_NV, ((0, 0), (0, operand_VD.shape[0] - V)))
-        dx_ND = _product(dz_NV, operand_VD, 1, 0, wide) / scale
+        dx_ND = product(dz_NV, operand_VD, 1, 0, wide) / scale
         dx_BTD = jax.lax.dynamic_update_slice_in_dim(
             dx_BTD, dx_ND.reshape(B, width, D), start, axis=1
         )
         # [D, V] and not [V, D]: XLA on CPUs transposes the left operand, here the narrow one.
-        dhead_DV += _product(x_ND, dz_NV, 0, 0, wide)
+        dhead_DV += product(x_ND, dz_NV, 0, 0, wide)
         return (dx_BTD, dhead_DV), jax.tree.map(jnp.sum, values)
 
     starts = width * jnp.arange(chunks)
@@ -146,13 +145,7 @@ def _scan(how: How, x_BTD, head_VD, weights_BT, rows, shared, *, differentiate: 
     # `zeros_like`: inside shard_map they vary over the mesh axes over which x and head do.
     zeros = (jnp.zeros_like(x_BTD, wide), jnp.zeros_like(operand_VD.T, wide))
     (dx_BTD, dhead_DV), values = jax.lax.scan(body, zeros, starts)
-    return jax.tree.map(lambda s: s.sum(), values), dx_BTD[:, :T], (dhead_DV[:, :V] / scale).T
-
-
-def _product(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int, dtype) -> jax.Array:
-    """Matrix product over one axis of each, accumulated into `dtype`."""
-    axes = (((axis_a,), (axis_b,)), ((), ()))
-    return jax.lax.dot_general(a, b, axes, preferred_element_type=dtype)
+    return jax.tree.map(jnp.sum, values), dx_BTD[:, :T], (dhead_DV[:, :V] / scale).T
 
 
 def scored(x_ND: jax.Array, weights_N: jax.Array) -> jax.Array:
@@ -166,7 +159,7 @@ def logits(
     """Logits in float32 or wider, and their derivative by the uncapped ones."""
     wide = jnp.promote_types(x_ND.dtype, jnp.float32)
     # Columns behind the vocabulary would add exp(0) to every sum.
-    z_NV = _product(x_ND, operand_VD, 1, 1, wide)[:, :vocabulary]
+    z_NV = product(x_ND, operand_VD, 1, 1, wide)[:, :vocabulary]
     if not softcap:
         return z_NV, 1.0
     tanh_NV = jnp.tanh(z_NV / softcap)

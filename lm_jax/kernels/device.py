@@ -56,16 +56,11 @@ def describe(device: Any) -> str:
     return "compute capability {}.{}".format(*capability)
 
 
-def choose_dtype(name: str, device: Any = None) -> tuple[str, str]:
-    """The dtype that `train.compute_dtype` stands for on a device, and the reason.
-
-    Args:
-        name: auto, or the name of a dtype.
-        device: a `jax.Device`; the one that is compiled for if None.
-    """
+def choose_dtype(name: str) -> tuple[str, str]:
+    """The dtype that `train.compute_dtype`, auto or a name, stands for on `target()`, and why."""
     if name != "auto":
         return name, "named in the config"
-    device = device or target()
+    device = target()
     capability = compute_capability(device) or (0, 0)
     where = describe(device)
     if device.platform == "tpu" or capability >= (8, 0):

@@ -7,7 +7,7 @@ logarithms, with no epsilon and no clamp.
 
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,16 +24,6 @@ class Kept(NamedTuple):
 
     ids_BTk: jax.Array  # int32, each once
     log_p_BTj: jax.Array  # of the k ids, then of all others together; j = k + 1
-
-
-def check(kind: str, beta: float) -> None:
-    """Raise ValueError unless the divergence exists."""
-    if kind not in get_args(Kind):
-        raise ValueError(f"kind: {kind!r} is none of {', '.join(get_args(Kind))}.")
-    if not 0 < beta < 1:
-        raise ValueError(
-            f"beta: {beta} must lie inside (0, 1); for a bound use forward or reverse."
-        )
 
 
 def over(

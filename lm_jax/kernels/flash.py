@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax import custom_batching
 
 from lm_jax.kernels import dropout, flash_backward, flash_forward, mosaic
-from lm_jax.kernels.flash_query import query_gradient, query_tiles
-from lm_jax.kernels.flash_tile import LOG2E, Settings, block_ranges
+from lm_jax.kernels.flash_query import query_gradient
+from lm_jax.kernels.flash_tile import LOG2E, Settings, backward_tiles, block_ranges
 
 _ROWS = 128  # T is padded to a multiple of it; every tile divides it
 
@@ -35,23 +35,15 @@ def flash(
 ) -> tuple[jax.Array, jax.Array]:
     """Attention as (out [B, T, H, C], lse [B, T, H] float32), differentiable in both.
 
-    What a position sees is said at `lm_jax.kernels.attention.attend`. A row that sees nothing has
-    output 0, log-sum-exp -inf and gradient 0. Under `vmap` the mapped axis joins the batch.
+    A row that sees nothing has output 0, log-sum-exp -inf and gradient 0. Under `vmap` the mapped
+    axis joins the batch. Widths other than 64 and 128 are padded with zeros to the next of the two,
+    and T to a multiple of 128; both cost a copy.
 
-    Widths other than 64 and 128 are padded with zeros to the next of the two, and T to a multiple
-    of 128; both cost a copy.
+    The rest of the arguments are those of `attention.attend`. Queries, keys and values are bfloat16
+    or float16, and C is a multiple of 8 up to 128.
 
     Args:
-        q_BTHC: queries, bfloat16 or float16; C a multiple of 8 up to 128.
-        k_BTKC: keys; H must be a multiple of K.
-        v_BTKC: values.
-        segment_ids_BT: document number per position, 0 for padding; None for one document.
         seed: uint32 [2] for `dropout.row_words`; None switches dropout off.
-        causal: whether a position sees only itself and what is before it.
-        window: number of positions seen, itself included, counted to the left; None for all.
-        softcap: c > 0 turns scores z into c tanh(z / c).
-        scale: factor on the products of queries and keys.
-        dropout_rate: share of probabilities set to 0.
         deterministic: sum the gradient of the queries in a fixed order, with seven products a
             tile instead of five; the other gradients always are.
         interpret: run on the CPU interpreter, with race detection.
@@ -90,40 +82,39 @@ def flash(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(settings: Settings, q_BTHC, k_BTKC, v_BTKC, segment_ids_BT, words_BHT):
-    """(out [B, T, H, C], lse [B, H, T]) of padded inputs."""
+def _attention(settings: Settings, *inputs):
+    """(out [B, T, H, C], lse [B, H, T]) of padded queries, keys, values, segment ids and words."""
 
-    def run(q_BTHC, k_BTKC, v_BTKC, segment_ids_BT, words_BHT):
+    def run(*inputs):
+        q_BTHC, *_, segment_ids_BT, _ = inputs
         B, T = q_BTHC.shape[:2]
         ranges_BI4, _ = block_ranges(segment_ids_BT, settings, B, T, flash_forward.TILES)
-        return flash_forward.forward(
-            q_BTHC, k_BTKC, v_BTKC, segment_ids_BT, words_BHT, ranges_BI4, settings
-        )
+        return flash_forward.forward(*inputs, ranges_BI4, settings)
 
-    return _batched(run)(q_BTHC, k_BTKC, v_BTKC, segment_ids_BT, words_BHT)
+    return _batched(run)(*inputs)
 
 
-def _attention_forward(settings: Settings, q_BTHC, k_BTKC, v_BTKC, segment_ids_BT, words_BHT):
-    inputs = (q_BTHC, k_BTKC, v_BTKC, segment_ids_BT, words_BHT)
-    out_BTHC, lse_BHT = _attention(settings, *inputs)
-    return (out_BTHC, lse_BHT), (*inputs, out_BTHC, lse_BHT)
+def _attention_forward(settings: Settings, *inputs):
+    results = _attention(settings, *inputs)
+    return results, (*inputs, *results)
 
 
 def _attention_backward(settings: Settings, residuals, gradients):
     q_BTHC, k_BTKC, v_BTKC, segment_ids_BT, words_BHT, out_BTHC, lse_BHT = residuals
     dout_BTHC, dlse_BHT = gradients
 
-    def run(q_BTHC, k_BTKC, v_BTKC, dout_BTHC, lse_BHT, delta_BHT, segment_ids_BT, words_BHT):
-        inputs = (q_BTHC, k_BTKC, v_BTKC, dout_BTHC, lse_BHT, delta_BHT, segment_ids_BT, words_BHT)
+    def run(*inputs):
+        q_BTHC, *_, segment_ids_BT, _ = inputs
         B, T, _, C = q_BTHC.shape
+        stays, moves = backward_tiles(C)
         ranges = functools.partial(block_ranges, segment_ids_BT, settings, B, T)
-        _, ranges_BJ4 = ranges(flash_backward.key_value_tiles(C))
+        _, ranges_BJ4 = ranges((moves, stays))
         dq_BTHC, dk_BTKC, dv_BTKC = flash_backward.key_value_gradients(
             *inputs, ranges_BJ4, settings
         )
         if settings.deterministic:
-            ranges_BI4, _ = ranges(query_tiles(C))
-            return query_gradient(*inputs, ranges_BI4, settings), dk_BTKC, dv_BTKC
+            ranges_BI4, _ = ranges((stays, moves))
+            return query_gradient(*inputs, ranges_BI4, settings=settings), dk_BTKC, dv_BTKC
         return (dq_BTHC * settings.scale).astype(q_BTHC.dtype), dk_BTKC, dv_BTKC
 
     # Softmax hands to each score of a row the same share: that of the output, and the row's own

@@ -20,28 +20,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from lm_jax.kernels import mosaic
-from lm_jax.kernels.flash_tile import (
-    CONSUMERS,
-    LAYOUT,
-    WARPGROUP,
-    Masks,
-    Settings,
-    capped,
-    drain,
-    finish,
-    operand,
-    shared,
-    start,
-    zeros,
-)
-
-STAGES = 2
-
-
-def key_value_tiles(width: int) -> tuple[int, int]:
-    """Queries and keys in a tile of `key_value_gradients`, as many as registers hold."""
-    return (128 if width == 64 else 64), CONSUMERS * WARPGROUP
+from lm_jax.kernels import flash_tile as tiles
+from lm_jax.kernels.flash_tile import CONSUMERS, LAYOUT, STAGES, WARPGROUP, Masks, Settings
 
 
 # Jitted, so that layers of the same shape are lowered and compiled once.
@@ -56,50 +36,39 @@ def key_value_gradients(
     `ranges_BJ4`. Under the interpreter, which has no adding copies, the shares of dq are summed
     afterwards.
     """
-    B, T, H, C = q_BTHC.shape
-    K = k_BTKC.shape[2]
-    tile_T, tile_S = key_value_tiles(C)
+    B, T, K, C = k_BTKC.shape
+    tile_S, tile_T = tiles.backward_tiles(C)
     dtype = q_BTHC.dtype
     row = plgpu.SMEM((STAGES, tile_T), jnp.float32)
-    staging: Any = shared((CONSUMERS, WARPGROUP, tile_T), dtype) if settings.interpret else None
     word: Any = None if words_BHT is None else plgpu.SMEM((STAGES, tile_T), jnp.uint32)
-    dq_ref = None
-    dscores_smem: Any = None
-    dq_smem: Any = None
+    dq_ref = dscores_smem = dq_smem = None
     if not settings.deterministic:
-        dscores_smem = shared((2, tile_S, tile_T), dtype)
-        dq_smem = shared((CONSUMERS, WARPGROUP, 64), jnp.float32)
+        dscores_smem = tiles.shared((2, tile_S, tile_T), dtype)
+        dq_smem = tiles.shared((CONSUMERS, WARPGROUP, 64), jnp.float32)
         slots = (T // tile_S,) if settings.interpret else ()
         dq_ref = jax.new_ref(jnp.zeros((*slots, *q_BTHC.shape), jnp.float32))
-    run = plgpu.kernel(
-        functools.partial(_key_value_kernel, settings=settings, group=H // K),
-        out_type=(
-            jax.ShapeDtypeStruct(k_BTKC.shape, dtype),
-            jax.ShapeDtypeStruct(v_BTKC.shape, dtype),
-        ),
+    run = tiles.kernel(
+        _key_value_kernel,
+        settings,
+        out_type=(jax.ShapeDtypeStruct(k_BTKC.shape, dtype),) * 2,
         grid=(B, K, T // tile_S),
-        grid_names=("batch", "head", "tile"),
-        num_threads=CONSUMERS + 1,
-        thread_name="warpgroup",
         scratch_types=dict(
-            k_smem=shared((tile_S, C), dtype),
-            v_smem=shared((tile_S, C), dtype),
-            q_smem=shared((STAGES, tile_T, C), dtype),
-            dout_smem=shared((STAGES, tile_T, C), dtype),
+            k_smem=tiles.shared((tile_S, C), dtype),
+            v_smem=tiles.shared((tile_S, C), dtype),
+            q_smem=tiles.shared((STAGES, tile_T, C), dtype),
+            dout_smem=tiles.shared((STAGES, tile_T, C), dtype),
             lse_smem=row,
             delta_smem=row,
             words_smem=(word, word),
             dscores_smem=dscores_smem,
             dq_smem=dq_smem,
-            staging=staging,
+            stage=tiles.staging(tile_T, dtype, settings),
             kv_full=plgpu.Barrier(num_arrivals=2),
             q_full=plgpu.Barrier(num_arrivals=2 if word is None else 4, num_barriers=STAGES),
             dout_full=plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
             free=plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=STAGES),
             met=plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=2),
         ),
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        interpret=mosaic.interpreter(settings.interpret),
     )
     dk_BTKC, dv_BTKC = run(
         q_BTHC, k_BTKC, v_BTKC, dout_BTHC, lse_BHT, delta_BHT,
@@ -113,16 +82,16 @@ def key_value_gradients(
 
 def _key_value_kernel(
     q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, segment_ref, words_refs, ranges_ref, dq_ref,
-    dk_ref, dv_ref, *, settings: Settings, group: int,
+    dk_ref, dv_ref, *, settings: Settings,
     k_smem, v_smem, q_smem, dout_smem, lse_smem, delta_smem, words_smem, dscores_smem, dq_smem,
-    staging, kv_full, q_full, dout_full, free, met,
+    stage, kv_full, q_full, dout_full, free, met,
 ):  # fmt: skip
     batch, kv_head = lax.axis_index("batch"), lax.axis_index("head")
     tile, own = lax.axis_index("tile"), lax.axis_index("warpgroup")
     (tile_S, C), tile_T, dtype = k_smem.shape, q_smem.shape[1], q_smem.dtype
     ranges = tuple(ranges_ref[batch, tile, n] for n in range(4))
     first, _, _, end = ranges
-    count = end - first
+    count, group = end - first, q_ref.shape[2] // k_ref.shape[2]
     steps = count * group  # all query tiles of one query head, then those of the next
 
     def place(step):
@@ -142,10 +111,7 @@ def _key_value_kernel(
             head, block = place(step)
             queries = pl.ds(block * tile_T, tile_T)
             row = (batch, head, queries)
-
-            @pl.when(step >= STAGES)
-            def _():
-                plgpu.barrier_wait(free.at[slot])
+            tiles.wait_until_free(free, slot, step)
 
             def copy(source, target, barrier):
                 plgpu.copy_gmem_to_smem(source, target.at[slot], barrier.at[slot])
@@ -158,7 +124,7 @@ def _key_value_kernel(
             copy(dout_ref.at[batch, queries, head], dout_smem, dout_full)
             copy(delta_ref.at[row], delta_smem, dout_full)
 
-        drain(free, steps)
+        tiles.drain(free, steps)
 
     @pl.when(own < CONSUMERS)
     def compute():
@@ -167,7 +133,6 @@ def _key_value_kernel(
         s = tile * tile_S + own * WARPGROUP
         shape = (WARPGROUP, tile_T)
         masks = Masks(settings, segment_ref, batch, shape, query_axis=1)
-        stage = None if staging is None else staging.at[own]
         # The half of a tile's dq that this warpgroup forms: half its rows, or half its columns.
         dq_rows, dq_columns = (own * 64, 0) if tile_T == 128 else (0, own * 64)
 
@@ -205,12 +170,12 @@ def _key_value_kernel(
             plgpu.barrier_wait(dout_full.at[slot])
 
             def products(scores_acc, dprobs_acc, dv_acc):
-                start(dv_acc, dv, settings.interpret)
+                tiles.start(dv_acc, dv, settings.interpret)
                 plgpu.wgmma(scores_acc, k_smem.at[rows], q_smem.at[slot].T)
                 plgpu.wgmma(dprobs_acc, v_smem.at[rows], dout_smem.at[slot].T)
                 scores = plgpu.wgmma_accumulator_load(scores_acc, wait_n=1)
-                scores, factor, slope = capped(scores, settings)
-                scores = masks.hide(scores, -jnp.inf, t, s, block, ranges)
+                scores, factor, slope = tiles.capped(scores, settings)
+                scores = masks.hide(scores, t, s, block, ranges)
                 probs = jnp.exp2(scores * factor - spread(per_query(lse_smem, slot)))
                 left = probs
                 if words_refs is not None:
@@ -218,7 +183,7 @@ def _key_value_kernel(
                     keep = masks.keep(tuple(per_query(words, slot) for words in words_smem), s)
                     probs = jnp.where(keep, probs, -probs)
                     left = jnp.maximum(probs, 0.0)
-                left = operand(left.astype(dtype), stage)
+                left = tiles.operand(left.astype(dtype), stage)
                 plgpu.wgmma(dv_acc, left, dout_smem.at[slot])
                 dprobs = plgpu.wgmma_accumulator_load(dprobs_acc, wait_n=1)
                 if words_refs is not None:
@@ -228,7 +193,7 @@ def _key_value_kernel(
                 dscores = probs * (dprobs - spread(per_query(delta_smem, slot)))
                 if slope is not None:
                     dscores *= slope
-                return dscores, finish(dv_acc, dv, settings.interpret)
+                return dscores, tiles.finish(dv_acc, dv, settings.interpret)
 
             score_acc = plgpu.ACC(shape, jnp.float32)
             grad_acc = plgpu.ACC((WARPGROUP, C), jnp.float32)
@@ -239,15 +204,15 @@ def _key_value_kernel(
                 dscores_smem[half, rows] = dscores
                 plgpu.commit_smem()
                 meet(step)
-            left = operand(dscores, stage)
+            left = tiles.operand(dscores, stage)
 
             def sums(dk_acc, *dq_acc):
-                start(dk_acc, dk, settings.interpret)
+                tiles.start(dk_acc, dk, settings.interpret)
                 plgpu.wgmma(dk_acc, left, q_smem.at[slot])
                 for acc in dq_acc:
                     transposed = dscores_smem.at[half, :, pl.ds(dq_rows, 64)].T
                     plgpu.wgmma(acc, transposed, k_smem.at[:, pl.ds(dq_columns, 64)])
-                return finish(dk_acc, dk, settings.interpret), *(acc[...] for acc in dq_acc)
+                return tiles.finish(dk_acc, dk, settings.interpret), *(acc[...] for acc in dq_acc)
 
             dq_acc = () if dq_ref is None else (plgpu.ACC((WARPGROUP, 64), jnp.float32),)
             dk, *dq = pl.run_scoped(sums, grad_acc, *dq_acc)
@@ -256,7 +221,7 @@ def _key_value_kernel(
                 add_to_query_gradient(dq[0], head, block)
             return dk, dv
 
-        nothing = zeros((WARPGROUP, C))
+        nothing = tiles.zeros((WARPGROUP, C))
         dk, dv = lax.fori_loop(0, steps, one_step, (nothing, nothing))
         if dq_ref is not None:
             meet(steps)  # the other one has read these keys

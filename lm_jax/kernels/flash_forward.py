@@ -8,7 +8,6 @@ section 3.1; probabilities are powers of 2, so that an exponential is one instru
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,23 +15,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from lm_jax.kernels import mosaic
-from lm_jax.kernels.flash_tile import (
-    CONSUMERS,
-    LAYOUT,
-    LOG2E,
-    WARPGROUP,
-    Masks,
-    Settings,
-    capped,
-    drain,
-    finish,
-    load_words,
-    operand,
-    shared,
-    start,
-    zeros,
-)
+from lm_jax.kernels import flash_tile as tiles
+from lm_jax.kernels.flash_tile import CONSUMERS, LAYOUT, LOG2E, WARPGROUP, Masks, Settings
 
 TILES = (CONSUMERS * WARPGROUP, 128)  # queries, keys
 
@@ -55,23 +39,20 @@ def forward(q_BTHC, k_BTKC, v_BTKC, segment_ids_BT, words_BHT, ranges_BI4, setti
     tile_T, tile_S = TILES
     stages = 3 if C == 64 else 2
     dtype = q_BTHC.dtype
-    staging: Any = shared((CONSUMERS, WARPGROUP, tile_S), dtype) if settings.interpret else None
-    run = plgpu.kernel(
-        functools.partial(_kernel, settings=settings, group=H // k_BTKC.shape[2], stages=stages),
+    run = tiles.kernel(
+        _kernel,
+        settings,
         out_type=(
             jax.ShapeDtypeStruct(q_BTHC.shape, dtype),
             jax.ShapeDtypeStruct((B, H, T), jnp.float32),
         ),
         grid=(B, H, T // tile_T),
-        grid_names=("batch", "head", "tile"),
-        num_threads=CONSUMERS + 1,
-        thread_name="warpgroup",
         scratch_types=dict(
-            q_smem=shared((tile_T, C), dtype),
-            k_smem=shared((stages, tile_S, C), dtype),
-            v_smem=shared((stages, tile_S, C), dtype),
+            q_smem=tiles.shared((tile_T, C), dtype),
+            k_smem=tiles.shared((stages, tile_S, C), dtype),
+            v_smem=tiles.shared((stages, tile_S, C), dtype),
             lse_smem=plgpu.SMEM((tile_T,), jnp.float32),
-            staging=staging,
+            stage=tiles.staging(tile_S, dtype, settings),
             q_full=plgpu.Barrier(),
             k_full=plgpu.Barrier(num_barriers=stages),
             v_full=plgpu.Barrier(num_barriers=stages),
@@ -79,50 +60,43 @@ def forward(q_BTHC, k_BTKC, v_BTKC, segment_ids_BT, words_BHT, ranges_BI4, setti
             v_free=plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=stages),
             turn=plgpu.Barrier(num_barriers=CONSUMERS),
         ),
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        interpret=mosaic.interpreter(settings.interpret),
     )
     return run(q_BTHC, k_BTKC, v_BTKC, segment_ids_BT, words_BHT, ranges_BI4)
 
 
 def _kernel(
     q_ref, k_ref, v_ref, segment_ref, words_refs, ranges_ref, out_ref, lse_ref, *,
-    settings: Settings, group: int, stages: int,
-    q_smem, k_smem, v_smem, lse_smem, staging, q_full, k_full, v_full, k_free, v_free, turn,
+    settings: Settings,
+    q_smem, k_smem, v_smem, lse_smem, stage, q_full, k_full, v_full, k_free, v_free, turn,
 ):  # fmt: skip
     batch, head = lax.axis_index("batch"), lax.axis_index("head")
     # The tiles with most keys first, so that the last ones to finish are short.
     tile = ranges_ref.shape[1] - 1 - lax.axis_index("tile")
     own = lax.axis_index("warpgroup")
-    tile_T, tile_S = TILES
+    tile_T, (stages, tile_S, C), dtype = q_smem.shape[0], k_smem.shape, q_smem.dtype
     ranges = tuple(ranges_ref[batch, tile, n] for n in range(4))
     first, _, _, end = ranges
+
+    def slot_of(block):
+        return lax.rem(block - first, jnp.int32(stages))
 
     @pl.when(own == CONSUMERS)
     def load():
         plgpu.set_max_registers(24, action="decrease")
         plgpu.copy_gmem_to_smem(q_ref.at[batch, pl.ds(tile * tile_T, tile_T), head], q_smem, q_full)
-        kv_head = lax.div(head, jnp.int32(group))
+        kv_head = lax.div(head, jnp.int32(q_ref.shape[2] // k_ref.shape[2]))
 
         @pl.loop(first, end)
         def _(block):
-            slot = lax.rem(block - first, jnp.int32(stages))
+            slot = slot_of(block)
             rows = (batch, pl.ds(block * tile_S, tile_S), kv_head)
-
-            @pl.when(block - first >= stages)
-            def _():
-                plgpu.barrier_wait(k_free.at[slot])
-
+            tiles.wait_until_free(k_free, slot, block - first)
             plgpu.copy_gmem_to_smem(k_ref.at[rows], k_smem.at[slot], k_full.at[slot])
-
-            @pl.when(block - first >= stages)
-            def _():
-                plgpu.barrier_wait(v_free.at[slot])
-
+            tiles.wait_until_free(v_free, slot, block - first)
             plgpu.copy_gmem_to_smem(v_ref.at[rows], v_smem.at[slot], v_full.at[slot])
 
-        drain(k_free, end - first)
-        drain(v_free, end - first)
+        tiles.drain(k_free, end - first)
+        tiles.drain(v_free, end - first)
 
     @pl.when(own < CONSUMERS)
     def compute():
@@ -131,13 +105,12 @@ def _kernel(
         t = tile * tile_T + own * WARPGROUP
         shape = (WARPGROUP, tile_S)
         masks = Masks(settings, segment_ref, batch, shape, query_axis=0)
-        stage = None if staging is None else staging.at[own]
-        words = load_words(words_refs, batch, head, t)
+        words = tiles.load_words(words_refs, batch, head, t)
 
         def softmax(scores, block, highest, total):
             """Probabilities, their row maximum and sum so far, and what rescales older sums."""
-            scores, factor, _ = capped(scores, settings)
-            scores = masks.hide(scores, -jnp.inf, t, block * tile_S, block, ranges)
+            scores, factor, _ = tiles.capped(scores, settings)
+            scores = masks.hide(scores, t, block * tile_S, block, ranges)
             new = jnp.maximum(highest, scores.max(axis=1) * factor)
             # A row without a key so far keeps -inf; it is shifted by 0, for exp2(-inf) = 0.
             shift = jnp.where(new == -jnp.inf, 0.0, new)
@@ -153,9 +126,6 @@ def _kernel(
 
         def give_turn():
             plgpu.barrier_arrive(turn.at[1 - own])
-
-        def slot_of(block):
-            return lax.rem(block - first, jnp.int32(stages))
 
         def per_query(value):
             return plgpu.layout_cast(jnp.full(WARPGROUP, value, jnp.float32), LAYOUT.reduce(1))
@@ -173,8 +143,8 @@ def _kernel(
         scores = pl.run_scoped(first_scores, plgpu.ACC(shape, jnp.float32))
         plgpu.barrier_arrive(k_free.at[0])
         probs, highest, total, _ = softmax(scores, first, per_query(-jnp.inf), per_query(0))
-        probs = probs.astype(q_smem.dtype)
-        out = zeros((WARPGROUP, q_smem.shape[1]))
+        probs = probs.astype(dtype)
+        out = tiles.zeros((WARPGROUP, C))
 
         def step(block, carry):
             """Scores of `block`, values of the block before."""
@@ -182,10 +152,10 @@ def _kernel(
             slot, before = slot_of(block), slot_of(block - 1)
             plgpu.barrier_wait(k_full.at[slot])
             plgpu.barrier_wait(v_full.at[before])
-            left = operand(probs, stage)
+            left = tiles.operand(probs, stage)
 
             def multiply(scores_acc, out_acc):
-                start(out_acc, out, settings.interpret)
+                tiles.start(out_acc, out, settings.interpret)
                 take_turn()
                 plgpu.wgmma(scores_acc, q_smem.at[rows], k_smem.at[slot].T)
                 plgpu.wgmma(out_acc, left, v_smem.at[before])
@@ -193,14 +163,14 @@ def _kernel(
                 scores = plgpu.wgmma_accumulator_load(scores_acc, wait_n=1)
                 plgpu.barrier_arrive(k_free.at[slot])
                 result = softmax(scores, block, highest, total)
-                return *result, finish(out_acc, out, settings.interpret)
+                return *result, tiles.finish(out_acc, out, settings.interpret)
 
             probs, highest, total, rescale, new = pl.run_scoped(
                 multiply, plgpu.ACC(shape, jnp.float32), plgpu.ACC(out.shape, jnp.float32)
             )
             plgpu.barrier_arrive(v_free.at[before])
             out = new * lax.broadcast_in_dim(rescale, out.shape, [0])
-            probs = lax.optimization_barrier(probs).astype(q_smem.dtype)
+            probs = lax.optimization_barrier(probs).astype(dtype)
             return out, probs, highest, total
 
         out, probs, highest, total = lax.fori_loop(
@@ -208,14 +178,14 @@ def _kernel(
         )
         last = slot_of(end - 1)
         plgpu.barrier_wait(v_full.at[last])
-        left = operand(probs, stage)
+        left = tiles.operand(probs, stage)
 
         def last_values(out_acc):
-            start(out_acc, out, settings.interpret)
+            tiles.start(out_acc, out, settings.interpret)
             take_turn()
             plgpu.wgmma(out_acc, left, v_smem.at[last])
             give_turn()
-            return finish(out_acc, out, settings.interpret)
+            return tiles.finish(out_acc, out, settings.interpret)
 
         out = pl.run_scoped(last_values, plgpu.ACC(out.shape, jnp.float32))
         plgpu.barrier_arrive(v_free.at[last])
@@ -223,7 +193,7 @@ def _kernel(
 
         kept = total * (1 - settings.dropout_rate)
         inverse = jnp.where(total == 0, 0.0, 1 / kept)
-        q_smem[rows] = (out * lax.broadcast_in_dim(inverse, out.shape, [0])).astype(q_smem.dtype)
+        q_smem[rows] = (out * lax.broadcast_in_dim(inverse, out.shape, [0])).astype(dtype)
         lse_smem[rows] = jnp.where(total == 0, -jnp.inf, (highest + jnp.log2(total)) * (1 / LOG2E))
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(q_smem.at[rows], out_ref.at[batch, pl.ds(t, WARPGROUP), head])

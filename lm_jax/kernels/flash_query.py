@@ -5,7 +5,6 @@ A program sums over the keys of its queries, with two products more a tile than
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,76 +12,47 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from lm_jax.kernels import mosaic
-from lm_jax.kernels.flash_backward import STAGES
-from lm_jax.kernels.flash_tile import (
-    CONSUMERS,
-    LAYOUT,
-    WARPGROUP,
-    Masks,
-    Settings,
-    capped,
-    drain,
-    finish,
-    load_words,
-    operand,
-    shared,
-    start,
-    zeros,
-)
-
-
-def query_tiles(width: int) -> tuple[int, int]:
-    """Queries and keys in a tile of `query_gradient`."""
-    return CONSUMERS * WARPGROUP, (128 if width == 64 else 64)
+from lm_jax.kernels import flash_tile as tiles
+from lm_jax.kernels.flash_tile import CONSUMERS, LAYOUT, STAGES, WARPGROUP, Masks, Settings
 
 
 @functools.partial(jax.jit, static_argnames="settings")
-def query_gradient(
-    q_BTHC, k_BTKC, v_BTKC, dout_BTHC, lse_BHT, delta_BHT,
-    segment_ids_BT, words_BHT, ranges_BI4, settings: Settings,
-):  # fmt: skip
+def query_gradient(*inputs, settings: Settings):
     """dq in the dtype of q, summed in a fixed order.
 
-    Args: as `key_value_gradients`, with the key tiles of each query tile as `ranges_BI4`.
+    The inputs are those of `key_value_gradients`, with the key tiles of each query tile,
+    `ranges_BI4`, in the place of `ranges_BJ4`.
     """
+    q_BTHC = inputs[0]
     B, T, H, C = q_BTHC.shape
-    tile_T, tile_S = query_tiles(C)
+    tile_T, tile_S = tiles.backward_tiles(C)
     dtype = q_BTHC.dtype
-    staging: Any = shared((CONSUMERS, WARPGROUP, tile_S), dtype) if settings.interpret else None
     row = plgpu.SMEM((tile_T,), jnp.float32)
-    run = plgpu.kernel(
-        functools.partial(_query_kernel, settings=settings, group=H // k_BTKC.shape[2]),
+    run = tiles.kernel(
+        _query_kernel,
+        settings,
         out_type=jax.ShapeDtypeStruct(q_BTHC.shape, dtype),
         grid=(B, H, T // tile_T),
-        grid_names=("batch", "head", "tile"),
-        num_threads=CONSUMERS + 1,
-        thread_name="warpgroup",
         scratch_types=dict(
-            q_smem=shared((tile_T, C), dtype),
-            dout_smem=shared((tile_T, C), dtype),
+            q_smem=tiles.shared((tile_T, C), dtype),
+            dout_smem=tiles.shared((tile_T, C), dtype),
             lse_smem=row,
             delta_smem=row,
-            k_smem=shared((STAGES, tile_S, C), dtype),
-            v_smem=shared((STAGES, tile_S, C), dtype),
-            staging=staging,
+            k_smem=tiles.shared((STAGES, tile_S, C), dtype),
+            v_smem=tiles.shared((STAGES, tile_S, C), dtype),
+            stage=tiles.staging(tile_S, dtype, settings),
             q_full=plgpu.Barrier(num_arrivals=4),
             kv_full=plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
             free=plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=STAGES),
         ),
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        interpret=mosaic.interpreter(settings.interpret),
     )
-    return run(
-        q_BTHC, k_BTKC, v_BTKC, dout_BTHC, lse_BHT, delta_BHT,
-        segment_ids_BT, words_BHT, ranges_BI4,
-    )  # fmt: skip
+    return run(*inputs)
 
 
 def _query_kernel(
     q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, segment_ref, words_refs, ranges_ref, dq_ref,
-    *, settings: Settings, group: int,
-    q_smem, dout_smem, lse_smem, delta_smem, k_smem, v_smem, staging, q_full, kv_full, free,
+    *, settings: Settings,
+    q_smem, dout_smem, lse_smem, delta_smem, k_smem, v_smem, stage, q_full, kv_full, free,
 ):  # fmt: skip
     batch, head = lax.axis_index("batch"), lax.axis_index("head")
     tile = ranges_ref.shape[1] - 1 - lax.axis_index("tile")  # most keys first
@@ -99,21 +69,17 @@ def _query_kernel(
         plgpu.copy_gmem_to_smem(dout_ref.at[batch, queries, head], dout_smem, q_full)
         plgpu.copy_gmem_to_smem(lse_ref.at[batch, head, queries], lse_smem, q_full)
         plgpu.copy_gmem_to_smem(delta_ref.at[batch, head, queries], delta_smem, q_full)
-        kv_head = lax.div(head, jnp.int32(group))
+        kv_head = lax.div(head, jnp.int32(q_ref.shape[2] // k_ref.shape[2]))
 
         @pl.loop(first, end)
         def _(block):
             slot = lax.rem(block - first, jnp.int32(STAGES))
             keys = (batch, pl.ds(block * tile_S, tile_S), kv_head)
-
-            @pl.when(block - first >= STAGES)
-            def _():
-                plgpu.barrier_wait(free.at[slot])
-
+            tiles.wait_until_free(free, slot, block - first)
             plgpu.copy_gmem_to_smem(k_ref.at[keys], k_smem.at[slot], kv_full.at[slot])
             plgpu.copy_gmem_to_smem(v_ref.at[keys], v_smem.at[slot], kv_full.at[slot])
 
-        drain(free, end - first)
+        tiles.drain(free, end - first)
 
     @pl.when(own < CONSUMERS)
     def compute():
@@ -122,7 +88,7 @@ def _query_kernel(
         t = tile * tile_T + own * WARPGROUP
         shape = (WARPGROUP, tile_S)
         masks = Masks(settings, segment_ref, batch, shape, query_axis=0)
-        words = load_words(words_refs, batch, head, t)
+        words = tiles.load_words(words_refs, batch, head, t)
         plgpu.barrier_wait(q_full)
         lse = plgpu.load(lse_smem.at[rows], layout=LAYOUT.reduce(1))
         delta = plgpu.load(delta_smem.at[rows], layout=LAYOUT.reduce(1))
@@ -135,8 +101,8 @@ def _query_kernel(
                 plgpu.wgmma(scores_acc, q_smem.at[rows], k_smem.at[slot].T)
                 plgpu.wgmma(dprobs_acc, dout_smem.at[rows], v_smem.at[slot].T)
                 scores = plgpu.wgmma_accumulator_load(scores_acc, wait_n=1)
-                scores, factor, slope = capped(scores, settings)
-                scores = masks.hide(scores, -jnp.inf, t, block * tile_S, block, ranges)
+                scores, factor, slope = tiles.capped(scores, settings)
+                scores = masks.hide(scores, t, block * tile_S, block, ranges)
                 probs = jnp.exp2(scores * factor - lax.broadcast_in_dim(lse, shape, [0]))
                 dprobs = dprobs_acc[...]
                 if words is not None:
@@ -148,18 +114,18 @@ def _query_kernel(
 
             score_acc = plgpu.ACC(shape, jnp.float32)
             dscores = pl.run_scoped(products, score_acc, score_acc).astype(dtype)
-            left = operand(dscores, None if staging is None else staging.at[own])
+            left = tiles.operand(dscores, stage)
 
             def sums(dq_acc):
-                start(dq_acc, dq, settings.interpret)
+                tiles.start(dq_acc, dq, settings.interpret)
                 plgpu.wgmma(dq_acc, left, k_smem.at[slot])
-                return finish(dq_acc, dq, settings.interpret)
+                return tiles.finish(dq_acc, dq, settings.interpret)
 
             dq = pl.run_scoped(sums, plgpu.ACC(dq.shape, jnp.float32))
             plgpu.barrier_arrive(free.at[slot])
             return dq
 
-        dq = lax.fori_loop(first, end, step, zeros((WARPGROUP, C)))
+        dq = lax.fori_loop(first, end, step, tiles.zeros((WARPGROUP, C)))
         q_smem[rows] = (dq * settings.scale).astype(dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(q_smem.at[rows], dq_ref.at[batch, pl.ds(t, WARPGROUP), head])

@@ -1,12 +1,14 @@
-"""Settings, block ranges, masks and tile products of the flash attention kernels.
+"""What the flash attention kernels share: settings, ranges of tiles, masks, rings, products.
 
-Letters: B batch, T query positions, S key positions, H query heads, K key/value heads, C head
-width, I tiles of queries, J tiles of keys. A tile of scores is [queries, keys] where softmax runs
-along the keys and [keys, queries] in the kernel that sums over the queries.
+Letters beside those of `attention`: I tiles of queries, J tiles of keys. A tile of scores is
+[queries, keys] where softmax runs along the keys and [keys, queries] in the kernel that sums over
+the queries.
 """
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,21 +22,15 @@ from lm_jax.kernels import dropout
 WARPGROUP = 64  # rows that one warpgroup multiplies at a time (WGMMA's M)
 CONSUMERS = 2  # warpgroups that compute; one more loads
 LOG2E = math.log2(math.e)
+STAGES = 2  # slots in the rings of the backward pass
 LAYOUT = plgpu.Layout.WGMMA
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The static arguments of the kernels.
+    """The static arguments of the kernels, see `lm_jax.kernels.flash.flash`."""
 
-    Attributes:
-        length: T before padding; keys from there on do not exist.
-        causal, window, softcap, scale, dropout_rate: see `lm_jax.kernels.flash.flash`.
-        deterministic: sum gradients in a fixed order.
-        interpret: run on the CPU interpreter.
-    """
-
-    length: int
+    length: int  # T before padding; keys from there on do not exist
     causal: bool
     window: int | None
     softcap: float
@@ -42,6 +38,11 @@ class Settings:
     dropout_rate: float
     deterministic: bool
     interpret: bool
+
+
+def backward_tiles(width: int) -> tuple[int, int]:
+    """Positions in a tile that stays and in those that move by, as many as registers hold."""
+    return CONSUMERS * WARPGROUP, (128 if width == 64 else 64)
 
 
 def block_ranges(
@@ -108,21 +109,13 @@ def _ranges(some: jax.Array, whole: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Masks:
-    """Masks of one tile of scores, [queries, keys] or [keys, queries]: hidden and dropped.
-
-    Attributes:
-        settings: what hides keys.
-        segment_ref: int32 [B, T] in global memory, or None.
-        batch: row of the batch.
-        shape: of the tile.
-        query_axis: 0 or 1.
-    """
+    """Masks of one tile of scores: hidden and dropped."""
 
     settings: Settings
-    segment_ref: Any
+    segment_ref: Any  # int32 [B, T] in global memory, or None
     batch: jax.Array
-    shape: tuple[int, int]
-    query_axis: int
+    shape: tuple[int, int]  # of the tile
+    query_axis: int  # 0 for [queries, keys], 1 for [keys, queries]
 
     def _position(self, axis: int, start) -> jax.Array:
         # Behind the barrier each use computes its own: shared ones would occupy registers for long.
@@ -137,36 +130,32 @@ class Masks:
         )
         return lax.broadcast_in_dim(ids, self.shape, [axis])
 
-    def hide(self, scores, value: float, t, s, block, ranges):
-        """`value` where the query may not see the key; unmasked blocks cost one comparison.
+    def hide(self, scores, t, s, block, ranges) -> jax.Array:
+        """The scores, -inf where the query may not see the key; whole tiles cost one comparison.
 
-        Args:
-            scores: the tile.
-            value: to put in hidden places.
-            t, s: first query and first key of the tile.
-            block: index of the block that moves.
-            ranges: of the block that stays, see `block_ranges`.
+        The tile begins at query t and key s. `block` is the index of the tile that moves, `ranges`
+        are those of the tile that stays, see `block_ranges`.
         """
         _, whole, masked, _ = ranges
         some_hidden = (block < whole) | (block >= masked)
-        return lax.cond(some_hidden, lambda x: self._hide(x, value, t, s), lambda x: x, scores)
+        return lax.cond(some_hidden, lambda x: self._hide(x, t, s), lambda x: x, scores)
 
-    def _hide(self, scores, value: float, t, s) -> jax.Array:
+    def _hide(self, scores, t, s) -> jax.Array:
         # One condition after the other, for a mask of them all would take registers.
         settings, query_axis = self.settings, self.query_axis
         query = self._position(query_axis, t)
         key = self._position(1 - query_axis, s)
         if settings.causal:
-            scores = jnp.where(key <= query, scores, value)
+            scores = jnp.where(key <= query, scores, -jnp.inf)
         elif self.segment_ref is None:
-            scores = jnp.where(key < settings.length, scores, value)
+            scores = jnp.where(key < settings.length, scores, -jnp.inf)
         if settings.window is not None:
-            scores = jnp.where(query - key < settings.window, scores, value)
+            scores = jnp.where(query - key < settings.window, scores, -jnp.inf)
         if self.segment_ref is not None:
             rows, columns = (s, t) if query_axis else (t, s)
             ids = self._segments(0, rows)
-            scores = jnp.where(ids > 0, scores, value)
-            scores = jnp.where(ids == self._segments(1, columns), scores, value)
+            scores = jnp.where(ids > 0, scores, -jnp.inf)
+            scores = jnp.where(ids == self._segments(1, columns), scores, -jnp.inf)
         return scores
 
     def keep(self, words, s) -> jax.Array:
@@ -197,6 +186,19 @@ def load_words(refs, batch, head, t):
     return tuple(plgpu.load(r.at[place], layout=LAYOUT.reduce(1), optimized=False) for r in refs)
 
 
+def kernel(body: Callable, settings: Settings, **options: Any) -> Callable:
+    """`plgpu.kernel` over batch, head and tile; the last of its warpgroups is to load."""
+    return plgpu.kernel(
+        functools.partial(body, settings=settings),
+        grid_names=("batch", "head", "tile"),
+        num_threads=CONSUMERS + 1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=plgpu.InterpretGPUParams(detect_races=True) if settings.interpret else False,
+        **options,
+    )
+
+
 def shared(shape, dtype) -> Any:
     """Shared memory laid out for WGMMA and TMA: rows of 128 bytes, swizzled."""
     columns = 128 // jnp.dtype(dtype).itemsize
@@ -205,13 +207,19 @@ def shared(shape, dtype) -> Any:
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
-def drain(barriers, loads) -> None:
-    """Wait at the end until every slot of a ring is free, so that no barrier is left half used.
+def wait_until_free(barriers, slot, loads) -> None:
+    """Wait before a slot of a ring is filled, unless it is the first time.
 
-    Args:
-        barriers: one for each slot, arrived at when the slot is free.
-        loads: how often a slot was filled, all together.
+    Each slot has a barrier, arrived at when it is free; there were `loads` fillings before.
     """
+
+    @pl.when(loads >= barriers.shape[0])
+    def _():
+        plgpu.barrier_wait(barriers.at[slot])
+
+
+def drain(barriers, loads) -> None:
+    """Wait at the end until every slot of a ring is free, so that no barrier is left half used."""
     for slot in range(barriers.shape[0]):
 
         @pl.when(slot < loads)
@@ -224,13 +232,19 @@ def zeros(shape) -> jax.Array:
     return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), LAYOUT)
 
 
+def staging(columns: int, dtype, settings: Settings) -> Any:
+    """Shared memory for `operand`, which the interpreter alone needs; else None."""
+    return shared((CONSUMERS, WARPGROUP, columns), dtype) if settings.interpret else None
+
+
 def operand(values: jax.Array, staging_ref):
-    """The left operand of WGMMA: registers, or shared memory where the interpreter needs it."""
+    """The left operand of WGMMA: registers, or what `staging` gave."""
     if staging_ref is None:
         return lax.optimization_barrier(values)
-    staging_ref[...] = values
+    own_ref = staging_ref.at[lax.axis_index("warpgroup")]
+    own_ref[...] = values
     plgpu.commit_smem()
-    return staging_ref
+    return own_ref
 
 
 def start(acc_ref, values: jax.Array, interpret: bool) -> None:

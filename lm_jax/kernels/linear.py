@@ -29,14 +29,17 @@ def _backward(dtype: jnp.dtype, residuals: tuple[jax.Array, jax.Array], g: jax.A
     x_NI = x.reshape(-1, x.shape[-1])
     g_NO = g.reshape(-1, g.shape[-1]).astype(x.dtype)
     dx_NI = g_NO @ w_IO.astype(x.dtype).T
-
-    def over_rows(a: jax.Array, b: jax.Array) -> jax.Array:
-        contract_rows = (((0,), (0,)), ((), ()))
-        return jax.lax.dot_general(a, b, contract_rows, preferred_element_type=w_IO.dtype)
-
-    narrow = x_NI.shape[1] <= g_NO.shape[1]
-    dw_IO = over_rows(x_NI, g_NO) if narrow else over_rows(g_NO, x_NI).T
+    if x_NI.shape[1] <= g_NO.shape[1]:
+        dw_IO = product(x_NI, g_NO, 0, 0, w_IO.dtype)
+    else:
+        dw_IO = product(g_NO, x_NI, 0, 0, w_IO.dtype).T
     return dx_NI.reshape(x.shape), dw_IO
 
 
 linear.defvjp(_forward, _backward)
+
+
+def product(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int, dtype) -> jax.Array:
+    """Matrix product over one axis of each, accumulated into `dtype`."""
+    axes = (((axis_a,), (axis_b,)), ((), ()))
+    return jax.lax.dot_general(a, b, axes, preferred_element_type=dtype)

@@ -1,7 +1,7 @@
 """Distillation and cross-entropy of next-token logits that never exist as a whole."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -94,38 +94,33 @@ def linear_divergence(
     members = () if isinstance(teacher, Kept) else tuple(teacher)
     taught: Any = tuple(m.x_BTE for m in members) or teacher
     heads = tuple(chunks.head_operand(m.head_UE, m.x_BTE.dtype) for m in members)
-
     usual = len(members) == 1 and kind == "forward" and support == "full" and groups is None
 
     def score(z_NV: jax.Array, weights_N: jax.Array, rows, shared):
         taught, target_N, aligned_N = rows
-        temperature, kd, lm, heads, of_ids = shared
-        log_p = taught
+        temperature, kd, lm, heads, (of_student_V, of_teacher_U) = shared
+
+        def log_probabilities(logits: list[jax.Array], group_of_ids: jax.Array) -> jax.Array:
+            if groups is None:
+                return divergences.mean_log_p(logits, temperature)
+            log_p = divergences.mean_log_p(logits, 1.0)
+            log_p = divergences.grouped(log_p, group_of_ids, groups.number)
+            return divergences.softened(log_p, temperature)
+
         if isinstance(taught, Kept):
-            log_p = taught._replace(log_p_BTj=chunks.scored(taught.log_p_BTj, weights_N))
-        if members:
-            logits = [
-                chunks.logits(chunks.scored(x_NE, weights_N), head, m.head_UE.shape[0], m.softcap)[
-                    0
-                ].astype(z_NV.dtype)
-                for x_NE, head, m in zip(taught, heads, members, strict=True)
-            ]
+            log_p: Any = taught._replace(log_p_BTj=chunks.scored(taught.log_p_BTj, weights_N))
+        else:
+            logits = []
+            for x_NE, head, m in zip(taught, heads, members, strict=True):
+                x_NE = chunks.scored(x_NE, weights_N)
+                y_NU, _ = chunks.logits(x_NE, head, m.head_UE.shape[0], m.softcap)
+                logits.append(y_NU.astype(z_NV.dtype))
             if usual:
                 return _forward_kl(z_NV, logits[0], target_N, weights_N, temperature, kd, lm)
-            if groups is None:
-                log_p = divergences.mean_log_p(logits, temperature)
-            else:
-                log_p = divergences.mean_log_p(logits, 1.0)
-                log_p = divergences.softened(
-                    divergences.grouped(log_p, of_ids[1], groups.number), temperature
-                )
+            log_p = log_probabilities(logits, of_teacher_U)
 
         def terms(z_NV: jax.Array):
-            if groups is None:
-                log_q = jax.nn.log_softmax(z_NV / temperature)
-            else:
-                log_q = divergences.grouped(jax.nn.log_softmax(z_NV), of_ids[0], groups.number)
-                log_q = divergences.softened(log_q, temperature)
+            log_q = log_probabilities([z_NV], of_student_V)
             divergence_N = divergences.over(log_p, log_q, kind, beta, support, top_k)
             if aligned_N is not None:
                 divergence_N *= aligned_N
@@ -143,10 +138,8 @@ def linear_divergence(
 
     wide = jnp.promote_types(x_BTD.dtype, jnp.float32)
     scalars = [jnp.asarray(value, wide) for value in (temperature, kd, lm)]
-    aligned_BT: jax.Array | None = None
-    of_ids: tuple[jax.Array, ...] = ()
-    if groups is not None:
-        aligned_BT, of_ids = groups.aligned_BT, (groups.student_V, groups.teacher_U)
+    aligned_BT = None if groups is None else groups.aligned_BT
+    of_ids = (None, None) if groups is None else (groups.student_V, groups.teacher_U)
     return Diverged(
         *chunks.sums(
             chunks.How(score, softcap, chunk_rows),
@@ -191,7 +184,12 @@ def _forward_kl(z_NV, y_NV, target_N, weights_N, temperature, kd, lm):
 
 def _check(V, teacher, kind, temperature, beta, support, top_k, groups) -> None:
     """Raise the errors of `linear_divergence`."""
-    divergences.check(kind, beta)
+    if kind not in get_args(Kind):
+        raise ValueError(f"kind: {kind!r} is none of {', '.join(get_args(Kind))}.")
+    if not 0 < beta < 1:
+        raise ValueError(
+            f"beta: {beta} must lie inside (0, 1); for a bound use forward or reverse."
+        )
     if isinstance(temperature, int | float) and not temperature > 0:
         raise ValueError(f"temperature: {temperature} must be above 0.")
     kept = isinstance(teacher, Kept)

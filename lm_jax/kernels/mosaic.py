@@ -1,4 +1,4 @@
-"""Pallas Mosaic GPU: where it runs, and its interpreter. Private JAX names stay in this module."""
+"""Where Pallas Mosaic GPU runs."""
 
 import os
 from typing import Any
@@ -13,15 +13,12 @@ _WIDEST_HEAD = 128
 _INTERPRETER_THREADS = 8
 
 
-def unavailable(
-    dtype: Any, head_dim: int, *, device: Any = None, interpret: bool = False
-) -> str | None:
-    """Why the Mosaic GPU kernels cannot run here, or None when they can.
+def unavailable(dtype: Any, head_dim: int, *, interpret: bool = False) -> str | None:
+    """Why the Mosaic GPU kernels cannot run on `device.target()`, or None when they can.
 
     Args:
         dtype: of queries, keys and values.
         head_dim: C.
-        device: a `jax.Device`; the one that is compiled for if None.
         interpret: whether the kernels are to be interpreted on the CPU instead of compiled.
     """
     if jax.__version_info__ < _OLDEST_JAX:
@@ -31,40 +28,18 @@ def unavailable(
         return f"dtype {jnp.dtype(dtype)} is neither bfloat16 nor float16"
     if head_dim % 8 or not 8 <= head_dim <= _WIDEST_HEAD:
         return f"head width {head_dim} is not a multiple of 8 up to {_WIDEST_HEAD}"
-    return _too_few_threads() if interpret else _not_hopper(device or devices.target())
-
-
-def _too_few_threads() -> str | None:
-    """Why the interpreter could hang: its warpgroups wait for each other in the threads of XLA."""
-    threads = int(os.environ.get("NPROC") or os.cpu_count() or 1)
-    if threads >= _INTERPRETER_THREADS:
-        return None
-    return (
-        f"the interpreter deadlocks with {threads} threads; set NPROC={_INTERPRETER_THREADS} in "
-        "the environment before JAX starts"
-    )
-
-
-def _not_hopper(device: Any) -> str | None:
-    """Why the device has no WGMMA and TMA, or None for a Hopper GPU."""
+    if interpret:
+        # The interpreter's warpgroups wait for each other in the threads of XLA.
+        threads = int(os.environ.get("NPROC") or os.cpu_count() or 1)
+        if threads >= _INTERPRETER_THREADS:
+            return None
+        return (
+            f"the interpreter deadlocks with {threads} threads; set NPROC={_INTERPRETER_THREADS} "
+            "in the environment before JAX starts"
+        )
+    device = devices.target()
     if device.platform != "gpu":
         return f"the device is a {device.platform}, not a Hopper GPU"
-    if devices.compute_capability(device) != (9, 0):
+    if devices.compute_capability(device) != (9, 0):  # no WGMMA, no TMA
         return f"{device.device_kind} is not a Hopper GPU (compute capability 9.0)"
     return None
-
-
-def interpreter(interpret: bool):
-    """The `interpret` argument of a kernel: False, or the CPU interpreter with race detection."""
-    if not interpret:
-        return False
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    return plgpu.InterpretGPUParams(detect_races=True)
-
-
-def reset_interpreter() -> None:
-    """Make the interpreter usable again after an exception in a kernel."""
-    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
-
-    gpu_callbacks.reset_gpu_interpret_mode_state()
