@@ -591,6 +591,24 @@ def test_divergence_needs_one_vocabulary():
         distil(x, head, y, other[:-1], weights, kind="forward")
 
 
+@pytest.mark.parametrize("options", [dict(kind="forward"), dict(kind="reverse", temperature=2.0)])
+def test_a_gpu_has_the_gradient_of_divergence_and_targets(options, monkeypatch):
+    x, head, y, other, weights = pair()
+    targets = jax.random.randint(jax.random.key(5), weights.shape, 0, V)
+
+    def gradients():
+        def objective(x, head):
+            return distil(x, head, y, other, weights, targets_BT=targets, lm=0.5, **options)[0]
+
+        return jax.jit(jax.grad(objective, (0, 1)))(x, head)
+
+    expected = gradients()
+    gpu = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H200")
+    monkeypatch.setattr(linear_loss.device, "target", lambda: gpu)
+    for a, b in zip(gradients(), expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("size", [1.0, 1e4, 1e38])
 def test_a_gpu_reads_logits_once_for_maximum_and_sum(size, monkeypatch):
     z_NV = size * jax.random.normal(jax.random.key(0), (7, 1003))

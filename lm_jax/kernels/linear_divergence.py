@@ -115,26 +115,26 @@ def linear_divergence(
                 x_NE = chunks.scored(x_NE, weights_N)
                 y_NU, _ = chunks.logits(x_NE, head, m.head_UE.shape[0], m.softcap)
                 logits.append(y_NU.astype(z_NV.dtype))
-            if usual:
-                return _forward_kl(z_NV, logits[0], target_N, weights_N, temperature, kd, lm)
-            log_p = log_probabilities(logits, of_teacher_U)
+            log_p = None if usual else log_probabilities(logits, of_teacher_U)
 
-        def terms(z_NV: jax.Array):
+        def divergence(z_NV: jax.Array) -> jax.Array:
             log_q = log_probabilities([z_NV], of_student_V)
             divergence_N = divergences.over(log_p, log_q, kind, beta, support, top_k)
-            if aligned_N is not None:
-                divergence_N *= aligned_N
-            objective_N = kd * temperature**2 * divergence_N
-            nats_N = correct_N = jnp.zeros_like(divergence_N)
-            if target_N is not None:
-                _, picked_N, top_N, lse_N = pick(z_NV, target_N, weights_N)
-                nats_N, correct_N = lse_N - picked_N, picked_N >= top_N
-                objective_N += lm * nats_N
-            return objective_N, (divergence_N, nats_N, jnp.ones_like(nats_N), correct_N)
+            return divergence_N if aligned_N is None else divergence_N * aligned_N
 
-        objective_N, pull, others = jax.vjp(terms, z_NV, has_aux=True)
-        (dz_NV,) = pull(weights_N)
-        return tuple(weights_N * value_N for value_N in (objective_N, *others)), dz_NV
+        if usual:
+            divergence_N, dz_NV = _forward_kl(z_NV, logits[0], temperature, weights_N * kd)
+        else:
+            divergence_N, pull = jax.vjp(divergence, z_NV)
+            (dz_NV,) = pull(weights_N * kd * temperature**2)
+        objective_N = kd * temperature**2 * divergence_N
+        nats_N = correct_N = jnp.zeros_like(divergence_N)
+        if target_N is not None:
+            nats_N, correct_N, slope_NV = _cross_entropy(z_NV, target_N, weights_N * lm, weights_N)
+            objective_N += lm * nats_N
+            dz_NV += slope_NV
+        values = objective_N, divergence_N, nats_N, jnp.ones_like(nats_N), correct_N
+        return tuple(weights_N * value_N for value_N in values), dz_NV
 
     wide = jnp.promote_types(x_BTD.dtype, jnp.float32)
     scalars = [jnp.asarray(value, wide) for value in (temperature, kd, lm)]
@@ -152,11 +152,10 @@ def linear_divergence(
     )
 
 
-def _forward_kl(z_NV, y_NV, target_N, weights_N, temperature, kd, lm):
-    """Values and gradient of the usual case, by hand: in three quarters of the time.
+def _forward_kl(z_NV, y_NV, temperature, factor_N):
+    """KL(p || q) and the gradient of factor T^2 times it: factor T (q - p).
 
-    With p and q the softmax of the teacher's y / T and of z / T, and q1 that of z, the gradient is
-    kd T (q - p) + lm (q1 - one-hot).
+    With p and q the softmax of y / T and of z / T. By hand: in three quarters of the time.
     """
     # What every logit of a row needs is computed once a row: XLA would do it for each of them.
     top_y_N, top_z_N = jax.lax.optimization_barrier((y_NV.max(1), z_NV.max(1)))
@@ -165,21 +164,23 @@ def _forward_kl(z_NV, y_NV, target_N, weights_N, temperature, kd, lm):
     sum_p_N, sum_q_N = p_NV.sum(1), q_NV.sum(1)
     apart_N = (p_NV * (y_NV - z_NV)).sum(1) / sum_p_N - (top_y_N - top_z_N)
     divergence_N = apart_N / temperature + jnp.log(sum_q_N) - jnp.log(sum_p_N)
-    scale_N = weights_N * kd * temperature
+    scale_N = factor_N * temperature
     of_q_N, of_p_N = jax.lax.optimization_barrier((scale_N / sum_q_N, scale_N / sum_p_N))
-    dz_NV = q_NV * of_q_N[:, None] - p_NV * of_p_N[:, None]
-    objective_N = kd * temperature**2 * divergence_N
-    nats_N = correct_N = jnp.zeros_like(divergence_N)
-    if target_N is not None:
-        target_N1, picked_N, _, lse_N = pick(z_NV, target_N, weights_N)
-        nats_N, correct_N = lse_N - picked_N, picked_N >= top_z_N
-        objective_N += lm * nats_N
-        lse_N, share_N = jax.lax.optimization_barrier((lse_N, weights_N * lm))
-        is_target_NV = jnp.arange(z_NV.shape[1])[None] == target_N1
-        dz_NV += jnp.exp(z_NV - lse_N[:, None]) * share_N[:, None]
-        dz_NV -= jnp.where(is_target_NV, share_N[:, None], 0)
-    values = objective_N, divergence_N, nats_N, jnp.ones_like(nats_N), correct_N
-    return tuple(weights_N * value_N for value_N in values), dz_NV
+    return divergence_N, q_NV * of_q_N[:, None] - p_NV * of_p_N[:, None]
+
+
+def _cross_entropy(z_NV, target_N, factor_N, weights_N):
+    """Nats of the targets, where none is likelier, and the gradient of factor times the nats.
+
+    By hand, since JAX cannot differentiate the reduction of `pick`.
+    """
+    target_N1, picked_N, top_N, lse_N = pick(z_NV, target_N, weights_N)
+    nats_N = lse_N - picked_N
+    lse_N, factor_N = jax.lax.optimization_barrier((lse_N, factor_N))
+    is_target_NV = jnp.arange(z_NV.shape[1])[None] == target_N1
+    slope_NV = jnp.exp(z_NV - lse_N[:, None]) * factor_N[:, None]
+    slope_NV -= jnp.where(is_target_NV, factor_N[:, None], 0)
+    return nats_N, picked_N >= top_N, slope_NV
 
 
 def _check(V, teacher, kind, temperature, beta, support, top_k, groups) -> None:
