@@ -97,7 +97,9 @@ def test_block():
     params = randomise(jax.tree.map(lambda x: x.astype(jnp.float64), nnx.to_pure_dict(params)), 2)
     x, w = normal(15, 1, 4, 16), normal(16, 1, 4, 16)
     ids, positions = jnp.ones((1, 4), int), jnp.arange(4)[None]
-    check_gradient(lambda p: (nnx.merge(graphdef, p)(x, ids, positions, None) * w).sum(), params)
+    check_gradient(
+        lambda p: (nnx.merge(graphdef, p)(x, None, ids, positions, None)[0] * w).sum(), params
+    )
 
 
 @pytest.mark.parametrize("family", every(FAMILIES))

@@ -1,6 +1,8 @@
 """Copies of a config, its form in JSON, its hash, and how two of them differ."""
 
+import copy
 import dataclasses
+import functools
 import hashlib
 import json
 from typing import Any
@@ -11,12 +13,11 @@ from lm_jax.config.section import Section, get, named_fields
 
 def replace(cfg: Config, **changes: Any) -> Config:
     """A copy with changes; a double underscore stands for the dot (`optim__peak_lr=1e-3`)."""
-    copy = from_dict(to_dict(cfg))
+    cfg = copy.deepcopy(cfg)
     for path, value in changes.items():
         *parents, last = path.split("__")
-        section = get(copy, ".".join(parents)) if parents else copy
-        setattr(section, last, value)
-    return copy
+        setattr(functools.reduce(getattr, parents, cfg), last, value)
+    return cfg
 
 
 def to_dict(cfg: Config) -> dict[str, Any]:

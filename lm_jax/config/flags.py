@@ -30,8 +30,9 @@ def define_config(given: flags.FlagValues, argv: Sequence[str] | None) -> None:
         # A string for `get_config` may follow the path after a colon.
         if name in ("-config", "--config") and not pathlib.Path(path.split(":")[0]).exists():
             misuse(f"--config={path}: no such file; give a path as configs/quickstart.py.")
+    overrides = (re.match(r"--?(?:no)?config\.([^=]+)", argument) for argument in argv)
     try:
-        check_names(override_paths(argv))
+        check_names([match[1] for match in overrides if match])
     except ConfigError as error:
         misuse(str(error))
     for kind in (Duration, Curve):
@@ -43,12 +44,6 @@ def define_config(given: flags.FlagValues, argv: Sequence[str] | None) -> None:
         given,
         sys_argv=argv,
     )
-
-
-def override_paths(argv: Sequence[str]) -> list[str]:
-    """Dotted paths of the `--config.a.b=...` and `--noconfig.a.b` arguments."""
-    found = (re.match(r"--?(?:no)?config\.([^=]+)", argument) for argument in argv)
-    return [match[1] for match in found if match]
 
 
 def parse_flags(
@@ -100,7 +95,7 @@ def check_names(paths: Sequence[str]) -> None:
 def run_name(spec: str, seed: int) -> str:
     """The folder of a run: `phase1-emb25-0` for `configs/phase1.py:emb25` and seed 0."""
     path, _, arm = spec.partition(":")
-    return "-".join([pathlib.Path(path).stem, *([arm] if arm else []), str(seed)])
+    return "-".join(filter(None, [pathlib.Path(path).stem, arm, str(seed)]))
 
 
 def load_config(spec: str) -> Config:

@@ -1,8 +1,8 @@
 """What a config leaves open, filled in: durations, derived sizes, the dtype."""
 
+import copy
 import math
 
-from lm_jax.config.copies import from_dict, to_dict
 from lm_jax.config.fields import Config, DataConfig
 from lm_jax.config.rules import validate
 from lm_jax.config.section import ConfigError, named_fields
@@ -42,9 +42,9 @@ def resolve(cfg: Config, *, windows: int) -> Config:
     Raises:
         ConfigError: if warm-up and decay do not fit into the run.
     """
-    cfg = from_dict(to_dict(validate(cfg)))
+    cfg = copy.deepcopy(validate(cfg))
     whole_calls = rounded(cfg, windows=windows)
-    for path, value in list(named_fields(cfg)):
+    for path, value in named_fields(cfg):
         if isinstance(value, Duration):
             section, name = path.split(".")
             exact = _steps_of(value, cfg.data, windows)
@@ -60,9 +60,7 @@ def resolve(cfg: Config, *, windows: int) -> Config:
     cfg.eval.batch_size = cfg.eval.batch_size or cfg.data.batch_size
     cfg.eval.stride = cfg.eval.stride or cfg.data.seq_len
 
-    steps, warmup, decay = (
-        int(value) for value in (cfg.train.steps, cfg.optim.warmup, cfg.optim.decay)
-    )
+    steps, warmup, decay = map(int, (cfg.train.steps, cfg.optim.warmup, cfg.optim.decay))
     if steps < 1:
         raise ConfigError("config.train.steps: the run has no update; give 1 step or more.")
     if cfg.optim.schedule == "wsd" and not 0 < decay <= steps - warmup:

@@ -61,10 +61,10 @@ def _tokenizer(cfg: Config) -> Iterator[str]:
 def _model(cfg: Config) -> Iterator[str]:
     model, impl = cfg.model, cfg.attention.impl
     D, H, K = model.d_model, model.heads, model.kv_heads
-    for path, default in named_fields(ModelConfig(), "model."):
-        if get(cfg, path) != default and not model.reads(path.removeprefix("model.")):
+    for name, default in named_fields(ModelConfig()):
+        if getattr(model, name) != default and not model.reads(name):
             family = f"config.model.family={model.family!r}"
-            yield f"{path}: has no meaning for {family}; leave it at {default!r}"
+            yield f"model.{name}: has no meaning for {family}; leave it at {default!r}"
     if D % H:
         yield f"model.heads: does not divide config.model.d_model={D}; choose a divisor"
     if model.embedding_rank >= D:
@@ -101,10 +101,10 @@ def _evaluation(cfg: Config) -> Iterator[str]:
 def _distillation(cfg: Config) -> Iterator[str]:
     distill = cfg.distill
     if not (distill.teachers or distill.cache):
-        for path, default in named_fields(DistillConfig(), "distill."):
-            if get(cfg, path) != default:
+        for name, default in named_fields(DistillConfig()):
+            if getattr(distill, name) != default:
                 remedy = f"name config.distill.teachers, or leave it at {default!r}"
-                yield f"{path}: has no meaning without a teacher; {remedy}"
+                yield f"distill.{name}: has no meaning without a teacher; {remedy}"
         return
     used = {name for name in STATES if not getattr(distill, name).zero}
     yield from _teachers(cfg, used)
@@ -138,13 +138,13 @@ def _divergence(cfg: Config) -> Iterator[str]:
     distill = cfg.distill
     if not 0 < distill.beta < 1:
         yield "distill.beta: must lie inside (0, 1); give a share"
-    for path, curve in named_fields(distill, "distill."):
+    for name, curve in named_fields(distill):
         if isinstance(curve, Curve):
             lowest = min(value for _, value in curve.points())
-            if path.endswith("temperature") and lowest <= 0:
-                yield f"{path}: must stay above 0; raise it"
+            if name.endswith("temperature") and lowest <= 0:
+                yield f"distill.{name}: must stay above 0; raise it"
             if lowest < 0:
-                yield f"{path}: is negative; give 0 or more"
+                yield f"distill.{name}: is negative; give 0 or more"
     if (distill.support == "full") != (distill.top_k == 0):
         yield (
             f"distill.top_k: does not fit config.distill.support={distill.support!r}; "

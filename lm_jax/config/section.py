@@ -26,24 +26,20 @@ class Bound(NamedTuple):
     otherwise: str
 
 
-_POSITIVE = Bound(lambda x: x > 0, "must be above 0; give a positive number")
-_NOT_NEGATIVE = Bound(lambda x: x >= 0, "is negative; give 0 or more")
-_SHARE = Bound(lambda x: 0 <= x < 1, "is no share; give 0 or more and below 1")
-
-
 def positive(default: Number) -> Number:
     """A field above 0."""
-    return _marked(default, bound=_POSITIVE)
+    return _marked(default, bound=Bound(lambda x: x > 0, "must be above 0; give a positive number"))
 
 
 def not_negative(default: Number) -> Number:
     """A field of 0 or more."""
-    return _marked(default, bound=_NOT_NEGATIVE)
+    return _marked(default, bound=Bound(lambda x: x >= 0, "is negative; give 0 or more"))
 
 
 def share(default: float) -> float:
     """A field in [0, 1)."""
-    return _marked(default, bound=_SHARE)
+    otherwise = "is no share; give 0 or more and below 1"
+    return _marked(default, bound=Bound(lambda x: 0 <= x < 1, otherwise))
 
 
 def one_of(choices: str, *, default: str) -> str:
@@ -81,9 +77,8 @@ class Section:
 
 def field_types(section: Any) -> dict[str, Any]:
     """The type of each field of a section's class; none if it is no such class."""
-    if not (isinstance(section, type) and issubclass(section, Section)):
-        return {}
-    return {field.name: field.type for field in dataclasses.fields(section)}  # type: ignore[arg-type]
+    fields = dataclasses.fields(section) if dataclasses.is_dataclass(section) else ()
+    return {field.name: field.type for field in fields}
 
 
 def marks(section: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -95,10 +90,9 @@ def marks(section: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
             yield field.name, field.metadata
 
 
-def named_fields(section: Section, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def named_fields(section: Section) -> Iterator[tuple[str, Any]]:
     """Yield (dotted path, value) of every leaf field."""
-    for path, _ in marks(type(section)):
-        yield prefix + path, get(section, path)
+    return ((path, get(section, path)) for path, _ in marks(type(section)))
 
 
 def get(section: Section, path: str) -> Any:
@@ -108,8 +102,7 @@ def get(section: Section, path: str) -> Any:
 
 def nearest(name: str, names: Sequence[str]) -> str:
     """The one of `names` that is spelt most like `name`."""
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
-    return close[0] if close else ""
+    return difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
 
 
 def unknown_field(path: str, names: Sequence[str]) -> str:

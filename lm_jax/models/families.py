@@ -1,6 +1,6 @@
 """The families of models, and what the rest of the trainer asks of each.
 
-A new family is one file with a module like `Transformer`, an entry here, and its name and fields
+A new family is one file with a subclass of `Decoder`, an entry here, and its name and fields
 beside `config.model.family`.
 """
 
@@ -13,6 +13,7 @@ from flax import nnx
 from lm_jax.config import Config, ModelConfig
 from lm_jax.kernels import attention
 from lm_jax.models import musota
+from lm_jax.models.layers import Decoder
 from lm_jax.models.musota import MuSota, musota_size
 from lm_jax.models.size import Size
 from lm_jax.models.transformer import Transformer, dense_size
@@ -30,7 +31,7 @@ class Observed(NamedTuple):
 class Family(NamedTuple):
     """One kind of model."""
 
-    model: Callable[..., nnx.Module]  # arguments as for `Transformer`
+    model: Callable[..., Decoder]  # arguments as for `Transformer`
     size: Callable[[ModelConfig, int, int], Size]
     # of the attention that `config.attention.impl` names: query heads, key/value heads, head width
     heads: Callable[[ModelConfig], tuple[int, int, int]]
@@ -44,16 +45,16 @@ FAMILIES = {
     "dense": Family(
         Transformer,
         dense_size,
-        lambda cfg: (cfg.heads, cfg.kv_heads or cfg.heads, cfg.d_model // cfg.heads),
+        heads=lambda cfg: (cfg.heads, cfg.kv_heads or cfg.heads, cfg.d_model // cfg.heads),
     ),
     "musota": Family(
         MuSota,
         musota_size,
-        lambda cfg: (musota.HEADS, musota.HEADS, musota.D // musota.HEADS),
-        "; inside blocks alone, across blocks all scores are kept for their entropy",
-        lambda cfg: False,
-        (musota.UNUSED,),
-        Observed("sensitivity", musota.BLOCKS, MuSota.sensitivities),
+        heads=lambda cfg: (musota.HEADS, musota.HEADS, musota.D // musota.HEADS),
+        attention_note="; inside blocks alone, across blocks all scores are kept for their entropy",
+        tied=lambda cfg: False,
+        unused=(musota.UNUSED,),
+        observed=Observed("sensitivity", musota.BLOCKS, MuSota.sensitivities),
     ),
 }
 
@@ -92,7 +93,7 @@ def choose_attention(cfg: Config) -> tuple[str, str]:
 def create_model(cfg: Config, vocab_size: int, impl: str) -> tuple[nnx.GraphDef, Callable]:
     """The structure of the model, and a function from a random key to its parameters."""
 
-    def build(key: jax.Array) -> nnx.Module:
+    def build(key: jax.Array) -> Decoder:
         return family(cfg.model).model(
             cfg.model,
             vocab_size,

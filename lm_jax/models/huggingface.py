@@ -33,7 +33,7 @@ def load(folder: Path) -> tuple[ModelConfig, int, int, dict]:
     Returns:
         The resolved model config, the vocabulary size V, the longest sequence that the model is
         made for (rows of its position table, if it has one), and the parameters in float32 as
-        `step.create_model` arranges them.
+        `families.create_model` arranges them.
 
     Raises:
         ValueError: if a file, field or tensor is missing, damaged, or stands for something that
@@ -46,12 +46,11 @@ def load(folder: Path) -> tuple[ModelConfig, int, int, dict]:
     with contextlib.ExitStack() as stack:
         tensors = _Tensors(folder, stack, prefix="transformer." if kind == "gpt2" else "")
         params = blocks(cfg, tensors, vocab_size, max_len)
-        if not cfg.tied:
+        if not cfg.tied or "lm_head.weight" in tensors.unused:
             head_VD = tensors.take("lm_head.weight", vocab_size, cfg.d_model)
-            params["head"] = {"kernel": head_VD.T}
-        elif "lm_head.weight" in tensors.unused:
-            head_VD = tensors.take("lm_head.weight", vocab_size, cfg.d_model)
-            if not np.array_equal(head_VD, params["embedding"]):
+            if not cfg.tied:
+                params["head"] = {"kernel": head_VD.T}
+            elif not np.array_equal(head_VD, params["embedding"]):
                 raise ValueError(
                     f"{folder}: tensor lm_head.weight is not the token table; "
                     "set tie_word_embeddings in config.json to false."
@@ -64,7 +63,6 @@ class _Fields:
     """The fields of config.json; null counts as absent. A wrong one is an error that names it."""
 
     def __init__(self, path: Path):
-        """Read the file."""
         self.path, self.values = path, read_json(path)
 
     def refuse(self, name: str, supported: str) -> NoReturn:
@@ -235,7 +233,8 @@ def _rope_theta(fields: _Fields) -> float:
     fields.choice("partial_rotary_factor", (1,), 1)
     for name in ("rope_scaling", "rope_parameters"):
         rope = dict(fields.values.get(name) or {})
-        fields.values |= {key: rope.pop(key) for key in ("rope_theta",) if key in rope}
+        if "rope_theta" in rope:
+            fields.values["rope_theta"] = rope.pop("rope_theta")
         if not rope.keys() <= {"type", "rope_type"} or set(map(str, rope.values())) - {"default"}:
             fields.refuse(name, "null or one of type 'default'")
     return fields.number("rope_theta", 10_000.0)

@@ -1,4 +1,4 @@
-"""Layers that models of every family share; letters as in `models.transformer`."""
+"""What models of every family share; letters as in `models.transformer`."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,12 +11,10 @@ from lm_jax.config import ModelConfig
 from lm_jax.kernels.linear import linear
 from lm_jax.kernels.rowwise import along_last, normalise
 
-Initializer = Callable[[jax.Array, tuple[int, ...]], jax.Array]
 
-
-def normal(std: float) -> Initializer:
+def normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float) -> jax.Array:
     """N(0, std^2) in float32."""
-    return lambda key, shape: std * jax.random.normal(key, shape, jnp.float32)
+    return std * jax.random.normal(rngs.params(), shape, jnp.float32)
 
 
 class Linear(nnx.Module):
@@ -24,7 +22,7 @@ class Linear(nnx.Module):
 
     def __init__(self, inputs: int, outputs: int, std: float, bias: bool, rngs: nnx.Rngs):
         """Draw w from N(0, std^2); b starts at 0."""
-        self.kernel = nnx.Param(normal(std)(rngs.params(), (inputs, outputs)))
+        self.kernel = nnx.Param(normal(rngs, (inputs, outputs), std))
         self.bias = nnx.Param(jnp.zeros((outputs,))) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -73,22 +71,17 @@ class Cache(NamedTuple):
     length: jax.Array  # int32, slots filled in every layer
     layer: jax.Array  # int32, the layer that appends next
 
-    def append(self, k_BTKC: jax.Array, v_BTKC: jax.Array) -> "Cache":
-        """Fill the next T slots of the layer whose turn it is."""
-        at = (self.layer, 0, self.length, 0, 0)
-        return self._replace(
-            k_LBSKC=jax.lax.dynamic_update_slice(self.k_LBSKC, k_BTKC[None], at),
-            v_LBSKC=jax.lax.dynamic_update_slice(self.v_LBSKC, v_BTKC[None], at),
-            layer=self.layer + 1,
-        )
+    def append(self, k_BTKC: jax.Array, v_BTKC: jax.Array) -> tuple["Cache", jax.Array, jax.Array]:
+        """Fill the next T slots of the layer whose turn it is.
 
-    def last(self) -> tuple[jax.Array, jax.Array]:
-        """Keys and values [B, S, K, C] of the layer that appended last."""
-        at = self.layer - 1
-        return (
-            jax.lax.dynamic_index_in_dim(self.k_LBSKC, at, keepdims=False),
-            jax.lax.dynamic_index_in_dim(self.v_LBSKC, at, keepdims=False),
-        )
+        Returns the longer cache, and all keys and values [B, S, K, C] of the layer.
+        """
+        at = (self.layer, 0, self.length, 0, 0)
+        k_LBSKC = jax.lax.dynamic_update_slice(self.k_LBSKC, k_BTKC[None], at)
+        v_LBSKC = jax.lax.dynamic_update_slice(self.v_LBSKC, v_BTKC[None], at)
+        k_BSKC = jax.lax.dynamic_index_in_dim(k_LBSKC, self.layer, keepdims=False)
+        v_BSKC = jax.lax.dynamic_index_in_dim(v_LBSKC, self.layer, keepdims=False)
+        return Cache(k_LBSKC, v_LBSKC, self.length, self.layer + 1), k_BSKC, v_BSKC
 
 
 def zero_cache(shape: tuple[int, int, int, int, int], dtype: jnp.dtype) -> Cache:
@@ -97,43 +90,103 @@ def zero_cache(shape: tuple[int, int, int, int, int], dtype: jnp.dtype) -> Cache
     return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), zero, zero)
 
 
-def through_layers(
-    blocks: Any, cfg: ModelConfig, x_BTD: jax.Array, keys: Any, cache: Any, apply: Callable
-) -> tuple[jax.Array, Any, Any]:
-    """Apply the layers in turn, scanned and rematerialised as the config says.
+class Decoder(nnx.Module):
+    """Tokens to final hidden states; the head is applied by `logits` or inside the loss.
 
-    Args:
-        blocks: the layers as one module whose parameters have a leading axis of layers.
-        cfg: a resolved model config.
-        x_BTD: hidden states.
-        keys: one random key a layer, or None for each.
-        cache: what decoding carries from layer to layer, or None.
-        apply: `(layer, x_BTD, key, cache) -> (x_BTD, cache, seen)`.
-
-    Returns:
-        Hidden states, cache, and what was `seen` with a leading axis of layers.
+    A family sets and defines what is declared here. `blocks` is one module whose parameters have a
+    leading axis of layers, scanned or not: the optimiser sees one leaf where it would see one a
+    layer. A layer takes (x_BTD, tokens_BT, segment_ids_BT, positions_BT, key, cache) and returns
+    hidden states, the longer cache, and what `observed` tells of it.
     """
-    graphdef, stacked = nnx.split(blocks)
 
-    def layer(params, x_BTD, key, cache):
-        return apply(nnx.merge(graphdef, params), x_BTD, key, cache)
+    cfg: ModelConfig
+    # Whether a row may hold several documents, or padding before the text. If not, attention needs
+    # no mask but the causal one: padding comes last, where no other position sees it.
+    segmented: bool
+    blocks: Any
+    embed: Callable[..., jax.Array]  # of (tokens_BT, positions_BT, dtype, key) the first states
+    finish: Callable[[jax.Array], jax.Array]  # of the last layer's states those for the head
+    head_VD: Callable[[], jax.Array]
+    empty_cache: Callable[[int, int, jnp.dtype], Cache]
 
-    layer = jax.checkpoint(layer) if cfg.remat else layer
-    if cfg.scan_layers:
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        segment_ids_BT: jax.Array,
+        positions_BT: jax.Array,
+        *,
+        dtype: jax.typing.DTypeLike = jnp.float32,
+        key: jax.Array | None = None,
+    ) -> jax.Array:
+        """Hidden states after the final norm, [B, T, D] in `dtype`.
 
-        def body(carry, of_layer):
-            params, key = of_layer
-            x_BTD, cache, seen = layer(params, carry[0], key, carry[1])
-            return (x_BTD, cache), seen
+        Args:
+            tokens_BT: ids in [0, V); checked on the host, not here.
+            segment_ids_BT: document per position, 0 for padding.
+            positions_BT: position inside the document.
+            dtype: compute dtype.
+            key: random key that switches dropout on; None in evaluation.
+        """
+        return self._forward(tokens_BT, segment_ids_BT, positions_BT, dtype, key)[0]
 
-        layer_keys = None if keys[0] is None else keys
-        (x_BTD, cache), seen = jax.lax.scan(body, (x_BTD, cache), (stacked, layer_keys))
-        return x_BTD, cache, seen
-    seen = []
-    for params, key in zip(unstack(stacked, cfg.layers), keys, strict=True):
-        x_BTD, cache, here = layer(params, x_BTD, key, cache)
-        seen.append(here)
-    return x_BTD, cache, jax.tree.map(lambda *layers: jnp.stack(layers), *seen)
+    def observed(
+        self, tokens_BT, segment_ids_BT, positions_BT, *, dtype=jnp.float32, key=None
+    ) -> tuple[jax.Array, Any]:
+        """The hidden states, and what each layer computes with a leading axis of layers."""
+        x_BTD, _, seen = self._forward(
+            tokens_BT, segment_ids_BT, positions_BT, dtype, key, observe=True
+        )
+        return x_BTD, seen
+
+    def extend(
+        self, tokens_BT: jax.Array, cache: Cache, *, dtype: jnp.dtype
+    ) -> tuple[jax.Array, Cache]:
+        """Hidden states of tokens that continue one document, and the longer cache.
+
+        Args:
+            tokens_BT: the next T tokens; the cache has free slots for them.
+            cache: what went before, as returned by `empty_cache` or by this method.
+            dtype: compute dtype, that of the cache.
+        """
+        T = tokens_BT.shape[1]
+        positions_1T = cache.length + jnp.arange(T, dtype=jnp.int32)[None]
+        cache = cache._replace(layer=jnp.zeros((), jnp.int32))
+        x_BTD, cache, _ = self._forward(tokens_BT, None, positions_1T, dtype, None, cache)
+        return x_BTD, cache._replace(length=cache.length + T)
+
+    def logits(self, x_BTD: jax.Array) -> jax.Array:
+        """Logits [B, T, V] in float32 or wider from hidden states."""
+        return head_logits(x_BTD, self.head_VD(), self.cfg.logit_softcap)
+
+    def _forward(
+        self, tokens_BT, segment_ids_BT, positions_BT, dtype, key, cache=None, observe=False
+    ) -> tuple[jax.Array, Any, Any]:
+        """Hidden states, the longer cache, and what was seen with a leading axis of layers."""
+        cfg = self.cfg
+        segment_ids_BT = segment_ids_BT if self.segmented else None
+        keys: Any = [None] * (cfg.layers + 1)
+        if key is not None:
+            keys = jax.random.split(key, cfg.layers + 1)
+        graphdef, stacked = nnx.split(self.blocks)
+
+        def layer(carry, of_layer):
+            (x_BTD, cache), (params, key) = carry, of_layer
+            block = nnx.merge(graphdef, params)
+            x_BTD, cache, seen = block(x_BTD, tokens_BT, segment_ids_BT, positions_BT, key, cache)
+            return (x_BTD, cache), (seen if observe else None)
+
+        layer = jax.checkpoint(layer) if cfg.remat else layer
+        carry = self.embed(tokens_BT, positions_BT, dtype, keys[-1]), cache
+        if cfg.scan_layers:
+            carry, seen = jax.lax.scan(layer, carry, (stacked, None if key is None else keys[:-1]))
+        else:
+            each = []
+            for of_layer in zip(unstack(stacked, cfg.layers), keys[:-1], strict=True):
+                carry, here = layer(carry, of_layer)
+                each.append(here)
+            seen = jax.tree.map(lambda *layers: jnp.stack(layers), *each)
+        x_BTD, cache = carry
+        return self.finish(x_BTD), cache, seen
 
 
 def unstack(stacked: Any, layers: int) -> list[Any]:

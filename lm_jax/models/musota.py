@@ -16,16 +16,7 @@ from lm_jax.config import ModelConfig
 from lm_jax.kernels.attention import attend, attend_cache
 from lm_jax.kernels.dropout import dropout
 from lm_jax.kernels.rowwise import along_last
-from lm_jax.models.layers import (
-    Cache,
-    Linear,
-    Norm,
-    add_bias,
-    head_logits,
-    normal,
-    through_layers,
-    zero_cache,
-)
+from lm_jax.models.layers import Cache, Decoder, Linear, Norm, add_bias, normal, zero_cache
 from lm_jax.models.size import Size
 
 BLOCKS = (  # the grid of 2 x 2 blocks, row by row; nothing in the loss ties a block to its name
@@ -62,15 +53,14 @@ def glorot(inputs: int, outputs: int) -> float:
 
 def remember(
     cache: Cache, k_BTHC: jax.Array, v_BTHC: jax.Array
-) -> tuple[jax.Array, Cache, jax.Array, jax.Array]:
-    """The first new slot, the longer cache, and the keys and values [B, S, H, C] in it.
+) -> tuple[Cache, jax.Array, jax.Array]:
+    """The longer cache, and the keys and values [B, S, H, C] in it.
 
     Each of a layer's two attentions is a layer of the cache, which holds its heads end to end.
     """
     B, T, H, C = k_BTHC.shape
-    longer = cache.append(k_BTHC.reshape(B, T, 1, D), v_BTHC.reshape(B, T, 1, D))
-    k, v = (x.reshape(B, -1, H, C) for x in longer.last())
-    return cache.length, longer, k, v
+    cache, k, v = cache.append(k_BTHC.reshape(B, T, 1, D), v_BTHC.reshape(B, T, 1, D))
+    return cache, k.reshape(B, -1, H, C), v.reshape(B, -1, H, C)
 
 
 class BlockLinear(nnx.Module):
@@ -78,8 +68,7 @@ class BlockLinear(nnx.Module):
 
     def __init__(self, inputs: int, outputs: int, rngs: nnx.Rngs):
         """Draw w; b starts at 0."""
-        std = glorot(inputs, outputs)
-        self.kernel = nnx.Param(normal(std)(rngs.params(), (K, inputs, outputs)))
+        self.kernel = nnx.Param(normal(rngs, (K, inputs, outputs), glorot(inputs, outputs)))
         self.bias = nnx.Param(jnp.zeros((K, outputs)))
 
     def __call__(self, x_BTkI: jax.Array) -> jax.Array:
@@ -103,8 +92,8 @@ class Within(nnx.Module):
         qkv = self.qkv(x_BTD.reshape(B, T, K, 4)).reshape(B, T, K, 3, BLOCK_HEADS, -1)
         q, k, v = (qkv[:, :, :, i].reshape(B, T, K * BLOCK_HEADS, -1) for i in range(3))
         if cache is not None:
-            start, cache, k, v = remember(cache, k, v)
-            y = attend_cache(q, k, v, start=start)
+            cache, k, v = remember(cache, k, v)
+            y = attend_cache(q, k, v, start=cache.length)
         else:
             y = attend(q, k, v, segment_ids_BT=segment_ids_BT, impl=self.impl)
         return self.out(y.reshape(B, T, K, 4)).reshape(x_BTD.shape), cache
@@ -124,9 +113,9 @@ class Across(nnx.Module):
         """The output, the entropy [B, T] as a share of its maximum, and the longer cache."""
         B, T, _ = x_BTD.shape
         q, k, v = jnp.split(self.qkv(x_BTD).reshape(B, T, 3 * CROSS_HEADS, -1), 3, axis=2)
-        start: Any = 0
+        start = 0 if cache is None else cache.length
         if cache is not None:
-            start, cache, k, v = remember(cache, k, v)
+            cache, k, v = remember(cache, k, v)
         t_T1, s_1S = start + jnp.arange(T)[:, None], jnp.arange(k.shape[1])[None]
         mask_BTS = (s_1S <= t_T1)[None]
         if segment_ids_BT is not None:
@@ -153,12 +142,12 @@ class Gate(nnx.Module):
     def __init__(self, vocab_size: int, rate: float, rngs: nnx.Rngs):
         """A table [V, 16], an MLP from 17 to 16 numbers, and the largest values."""
         self.rate = rate
-        self.affinity = nnx.Param(normal(0.1)(rngs.params(), (vocab_size, K)))
+        self.affinity = nnx.Param(normal(rngs, (vocab_size, K), 0.1))
         self.up = Linear(K + 1, GATE_HIDDEN, glorot(K + 1, GATE_HIDDEN), True, rngs)
         self.down = Linear(GATE_HIDDEN, K, glorot(GATE_HIDDEN, K), True, rngs)
-        self.base = nnx.Param(0.5 + normal(0.1)(rngs.params(), (K,)))
+        self.base = nnx.Param(0.5 + normal(rngs, (K,), 0.1))
         # Nothing reads it, as in the original, whose number of parameters includes it.
-        self.interaction = nnx.Param(normal(0.1)(rngs.params(), (K, K)))
+        self.interaction = nnx.Param(normal(rngs, (K, K), 0.1))
 
     def __call__(self, tokens_BT, entropy_BT, dtype, key) -> jax.Array:
         """The sensitivities, [B, T, 16] between 0 and the base."""
@@ -200,10 +189,10 @@ class Layer(nnx.Module):
         return x_BTD, cache, s_BTk
 
 
-class MuSota(nnx.Module):
-    """Tokens to final hidden states, as `models.transformer.Transformer`.
+class MuSota(Decoder):
+    """The matrix decoder; `observed` gives the sensitivities, [L, B, T, 16].
 
-    The last hidden number is 1, so that the head's bias is a column of its matrix.
+    The last of 65 hidden numbers is 1, so that the head's bias is a column of its matrix.
     """
 
     def __init__(
@@ -218,78 +207,36 @@ class MuSota(nnx.Module):
     ):
         """Draw all parameters in float32; arguments as for `Transformer`."""
         self.cfg, self.segmented = cfg, segmented
-        table = normal(cfg.init_std)
-        self.embedding = nnx.Param(table(rngs.params(), (vocab_size, D)))
-        self.position_embedding = nnx.Param(table(rngs.params(), (max_len, D)))
+        self.embedding = nnx.Param(normal(rngs, (vocab_size, D), cfg.init_std))
+        self.position_embedding = nnx.Param(normal(rngs, (max_len, D), cfg.init_std))
         make = nnx.vmap(lambda key: Layer(cfg, vocab_size, impl, nnx.Rngs(params=key)))
-        self.blocks: Any = make(jax.random.split(rngs.params(), cfg.layers))
+        self.blocks = make(jax.random.split(rngs.params(), cfg.layers))
         self.final_norm = Norm(D, "layernorm", True)
         self.head = Linear(D, vocab_size, glorot(D, vocab_size), False, rngs)
         self.head_bias = nnx.Param(jnp.zeros((vocab_size,)))
-
-    def __call__(
-        self,
-        tokens_BT: jax.Array,
-        segment_ids_BT: jax.Array,
-        positions_BT: jax.Array,
-        *,
-        dtype: jax.typing.DTypeLike = jnp.float32,
-        key: jax.Array | None = None,
-    ) -> jax.Array:
-        """Hidden states [B, T, 65] in `dtype`; arguments as for `Transformer`."""
-        return self.observed(tokens_BT, segment_ids_BT, positions_BT, dtype=dtype, key=key)[0]
-
-    def observed(
-        self, tokens_BT, segment_ids_BT, positions_BT, *, dtype=jnp.float32, key=None
-    ) -> tuple[jax.Array, jax.Array]:
-        """The hidden states and the sensitivities, [L, B, T, 16]."""
-        ids_BT = segment_ids_BT if self.segmented else None
-        x_BTD, _, s_LBTk = self._forward(tokens_BT, ids_BT, positions_BT, dtype, key, None)
-        return x_BTD, s_LBTk
 
     def sensitivities(self, read: Sequence[Any], weights_BT, dtype) -> tuple[jax.Array, jax.Array]:
         """The hidden states of what `__call__` reads, and sums [L, 16] over the scored tokens."""
         x_BTD, s_LBTk = self.observed(*read, dtype=dtype)
         return x_BTD, jnp.einsum("bt,lbtk->lk", weights_BT, s_LBTk)
 
-    def extend(
-        self, tokens_BT: jax.Array, cache: Cache, *, dtype: jnp.dtype
-    ) -> tuple[jax.Array, Cache]:
-        """The hidden states of tokens that continue one document, and the longer cache."""
-        T = tokens_BT.shape[1]
-        positions_1T = cache.length + jnp.arange(T, dtype=jnp.int32)[None]
-        cache = cache._replace(layer=jnp.zeros((), jnp.int32))
-        x_BTD, cache, _ = self._forward(tokens_BT, None, positions_1T, dtype, None, cache)
-        return x_BTD, cache._replace(length=cache.length + T)
-
     def empty_cache(self, rows: int, slots: int, dtype: jnp.dtype) -> Cache:
         """A cache for `slots` tokens in each of `rows` rows."""
         return zero_cache((2 * self.cfg.layers, rows, slots, 1, D), dtype)
 
-    def _forward(self, tokens_BT, segment_ids_BT, positions_BT, dtype, key, cache):
-        keys: Any = [None] * (self.cfg.layers + 1)
-        if key is not None:
-            keys = jax.random.split(key, self.cfg.layers + 1)
+    def embed(self, tokens_BT, positions_BT, dtype, key) -> jax.Array:
+        """The blocks before the first layer; `key` switches dropout on."""
         x_BTD = self.embedding[...][tokens_BT] + self.position_embedding[...][positions_BT]
-        x_BTD = dropout(x_BTD.astype(dtype), self.cfg.embedding_dropout, keys[-1])
+        return to_blocks(dropout(x_BTD.astype(dtype), self.cfg.embedding_dropout, key))
 
-        def apply(layer, x_BTD, key, cache):
-            return layer(x_BTD, tokens_BT, segment_ids_BT, positions_BT, key, cache)
-
-        x_BTD, cache, s_LBTk = through_layers(
-            self.blocks, self.cfg, to_blocks(x_BTD), keys[:-1], cache, apply
-        )
+    def finish(self, x_BTD: jax.Array) -> jax.Array:
+        """The final norm of the matrices, and a 1 after each."""
         x_BTD = self.final_norm(to_matrix(x_BTD))
-        one_BT1 = jnp.ones_like(x_BTD[..., :1])
-        return jnp.concatenate([x_BTD, one_BT1], axis=-1), cache, s_LBTk
+        return jnp.concatenate([x_BTD, jnp.ones_like(x_BTD[..., :1])], axis=-1)
 
     def head_VD(self) -> jax.Array:
         """The head and its bias, [V, 65]."""
         return jnp.concatenate([self.head.kernel[...].T, self.head_bias[...][:, None]], axis=1)
-
-    def logits(self, x_BTD: jax.Array) -> jax.Array:
-        """Logits [B, T, V] in float32 or wider from hidden states."""
-        return head_logits(x_BTD, self.head_VD(), self.cfg.logit_softcap)
 
 
 def musota_size(cfg: ModelConfig, vocab_size: int, seq_len: int) -> Size:

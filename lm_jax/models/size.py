@@ -15,16 +15,11 @@ class Size(NamedTuple):
     forward_flops: float
 
     @property
-    def backward_flops(self) -> float:
-        """Two products for each one of the forward pass."""
-        return 2 * self.forward_flops
-
-    @property
     def total(self) -> int:
         """All parameters."""
         return self.table + self.positions + self.blocks
 
     @property
     def flops(self) -> float:
-        """FLOPs of one token in training."""
-        return self.forward_flops + self.backward_flops
+        """FLOPs of one token in training; the backward pass has two products for each one."""
+        return 3 * self.forward_flops

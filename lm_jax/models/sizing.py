@@ -108,13 +108,13 @@ def allocated(
         F = max(1, int(expansion * D))
         return dataclasses.replace(cfg, d_model=D, d_ff=F, layers=layers)
 
-    one, two = (size(deep(n), vocab_size, seq_len).total for n in (1, 2))
-    layers = max(1, round(1 + (budget - one) / (two - one)))
-    total = size(deep(layers), vocab_size, seq_len).total
-    if abs(total / budget - 1) > tolerance:
-        other = layers + (1 if total < budget else -1)
-        nearby = [n for n in (layers, other) if n]
-        sizes = (f"{size(deep(n), vocab_size, seq_len).total:,} with layers={n}" for n in nearby)
+    def total(layers: int) -> int:
+        return size(deep(layers), vocab_size, seq_len).total
+
+    layers = max(1, round(1 + (budget - total(1)) / (total(2) - total(1))))
+    if abs(total(layers) / budget - 1) > tolerance:
+        other = layers + (1 if total(layers) < budget else -1)
+        sizes = (f"{total(n):,} with layers={n}" for n in (layers, other) if n)
         raise ValueError(
             f"d_model={D} with d_ff={deep(1).d_ff} has {' and '.join(sizes)} parameters, not "
             f"{budget:,.0f} within {tolerance:.1%}: change the budget, table_share or expansion."

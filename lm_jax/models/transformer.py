@@ -4,7 +4,7 @@ Letters of the shape suffixes, used in the whole package: B batch, T time, D mod
 H query heads, K key/value heads, C head width, F MLP width, V vocabulary, L layers.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,16 +15,7 @@ from lm_jax.kernels.attention import attend, attend_cache
 from lm_jax.kernels.dropout import dropout
 from lm_jax.kernels.linear import linear
 from lm_jax.kernels.rowwise import swiglu
-from lm_jax.models.layers import (
-    Cache,
-    Linear,
-    Norm,
-    head_logits,
-    normal,
-    rotary,
-    through_layers,
-    zero_cache,
-)
+from lm_jax.models.layers import Cache, Decoder, Linear, Norm, normal, rotary, zero_cache
 from lm_jax.models.size import Size
 
 
@@ -58,8 +49,8 @@ class Attention(nnx.Module):
             q = rotary(q, positions_BT, cfg.rope_theta)
             k = rotary(k, positions_BT, cfg.rope_theta)
         if cache is not None:
-            start, cache = cache.length, cache.append(k, v)
-            y_BTHC = attend_cache(q, *cache.last(), start=start)
+            cache, *kv = cache.append(k, v)
+            y_BTHC = attend_cache(q, *kv, start=cache.length)
         else:
             y_BTHC = attend(
                 q,
@@ -97,6 +88,14 @@ class MLP(nnx.Module):
         return self.down(jax.nn.gelu(y, approximate=self.kind == "gelu_tanh"))
 
 
+class Observed(NamedTuple):
+    """What a layer computes; `Decoder.observed` adds the axis of layers."""
+
+    x_LBTD: jax.Array  # the residual stream after it
+    q_LBTHC: jax.Array
+    k_LBTKC: jax.Array
+
+
 class Block(nnx.Module):
     """x + attention(norm x), then x + mlp(norm x)."""
 
@@ -108,35 +107,25 @@ class Block(nnx.Module):
         self.mlp_norm = Norm(cfg.d_model, cfg.norm, cfg.bias, cfg.norm_eps)
         self.mlp = MLP(cfg, rngs)
 
-    def __call__(self, x_BTD, segment_ids_BT, positions_BT, key) -> jax.Array:
-        """Apply the layer; `key` switches dropout on."""
-        return self.with_cache(x_BTD, segment_ids_BT, positions_BT, key, None)[0]
-
-    def with_cache(
-        self, x_BTD, segment_ids_BT, positions_BT, key, cache
-    ) -> tuple[jax.Array, Cache | None, tuple[jax.Array, jax.Array]]:
-        """Apply the layer to tokens that continue what is in the cache, if there is one.
-
-        Returns queries and keys besides.
-        """
+    def __call__(
+        self, x_BTD, tokens_BT, segment_ids_BT, positions_BT, key, cache=None
+    ) -> tuple[jax.Array, Cache | None, Observed]:
+        """Apply the layer, see `Decoder`; `key` switches dropout on."""
+        del tokens_BT
         probs, branch, mlp = (None,) * 3 if key is None else jax.random.split(key, 3)
-        y, cache, seen = self.attention(
+        y, cache, (q, k) = self.attention(
             self.attention_norm(x_BTD), segment_ids_BT, positions_BT, probs, cache
         )
         x_BTD = x_BTD + dropout(y, self.rate, branch)
-        return x_BTD + dropout(self.mlp(self.mlp_norm(x_BTD)), self.rate, mlp), cache, seen
+        x_BTD = x_BTD + dropout(self.mlp(self.mlp_norm(x_BTD)), self.rate, mlp)
+        return x_BTD, cache, Observed(x_BTD, q, k)
 
 
-class Observed(NamedTuple):
-    """States, queries and keys of every layer, with a leading axis of layers."""
+class Transformer(Decoder):
+    """The dense decoder.
 
-    x_LBTD: jax.Array  # the residual stream after it
-    q_LBTHC: jax.Array
-    k_LBTKC: jax.Array
-
-
-class Transformer(nnx.Module):
-    """Tokens to final hidden states; the head is applied by `logits` or inside the loss."""
+    With a tied head and factorised embeddings its hidden states have the rank of the table.
+    """
 
     def __init__(
         self,
@@ -156,75 +145,21 @@ class Transformer(nnx.Module):
             max_len: rows of the position table, if there is one.
             impl: attention implementation.
             rngs: stream "params".
-            segmented: whether a row may hold several documents, or padding before the text. If
-                not, attention needs no mask but the causal one: padding comes last, where no other
-                position sees it.
+            segmented: see `Decoder`.
         """
         self.cfg, self.segmented = cfg, segmented
         D = cfg.d_model
-        table_std = normal(cfg.init_std)
         rank = cfg.embedding_rank
-        self.embedding = nnx.Param(table_std(rngs.params(), (vocab_size, rank or D)))
+        self.embedding = nnx.Param(normal(rngs, (vocab_size, rank or D), cfg.init_std))
         if rank:  # Lan et al. 2020 (ALBERT), section 3.1
-            self.projection = nnx.Param(normal(rank**-0.5)(rngs.params(), (rank, D)))
+            self.projection = nnx.Param(normal(rngs, (rank, D), rank**-0.5))
         if cfg.positions == "learned":
-            self.position_embedding = nnx.Param(table_std(rngs.params(), (max_len, D)))
-        # One module whose parameters have a leading axis of layers, scanned or not: the optimiser
-        # sees one leaf where it would see one a layer.
+            self.position_embedding = nnx.Param(normal(rngs, (max_len, D), cfg.init_std))
         make = nnx.vmap(lambda key: Block(cfg, impl, nnx.Rngs(params=key)))
-        self.blocks: Any = make(jax.random.split(rngs.params(), cfg.layers))
+        self.blocks = make(jax.random.split(rngs.params(), cfg.layers))
         self.final_norm = Norm(D, cfg.norm, cfg.bias, cfg.norm_eps)
         if not cfg.tied:
             self.head = Linear(D, vocab_size, matrix_std(cfg, D), False, rngs)
-
-    def __call__(
-        self,
-        tokens_BT: jax.Array,
-        segment_ids_BT: jax.Array,
-        positions_BT: jax.Array,
-        *,
-        dtype: jax.typing.DTypeLike = jnp.float32,
-        key: jax.Array | None = None,
-    ) -> jax.Array:
-        """Hidden states after the final norm, [B, T, D] in `dtype`.
-
-        With a tied head and factorised embeddings they are projected to the rank of the table.
-
-        Args:
-            tokens_BT: ids in [0, V); checked on the host, not here.
-            segment_ids_BT: document per position, 0 for padding.
-            positions_BT: position inside the document.
-            dtype: compute dtype.
-            key: random key that switches dropout on; None in evaluation.
-        """
-        ids_BT = segment_ids_BT if self.segmented else None
-        return self._forward(tokens_BT, ids_BT, positions_BT, dtype, key, None)[0]
-
-    def observed(
-        self, tokens_BT, segment_ids_BT, positions_BT, *, dtype=jnp.float32, key=None
-    ) -> tuple[jax.Array, Observed]:
-        """The hidden states and what each layer computes."""
-        ids_BT = segment_ids_BT if self.segmented else None
-        x_BTD, _, seen = self._forward(
-            tokens_BT, ids_BT, positions_BT, dtype, key, None, observe=True
-        )
-        return x_BTD, seen
-
-    def extend(
-        self, tokens_BT: jax.Array, cache: Cache, *, dtype: jnp.dtype
-    ) -> tuple[jax.Array, Cache]:
-        """Hidden states of tokens that continue one document, and the longer cache.
-
-        Args:
-            tokens_BT: the next T tokens; the cache has free slots for them.
-            cache: what went before, as returned by `empty_cache` or by this method.
-            dtype: compute dtype, that of the cache.
-        """
-        T = tokens_BT.shape[1]
-        positions_1T = cache.length + jnp.arange(T, dtype=jnp.int32)[None]
-        cache = cache._replace(layer=jnp.zeros((), jnp.int32))
-        x_BTD, cache, _ = self._forward(tokens_BT, None, positions_1T, dtype, None, cache)
-        return x_BTD, cache._replace(length=cache.length + T)
 
     def empty_cache(self, rows: int, slots: int, dtype: jnp.dtype) -> Cache:
         """A cache for `slots` tokens in each of `rows` rows."""
@@ -232,36 +167,27 @@ class Transformer(nnx.Module):
         width = cfg.d_model // cfg.heads
         return zero_cache((cfg.layers, rows, slots, cfg.kv_heads, width), dtype)
 
-    def _forward(self, tokens_BT, segment_ids_BT, positions_BT, dtype, key, cache, observe=False):
+    def embed(self, tokens_BT, positions_BT, dtype, key) -> jax.Array:
+        """The hidden states before the first layer; `key` switches dropout on."""
         cfg = self.cfg
-        keys: Any = [None] * (cfg.layers + 1)
-        if key is not None:
-            keys = jax.random.split(key, cfg.layers + 1)
         # Gather, then cast: the gradient of a table is summed in the table's float32.
         x_BTD = self.embedding[...][tokens_BT].astype(dtype)
         if cfg.embedding_rank:
             x_BTD = linear(x_BTD, self.projection[...], dtype)
         if cfg.positions == "learned":
             x_BTD = x_BTD + self.position_embedding[...][positions_BT].astype(dtype)
-        x_BTD = dropout(x_BTD, cfg.embedding_dropout, keys[-1])
+        return dropout(x_BTD, cfg.embedding_dropout, key)
 
-        def apply(block, x_BTD, key, cache):
-            x_BTD, cache, (q, k) = block.with_cache(x_BTD, segment_ids_BT, positions_BT, key, cache)
-            return x_BTD, cache, Observed(x_BTD, q, k) if observe else None
-
-        x_BTD, cache, seen = through_layers(self.blocks, cfg, x_BTD, keys[:-1], cache, apply)
+    def finish(self, x_BTD: jax.Array) -> jax.Array:
+        """The final norm, and a projection to the rank of a tied factorised table."""
         x_BTD = self.final_norm(x_BTD)
-        if cfg.embedding_rank and cfg.tied:
-            x_BTD = linear(x_BTD, self.projection[...].T, dtype)
-        return x_BTD, cache, seen
+        if self.cfg.embedding_rank and self.cfg.tied:
+            x_BTD = linear(x_BTD, self.projection[...].T, x_BTD.dtype)
+        return x_BTD
 
     def head_VD(self) -> jax.Array:
         """The matrix that turns hidden states into logits, one row per vocabulary entry."""
         return self.embedding[...] if self.cfg.tied else self.head.kernel[...].T
-
-    def logits(self, x_BTD: jax.Array) -> jax.Array:
-        """Logits [B, T, V] in float32 or wider from hidden states."""
-        return head_logits(x_BTD, self.head_VD(), self.cfg.logit_softcap)
 
 
 def matrix_std(cfg: ModelConfig, inputs: int) -> float:
