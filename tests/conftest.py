@@ -1,5 +1,6 @@
 """Settings for all tests: CPU, quick compiling, no silent rank promotion."""
 
+import gc
 import os
 import tempfile
 
@@ -20,6 +21,8 @@ import pytest
 from absl import flags
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# What is compiled stays for the whole session: looking through all of it for garbage takes time.
+gc.set_threshold(20_000, 50, 50)
 
 
 @pytest.fixture(scope="session")

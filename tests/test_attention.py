@@ -131,6 +131,7 @@ def test_16_bits(ready, name, dtype):
 
 @every("pallas")
 @pytest.mark.parametrize("name", [*SHORT[1:], "one position"])
+@pytest.mark.slow
 def test_pallas(ready, name):
     held_to_the_rule(ready, name, "bfloat16")
 

@@ -161,6 +161,7 @@ def small_wikitext2(tmp_path_factory):
     return make
 
 
+@pytest.mark.slow
 def test_wikitext2_trains_in_float16(small_wikitext2, tmp_path):
     """As on a T4: dropout, Muon, the average of the weights, query norms and the fused loss."""
     result = train.train_and_evaluate(small_wikitext2("float16"), tmp_path / "run")
@@ -176,6 +177,7 @@ def test_wikitext2_trains_in_float16(small_wikitext2, tmp_path):
     assert len(sample.ids) == 8
 
 
+@pytest.mark.slow
 def test_the_dtype_of_a_run_is_recorded_and_kept(small_wikitext2, tmp_path, monkeypatch, capsys):
     cfg = small_wikitext2("auto")
     train.train_and_evaluate(cfg, tmp_path / "run")

@@ -18,6 +18,7 @@ from lm_jax.files import write_json
 from tests.helpers import shared_data
 
 
+@pytest.mark.slow
 def test_references_of_wikitext_by_words(tmp_path):
     cfg = config.replace(
         Config(),
@@ -39,6 +40,7 @@ def test_references_of_wikitext_by_words(tmp_path):
     assert references_module.references(store, "test") == references
 
 
+@pytest.mark.slow
 def test_entropy_rate_is_a_reference_of_symbols_only(tmp_path):
     cfg = config.replace(Config(), data__cache_dir=str(tmp_path))
     store = open_data(cfg)

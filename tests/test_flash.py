@@ -98,6 +98,7 @@ def test_deterministic(name):
     check(DETERMINISTIC[name], "bfloat16", deterministic=True)
 
 
+@pytest.mark.slow
 def test_missing_fence_is_a_race(monkeypatch, capfd):
     """That the detector sees anything at all: outputs are copied from where they just went."""
     case = Case(64, B=1, H=1, K=1, C=64)
@@ -114,6 +115,7 @@ def test_missing_fence_is_a_race(monkeypatch, capfd):
     assert "RACE DETECTED" in said
 
 
+@pytest.mark.slow
 def test_deterministic_differs_in_the_gradient_of_queries_alone(monkeypatch):
     """The two backward passes share the rest, and both give the same bits each time."""
     monkeypatch.setattr(plgpu, "wgmma", WGMMA)
@@ -126,6 +128,7 @@ def test_deterministic_differs_in_the_gradient_of_queries_alone(monkeypatch):
             np.testing.assert_array_equal(np.float32(fast[name]), np.float32(fixed[name]))
 
 
+@pytest.mark.slow
 def test_vmap_gives_the_same_bits(monkeypatch):
     """The mapped axis joins the batch, but not in the counter of dropout."""
     monkeypatch.setattr(plgpu, "wgmma", WGMMA)

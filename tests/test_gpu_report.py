@@ -166,6 +166,7 @@ class FakeProcess:
         ("torch 9,torch 8", {"torch 9", "torch 8"}, set()),
     ],
 )
+@pytest.mark.slow
 def test_late_peer_costs_itself_only(monkeypatch, peers, late, hangs):
     import bench_step
 

@@ -120,6 +120,7 @@ def test_an_empty_split_is_refused(train_ids, ids):
         perplexities(*arrays, vocab_size=2, start=0)
 
 
+@pytest.mark.slow
 def test_wikitext_2_gives_the_known_perplexities():
     folder = shared_data("wikitext-2")
     number: dict[str, int] = {}

@@ -38,6 +38,7 @@ class Lab:
         self.params = randomise(init(jax.random.key(0)), 1)
         self.beside = self.objective.beside(jax.random.key(1))
         self.batch = random_batch(np.random.default_rng(0), (6, 12), V, padded=2)
+        self.of_update = jax.jit(step.make_gradients(self.cfg, self.objective))
 
     @property
     def state(self):
@@ -45,9 +46,8 @@ class Lab:
         return jax.tree.map(jnp.copy, step.init_state(self.cfg, self.params, self.beside))
 
     def gradients(self, update=0, batch=None):
-        of_update = step.make_gradients(self.cfg, self.objective)
         batch = self.batch if batch is None else batch
-        grads, found = jax.jit(of_update)(self.state.trained, update, jnp.asarray(1.0), batch)
+        grads, found = self.of_update(self.state.trained, update, jnp.asarray(1.0), batch)
         return found.nats, found.count, grads, found.metrics
 
     def steps(self, count):
@@ -59,6 +59,12 @@ class Lab:
             state, values = make(state, stacked, self.objective.reads)
             rows.append({name: float(x[0]) for name, x in values.items()})
         return state, rows
+
+
+@functools.cache
+def everything():
+    """A step with every term, for tests that change nothing of it."""
+    return Lab(**EVERYTHING)
 
 
 def close(a, b, **tolerance):
@@ -108,7 +114,7 @@ def test_a_row_without_a_token_is_no_candidate():
 
 @pytest.mark.parametrize("update", [0, 5, STEPS - 1])
 def test_weighted_terms_add_up_and_have_their_names(update):
-    lab = Lab(**EVERYTHING)
+    lab = everything()
     row = {name: float(x) for name, x in lab.gradients(update)[3].items()}
     weighted = {n: x for n, x in row.items() if n.startswith("distill/weighted/")}
     names = "kd_kl_t2 lm_ce feature layer attention contrastive".split() + list(objective.ROUTED)
@@ -126,7 +132,7 @@ def test_weighted_terms_add_up_and_have_their_names(update):
 
 
 def test_each_term_reads_its_layers_and_is_divided_by_its_own_count():
-    lab = Lab(**EVERYTHING)
+    lab = everything()
     row = {name.removeprefix("distill/"): x for name, x in lab.gradients(5)[3].items()}
     b = losses.shift(jax.tree.map(jnp.asarray, lab.batch))
     read = b.inputs, b.segment_ids, b.positions

@@ -57,6 +57,9 @@ def nats(params, window, *, shift=True, causal=True, crossed=False, dtype=jnp.fl
     return -jnp.take_along_axis(log_p, targets[..., None], 2)[..., 0]
 
 
+norm_of = jax.jit(optax.tree.norm)
+
+
 @functools.lru_cache
 def compiled(shift, causal, crossed, dtype, extra):
     """The update and the evaluation of one objective."""
@@ -154,7 +157,7 @@ def train(
             row["train/loss"] = 0.0
         if extra:
             row["distill/objective"] = total
-        row["optim/param_norm"] = float(optax.tree.norm(params))
+        row["optim/param_norm"] = float(norm_of(params))
         rows.append(
             {"step": step}
             | {name: x if math.isfinite(x) else None for name, x in row.items()}

@@ -85,6 +85,7 @@ def test_the_full_set_is_in_order(text):
     assert report["target.gibbs"].status == report["gradient.directional"].status == "pass"
 
 
+@pytest.mark.slow
 def test_a_run_with_a_broken_loss_is_refused(text, tmp_path, monkeypatch, capsys):
     right = loss.shift
 

@@ -12,6 +12,7 @@ import pytest
 
 from lm_jax.doctor import examine_gradients, examine_loss, examine_model, examine_training
 
+pytestmark = pytest.mark.slow
 fault = pytest.mark.fault
 V, T, D, HEADS, LAYERS = 31, 12, 16, 2, 2
 
@@ -132,7 +133,6 @@ def training(loss=right_loss, attend=right, updates_due=lambda count: (count, Tr
     )
 
 
-@pytest.mark.slow
 def test_without_the_faults_all_is_silent():
     for report in (examine(), examine_loss(right_loss, vocab_size=V, seq_len=T), training()):
         assert silent(report), [f for f in report if f.status in ("fail", "warn")]

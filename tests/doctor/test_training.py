@@ -52,6 +52,7 @@ LEAKS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, chunk", LEAKS)
 def test_leaks_are_learned(kind, chunk):
     # As far from 0 as these are, they are seen without the batches that 0.003 nats would take.
