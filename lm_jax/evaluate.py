@@ -47,7 +47,7 @@ class Evaluator:
         """
         cfg = run.cfg
         if stride is not None:
-            cfg = rules.validate(config.replace(cfg, eval__stride=stride))
+            cfg = rules.validate(config.replace(cfg, eval__stride=stride or cfg.data.seq_len))
         return cls(cfg, run.store, run.mesh, step.make_eval_step(cfg, run.graphdef, run.mesh))
 
     def __call__(self, params: Any, split_name: str) -> dict[str, Any]:

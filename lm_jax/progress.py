@@ -9,10 +9,11 @@ import jax
 import numpy as np
 
 from lm_jax import metrics, preflight, step
+from lm_jax.checkpoint import Manifest
 from lm_jax.data.references import references
 from lm_jax.doctor import provenance
 from lm_jax.models.families import family
-from lm_jax.setup import Manifest, Setup
+from lm_jax.setup import Setup
 from lm_jax.step import TrainState
 from lm_jax.writers import Writers
 

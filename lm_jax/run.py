@@ -4,10 +4,9 @@ import dataclasses
 import pathlib
 from typing import Any
 
-from lm_jax.doctor.log.subject import read_log
 from lm_jax.evaluate import Evaluator, score_run
 from lm_jax.generate import Sample, generate
-from lm_jax.workdir import METRICS, Trained, open_trained
+from lm_jax.workdir import Trained, open_trained, read_metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,6 +17,8 @@ class Run(Trained):
 
     def evaluate(self, split: str = "test", stride: int | None = None) -> dict[str, Any]:
         """Score a whole split, each token once; print it and write it into the workdir.
+
+        What `compare_runs` reads there is then of this stride and this checkpoint.
 
         Args:
             split: train, valid or test.
@@ -36,8 +37,8 @@ class Run(Trained):
         return generate(self, prompt, **options)
 
     def history(self) -> list[dict[str, Any]]:
-        """The rows of `metrics.jsonl` in order, without the torn last line of a killed run."""
-        return read_log(self.workdir / METRICS, null_is_nan=True).records
+        """The rows of `metrics.jsonl` in order; a number that was not finite is None."""
+        return list(read_metrics(self.workdir))
 
 
 def open_run(workdir: str | pathlib.Path, *, best: bool = True) -> Run:
@@ -59,5 +60,5 @@ def open_run(workdir: str | pathlib.Path, *, best: bool = True) -> Run:
         FileNotFoundError: if the workdir holds no config or no checkpoint.
         ConfigError: if the corpus or its tokenizer has changed since, or the run is of version 0.1.
     """
-    folder = pathlib.Path(workdir)
+    folder = pathlib.Path(workdir).absolute()  # the process may move to another folder
     return Run(workdir=folder, **vars(open_trained(folder, best=best)))

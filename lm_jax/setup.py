@@ -14,7 +14,7 @@ from rich.console import Console
 
 import lm_jax
 from lm_jax import checkpoint, evaluate, optim, preflight, sharding, step, workdir
-from lm_jax.checkpoint import Checkpoints
+from lm_jax.checkpoint import Checkpoints, Manifest
 from lm_jax.config import Config, ConfigError, rules
 from lm_jax.config.resolve import resolve, rounded
 from lm_jax.data import windows
@@ -30,8 +30,6 @@ from lm_jax.kernels.device import choose_dtype
 from lm_jax.models.families import choose_attention, create_model
 from lm_jax.objective import NextToken, Objective
 from lm_jax.step import TrainState
-
-Manifest = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +79,8 @@ class Setup:
             # After a kill the best checkpoint may be newer than the one to go on from.
             best = self.checkpoints.manifest(best=True)
             manifest |= {"best_loss": best["best_loss"], "best_position": best["best_position"]}
+        else:
+            manifest |= {"best_loss": None, "best_position": None}
         return TrainState(**self.checkpoints.restore(like)), manifest
 
     def begin(self) -> tuple[TrainState, Manifest]:
@@ -94,8 +94,6 @@ class Setup:
         if jax.process_index() == 0:
             print(*taught, sep="\n", end="\n" if taught else "", flush=True)
         examine_run(self.cfg, self.store, self.folder)
-        self.checkpoints.clear_best()
-        workdir.clear_results(self.folder)
         shardings = sharding.by_shape(self.mesh, self.abstract)
         init = jax.jit(self.init_state, out_shardings=shardings)
         manifest: Manifest = {"version": lm_jax.__version__, "position": 0, "tokens": 0}
@@ -184,6 +182,7 @@ def assemble(cfg: Config, folder: pathlib.Path, store: Store | None = None) -> S
     def init_state(key: jax.Array) -> TrainState:
         return step.init_state(cfg, init(key), objective.beside(key))
 
+    lines = _choices(asked, cfg, store, mesh, epoch)
     setup = Setup(
         cfg=cfg,
         folder=folder,
@@ -195,10 +194,13 @@ def assemble(cfg: Config, folder: pathlib.Path, store: Store | None = None) -> S
         train_steps=step.make_train_step(cfg, objective),
         evaluator=Evaluator(cfg, store, mesh, step.make_eval_step(cfg, graphdef, mesh)),
         checkpoints=Checkpoints(folder, cfg.train.keep),
-        lines=_choices(asked, cfg, store, mesh, epoch),
+        lines=lines,
         teacher=teacher,
     )
     resuming = setup.start > 0
+    if not resuming:  # another run may have left something here
+        setup.checkpoints.clear_best()
+        workdir.clear_results(folder)
     workdir.record_config(folder, cfg, store, resuming=resuming, asked=asked)
     if teacher is not None:
         record_teacher(folder, teacher, resuming=resuming)

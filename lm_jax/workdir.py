@@ -8,7 +8,7 @@ import pathlib
 import platform
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -126,20 +126,21 @@ def _require_same(old: Record, cfg: Config, store: Store, asked: Config) -> None
         )
 
 
-def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
+def read_metrics(workdir: pathlib.Path) -> Iterator[dict[str, Any]]:
     """The rows of `metrics.jsonl`, if it is there, without half a last line that a kill can leave.
 
     A number that was not finite is None.
     """
     path = workdir / METRICS
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    if path.exists():
+        with path.open() as lines:
+            yield from (json.loads(line) for line in lines if line.rstrip().endswith("}"))
 
 
 def clear_results(workdir: pathlib.Path) -> None:
     """Remove the results that an earlier run may have left in this folder."""
     if jax.process_index() == 0:
-        for name in (SCORES, DOCUMENTS, AGREEMENT, WATCH):
+        for name in (SCORES, DOCUMENTS, TEACHER, AGREEMENT, DOCTOR, WATCH):
             for path in workdir.glob(name.format("*")):
                 path.unlink()
 
@@ -166,10 +167,10 @@ class Trained:
     """A trained run, opened for use."""
 
     cfg: Config
-    store: Store
+    store: Store = dataclasses.field(repr=False)
     mesh: Mesh
-    graphdef: Any
-    params: Any
+    graphdef: Any = dataclasses.field(repr=False)
+    params: Any = dataclasses.field(repr=False)
     step: int
 
 
@@ -211,6 +212,11 @@ def open_trained(
     checkpoints = checkpoint.Checkpoints(workdir, cfg.train.keep, read_only=True)
     position = checkpoints.position(best=best)
     if position is None:
+        if best and checkpoints.position() is not None:
+            raise FileNotFoundError(
+                f"{workdir}: holds no best checkpoint, for nothing was evaluated yet; finish the "
+                "run, or open the newest: lm_jax.open_run(..., best=False)."
+            )
         raise FileNotFoundError(f"{workdir}: holds no checkpoint; train the run first.")
     part = checkpoints.restore_part(checkpoint.abstract_like(abstract, shardings), best=best)
     checkpoints.close()

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import jax
 
-from lm_jax.files import finite_or_none, write_text
+from lm_jax.files import finite_or_none, whole
 from lm_jax.workdir import METRICS, read_metrics
 
 Row = Mapping[str, float]
@@ -33,8 +33,10 @@ class Writers:
         self._events = None
         if not self._active:
             return
-        kept = [row for row in read_metrics(workdir) if row["step"] <= start]
-        write_text(workdir / METRICS, "".join(json.dumps(row) + "\n" for row in kept))
+        with whole(workdir / METRICS) as file:
+            for row in read_metrics(workdir):
+                if row["step"] <= start:
+                    file.write((json.dumps(row) + "\n").encode())
         self._file = (workdir / METRICS).open("a", buffering=1)
         if tensorboard:
             from tensorboardX import SummaryWriter

@@ -111,8 +111,20 @@ def test_a_run_does_what_the_commands_do(examples, capsys):
     assert record["text"] == made[0].text in capsys.readouterr().out
     main(["lm-jax", "compare", str(run.workdir), "--split=valid"])
     assert "| example |" in capsys.readouterr().out
+    assert run.evaluate("valid", stride=0) == result  # the length of a window, as in the config
     with pytest.raises(ValueError, match="config.eval.stride"):
         run.evaluate("valid", stride=-1)
+    assert len(repr(run)) < 5000
+
+
+def test_a_relative_folder_stays_where_it_was(examples, tmp_path, monkeypatch):
+    monkeypatch.chdir(examples["run"].workdir.parent)
+    run = lm_jax.open_run(examples["run"].workdir.name)
+    assert lm_jax.compare_runs(run.workdir.name).values["arms"][0]["name"] == "example"
+    monkeypatch.chdir(tmp_path)
+    assert run.history() == examples["run"].history()
+    with pytest.raises(ValueError, match="no run is given"):
+        lm_jax.compare_runs([])
 
 
 def test_a_killed_run_is_opened(examples, tmp_path):

@@ -44,7 +44,7 @@ LONG_FILES = {
     "doctor/optimiser/examine.py",
     "doctor/training/examine.py",
 }
-CODE_LINES = 17_502
+CODE_LINES = 17_521
 
 
 def room(path: pathlib.Path) -> str:

@@ -591,7 +591,10 @@ def test_divergence_needs_one_vocabulary():
         distil(x, head, y, other[:-1], weights, kind="forward")
 
 
-@pytest.mark.parametrize("options", [dict(kind="forward"), dict(kind="reverse", temperature=2.0)])
+@pytest.mark.parametrize(
+    "options",
+    [dict(kind="reverse", temperature=2.0), dict(kind="forward", support="top_k", top_k=5)],
+)
 def test_a_gpu_has_the_gradient_of_divergence_and_targets(options, monkeypatch):
     x, head, y, other, weights = pair()
     targets = jax.random.randint(jax.random.key(5), weights.shape, 0, V)

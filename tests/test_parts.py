@@ -275,7 +275,7 @@ def test_a_part_that_cannot_be_sent_is_told_as_it_is(tmp_path):
 def test_an_error_stops_the_other_processes(tmp_path):
     with pytest.raises(ValueError, match="line 0 is broken"):
         prepare_parts(first_is_broken, tmp_path)
-    assert len(list(tmp_path.glob("read-*"))) <= 2  # of five
+    assert len(list(tmp_path.glob("read-*"))) <= 1  # of five: the other process finishes its own
 
 
 def prepare_parts(texts, folder):

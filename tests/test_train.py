@@ -207,6 +207,8 @@ def test_command_line_errors_are_one_sentence(text, tmp_path):
         ("--config.model.layerz=3", "did you mean config.model.layers?"),
         ("--config.model.layers=four", "config.model.layers"),
         ("--config.model.heads=3", "config.model.heads: 3 does not divide"),
+        ("--config.train.steps=abc", "config.train.steps: 'abc' is no duration"),
+        ("--config.optim.peak_lr=nan", "config.optim.peak_lr: nan is not finite"),
         ("--config.data.files=none*.txt", "none*.txt"),
         ("--config=nowhere.py", "nowhere.py"),
         (

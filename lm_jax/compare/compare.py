@@ -65,7 +65,9 @@ class Comparison:
         return page.html(self.values)
 
 
-def compare_runs(workdirs: Sequence[str | pathlib.Path], split: str = "test") -> Comparison:
+def compare_runs(
+    workdirs: str | pathlib.Path | Sequence[str | pathlib.Path], split: str = "test"
+) -> Comparison:
     """Compare finished runs by their exact evaluations of a split.
 
     Example:
@@ -78,6 +80,10 @@ def compare_runs(workdirs: Sequence[str | pathlib.Path], split: str = "test") ->
         FileNotFoundError: for a folder that lacks a file of a finished and evaluated run.
         ValueError: for runs that cannot be compared; the sentence names them.
     """
+    if isinstance(workdirs, str | pathlib.Path):
+        workdirs = [workdirs]
+    if not workdirs:
+        raise ValueError("workdirs: no run is given; name one or several.")
     arms = group_runs([load_run(pathlib.Path(workdir), split) for workdir in workdirs])
     _require_one_text(arms, split)
     arms.sort(key=lambda arm: arm.bits_per_byte.mean())

@@ -88,7 +88,7 @@ def load_run(folder: pathlib.Path, split: str) -> Run:
             f"{folder}: its corpus has no {split} split; "
             f"give --split={' or --split='.join(data['splits'])}."
         )
-    rows = read_metrics(folder)
+    rows = list(read_metrics(folder))
     training = [row for row in rows if "train/loss" in row]
     done = training[-1]["step"] if training else 0
     if done < int(cfg.train.steps):

@@ -16,7 +16,7 @@ def replace(cfg: Config, **changes: Any) -> Config:
     cfg = copy.deepcopy(cfg)
     for path, value in changes.items():
         *parents, last = path.split("__")
-        setattr(functools.reduce(getattr, parents, cfg), last, value)
+        setattr(functools.reduce(getattr, parents, cfg), last, copy.deepcopy(value))
     return cfg
 
 

@@ -71,9 +71,9 @@ def parse_flags(
     flags.FLAGS.mark_as_parsed()
     try:
         rest = given(argv)[1:]
-    except flags.Error as error:
+    except (ConfigError, flags.Error) as error:
         # What `get_config` refuses comes with a traceback before it.
-        misuse(str(error).rpartition("\nValueError: ")[2].strip())
+        misuse(re.split(r"\n(?:[\w.]*ConfigError|ValueError): ", str(error))[-1].strip())
     if rest and not others:
         misuse(f"{rest[0]}: not a flag; see --help.")
     return rest

@@ -247,6 +247,9 @@ def _write_in_processes(
         write_in_process = idle.get()
         try:
             write_in_process(part, folder)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # begin no other part
+            raise
         finally:
             idle.put(write_in_process)
 
@@ -254,8 +257,7 @@ def _write_in_processes(
         for _ in range(workers):
             idle.put(stack.enter_context(_process()))
         pool = concurrent.futures.ThreadPoolExecutor(workers)
-        # After an error, waits for the parts that are being written, and begins no other.
-        stack.callback(pool.shutdown, cancel_futures=True)
+        stack.callback(pool.shutdown, cancel_futures=True)  # waits for parts that are being written
         for written in concurrent.futures.as_completed([pool.submit(write, part) for part in todo]):
             written.result()
             report()

@@ -79,7 +79,8 @@ def perplexities(
 def unigram_nats(train_ids: np.ndarray, ids: np.ndarray, *, vocab_size: int) -> np.ndarray:
     """-ln of the relative frequency in `train_ids` of each token of `ids`, float64 [len(ids)].
 
-    If any scored token never occurs in training, one is added to the count of every type.
+    If any scored token never occurs in training, one is added to the count of every type. Neither
+    may be empty.
     """
     counts = np.bincount(train_ids, minlength=int(ids.max()) + 1)
     counts_N = counts[ids]

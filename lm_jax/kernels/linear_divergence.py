@@ -130,9 +130,8 @@ def linear_divergence(
         objective_N = kd * temperature**2 * divergence_N
         nats_N = correct_N = jnp.zeros_like(divergence_N)
         if target_N is not None:
-            nats_N, correct_N, slope_NV = _cross_entropy(z_NV, target_N, weights_N * lm, weights_N)
+            nats_N, correct_N, dz_NV = _with_cross_entropy(dz_NV, z_NV, target_N, weights_N, lm)
             objective_N += lm * nats_N
-            dz_NV += slope_NV
         values = objective_N, divergence_N, nats_N, jnp.ones_like(nats_N), correct_N
         return tuple(weights_N * value_N for value_N in values), dz_NV
 
@@ -169,18 +168,18 @@ def _forward_kl(z_NV, y_NV, temperature, factor_N):
     return divergence_N, q_NV * of_q_N[:, None] - p_NV * of_p_N[:, None]
 
 
-def _cross_entropy(z_NV, target_N, factor_N, weights_N):
-    """Nats of the targets, where none is likelier, and the gradient of factor times the nats.
+def _with_cross_entropy(dz_NV, z_NV, target_N, weights_N, lm):
+    """Nats of the targets, where none is likelier, and dz with the gradient of lm nats added.
 
     By hand, since JAX cannot differentiate the reduction of `pick`.
     """
     target_N1, picked_N, top_N, lse_N = pick(z_NV, target_N, weights_N)
     nats_N = lse_N - picked_N
-    lse_N, factor_N = jax.lax.optimization_barrier((lse_N, factor_N))
+    lse_N, share_N = jax.lax.optimization_barrier((lse_N, weights_N * lm))
     is_target_NV = jnp.arange(z_NV.shape[1])[None] == target_N1
-    slope_NV = jnp.exp(z_NV - lse_N[:, None]) * factor_N[:, None]
-    slope_NV -= jnp.where(is_target_NV, factor_N[:, None], 0)
-    return nats_N, picked_N >= top_N, slope_NV
+    dz_NV += jnp.exp(z_NV - lse_N[:, None]) * share_N[:, None]
+    dz_NV -= jnp.where(is_target_NV, share_N[:, None], 0)
+    return nats_N, picked_N >= top_N, dz_NV
 
 
 def _check(V, teacher, kind, temperature, beta, support, top_k, groups) -> None:

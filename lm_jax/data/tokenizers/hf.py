@@ -204,6 +204,7 @@ def _from_sentencepiece(token: str) -> bytes:
 
 
 def _separator(folder: Path, tokenizer: dict[str, Any], config: dict[str, Any]) -> int:
+    """Id of the token that begins a text; if there is none, of the one that ends it."""
     path = folder / "tokenizer_config.json"
     named = read_json(path) if path.is_file() else {}
     for name in ("bos", "eos"):
