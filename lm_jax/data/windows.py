@@ -213,7 +213,7 @@ def train_batches(
 def _read_ahead(
     read: Callable[[range], Batch], calls: Sequence[range], threads: int
 ) -> Iterator[Batch]:
-    """What `read` gives for each call, in order; grain's threads stop when the reader stops."""
+    """Yield `read(call)` for each call in order; grain's threads stop when the reader stops."""
     import grain
 
     options = grain.ReadOptions(

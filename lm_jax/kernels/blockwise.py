@@ -31,7 +31,7 @@ class _Options:
 
     @property
     def factor(self) -> float:
-        """What the scores of `_scores` lack."""
+        """The factor that `_scores` leaves out."""
         return self.softcap or self.scale
 
 
