@@ -368,6 +368,7 @@ def test_wikitext2_by_words_has_the_published_counts(wikitext2):
     assert store.tokenizer.decode(store.split("valid").tokens) == text
 
 
+@pytest.mark.slow
 def test_wikitext2_by_bpe_loses_nothing(wikitext2):
     corpus, cache = wikitext2
     store = prepare(corpus, tokenizer_kind="bpe", vocab_size=8192, cache_dir=cache)

@@ -92,6 +92,7 @@ def test_a_plan_that_cannot_be_followed_is_refused(tmp_path, specs, more, flags,
         sweep.plan([specs[0], *(m.format(*specs) for m in more)], [0], tmp_path, flags)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("jobs", [1, 2])
 @pytest.mark.parametrize("resumed", [False, True])
 def test_runs_side_by_side_once_the_first_has_its_memory(tmp_path, specs, jobs, resumed):

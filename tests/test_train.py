@@ -306,6 +306,7 @@ def test_batch_size_and_stride_of_evaluation(straight):
         assert strided["loss"] != whole["loss"]
 
 
+@pytest.mark.slow
 def test_divergence_stops_with_the_reason(text, tmp_path, capsys):
     cfg = small(text, optim__peak_lr=1e30, train__max_nonfinite=3)
     with pytest.raises(FloatingPointError, match=r"updates 2 to 4 were all skipped"):

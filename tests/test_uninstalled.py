@@ -28,6 +28,7 @@ importlib.metadata.Distribution.from_name = classmethod(find_others)
 """
 
 
+@pytest.mark.slow
 def test_wikitext2_trains_from_a_checkout(tmp_path):
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(SITECUSTOMIZE)

@@ -197,6 +197,7 @@ def test_micro_batches_add_up():
     close(whole[3], parts[3], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_objective_is_what_is_differentiated():
     # The target of routed_attention moves with the router, and by design passes no gradient on.
     lab = Lab(**EVERYTHING | {"distill__routed_attention": "0"})
@@ -218,6 +219,7 @@ def test_the_objective_is_what_is_differentiated():
     np.testing.assert_allclose(measured, slope, rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_no_gradient_reaches_a_teacher_and_it_stays_as_it_is():
     lab = Lab(**EVERYTHING | {"distill__layer": "0.4"})
     plan = lab.objective.plan(lab.batch, 8)

@@ -122,6 +122,7 @@ LOG_LINES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LOG_LINES)
 def test_lines_of_one_form_are_no_copies(name):
     """Fixed text recurs everywhere; only what the free fields tell can be copied."""
@@ -221,6 +222,7 @@ def test_silent_and_fast_on_wikitext():
     silent(examine(*lines.values(), vocab_size=tokenizer.vocab_size), "data.gram_containment")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["char", "bpe"])
 def test_silent_on_shakespeare(kind):
     text = shared_data("tinyshakespeare/input.txt").read_text()

@@ -265,6 +265,7 @@ def test_a_log_that_begins_again_after_the_fall_is_no_frozen_model(ending, noise
     assert silent(examine_log(rows, vocab_size=65))
 
 
+@pytest.mark.slow
 def test_text_without_entropy_is_not_taken_for_a_copied_target():
     rows = train_on_a_cycle()
     assert rows[-1]["train/loss"] < 0.1

@@ -57,6 +57,7 @@ def test_a_mask_of_infinities_is_passed_over_on_the_way_to_the_cause():
     assert (origin.operation, origin.parameter) == ("sqrt", "scale")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scan", [False, True])
 def test_the_parameter_of_a_real_model_is_named(scan):
     cfg = tiny_config(model__scan_layers=scan)
