@@ -175,14 +175,13 @@ def assemble(cfg: Config, folder: pathlib.Path, store: Store | None = None) -> S
     graphdef, init = create_model(cfg, store.tokenizer.vocab_size, choose_attention(cfg)[0])
     teacher = None
     objective: Objective = NextToken.of(cfg, graphdef)
-    if cfg.distill.teachers or cfg.distill.cache:
+    if cfg.distill.taught:
         teacher = open_teacher(cfg, store, mesh)
         objective = distilled(cfg, graphdef, init, teacher)
 
     def init_state(key: jax.Array) -> TrainState:
         return step.init_state(cfg, init(key), objective.beside(key))
 
-    lines = _choices(asked, cfg, store, mesh, epoch)
     setup = Setup(
         cfg=cfg,
         folder=folder,
@@ -193,8 +192,8 @@ def assemble(cfg: Config, folder: pathlib.Path, store: Store | None = None) -> S
         init_state=init_state,
         train_steps=step.make_train_step(cfg, objective),
         evaluator=Evaluator(cfg, store, mesh, step.make_eval_step(cfg, graphdef, mesh)),
+        lines=_choices(asked, cfg, store, mesh, epoch, init),  # refuses before there is a folder
         checkpoints=Checkpoints(folder, cfg.train.keep),
-        lines=lines,
         teacher=teacher,
     )
     resuming = setup.start > 0
@@ -207,17 +206,18 @@ def assemble(cfg: Config, folder: pathlib.Path, store: Store | None = None) -> S
     return setup
 
 
-def _choices(asked: Config, cfg: Config, store: Store, mesh: Mesh, epoch: int) -> tuple[str, ...]:
+def _choices(
+    asked: Config, cfg: Config, store: Store, mesh: Mesh, epoch: int, init: Callable
+) -> tuple[str, ...]:
     """The choices made for a run and their reasons, in words; `asked` is the config as written."""
     impl, reason = choose_attention(cfg)
     vocab_size = store.tokenizer.vocab_size
     with jax.set_mesh(mesh):  # the devices share the rows
         micro_batches = sharding.accumulation(cfg)
         loss, loss_reason = step.choose_loss(cfg, vocab_size)
-    if cfg.distill.teachers or cfg.distill.cache:
+    if cfg.distill.taught:
         loss, loss_reason = "fused", "one operation with the divergence"
     _, dtype_reason = choose_dtype(asked.train.compute_dtype)
-    _, init = create_model(cfg, vocab_size, impl)
     params = jax.eval_shape(init, jax.random.key(0))
     lines = [
         f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,} parameters on "

@@ -23,16 +23,15 @@ def markdown(c: Values) -> str:
 
 def all_tables(c: Values, *, best_only: bool = False) -> dict[str, Table]:
     """Every table by its heading, in order; `best_only` leaves out pairs without the best arm."""
+    best = c["arms"][0]["name"]
+    pairs = [pair for pair in c["pairs"] if not best_only or pair["better"] == best]
     tables = {
         "Results": [_result_row(c, arm) for arm in c["arms"]],
         "Size and cost": [_size_row(arm) for arm in c["arms"]],
         "Reference lines": [_reference_row(c, line) for line in c["references"]],
+        f"Against {best}" if best_only else "Pairs": [_pair_row(pair) for pair in pairs],
     }
-    if c["pairs"]:
-        best = c["arms"][0]["name"]
-        pairs = [pair for pair in c["pairs"] if not best_only or pair["better"] == best]
-        tables[f"Against {best}" if best_only else "Pairs"] = [_pair_row(pair) for pair in pairs]
-    return tables
+    return {heading: rows for heading, rows in tables.items() if rows}
 
 
 def title(c: Values) -> str:

@@ -209,6 +209,11 @@ class DistillConfig(Section):
     router_temperature: Curve = Curve("1@0, 0.1@1")  # of the router's choice
     lr: float = positive(1e-3)  # peak, of projections and router, on the schedule of optim
 
+    @property
+    def taught(self) -> bool:
+        """True if there is a teacher, running or kept."""
+        return bool(self.teachers or self.cache)
+
 
 @dataclasses.dataclass
 class Config(Section):

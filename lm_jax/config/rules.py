@@ -100,7 +100,7 @@ def _evaluation(cfg: Config) -> Iterator[str]:
 
 def _distillation(cfg: Config) -> Iterator[str]:
     distill = cfg.distill
-    if not (distill.teachers or distill.cache):
+    if not distill.taught:
         for name, default in named_fields(DistillConfig()):
             if getattr(distill, name) != default:
                 remedy = f"name config.distill.teachers, or leave it at {default!r}"

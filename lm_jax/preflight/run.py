@@ -60,7 +60,7 @@ def examine_config(cfg: Config, *, level: str = "fast", store: Store | None = No
     report = data.examine_splits(cfg, store, windows)
     small = Small(cfg, store)
     report += small.model() + small.loss() + small.optimiser()
-    if cfg.distill.teachers or cfg.distill.cache:
+    if cfg.distill.taught:
         report += distill.examine_teaching(cfg, small.cfg, store)
     if level == "full":
         report += small.training() + small.gradients() + small.attention() + small.evaluation()
