@@ -203,6 +203,11 @@ def test_sigterm_saves_and_exits_cleanly(text, tmp_path):
 
 @pytest.mark.slow
 def test_command_line_errors_are_one_sentence(text, tmp_path):
+    wrong = tmp_path / "wrong.py"
+    wrong.write_text(
+        "from lm_jax.config import Config\n"
+        "def get_config():\n    cfg = Config()\n    cfg.train.step = '3'\n    return cfg\n"
+    )
     for override, said in (
         ("--config.model.layerz=3", "did you mean config.model.layers?"),
         ("--config.model.layers=four", "config.model.layers"),
@@ -211,6 +216,7 @@ def test_command_line_errors_are_one_sentence(text, tmp_path):
         ("--config.optim.peak_lr=nan", "config.optim.peak_lr: nan is not finite"),
         ("--config.data.files=none*.txt", "none*.txt"),
         ("--config=nowhere.py", "nowhere.py"),
+        (f"--config={wrong}", "config.train.step: there is no such field; did you mean"),
         (
             f"--config={ROOT / 'configs' / 'phase1.py'}:emb99",
             "emb99: no such arm; use one of emb25",
