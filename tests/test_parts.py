@@ -265,7 +265,7 @@ def test_a_process_that_ends_otherwise_gives_its_return_code(tmp_path):
 
 
 def test_a_part_that_cannot_be_sent_is_told_as_it_is(tmp_path):
-    pieces = [lambda: iter(["text"])] * 3
+    pieces = [lambda: iter(["text"])] * 500  # the first fails while others are handed out
     corpus = Corpus("c", "f", {"train": pieces})
     options = {"tokenizer_kind": "byte", "vocab_size": 0, "cache_dir": str(tmp_path)}
     with pytest.raises(Exception, match="pickle.*lambda"):

@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -242,13 +243,16 @@ def _write_in_processes(
     its processes behind when it is killed.
     """
     idle: queue.SimpleQueue[Callable[[Part, Path], None]] = queue.SimpleQueue()
+    failed = threading.Event()
 
     def write(part: Part) -> None:
+        if failed.is_set():  # begin no other part
+            return
         write_in_process = idle.get()
         try:
             write_in_process(part, folder)
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)  # begin no other part
+            failed.set()
             raise
         finally:
             idle.put(write_in_process)
