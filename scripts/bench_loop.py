@@ -21,7 +21,7 @@ from typing import Any
 from lm_jax.config.flags import load_config
 from lm_jax.main import keep_freed_memory
 from lm_jax.objective import NextToken
-from lm_jax.workdir import open_trained
+from lm_jax.workdir import METRICS, open_trained, read_metrics
 
 
 def bench_loop(cfg: Any, workdir: pathlib.Path, updates: int) -> dict[str, float]:
@@ -36,8 +36,9 @@ def bench_loop(cfg: Any, workdir: pathlib.Path, updates: int) -> dict[str, float
     cfg.train.steps, cfg.optim.warmup = Duration(str(updates)), Duration("1")
     cfg.train.eval_every, cfg.eval.splits = Duration("0"), "valid"
     train_and_evaluate(cfg, workdir)
-    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    waits = [row["perf/input_wait"] for row in rows if "perf/input_wait" in row][5:]
+    waits = [row["perf/input_wait"] for row in read_metrics(workdir) if "perf/input_wait" in row][
+        5:
+    ]
 
     run = open_trained(workdir)
     evaluator = evaluate.Evaluator(
@@ -85,7 +86,7 @@ def first_update(workdir: pathlib.Path) -> float:
         + [f"--workdir={workdir}", f"--config.data.cache_dir={workdir}/cache"],
         stdout=subprocess.DEVNULL,
     )
-    metrics = workdir / "metrics.jsonl"
+    metrics = workdir / METRICS
     while not (metrics.exists() and metrics.stat().st_size):
         assert process.poll() is None, "the quickstart ended without a row of metrics"
         time.sleep(0.01)

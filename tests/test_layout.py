@@ -44,7 +44,7 @@ LONG_FILES = {
     "doctor/optimiser/examine.py",
     "doctor/training/examine.py",
 }
-CODE_LINES = 17_523
+CODE_LINES = 17_525
 
 
 def room(path: pathlib.Path) -> str:

@@ -168,10 +168,8 @@ def _document_bytes(runs: Sequence[Run], split_bytes: int) -> tuple[str | None, 
 
 def _same_models(arms: Sequence[Arm]) -> list[list[str]]:
     """Groups of arms with equal settings."""
-    groups: dict[str, list[str]] = {}
-    for arm in arms:
-        groups.setdefault(repr(arm.settings), []).append(arm.name)
-    return [names for names in groups.values() if len(names) > 1]
+    groups = (tuple(b.name for b in arms if b.settings == a.settings) for a in arms)
+    return [list(names) for names in dict.fromkeys(groups) if len(names) > 1]
 
 
 def _describe(arm: Arm, words: int, one_tokenizer: bool) -> dict[str, Any]:

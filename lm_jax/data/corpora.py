@@ -3,7 +3,6 @@
 import bisect
 import contextlib
 import dataclasses
-import difflib
 import fractions
 import functools
 import hashlib
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from lm_jax.config.section import nearest
 from lm_jax.data import files as source_files
 from lm_jax.data import shards, wikitext
 from lm_jax.data.files import Hashed, hash_json
@@ -90,9 +90,9 @@ def open_corpus(
         return _text(patterns, source, cache, document, held_out)
     if corpus.startswith("tfds:"):
         return _tfds(corpus.removeprefix("tfds:"), source or cache / "tfds", held_out)
-    nearest = difflib.get_close_matches(corpus, CORPORA, n=1, cutoff=0.0)[0]
+    meant = nearest(corpus, CORPORA)
     raise ValueError(
-        f"data.corpus={corpus!r} does not exist: did you mean --config.data.corpus={nearest}?"
+        f"data.corpus={corpus!r} does not exist: did you mean --config.data.corpus={meant}?"
     )
 
 

@@ -1,12 +1,12 @@
 """Tokenizers by kind: trained on a corpus, or loaded from a file."""
 
 import collections
-import difflib
 import json
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from lm_jax.config.section import nearest
 from lm_jax.data.tokenizers.base import FILE_NAME, Tokenizer, split_words
 from lm_jax.data.tokenizers.hf import HfTokenizer
 from lm_jax.data.tokenizers.kinds import (
@@ -70,8 +70,8 @@ def train_tokenizer(kind: str, documents: Iterable[str], vocab_size: int) -> Tok
             )
         tokenizer = BpeTokenizer.train(documents, vocab_size)
     else:
-        nearest = difflib.get_close_matches(kind, KINDS, n=1, cutoff=0.0)[0]
-        raise ValueError(f"tokenizer.kind={kind!r} does not exist: did you mean {nearest!r}?")
+        meant = nearest(kind, list(KINDS))
+        raise ValueError(f"tokenizer.kind={kind!r} does not exist: did you mean {meant!r}?")
     if vocab_size not in (0, tokenizer.vocab_size):
         fitting = tokenizer.vocab_size if kind == "bpe" else 0
         raise ValueError(
