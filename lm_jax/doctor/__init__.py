@@ -3,22 +3,21 @@
 Example:
     ```python
     report = lm_jax.doctor.examine_log(lm_jax.open_run("runs/example").history())
-    print(report.failed)
+    report.show()
     ```
 """
 
-from lm_jax.doctor.arms.examine import examine_arms
-from lm_jax.doctor.data.examine import examine_data
-from lm_jax.doctor.distill.examine import examine_distillation
-from lm_jax.doctor.eval.examine import examine_evaluation
+from lm_jax.doctor.arms import examine_arms
+from lm_jax.doctor.data import examine_data
+from lm_jax.doctor.distill import examine_distillation
+from lm_jax.doctor.eval import examine_evaluation
 from lm_jax.doctor.findings import Finding, Report
-from lm_jax.doctor.gradient.examine import examine_gradients
-from lm_jax.doctor.gradient.kernel import examine_kernel
-from lm_jax.doctor.log.examine import examine_log
-from lm_jax.doctor.loss.examine import examine_loss
-from lm_jax.doctor.model.examine import examine_model
-from lm_jax.doctor.optimiser.examine import examine_optimiser
-from lm_jax.doctor.training.examine import examine_training
+from lm_jax.doctor.gradient import examine_gradients, examine_kernel
+from lm_jax.doctor.log import examine_log
+from lm_jax.doctor.loss import examine_loss
+from lm_jax.doctor.model import examine_model
+from lm_jax.doctor.optimiser import examine_optimiser
+from lm_jax.doctor.training import examine_training
 
 __all__ = [
     "Finding",

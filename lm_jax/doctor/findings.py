@@ -1,19 +1,114 @@
-"""What a check says, as plain values, and how a check is run."""
+"""What checks measure and say, as plain values, and how a report of them reads."""
 
+import collections
 import dataclasses
-import functools
 import json
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Literal, NamedTuple
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Literal
 
 import numpy as np
 from rich.console import Console
 from rich.markup import escape
+from rich.padding import Padding
 from rich.table import Table
 
-Status = Literal["pass", "warn", "fail", "skip"]
-_COLOURS = {"pass": "green", "warn": "yellow", "fail": "red", "skip": "dim"}
+Status = Literal["pass", "warn", "fail", "error", "skip"]
+_COLOURS = {"fail": "red", "error": "red", "warn": "yellow", "pass": "green", "skip": "dim"}
+_WORST = ("error", "fail", "warn", "pass")
+
+
+@dataclasses.dataclass(frozen=True)
+class Measure:
+    """One quantity that a check looked at, and what it was held against.
+
+    Attributes:
+        what: the quantity with its unit, as it begins a clause: "largest change of a logit".
+        value: a number, a word, or a list of names.
+        limit: what it was held against, as a clause: "at most 1e-06"; empty for a note.
+        status: pass, or what it is where the limit does not hold.
+        where: further words for a value beyond its limit: the leaf, the row, the step.
+        key: name of the value in `Finding.values`; `what` if empty.
+    """
+
+    what: str
+    value: Any
+    limit: str = ""
+    status: Status = "pass"
+    where: str = ""
+    key: str = ""
+
+    def __str__(self) -> str:
+        """The clause that stands in the evidence."""
+        value = shown(self.value)
+        text = f"{self.what}: {value}" if value else self.what
+        text += f" ({self.limit})" if self.limit else ""
+        return text + (f", {self.where}" if self.where else "")
+
+
+def note(what: str, value: Any = None, *, key: str = "") -> Measure:
+    """A quantity that is told and not judged."""
+    return Measure(what, value, key=key)
+
+
+def holds(
+    ok: bool,
+    what: str,
+    value: Any = None,
+    *,
+    limit: str = "",
+    otherwise: Status = "fail",
+    where: str = "",
+    key: str = "",
+) -> Measure:
+    """A quantity that is as it must be if `ok`; `where` is told if it is not."""
+    return Measure(
+        what, value, limit, "pass" if ok else otherwise, "" if ok else where, key or what
+    )
+
+
+def at_most(what: str, value: float, limit: float, **more: Any) -> Measure:
+    """A number that must not exceed a limit; NaN does. See `holds` for `more`."""
+    return holds(bool(value <= limit), what, value, limit=f"at most {shown(limit)}", **more)
+
+
+def at_least(what: str, value: float, limit: float, **more: Any) -> Measure:
+    """A number that must reach a limit; NaN does not. See `holds` for `more`."""
+    return holds(bool(value >= limit), what, value, limit=f"at least {shown(limit)}", **more)
+
+
+def equals(what: str, value: Any, expected: Any, **more: Any) -> Measure:
+    """A value that must be the expected one exactly. See `holds` for `more`."""
+    same = bool(np.all(value == expected))
+    return holds(same, what, value, limit=f"expected {shown(expected)}", **more)
+
+
+def none(what: str, names: Iterable[Any], *, of: int | None = None, **more: Any) -> Measure:
+    """A list of offenders that must be empty, among `of` things looked at. See `holds`."""
+    names = list(names)
+    ok = not names
+    count = f"{len(names)}" + ("" if of is None else f" of {of}")
+    finding = holds(ok, f"{what}: {count}" + ("" if ok else f", {listed(names)}"), **more)
+    return dataclasses.replace(finding, value=names, key=more.get("key") or what)
+
+
+def shown(value: Any) -> str:
+    """A value as it stands in a sentence; empty for lists, whose names stand there already."""
+    if value is None or isinstance(value, list | tuple | dict):
+        return ""
+    if isinstance(value, bool | str):
+        return str(value)
+    if isinstance(value, int | np.integer):
+        return f"{value:,}"
+    number = float(value)
+    return f"{number:,.0f}" if 1e4 <= abs(number) < 1e9 else f"{number:.4g}"
+
+
+def listed(names: Iterable[Any], most: int = 4) -> str:
+    """The first of the names, and how many more there are."""
+    names = [str(name) for name in names]
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,12 +116,14 @@ class Finding:
     """The outcome of one check.
 
     Attributes:
-        check: stable name, `family.check`.
-        status: pass; fail; warn, where the evidence is not decisive; skip, where the check could
-            not be made.
-        evidence: what was measured and the threshold it was held against, or why it was skipped.
-        remedy: what to do about a failure or a warning, in one or two sentences; else empty.
+        check: name of the check, `family.function`.
+        status: pass; fail; warn, where the evidence is compatible with a healthy run; error, where
+            the check could not run because something that was handed in raised or is unfit; skip,
+            where there was nothing to look at.
+        evidence: what was measured and what it was held against, or why it was not.
+        remedy: what to do about a failure, a warning or an error; else empty.
         values: the numbers, positions and names behind the evidence, fit for JSON.
+        needs: the facts that would have to be given for a skipped check.
         seconds: time the check took.
     """
 
@@ -35,7 +132,24 @@ class Finding:
     evidence: str
     remedy: str = ""
     values: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    needs: tuple[str, ...] = ()
     seconds: float = 0.0
+
+    @classmethod
+    def of(cls, check: str, measures: Measure | Iterable[Measure], remedy: str) -> "Finding":
+        """The finding of a check from what it measured: the worst of the measures decides."""
+        rows = [measures] if isinstance(measures, Measure) else list(measures)
+        status = next((s for s in _WORST if any(m.status == s for m in rows)), "pass")
+        bad = [m for m in rows if m.status != "pass"]
+        told = bad + [m for m in rows if m.status == "pass" and (not bad or not m.limit)]
+        text = "; ".join(map(str, told))
+        return cls(
+            check=check,
+            status=status,  # type: ignore[arg-type]
+            evidence=text[:1].upper() + text[1:] + ("." if text else ""),
+            remedy=remedy if bad else "",
+            values={m.key or m.what: m.value for m in rows if m.value is not None},
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,16 +160,21 @@ class Report:
 
     @property
     def failed(self) -> list[str]:
-        """Names of the failed checks."""
-        return self._with("fail")
+        """Names of the checks that failed or could not run."""
+        return self._with("fail", "error")
 
     @property
     def warned(self) -> list[str]:
         """Names of the checks that warn."""
         return self._with("warn")
 
-    def _with(self, status: Status) -> list[str]:
-        return [finding.check for finding in self.findings if finding.status == status]
+    @property
+    def clean(self) -> bool:
+        """Whether something was looked at and nothing failed."""
+        return not self.failed and bool(self._with("pass", "warn"))
+
+    def _with(self, *statuses: Status) -> list[str]:
+        return [finding.check for finding in self.findings if finding.status in statuses]
 
     def __iter__(self) -> Iterator[Finding]:
         """Iterate over the findings."""
@@ -77,110 +196,58 @@ class Report:
         rows = [_plain(dataclasses.asdict(finding)) for finding in self.findings]
         return json.dumps({"failed": self.failed, "findings": rows}, indent=1, allow_nan=False)
 
-    def show(self, console: Console, *, everything: bool = True) -> None:
-        """Print a table; without `everything`, only failures and warnings."""
-        table = Table("check", "status", "evidence", "remedy")
+    @property
+    def verdict(self) -> str:
+        """The report in one line: what failed, what warns, how much was looked at."""
+        failed, warned = self.failed, self.warned
+        parts = [f"{len(failed)} failed: {', '.join(failed)}"] if failed else []
+        parts += [f"{len(warned)} warned: {', '.join(warned)}"] if warned else []
+        passed, skipped = len(self._with("pass")), len(self._with("skip"))
+        if not (parts or passed):
+            parts.append("nothing was examined")
+        if passed:
+            parts.append(f"{passed} passed")
+        if skipped:
+            parts.append(f"{skipped} had nothing to look at")
+        return f"doctor: {'; '.join(parts)} ({sum(f.seconds for f in self.findings):.0f} s)"
+
+    def show(self, console: Console | None = None, *, everything: bool = False) -> None:
+        """Print the verdict, then failures, errors and warnings with evidence and remedy.
+
+        Args:
+            console: where to; the terminal if None.
+            everything: print a table of all findings as well.
+        """
+        console = console or Console()
+        console.print(escape(self.verdict))
+        order = ("fail", "error", "warn")
+        notable = sorted(
+            (f for f in self.findings if f.status in order), key=lambda f: order.index(f.status)
+        )
+        for f in notable:
+            console.print(f"[{_COLOURS[f.status]}]{f.status:5}[/] [bold]{escape(f.check)}[/]")
+            console.print(Padding(escape(f.evidence), (0, 0, 0, 6)))
+            if f.remedy:
+                console.print(Padding("→ " + escape(f.remedy), (0, 0, 0, 6)))
+        if notable and (gaps := self._gaps()):
+            console.print(escape(gaps))
+        if everything:
+            console.print(self._table())
+
+    def _gaps(self) -> str:
+        """What to give so that more can be looked at, in one line."""
+        needs = collections.Counter(
+            " and ".join(f.needs) for f in self.findings if f.status == "skip" and f.needs
+        )
+        rows = [f"{name} ({n})" for name, n in needs.most_common()]
+        return f"To look further, give {', '.join(rows)}." if rows else ""
+
+    def _table(self) -> Table:
+        table = Table("check", "status", "evidence")
         for f in self.findings:
-            if everything or f.status in ("fail", "warn"):
-                colour = _COLOURS[f.status]
-                status = f"[{colour}]{f.status}[/{colour}]"
-                table.add_row(f.check, status, escape(f.evidence), escape(f.remedy))
-        if table.row_count:
-            console.print(table)
-        counts = {s: sum(f.status == s for f in self.findings) for s in _COLOURS}
-        seconds = sum(f.seconds for f in self.findings)
-        summary = ", ".join(f"{n} {status}" for status, n in counts.items() if n)
-        console.print(f"doctor: {summary or 'no checks'}, {seconds:.0f} s")
-
-
-class Verdict(NamedTuple):
-    """What the body of a check returns."""
-
-    status: Status
-    evidence: str
-    values: dict[str, Any]
-
-
-def verdict(ok: bool, evidence: str, *, otherwise: Status = "fail", **values: Any) -> Verdict:
-    """A pass if `ok`, else a failure, or what is named by `otherwise`."""
-    return Verdict("pass" if ok else otherwise, evidence, values)
-
-
-class Skip(Exception):
-    """A check cannot be made; the message says why."""
-
-
-class Arguments:
-    """Arguments of an examination, some of which may be None: not given."""
-
-    def need(self, *names: str) -> None:
-        """Raise `Skip` if one of the arguments was not given."""
-        missing = [name for name in names if getattr(self, name) is None]
-        if missing:
-            raise Skip(f"Not given: {', '.join(missing)}.")
-
-
-def check(name: str, remedy: str) -> Callable[[Callable[..., Verdict]], Callable[..., Finding]]:
-    """Turn a function that returns a `Verdict` into one that returns a `Finding`.
-
-    Args:
-        name: stable name, `family.check`.
-        remedy: what to do if it fails.
-    """
-
-    def decorate(body: Callable[..., Verdict]) -> Callable[..., Finding]:
-        @functools.wraps(body)
-        def run(*args: Any, **kwargs: Any) -> Finding:
-            began = time.perf_counter()
-            try:
-                status, evidence, values = body(*args, **kwargs)
-            except Skip as reason:
-                status, evidence, values = "skip", str(reason), {}
-            except Exception as error:  # of what was handed in; said, and the other checks go on
-                evidence = f"not made, {type(error).__name__}: {error}"
-                status, values = "skip", {}
-            return Finding(
-                check=name,
-                status=status,
-                evidence=evidence,
-                remedy=remedy if status in ("fail", "warn") else "",
-                values=values,
-                seconds=time.perf_counter() - began,
-            )
-
-        run.check_name = name  # type: ignore[attr-defined]
-        return run
-
-    return decorate
-
-
-def run_all(checks: Iterable[Callable[..., Finding]], *args: Any, **kwargs: Any) -> Report:
-    """Run checks of the same arguments one after the other."""
-    return Report(tuple(check(*args, **kwargs) for check in checks))
-
-
-def call(what: str, function: Callable[..., Any], *args: Any) -> Any:
-    """Call a function that the user handed in; what it raises becomes a `Skip` that says so.
-
-    Nothing is hidden: the check that needed the function is reported as not made, with the error.
-    """
-    try:
-        return function(*args)
-    except Exception as error:
-        raise Skip(f"{what} raised {type(error).__name__}: {error}") from error
-
-
-def require(ok: bool, name: str, remedy: str) -> None:
-    """Raise ValueError for an argument that cannot be used."""
-    if not ok:
-        raise ValueError(f"{name}: {remedy}.")
-
-
-def whole(value: Any, name: str, least: int) -> None:
-    """Raise ValueError for an argument that is no whole number of at least `least`."""
-    is_whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    remedy = f"give a whole number of {least} or more"
-    require(is_whole and value >= least, f"{name}={value!r}", remedy)
+            status = f"[{_COLOURS[f.status]}]{f.status}[/]"
+            table.add_row(escape(f.check), status, escape(f.evidence))
+        return table
 
 
 def _plain(value: Any) -> Any:
@@ -191,6 +258,6 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if hasattr(value, "__array__"):  # of NumPy, JAX or PyTorch
         return _plain(np.asarray(value).tolist())
-    if isinstance(value, float) and not np.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

@@ -18,8 +18,8 @@ from rich.console import Console
 
 from lm_jax import doctor, preflight
 from lm_jax.config.flags import define_config, misuse, parse_flags
-from lm_jax.doctor.findings import require
-from lm_jax.doctor.log.subject import number, read_log
+from lm_jax.doctor.facts import require
+from lm_jax.doctor.log.read import number, read_log
 
 # Facts of a log that its reader knows, named as the arguments of `examine_log`.
 _WHOLE = {

@@ -7,7 +7,7 @@ import numpy as np
 from lm_jax.config import Config
 from lm_jax.data import windows as pipeline
 from lm_jax.data.store import Split, Store
-from lm_jax.doctor.data.examine import examine_data
+from lm_jax.doctor.data import examine_data
 from lm_jax.doctor.findings import Report
 
 _SPLITS = ("valid", "test")

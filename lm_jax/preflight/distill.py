@@ -18,7 +18,7 @@ from lm_jax.distill import objective, teachers
 from lm_jax.distill.alignment import BYTES
 from lm_jax.distill.objective import distilled
 from lm_jax.distill.opening import open_teacher
-from lm_jax.doctor.distill.examine import examine_distillation
+from lm_jax.doctor.distill import examine_distillation
 from lm_jax.doctor.findings import Report
 from lm_jax.kernels import divergences
 from lm_jax.kernels.linear_divergence import Member, linear_divergence

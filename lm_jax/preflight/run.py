@@ -17,14 +17,13 @@ from lm_jax.config.resolve import resolve
 from lm_jax.data import windows as pipeline
 from lm_jax.data.open import open_data
 from lm_jax.data.store import Store
-from lm_jax.doctor.eval.examine import examine_evaluation
+from lm_jax.doctor.eval import examine_evaluation
 from lm_jax.doctor.findings import Report
-from lm_jax.doctor.gradient.examine import examine_gradients
-from lm_jax.doctor.gradient.kernel import examine_kernel
-from lm_jax.doctor.loss.examine import examine_loss
-from lm_jax.doctor.model.examine import examine_model
-from lm_jax.doctor.optimiser.examine import examine_optimiser
-from lm_jax.doctor.training.examine import examine_training
+from lm_jax.doctor.gradient import examine_gradients, examine_kernel
+from lm_jax.doctor.loss import examine_loss
+from lm_jax.doctor.model import examine_model
+from lm_jax.doctor.optimiser import examine_optimiser
+from lm_jax.doctor.training import examine_training
 from lm_jax.kernels import attention
 from lm_jax.models.families import choose_attention, create_model, family
 from lm_jax.objective import NextToken

@@ -5,9 +5,10 @@ import pathlib
 from collections.abc import Mapping
 
 from lm_jax import metrics
-from lm_jax.doctor.findings import Finding, Report, require
-from lm_jax.doctor.log.examine import examine_log
-from lm_jax.doctor.log.subject import read_log
+from lm_jax.doctor.facts import require
+from lm_jax.doctor.findings import Finding, Report
+from lm_jax.doctor.log import examine_log
+from lm_jax.doctor.log.read import read_log
 from lm_jax.files import write_text
 from lm_jax.workdir import METRICS, SCORES, WATCH, read_record
 

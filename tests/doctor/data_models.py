@@ -6,7 +6,7 @@ import numpy as np
 
 from lm_jax.data.synthetic import MarkovSource
 from lm_jax.data.windows import Windows, eval_batches, train_batches
-from lm_jax.doctor.data.examine import examine_data
+from lm_jax.doctor.data import examine_data
 
 T = 63
 VOCAB = 257

@@ -17,9 +17,9 @@ import re
 import pytest
 
 from lm_jax import doctor, preflight
-from lm_jax.doctor.arms.examine import examine_arms
-from lm_jax.doctor.log.examine import examine_log
-from lm_jax.doctor.log.subject import read_log
+from lm_jax.doctor.arms import examine_arms
+from lm_jax.doctor.log import examine_log
+from lm_jax.doctor.log.read import read_log
 
 CASES = pathlib.Path(__file__).parent / "cases"
 

@@ -10,7 +10,7 @@ from lm_jax.data.synthetic import MarkovSource
 from lm_jax.data.tokenizers.load import train_tokenizer
 from lm_jax.data.wikitext import read_articles
 from lm_jax.data.windows import batch_hash
-from lm_jax.doctor.data.examine import examine_data
+from lm_jax.doctor.data import examine_data
 from tests.doctor.data_models import (
     PROSE,
     TEST,

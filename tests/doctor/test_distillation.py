@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm_jax.doctor.distill.examine import examine_distillation
+from lm_jax.doctor.distill import examine_distillation
 from lm_jax.kernels.linear_divergence import Member, linear_divergence
 from tests.doctor import toy_distillation as toy
 from tests.doctor.toy_distillation import V, kl

@@ -13,7 +13,7 @@ from lm_jax import config, evaluate, generate, loss, sharding
 from lm_jax.data import windows as pipeline
 from lm_jax.data.store import Split
 from lm_jax.data.tokenizers.kinds import CharTokenizer
-from lm_jax.doctor.eval.examine import examine_evaluation
+from lm_jax.doctor.eval import examine_evaluation
 from lm_jax.models.families import create_model
 from lm_jax.workdir import Trained
 from tests.doctor import toy_decoder

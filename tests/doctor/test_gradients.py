@@ -9,9 +9,8 @@ import optax
 import pytest
 from flax import nnx
 
+from lm_jax.doctor.gradient import examine_gradients, examine_kernel
 from lm_jax.doctor.gradient.differences import rounding, slope
-from lm_jax.doctor.gradient.examine import examine_gradients
-from lm_jax.doctor.gradient.kernel import examine_kernel
 from lm_jax.models.families import create_model
 from lm_jax.objective import NextToken
 from tests.helpers import random_batch, randomise, tiny_config

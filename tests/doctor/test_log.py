@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from lm_jax.doctor.log.examine import CHECKS, examine_log
-from lm_jax.doctor.log.subject import METRICS, read_log
+from lm_jax.doctor.log.read import METRICS, read_log
 from tests.doctor.log_models import PEAK, B, D, T, V, declared, train, train_on_a_cycle
 
 fault = pytest.mark.fault

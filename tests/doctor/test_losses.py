@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from lm_jax.doctor.loss.examine import examine_loss
+from lm_jax.doctor.loss import examine_loss
 from lm_jax.loss import cross_entropy
 
 V = 131  # beyond 100, so that a label of -100 can wrap

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lm_jax import doctor
-from lm_jax.doctor.findings import check, verdict
+from lm_jax.doctor.old import check, verdict
 
 RNG = np.random.default_rng(0)
 
@@ -44,7 +44,7 @@ MISUSES = [
         doctor.examine_training,
         (train, train, train),
         dict(vocab_size=5, seq_len=8, smallest_leak="x"),
-        "smallest_leak is 'x'",
+        "smallest_leak='x'",
     ),
     (
         doctor.examine_evaluation,

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from lm_jax.doctor.model import examine_model
 from lm_jax.doctor.model.causality import probe_cuts
-from lm_jax.doctor.model.examine import examine_model
 from lm_jax.models.families import create_model
 from tests.doctor import leaks
 from tests.helpers import tiny_config

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from lm_jax import optim, step
-from lm_jax.doctor.optimiser.examine import examine_optimiser
+from lm_jax.doctor.optimiser import examine_optimiser
 from lm_jax.models.families import create_model
 from lm_jax.objective import NextToken
 from tests.doctor import toy_loop

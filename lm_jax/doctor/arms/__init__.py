@@ -1,1 +1,5 @@
 """Runs against each other."""
+
+from lm_jax.doctor.arms.examine import examine_arms
+
+__all__ = ["examine_arms"]

@@ -15,7 +15,7 @@ from lm_jax.doctor.data.subject import (
     require_streams,
     require_text,
 )
-from lm_jax.doctor.findings import Report, Skip, Verdict, check, require, run_all, verdict
+from lm_jax.doctor.old import Report, Skip, Verdict, check, require, run_all, verdict
 
 EMPTY_FAIL, EMPTY_WARN = 0.10, 0.01  # share of rows without a target
 USED_SLOTS = 0.5  # share of a batch's places that hold text

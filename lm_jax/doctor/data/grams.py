@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from lm_jax.doctor import findings
+from lm_jax.doctor import old as findings
 from lm_jax.doctor.data.sample import PIECE, Sample, mix
 
 SHORTEST = 13  # the customary length (Brown et al. 2020, appendix C)

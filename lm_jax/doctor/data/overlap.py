@@ -9,7 +9,7 @@ import numpy as np
 from lm_jax.doctor.data import grams
 from lm_jax.doctor.data.sample import Sample
 from lm_jax.doctor.data.subject import CONTAINED, COPIED_FAIL, COPIED_WARN, Inputs
-from lm_jax.doctor.findings import Skip, Verdict, check, verdict
+from lm_jax.doctor.old import Skip, Verdict, check, verdict
 
 ERRORS = 5  # standard errors
 ALIKE = 0.05  # excess over rows of other batches at which rows of a batch are near-identical

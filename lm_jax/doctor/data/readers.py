@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from lm_jax.doctor import findings
+from lm_jax.doctor import old as findings
 from lm_jax.doctor.data.sample import read_all
 from lm_jax.doctor.data.subject import Inputs
-from lm_jax.doctor.findings import Skip, Verdict, check, verdict
+from lm_jax.doctor.old import Skip, Verdict, check, verdict
 
 ERRORS = 5  # standard errors
 FEWEST_ROWS = 10  # of fewer, equal orders may be chance: 1/10! = 3e-7

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lm_jax.doctor import findings
+from lm_jax.doctor import old as findings
 
 MULTIPLIER = 0x9E3779B97F4A7C15  # odd, so that its powers mod 2^64 never vanish
 PIECE = 1024  # a longer document is no unit in which text recurs

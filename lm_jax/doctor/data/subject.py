@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from lm_jax.doctor import findings
+from lm_jax.doctor import old as findings
 from lm_jax.doctor.data import grams
 from lm_jax.doctor.data.sample import Sample
-from lm_jax.doctor.findings import require
+from lm_jax.doctor.old import require
 
 COPIED_FAIL, COPIED_WARN = 0.10, 0.01  # share of train that stands earlier in train
 CONTAINED = 0.01  # share of an evaluation split that may stand in train for no reason

@@ -9,7 +9,7 @@ import numpy as np
 
 from lm_jax.doctor.data.sample import Sample
 from lm_jax.doctor.data.subject import Inputs
-from lm_jax.doctor.findings import Skip, Verdict, call, check, verdict
+from lm_jax.doctor.old import Skip, Verdict, call, check, verdict
 
 ERRORS = 5  # standard errors
 UNKNOWN_FAIL, UNKNOWN_WARN = 0.5, 0.25  # share of tokens that are the unknown id

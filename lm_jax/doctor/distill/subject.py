@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm_jax.doctor.distill.divergence import log_softmax
-from lm_jax.doctor.findings import Arguments, Skip, call
+from lm_jax.doctor.old import Arguments, Skip, call
 from lm_jax.doctor.optimiser.subject import Arrays, named, same
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from lm_jax.doctor.eval.subject import Given, checked
-from lm_jax.doctor.findings import Skip, Verdict, call, check, verdict
+from lm_jax.doctor.old import Skip, Verdict, call, check, verdict
 
 OPTIONS = ("temperature", "top_k", "top_p", "repetition_penalty")
 _IDS = 16  # vocabulary of the sampler's checks

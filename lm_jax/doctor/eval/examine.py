@@ -9,7 +9,7 @@ import numpy as np
 
 from lm_jax.doctor.eval import decoding
 from lm_jax.doctor.eval.subject import Given
-from lm_jax.doctor.findings import (
+from lm_jax.doctor.old import (
     Report,
     Skip,
     Verdict,

@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from lm_jax.doctor.findings import Arguments, Skip, call
+from lm_jax.doctor.old import Arguments, Skip, call
 
 
 @dataclasses.dataclass(frozen=True)

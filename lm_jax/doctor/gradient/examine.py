@@ -6,9 +6,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from lm_jax.doctor.findings import Finding, Report, Skip, Verdict, check, run_all, verdict, whole
 from lm_jax.doctor.gradient import differences
 from lm_jax.doctor.gradient.subject import Comparison, Gradients
+from lm_jax.doctor.old import Finding, Report, Skip, Verdict, check, run_all, verdict, whole
 
 COORDINATES = 12  # of each leaf
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm_jax.doctor.findings import (
+from lm_jax.doctor.old import (
     Finding,
     Report,
     Skip,

@@ -1,1 +1,5 @@
 """Logs of any trainer."""
+
+from lm_jax.doctor.log.examine import examine_log
+
+__all__ = ["examine_log"]

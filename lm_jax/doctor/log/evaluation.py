@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from lm_jax.doctor.findings import Skip, Status, Verdict, check, verdict
 from lm_jax.doctor.log.loss import CONTEXT_PROBES, LEAK_PROBES, UPDATE_PROBES
 from lm_jax.doctor.log.subject import Log, Series, half_unit, noise, pairs
+from lm_jax.doctor.old import Skip, Status, Verdict, check, verdict
 
 
 @check(

@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from lm_jax.doctor.findings import Report, require, run_all, whole
 from lm_jax.doctor.log import evaluation, loop, loss, perplexity
-from lm_jax.doctor.log.subject import Log, Problem
+from lm_jax.doctor.log.read import Problem
+from lm_jax.doctor.log.subject import Log
+from lm_jax.doctor.old import Report, require, run_all, whole
 
 CHECKS = loss.CHECKS + loop.CHECKS + evaluation.CHECKS + perplexity.CHECKS
 

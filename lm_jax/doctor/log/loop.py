@@ -4,7 +4,6 @@ import math
 
 import numpy as np
 
-from lm_jax.doctor.findings import Skip, Verdict, check, verdict
 from lm_jax.doctor.log.loss import UPDATE_PROBES
 from lm_jax.doctor.log.subject import (
     Log,
@@ -15,6 +14,7 @@ from lm_jax.doctor.log.subject import (
     rank_correlation,
     residuals,
 )
+from lm_jax.doctor.old import Skip, Verdict, check, verdict
 
 _MAX_MFU = 0.75  # no training of a language model is known to reach more
 

@@ -4,10 +4,8 @@ import math
 
 import numpy as np
 
-from lm_jax.doctor.findings import Skip, Status, Verdict, check, verdict
+from lm_jax.doctor.log.read import METRICS, PREFIXES
 from lm_jax.doctor.log.subject import (
-    METRICS,
-    PREFIXES,
     Log,
     Series,
     blocks,
@@ -15,6 +13,7 @@ from lm_jax.doctor.log.subject import (
     noise,
     number,
 )
+from lm_jax.doctor.old import Skip, Status, Verdict, check, verdict
 
 LEAK_PROBES = ("target.oracle", "target.gibbs", "causality.suffix_swap")
 CONTEXT_PROBES = ("causality.context_use", "causality.row_independence", "causality.truncation")

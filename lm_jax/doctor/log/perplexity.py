@@ -4,8 +4,8 @@ import math
 
 import numpy as np
 
-from lm_jax.doctor.findings import Skip, Status, Verdict, check, verdict
 from lm_jax.doctor.log.subject import Log, Series, half_unit, pairs
+from lm_jax.doctor.old import Skip, Status, Verdict, check, verdict
 
 # Where trainers cut perplexities off: exp of these, and powers of ten.
 _CAPPED_LOSSES = (5, 7, 10, 12, 15, 20, 30, 50, 80, 88, 100)

@@ -7,17 +7,6 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from lm_jax.doctor.findings import (
-    Finding,
-    Report,
-    Skip,
-    Verdict,
-    call,
-    check,
-    run_all,
-    verdict,
-    whole,
-)
 from lm_jax.doctor.loss import target as loss_tokens
 from lm_jax.doctor.loss.subject import (
     EPS,
@@ -30,6 +19,17 @@ from lm_jax.doctor.loss.subject import (
     gap,
     judge,
     oracle,
+)
+from lm_jax.doctor.old import (
+    Finding,
+    Report,
+    Skip,
+    Verdict,
+    call,
+    check,
+    run_all,
+    verdict,
+    whole,
 )
 
 

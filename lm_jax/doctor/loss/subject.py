@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm_jax.doctor.findings import Skip, Verdict, call, verdict
+from lm_jax.doctor.old import Skip, Verdict, call, verdict
 
 EPS = 2.0**-23  # distance of float32 numbers around 1
 MARGIN = 50.0  # nats by which an oracle prefers its token

@@ -5,7 +5,6 @@ from collections.abc import Callable
 
 import numpy as np
 
-from lm_jax.doctor.findings import Finding, Skip, Verdict, check, verdict
 from lm_jax.doctor.loss.subject import (
     EPS,
     MARGIN,
@@ -17,6 +16,7 @@ from lm_jax.doctor.loss.subject import (
     oracle,
     padded,
 )
+from lm_jax.doctor.old import Finding, Skip, Verdict, check, verdict
 
 
 @check(

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from lm_jax.doctor.findings import Skip, Status, Verdict, call, check, verdict
 from lm_jax.doctor.model.subject import CAUSAL, Model, Variant
+from lm_jax.doctor.old import Skip, Status, Verdict, call, check, verdict
 
 
 def maps(model: Model) -> Iterator[tuple[Variant, np.ndarray]]:

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm_jax.doctor.findings import Skip, Verdict, call, check, verdict
 from lm_jax.doctor.model.subject import Model, Variant, is_float_leaf
+from lm_jax.doctor.old import Skip, Verdict, call, check, verdict
 
 MOST_CALLS = 8  # of one check, where one call has a row for every cut
 

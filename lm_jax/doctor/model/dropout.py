@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from lm_jax.doctor.findings import Skip, Verdict, check, verdict
 from lm_jax.doctor.model.subject import Model
+from lm_jax.doctor.old import Skip, Verdict, check, verdict
 
 
 @check(

@@ -3,9 +3,9 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lm_jax.doctor.findings import Finding, Report, Skip, Verdict, check, run_all, verdict
 from lm_jax.doctor.model import attention, causality, dropout, init, target
 from lm_jax.doctor.model.subject import CAUSAL, Model, named_leaves
+from lm_jax.doctor.old import Finding, Report, Skip, Verdict, check, run_all, verdict
 
 
 @check(

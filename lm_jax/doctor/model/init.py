@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from lm_jax.doctor.findings import Skip, Status, Verdict, check, verdict
 from lm_jax.doctor.model.subject import Model, Variant, like, named_leaves
+from lm_jax.doctor.old import Skip, Status, Verdict, check, verdict
 
 
 def fresh(model: Model) -> None:

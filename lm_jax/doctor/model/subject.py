@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm_jax.doctor.findings import Skip, call, whole
+from lm_jax.doctor.old import Skip, call, whole
 
 CAUSAL = "causal"
 OBJECTIVES = (CAUSAL, "bidirectional", "masked")

@@ -4,8 +4,8 @@ from typing import Any
 
 import numpy as np
 
-from lm_jax.doctor.findings import Skip, Verdict, check, verdict
 from lm_jax.doctor.model.subject import Model
+from lm_jax.doctor.old import Skip, Verdict, check, verdict
 
 OFFSETS = (-2, -1, 0, 1, 2, 3)
 

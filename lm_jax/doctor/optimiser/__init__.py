@@ -1,1 +1,5 @@
 """Optimisers and schedules."""
+
+from lm_jax.doctor.optimiser.examine import examine_optimiser
+
+__all__ = ["examine_optimiser"]

@@ -6,8 +6,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from lm_jax.doctor.findings import Report, Skip, Verdict, check, require, run_all, verdict, whole
 from lm_jax.doctor.model.subject import named_leaves
+from lm_jax.doctor.old import Report, Skip, Verdict, check, require, run_all, verdict, whole
 from lm_jax.doctor.optimiser import schedule
 from lm_jax.doctor.optimiser.subject import (
     FLOAT32_EPS,

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from lm_jax.doctor.findings import Skip, Status, Verdict, check, verdict
+from lm_jax.doctor.old import Skip, Status, Verdict, check, verdict
 from lm_jax.doctor.optimiser.subject import (
     FLOAT32_EPS,
     UPDATES,

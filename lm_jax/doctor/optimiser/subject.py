@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm_jax.doctor.findings import Arguments, Skip, call
+from lm_jax.doctor.old import Arguments, Skip, call
 
 Arrays = dict[str, np.ndarray]
 

@@ -1,0 +1,202 @@
+"""What short trainings show."""
+
+import math
+
+import numpy as np
+
+from lm_jax.doctor import trees
+from lm_jax.doctor.checks import check
+from lm_jax.doctor.facts import Skip
+from lm_jax.doctor.findings import Measure, at_least, at_most, equals, holds, none, note
+from lm_jax.doctor.training.subject import EARLY, REPEATED, Course, Overfitted, Subject
+
+BLOCK = 64  # batches scored between looks at the standard error
+MOST_BLOCKS = 56  # some seconds; then the power is what it is
+PAIRS = 4  # batches whose halves are exchanged
+
+
+@check(
+    "Hand in init_fn(seed), step_fn(state, tokens) and score_fn(state, tokens) that run on "
+    "uniform ids and return finite sums; nothing else was examined.",
+    gate=True,
+)
+def run(subject: Subject, course: Course) -> list[Measure]:
+    """The loop runs on uniform tokens with finite scores."""
+    return [
+        note("nats a token before", course.nats[0], key="before"),
+        note(f"after {subject.steps} updates", course.nats[-1], key="after"),
+        note("ln V", subject.chance),
+    ]
+
+
+@check(
+    "The model predicts random tokens better than chance, so it sees its target: labels "
+    "without a shift, no causal mask, or a sum over later positions. examine_model says where."
+)
+def gibbs(subject: Subject, course: Course) -> list[Measure]:
+    """On fresh uniform tokens no predictor has less than ln V nats: the Gibbs inequality."""
+    means: list[float] = []
+    counts: set[float] = set()
+    for block in range(MOST_BLOCKS):
+        for i in range(BLOCK):
+            nats, count = subject.score(course.state, subject.batch(2, block, i))
+            means.append(nats / count)
+            counts.add(count)
+        n = len(means)
+        error = float(np.std(means, ddof=1) / n**0.5)
+        # Without a leak the nats of random tokens are uncorrelated, so this is their variance,
+        # that of the logits; half of it is what the noise of the parameters adds to the loss.
+        noise = error**2 * n * min(counts) / 2
+        either = float(np.hypot(error, noise * (2 / n) ** 0.5))
+        # Stopping looks at errors alone, never at the mean.
+        if 5 * either <= subject.smallest_leak:
+            break
+    if len(counts) > 1:
+        raise Skip(
+            f"score_fn scores {min(counts):g} to {max(counts):g} tokens of batches of one shape: "
+            "it leaves tokens out by their value, and ln V is no bound then."
+        )
+    excess = float(np.mean(means)) - subject.chance
+    # Float32 sums carry an error of their own, about eps times the value.
+    bound = -3 * error - 2.0**-22 * subject.chance
+    # Far from uniform, half the variance is not what noise adds, and all the excess may hide one.
+    visible = 5 * either if noise < 0.05 else abs(excess) + 5 * error
+    found = [
+        at_least(
+            f"nats above ln V = {subject.chance:.4f} on {n} batches of random tokens",
+            excess,
+            bound,
+            key="excess",
+        ),
+        note("standard error", error, key="error"),
+        note("of the excess, noise of the parameters", noise, key="noise"),
+    ]
+    if excess < bound:
+        return found
+    if noise < 0.05 and noise - excess > 3 * either:
+        found.append(
+            at_most("nats less than that noise adds", noise - excess, 3 * either, otherwise="warn")
+        )
+    undecided = "not decided: train longer, or with a rate that comes nearer to ln V"
+    return [
+        *found,
+        at_most(
+            "smallest leak that would have been seen, nats",
+            visible,
+            subject.smallest_leak,
+            otherwise="warn",
+            where=undecided,
+            key="visible",
+        ),
+    ]
+
+
+@check(
+    "The named parameters are not trained: see that they are handed to the optimiser, that "
+    "no stop_gradient or detach stands before them, and that the schedule is not 0."
+)
+def updates(subject: Subject, course: Course) -> Measure:
+    """Every parameter leaf changes in the first updates."""
+    before, after, _ = course.parameters
+    if not before:
+        raise Skip("The state has no floating-point arrays; give params_of.", "params_of")
+    still = [n for n in before if np.array_equal(before[n], after.get(n), equal_nan=True)]
+    # Without params_of the state is more than parameters, and some of it may well stay.
+    if subject.params_of is None and len(still) < len(before):
+        return note(
+            f"leaves of the state that changed in {EARLY} updates", len(before) - len(still)
+        )
+    return none(f"leaves unchanged after {EARLY} updates", still, of=len(before), key="unchanged")
+
+
+@check(
+    "Training does not reach the parameters that are scored. Look at the accumulation "
+    "counter, and at whether score_fn reads the state that step_fn returns."
+)
+def score_changes(course: Course) -> Measure:
+    """The score of one batch changes in the first updates."""
+    start, _, early, _ = course.nats
+    return holds(start != early, f"change of one batch's nats in {EARLY} updates", early - start)
+
+
+@check("Switch dropout and every other source of randomness off in evaluation.")
+def score_repeats(subject: Subject, course: Course, probe: np.ndarray) -> Measure:
+    """Two scores of the same batch are the same, bit by bit."""
+    first, again = (subject.score(course.state, probe)[0] for _ in range(2))
+    return equals("difference of two scores of one batch", first - again, 0, key="difference")
+
+
+@check(
+    "The same seed and batches give another run. Look for memory that is read before it "
+    "is written, keys drawn from the clock, or kernels that add in random order."
+)
+def reproducible(subject: Subject, course: Course, probe: np.ndarray) -> Measure:
+    """The same seed and the same batches lead to the same score."""
+    state = subject.start()
+    for i in range(REPEATED):
+        state = subject.step(state, subject.batch(1, i))
+    again, first = subject.mean(state, probe), course.nats[1]
+    gap = abs(again - first) / max(abs(first), 1e-30)
+    # Kernels that add in random order differ by roundings, not by half the digits of float32.
+    return equals(
+        f"relative difference after {REPEATED} updates from one seed",
+        gap,
+        0,
+        otherwise="fail" if gap > 2.0**-11.5 else "warn",
+        key="gap",
+    )
+
+
+@check(
+    "A row's score depends on the other rows of its batch. Look for attention over the "
+    "batch axis, keys and values of one row used for all, or statistics over the batch."
+)
+def row_independence(subject: Subject, overfitted: Overfitted) -> Measure:
+    """Two batches that exchange half their rows score the same together."""
+    # Overfitted parameters make the most of their context, so any mixing of rows is large.
+    half = subject.batch_size // 2
+    gap = allowed = 0.0
+    for i in range(PAIRS):
+        a, b = subject.batch(4, i, 0), subject.batch(4, i, 1)
+        crossed = np.concatenate([a[:half], b[half:]]), np.concatenate([b[:half], a[half:]])
+        sums = [subject.score(overfitted.state, tokens)[0] for tokens in (a, b, *crossed)]
+        gap = max(gap, abs(sums[0] + sums[1] - sums[2] - sums[3]))
+        # A float32 sum of n terms by halves carries log2(n) roundings.
+        allowed = max(allowed, 2.0**-24 * np.log2(a.size) * float(np.abs(sums).sum()))
+    return at_most("change of the two batches' nats together", gap, allowed, key="gap")
+
+
+@check(
+    "One batch of two rows cannot be learned: look at the gradients (examine_gradients) and "
+    "at the learning rate before anything else."
+)
+def overfit(overfitted: Overfitted) -> Measure:
+    """Two rows, over and over, are learned better than by the frequencies of their tokens."""
+    rows, late, end = overfitted.rows, overfitted.late, overfitted.end
+    shares = np.unique(rows[:, 1:], return_counts=True)[1] / rows[:, 1:].size
+    entropy = -float((shares * np.log(shares)).sum())
+    falling = end < late - 0.01 * entropy
+    return at_most(
+        "nats of two rows seen again and again",
+        end,
+        math.nextafter(entropy, 0),
+        otherwise="warn" if falling else "fail",
+        where="still falling" if falling else "no longer falling",
+        key="end",
+    )
+
+
+@check(
+    "Find the first update at which the named parameters are not finite; clip gradients, "
+    "lower the rate, or skip non-finite updates."
+)
+def finite(course: Course) -> list[Measure]:
+    """All parameters are finite after training."""
+    start, _, end = course.parameters
+    if not end:
+        raise Skip("The state has no floating-point arrays; give params_of.", "params_of")
+    return [
+        none("leaves that are not finite", trees.nonfinite(end), of=len(end), key="non_finite"),
+        note("norm of all leaves before", trees.norm(start.values()), key="before"),
+        note("after", trees.norm(end.values())),
+    ]

@@ -1,0 +1,167 @@
+"""Trees of arrays of NumPy, JAX or PyTorch: their leaves by name, copies, noise."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Arrays = dict[str, np.ndarray]
+LEAF_STD = 0.3  # of randomised parameters up to a width of 32, as the leaks were measured
+
+
+def is_floating(dtype: Any) -> bool:
+    """Whether the dtype is a float of any width, bfloat16 and the like included."""
+    return bool(jnp.issubdtype(dtype, jnp.floating))
+
+
+def names_float(dtype: Any) -> bool:
+    """Whether this is, or is the name of, a float dtype."""
+    try:
+        return is_floating(jnp.dtype(dtype))
+    except TypeError:
+        return False
+
+
+def as_array(value: Any) -> np.ndarray:
+    """A NumPy array of anything that has one inside.
+
+    PyTorch tensors may need a gradient, lie on a GPU or be bfloat16, which comes out in JAX's
+    bfloat16.
+    """
+    if not hasattr(value, "detach"):
+        return np.asarray(value)
+    value = value.detach().cpu()
+    if str(value.dtype) == "torch.bfloat16":
+        return np.asarray(value.float().numpy().astype(jnp.bfloat16))
+    return np.asarray(value.numpy())
+
+
+def is_float_leaf(leaf: Any) -> bool:
+    """Whether a leaf is an array of floats, of NumPy, JAX or PyTorch."""
+    if hasattr(leaf, "is_floating_point"):
+        return bool(leaf.is_floating_point())
+    try:
+        return hasattr(leaf, "dtype") and is_floating(leaf.dtype)
+    except TypeError:  # a dtype of another framework, or of random keys
+        return False
+
+
+def path_name(path: Any) -> str:
+    """A leaf's path as `a/b/0/c`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def named(tree: Any) -> Arrays:
+    """Copies of all leaves on the host by their path."""
+    return {
+        path_name(path): np.array(as_array(leaf)) for path, leaf in jax.tree.leaves_with_path(tree)
+    }
+
+
+def float_leaves(tree: Any) -> Arrays:
+    """Floating-point leaves by path, not copied; leaves that are one object come once."""
+    found: Arrays = {}
+    seen: set[int] = set()
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        if is_float_leaf(leaf) and id(leaf) not in seen:
+            seen.add(id(leaf))
+            found[path_name(path)] = as_array(leaf)
+    return found
+
+
+def shapes(arrays: Mapping[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
+    """Shape of every array."""
+    return {name: x.shape for name, x in arrays.items()}
+
+
+def same(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two arrays are equal bit by bit."""
+    return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+
+
+def flat(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+    """All arrays in one float64 vector."""
+    if not arrays:
+        return np.zeros(0)
+    return np.concatenate([np.asarray(x, np.float64).ravel() for x in arrays.values()])
+
+
+def nonfinite(arrays: Mapping[str, np.ndarray]) -> list[str]:
+    """Names of the arrays that hold a NaN or an infinity."""
+    return [n for n, x in arrays.items() if not np.isfinite(x.astype(np.float64)).all()]
+
+
+def norm(arrays: Iterable[np.ndarray]) -> float:
+    """Root of the sum of all squares, in float64."""
+    return float(np.sqrt(sum(np.square(x.astype(np.float64)).sum() for x in arrays)))
+
+
+def rms(values: Any) -> float:
+    """Root of the mean square, in float64."""
+    return float(np.sqrt(np.square(as_array(values).astype(np.float64)).mean()))
+
+
+def copies(tree: Any) -> Any:
+    """Fresh leaves of the same kind: what is handed over may be overwritten or donated."""
+
+    def copy(leaf: Any) -> Any:
+        if hasattr(leaf, "detach"):
+            return leaf.detach().clone().requires_grad_(leaf.requires_grad)
+        if isinstance(leaf, jax.Array):
+            return jnp.array(leaf)
+        return np.array(leaf) if isinstance(leaf, np.ndarray | np.generic) else leaf
+
+    return jax.tree.map(copy, tree)
+
+
+def like(leaf: Any, values: np.ndarray) -> Any:
+    """`values` in the dtype and the kind of array of `leaf`."""
+    if hasattr(leaf, "detach"):
+        return leaf.detach().new_tensor(np.asarray(values, np.float64))
+    if isinstance(leaf, jax.Array):
+        return jnp.asarray(values, leaf.dtype)
+    return np.asarray(values).astype(leaf.dtype)
+
+
+def is_mask(leaf: Any) -> bool:
+    """Whether an array is a mask and no parameter: it holds just two values, or an infinity."""
+    values: np.ndarray = np.asarray(as_array(leaf), np.float64)
+    if not values.size:
+        return False
+    low, high = np.min(values), np.max(values)
+    two = values.ndim > 1 and low < high and bool(((values == low) | (values == high)).all())
+    return two or bool(np.isinf(values).any())
+
+
+def randomise(params: Any, seed: int) -> Any:
+    """Every floating-point leaf but masks replaced by noise, so that no zero hides anything.
+
+    N(0, 0.3^2), for matrices wider than 32 less by the root of the width, so that activations
+    keep their size.
+    """
+    rng = np.random.default_rng((seed, 1))
+
+    def noise(leaf: Any) -> Any:
+        if not is_float_leaf(leaf) or is_mask(leaf):
+            return leaf
+        shape = tuple(leaf.shape)
+        width = sorted(shape)[-2] if len(shape) > 1 else 1
+        std = LEAF_STD * min(1.0, (32 / max(width, 1)) ** 0.5)
+        return like(leaf, std * rng.standard_normal(shape))
+
+    return jax.tree.map(noise, params)
+
+
+def nudge(params: Any, size: float, seed: int) -> Any:
+    """Every element of every floating-point leaf moved up or down by the relative `size`."""
+    rng = np.random.default_rng((seed, 2))
+
+    def move(leaf: Any) -> Any:
+        if not is_float_leaf(leaf):
+            return leaf
+        values = as_array(leaf).astype(np.float64)
+        return like(leaf, values * (1 + size * rng.choice([-1.0, 1.0], values.shape)))
+
+    return jax.tree.map(move, params)
