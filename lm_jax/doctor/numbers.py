@@ -2,6 +2,7 @@
 
 import decimal
 import math
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -111,3 +112,15 @@ def exp(nats: float) -> float:
     """exp, infinite above what float64 holds."""
     with np.errstate(over="ignore"):
         return float(np.exp(nats))
+
+
+def products(budgets: Iterable[Mapping[str, float]]) -> list[str]:
+    """The budgets whose `stated` amount is not the product of their other entries to 0.5 %."""
+    wrong = []
+    for budget in budgets:
+        factors = {name: x for name, x in budget.items() if name != "stated"}
+        product = math.prod(factors.values())
+        if abs(product - budget["stated"]) > 0.005 * abs(budget["stated"]):
+            terms = " x ".join(f"{x:g} {name}" for name, x in factors.items())
+            wrong.append(f"{terms} = {product:.4g}, but {budget['stated']:.4g} is stated")
+    return wrong

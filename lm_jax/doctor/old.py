@@ -1,10 +1,12 @@
 """The former way to write a check; goes when every family is rebuilt."""
 
 import functools
+import math
 import time
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from lm_jax.doctor.facts import Skip
@@ -97,3 +99,27 @@ def whole(value: Any, name: str, least: int) -> None:
     is_whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
     remedy = f"give a whole number of {least} or more"
     require(is_whole and value >= least, f"{name}={value!r}", remedy)
+
+
+def worst(results: dict[str, tuple[float, float]]) -> tuple[str, float, float]:
+    """Name, difference and threshold of the case that exceeds its threshold the most."""
+
+    def excess(name: str) -> float:
+        difference, threshold = results[name]
+        return math.inf if math.isnan(difference) else difference / max(threshold, 1e-300)
+
+    name = max(results, key=excess)
+    return name, *results[name]
+
+
+def judge(results: dict[str, tuple[float, float]], text: str, **values: Any) -> Verdict:
+    """Pass if every difference is within its threshold; `text` tells what was compared."""
+    name, difference, threshold = worst(results)
+    evidence = f"{text}: largest difference {difference:.3g} ({name}), threshold {threshold:.2g}."
+    differences = {name: difference for name, (difference, _) in results.items()}
+    return verdict(difference <= threshold, evidence, differences=differences, **values)
+
+
+def is_floating(x: np.ndarray) -> bool:
+    """Also of bfloat16, which NumPy does not know as a float."""
+    return bool(jnp.issubdtype(x.dtype, jnp.floating))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from lm_jax.doctor.arms.noise import Noise, as_noise, noise_of_gap
-from lm_jax.doctor.log.subject import products
+from lm_jax.doctor.numbers import products
 from lm_jax.doctor.old import Report, Skip, Status, Verdict, call, check, run_all, verdict
 
 _MATCH = 0.005  # parameter counts within this share are the same

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm_jax.doctor.loss.subject import EPS, gap, judge
-from lm_jax.doctor.old import Finding, Skip, Verdict, call, check, verdict
+from lm_jax.doctor.numbers import FLOAT32_EPS as EPS
+from lm_jax.doctor.numbers import gap
+from lm_jax.doctor.old import Finding, Skip, Verdict, call, check, judge, verdict
 
 ROWS, LENGTH = 3, 5
 KINDS = ("forward", "reverse", "jsd", "skew")

@@ -13,8 +13,9 @@ import numpy as np
 from lm_jax.doctor.distill import divergence, targets
 from lm_jax.doctor.distill.divergence import KINDS, Divergence
 from lm_jax.doctor.distill.subject import Given
+from lm_jax.doctor.findings import listed
 from lm_jax.doctor.log.read import number
-from lm_jax.doctor.loss.subject import gap
+from lm_jax.doctor.numbers import gap
 from lm_jax.doctor.old import (
     Finding,
     Report,
@@ -22,11 +23,11 @@ from lm_jax.doctor.old import (
     Verdict,
     call,
     check,
+    is_floating,
     run_all,
     verdict,
     whole,
 )
-from lm_jax.doctor.optimiser.subject import is_floating, listed
 
 LEAST_CANDIDATES = 16
 

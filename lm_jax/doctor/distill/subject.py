@@ -10,7 +10,7 @@ import numpy as np
 
 from lm_jax.doctor.distill.divergence import log_softmax
 from lm_jax.doctor.old import Arguments, Skip, call
-from lm_jax.doctor.optimiser.subject import Arrays, named, same
+from lm_jax.doctor.trees import Arrays, named, same
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,9 +10,10 @@ import numpy as np
 
 from lm_jax.doctor.distill.divergence import log_softmax
 from lm_jax.doctor.distill.subject import Given, changed_leaves, next_token_nats
-from lm_jax.doctor.loss.subject import gap, resolution
-from lm_jax.doctor.old import Finding, Skip, Verdict, call, check, verdict
-from lm_jax.doctor.optimiser.subject import is_floating, listed, named
+from lm_jax.doctor.findings import listed
+from lm_jax.doctor.numbers import gap, resolution
+from lm_jax.doctor.old import Finding, Skip, Verdict, call, check, is_floating, verdict
+from lm_jax.doctor.trees import named
 
 
 @check(

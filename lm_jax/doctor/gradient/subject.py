@@ -11,8 +11,8 @@ import numpy as np
 
 from lm_jax.doctor.gradient import differences
 from lm_jax.doctor.gradient.differences import Slope, slope
-from lm_jax.doctor.model.subject import as_array, is_float_leaf
 from lm_jax.doctor.old import Skip, Verdict, call, verdict
+from lm_jax.doctor.trees import as_array, is_float_leaf
 
 TOLERANCE = 1e-6  # relative error that float64 is far below
 DECISIVE = 0.1  # a difference whose bound exceeds this share of the gradient decides nothing

@@ -10,10 +10,10 @@ from lm_jax.doctor.log.subject import (
     Series,
     half_unit,
     noise,
-    products,
     rank_correlation,
     residuals,
 )
+from lm_jax.doctor.numbers import products
 from lm_jax.doctor.old import Skip, Verdict, check, verdict
 
 _MAX_MFU = 0.75  # no training of a language model is known to reach more

@@ -4,7 +4,7 @@ import dataclasses
 import decimal
 import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -174,18 +174,6 @@ def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
     """Correlation of the ranks, which single outliers cannot make."""
     ranks = np.stack([np.argsort(np.argsort(x)) for x in (a, b)]).astype(float)
     return float(np.corrcoef(ranks)[0, 1])
-
-
-def products(budgets: Iterable[Mapping[str, float]]) -> list[str]:
-    """The budgets whose `stated` amount is not the product of their other entries to 0.5 %."""
-    wrong = []
-    for budget in budgets:
-        factors = {name: x for name, x in budget.items() if name != "stated"}
-        product = math.prod(factors.values())
-        if abs(product - budget["stated"]) > 0.005 * abs(budget["stated"]):
-            terms = " x ".join(f"{x:g} {name}" for name, x in factors.items())
-            wrong.append(f"{terms} = {product:.4g}, but {budget['stated']:.4g} is stated")
-    return wrong
 
 
 def half_unit(value: float) -> float:

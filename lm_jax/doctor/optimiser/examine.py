@@ -6,7 +6,6 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from lm_jax.doctor.model.subject import named_leaves
 from lm_jax.doctor.old import Report, Skip, Verdict, check, require, run_all, verdict, whole
 from lm_jax.doctor.optimiser import schedule
 from lm_jax.doctor.optimiser.subject import (
@@ -19,6 +18,7 @@ from lm_jax.doctor.optimiser.subject import (
     listed,
     same,
 )
+from lm_jax.doctor.trees import float_leaves as named_leaves
 
 
 @check(
