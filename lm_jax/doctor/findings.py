@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -198,18 +199,20 @@ class Report:
 
     @property
     def verdict(self) -> str:
-        """The report in one line: what failed, what warns, how much was looked at."""
+        """The report in one line: what failed and what warns, else how much was looked at."""
         failed, warned = self.failed, self.warned
         parts = [f"{len(failed)} failed: {', '.join(failed)}"] if failed else []
         parts += [f"{len(warned)} warned: {', '.join(warned)}"] if warned else []
+        return f"doctor: {'; '.join(parts) or self._rest}"
+
+    @property
+    def _rest(self) -> str:
+        """How much passed, how much had nothing to look at, and how long it took."""
         passed, skipped = len(self._with("pass")), len(self._with("skip"))
-        if not (parts or passed):
-            parts.append("nothing was examined")
-        if passed:
-            parts.append(f"{passed} passed")
-        if skipped:
-            parts.append(f"{skipped} had nothing to look at")
-        return f"doctor: {'; '.join(parts)} ({sum(f.seconds for f in self.findings):.0f} s)"
+        text = f"{passed} passed" if self._with("pass", "warn", "fail", "error") else ""
+        text = text or "nothing was examined"
+        text += f", {skipped} had nothing to look at" if skipped else ""
+        return f"{text} ({sum(f.seconds for f in self.findings):.0f} s)"
 
     def show(self, console: Console | None = None, *, everything: bool = False) -> None:
         """Print the verdict, then failures, errors and warnings with evidence and remedy.
@@ -218,24 +221,26 @@ class Report:
             console: where to; the terminal if None.
             everything: print a table of all findings as well.
         """
-        console = console or Console()
-        console.print(escape(self.verdict))
+        say = functools.partial((console or Console()).print, highlight=False)
+        say(escape(self.verdict))
         order = ("fail", "error", "warn")
-        notable = sorted(
-            (f for f in self.findings if f.status in order), key=lambda f: order.index(f.status)
-        )
+        notable = [f for status in order for f in self.findings if f.status == status]
         for f in notable:
-            console.print(f"[{_COLOURS[f.status]}]{f.status:5}[/] [bold]{escape(f.check)}[/]")
-            console.print(Padding(escape(f.evidence), (0, 0, 0, 6)))
-            if f.remedy:
-                console.print(Padding("→ " + escape(f.remedy), (0, 0, 0, 6)))
-        if notable and (gaps := self._gaps()):
-            console.print(escape(gaps))
+            say(f"[{_COLOURS[f.status]}]{f.status:5}[/] [bold]{escape(f.check)}[/]")
+            for text in (f.evidence, f.remedy and f"→ {f.remedy}"):
+                if text:
+                    say(Padding(escape(text), (0, 0, 0, 6), expand=False), highlight=False)
+        if notable:
+            say(self._rest)
+        if gaps := self._gaps():
+            say(escape(gaps))
         if everything:
-            console.print(self._table())
+            say(self._table())
 
     def _gaps(self) -> str:
-        """What to give so that more can be looked at, in one line."""
+        """What to give so that more can be looked at, where something was left out or amiss."""
+        if self.clean and not self.warned:
+            return ""
         needs = collections.Counter(
             " and ".join(f.needs) for f in self.findings if f.status == "skip" and f.needs
         )

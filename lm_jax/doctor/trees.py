@@ -50,7 +50,7 @@ def is_float_leaf(leaf: Any) -> bool:
 
 def path_name(path: Any) -> str:
     """A leaf's path as `a/b/0/c`."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+    return jax.tree_util.keystr(path, simple=True, separator="/") or "the array"
 
 
 def named(tree: Any) -> Arrays:
