@@ -1,5 +1,7 @@
 """The data of a run, examined."""
 
+import dataclasses
+import functools
 from collections.abc import Iterator
 
 import numpy as np
@@ -7,34 +9,60 @@ import numpy as np
 from lm_jax.config import Config
 from lm_jax.data import windows as pipeline
 from lm_jax.data.store import Split, Store
+from lm_jax.data.windows import Batch
 from lm_jax.doctor.data import examine_data
 from lm_jax.doctor.findings import Report
 
 _SPLITS = ("valid", "test")
+_MOST = 1 << 21  # tokens of a split
+_READERS = 8  # processes that read at the most
+_FEW = 64  # windows that they share
 
 
-def examine_splits(cfg: Config, store: Store, windows: int) -> Report:
-    """The splits, and the first batches of two epochs."""
+def examine_splits(cfg: Config, store: Store, windows: int, *, level: str = "fast") -> Report:
+    """The splits, the first batches of two epochs and, at level full, what several readers read.
+
+    Args:
+        cfg: resolved config of the run.
+        store: the tokenised corpus.
+        windows: those of an epoch.
+        level: fast or full.
+    """
     splits = {name: store.split(name) for name in ("train", *_SPLITS) if name in _names(store)}
     tokenizer = store.tokenizer
     texts = [tokenizer.decode(document) for document in _first(splits["valid"], 20)]
+    batches = functools.partial(
+        pipeline.train_batches,
+        seq_len=cfg.data.seq_len,
+        document_mask=cfg.data.document_mask,
+        seed=cfg.seed,
+        threads=0,
+    )
+    of_run = functools.partial(
+        batches, splits["train"], batch_size=cfg.data.batch_size, movable=cfg.data.window_offset
+    )
 
-    def epoch(number: int) -> list[dict[str, np.ndarray]]:
+    def epoch(number: int) -> list[Batch]:
         first = number * -(-windows // cfg.data.batch_size)
-        calls = [range(first + i, first + i + 1) for i in range(2)]
-        return list(
-            pipeline.train_batches(
-                splits["train"],
-                seq_len=cfg.data.seq_len,
-                batch_size=cfg.data.batch_size,
-                document_mask=cfg.data.document_mask,
-                seed=cfg.seed,
-                calls=calls,
-                movable=cfg.data.window_offset,
-                threads=0,
-            )
-        )
+        return list(of_run(calls=[range(first + i, first + i + 1) for i in range(2)]))
 
+    few = _beginning(splits["train"], cfg.data.seq_len)
+
+    def readers(count: int) -> list[Iterator[Batch]]:
+        """One epoch of the beginning of the train split, as so many processes read it."""
+        assert few is not None
+        calls = [range(i, i + 1) for i in range(_FEW // _READERS)]
+        return [
+            batches(few, batch_size=_READERS, calls=calls, process_index=i, process_count=count)
+            for i in range(count)
+        ]
+
+    def resumed() -> tuple[list[Batch], list[Batch]]:
+        """Batches of a run without interruption, and of one that starts in the middle."""
+        calls = [range(i, i + 1) for i in range(4)]
+        return list(of_run(calls=calls)), list(of_run(calls=calls[2:]))
+
+    full = level == "full"
     return examine_data(
         _documents(splits["train"]),
         *(_documents(splits[name]) if name in splits else None for name in _SPLITS),
@@ -42,8 +70,27 @@ def examine_splits(cfg: Config, store: Store, windows: int) -> Report:
         separator=tokenizer.separator,
         tokenizer=(tokenizer.encode, tokenizer.decode),
         texts=texts,
+        byte_counts={
+            name: split.bytes for name, split in splits.items() if len(split.tokens) < _MOST
+        },
         epochs=[epoch(0), epoch(1)],
-        max_tokens=1 << 21,
+        readers=readers if full and few is not None else None,
+        reader_counts=(1, 2, _READERS),
+        resume=resumed() if full else None,
+        max_tokens=_MOST,
+    )
+
+
+def _beginning(split: Split, seq_len: int) -> Split | None:
+    """The first windows of a split as a split of just these, or None if it has fewer."""
+    positions = _FEW * seq_len + 1
+    separators = split.document_starts[:-1] + np.arange(len(split.document_starts) - 1)
+    tokens = positions - int(np.searchsorted(separators, positions))
+    if tokens > len(split.tokens):
+        return None
+    starts = split.document_starts[: positions - tokens]
+    return dataclasses.replace(
+        split, tokens=split.tokens[:tokens], document_starts=np.append(starts, tokens)
     )
 
 

@@ -56,7 +56,7 @@ def examine_config(cfg: Config, *, level: str = "fast", store: Store | None = No
     split = store.split("train")
     windows = pipeline.count_windows(split, cfg.data.seq_len, cfg.data.window_offset)
     cfg = resolve(cfg, windows=windows)
-    report = data.examine_splits(cfg, store, windows)
+    report = data.examine_splits(cfg, store, windows, level=level)
     small = Small(cfg, store)
     report += small.model() + small.loss() + small.optimiser()
     if cfg.distill.taught:
