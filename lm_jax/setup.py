@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from rich.console import Console
 
 import lm_jax
 from lm_jax import checkpoint, evaluate, optim, preflight, sharding, step, workdir
@@ -248,7 +247,7 @@ def examine_run(cfg: Config, store: Store, folder: pathlib.Path) -> None:
     report = preflight.examine_config(cfg, level=cfg.doctor, store=store)
     if jax.process_index() == 0:
         write_text(folder / workdir.DOCTOR, report.to_json() + "\n")
-        report.show(Console(), everything=False)
+        report.show()
     if report.failed:
         raise preflight.Unfit(
             f"the doctor refuses this run: {', '.join(report.failed)} failed (above, and in "

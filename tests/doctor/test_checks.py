@@ -25,7 +25,7 @@ from lm_jax.doctor.findings import (
     note,
 )
 
-DERIVED = []  # calls of the fixture
+DERIVED: list[int] = []  # calls of the fixture
 
 
 @dataclasses.dataclass
