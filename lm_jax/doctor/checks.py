@@ -138,7 +138,7 @@ class Case:
                 self.errors[name] = error
                 raise
             return self.results[name]
-        if name in self.checks:
+        if name not in self.facts and name in self.checks:
             return self.passed(name)
         if name not in self.facts:
             raise TypeError(f"{name} is no fact, fixture or check of this family")
