@@ -312,7 +312,7 @@ def test_float32_that_overflows_is_no_cap(split):
 @pytest.mark.fault(73, "eval.token_count")
 def test_padding_is_scored(split):
     found = planted("eval.token_count", split, fault="pads", alone=False)
-    assert min(found.values["found"].values()) > found.values["split"] == len(split.tokens)
+    assert min(found.values["found"].values()) > found.values["truth"] == len(split.tokens)
 
 
 @pytest.mark.fault(73, "eval.token_count")
@@ -469,7 +469,7 @@ def test_penalty_that_divides_negative_logits():
         sampler=toy_decoder.sampler("penalty divides"),
         sampler_options=("repetition_penalty",),
     )
-    assert all(float(logit) < 0 for logit in found.values["raised"])
+    assert all("logit -" in raised for raised in found.values["raised"])
 
 
 @pytest.mark.fault(78, "eval.top_p")
@@ -513,44 +513,80 @@ def test_references():
 
 def test_nothing_given_is_skipped_by_name():
     report = examine_evaluation(vocab_size=V)
-    assert {f.status for f in report} == {"skip"}
-    assert "evaluate_fn" in report["eval.aggregation"].evidence
+    assert {f.status for f in report} == {"skip"} and not report.clean
+    assert "evaluate_fn" in report["eval.aggregation"].needs
+    without = examine_evaluation(vocab_size=V, sampler=toy_decoder.sampler())
+    assert not without.clean and "sampler_options" in without["eval.top_k"].needs
 
 
 def raising(*_, **__):
     raise RuntimeError("out of cheese")
 
 
-def test_functions_that_raise_are_reported(split):
-    names = "evaluate_fn batches_fn logits_fn train_logits_fn extend_fn sampler".split()
-    report = examine_evaluation(
+def everything(split):
+    """All functions, healthy."""
+    params = toy_decoder.init(0)
+    forward, extend = functools.partial(toy_decoder.forward, params), toy_decoder.extender(params)
+    return dict(
         vocab_size=V,
+        seq_len=9,
         targets=split.tokens,
-        continuation=([1], [2], [-1.0]),
-        sampler_options=("temperature", "top_k", "top_p", "repetition_penalty"),
         strides=(3,),
-        **dict.fromkeys(names, raising),
+        evaluate_fn=lambda predict, rows, stride=None: score(split, predict, rows, stride),
+        batches_fn=functools.partial(batches_of, split),
+        logits_fn=forward,
+        train_logits_fn=lambda tokens, seed: forward(tokens, key=jax.random.key(seed)),
+        extend_fn=extend,
+        continuation=([3], *toy_decoder.generate(params, [3], 5, extend)),
+        sampler=toy_decoder.sampler(),
+        sampler_options=("temperature", "top_k", "top_p", "repetition_penalty"),
     )
-    for found in report:
-        if found.check != "eval.references":
-            assert found.status == "skip" and "out of cheese" in found.evidence
+
+
+FIRST = dict(
+    evaluate_fn="aggregation",
+    batches_fn="coverage",
+    logits_fn="deterministic",
+    train_logits_fn="train_mode",
+    extend_fn="cached_decode",
+    sampler="temperature",
+)
+
+
+def test_functions_that_raise_are_errors(split):
+    given = everything(split)
+    silent(examine_evaluation(**given), {"eval.references"})
+    for name, check in FIRST.items():
+        report = examine_evaluation(**given | {name: raising})
+        assert report.failed == [f"eval.{check}"]
+        found = report[f"eval.{check}"]
+        assert found.status == "error" and f"{name} raised" in found.evidence
+        assert "out of cheese (test_evaluation.py:" in found.evidence
+    report = examine_evaluation(**given | dict.fromkeys(FIRST, raising))
+    assert not report.clean and "pass" not in {f.status for f in report}
+    assert len(report.failed) == 5  # training waits for the logits of evaluation
 
 
 @pytest.mark.parametrize(
     "name, value, words",
     [
         ("logits_fn", lambda tokens: np.zeros((2, 3)), "shape (2, 3)"),
-        ("logits_fn", lambda tokens: np.full((*tokens.shape, V), np.nan), "not finite"),
+        (
+            "logits_fn",
+            lambda tokens: np.full((*tokens.shape, V), np.nan),
+            "414 numbers that are NaN",
+        ),
         ("extend_fn", lambda tokens, cache: None, "does not return"),
         ("continuation", ([1], [2], [1.0, 2.0]), "shape (2,)"),
         ("continuation", ([], [2], None), "one id of context"),
         ("sampler", lambda logits, seed, **_: np.zeros(3), "float64 (3,)"),
         ("evaluate_fn", lambda predict, batch_size: 3.0, "'loss'"),
+        ("evaluate_fn", lambda predict, batch_size: {"loss": "low"}, "float of loss"),
         ("batches_fn", lambda process, processes: [np.zeros(3)], "'tokens'"),
         ("batches_fn", lambda process, processes: [], "no batch"),
     ],
 )
-def test_wrong_shapes_and_values_are_skipped_with_the_reason(split, name, value, words):
+def test_wrong_shapes_and_values_are_errors_with_the_reason(split, name, value, words):
     given = dict(
         vocab_size=V,
         seq_len=9,
@@ -559,8 +595,8 @@ def test_wrong_shapes_and_values_are_skipped_with_the_reason(split, name, value,
         sampler_options=("top_p",),
     )
     report = examine_evaluation(**given | {name: value})
-    assert not report.failed
-    assert any(f.status == "skip" and words in f.evidence for f in report)
+    assert len(report.failed) == 1 and words in report[report.failed[0]].evidence
+    assert report[report.failed[0]].status == "error"
 
 
 def test_nan_from_evaluation_fails(split):
