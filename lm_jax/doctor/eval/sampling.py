@@ -102,8 +102,8 @@ def top_k(subject: Subject, sampler: Any, logits_V: np.ndarray) -> list[Measure]
 
 
 @check(
-    "Keep ids from the most likely on until their mass reaches p, the one that reaches it included, "
-    "and so always the first."
+    "Keep ids from the most likely on until their mass reaches p, the one that reaches it "
+    "included, and so always the first."
 )
 def top_p(subject: Subject, sampler: Any, logits_V: np.ndarray) -> list[Measure]:
     """Draws come from the fewest most likely ids whose mass reaches p, never from none."""
