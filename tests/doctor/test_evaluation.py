@@ -9,15 +9,20 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lm_jax import config, evaluate, generate, loss, sharding
+from lm_jax import config, evaluate, generate, loss, metrics, sharding
+from lm_jax.config import rules
+from lm_jax.config.resolve import resolve
 from lm_jax.data import windows as pipeline
+from lm_jax.data.open import open_data
 from lm_jax.data.store import Split
 from lm_jax.data.tokenizers.kinds import CharTokenizer
 from lm_jax.doctor.eval import examine_evaluation
 from lm_jax.models.families import create_model
+from lm_jax.models.layers import Decoder
+from lm_jax.preflight import run
 from lm_jax.workdir import Trained
 from tests.doctor import toy_decoder
-from tests.helpers import randomise, tiny_config
+from tests.helpers import randomise, small, tiny_config
 
 V, T = toy_decoder.V, 12
 
@@ -206,6 +211,100 @@ def test_silent_on_a_healthy_toy(seed):
     )
     silent(report)
     assert sum(f.status == "pass" for f in report) == 8
+
+
+def small_run(text, **changes):
+    """The preflight's small twin of a run."""
+    cfg = small(text, **changes)
+    return run.Small(resolve(cfg, windows=50), open_data(rules.validate(cfg)))
+
+
+def test_the_preflight_examines_evaluation_generation_and_sampler(text):
+    # This package has no penalty for repetition.
+    silent(small_run(text).evaluation(), {"eval.repetition_penalty"})
+
+
+@pytest.mark.fault(71, "eval.cap")
+@pytest.mark.fault(26, "eval.cached_decode")
+@pytest.mark.fault(77, "eval.generation")
+@pytest.mark.fault(79, "eval.processes")
+def test_the_preflight_finds_faults_of_this_package(text, monkeypatch):
+    """Its evaluator, generator and sampler are those of the trainer, so what breaks one is seen."""
+    right, extend, exp = pipeline._process_rows, Decoder.extend, metrics.exp
+    monkeypatch.setattr(pipeline, "_process_rows", lambda size, index, n: right(size, 0, n))
+    monkeypatch.setattr(metrics, "exp", lambda nats: exp(min(nats, 20.0)))
+
+    def one_ahead(model, tokens, cache, **how):
+        return extend(model, tokens, cache._replace(length=cache.length + 1), **how)
+
+    monkeypatch.setattr(Decoder, "extend", one_ahead)
+    report = small_run(text, data__seq_len=16, model__dropout=0.0).evaluation()
+    names = ("cap", "processes", "cached_decode", "generation")
+    assert report.failed == [f"eval.{name}" for name in names]
+
+
+def test_torch_is_silent(split):
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    params = toy_decoder.init(0)
+    forward, extend = functools.partial(toy_decoder.forward, params), toy_decoder.extender(params)
+
+    def tensor(x, dtype=torch.float32):
+        """It needs a gradient, as what a model without `no_grad` returns."""
+        return torch.tensor(np.asarray(x), dtype=dtype).requires_grad_()
+
+    def evaluate_fn(predict, batch_size):
+        nats = count = torch.zeros(())
+        for batch in (pipeline.Windows(split, T, True),):
+            rows = batch.batch(np.arange(len(batch)))
+            tokens = torch.from_numpy(rows["tokens"]).long()
+            for b in torch.split(torch.arange(len(tokens)), batch_size):
+                logits = predict(tokens[b, :-1])
+                assert logits.dtype == torch.float32 and logits.is_contiguous()
+                nll = torch.nn.functional.cross_entropy(
+                    logits.view(-1, V), tokens[b, 1:].flatten(), reduction="none"
+                )
+                weights = torch.from_numpy(rows["weights"])[b, 1:].flatten()
+                nats, count = nats + (nll * weights).sum(), count + weights.sum()
+        loss = (nats / count).requires_grad_()
+        return {"loss": loss, "token_ppl": loss.double().exp(), "token_count": count}
+
+    def extend_fn(tokens, cache):
+        logits, cache = extend(tokens, cache)
+        return tensor(logits), cache
+
+    def batches_fn(process, processes):
+        for batch in batches_of(split, process, processes):
+            yield {name: torch.from_numpy(x) for name, x in batch.items()}
+
+    def sampler(logits, seed, temperature):
+        generator = torch.Generator().manual_seed(seed)
+        if not temperature:
+            return torch.from_numpy(logits).argmax(-1)
+        p = torch.softmax(torch.from_numpy(logits).double() / temperature, -1)
+        return torch.multinomial(p, 1, generator=generator)[:, 0]
+
+    ids, log_probs = toy_decoder.generate(params, [3, 1], 15, extend)
+    given = dict(
+        vocab_size=V,
+        seq_len=20,
+        evaluate_fn=evaluate_fn,
+        targets=torch.from_numpy(split.tokens.astype(np.int64)),
+        batches_fn=batches_fn,
+        logits_fn=lambda tokens: tensor(forward(tokens)),
+        extend_fn=extend_fn,
+        continuation=(torch.tensor([3, 1]), torch.tensor(ids), tensor(log_probs)),
+        sampler=sampler,
+        sampler_options=("temperature",),
+    )
+    skipped = ("stride", "train_mode", "references", "top_k", "top_p", "repetition_penalty")
+    silent(examine_evaluation(**given), {f"eval.{name}" for name in skipped})
+    logits_fn = lambda tokens: tensor(forward(tokens), torch.bfloat16)  # noqa: E731
+    wide = examine_evaluation(**given | dict(logits_fn=logits_fn, compute_dtype="bfloat16"))
+    assert not wide.failed, [wide[name] for name in wide.failed]
+    noisy = lambda tokens: tensor(forward(tokens, key=jax.random.key(len(calls))))  # noqa: E731
+    calls = []
+    report = examine_evaluation(**given | dict(logits_fn=lambda t: calls.append(t) or noisy(t)))
+    assert "eval.deterministic" in report.failed
 
 
 # Aggregation, caps, coverage
@@ -423,6 +522,33 @@ def test_cache_at_wrong_positions(fault, position):
     assert found.values["first"] == ("single tokens", position)
 
 
+def test_logits_of_minus_infinity_are_in_order():
+    """Ids that a model excludes, as one with a padded table does; elsewhere they are a fault."""
+    params = toy_decoder.init(0)
+    extend, excluded = toy_decoder.extender(params), jnp.arange(V) == 5
+
+    def masked(logits):
+        return jnp.where(excluded, -jnp.inf, logits)
+
+    def extend_fn(tokens, cache):
+        logits, cache = extend(tokens, cache)
+        return masked(logits), cache
+
+    given = dict(
+        vocab_size=V,
+        seq_len=20,
+        logits_fn=lambda tokens: masked(toy_decoder.forward(params, tokens)),
+        extend_fn=extend_fn,
+    )
+    report = examine_evaluation(**given)
+    silent(report)
+    assert {f.check for f in report if f.status == "pass"} == {
+        "eval.deterministic",
+        "eval.cached_decode",
+    }
+    assert examine_evaluation(**given | dict(extend_fn=extend)).failed == ["eval.cached_decode"]
+
+
 @pytest.mark.fault(26, "eval.cached_decode")
 @pytest.mark.parametrize("std", [None, 0.3])
 def test_cache_of_this_package_with_a_slot_too_many(std):
@@ -498,6 +624,17 @@ def test_a_temperature_of_zero_may_be_refused():
     assert report["eval.temperature"].status == "pass"
 
 
+def test_draws_at_temperature_zero_that_are_no_ids_are_an_error():
+    """Refusing 0 is in order, answering with something else is not."""
+    right = toy_decoder.sampler()
+
+    def sampler(logits, seed, temperature):
+        return right(logits, seed, temperature=temperature) + (100 if temperature == 0 else 0)
+
+    found = examine_evaluation(vocab_size=V, sampler=sampler, sampler_options=("temperature",))
+    assert found["eval.temperature"].status == "error"
+
+
 def test_references():
     good = dict(uniform=1000.0, unigram=500.0, kn2=100.0, kn3=80.0)
     report = examine_evaluation(vocab_size=1000, loss=4.0, references=good)
@@ -506,6 +643,9 @@ def test_references():
         assert examine_evaluation(vocab_size=1000, **change).warned == ["eval.references"]
     below = dict(loss=2.0, references=good | dict(entropy_rate=2.5))
     assert examine_evaluation(vocab_size=1000, **below).failed == ["eval.references"]
+    lost = examine_evaluation(vocab_size=1000, loss=math.nan, references=good)
+    assert lost.failed == ["eval.references"]
+    assert examine_evaluation(vocab_size=1000, references={"kn2": 5.0}).clean is False
 
 
 # Bad input
