@@ -227,7 +227,7 @@ def test_the_preflight_examines_evaluation_generation_and_sampler(text):
 @pytest.mark.fault(71, "eval.cap")
 @pytest.mark.fault(26, "eval.cached_decode")
 @pytest.mark.fault(77, "eval.generation")
-@pytest.mark.fault(79, "eval.processes")
+@pytest.mark.fault(79, "eval.coverage")
 def test_the_preflight_finds_faults_of_this_package(text, monkeypatch):
     """Its evaluator, generator and sampler are those of the trainer, so what breaks one is seen."""
     right, extend, exp = pipeline._process_rows, Decoder.extend, metrics.exp
@@ -239,7 +239,7 @@ def test_the_preflight_finds_faults_of_this_package(text, monkeypatch):
 
     monkeypatch.setattr(Decoder, "extend", one_ahead)
     report = small_run(text, data__seq_len=16, model__dropout=0.0).evaluation()
-    names = ("cap", "processes", "cached_decode", "generation")
+    names = ("cap", "coverage", "cached_decode", "generation")
     assert report.failed == [f"eval.{name}" for name in names]
 
 
@@ -253,18 +253,17 @@ def test_torch_is_silent(split):
         return torch.tensor(np.asarray(x), dtype=dtype).requires_grad_()
 
     def evaluate_fn(predict, batch_size):
-        nats = count = torch.zeros(())
-        for batch in (pipeline.Windows(split, T, True),):
-            rows = batch.batch(np.arange(len(batch)))
-            tokens = torch.from_numpy(rows["tokens"]).long()
-            for b in torch.split(torch.arange(len(tokens)), batch_size):
-                logits = predict(tokens[b, :-1])
-                assert logits.dtype == torch.float32 and logits.is_contiguous()
-                nll = torch.nn.functional.cross_entropy(
-                    logits.view(-1, V), tokens[b, 1:].flatten(), reduction="none"
-                )
-                weights = torch.from_numpy(rows["weights"])[b, 1:].flatten()
-                nats, count = nats + (nll * weights).sum(), count + weights.sum()
+        windows, nats, count = pipeline.Windows(split, T, True), torch.zeros(()), 0.0
+        for first in range(0, len(windows), batch_size):
+            rows = windows.batch(np.arange(first, min(first + batch_size, len(windows))))
+            tokens, weights = (torch.from_numpy(rows[name]) for name in ("tokens", "weights"))
+            logits = predict(tokens[:, :-1])
+            assert logits.dtype == torch.float32 and logits.is_contiguous()
+            nll = torch.nn.functional.cross_entropy(
+                logits.view(-1, V), tokens[:, 1:].long().flatten(), reduction="none"
+            )
+            nats = nats + (nll * weights[:, 1:].flatten()).sum()
+            count = count + weights[:, 1:].sum()
         loss = (nats / count).requires_grad_()
         return {"loss": loss, "token_ppl": loss.double().exp(), "token_count": count}
 
@@ -446,7 +445,7 @@ def test_windows_that_overlap_or_leave_the_end_out(split):
     assert found.values["extra"] == 0 < found.values["missing"]
 
 
-@pytest.mark.fault(79, "eval.processes")
+@pytest.mark.fault(79, "eval.coverage")
 @pytest.mark.fault(79, "eval.token_count")
 def test_evaluation_of_the_first_process_only(split):
     def first_only(process, processes):
@@ -454,8 +453,9 @@ def test_evaluation_of_the_first_process_only(split):
         batches = list(batches_of(split, process, processes))
         return [batch | {"weights": batch["weights"] * (process == 0)} for batch in batches]
 
-    found = failed("eval.processes", batches_fn=first_only)
-    assert found.values["missing"] > 0 == found.values["extra"]
+    found = failed("eval.coverage", batches_fn=first_only)
+    assert found.values["missing by 2 processes"] > 0 == found.values["extra by 2 processes"]
+    assert not found.values["batches that differ when read again"]
 
     def evaluate_fn(predict, batch_size):
         nats = count = 0.0
@@ -472,10 +472,11 @@ def test_every_process_scores_everything(split):
     def all_of_it(process, processes):
         return batches_of(split, 0, 1)
 
-    assert failed("eval.processes", batches_fn=all_of_it).values["extra"] == len(split.tokens)
+    found = failed("eval.coverage", batches_fn=all_of_it)
+    assert found.values["extra by 2 processes"] == len(split.tokens)
 
 
-@pytest.mark.fault(79, "eval.fixed_set")
+@pytest.mark.fault(79, "eval.coverage")
 def test_evaluation_on_a_random_subset(split):
     rng = np.random.default_rng(0)
 
@@ -483,7 +484,8 @@ def test_evaluation_on_a_random_subset(split):
         windows = pipeline.Windows(split, T, True)
         yield windows.batch(rng.permutation(len(windows))[:6])
 
-    failed("eval.fixed_set", alone=False, batches_fn=batches_fn)
+    found = failed("eval.coverage", batches_fn=batches_fn, processes=1)
+    assert found.values["batches that differ when read again"] == [0]
 
 
 # The model
@@ -519,7 +521,7 @@ def test_cache_at_wrong_positions(fault, position):
         logits_fn=functools.partial(toy_decoder.forward, params),
         extend_fn=toy_decoder.extender(params, fault),
     )
-    assert found.values["first"] == ("single tokens", position)
+    assert f"first at position {position}" in found.evidence.split(";")[0]
 
 
 def test_logits_of_minus_infinity_are_in_order():
@@ -582,7 +584,7 @@ def test_generation_is_another_model_than_scoring(fault, given_log_probs):
         logits_fn=logits_fn,
         continuation=(context, ids, log_probs if given_log_probs else None),
     )
-    assert found.values["first"] < 25
+    assert "first at position" in found.evidence and "25 positions" in found.evidence
 
 
 # The sampler
@@ -704,7 +706,9 @@ def test_functions_that_raise_are_errors(split):
         assert "out of cheese (test_evaluation.py:" in found.evidence
     report = examine_evaluation(**given | dict.fromkeys(FIRST, raising))
     assert not report.clean and "pass" not in {f.status for f in report}
-    assert len(report.failed) == 5  # training waits for the logits of evaluation
+    # Those of training and of the cache wait for the logits of evaluation.
+    firsts = ("aggregation", "coverage", "deterministic", "temperature")
+    assert report.failed == [f"eval.{name}" for name in firsts]
 
 
 @pytest.mark.parametrize(

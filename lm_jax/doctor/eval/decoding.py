@@ -8,7 +8,7 @@ from lm_jax.doctor import numbers, trees
 from lm_jax.doctor.checks import check
 from lm_jax.doctor.eval.subject import Subject, apart, fit
 from lm_jax.doctor.facts import Broken, Skip, call
-from lm_jax.doctor.findings import Measure, at_most, note
+from lm_jax.doctor.findings import Measure, at_most
 
 ROUNDING = 0.25  # of the spread of the logits, the most that any dtype may explain
 
@@ -22,6 +22,14 @@ def _spread(logits: np.ndarray) -> float:
     return spread
 
 
+def _near(what: str, gap_T: Any, limit: float) -> Measure:
+    """Gaps within a limit at every position."""
+    gap_T = np.asarray(gap_T)
+    first = int(np.argmax(gap_T > limit))
+    what = f"{what}, largest at {len(gap_T)} positions"
+    return at_most(what, float(gap_T.max()), limit, where=f"first at position {first}")
+
+
 @check(
     "Give a token that is decoded the position it has in the whole text, and let it attend to all "
     "slots filled before and to no other."
@@ -30,29 +38,25 @@ def cached_decode(
     subject: Subject, extend_fn: Any, tokens_BT: np.ndarray, logits_BTV: np.ndarray
 ) -> list[Measure]:
     """Token by token through the cache, the logits are those of the full forward pass."""
-    T = tokens_BT.shape[1]
-    spread, prompt = _spread(logits_BTV), T // 3 | 1
-    # Two ways to compute one layer differ by a few eps, and deep models multiply that.
-    limit = min(1000 * subject.eps, ROUNDING)
-    ways = {"single tokens": [1] * T, f"a prompt of {prompt}": [prompt] + [1] * (T - prompt)}
-    worst, first = 0.0, None
-    for way, sizes in ways.items():
-        cache, start = None, 0
+    T, spread = subject.seq_len, _spread(logits_BTV)
+    prompt, found = T // 3 | 1, []
+    for way, sizes in (
+        ("single tokens", [1] * T),
+        (f"a prompt of {prompt}", [prompt] + [1] * (T - prompt)),
+    ):
+        cache, gap_T = None, list[float]()
         for size in sizes:
-            part = tokens_BT[:, start : start + size]
-            made = call("extend_fn", extend_fn, part.copy(), cache)
+            span = slice(len(gap_T), len(gap_T) + size)
+            made = call("extend_fn", extend_fn, tokens_BT[:, span].copy(), cache)
             if not isinstance(made, tuple | list) or len(made) != 2:
                 raise Broken("extend_fn does not return (logits, cache)")
-            logits, cache = fit("extend_fn", made[0], (*part.shape, subject.vocab_size)), made[1]
-            gap_BTV = apart(logits, logits_BTV[:, start : start + size])
-            gap_T = np.sqrt(np.square(gap_BTV).mean((0, 2))) / spread
-            if first is None and gap_T.max() > limit:
-                first = (way, start + int(np.argmax(gap_T > limit)))
-            worst, start = max(worst, float(gap_T.max())), start + size
-    what = "largest difference of cached logits from the full forward's, share of their spread"
-    found = [at_most(what, worst, limit, key="largest"), note("positions", T)]
-    if first is not None:
-        found.append(note(f"from position {first[1]} on, after {first[0]}", first, key="first"))
+            logits, cache = fit("extend_fn", made[0], (2, size, subject.vocab_size)), made[1]
+            gap_BTV = apart(logits, logits_BTV[:, span])
+            gap_T.extend(np.sqrt(np.square(gap_BTV).mean((0, 2))) / spread)
+        # Two ways to compute one layer differ by a few eps, and deep models multiply that.
+        limit = min(1000 * subject.eps, ROUNDING)
+        what = f"share of their spread by which logits after {way} differ from the full forward's"
+        found.append(_near(what, gap_T, limit))
     return found
 
 
@@ -60,7 +64,7 @@ def cached_decode(
     "Compare positions, cache, dropout and batch size of the two paths: the model that generates "
     "is not the one that is scored."
 )
-def generation(subject: Subject, logits_fn: Any, continuation: tuple) -> list[Measure]:
+def generation(subject: Subject, forward: Any, continuation: tuple) -> Measure:
     """A free continuation scored by the evaluation path has its log-probabilities."""
     context, ids = (trees.as_array(x).astype(np.int32).ravel() for x in continuation[:2])
     if not (len(context) and len(ids)):
@@ -68,17 +72,12 @@ def generation(subject: Subject, logits_fn: Any, continuation: tuple) -> list[Me
     whole_T = np.concatenate([context, ids])
     if not 0 <= whole_T.min() <= whole_T.max() < subject.vocab_size:
         raise Broken(f"continuation has ids outside [0, {subject.vocab_size})")
-    logits_TV = subject.logits(whole_T[None, :-1])[0, len(context) - 1 :]
-    limit = min(4000 * subject.eps, ROUNDING) * _spread(logits_TV)
+    logits_TV = forward(whole_T[None, :-1])[0, len(context) - 1 :]
     if continuation[2] is None:
-        what = "most nats by which a greedy token is below the most likely one"
+        what = "nats by which a greedy token is less likely than the likeliest one"
         gap_T = logits_TV.max(-1) - np.take_along_axis(logits_TV, ids[:, None], 1)[:, 0]
     else:
-        what = "largest difference, in nats, of a token generated from the same token scored"
+        what = "nats by which a generated token differs from the same token scored"
         given_T = fit("continuation", continuation[2], ids.shape)
         gap_T = apart(given_T, -numbers.nats(logits_TV, ids))
-    wrong = np.flatnonzero(gap_T > limit)
-    found = [at_most(what, float(gap_T.max()), limit, key="largest"), note("tokens", len(ids))]
-    if len(wrong):
-        found.append(note("first at token", int(wrong[0]), key="first"))
-    return found
+    return _near(what, gap_T, min(4000 * subject.eps, ROUNDING) * _spread(logits_TV))

@@ -2,55 +2,98 @@
 
 import itertools
 import math
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
-from lm_jax.doctor.checks import check
-from lm_jax.doctor.eval.subject import Batches, Planted, Subject, apart, fit, plant
+from lm_jax.doctor import numbers, trees
+from lm_jax.doctor.checks import check, fixture
+from lm_jax.doctor.eval.subject import Subject, apart, fit
 from lm_jax.doctor.facts import Broken, Skip, call, give
-from lm_jax.doctor.findings import (
-    Measure,
-    at_least,
-    at_most,
-    equals,
-    holds,
-    listed,
-    none,
-    note,
-)
+from lm_jax.doctor.findings import Measure, at_least, at_most, equals, holds, listed, none, note
 
+Row = dict[str, float]  # what an evaluation reports
+Batches = list[tuple[np.ndarray, np.ndarray]]  # tokens and weights of each
+READ = ("loss", "token_ppl", "token_count")
 EXACT = 1e-4  # relative error of a sum in float32
 COSTS = (12.0, 25.0, 150.0)  # nats a token, above the caps in use: exp(10), exp(20), 100 nats
 _FLOAT32_NATS = math.log(np.finfo(np.float32).max)  # above these a perplexity is inf in truth
 
 
+class Planted(NamedTuple):
+    """A predictor that looks at nothing, in place of the model."""
+
+    predict: Callable[[Any], Any]
+    nats: float  # per target, exactly
+
+
+@fixture
+def counts_V(targets: Any, vocab_size: int) -> np.ndarray:
+    """How often each id is a target."""
+    return np.bincount(trees.as_array(targets).ravel(), minlength=vocab_size)
+
+
+def plant(logits_V: np.ndarray, counts_V: np.ndarray) -> Planted:
+    """The predictor that gives these logits everywhere."""
+    logits_V = logits_V.astype(np.float32)
+
+    def predict(tokens: Any) -> Any:
+        if hasattr(tokens, "detach"):  # a tensor of PyTorch
+            return tokens.float().new_tensor(logits_V).repeat(*tokens.shape, 1)
+        return jnp.broadcast_to(jnp.asarray(logits_V), (*np.shape(tokens), len(logits_V)))
+
+    nats = counts_V @ -numbers.log_softmax(logits_V) / counts_V.sum()
+    return Planted(predict, float(nats))
+
+
+@fixture
+def evaluate(evaluate_fn: Any) -> Callable[..., Row]:
+    """A planted predictor, and how it is evaluated, to what is reported of it."""
+
+    def report(planted: Planted, *how: int) -> Row:
+        found = call("evaluate_fn", evaluate_fn, planted.predict, *how)
+        if not isinstance(found, Mapping) or "loss" not in found:
+            raise Broken("evaluate_fn returned no mapping with 'loss'")
+        read = {name: trees.as_array(found[name]) for name in READ if name in found}
+        return {name: call(f"float of {name}", float, x) for name, x in read.items()}
+
+    return report
+
+
+@fixture
+def noisy(subject: Subject, counts_V: np.ndarray) -> Planted:
+    """A predictor whose costs per token differ by nats."""
+    return plant(subject.rng().normal(0, 3, subject.vocab_size), counts_V)
+
+
+@fixture
+def reported(subject: Subject, evaluate: Callable[..., Row], noisy: Planted) -> dict[int, Row]:
+    """What is reported of it, by batch size."""
+    return {size: evaluate(noisy, size) for size in subject.batch_sizes}
+
+
 @check("Add nats and token counts over all batches and divide once at the end.")
-def aggregation(noisy: Planted, reported: dict[int, dict[str, float]]) -> list[Measure]:
+def aggregation(noisy: Planted, reported: dict[int, Row]) -> list[Measure]:
     """A planted predictor gets its exact loss at every batch size."""
     return _against("loss", reported, noisy.nats, EXACT)
 
 
 @check("Report exp(sum of nats / number of tokens), not the mean of exponentials.")
-def perplexity(noisy: Planted, reported: dict[int, dict[str, float]]) -> list[Measure]:
+def perplexity(noisy: Planted, reported: dict[int, Row]) -> list[Measure]:
     """The perplexity reported is the exponential of the mean of all nats."""
     # A relative error of the loss is one of as much times the loss here.
     return _against("token_ppl", reported, math.exp(noisy.nats), EXACT * max(1.0, noisy.nats))
 
 
-@check(
-    "Score each target of the split once, on all processes together, and let padded rows weigh "
-    "nothing."
-)
-def token_count(reported: dict[int, dict[str, float]], counts_V: np.ndarray) -> list[Measure]:
+@check("Score each target once, on all processes together, and let padded rows weigh nothing.")
+def token_count(reported: dict[int, Row], counts_V: np.ndarray) -> list[Measure]:
     """The number of tokens scored is that of the split, at every batch size."""
     return _against("token_count", reported, int(counts_V.sum()), 0)
 
 
-def _against(
-    name: str, reported: dict[int, dict[str, float]], truth: float, limit: float
-) -> list[Measure]:
+def _against(name: str, reported: dict[int, Row], truth: float, limit: float) -> list[Measure]:
     """A reading at all batch sizes against its true value."""
     found = {size: row[name] for size, row in reported.items() if name in row}
     if not found:
@@ -71,109 +114,101 @@ def _error(found: float, truth: float) -> float:
 
 
 @check("Report nats, and perplexity without a cap; where a float overflows write inf.")
-def cap(subject: Subject, evaluate_fn: Any, counts_V: np.ndarray) -> Measure:
+def cap(subject: Subject, evaluate: Any, counts_V: np.ndarray) -> Measure:
     """A predictor that is very wrong is reported as bad as it is."""
     wrong = []
     for cost in COSTS:
         # It is sure of the rarest id, so that every other target costs as much.
-        sure_V = np.where(np.arange(subject.vocab_size) == np.argmin(counts_V), cost, 0)
-        planted = plant(sure_V.astype(np.float32), counts_V)
-        found, truth = subject.evaluate(planted.predict, subject.batch_sizes[0]), planted.nats
+        planted = plant(np.eye(len(counts_V))[np.argmin(counts_V)] * cost, counts_V)
+        found, truth = evaluate(planted, subject.batch_sizes[0]), planted.nats
         ppl = found.get("token_ppl", math.exp(truth))  # nats alone are enough
-        overflow = ppl == math.inf and truth > _FLOAT32_NATS
         if _error(found["loss"], truth) > EXACT:
             wrong.append(f"{truth:.6g} nats reported as loss {found['loss']:.6g}")
-        elif not overflow and _error(ppl, math.exp(truth)) > EXACT * truth:
+        elif ppl == math.inf and truth > _FLOAT32_NATS:
+            continue
+        elif _error(ppl, math.exp(truth)) > EXACT * truth:
             nats = math.log(ppl) if ppl > 0 else math.nan
             wrong.append(f"{truth:.6g} nats reported as perplexity {ppl:.10g} = exp({nats:.4g})")
     return none("planted losses reported as others", wrong, of=len(COSTS), key="wrong")
 
 
-@check(
-    "Score in the first window all targets and in each later one only the last stride of them; "
-    "the rest is context."
-)
-def stride(
-    subject: Subject, evaluate_fn: Any, noisy: Planted, counts_V: np.ndarray
-) -> list[Measure]:
+@check("Score all targets of the first window and only the last stride of them in later ones.")
+def stride(subject: Subject, evaluate: Any, noisy: Planted, counts_V: np.ndarray) -> list[Measure]:
     """At every stride each target is scored once, which a predictor without context shows."""
     if not subject.strides:
         raise give("strides")
     split, wrong = int(counts_V.sum()), []
     for width in subject.strides:
-        found = subject.evaluate(noisy.predict, subject.batch_sizes[-1], width)
-        loss, count = found["loss"], found.get("token_count", split)
+        row = evaluate(noisy, subject.batch_sizes[-1], width)
+        loss, count = row["loss"], row.get("token_count", split)
         if _error(loss, noisy.nats) > EXACT or count != split:
             wrong.append(f"{loss:.6g} nats over {count:,.0f} targets at stride {width}")
     return [
         none("strides with another result", wrong, of=len(subject.strides), key="wrong"),
-        note("true nats per target", noisy.nats, key="truth"),
-        note("targets of the split", split, key="split"),
+        note(f"nats of each of {split:,} targets", noisy.nats, key="truth"),
     ]
 
 
-@check(
-    "Cut the split into windows so that each token is a target exactly once; keep the last, short "
-    "window."
-)
-def coverage(subject: Subject, alone: Batches, counts_V: np.ndarray) -> list[Measure]:
-    """The tokens with a weight in the batches are those of the split, each once."""
-    return _compared(counts_V, _scored(subject, [alone]))
+@fixture
+def read(batches_fn: Any, vocab_size: int) -> Callable[[int, int], Batches]:
+    """Process and number of processes to the batches of that process."""
+
+    def batches(process: int, processes: int) -> Batches:
+        found = []
+        for batch in call("batches_fn", lambda: list(batches_fn(process, processes))):
+            try:
+                tokens, weights = (trees.as_array(batch[name]) for name in ("tokens", "weights"))
+            except (TypeError, KeyError, IndexError):
+                raise Broken("a batch of batches_fn has no 'tokens' and 'weights'") from None
+            if tokens.shape != weights.shape:
+                raise Broken(f"batches_fn: tokens {tokens.shape}, but weights {weights.shape}")
+            if not np.isin(tokens[weights > 0], np.arange(vocab_size)).all():
+                raise Broken(f"batches_fn: a target is no id in [0, {vocab_size})")
+            found.append((tokens, weights))
+        return found
+
+    return batches
 
 
 @check(
-    "Give every process its own rows of the same fixed list, and add nats and counts over all of "
-    "them."
+    "Evaluate on one fixed list of windows, in order, in which each token is a target once, in the "
+    "last, short window too; give every process rows of its own and add up those of all."
 )
-def processes(subject: Subject, alone: Batches) -> list[Measure]:
-    """The processes together score what one alone does."""
-    n = subject.processes
-    if n < 2:
-        raise Skip("There is one process only.", "processes")
-    together = [subject.batches(process, n) for process in range(n)]
-    return _compared(_scored(subject, [alone]), _scored(subject, together))
+def coverage(subject: Subject, read: Any, counts_V: np.ndarray | None = None) -> list[Measure]:
+    """The batches score each target once, on any number of processes and at every reading."""
+    n, alone = subject.processes, read(0, 1)
+    if not alone:
+        raise Broken("batches_fn(0, 1) yields no batch")
+    alone_V = _scored(alone, subject.vocab_size)
+    found = [] if counts_V is None else _compared(alone_V, counts_V, "")
+    if n > 1:
+        together = [batch for process in range(n) for batch in read(process, n)]
+        found += _compared(_scored(together, subject.vocab_size), alone_V, f" by {n} processes")
+    pairs = enumerate(itertools.zip_longest(alone, read(0, 1), fillvalue=()))
+    changed = [i for i, (a, b) in pairs if len(a) != len(b) or not all(map(np.array_equal, a, b))]
+    return [*found, none("batches that differ when read again", changed, of=len(alone))]
 
 
-def _scored(subject: Subject, shares: Iterable[Batches]) -> np.ndarray:
+def _scored(batches: Batches, V: int) -> np.ndarray:
     """How often each id is scored."""
-    ids = [tokens[weights > 0] for batches in shares for tokens, weights in batches]
-    flat = np.concatenate([np.zeros(0, np.int64), *ids])
-    if flat.size and not 0 <= flat.min() <= flat.max() < subject.vocab_size:
-        raise Broken(
-            f"batches_fn: ids from {flat.min():g} to {flat.max():g} are outside "
-            f"[0, {subject.vocab_size})"
-        )
-    return np.bincount(flat.astype(np.int64), minlength=subject.vocab_size)
+    ids = [np.zeros(0, int), *(tokens[weights > 0].astype(int) for tokens, weights in batches)]
+    return np.bincount(np.concatenate(ids), minlength=V)
 
 
-def _compared(expected_V: np.ndarray, found_V: np.ndarray) -> list[Measure]:
+def _compared(found_V: np.ndarray, expected_V: np.ndarray, how: str) -> list[Measure]:
     """How often each id is scored, against how often it must be."""
-    missing, extra = expected_V - found_V, found_V - expected_V
+    missing, extra = (int(x.clip(0).sum()) for x in (expected_V - found_V, found_V - expected_V))
+    of = f"of {expected_V.sum():,} targets those"
     return [
-        equals("targets not scored", int(missing.clip(0).sum()), 0, key="missing"),
-        equals("targets scored too often", int(extra.clip(0).sum()), 0, key="extra"),
-        note("targets in all", int(expected_V.sum())),
+        equals(f"{of} not scored{how}", missing, 0, key=f"missing{how}"),
+        equals(f"{of} scored too often{how}", extra, 0, key=f"extra{how}"),
     ]
-
-
-@check(
-    "Evaluate on one fixed list of windows, in order and without a random state, and log its hash."
-)
-def fixed_set(subject: Subject, alone: Batches) -> Measure:
-    """Two evaluations read the same tokens."""
-    pairs = itertools.zip_longest(alone, subject.batches(0, 1))
-    changed = [
-        number
-        for number, (first, again) in enumerate(pairs)
-        if first is None or again is None or not all(map(np.array_equal, first, again))
-    ]
-    return none("batches that differ when read again", changed, of=len(alone), key="changed")
 
 
 @check("Switch dropout and every other source of noise off in evaluation.")
-def deterministic(subject: Subject, tokens_BT: np.ndarray, logits_BTV: np.ndarray) -> list[Measure]:
+def deterministic(forward: Any, tokens_BT: np.ndarray, logits_BTV: np.ndarray) -> list[Measure]:
     """The same tokens give the same bits twice."""
-    gap_BTV = apart(logits_BTV, subject.logits(tokens_BT))
+    gap_BTV = apart(logits_BTV, forward(tokens_BT))
     return [
         equals("share of logits that change", float((gap_BTV > 0).mean()), 0, key="share"),
         note("largest change", float(gap_BTV.max()), key="largest"),
@@ -193,30 +228,23 @@ def train_mode(
     return holds(gap > limit, what, gap, limit=f"above {limit:.1g}", key="largest")
 
 
-@check(
-    "Look at what the references were fitted on and count all in nats per the same token; a loss "
-    "below the entropy rate is no loss of this text."
-)
+@check("Look at what the references were fitted on and count all in nats per the same token.")
 def references(subject: Subject) -> list[Measure]:
     """Uniform, unigram, bigram and trigram improve in this order, and the loss is plausible."""
-    given = subject.references
+    given, loss = subject.references, subject.loss
     if given is None:
         raise give("references")
     ppl = {n: float(given[n]) for n in ("uniform", "unigram", "kn2", "kn3") if n in given}
-    if len(ppl) < 2 and subject.loss is None:
+    if len(ppl) < 2 and loss is None:
         raise give("loss")
     worse = [b for a, b in itertools.pairwise(ppl) if not ppl[a] >= ppl[b]]
-    found = [
-        # A small train split may fit a bigram that is worse than the unigram: no proof.
-        none("references worse than a simpler one", worse, otherwise="warn", key="worse"),
-        note(f"perplexities {listed(f'{n} {x:.4g}' for n, x in ppl.items())}", ppl, key="ppl"),
-    ]
-    if subject.loss is not None:
-        nats, floor = float(subject.loss), float(given.get("entropy_rate", 0.0))
-        found.append(at_least("nats of the model, against the entropy rate", nats, floor))
-        if "unigram" in ppl:
-            limit = math.log(ppl["unigram"])
-            found.append(
-                at_most("nats of the model, against the unigram", nats, limit, otherwise="warn")
-            )
+    # A small train split may fit a bigram that is worse than the unigram: no proof.
+    found = [none("references worse than a simpler one", worse, otherwise="warn", key="worse")]
+    found.append(note(f"perplexities {listed(f'{n} {x:.4g}' for n, x in ppl.items())}", ppl))
+    if loss is not None:
+        floor = float(given.get("entropy_rate", 0))
+        found.append(at_least("nats of the model, against the entropy rate", float(loss), floor))
+    if loss is not None and "unigram" in ppl:
+        what, limit = "nats of the model, against the unigram", math.log(ppl["unigram"])
+        found.append(at_most(what, float(loss), limit, otherwise="warn"))
     return found

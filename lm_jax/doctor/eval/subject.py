@@ -2,17 +2,16 @@
 
 import dataclasses
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from lm_jax.doctor import numbers, trees
+from lm_jax.doctor import trees
 from lm_jax.doctor.checks import fixture
 from lm_jax.doctor.facts import Bound, Broken, Facts, call, function, mapping, require, whole
 
 OPTIONS = ("temperature", "top_k", "top_p", "repetition_penalty")
-Batches = list[tuple[np.ndarray, np.ndarray]]  # tokens and weights of each
 
 _sizes = Bound(
     "give a list of whole numbers of 1 or more",
@@ -21,10 +20,6 @@ _sizes = Bound(
 _options = Bound(
     f"give names among {', '.join(OPTIONS)}",
     lambda x: isinstance(x, Collection) and not isinstance(x, str) and set(x) <= set(OPTIONS),
-)
-_triple = Bound(
-    "give the context, the continued ids and their log-probabilities or None",
-    lambda x: len(x) == 3,
 )
 
 
@@ -82,7 +77,7 @@ class Subject(Facts):
         tuple[Any, Any, Any] | None,
         "(context ids, continued ids, log-probabilities or None) of a free generation; without "
         "log-probabilities it was greedy.",
-        _triple,
+        Bound("give a context, continued ids and log-probabilities or None", lambda x: len(x) == 3),
     ] = None
     sampler: Annotated[
         Callable[..., Any] | None, "(logits [B, 16], seed, **options) -> ids [B].", function
@@ -116,40 +111,6 @@ class Subject(Facts):
         """Step of the compute dtype near 1."""
         return float(jnp.finfo(self.compute_dtype).eps)
 
-    def evaluate(self, predict: Callable[[Any], Any], *how: int) -> dict[str, float]:
-        """What the evaluation reports of a predictor; `loss` is among it."""
-        assert self.evaluate_fn is not None
-        found = call("evaluate_fn", self.evaluate_fn, predict, *how)
-        if not isinstance(found, Mapping) or "loss" not in found:
-            raise Broken("evaluate_fn returned no mapping with 'loss'")
-
-        def number(name: str) -> float:
-            return float(trees.as_array(found[name]).item())
-
-        names = [name for name in ("loss", "token_ppl", "token_count") if name in found]
-        return {name: call(f"float of {name} of evaluate_fn", number, name) for name in names}
-
-    def batches(self, process: int, processes: int) -> Batches:
-        """Tokens and weights of one process's batches."""
-        assert self.batches_fn is not None
-        made = self.batches_fn
-        rows = []
-        for batch in call("batches_fn", lambda: list(made(process, processes))):
-            try:
-                tokens, weights = (trees.as_array(batch[name]) for name in ("tokens", "weights"))
-            except (TypeError, KeyError, IndexError):
-                raise Broken("a batch of batches_fn has no 'tokens' and 'weights'") from None
-            if tokens.shape != weights.shape:
-                raise Broken(f"batches_fn: tokens {tokens.shape}, but weights {weights.shape}")
-            rows.append((tokens, weights))
-        return rows
-
-    def logits(self, tokens_BT: np.ndarray) -> np.ndarray:
-        """Logits [B, T, V] as in evaluation."""
-        assert self.logits_fn is not None
-        made = call("logits_fn", self.logits_fn, tokens_BT.copy())
-        return fit("logits_fn", made, (*tokens_BT.shape, self.vocab_size))
-
 
 def fit(what: str, values: Any, shape: tuple[int, ...]) -> np.ndarray:
     """The values in float64.
@@ -172,53 +133,6 @@ def apart(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         return np.where(a == b, 0.0, np.abs(a - b))
 
 
-class Planted(NamedTuple):
-    """A predictor that looks at nothing, in place of the model."""
-
-    predict: Callable[[Any], Any]
-    nats: float  # per target, exactly
-
-
-def plant(logits_V: np.ndarray, counts_V: np.ndarray) -> Planted:
-    """The predictor that gives these logits everywhere."""
-
-    def predict(tokens: Any) -> Any:
-        if hasattr(tokens, "detach"):  # a tensor of PyTorch
-            return tokens.float().new_tensor(logits_V).repeat(*tokens.shape, 1)
-        return jnp.broadcast_to(jnp.asarray(logits_V), (*np.shape(tokens), len(logits_V)))
-
-    nats = counts_V @ -numbers.log_softmax(logits_V) / counts_V.sum()
-    return Planted(predict, float(nats))
-
-
-@fixture
-def counts_V(targets: Any, vocab_size: int) -> np.ndarray:
-    """How often each id is a target."""
-    return np.bincount(trees.as_array(targets).ravel(), minlength=vocab_size)
-
-
-@fixture
-def noisy(subject: Subject, counts_V: np.ndarray) -> Planted:
-    """A predictor whose costs per token differ by nats."""
-    logits_V = subject.rng().normal(0, 3, subject.vocab_size).astype(np.float32)
-    return plant(logits_V, counts_V)
-
-
-@fixture
-def reported(subject: Subject, evaluate_fn: Any, noisy: Planted) -> dict[int, dict[str, float]]:
-    """What the evaluation reports of that predictor, by batch size."""
-    return {size: subject.evaluate(noisy.predict, size) for size in subject.batch_sizes}
-
-
-@fixture
-def alone(subject: Subject, batches_fn: Any) -> Batches:
-    """The batches of a single process."""
-    found = subject.batches(0, 1)
-    if not found:
-        raise Broken("batches_fn(0, 1) yields no batch")
-    return found
-
-
 @fixture
 def tokens_BT(subject: Subject) -> np.ndarray:
     """Random tokens [2, T]."""
@@ -227,6 +141,14 @@ def tokens_BT(subject: Subject) -> np.ndarray:
 
 
 @fixture
-def logits_BTV(subject: Subject, logits_fn: Any, tokens_BT: np.ndarray) -> np.ndarray:
-    """Their logits as in evaluation."""
-    return subject.logits(tokens_BT)
+def forward(logits_fn: Any, vocab_size: int) -> Callable[[np.ndarray], np.ndarray]:
+    """Tokens [B, T] to logits [B, T, V] as in evaluation."""
+    return lambda tokens: fit(
+        "logits_fn", call("logits_fn", logits_fn, tokens.copy()), (*tokens.shape, vocab_size)
+    )
+
+
+@fixture
+def logits_BTV(forward: Callable[[np.ndarray], np.ndarray], tokens_BT: np.ndarray) -> np.ndarray:
+    """The logits of the random tokens."""
+    return forward(tokens_BT)
