@@ -538,7 +538,7 @@ def test_logits_of_minus_infinity_are_in_order():
 
     given = dict(
         vocab_size=V,
-        seq_len=20,
+        seq_len=9,
         logits_fn=lambda tokens: masked(toy_decoder.forward(params, tokens)),
         extend_fn=extend_fn,
     )
@@ -671,8 +671,9 @@ def everything(split):
     forward, extend = functools.partial(toy_decoder.forward, params), toy_decoder.extender(params)
     return dict(
         vocab_size=V,
-        seq_len=9,
+        seq_len=5,
         targets=split.tokens,
+        batch_sizes=(64,),
         strides=(3,),
         evaluate_fn=lambda predict, rows, stride=None: score(split, predict, rows, stride),
         batches_fn=functools.partial(batches_of, split),

@@ -11,12 +11,13 @@ from lm_jax.doctor import trees
 from lm_jax.doctor.checks import check, fixture
 from lm_jax.doctor.eval.subject import Subject
 from lm_jax.doctor.facts import Broken, Skip, call
-from lm_jax.doctor.findings import Measure, at_most, equals, none
+from lm_jax.doctor.findings import Measure, at_most, none
 from lm_jax.doctor.numbers import threshold
 
 IDS = 16  # vocabulary of these checks
 DRAWS = 4096
 Draw = Callable[..., np.ndarray]
+Shares = dict[float, np.ndarray]  # probabilities by value of an option
 
 
 @fixture
@@ -55,65 +56,59 @@ def _surprise(count_V: np.ndarray, p_V: np.ndarray) -> np.ndarray:
     return np.asarray(scipy.stats.norm.isf(rarest)).clip(0)
 
 
-def _follows(cases: dict[str, tuple[np.ndarray, np.ndarray]]) -> Measure:
-    """The counts of every case are draws of its probabilities."""
-    names, counts, p = list(cases), *map(np.array, zip(*cases.values(), strict=True))
-    z = _surprise(counts, p)
-    case, id = np.unravel_index(np.argmax(z), z.shape)
-    what = f"largest departure from the expected shares at {', '.join(names)}, standard errors"
-    where = f"id {id} at {names[case]} {counts[case, id]} times, not {DRAWS * p[case, id]:.0f}"
-    return at_most(what, float(np.max(z)), threshold(2 * z.size), where=where, key="z")
+def _follows(draw: Draw, logits_V: np.ndarray, option: str, shares: Shares) -> Measure:
+    """At each value of an option ids are drawn as often as they must be."""
+    z, where = 0.0, ""
+    for value, p_V in shares.items():
+        count_V = draw(logits_V, option, value)
+        z_V = _surprise(count_V, p_V)
+        id = int(np.argmax(z_V))
+        if z_V[id] > z:
+            z, drawn = float(z_V[id]), f"{count_V[id]} times of {DRAWS} at {option} {value:.4g}"
+            where = f"id {id} is drawn {drawn}, expected are {DRAWS * p_V[id]:.0f}"
+    what = f"largest departure from the expected shares, standard errors at {len(shares)} values"
+    return at_most(what, z, threshold(2 * IDS * len(shares)), where=where, key="z")
 
 
 @check("Divide the logits by the temperature once, and take the argmax at temperature 0.")
-def temperature(subject: Subject, draw: Draw) -> list[Measure]:
+def temperature(subject: Subject, draw: Draw) -> Measure:
     """Draws follow softmax(logits / T), and as T goes to 0 the argmax."""
-    logits_V, found = _spaced(subject), []
-    best = np.argmax(_chances(subject, logits_V))
-    for T in (1e-6, 0.0):
-        try:
-            others = DRAWS - int(draw(logits_V, "temperature", T)[best])
-        except Broken as error:
-            if T or error.__cause__ is None:
-                raise
-            continue  # raising an error at 0 is in order
-        found.append(equals(f"draws that are not the argmax at T = {T:g}", others, 0))
-    cases = {
-        f"T = {T:g}": (draw(logits_V, "temperature", T), _chances(subject, logits_V / T))
-        for T in (0.5, 1.0, 2.0)
-    }
-    return [*found, _follows(cases)]
+    logits_V, values = _spaced(subject), [1e-6, 0.5, 1.0, 2.0]
+    try:
+        draw(logits_V, "temperature", 0.0)
+        values.append(0.0)
+    except Broken as error:
+        if error.__cause__ is None:
+            raise  # refusing 0 is in order, answering with something else is not
+    shares = {T: _chances(subject, logits_V / max(T, 1e-6)) for T in values}
+    return _follows(draw, logits_V, "temperature", shares)
 
 
 @check("Keep exactly the k largest logits.")
-def top_k(subject: Subject, draw: Draw) -> list[Measure]:
+def top_k(subject: Subject, draw: Draw) -> Measure:
     """Draws come from the k most likely ids and from all of them."""
-    return _kept(subject, draw, "top_k", {1: 1, 5: 5})
+    logits_V = _spaced(subject)
+    p_V = _chances(subject, logits_V)
+    return _follows(draw, logits_V, "top_k", {k: _best(p_V, k) for k in (1, 5)})
 
 
 @check(
     "Keep ids from the most likely on until their mass reaches p, the one that reaches it "
     "included, and so always the first."
 )
-def top_p(subject: Subject, draw: Draw) -> list[Measure]:
+def top_p(subject: Subject, draw: Draw) -> Measure:
     """Draws come from the fewest most likely ids whose mass reaches p, never from none."""
-    mass = np.cumsum(np.sort(_chances(subject, _spaced(subject)))[::-1])
-    halfway = float(mass[3] + mass[4]) / 2  # between two sums, so that no rounding decides
-    return _kept(subject, draw, "top_p", {1e-6: 1, halfway: 5})
-
-
-def _kept(subject: Subject, draw: Draw, option: str, kept: dict[Any, int]) -> list[Measure]:
-    """At each value of an option draws come from so many of the most likely ids."""
-    logits_V, cases, outside = _spaced(subject), {}, []
+    logits_V = _spaced(subject)
     p_V = _chances(subject, logits_V)
-    for value, n in kept.items():
-        name, order = f"{option} = {value:.4g}", np.argsort(-p_V)
-        count_V, share_V = draw(logits_V, option, value), p_V.copy()
-        share_V[order[n:]] = 0
-        if cut := int(count_V[order[n:]].sum()):
-            outside.append(f"{cut} of {DRAWS} draws at {name}, where {n} ids are to be kept")
-        cases[name] = count_V, share_V / share_V.sum()
-    return [none("values at which ids that are cut are drawn", outside), _follows(cases)]
+    mass = np.cumsum(np.sort(p_V)[::-1])
+    halfway = float(mass[3] + mass[4]) / 2  # between two sums, so that no rounding decides
+    return _follows(draw, logits_V, "top_p", {1e-6: _best(p_V, 1), halfway: _best(p_V, 5)})
+
+
+def _best(p_V: np.ndarray, n: int) -> np.ndarray:
+    """Probabilities of the n most likely ids alone."""
+    kept_V = np.where(p_V >= np.sort(p_V)[-n], p_V, 0)
+    return np.asarray(kept_V / kept_V.sum())
 
 
 @check(
