@@ -275,6 +275,9 @@ def test_a_resolve_that_raises_is_an_error():
     two = {"a": {"config": {"x": 1}}, "b": {"config": {"x": 2}}}
     report = examine_arms(two, resolve=resolve)
     assert report.failed == ["arms.same"] and report["arms.same"].status == "error"
+    seeds = {name: arm | {"losses": [3.0, 3.1]} for name, arm in two.items()}
+    report = examine_arms(seeds, resolve=resolve, winner="a")
+    assert report.failed == ["arms.same", "arms.ranking"]  # what can be judged, is
     assert "resolve raised KeyError: 'data'" in report["arms.same"].evidence
 
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import numpy as np
 
 from lm_jax.doctor.arms.noise import Noise, as_noise, noise_of_gap
-from lm_jax.doctor.arms.subject import Identities, Subject
-from lm_jax.doctor.checks import check, fixture
-from lm_jax.doctor.facts import Skip
+from lm_jax.doctor.arms.subject import Subject, identities
+from lm_jax.doctor.checks import check
+from lm_jax.doctor.facts import Broken, Skip
 from lm_jax.doctor.findings import Measure, at_most, holds, none, note
 from lm_jax.doctor.numbers import products
 
@@ -20,14 +20,15 @@ MATCH = 0.005  # parameter counts within this share are the same
     "Compare what was built, not what was written: look for keys read at another nesting level or "
     "under another name, and print the resolved config of every run."
 )
-def same(subject: Subject, identities: Identities) -> Measure:
+def same(subject: Subject) -> Measure:
     """No two arms are the same run."""
     if len(subject.arms) < 2:
         raise Skip("One arm has nothing to be compared with.")
-    decides = identities.by == "resolved config"
+    by, marks = identities(subject)
+    decides = by == "resolved config"
     return none(
-        f"groups of arms with one {identities.by}",
-        _alike(identities.marks),
+        f"groups of arms with one {by}",
+        _alike(marks),
         otherwise="fail" if decides else "warn",
         where="" if decides else "and may still differ in what has no parameters",
         key="same",
@@ -49,40 +50,36 @@ def _alike(marks: Mapping[str, str]) -> list[str]:
     return [" = ".join(names) for names in groups.values() if len(names) > 1]
 
 
-@fixture
-def losses(subject: Subject) -> dict[str, np.ndarray]:
-    """The losses of the arms that have some, at least two."""
-    found = {n: np.array([float(x) for x in xs]) for n, xs in subject.having("losses").items()}
-    if len(found) < 2:
-        raise Skip("One arm has nothing to be compared with.", "losses")
-    return found
-
-
-@fixture
-def repeats(losses: dict[str, np.ndarray], identities: Identities) -> Noise | None:
+def _repeats(subject: Subject, losses: dict[str, np.ndarray]) -> Noise | None:
     """The noise where each arm has one loss, from arms that are the same run, if there are any."""
+    if any(len(x) > 1 for x in losses.values()):
+        return None
+    try:
+        _, marks = identities(subject)
+    except (Skip, Broken):  # which `same` reports
+        return None
     groups: dict[str, list[float]] = {}
     for name, x in losses.items():
-        groups.setdefault(identities.marks[name], []).append(float(x[0]))
+        groups.setdefault(marks[name], []).append(float(x[0]))
     freedom = sum(len(x) - 1 for x in groups.values())
-    if not freedom or any(len(x) > 1 for x in losses.values()):
-        return None
-    variance = sum(np.var(x) * len(x) for x in groups.values()) / freedom
-    return as_noise(math.sqrt(2 * variance), freedom)
+    variance = sum(np.var(x) * len(x) for x in groups.values()) / max(freedom, 1)
+    return as_noise(math.sqrt(2 * variance), freedom) if freedom else None
 
 
 @check(
     "Do not rank: run at least 3 seeds of each arm that is left, or score all arms on the same "
     "tokens and compare token by token."
 )
-def ranking(
-    subject: Subject, losses: dict[str, np.ndarray], repeats: Noise | None = None
-) -> list[Measure]:
+def ranking(subject: Subject) -> list[Measure]:
     """The best arm is ahead of every other one by more than the noise between seeds."""
+    losses = {n: np.array([float(x) for x in xs]) for n, xs in subject.having("losses").items()}
+    if len(losses) < 2:
+        raise Skip("One arm has nothing to be compared with.", "losses")
     best = subject.winner or min(losses, key=lambda name: losses[name].mean())
     if best not in losses:
         raise Skip(f"The losses of {best} are not given.", "losses")
     gaps = {n: float(x.mean() - losses[best].mean()) for n, x in losses.items() if n != best}
+    repeats = _repeats(subject, losses)
     noises = {name: repeats or noise_of_gap(losses[best], losses[name]) for name in gaps}
     # The rival that is hardest to tell from the best: one without an estimate, else the one whose
     # gap exceeds the needed one by least.
@@ -138,8 +135,8 @@ def matched(subject: Subject) -> list[Measure]:
     if not subject.matched or len(subject.arms) < 2:
         raise Skip("The arms are not declared to be matched.", "matched")
     sizes = [subject.size(name) for name in subject.arms]
-    totals = [size.total for size in sizes if size.total]
-    rests = [size.total - size.table for size in sizes if size.total and size.table]
+    totals = [total for total, _, _ in sizes if total]
+    rests = [total - table for total, table, _ in sizes if total and table]
     if len(totals) < 2:
         raise Skip("Fewer than two arms have a count of parameters.", "tree")
     least, most = min(totals), max(totals)
@@ -163,7 +160,7 @@ def tied(subject: Subject) -> Measure:
         subject.having("tables")
     wrong, seen = [], 0
     for name, is_tied in subject.having("tied").items():
-        arm, tables = subject.arms[name], subject.size(name).tables
+        arm, tables = subject.arms[name], subject.size(name)[2]
         if "tree" not in arm or ("tables" not in arm and len(tables) > 2):
             continue  # other matrices have a side of that length too
         seen += 1

@@ -6,13 +6,12 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import jax
 import numpy as np
 
 from lm_jax.doctor import trees
-from lm_jax.doctor.checks import fixture
 from lm_jax.doctor.facts import Broken, Facts, Skip, call, function, real, require, whole
 
 KEYS = (
@@ -77,26 +76,18 @@ class Subject(Facts):
         """Text that is equal for equal values, without the ignored keys at any depth."""
         return json.dumps(_plain(value, self.ignore), sort_keys=True)
 
-    def size(self, name: str) -> "Size":
-        """Parameters of an arm."""
+    def size(self, name: str) -> tuple[int | None, int | None, list[str]]:
+        """Parameters of an arm in all and in tables, None if not known, and paths of the tables."""
         arm, V = self.arms[name], self.vocab_size
         if "tree" not in arm:
-            return Size(arm.get("parameters"), arm.get("table_parameters"))
+            return arm.get("parameters"), arm.get("table_parameters"), []
         found = shapes(arm["tree"])
         total = sum(map(math.prod, found.values()))
         if V is None and "tables" not in arm:
-            return Size(total, arm.get("table_parameters"))
+            return total, arm.get("table_parameters"), []
         with_ids = (path for path, shape in found.items() if len(shape) > 1 and V in shape)
         tables = [path for path in arm.get("tables", with_ids) if path in found]
-        return Size(total, sum(math.prod(found[path]) for path in tables), tables)
-
-
-class Size(NamedTuple):
-    """Parameters of an arm; None where it is not known."""
-
-    total: int | None
-    table: int | None
-    tables: Sequence[str] = ()  # paths of the leaves with a row for each id
+        return total, sum(math.prod(found[path]) for path in tables), tables
 
 
 def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
@@ -126,16 +117,8 @@ def _plain(value: Any, ignore: Sequence[str]) -> Any:
     return re.sub(r" at 0x[0-9a-f]+", "", repr(value))  # where an object lies tells nothing
 
 
-class Identities(NamedTuple):
-    """What tells the arms apart, in words, and its fingerprint for each arm."""
-
-    by: str
-    marks: dict[str, str]
-
-
-@fixture
-def identities(subject: Subject) -> Identities:
-    """The best of what is known of all arms."""
+def identities(subject: Subject) -> tuple[str, dict[str, str]]:
+    """What tells the arms apart, the best that is known of all, and its fingerprint by arm."""
 
     def resolved(config: Any) -> str:
         assert subject.resolve is not None
@@ -153,8 +136,7 @@ def identities(subject: Subject) -> Identities:
     if subject.resolve is None:
         del ways["config"]
     for key, (by, value) in ways.items():
-        if all(key in arm for arm in subject.arms.values()):
-            marks = {n: subject.fingerprint(value(x[key])) for n, x in subject.arms.items()}
-            return Identities(by, marks)
+        if all(arm.get(key) is not None for arm in subject.arms.values()):
+            return by, {n: subject.fingerprint(value(x[key])) for n, x in subject.arms.items()}
     needs = "resolved, config and resolve, tree or parameters"
     raise Skip(f"Not given of every arm: {needs}.", needs)
