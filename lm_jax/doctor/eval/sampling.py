@@ -46,7 +46,7 @@ def _spaced(subject: Subject, low: float = -2.0, high: float = 1.0) -> np.ndarra
 def _chances(subject: Subject, logits_V: np.ndarray) -> np.ndarray:
     """The softmax over ids that may be sampled."""
     excluded_V = np.isin(np.arange(IDS), list(subject.never_sampled))
-    return np.asarray(scipy.special.softmax(np.where(excluded_V, -np.inf, logits_V)))
+    return np.asarray(scipy.special.softmax(np.where(excluded_V, -np.inf, logits_V.astype(float))))
 
 
 def _surprise(count_V: np.ndarray, p_V: np.ndarray) -> np.ndarray:
