@@ -16,7 +16,9 @@ from lm_jax.config import Config, ModelConfig, rules
 from lm_jax.config.resolve import resolve
 from lm_jax.data import windows as pipeline
 from lm_jax.data.open import open_data
+from lm_jax.data.references import references
 from lm_jax.data.store import Store
+from lm_jax.doctor import trees
 from lm_jax.doctor.eval import examine_evaluation
 from lm_jax.doctor.findings import Report
 from lm_jax.doctor.gradient import examine_gradients, examine_kernel
@@ -27,7 +29,7 @@ from lm_jax.doctor.training import examine_training
 from lm_jax.kernels import attention
 from lm_jax.models.families import choose_attention, create_model, family
 from lm_jax.objective import NextToken
-from lm_jax.preflight import data, distill
+from lm_jax.preflight import data, distill, evaluation
 
 
 class Unfit(ValueError):
@@ -84,7 +86,7 @@ class Small:
 
     def __init__(self, cfg: Config, store: Store):
         """Cut the config down; everything that chooses code stays."""
-        self.full = cfg
+        self.full, self.store = cfg, store
         self.rows = 6
         self.cfg = config.replace(
             cfg,
@@ -291,24 +293,34 @@ class Small:
         )
 
     def evaluation(self) -> Report:
-        """Evaluation that repeats, and decoding with a cache."""
-        slots = self.cfg.data.seq_len
-        params = optim.stacked(self.params)
+        """Evaluation, generation and sampler, with parameters at random so that no zero hides."""
+        cfg, slots = self.cfg, self.cfg.data.seq_len
+        by_layer = trees.randomise(self.params, cfg.seed)
+        params = optim.stacked(by_layer)
         empty_cache = nnx.merge(self.graphdef, params).empty_cache
+        drops = cfg.model.dropout or cfg.model.attention_dropout or cfg.model.embedding_dropout
 
         @jax.jit
         def extend(tokens_BT: Any, cache: Any) -> tuple[jax.Array, Any]:
             model = nnx.merge(self.graphdef, params)
-            x_BTD, cache = model.extend(tokens_BT, cache, dtype=self.dtype)
-            return model.logits(x_BTD), cache
+            with jax.default_matmul_precision(cfg.train.matmul_precision):
+                x_BTD, cache = model.extend(tokens_BT, cache, dtype=self.dtype)
+                return model.logits(x_BTD), cache
+
+        @jax.jit
+        def train_logits(tokens_BT: Any, seed: Any) -> jax.Array:
+            return self.logits(by_layer, tokens_BT, tokens_BT * 0 + 1, jax.random.key(seed))
 
         return examine_evaluation(
             vocab_size=self.vocab_size,
             seq_len=slots,
-            compute_dtype=self.cfg.train.compute_dtype,
-            logits_fn=jax.jit(lambda tokens: self.logits(self.params, tokens, tokens * 0 + 1)),
+            compute_dtype=cfg.train.compute_dtype,
+            logits_fn=jax.jit(lambda tokens: self.logits(by_layer, tokens, tokens * 0 + 1)),
+            train_logits_fn=train_logits if drops else None,
             extend_fn=lambda tokens, cache: extend(
                 tokens, cache or empty_cache(len(tokens), slots, self.dtype)
             ),
-            seed=self.cfg.seed,
+            references=references(self.store, "valid"),
+            seed=cfg.seed,
+            **evaluation.facts(cfg, self.vocab_size, self.graphdef, params),
         )

@@ -70,12 +70,12 @@ def test_stellux_the_target_is_seen_and_the_arms_are_one():
         for row in records("stellux_arms")
     }
     ablation = examine_arms(arms, winner="glu3x")
-    assert ablation.failed == ["config.same_arms", "config.ranking"]
-    assert len(ablation["config.same_arms"].values["same"][0]) == 7
-    assert "nesting level" in ablation["config.same_arms"].remedy
+    assert ablation.failed == ["arms.same", "arms.ranking"]
+    assert len(ablation["arms.same"].values["same"][0].split(" = ")) == 7
+    assert "nesting level" in ablation["arms.same"].remedy
     # Seven runs of one model differ by this much.
     error = 0.00127 * math.sqrt(2)  # of a difference
-    assert ablation["config.ranking"].values["error"] == pytest.approx(error, rel=0.05)
+    assert ablation["arms.ranking"].values["error"] == pytest.approx(error, rel=0.05)
     assert not blames(
         said(report, ablation),
         "divid",
@@ -110,7 +110,7 @@ def test_tinker_200m_copies_and_nothing_else_is_needed():
     )
     assert claimed.failed == ["log.throughput", "log.budget"]
     counted = {"tinker": {"parameters": 226_546_432, "claimed_parameters": 180_000_000}}
-    assert examine_arms(counted).failed == ["config.parameters"]
+    assert examine_arms(counted).failed == ["arms.parameters"]
 
 
 def test_tinker_200m_repaired_is_in_order():
@@ -172,7 +172,7 @@ def test_mu_sota_may_see_the_future_and_its_schedule_never_ends():
         "MU-SOTA": {"parameters": 16_690_000, "table_parameters": 16_050_000},
         "dense": {"parameters": 16_689_504, "table_parameters": 10_400_000},
     }
-    assert examine_arms(matched, matched=True).warned == ["config.matched"]
+    assert examine_arms(matched, matched=True).warned == ["arms.matched"]
 
 
 def test_mlp_cuda_is_worse_than_a_guess():

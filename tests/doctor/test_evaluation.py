@@ -9,15 +9,20 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lm_jax import config, evaluate, generate, loss, sharding
+from lm_jax import config, evaluate, generate, loss, metrics, sharding
+from lm_jax.config import rules
+from lm_jax.config.resolve import resolve
 from lm_jax.data import windows as pipeline
+from lm_jax.data.open import open_data
 from lm_jax.data.store import Split
 from lm_jax.data.tokenizers.kinds import CharTokenizer
 from lm_jax.doctor.eval import examine_evaluation
 from lm_jax.models.families import create_model
+from lm_jax.models.layers import Decoder
+from lm_jax.preflight import run
 from lm_jax.workdir import Trained
 from tests.doctor import toy_decoder
-from tests.helpers import randomise, tiny_config
+from tests.helpers import randomise, small, tiny_config
 
 V, T = toy_decoder.V, 12
 
@@ -161,8 +166,7 @@ def test_silent_on_the_decoding_of_this_package(dtype):
             silent(report)
             passed = {f.check for f in report if f.status == "pass"}
             assert passed == {
-                f"eval.{name}"
-                for name in ("deterministic", "train_mode", "cached_decode", "generation")
+                f"eval.{name}" for name in ("deterministic", "cached_decode", "generation")
             }
 
 
@@ -183,7 +187,7 @@ def test_silent_on_the_evaluation_and_the_sampler_of_this_package(seed):
         loss=3.0,
         references=dict(uniform=22.0, unigram=21.0, kn2=20.5, kn3=20.5, entropy_rate=2.9),
     )
-    skipped = ("deterministic", "train_mode", "cached_decode", "generation", "repetition_penalty")
+    skipped = ("deterministic", "cached_decode", "generation", "repetition_penalty")
     silent(report, {f"eval.{name}" for name in skipped})
 
 
@@ -205,7 +209,100 @@ def test_silent_on_a_healthy_toy(seed):
         sampler_options=("temperature", "top_k", "top_p", "repetition_penalty"),
     )
     silent(report)
-    assert sum(f.status == "pass" for f in report) == 8
+    assert sum(f.status == "pass" for f in report) == 7
+
+
+def small_run(text, **changes):
+    """The preflight's small twin of a run."""
+    cfg = small(text, **changes)
+    return run.Small(resolve(cfg, windows=50), open_data(rules.validate(cfg)))
+
+
+def test_the_preflight_examines_evaluation_generation_and_sampler(text):
+    # This package has no penalty for repetition.
+    silent(small_run(text).evaluation(), {"eval.repetition_penalty"})
+
+
+@pytest.mark.fault(71, "eval.cap")
+@pytest.mark.fault(26, "eval.cached_decode")
+@pytest.mark.fault(77, "eval.generation")
+@pytest.mark.fault(79, "eval.coverage")
+def test_the_preflight_finds_faults_of_this_package(text, monkeypatch):
+    """Its evaluator, generator and sampler are those of the trainer, so what breaks one is seen."""
+    right, extend, exp = pipeline._process_rows, Decoder.extend, metrics.exp
+    monkeypatch.setattr(pipeline, "_process_rows", lambda size, index, n: right(size, 0, n))
+    monkeypatch.setattr(metrics, "exp", lambda nats: exp(min(nats, 20.0)))
+
+    def one_ahead(model, tokens, cache, **how):
+        return extend(model, tokens, cache._replace(length=cache.length + 1), **how)
+
+    monkeypatch.setattr(Decoder, "extend", one_ahead)
+    report = small_run(text, data__seq_len=16, model__dropout=0.0).evaluation()
+    names = ("cap", "coverage", "cached_decode", "generation")
+    assert report.failed == [f"eval.{name}" for name in names]
+
+
+def test_torch_is_silent(split):
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    params = toy_decoder.init(0)
+    forward, extend = functools.partial(toy_decoder.forward, params), toy_decoder.extender(params)
+
+    def tensor(x, dtype=torch.float32):
+        """It needs a gradient, as what a model without `no_grad` returns."""
+        return torch.tensor(np.asarray(x), dtype=dtype).requires_grad_()
+
+    def evaluate_fn(predict, batch_size):
+        windows, nats, count = pipeline.Windows(split, T, True), torch.zeros(()), 0.0
+        for first in range(0, len(windows), batch_size):
+            rows = windows.batch(np.arange(first, min(first + batch_size, len(windows))))
+            tokens, weights = (torch.from_numpy(rows[name]) for name in ("tokens", "weights"))
+            logits = predict(tokens[:, :-1])
+            assert logits.dtype == torch.float32 and logits.is_contiguous()
+            nll = torch.nn.functional.cross_entropy(
+                logits.view(-1, V), tokens[:, 1:].long().flatten(), reduction="none"
+            )
+            nats = nats + (nll * weights[:, 1:].flatten()).sum()
+            count = count + weights[:, 1:].sum()
+        loss = (nats / count).requires_grad_()
+        return {"loss": loss, "token_ppl": loss.double().exp(), "token_count": count}
+
+    def extend_fn(tokens, cache):
+        logits, cache = extend(tokens, cache)
+        return tensor(logits), cache
+
+    def batches_fn(process, processes):
+        for batch in batches_of(split, process, processes):
+            yield {name: torch.from_numpy(x) for name, x in batch.items()}
+
+    def sampler(logits, seed, temperature):
+        generator = torch.Generator().manual_seed(seed)
+        if not temperature:
+            return torch.from_numpy(logits).argmax(-1)
+        p = torch.softmax(torch.from_numpy(logits).double() / temperature, -1)
+        return torch.multinomial(p, 1, generator=generator)[:, 0]
+
+    ids, log_probs = toy_decoder.generate(params, [3, 1], 15, extend)
+    given = dict(
+        vocab_size=V,
+        seq_len=20,
+        evaluate_fn=evaluate_fn,
+        targets=torch.from_numpy(split.tokens.astype(np.int64)),
+        batches_fn=batches_fn,
+        logits_fn=lambda tokens: tensor(forward(tokens)),
+        extend_fn=extend_fn,
+        continuation=(torch.tensor([3, 1]), torch.tensor(ids), tensor(log_probs)),
+        sampler=sampler,
+        sampler_options=("temperature",),
+    )
+    skipped = ("stride", "references", "top_k", "top_p", "repetition_penalty")
+    silent(examine_evaluation(**given), {f"eval.{name}" for name in skipped})
+    logits_fn = lambda tokens: tensor(forward(tokens), torch.bfloat16)  # noqa: E731
+    wide = examine_evaluation(**given | dict(logits_fn=logits_fn, compute_dtype="bfloat16"))
+    assert not wide.failed, [wide[name] for name in wide.failed]
+    noisy = lambda tokens: tensor(forward(tokens, key=jax.random.key(len(calls))))  # noqa: E731
+    calls = []
+    report = examine_evaluation(**given | dict(logits_fn=lambda t: calls.append(t) or noisy(t)))
+    assert "eval.deterministic" in report.failed
 
 
 # Aggregation, caps, coverage
@@ -266,7 +363,7 @@ def planted(check, split, alone=True, **how):
 @pytest.mark.parametrize("how", ["batch means", "row means"])
 def test_mean_of_means(split, how):
     found = planted("eval.aggregation", split, how=how, alone=False)
-    assert set(found.values["found"]) == {1, 7, 64}
+    assert set(found.values["loss"]) == {f"batch size {n}" for n in (1, 7, 64)}
 
 
 @pytest.mark.fault(70, "eval.perplexity")
@@ -312,7 +409,8 @@ def test_float32_that_overflows_is_no_cap(split):
 @pytest.mark.fault(73, "eval.token_count")
 def test_padding_is_scored(split):
     found = planted("eval.token_count", split, fault="pads", alone=False)
-    assert min(found.values["found"].values()) > found.values["split"] == len(split.tokens)
+    true = found.values["true token_count"]
+    assert min(found.values["token_count"].values()) > true == len(split.tokens)
 
 
 @pytest.mark.fault(73, "eval.token_count")
@@ -347,7 +445,7 @@ def test_windows_that_overlap_or_leave_the_end_out(split):
     assert found.values["extra"] == 0 < found.values["missing"]
 
 
-@pytest.mark.fault(79, "eval.processes")
+@pytest.mark.fault(79, "eval.coverage")
 @pytest.mark.fault(79, "eval.token_count")
 def test_evaluation_of_the_first_process_only(split):
     def first_only(process, processes):
@@ -355,8 +453,9 @@ def test_evaluation_of_the_first_process_only(split):
         batches = list(batches_of(split, process, processes))
         return [batch | {"weights": batch["weights"] * (process == 0)} for batch in batches]
 
-    found = failed("eval.processes", batches_fn=first_only)
-    assert found.values["missing"] > 0 == found.values["extra"]
+    found = failed("eval.coverage", batches_fn=first_only)
+    assert found.values["missing by 2 processes"] > 0 == found.values["extra by 2 processes"]
+    assert not found.values["batches that differ when read again"]
 
     def evaluate_fn(predict, batch_size):
         nats = count = 0.0
@@ -373,10 +472,11 @@ def test_every_process_scores_everything(split):
     def all_of_it(process, processes):
         return batches_of(split, 0, 1)
 
-    assert failed("eval.processes", batches_fn=all_of_it).values["extra"] == len(split.tokens)
+    found = failed("eval.coverage", batches_fn=all_of_it)
+    assert found.values["extra by 2 processes"] == len(split.tokens)
 
 
-@pytest.mark.fault(79, "eval.fixed_set")
+@pytest.mark.fault(79, "eval.coverage")
 def test_evaluation_on_a_random_subset(split):
     rng = np.random.default_rng(0)
 
@@ -384,7 +484,8 @@ def test_evaluation_on_a_random_subset(split):
         windows = pipeline.Windows(split, T, True)
         yield windows.batch(rng.permutation(len(windows))[:6])
 
-    failed("eval.fixed_set", alone=False, batches_fn=batches_fn)
+    found = failed("eval.coverage", batches_fn=batches_fn, processes=1)
+    assert found.values["batches that differ when read again"] == [0]
 
 
 # The model
@@ -400,12 +501,12 @@ def test_dropout_left_on_in_evaluation():
     failed("eval.deterministic", logits_fn=logits_fn)
 
 
-@pytest.mark.fault(58, "eval.train_mode")
+@pytest.mark.fault(58, "eval.deterministic")
 def test_dropout_off_in_training():
     forward = functools.partial(toy_decoder.forward, toy_decoder.init(0))
-    failed(
-        "eval.train_mode", logits_fn=forward, train_logits_fn=lambda tokens, seed: forward(tokens)
-    )
+    given = dict(logits_fn=forward, train_logits_fn=lambda tokens, seed: forward(tokens))
+    found = failed("eval.deterministic", **given)
+    assert found.evidence.startswith("Largest difference between logits of training")
 
 
 @pytest.mark.fault(26, "eval.cached_decode")
@@ -420,7 +521,34 @@ def test_cache_at_wrong_positions(fault, position):
         logits_fn=functools.partial(toy_decoder.forward, params),
         extend_fn=toy_decoder.extender(params, fault),
     )
-    assert found.values["first"] == ("single tokens", position)
+    assert f"first at position {position}" in found.evidence.split(";")[0]
+
+
+def test_logits_of_minus_infinity_are_in_order():
+    """Ids that a model excludes, as one with a padded table does; elsewhere they are a fault."""
+    params = toy_decoder.init(0)
+    extend, excluded = toy_decoder.extender(params), jnp.arange(V) == 5
+
+    def masked(logits):
+        return jnp.where(excluded, -jnp.inf, logits)
+
+    def extend_fn(tokens, cache):
+        logits, cache = extend(tokens, cache)
+        return masked(logits), cache
+
+    given = dict(
+        vocab_size=V,
+        seq_len=9,
+        logits_fn=lambda tokens: masked(toy_decoder.forward(params, tokens)),
+        extend_fn=extend_fn,
+    )
+    report = examine_evaluation(**given)
+    silent(report)
+    assert {f.check for f in report if f.status == "pass"} == {
+        "eval.deterministic",
+        "eval.cached_decode",
+    }
+    assert examine_evaluation(**given | dict(extend_fn=extend)).failed == ["eval.cached_decode"]
 
 
 @pytest.mark.fault(26, "eval.cached_decode")
@@ -456,7 +584,7 @@ def test_generation_is_another_model_than_scoring(fault, given_log_probs):
         logits_fn=logits_fn,
         continuation=(context, ids, log_probs if given_log_probs else None),
     )
-    assert found.values["first"] < 25
+    assert "first at position" in found.evidence and "25 positions" in found.evidence
 
 
 # The sampler
@@ -469,7 +597,7 @@ def test_penalty_that_divides_negative_logits():
         sampler=toy_decoder.sampler("penalty divides"),
         sampler_options=("repetition_penalty",),
     )
-    assert all(float(logit) < 0 for logit in found.values["raised"])
+    assert all("logit -" in raised for raised in found.values["raised"])
 
 
 @pytest.mark.fault(78, "eval.top_p")
@@ -498,6 +626,17 @@ def test_a_temperature_of_zero_may_be_refused():
     assert report["eval.temperature"].status == "pass"
 
 
+def test_draws_at_temperature_zero_that_are_no_ids_are_an_error():
+    """Refusing 0 is in order, answering with something else is not."""
+    right = toy_decoder.sampler()
+
+    def sampler(logits, seed, temperature):
+        return right(logits, seed, temperature=temperature) + (100 if temperature == 0 else 0)
+
+    found = examine_evaluation(vocab_size=V, sampler=sampler, sampler_options=("temperature",))
+    assert found["eval.temperature"].status == "error"
+
+
 def test_references():
     good = dict(uniform=1000.0, unigram=500.0, kn2=100.0, kn3=80.0)
     report = examine_evaluation(vocab_size=1000, loss=4.0, references=good)
@@ -506,6 +645,9 @@ def test_references():
         assert examine_evaluation(vocab_size=1000, **change).warned == ["eval.references"]
     below = dict(loss=2.0, references=good | dict(entropy_rate=2.5))
     assert examine_evaluation(vocab_size=1000, **below).failed == ["eval.references"]
+    lost = examine_evaluation(vocab_size=1000, loss=math.nan, references=good)
+    assert lost.failed == ["eval.references"]
+    assert examine_evaluation(vocab_size=1000, references={"kn2": 5.0}).clean is False
 
 
 # Bad input
@@ -513,44 +655,83 @@ def test_references():
 
 def test_nothing_given_is_skipped_by_name():
     report = examine_evaluation(vocab_size=V)
-    assert {f.status for f in report} == {"skip"}
-    assert "evaluate_fn" in report["eval.aggregation"].evidence
+    assert {f.status for f in report} == {"skip"} and not report.clean
+    assert "evaluate_fn" in report["eval.aggregation"].needs
+    without = examine_evaluation(vocab_size=V, sampler=toy_decoder.sampler())
+    assert not without.clean and "sampler_options" in without["eval.top_k"].needs
 
 
 def raising(*_, **__):
     raise RuntimeError("out of cheese")
 
 
-def test_functions_that_raise_are_reported(split):
-    names = "evaluate_fn batches_fn logits_fn train_logits_fn extend_fn sampler".split()
-    report = examine_evaluation(
+def everything(split):
+    """All functions, healthy."""
+    params = toy_decoder.init(0)
+    forward, extend = functools.partial(toy_decoder.forward, params), toy_decoder.extender(params)
+    return dict(
         vocab_size=V,
+        seq_len=5,
         targets=split.tokens,
-        continuation=([1], [2], [-1.0]),
-        sampler_options=("temperature", "top_k", "top_p", "repetition_penalty"),
+        batch_sizes=(64,),
         strides=(3,),
-        **dict.fromkeys(names, raising),
+        evaluate_fn=lambda predict, rows, stride=None: score(split, predict, rows, stride),
+        batches_fn=functools.partial(batches_of, split),
+        logits_fn=forward,
+        train_logits_fn=lambda tokens, seed: forward(tokens, key=jax.random.key(seed)),
+        extend_fn=extend,
+        continuation=([3], *toy_decoder.generate(params, [3], 5, extend)),
+        sampler=toy_decoder.sampler(),
+        sampler_options=("temperature", "top_k", "top_p", "repetition_penalty"),
     )
-    for found in report:
-        if found.check != "eval.references":
-            assert found.status == "skip" and "out of cheese" in found.evidence
+
+
+FIRST = dict(
+    evaluate_fn="aggregation",
+    batches_fn="coverage",
+    logits_fn="deterministic",
+    train_logits_fn="deterministic",
+    extend_fn="cached_decode",
+    sampler="temperature",
+)
+
+
+def test_functions_that_raise_are_errors(split):
+    given = everything(split)
+    silent(examine_evaluation(**given), {"eval.references"})
+    for name, check in FIRST.items():
+        report = examine_evaluation(**given | {name: raising})
+        assert report.failed == [f"eval.{check}"]
+        found = report[f"eval.{check}"]
+        assert found.status == "error" and f"{name} raised" in found.evidence
+        assert "out of cheese (test_evaluation.py:" in found.evidence
+    report = examine_evaluation(**given | dict.fromkeys(FIRST, raising))
+    assert not report.clean and "pass" not in {f.status for f in report}
+    # Those of training and of the cache wait for the logits of evaluation.
+    firsts = ("aggregation", "coverage", "deterministic", "temperature")
+    assert report.failed == [f"eval.{name}" for name in firsts]
 
 
 @pytest.mark.parametrize(
     "name, value, words",
     [
         ("logits_fn", lambda tokens: np.zeros((2, 3)), "shape (2, 3)"),
-        ("logits_fn", lambda tokens: np.full((*tokens.shape, V), np.nan), "not finite"),
+        (
+            "logits_fn",
+            lambda tokens: np.full((*tokens.shape, V), np.nan),
+            "414 numbers that are NaN",
+        ),
         ("extend_fn", lambda tokens, cache: None, "does not return"),
         ("continuation", ([1], [2], [1.0, 2.0]), "shape (2,)"),
         ("continuation", ([], [2], None), "one id of context"),
         ("sampler", lambda logits, seed, **_: np.zeros(3), "float64 (3,)"),
         ("evaluate_fn", lambda predict, batch_size: 3.0, "'loss'"),
+        ("evaluate_fn", lambda predict, batch_size: {"loss": "low"}, "float of loss"),
         ("batches_fn", lambda process, processes: [np.zeros(3)], "'tokens'"),
         ("batches_fn", lambda process, processes: [], "no batch"),
     ],
 )
-def test_wrong_shapes_and_values_are_skipped_with_the_reason(split, name, value, words):
+def test_wrong_shapes_and_values_are_errors_with_the_reason(split, name, value, words):
     given = dict(
         vocab_size=V,
         seq_len=9,
@@ -559,8 +740,8 @@ def test_wrong_shapes_and_values_are_skipped_with_the_reason(split, name, value,
         sampler_options=("top_p",),
     )
     report = examine_evaluation(**given | {name: value})
-    assert not report.failed
-    assert any(f.status == "skip" and words in f.evidence for f in report)
+    assert len(report.failed) == 1 and words in report[report.failed[0]].evidence
+    assert report[report.failed[0]].status == "error"
 
 
 def test_nan_from_evaluation_fails(split):

@@ -50,7 +50,7 @@ MISUSES = [
         doctor.examine_evaluation,
         (),
         dict(vocab_size=5, seq_len=8, strides=[None]),
-        "strides=None",
+        "strides=[None]",
     ),
     (doctor.examine_optimiser, (), dict(clip_norm="a"), "clip_norm"),
     (doctor.examine_optimiser, (), dict(params={}), "params"),
@@ -85,4 +85,4 @@ def test_what_a_check_did_not_foresee_is_said_and_is_no_pass():
 
 def test_losses_of_seeds_may_be_an_array():
     report = doctor.examine_arms({n: {"losses": RNG.normal(size=3)} for n in "ab"})
-    assert report["config.ranking"].status != "skip"
+    assert report["arms.ranking"].status != "skip"

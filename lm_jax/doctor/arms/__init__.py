@@ -1,5 +1,6 @@
-"""Runs against each other."""
+"""Runs against each other: do they differ, are they what they claim, can they be ranked?"""
 
-from lm_jax.doctor.arms.examine import examine_arms
+from lm_jax.doctor.arms import examine, subject
+from lm_jax.doctor.checks import examination
 
-__all__ = ["examine_arms"]
+examine_arms = examination(subject.Subject, subject, examine)

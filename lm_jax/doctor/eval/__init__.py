@@ -1,5 +1,6 @@
-"""Evaluation and generation."""
+"""Evaluation and generation: is every target scored once, and is the scored model the one used?"""
 
-from lm_jax.doctor.eval.examine import examine_evaluation
+from lm_jax.doctor.checks import examination
+from lm_jax.doctor.eval import decoding, sampling, scoring, subject
 
-__all__ = ["examine_evaluation"]
+examine_evaluation = examination(subject.Subject, subject, scoring, decoding, sampling)

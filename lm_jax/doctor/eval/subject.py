@@ -1,111 +1,154 @@
-"""What is handed to `examine_evaluation`, and predictors planted in place of the model."""
+"""An evaluation and a generator as black boxes, and predictors planted in place of the model."""
 
 import dataclasses
-import functools
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Annotated, Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from lm_jax.doctor.old import Arguments, Skip, call
+from lm_jax.doctor import trees
+from lm_jax.doctor.checks import fixture
+from lm_jax.doctor.facts import Bound, Broken, Facts, call, function, mapping, require, whole
+
+OPTIONS = ("temperature", "top_k", "top_p", "repetition_penalty")
+
+_sizes = Bound(
+    "give a list of whole numbers of 1 or more",
+    lambda x: isinstance(x, Sequence) and all(map(whole(1).holds, x)),
+)
+_options = Bound(
+    f"give names among {', '.join(OPTIONS)}",
+    lambda x: isinstance(x, Collection) and not isinstance(x, str) and set(x) <= set(OPTIONS),
+)
 
 
-@dataclasses.dataclass(frozen=True)
-class Given(Arguments):
-    """The arguments of `examine_evaluation`, which has their types and describes them."""
+@dataclasses.dataclass
+class Subject(Facts):
+    """Examine how a model is evaluated and sampled; what is not given is skipped by name.
 
-    vocab_size: int
-    seq_len: int
-    seed: int
-    compute_dtype: str
-    evaluate_fn: Any
-    targets: Any
-    batch_sizes: Any
-    strides: Any
-    batches_fn: Any
-    processes: int
-    logits_fn: Any
-    train_logits_fn: Any
-    extend_fn: Any
-    continuation: Any
-    sampler: Any
-    sampler_options: Any
-    never_sampled: Any
-    loss: float | None
-    references: Any
+    Functions get NumPy arrays and may return arrays of NumPy, JAX or PyTorch.
+    """
+
+    _: dataclasses.KW_ONLY
+    vocab_size: Annotated[int, "V.", whole(2)]
+    seq_len: Annotated[int, "T of the random tokens that the model is fed.", whole(2)] = 64
+    seed: Annotated[int, "of tokens and planted predictors.", whole()] = 0
+    compute_dtype: Annotated[
+        str,
+        "dtype of the forward pass, which sets rounding errors.",
+        Bound("give the name of a float type, such as bfloat16", trees.names_float),
+    ] = "float32"
+    evaluate_fn: Annotated[
+        Callable[..., Mapping[str, Any]] | None,
+        "(predict, batch_size) -> {'loss', 'token_ppl', 'token_count'}, the whole evaluation of a "
+        "small split (the first entry, in nats per target, is required), with the model replaced "
+        "by predict(tokens [B, T]) -> logits [B, T, V], which JAX can trace and which answers "
+        "tensors of PyTorch in kind. With strides it is called as (predict, batch_size, stride).",
+        function,
+    ] = None
+    targets: Annotated[Any, "ids of all targets of that split, in any order."] = None
+    batch_sizes: Annotated[
+        Sequence[int], "sequences at a time.", _sizes, Bound("give one or more", bool)
+    ] = (1, 7, 64)
+    strides: Annotated[Sequence[int], "targets scored per window.", _sizes] = ()
+    batches_fn: Annotated[
+        Callable[[int, int], Iterable[Mapping[str, Any]]] | None,
+        "(process, processes) -> batches of that split, with 'tokens' and 'weights' [B, ...], "
+        "where a weight above 0 marks a target.",
+        function,
+    ] = None
+    processes: Annotated[int, "number of processes to divide the batches among.", whole(1)] = 2
+    logits_fn: Annotated[
+        Callable[..., Any] | None, "(tokens [B, T]) -> logits [B, T, V] as in evaluation.", function
+    ] = None
+    train_logits_fn: Annotated[
+        Callable[..., Any] | None,
+        "(tokens [B, T], seed) -> logits as in training; only for a model that drops.",
+        function,
+    ] = None
+    extend_fn: Annotated[
+        Callable[..., Any] | None,
+        "(tokens [B, n], cache) -> (logits [B, n, V], cache), cached decoding; the cache is None "
+        "at the start.",
+        function,
+    ] = None
+    continuation: Annotated[
+        tuple[Any, Any, Any] | None,
+        "(context ids, continued ids, log-probabilities or None) of a free generation; without "
+        "log-probabilities it was greedy.",
+        Bound("give a context, continued ids and log-probabilities or None", lambda x: len(x) == 3),
+    ] = None
+    sampler: Annotated[
+        Callable[..., Any] | None, "(logits [B, 16], seed, **options) -> ids [B].", function
+    ] = None
+    sampler_options: Annotated[
+        Collection[str],
+        "those it has of temperature, top_k, top_p and repetition_penalty; the last comes with "
+        "'seen', ids [B, S].",
+        _options,
+    ] = ()
+    never_sampled: Annotated[Collection[int], "ids that it never returns."] = ()
+    loss: Annotated[float | None, "nats per token of the model."] = None
+    references: Annotated[
+        Mapping[str, float] | None,
+        "perplexities 'uniform', 'unigram', 'kn2', 'kn3' on the same tokens, and 'entropy_rate' in "
+        "nats.",
+        mapping,
+    ] = None
+
+    def __post_init__(self) -> None:
+        """Refuse targets outside the vocabulary as well."""
+        super().__post_init__()
+        if self.targets is not None:
+            ids = trees.as_array(self.targets)
+            ok = bool(ids.size) and np.issubdtype(ids.dtype, np.integer)
+            ok = ok and 0 <= ids.min() and ids.max() < self.vocab_size
+            require(ok, "targets", f"give whole numbers in [0, {self.vocab_size})")
 
     @property
     def eps(self) -> float:
         """Step of the compute dtype near 1."""
         return float(jnp.finfo(self.compute_dtype).eps)
 
-    @functools.cached_property
-    def counts_V(self) -> np.ndarray:
-        """How often each id is a target."""
-        return np.bincount(np.asarray(self.targets).ravel(), minlength=self.vocab_size)
 
-    @functools.cached_property
-    def noisy_V(self) -> np.ndarray:
-        """Logits of a predictor that looks at nothing; its costs per token differ by nats."""
-        return np.random.default_rng(self.seed).normal(0, 3, self.vocab_size).astype(np.float32)
+def fit(what: str, values: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """The values in float64.
 
-    def costly_V(self, nats: float) -> np.ndarray:
-        """Logits of one that is sure of the rarest id, so that every other target costs `nats`."""
-        logits_V = np.zeros(self.vocab_size, np.float32)
-        logits_V[np.argmin(self.counts_V)] = nats
-        return logits_V
-
-    def truth(self, logits_V: np.ndarray) -> float:
-        """Nats per target of such a predictor, exactly."""
-        wide_V = logits_V.astype(np.float64)
-        top = np.max(wide_V)
-        nats_V = top + np.log(np.exp(wide_V - top).sum()) - wide_V
-        return float(self.counts_V @ nats_V / self.counts_V.sum())
-
-    def evaluate(self, name: str, logits_V: np.ndarray, *how: int) -> float:
-        """What the user's evaluation reports of a predictor that gives these logits everywhere.
-
-        Raises:
-            Skip: if it does not report `name`.
-        """
-        key = (logits_V.tobytes(), how)
-        if key not in self._results:
-            table_V = jnp.asarray(logits_V)
-
-            def predict(tokens: Any) -> Any:
-                return jnp.broadcast_to(table_V, (*np.shape(tokens), self.vocab_size))
-
-            self._results[key] = call("evaluate_fn", self.evaluate_fn, predict, *how)
-        result = self._results[key]
-        if not isinstance(result, Mapping) or name not in result:
-            raise Skip(f"evaluate_fn does not return a mapping with '{name}'.")
-        return call(f"float of the {name} from evaluate_fn", lambda: float(result[name]))
-
-    @functools.cached_property
-    def _results(self) -> dict[Any, Any]:
-        return {}
-
-    @functools.cached_property
-    def tokens_BT(self) -> np.ndarray:
-        """Random tokens [2, T]."""
-        rng = np.random.default_rng(self.seed)
-        return rng.integers(0, self.vocab_size, (2, self.seq_len)).astype(np.int32)
-
-    def logits(self, tokens_BT: np.ndarray) -> np.ndarray:
-        """The user's logits in float64.
-
-        Raises:
-            Skip: if they have another shape or are not finite.
-        """
-        logits_BTV = np.asarray(call("logits_fn", self.logits_fn, tokens_BT), np.float64)
-        return checked("logits_fn", logits_BTV, (*tokens_BT.shape, self.vocab_size))
+    Raises:
+        Broken: if they have another shape, or one is NaN or infinite; a logit of -inf is in order.
+    """
+    found = trees.as_array(values)
+    if found.shape != shape:
+        raise Broken(f"{what} returned shape {found.shape}, expected is {shape}")
+    found = found.astype(np.float64)
+    if bad := int((~(found < np.inf)).sum()):
+        raise Broken(f"{what} returned {bad} numbers that are NaN or infinite")
+    return found
 
 
-def checked(name: str, x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """The array, if it has the shape and is finite, or `Skip`."""
-    if x.shape != shape:
-        raise Skip(f"{name} returned shape {x.shape}, expected is {shape}.")
-    if not np.isfinite(x).all():
-        raise Skip(f"{name} returned {(~np.isfinite(x)).sum()} numbers that are not finite.")
-    return x
+def apart(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Distances of logits; 0 where both are -inf."""
+    with np.errstate(invalid="ignore"):
+        return np.where(a == b, 0.0, np.abs(a - b))
+
+
+@fixture
+def tokens_BT(subject: Subject) -> np.ndarray:
+    """Random tokens [2, T]."""
+    shape = (2, subject.seq_len)
+    return subject.rng().integers(0, subject.vocab_size, shape, dtype=np.int32)
+
+
+@fixture
+def forward(logits_fn: Any, vocab_size: int) -> Callable[[np.ndarray], np.ndarray]:
+    """Tokens [B, T] to logits [B, T, V] as in evaluation."""
+    return lambda tokens: fit(
+        "logits_fn", call("logits_fn", logits_fn, tokens.copy()), (*tokens.shape, vocab_size)
+    )
+
+
+@fixture
+def logits_BTV(forward: Callable[[np.ndarray], np.ndarray], tokens_BT: np.ndarray) -> np.ndarray:
+    """The logits of the random tokens."""
+    return forward(tokens_BT)

@@ -1,0 +1,142 @@
+"""The arms of an experiment, and what tells them apart."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any
+
+import jax
+import numpy as np
+
+from lm_jax.doctor import trees
+from lm_jax.doctor.facts import Broken, Facts, Skip, call, function, real, require, whole
+
+KEYS = (
+    "config resolved tree tables parameters table_parameters claimed_parameters tied losses "
+    "run_dir budget"
+).split()
+IGNORED = ("name", "description", "run_dir", "workdir")
+
+
+@dataclasses.dataclass
+class Subject(Facts):
+    """Examine the arms of a comparison before or after it is run."""
+
+    arms: Annotated[
+        Mapping[str, Mapping[str, Any]],
+        "name -> what is known of it, all optional: 'config', the nested dict as written; "
+        "'resolved', what the run really used; 'tree', the parameters as nested dicts of arrays or "
+        "shapes; 'tables', the paths in it with a row for each id (else every matrix with a side "
+        "of vocab_size); 'parameters', 'table_parameters' and 'claimed_parameters', counts; "
+        "'tied', whether head and token table are one; 'losses', the final loss of each seed in "
+        "nats; 'run_dir'; 'budget', as in examine_log.",
+    ]
+    _: dataclasses.KW_ONLY
+    resolve: Annotated[
+        Callable[[Any], Any] | None,
+        "config -> what is built from it (dicts, dataclasses, arrays, shapes), to tell arms apart.",
+        function,
+    ] = None
+    vocab_size: Annotated[
+        int | None, "rows of the tables, to tell tables from other parameters.", whole(1)
+    ] = None
+    matched: Annotated[bool, "the arms are meant to have equally many parameters."] = False
+    winner: Annotated[str | None, "the arm that is said to be best."] = None
+    ignore: Annotated[Sequence[str], "keys of a config that do not tell arms apart."] = IGNORED
+
+    def __post_init__(self) -> None:
+        """Refuse unknown keys and arms, and facts that are none."""
+        example = 'give a mapping like {"small": {"parameters": 10_000_000}}'
+        require(isinstance(self.arms, Mapping) and bool(self.arms), "arms", example)
+        super().__post_init__()
+        for name, arm in self.arms.items():
+            what = f"arms[{name!r}]"
+            require(isinstance(arm, Mapping), what, f"{arm!r} is no mapping of facts; give one")
+            for key in arm:
+                require(key in KEYS, what, f"unknown key {key!r}; use {', '.join(KEYS)}")
+            losses, budget = arm.get("losses", (0.0,)), arm.get("budget", {"stated": 0})
+            ok = np.ndim(losses) == 1 and len(losses) > 0 and all(map(real, losses))
+            require(ok, what, "losses must be a list of finite numbers")
+            ok = isinstance(budget, Mapping) and "stated" in budget
+            require(ok, what, 'give "stated" and its factors in budget')
+        known = self.winner is None or self.winner in self.arms
+        require(known, "winner", f"{self.winner!r} is none of {', '.join(self.arms)}")
+
+    def having(self, key: str) -> dict[str, Any]:
+        """The value of a key by name of the arm; `Skip` if no arm has it."""
+        found = {name: arm[key] for name, arm in self.arms.items() if arm.get(key) is not None}
+        if not found:
+            raise Skip(f"No arm has {key!r}.", key)
+        return found
+
+    def fingerprint(self, value: Any) -> str:
+        """Text that is equal for equal values, without the ignored keys at any depth."""
+        return json.dumps(_plain(value, self.ignore), sort_keys=True)
+
+    def size(self, name: str) -> tuple[int | None, int | None, list[str]]:
+        """Parameters of an arm in all and in tables, None if not known, and paths of the tables."""
+        arm, V = self.arms[name], self.vocab_size
+        if "tree" not in arm:
+            return arm.get("parameters"), arm.get("table_parameters"), []
+        found = shapes(arm["tree"])
+        total = sum(map(math.prod, found.values()))
+        if V is None and "tables" not in arm:
+            return total, arm.get("table_parameters"), []
+        with_ids = (path for path, shape in found.items() if len(shape) > 1 and V in shape)
+        tables = [path for path in arm.get("tables", with_ids) if path in found]
+        return total, sum(math.prod(found[path]) for path in tables), tables
+
+
+def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """Shape of every leaf by path; leaves are arrays or shapes."""
+
+    def is_shape(x: Any) -> bool:
+        return isinstance(x, tuple | list) and all(isinstance(n, int | np.integer) for n in x)
+
+    leaves = jax.tree.leaves_with_path(tree, is_leaf=is_shape)
+    return {trees.path_name(at): tuple(x if is_shape(x) else np.shape(x)) for at, x in leaves}
+
+
+def _plain(value: Any, ignore: Sequence[str]) -> Any:
+    """The value as JSON types; arrays by shape, type and content, others by their repr."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(k): _plain(x, ignore) for k, x in value.items() if k not in ignore}
+    if isinstance(value, list | tuple):
+        return [_plain(x, ignore) for x in value]
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        has_content = hasattr(value, "__array__")  # shapes of JAX have none
+        content = trees.as_array(value).tobytes() if has_content else b""
+        return [list(value.shape), str(value.dtype), hashlib.sha256(content).hexdigest()]
+    if value is None or isinstance(value, str | int | float):
+        return value
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))  # where an object lies tells nothing
+
+
+def identities(subject: Subject) -> tuple[str, dict[str, str]]:
+    """What tells the arms apart, the best that is known of all, and its fingerprint by arm."""
+
+    def resolved(config: Any) -> str:
+        assert subject.resolve is not None
+        made = [subject.fingerprint(call("resolve", subject.resolve, config)) for _ in range(2)]
+        if made[0] != made[1]:
+            raise Broken("resolve gives another result each time; name what changes in ignore")
+        return made[0]
+
+    ways: dict[str, tuple[str, Callable[[Any], Any]]] = {
+        "resolved": ("resolved config", lambda config: config),
+        "config": ("resolved config", resolved),
+        "tree": ("parameter tree", shapes),
+        "parameters": ("parameter count", int),
+    }
+    if subject.resolve is None:
+        del ways["config"]
+    for key, (by, value) in ways.items():
+        if all(arm.get(key) is not None for arm in subject.arms.values()):
+            return by, {n: subject.fingerprint(value(x[key])) for n, x in subject.arms.items()}
+    needs = "resolved, config and resolve, tree or parameters"
+    raise Skip(f"Not given of every arm: {needs}.", needs)
