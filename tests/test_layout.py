@@ -33,9 +33,7 @@ LONG_FUNCTIONS = {
     "doctor/optimiser/examine.py:examine_optimiser",
 }
 LONG_FILES = {
-    "doctor/arms/examine.py",
     "doctor/distill/divergence.py",
-    "doctor/eval/examine.py",
     "doctor/log/evaluation.py",
     "doctor/log/loop.py",
     "doctor/log/loss.py",
