@@ -1,5 +1,6 @@
 """What logged evaluation numbers can and cannot be."""
 
+import itertools
 import math
 
 import numpy as np
@@ -113,15 +114,10 @@ def identical(subject: Subject) -> list[Measure]:
         chances, same = _ties(subject, loss)
         seen += len(chances)
         unlikely = scipy.stats.poisson.sf(len(same) - 1, sum(chances)) < _TIES
-        at = [f"{loss.values[i]:.10g} at steps {loss.steps[i]:g} and {loss.steps[i + 1]:g}"
-              for i in same]  # fmt: skip
-        if at and unlikely:
-            found.append(
-                none(f"evaluations of {split} that repeat", at, of=len(chances), key=split)
-            )
-    for a, b in [("train", split) for split in splits] + list(
-        zip(splits, splits[1:], strict=False)
-    ):
+        if same and unlikely:
+            what = f"evaluations of {split} that repeat"
+            found.append(none(what, same, of=len(chances), key=split))
+    for a, b in [*(("train", split) for split in splits), *itertools.pairwise(splits)]:
         if not subject.has(f"{a}/loss") or (a == "train" and subject.overfit):
             continue
         steps, x, y = pairs(subject.finite(f"{a}/loss"), subject.finite(f"{b}/loss"))
@@ -142,23 +138,23 @@ def _exact(values: np.ndarray) -> bool:
     return any(half_unit(x) <= 1e-5 * abs(x) for x in values[:1000])
 
 
-def _ties(subject: Subject, loss: Series) -> tuple[list[float], list[int]]:
+def _ties(subject: Subject, loss: Series) -> tuple[list[float], list[str]]:
     """For each evaluation but the last, the chance that the next one is equal; those that are."""
+    loss = loss.where(slice(-1000, None))
     x, gaps = loss.values, np.diff(loss.steps)
-    change = np.abs(np.diff(x))
+    change, halves = np.abs(np.diff(x)), np.array([half_unit(value) for value in x])
     speed = np.where(change > 0, change / gaps, np.nan)
     chances, same = [], []
-    for i in range(max(0, len(x) - 1000), len(x) - 1):
+    for i in range(len(x) - 1):
         if not _learning(subject, *loss.steps[i : i + 2]):
             continue
-        near = speed[max(0, i - 4) : i + 5]
-        near = near[~np.isnan(near)]
+        window = slice(max(0, i - 4), i + 5)
+        near = speed[window][~np.isnan(speed[window])]
         # Without evaluations that differ, 1 % is taken for their usual change.
         usual = float(np.median(near)) * gaps[i] if len(near) else 0.01 * abs(x[i])
-        unit = 2 * min(map(half_unit, x[max(0, i - 4) : i + 5]))
-        chances.append(min(1.0, unit / usual) if usual else 1.0)
+        chances.append(min(1.0, 2 * halves[window].min() / usual) if usual else 1.0)
         if change[i] == 0:
-            same.append(i)
+            same.append(f"{x[i]:.10g} at steps {loss.steps[i]:g} and {loss.steps[i + 1]:g}")
     return chances, same
 
 
@@ -167,9 +163,7 @@ def _learning(subject: Subject, start: float, stop: float) -> bool:
     if not subject.has("optim/lr"):
         return True
     lr = subject.finite("optim/lr")
-    within = lr.values[
-        np.searchsorted(lr.steps, start, "right") : np.searchsorted(lr.steps, stop, "right")
-    ]
+    within = lr.values[slice(*np.searchsorted(lr.steps, (start, stop), "right"))]
     return not len(within) or not lr.values.max() or within.max() > 1e-3 * lr.values.max()
 
 

@@ -73,9 +73,7 @@ def _while_learning(subject: Subject, name: str, lr: Series | None) -> np.ndarra
     """A norm where the learning rate is above 0.001 of its peak and no update was skipped."""
     if not subject.has(name):
         return np.zeros(0)
-    series = (
-        subject.finite(name) if len(subject.series(name).finite()) else Series(*np.zeros((2, 0)))
-    )
+    series = subject.series(name).finite()
     use = np.ones(len(series), bool)
     if lr is not None:
         use &= np.isin(series.steps, lr.steps[lr.values > 1e-3 * lr.values.max()])
@@ -107,7 +105,7 @@ def _stale(norm: np.ndarray) -> list[Measure]:
     # Norms of a healthy run differ from row to row by 5 % at the least.
     chance = min(1.0, max(unit / (0.05 * often), 0.02))
     limit = numbers.share_limit(chance, len(norm))
-    share = float(counts.max() / len(norm))
+    share = float(np.max(counts) / len(norm))
     return [at_most(f"share of rows with a gradient norm of exactly {often:g}", share, limit)]
 
 
@@ -122,12 +120,8 @@ def loss_scale(subject: Subject) -> Measure:
     if high < 1024:
         raise Skip("The loss scale is that of no float16 run.")
     # It starts at 2^15 to 2^32, finds its place above 2^7, and halves with each overflow.
-    return at_least(
-        f"lowest loss scale, of {high:g} at most",
-        low,
-        128,
-        otherwise="fail" if low <= 8 else "warn",
-    )
+    status = "fail" if low <= 8 else "warn"
+    return at_least(f"lowest loss scale, after {high:g}", low, 128, otherwise=status, key="low")
 
 
 @check(

@@ -87,10 +87,8 @@ class Records:
             steps.append(float(index) if at is None or not math.isfinite(at) else at)
         self.count += len(rows)
         for name in dict.fromkeys(key for row in rows for key in row):
-            pairs = [
-                (step, row[name]) for step, row in zip(steps, rows, strict=True) if name in row
-            ]
-            places, raws = zip(*pairs, strict=True)
+            here = [(step, r[name]) for step, r in zip(steps, rows, strict=True) if name in r]
+            places, raws = zip(*here, strict=True)
             values, is_number = _floats(raws)
             if name in METRICS and not is_number.all():
                 self.odd.add(name)

@@ -255,8 +255,8 @@ class Subject(Facts):
     def overfitted(self, split: str) -> Overfit | None:
         """How a split's loss rose while the training loss fell, or None.
 
-        The rise is above half of the fall before it, from the first row of either loss. The means of
-        up to 8 training rows before the lowest evaluation and at the end differ by more than 3 SE.
+        The rise is above half of the fall before it, from the first row of either loss. The means
+        of up to 8 training rows before the lowest evaluation and at the end differ by over 3 SE.
         """
         if not self.has("train/loss"):
             return None

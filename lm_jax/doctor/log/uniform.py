@@ -34,7 +34,7 @@ def above_uniform(subject: Subject, steady: bool, uniform: float | None = None) 
                 continue
             series = subject.series(f"{split}/{name}")
             x = series.values[~np.isnan(series.values)]
-            limit = uniform or LARGEST if name == "loss" else subject.vocab_size
+            limit = uniform or LARGEST if name == "loss" else float(subject.vocab_size or 0)
             if not len(x) or not subject.settled(series.steps) or subject.overfitted(split):
                 continue
             falls = len(x) > 1 and x[-1] < x[0] and subject.nats(split).values[-1] < start
