@@ -44,7 +44,7 @@ def rise(subject: Subject) -> Rise:
 
     The lowest of 40 blocks lies 2.2 SE below their mean by chance, so that 6 SE of a difference
     leave more than 4. Of few rows, means of two are compared; their noise is badly known, so that
-    a quarter of the first row must be lost.
+    a quarter of the first row must be lost, and more where they are fewer than 8.
     """
     name = subject.objective
     loss = subject.finite(name, 3)
@@ -52,9 +52,9 @@ def rise(subject: Subject) -> Rise:
     if n < _FEW:
         parts = [np.array([i, i + 1]) for i in range(n - 1)]
         level = np.array([x[part].mean() for part in parts])
-        before = x[:-2]  # the rise itself is no noise
-        sd = noise(x) if n >= 8 else before.std(ddof=1) if n >= 5 else 0.05 * abs(before.mean())
-        allowed = max(4 * math.sqrt(2) * float(sd), 0.25 * start)
+        before = x[: int(np.argmin(level)) + 2]  # the rise itself is no noise
+        sd = noise(x) if n >= 8 else before.std() if len(before) >= 4 else 0.05 * before.mean()
+        allowed = max(4 * math.sqrt(2) * float(sd), (0.25 if n >= 8 else 0.4) * start)
     else:
         parts = np.array_split(np.arange(n), min(40, n // 4))
         level = np.array([np.median(x[part]) for part in parts])

@@ -150,8 +150,9 @@ def _ties(subject: Subject, loss: Series) -> tuple[list[float], list[str]]:
             continue
         window = slice(max(0, i - 4), i + 5)
         near = speed[window][~np.isnan(speed[window])]
-        # Without evaluations that differ, 1 % is taken for their usual change.
-        usual = float(np.median(near)) * gaps[i] if len(near) else 0.01 * abs(x[i])
+        # Without evaluations that differ, 1 % in 100 updates is taken for their usual change.
+        known = float(np.median(near)) * gaps[i] if len(near) else 0.0
+        usual = known or 0.01 * abs(x[i]) * min(1.0, gaps[i] / 100)
         chances.append(min(1.0, 2 * halves[window].min() / usual) if usual else 1.0)
         if change[i] == 0:
             same.append(f"{x[i]:.10g} at steps {loss.steps[i]:g} and {loss.steps[i + 1]:g}")

@@ -88,7 +88,9 @@ def _learns(subject: Subject) -> bool:
     if not subject.has("train/loss"):
         return False
     x = subject.series("train/loss").finite().values
-    fell, needed = fall_at_once(x) if len(x) >= 4 else (0.0, 0.0)
+    if len(x) < 4:
+        return len(x) > 1 and bool(x[-1] < 0.95 * x[0])
+    fell, needed = fall_at_once(x)
     return fell > needed
 
 
@@ -177,9 +179,10 @@ def lr_end(subject: Subject, schedule: Series) -> list[Measure]:
     peak = subject.lr_peak or float(lr.max())
     last, highest = float(lr[-1]), lr[-1] == lr.max()
     slack = 0.05 * end + 0.01 * peak
-    if subject.steps is not None:  # what the rate still falls by after the last row
-        slope = abs(lr[-1] - lr[-2]) / (steps[-1] - steps[-2])
-        slack += float(slope * max(0, subject.steps - steps[-1]))
+    # What the rate still falls by after the last row, which may not be the last update.
+    gap = steps[-1] - steps[-2]
+    missing = gap if subject.steps is None else max(0, subject.steps - steps[-1])
+    slack += float(abs(lr[-1] - lr[-2]) / gap * missing)
     off = abs(last - end) > slack
     if off and subject.steps is None and highest:
         raise Skip("The log ends at the peak of the learning rate and steps is not given.", "steps")

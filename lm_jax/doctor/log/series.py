@@ -235,14 +235,14 @@ def echo(left: np.ndarray, lags: np.ndarray) -> Echo:
     ranks = (ranks - ranks.mean()) / ranks.std()
     power = np.abs(np.fft.rfft(ranks, 2 ** math.ceil(math.log2(2 * n)))) ** 2
     rows = n - np.arange(n)
-    scores = np.fft.irfft(power)[:n] / np.sqrt(rows)
+    # Fisher's z: near a correlation of 1 the root of the rows times it would say too little.
+    correlation = np.clip(np.fft.irfft(power)[:n] / rows, -0.99, 0.99)
+    scores = np.arctanh(correlation) * np.sqrt(np.maximum(rows - 3, 1))
     others = np.ones(n, bool)
     others[:10] = others[n - 10 :] = False
     others[lags] = False
     usual = 1.4826 * float(np.median(np.abs(scores[others]))) if others.sum() >= 8 else 1.0
     scores /= max(1.0, usual)
     best = int(lags[np.argmax(scores[lags])])
-    correlation = float(np.dot(ranks[: n - best], ranks[best:]) / rows[best])
-    return Echo(
-        best, correlation, float(scores[best]), numbers.threshold(len(lags)), int(rows[best])
-    )
+    allowed = numbers.threshold(len(lags))
+    return Echo(best, float(correlation[best]), float(scores[best]), allowed, int(rows[best]))

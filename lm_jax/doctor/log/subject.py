@@ -195,7 +195,7 @@ class Subject(Facts):
                 ppl, x = ppl[use][:1000], x[use][:1000]
                 # Printed to two digits or more; e^loss is off by at least 0.03.
                 seen += (np.abs(np.log2(ppl) / x - 1) < 0.01).tolist()
-        return len(seen) > 1 and all(seen)
+        return bool(seen) and all(seen)
 
     def in_bits(self, name: str) -> bool:
         """Whether a column is a loss in bits."""
