@@ -63,6 +63,7 @@ def rise(subject: Subject) -> Rise:
         alone = noise(x) * math.sqrt(math.pi / 2 / len(parts[-1]))
         error = math.sqrt(2) * max(alone, noise(level) if len(level) >= 8 else 0)
         allowed = max(6 * error, 0.05 * start)
+    allowed = min(allowed, max(start, 1.0))  # twice the first row is no noise
     low = int(np.argmin(level))
     least, end = float(level[low]), float(level[-1])
     smooth = scipy.ndimage.median_filter(x, 9, mode="nearest") if n >= 60 else x

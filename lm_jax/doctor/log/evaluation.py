@@ -104,8 +104,8 @@ def identical(subject: Subject) -> list[Measure]:
     """Evaluations at different steps, and of different splits, do not give the same number.
 
     Ties happen where few digits are printed or evaluations follow each other closely at the end of
-    a decay. The chance of one is the last printed digit over the usual change between evaluations;
-    as many ties as are seen must be rarer than once in a thousand healthy runs.
+    a decay. The chance of one is the last printed digit over the smallest change nearby; the ties
+    that are seen must be rarer than once in a thousand healthy runs.
     """
     splits = subject.splits("loss")
     found, seen = [], 0
@@ -113,10 +113,13 @@ def identical(subject: Subject) -> list[Measure]:
         loss = subject.finite(f"{split}/loss")
         chances, same = _ties(subject, loss)
         seen += len(chances)
-        unlikely = scipy.stats.poisson.sf(len(same) - 1, sum(chances)) < _TIES
-        if same and unlikely:
+        # Ties here and there, or the rarest run of them.
+        runs = itertools.groupby(zip(chances, same, strict=True), lambda pair: bool(pair[1]))
+        rarest = min((math.prod(p for p, _ in run) for tie, run in runs if tie), default=1.0)
+        scattered = scipy.stats.poisson.sf(sum(map(bool, same)) - 1, sum(chances))
+        if min(rarest * len(chances), scattered) < _TIES:
             what = f"evaluations of {split} that repeat"
-            found.append(none(what, same, of=len(chances), key=split))
+            found.append(none(what, filter(None, same), of=len(chances), key=split))
     for a, b in [*(("train", split) for split in splits), *itertools.pairwise(splits)]:
         if not subject.has(f"{a}/loss") or (a == "train" and subject.overfit):
             continue
@@ -139,23 +142,22 @@ def _exact(values: np.ndarray) -> bool:
 
 
 def _ties(subject: Subject, loss: Series) -> tuple[list[float], list[str]]:
-    """For each evaluation but the last, the chance that the next one is equal; those that are."""
+    """For each evaluation but the last, the chance that the next one is equal; where it is."""
     loss = loss.where(slice(-1000, None))
     x, gaps = loss.values, np.diff(loss.steps)
     change, halves = np.abs(np.diff(x)), np.array([half_unit(value) for value in x])
-    speed = np.where(change > 0, change / gaps, np.nan)
+    speed = np.where(change > 0, change / gaps, np.inf)
     chances, same = [], []
     for i in range(len(x) - 1):
         if not _learning(subject, *loss.steps[i : i + 2]):
             continue
-        window = slice(max(0, i - 4), i + 5)
-        near = speed[window][~np.isnan(speed[window])]
+        near = slice(max(0, i - 4), i + 5)
+        slowest = float(speed[near].min()) * gaps[i]
         # Without evaluations that differ, 1 % in 100 updates is taken for their usual change.
-        known = float(np.median(near)) * gaps[i] if len(near) else 0.0
-        usual = known or 0.01 * abs(x[i]) * min(1.0, gaps[i] / 100)
-        chances.append(min(1.0, 2 * halves[window].min() / usual) if usual else 1.0)
-        if change[i] == 0:
-            same.append(f"{x[i]:.10g} at steps {loss.steps[i]:g} and {loss.steps[i + 1]:g}")
+        usual = slowest if slowest < math.inf else 0.01 * abs(x[i]) * min(1.0, gaps[i] / 100)
+        chances.append(min(1.0, 2 * halves[near].min() / usual) if usual else 1.0)
+        where = f"{x[i]:.10g} at steps {loss.steps[i]:g} and {loss.steps[i + 1]:g}"
+        same.append("" if change[i] else where)
     return chances, same
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from lm_jax.doctor.checks import check
 from lm_jax.doctor.facts import Skip
 from lm_jax.doctor.findings import Measure, at_most, note
-from lm_jax.doctor.log.series import echo, noise, residuals
+from lm_jax.doctor.log.series import echo, residuals, wander
 from lm_jax.doctor.log.subject import Subject
 
 _ROWS = 30  # that must come again
@@ -26,7 +26,7 @@ def resume(subject: Subject) -> list[Measure]:
     if not restarts:
         raise Skip("No resume is declared or seen.", "resumes")
     loss = subject.finite("train/loss")
-    spread, found = noise(loss.values), []
+    spread, found = wander(loss.values), []
     for at in restarts:
         split = int(np.searchsorted(loss.steps, at, side="right"))
         size = min(32, split // 6, len(loss) - split)
