@@ -155,7 +155,9 @@ def _ties(subject: Subject, loss: Series) -> tuple[list[float], list[str]]:
         slowest = float(speed[near].min()) * gaps[i]
         # Without evaluations that differ, 1 % in 100 updates is taken for their usual change.
         usual = slowest if slowest < math.inf else 0.01 * abs(x[i]) * min(1.0, gaps[i] / 100)
-        chances.append(min(1.0, 2 * halves[near].min() / usual) if usual else 1.0)
+        half = halves[near].min()
+        exact = usual > 0 and half <= 2e-5 * abs(x[i])  # four decimals or more
+        chances.append(min(1.0, 2 * half / usual) if exact else 1.0)
         where = f"{x[i]:.10g} at steps {loss.steps[i]:g} and {loss.steps[i + 1]:g}"
         same.append("" if change[i] else where)
     return chances, same
@@ -187,72 +189,53 @@ def floor(subject: Subject) -> list[Measure]:
     """
     subject.skip_if_overfit()
     best, references = _best(subject), subject.references or {}
-    known = _by_heart(subject) if "entropy_rate" not in references else []
-    if not best:
-        return known or _train_floor(subject)
-    name, nats, count = best
-    if "entropy_rate" in references:
+    found = [] if best and "entropy_rate" in references else _memory(subject, bool(best))
+    if best and "entropy_rate" in references:
+        name, nats, count = best
         rate = references["entropy_rate"]
         error = _token_sd(subject) / math.sqrt(count) if count else math.nan
         if not math.isfinite(error):
             raise Skip("The number of scored tokens is not known.", "split_tokens")
-        text = f"{name}, against the entropy rate of the source of {rate:.5g} nats"
-        judged = at_least(text, nats, math.nextafter(rate - 3 * error, math.inf), key="loss")
-        return [judged, note("standard error at most", error, key="error")]
-    if "kn2" in references:
-        large = (subject.parameters or 0) >= 1e9
+        what = f"{name}, against the entropy rate of the source of {rate:.5g} nats"
+        found.append(at_least(what, nats, math.nextafter(rate - 3 * error, math.inf), key="loss"))
+        found.append(note("standard error at most", error, key="error"))
+    elif best and "kn2" in references:
+        name, nats, _ = best
+        status = "warn" if (subject.parameters or 0) >= 1e9 else "fail"
+        what = f"{name}, nats, against a tenth of the perplexity of a bigram model"
         limit = math.log(references["kn2"] / 10)
-        text = f"{name}, nats, against a tenth of the perplexity of a bigram model"
-        status = "warn" if large else "fail"
-        return [at_least(text, nats, limit, otherwise=status, key="loss"), *known]
-    if (subject.vocab_size or 0) >= SUBWORDS:
-        text = f"{name}, nats (perplexity {numbers.exp(nats):.4g} over {subject.vocab_size} ids)"
-        known.append(at_least(text, nats, _LOW, otherwise="warn", key="loss"))
-    return known or _undecided(subject)
-
-
-def _undecided(subject: Subject) -> list[Measure]:
-    if subject.vocab_size is None:
+        found.append(at_least(what, nats, limit, otherwise=status, key="loss"))
+    elif best and (subject.vocab_size or 0) >= SUBWORDS:
+        name, nats, _ = best
+        what = f"{name}, nats (perplexity {numbers.exp(nats):.4g} over {subject.vocab_size} ids)"
+        found.append(at_least(what, nats, _LOW, otherwise="warn", key="loss"))
+    if not found and subject.vocab_size is None:
         raise give("vocab_size")
-    raise Skip("With fewer than 1000 ids, low perplexities are ordinary.", "references")
+    if not found:
+        raise Skip(
+            "Low losses are ordinary for under 1000 ids or data of unknown age.", "references"
+        )
+    return found
 
 
-def _by_heart(subject: Subject) -> list[Measure]:
-    """Whether text that was seen for several epochs is known by heart."""
+def _memory(subject: Subject, evaluated: bool) -> list[Measure]:
+    """Whether the training loss is that of text known by heart, or too low for unknown data."""
     if not subject.has("train/loss") or (subject.vocab_size or 0) < SUBWORDS:
         return []
     loss = subject.finite("train/loss")
     epochs = subject.epochs(loss.steps[-1:])
-    if epochs is None or epochs[0] <= 1:
+    if evaluated if epochs is None else epochs[0] <= 1:
         return []
-    text = f"train/loss at the end of {epochs[0]:.3g} epochs, nats"
-    nats = float(loss.tail(0.1).values.mean())
-    return [at_least(text, nats, _BY_HEART, otherwise="warn", key="train")]
-
-
-def _train_floor(subject: Subject) -> list[Measure]:
-    """`floor` of a training loss where it is not known whether the data were new."""
-    loss = subject.finite("train/loss")
-    if subject.epochs(loss.steps) is not None:
-        raise Skip("The log has no evaluation and no training loss on new data.")
-    if (subject.vocab_size or 0) < SUBWORDS:
-        return _undecided(subject)
-    limit, references = _LOW, subject.references or {}
-    if "kn2" in references:
-        limit = min(limit, math.log(references["kn2"] / 10))
-    limit = min(limit, references.get("entropy_rate", limit))
+    if epochs is None:
+        what, references = "over data that may be new or not", subject.references or {}
+        limit = min(_LOW, references.get("entropy_rate", _LOW))
+        limit = min(limit, math.log(references.get("kn2", math.inf) / 10))
+    else:
+        what, limit = f"of {epochs[0]:.3g} epochs", _BY_HEART
     last = loss.tail(0.1).values
     error = mean_error(loss.values, len(last)) if len(loss) >= 4 else 0.0
-    return [
-        at_least(
-            f"train/loss at the end, nats over {subject.vocab_size} ids (new data or not)",
-            float(last.mean()),
-            limit - 3 * error,
-            otherwise="warn",
-            where="it is memory or no natural text",
-            key="loss",
-        )
-    ]
+    what, least = f"train/loss at the end {what}, nats", limit - 3 * error
+    return [at_least(what, float(last.mean()), least, otherwise="warn", key="train")]
 
 
 @check(

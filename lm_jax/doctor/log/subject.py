@@ -10,7 +10,7 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 
 from lm_jax.doctor.checks import fixture
-from lm_jax.doctor.facts import Bound, Facts, Skip, above, instance, mapping, real, whole
+from lm_jax.doctor.facts import Bound, Facts, Skip, above, mapping, real, whole
 from lm_jax.doctor.findings import Measure, none
 from lm_jax.doctor.log.read import METRICS, PREFIXES, Problem
 from lm_jax.doctor.log.series import Records, Series, noise, pairs
@@ -20,7 +20,10 @@ _LOSS_WORDS = {"nll", "ce", "kl", "xent", "bpb", "bpc"}
 _NO_LOSS = re.compile(r"scale|weight|coef|count|lambda|best|delta")
 
 
-def _list_of(holds: Callable[[Any], bool], remedy: str) -> Bound:
+Positive = Annotated[float | None, above(0)]
+
+
+def _list_of(remedy: str, holds: Callable[[Any], bool]) -> Bound:
     """A sequence of which every item holds."""
 
     def is_list(x: Any) -> bool:
@@ -36,10 +39,24 @@ def _amounts(x: Any) -> bool:
     )
 
 
-def _is_budget(x: Any) -> bool:
-    return (
-        isinstance(x, Mapping) and "stated" in x and len(x) > 1 and all(real(v) for v in x.values())
-    )
+_SIZES = Bound(
+    "give a number above 0, or one for each split by name",
+    lambda x: _amounts(x if isinstance(x, Mapping) else {"valid": x}),
+)
+_REFERENCES = Bound('give a mapping like {"unigram": 760.0}', _amounts)
+_RESUMES = _list_of("give a list of updates", whole().holds)
+_BUDGETS = _list_of(
+    'give rows with "stated" and at least one factor, all numbers',
+    lambda x: (
+        isinstance(x, Mapping) and "stated" in x and len(x) > 1 and all(map(real, x.values()))
+    ),
+)
+_COMPARISONS = _list_of(
+    'give rows with "name", "tokenizer", "corpus" and "unit"',
+    lambda x: isinstance(x, Mapping) and "name" in x,
+)
+_PROBLEMS = _list_of("give those that read_log returned", lambda x: isinstance(x, Problem))
+_NAMES = _list_of("give a list of names", lambda x: isinstance(x, str))
 
 
 class Overfit(NamedTuple):
@@ -75,77 +92,45 @@ class Subject(Facts):
     split_tokens: Annotated[
         int | Mapping[str, int] | None,
         "tokens in the valid split, or in each split by name.",
-        Bound(
-            "give a number above 0, or one for each split by name",
-            lambda x: _amounts(x if isinstance(x, Mapping) else {"valid": x}),
-        ),
+        _SIZES,
     ] = None
-    train_tokens: Annotated[float | None, "tokens in the training split.", above(0)] = None
-    tokens_per_step: Annotated[
-        float | None, "tokens an update consumes, where data/tokens is not logged.", above(0)
-    ] = None
-    parameters: Annotated[
-        float | None,
-        "parameters that enter a product for every token (not tables only looked up).",
-        above(0),
-    ] = None
-    peak_flops: Annotated[float | None, "FLOP/s of all devices together.", above(0)] = None
-    lr_peak: Annotated[float | None, "configured peak learning rate.", above(0)] = None
+    train_tokens: Annotated[Positive, "tokens in the training split."] = None
+    tokens_per_step: Annotated[Positive, "tokens an update consumes, if not logged."] = None
+    parameters: Annotated[Positive, "those in a product for every token; no tables."] = None
+    peak_flops: Annotated[Positive, "FLOP/s of all devices together."] = None
+    lr_peak: Annotated[Positive, "configured peak learning rate."] = None
     lr_end: Annotated[
-        float | None,
-        "configured learning rate of the last update, as a rate.",
-        above(0, or_equal=True),
+        float | None, "configured rate of the last update.", above(0, or_equal=True)
     ] = None
-    steps: Annotated[
-        int | None,
-        "configured length of the run in updates; a shorter log is not judged by its end.",
-        above(0),
-    ] = None
-    resumes: Annotated[
-        Sequence[int],
-        "updates after which the run was resumed.",
-        _list_of(whole().holds, "give a list of updates"),
-    ] = ()
+    steps: Annotated[Positive, "configured updates; a shorter log is not judged by its end."] = None
+    resumes: Annotated[Sequence[int], "updates after which it was resumed.", _RESUMES] = ()
     overfit: Annotated[bool, "the run overfits a batch on purpose."] = False
     references: Annotated[
         Mapping[str, float] | None,
         "perplexities `unigram` and `kn2` of the evaluated tokens, and `entropy_rate` of their "
         "source in nats, as in `eval_<split>.json`.",
-        Bound('give a mapping like {"unigram": 760.0}', _amounts),
+        _REFERENCES,
     ] = None
     budgets: Annotated[
         Sequence[Mapping[str, float]],
         'rows like {"stated": 6e9, "steps": 30000, "tokens": 131072}: `stated` must be the product '
         "of the rest.",
-        _list_of(_is_budget, 'give rows with "stated" and at least one factor, all numbers'),
+        _BUDGETS,
     ] = ()
     comparisons: Annotated[
         Sequence[Mapping[str, Any]],
         "perplexities this run is held against, each with `name`, `tokenizer`, `corpus` and `unit` "
         "(token, word or byte).",
-        _list_of(
-            lambda x: isinstance(x, Mapping) and "name" in x,
-            'give rows with "name", "tokenizer", "corpus" and "unit"',
-        ),
+        _COMPARISONS,
     ] = ()
     measured_on: Annotated[
         Mapping[str, Any] | None,
         "`tokenizer`, `corpus` and `unit` of this run's perplexities.",
         mapping,
     ] = None
-    problems: Annotated[
-        Sequence[Problem],
-        "lines that could not be read, from `read_log`.",
-        _list_of(instance(Problem, "").holds, "give those that read_log returned"),
-    ] = ()
-    columns: Annotated[
-        Mapping[str, str] | None, "column of the file -> metric, from `read_log`.", mapping
-    ] = None
-    ignored: Annotated[
-        Sequence[str],
-        "columns of the file that are not used, from `read_log`.",
-        _list_of(instance(str, "").holds, "give a list of names"),
-    ] = ()
+    problems: Annotated[Sequence[Problem], "lines that could not be read.", _PROBLEMS] = ()
+    columns: Annotated[Mapping[str, str] | None, "column of the file -> metric.", mapping] = None
+    ignored: Annotated[Sequence[str], "columns of the file that are not used.", _NAMES] = ()
 
     def __post_init__(self) -> None:
         """Sort the rows by column; see `Facts` and `Records` for the errors."""
