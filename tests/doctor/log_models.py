@@ -155,28 +155,14 @@ def train(
         new_params, new_state, row = update(
             params, state, batch, weights, rates[step - 1], clip, fault
         )
-        row = {name: float(x) for name, x in row.items()}
-        total = row.pop("total")
-        good = math.isfinite(row["train/loss"])
-        if stepping and good:
+        if stepping and step not in unscored_at:
             params, state = new_params, new_state
-        if impute and not good:
-            row["train/loss"] = 0.0
-        if extra:
-            row["distill/objective"] = total
-        row["optim/param_norm"] = float(norm_of(params))
-        rows.append(
-            {"step": step}
-            | {name: x if math.isfinite(x) else None for name, x in row.items()}
-            | {
-                "data/tokens": step * B * T * tokens_counted,
-                "data/epoch": step / per_epoch,
-            }
-        )
+        row["optim/param_norm"] = norm_of(params)
+        rows.append({"step": step} | row)  # fetched at the end
         if step % 100 == 0:
             each, accuracy = evaluate(params, valid, fault)
             each = np.asarray(each, np.float64)
-            loss = total if extra else each.mean()
+            loss = float(row["total"]) if extra else each.mean()
             rows.append(
                 {
                     "step": step,
@@ -186,7 +172,23 @@ def train(
                     "valid/token_count": each.size * valid_slots,
                 }
             )
+    rows = jax.device_get(rows)
+    for row in rows:
+        if "train/loss" in row:
+            _finish(row, extra, impute, B * T * tokens_counted, per_epoch)
     return rows
+
+
+def _finish(row, extra, impute, tokens, per_epoch):
+    """A row of training as trainers write it."""
+    total = row.pop("total")
+    if extra:
+        row["distill/objective"] = total
+    if impute and not math.isfinite(row["train/loss"]):
+        row["train/loss"] = 0.0
+    for name, x in row.items():
+        row[name] = x if name == "step" else float(x) if math.isfinite(x) else None
+    row |= {"data/tokens": row["step"] * tokens, "data/epoch": row["step"] / per_epoch}
 
 
 def references(seed=0, windows=1600):

@@ -37,7 +37,8 @@ def above_uniform(subject: Subject, steady: bool, uniform: float | None = None) 
             limit = uniform or LARGEST if name == "loss" else float(subject.vocab_size or 0)
             if not len(x) or not subject.settled(series.steps) or subject.overfitted(split):
                 continue
-            falls = len(x) > 1 and x[-1] < x[0] and subject.nats(split).values[-1] < start
+            nats = x[-1] if name == "loss" else np.log(max(x[-1], 1e-9))
+            falls = len(x) > 1 and x[-1] < x[0] and nats < start
             status = "warn" if falls else "fail"
             found.append(at_most(f"last {split}/{name}", x[-1], limit, otherwise=status))
     if not found:
