@@ -106,7 +106,13 @@ def evaluate(params, windows, fault):
     return nats(log_p, windows, fault), (best == windows[:, 1:]).mean()
 
 
-def train(
+def train(seed=0, **options):
+    """Rows of the log of a training, see `_train`; each is made once."""
+    return [dict(row) for row in _train(seed, **options)]
+
+
+@functools.cache
+def _train(
     seed=0,
     *,
     steps=300,

@@ -28,19 +28,21 @@ def readable(subject: Subject) -> list[Measure]:
     found = [
         holds(len(rows) > 0, "records", len(rows)),
         holds(bool(known), f"metrics that are known: {listed(known, 20) or 'none'}"),
-        none(
+        listing(
             "lines that could not be used",
-            [f"line {p.line}: {p.what}" for p in problems],
+            {str(p.line): f"line {p.line}: {p.what}" for p in problems},
+            [p.line for p in problems],
+            of=len(rows) + len(problems),
             otherwise="warn" if cut_off and known else "fail",
+            key="lines",
         ),
         none("metrics with something that is no number in some rows", sorted(rows.odd)),
-        Measure("", [p.line for p in problems], key="lines"),
     ]
     if columns:
         found.append(note(f"read {listed(columns, 20)}"))
     if subject.ignored:
         found.append(note(f"columns not used: {listed(subject.ignored, 20)}"))
-    return [m for m in found if m.what or m.value]
+    return found
 
 
 @check(

@@ -71,32 +71,6 @@ def beside(subject: Subject) -> list[Beside]:
 
 
 @check(
-    "Exponentiate unsmoothed next-token nats (lm_ce) only, and log the objective under a name of "
-    "its own: a perplexity must not move with the weights of other terms."
-)
-def objective(subject: Subject, beside: list[Beside]) -> Measure:
-    """The perplexity is that of the next-token loss, not of a sum of losses."""
-    parts = [n for n in subject.rows.names if n.startswith("distill/") and n != "distill/lm_ce"]
-    wrong, seen = [], 0
-    V = subject.vocab_size
-    for rows in beside:
-        if rows.of == "lm_ce":
-            seen += int(np.sum(rows.ppl > 0))  # log.ppl_of_loss says so of the others
-            wrong += [text for _, text, _ in rows.wrong()]
-        elif parts and V and not subject.overfit and rows.split != "train":
-            last = subject.finite(f"{rows.split}/loss").values[-1]
-            seen += 1
-            if last > math.log(V) + 0.5:
-                wrong.append(
-                    f"{rows.split}/loss ends at {last:.4g}, above ln V = {math.log(V):.4g}, while "
-                    f"{len(parts)} other terms are trained"
-                )
-    if not seen:
-        raise Skip("The log has no perplexity beside lm_ce or the terms of a distillation.")
-    return none("perplexities that are not of lm_ce", wrong, of=seen, key="wrong")
-
-
-@check(
     "Remove the cap: it hides divergence and makes unequal runs look equal. Report nats and, "
     "above what a float holds, inf."
 )
@@ -146,27 +120,27 @@ def _plateau(name: str, ppl: np.ndarray, nats: np.ndarray) -> list[str]:
 
 
 @check(
-    "Perplexity must be exp(sum of nats / number of scored tokens). Above it: exponentials were "
-    "averaged. Below it: a cap, or another loss."
+    "Perplexity must be exp(sum of nats / number of scored tokens), of unsmoothed next-token nats "
+    "(lm_ce) alone and not of a total objective. Above it: exponentials were averaged. Below it: a "
+    "cap, or another loss."
 )
 def ppl_of_loss(subject: Subject, beside: list[Beside]) -> list[Measure]:
-    """Each perplexity is exp of the loss of the same row, to the digits that are printed."""
+    """Each perplexity is exp of the next-token loss of its row, to the digits printed."""
     found = []
     for name in subject.rows.names:
         if name.endswith("/token_ppl"):
             low = float(np.nanmin(subject.series(name).values, initial=math.inf))
             if low < 1:
                 found.append(at_least(f"lowest {name}", low, 1, key="lowest"))
-    rows = [row for row in beside if row.of == "loss"]  # log.objective looks at lm_ce
-    seen = sum(int(r.good.sum()) for r in rows)
+    seen = sum(int(rows.good.sum()) for rows in beside)
     if not seen and not found:
         raise Skip("No row has both a loss and a token perplexity.")
-    wrong = sorted((row for r in rows for row in r.wrong()), reverse=True)
+    wrong = sorted((row for rows in beside for row in rows.wrong()), reverse=True)
     texts = [text for _, text, _ in wrong]
     found.append(none("rows where perplexity is not exp(loss)", texts, of=seen, key="wrong"))
     if wrong:
         found.append(note("largest difference, nats", wrong[0][2], key="excess"))
-    if any(row.unit != 1 for row in rows):
+    if any(rows.unit != 1 for rows in beside):
         found.append(note("losses are in bits (perplexity = 2^loss) and judged in nats"))
     return found
 
