@@ -275,7 +275,7 @@ def baseline(subject: Subject, steady: bool, references: dict[str, float]) -> li
             otherwise="fail" if over_unigram else "warn",
             key="loss",
         ),
-        *(note(f"nats by {k}", x) for k, x in reference.items()),
+        *(note(f"perplexity of the {k} model", references[k]) for k in reference),
     ]
 
 
