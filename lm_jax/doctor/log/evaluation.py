@@ -148,9 +148,7 @@ def _ties(subject: Subject, loss: Series) -> tuple[list[float], list[str]]:
     change, halves = np.abs(np.diff(x)), np.array([half_unit(value) for value in x])
     speed = np.where(change > 0, change / gaps, np.inf)
     chances, same = [], []
-    for i in range(len(x) - 1):
-        if not _learning(subject, *loss.steps[i : i + 2]):
-            continue
+    for i in np.flatnonzero(_learning(subject, loss.steps)):
         near = slice(max(0, i - 4), i + 5)
         slowest = float(speed[near].min()) * gaps[i]
         # Without evaluations that differ, 1 % in 100 updates is taken for their usual change.
@@ -163,13 +161,14 @@ def _ties(subject: Subject, loss: Series) -> tuple[list[float], list[str]]:
     return chances, same
 
 
-def _learning(subject: Subject, start: float, stop: float) -> bool:
-    """Whether the learning rate between two steps is above 0.001 of its peak, or not logged."""
+def _learning(subject: Subject, steps: np.ndarray) -> np.ndarray:
+    """Where the learning rate up to the next step is above 0.001 of its peak, or not logged."""
     if not subject.has("optim/lr"):
-        return True
+        return np.ones(len(steps) - 1, bool)
     lr = subject.finite("optim/lr")
-    within = lr.values[slice(*np.searchsorted(lr.steps, (start, stop), "right"))]
-    return not len(within) or not lr.values.max() or within.max() > 1e-3 * lr.values.max()
+    places, peak = np.searchsorted(lr.steps, steps, "right"), lr.values.max()
+    above = np.cumsum(np.append(0, lr.values > 1e-3 * peak))[places]
+    return (np.diff(above) > 0) | (np.diff(places) == 0) | (peak == 0)
 
 
 @check(

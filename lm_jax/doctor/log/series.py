@@ -40,6 +40,9 @@ class Series(NamedTuple):
         return self.where(slice(min(len(self) - 1, round(len(self) * (1 - share))), None))
 
 
+_EMPTY = Series(np.zeros(0), np.zeros(0))
+
+
 class Records:
     """Rows of a log, by column; rows may be added while the run goes on.
 
@@ -61,7 +64,8 @@ class Records:
         self.count = 0
         self.odd: set[str] = set()  # metrics with something in them that is no number
         self.back: dict[str, list[int]] = {}  # by column: steps to which it went back
-        self._columns: dict[str, Series] = {}
+        self._columns: dict[str, Series] = {}  # views of the rooms
+        self._rooms: dict[str, np.ndarray] = {}
         self._most = most
         self.extend(rows)
 
@@ -98,17 +102,23 @@ class Records:
     def _append(self, name: str, steps: np.ndarray, values: np.ndarray) -> None:
         if not name.endswith("ppl"):
             values = np.where(np.abs(values) > _HUGE, np.copysign(np.inf, values), values)
-        old = self._columns.get(name, Series(np.zeros(0), np.zeros(0)))
-        course = np.concatenate([old.steps[-1:], steps])
+        kept = self._columns.get(name, _EMPTY)
+        course = np.concatenate([kept.steps[-1:], steps])
         went_back = course[1:][np.diff(course) < 0]
         self.back.setdefault(name, []).extend(int(step) - 1 for step in went_back)
         later = np.append(np.minimum.accumulate(steps[::-1])[::-1][1:], np.inf)
-        kept = old.where(slice(0, int(np.searchsorted(old.steps, steps.min()))))
         new = Series(steps, values).where(steps < later)
-        self._columns[name] = Series(*map(np.concatenate, zip(kept, new, strict=True)))
+        start = int(np.searchsorted(kept.steps, steps.min()))
+        stop = start + len(new)
+        room = self._rooms.get(name, np.zeros((2, 0)))
+        if stop > room.shape[1]:  # grows by half, so that few rows cost no copy of all
+            room = np.zeros((2, stop + stop // 2))
+            room[:, :start] = kept.where(slice(start))
+        room[:, start:stop] = new
+        self._rooms[name], self._columns[name] = room, Series(*room[:, :stop])
 
     def whole(self, name: str) -> Series:
-        """All rows of a column; KeyError if there is none of that name."""
+        """All rows of a column, as a view; KeyError if there is none of that name."""
         return self._columns[name]
 
     def series(self, name: str) -> Series:
