@@ -182,16 +182,15 @@ def spikes(subject: Subject, steady: bool) -> list[Measure]:
     limit = "rows 10 sd" if few else "runs of 3 rows over 6 sd"
     what = f"{limit} above the median of {width} before (sd {sd:.3g} nats)"
     found = [none(what, places, otherwise="warn", key="places")]
-    if len(starts):
-        first = int(starts[0])
-        step = int(loss.steps[first + width])
-        found.append(note("height of the first", float(above[first]), key="height"))
-        found.append(Measure("count", len(starts), status="pass"))
-        found.append(Measure("step", step))
-        if subject.has("optim/grad_norm"):
-            norms = subject.finite("optim/grad_norm")
-            near = norms.values[(norms.steps >= loss.steps[first]) & (norms.steps <= step)]
-            if len(near) and np.median(near):
-                times = float(near.max() / np.median(near))
-                found.append(note("gradient norm there, times its median before", times))
+    if not len(starts):
+        return found
+    first = int(starts[0])
+    step = int(loss.steps[first + width])
+    found += [note("height of the first", float(above[first])), note("its step", step, key="step")]
+    if subject.has("optim/grad_norm"):
+        norms = subject.finite("optim/grad_norm")
+        near = norms.values[(norms.steps >= loss.steps[first]) & (norms.steps <= step)]
+        if len(near) and np.median(near):
+            times = float(near.max() / np.median(near))
+            found.append(note("gradient norm there, times its median before", times))
     return found

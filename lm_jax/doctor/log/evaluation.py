@@ -148,7 +148,7 @@ def _ties(subject: Subject, loss: Series) -> tuple[list[float], list[str]]:
     change, halves = np.abs(np.diff(x)), np.array([half_unit(value) for value in x])
     speed = np.where(change > 0, change / gaps, np.inf)
     chances, same = [], []
-    for i in np.flatnonzero(_learning(subject, loss.steps)):
+    for i in np.flatnonzero(_learning(subject, loss.steps)).tolist():
         near = slice(max(0, i - 4), i + 5)
         slowest = float(speed[near].min()) * gaps[i]
         # Without evaluations that differ, 1 % in 100 updates is taken for their usual change.

@@ -97,7 +97,7 @@ def first_loss(loss: Series, uniform: float) -> Measure:
     first, step = float(loss.values[0]), float(loss.steps[0])
     if step > 10 or (len(loss) > 1 and step > 0.02 * loss.steps[-1]):
         raise Skip("The log does not begin with the first updates.")
-    parts = 2 ** round(math.log2(uniform / first)) if first > 0 else 1
+    parts = 2 ** min(round(math.log2(uniform / first)), 20) if first > 0 else 1
     # A model at random begins some percent above ln V; ten updates may take a tenth off. A
     # pre-trained one may begin anywhere, but does not fall as far.
     near = (0.97 if step <= 1 else 0.85) <= first * parts / uniform <= 1.06
@@ -179,13 +179,9 @@ def _learned(subject: Subject, uniform: float) -> float:
 
 
 def _exponent(
-    subject: Subject,
-    uniform: float,
-    exponent: float,
-    error: float,
-    ends: list[tuple[float, float]],
+    subject: Subject, uniform: float, exponent: float, error: float, ends: list[tuple[float, float]]
 ) -> list[Measure]:
-    """The measures of `fall`."""
+    """The measures of `fall`; `ends` are (nats, tokens)."""
     are_new = subject.epochs(np.zeros(1)) is not None
     known_text = "kn2" in (subject.references or {})
     decisive = are_new and (known_text or uniform >= math.log(_LARGE_VOCABULARY))
