@@ -95,15 +95,23 @@ class Subject(Facts):
         _SIZES,
     ] = None
     train_tokens: Annotated[Positive, "tokens in the training split."] = None
-    tokens_per_step: Annotated[Positive, "tokens an update consumes, if not logged."] = None
-    parameters: Annotated[Positive, "those in a product for every token; no tables."] = None
+    tokens_per_step: Annotated[
+        Positive, "tokens an update consumes, where data/tokens is not logged."
+    ] = None
+    parameters: Annotated[
+        Positive, "parameters that enter a product for every token (not tables only looked up)."
+    ] = None
     peak_flops: Annotated[Positive, "FLOP/s of all devices together."] = None
     lr_peak: Annotated[Positive, "configured peak learning rate."] = None
     lr_end: Annotated[
-        float | None, "configured rate of the last update.", above(0, or_equal=True)
+        float | None,
+        "configured learning rate of the last update, as a rate.",
+        above(0, or_equal=True),
     ] = None
-    steps: Annotated[Positive, "configured updates; a shorter log is not judged by its end."] = None
-    resumes: Annotated[Sequence[int], "updates after which it was resumed.", _RESUMES] = ()
+    steps: Annotated[
+        Positive, "configured length of the run in updates; a shorter log is not judged by its end."
+    ] = None
+    resumes: Annotated[Sequence[int], "updates after which the run was resumed.", _RESUMES] = ()
     overfit: Annotated[bool, "the run overfits a batch on purpose."] = False
     references: Annotated[
         Mapping[str, float] | None,
@@ -128,9 +136,15 @@ class Subject(Facts):
         "`tokenizer`, `corpus` and `unit` of this run's perplexities.",
         mapping,
     ] = None
-    problems: Annotated[Sequence[Problem], "lines that could not be read.", _PROBLEMS] = ()
-    columns: Annotated[Mapping[str, str] | None, "column of the file -> metric.", mapping] = None
-    ignored: Annotated[Sequence[str], "columns of the file that are not used.", _NAMES] = ()
+    problems: Annotated[
+        Sequence[Problem], "lines that could not be read, from `read_log`.", _PROBLEMS
+    ] = ()
+    columns: Annotated[
+        Mapping[str, str] | None, "column of the file -> metric, from `read_log`.", mapping
+    ] = None
+    ignored: Annotated[
+        Sequence[str], "columns of the file that are not used, from `read_log`.", _NAMES
+    ] = ()
 
     def __post_init__(self) -> None:
         """Sort the rows by column; see `Facts` and `Records` for the errors."""
