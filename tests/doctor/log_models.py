@@ -43,17 +43,20 @@ def init(seed, scale=1.0):
 def logits(params, tokens, causal=True):
     x = params["table"][tokens] + params["pos"][None]
     scores = (x @ params["q"]) @ jnp.swapaxes(x @ params["k"], 1, 2) / D**0.5
-    if causal:
-        scores = jnp.where(jnp.tril(jnp.ones(scores.shape[1:], bool))[None], scores, -jnp.inf)
-    x = x + jax.nn.softmax(scores) @ (x @ params["v"]) @ params["out"]
+    seen = jnp.tril(jnp.ones(scores.shape[1:], bool))[None] | ~jnp.asarray(causal)
+    x = x + jax.nn.softmax(jnp.where(seen, scores, -jnp.inf)) @ (x @ params["v"]) @ params["out"]
     return x @ params["table"].T
 
 
-def nats(params, window, *, shift=True, causal=True, crossed=False, dtype=jnp.float32):
+def log_probabilities(params, window, fault, dtype=jnp.float32):
+    """Those of every id after every token [B, T, V]."""
+    inputs = jnp.where(fault["shift"], window[:, :-1], window[:, 1:])
+    return jax.nn.log_softmax(logits(params, inputs, fault["causal"]).astype(dtype))
+
+
+def nats(log_p, window, fault):
     """Nats of every target [B, T]."""
-    inputs = window[:, :-1] if shift else window[:, 1:]
-    log_p = jax.nn.log_softmax(logits(params, inputs, causal).astype(dtype))
-    targets = jnp.roll(window, crossed, 0)[:, 1:]
+    targets = jnp.where(fault["crossed"], jnp.roll(window, 1, 0), window)[:, 1:]
     return -jnp.take_along_axis(log_p, targets[..., None], 2)[..., 0]
 
 
@@ -61,22 +64,21 @@ norm_of = jax.jit(optax.tree.norm)
 
 
 @functools.lru_cache
-def compiled(shift, causal, crossed, dtype, extra):
-    """The update and the evaluation of one objective."""
+def compiled(dtype):
+    """The optimiser and an update; what is at fault is an argument, so that all runs share it."""
     tx = optax.scale_by_adam()
 
-    def objective(params, window, weights):
-        each = nats(params, window, shift=shift, causal=causal, crossed=crossed, dtype=dtype)
-        ce = (each * weights.astype(dtype)).sum() / weights.astype(
-            dtype
-        ).sum()  # 0 / 0 where nothing is scored
+    def objective(params, window, weights, fault):
+        log_p = log_probabilities(params, window, fault, dtype)
+        weights = weights.astype(dtype)
+        # 0 / 0 where nothing is scored
+        ce = (nats(log_p, window, fault) * weights).sum() / weights.sum()
         # `extra` weighs a distillation from a teacher that guesses.
-        student = jax.nn.log_softmax(logits(params, window[:, :-1]))
-        distance = -student.mean() if extra else 0.0
-        return ce + extra * distance, ce
+        return ce - fault["extra"] * log_p.mean(), ce
 
-    def update(params, state, window, weights, lr, clip):
-        (total, ce), grads = jax.value_and_grad(objective, has_aux=True)(params, window, weights)
+    def update(params, state, window, weights, lr, clip, fault):
+        grad = jax.value_and_grad(objective, has_aux=True)
+        (total, ce), grads = grad(params, window, weights, fault)
         norm = optax.tree.norm(grads)
         clipped = jax.tree.map(lambda g: g * jnp.minimum(1, clip / norm), grads)
         direction, state = tx.update(clipped, state, params)
@@ -94,15 +96,23 @@ def compiled(shift, causal, crossed, dtype, extra):
             },
         )
 
-    def evaluate(params, windows):
-        each = nats(params, windows, shift=shift, causal=causal, crossed=crossed)
-        best = logits(params, windows[:, :-1], causal).argmax(-1)
-        return each, (best == windows[:, 1:]).mean()
-
-    return tx, jax.jit(update), jax.jit(evaluate)
+    return tx, jax.jit(update)
 
 
-def train(
+@jax.jit
+def evaluate(params, windows, fault):
+    log_p = log_probabilities(params, windows, fault)
+    best = logits(params, windows[:, :-1], fault["causal"]).argmax(-1)
+    return nats(log_p, windows, fault), (best == windows[:, 1:]).mean()
+
+
+def train(seed=0, **options):
+    """Rows of the log of a training, see `_train`; each is made once."""
+    return [dict(row) for row in _train(seed, **options)]
+
+
+@functools.cache
+def _train(
     seed=0,
     *,
     steps=300,
@@ -129,7 +139,8 @@ def train(
     """Train and return the rows of the log."""
     data = corpus(seed, windows)
     valid = corpus(seed + 1000, 64)
-    tx, update, evaluate = compiled(shift, causal, crossed, dtype, extra)
+    tx, update = compiled(dtype)
+    fault = {"shift": shift, "causal": causal, "crossed": crossed, "extra": jnp.float32(extra)}
     length = max(steps, 30) * micro_batches
     schedule = optax.warmup_cosine_decay_schedule(peak / 20, peak, 20, length, 0.0)
     rates = np.asarray(schedule(jnp.arange(steps)))
@@ -147,29 +158,17 @@ def train(
         batch = data[order[place * B : (place + 1) * B]]
         position += 1
         weights = np.full((B, T), 0.0 if step in unscored_at else 1.0, np.float32)
-        new_params, new_state, row = update(params, state, batch, weights, rates[step - 1], clip)
-        row = {name: float(x) for name, x in row.items()}
-        total = row.pop("total")
-        good = math.isfinite(row["train/loss"])
-        if stepping and good:
-            params, state = new_params, new_state
-        if impute and not good:
-            row["train/loss"] = 0.0
-        if extra:
-            row["distill/objective"] = total
-        row["optim/param_norm"] = float(norm_of(params))
-        rows.append(
-            {"step": step}
-            | {name: x if math.isfinite(x) else None for name, x in row.items()}
-            | {
-                "data/tokens": step * B * T * tokens_counted,
-                "data/epoch": step / per_epoch,
-            }
+        new_params, new_state, row = update(
+            params, state, batch, weights, rates[step - 1], clip, fault
         )
+        if stepping and step not in unscored_at:
+            params, state = new_params, new_state
+        row["optim/param_norm"] = norm_of(params)
+        rows.append({"step": step} | row)  # fetched at the end
         if step % 100 == 0:
-            each, accuracy = evaluate(params, valid)
+            each, accuracy = evaluate(params, valid, fault)
             each = np.asarray(each, np.float64)
-            loss = total if extra else each.mean()
+            loss = float(row["total"]) if extra else each.mean()
             rows.append(
                 {
                     "step": step,
@@ -179,7 +178,23 @@ def train(
                     "valid/token_count": each.size * valid_slots,
                 }
             )
+    rows = jax.device_get(rows)
+    for row in rows:
+        if "train/loss" in row:
+            _finish(row, extra, impute, B * T * tokens_counted, per_epoch)
     return rows
+
+
+def _finish(row, extra, impute, tokens, per_epoch):
+    """A row of training as trainers write it."""
+    total = row.pop("total")
+    if extra:
+        row["distill/objective"] = total
+    if impute and not math.isfinite(row["train/loss"]):
+        row["train/loss"] = 0.0
+    for name, x in row.items():
+        row[name] = x if name == "step" else float(x) if math.isfinite(x) else None
+    row |= {"data/tokens": row["step"] * tokens, "data/epoch": row["step"] / per_epoch}
 
 
 def references(seed=0, windows=1600):

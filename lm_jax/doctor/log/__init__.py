@@ -1,5 +1,11 @@
 """Logs of any trainer."""
 
-from lm_jax.doctor.log.examine import examine_log
+from lm_jax.doctor.checks import examination
+from lm_jax.doctor.log import course, evaluation, loop, loss, perplexity, repeats, subject, uniform
+from lm_jax.doctor.log.series import Records
 
-__all__ = ["examine_log"]
+examine_log = examination(
+    subject.Subject, subject, loss, course, uniform, repeats, loop, evaluation, perplexity
+)
+
+__all__ = ["Records", "examine_log"]

@@ -1,124 +1,240 @@
-"""Records of a run as time series, read from the log of any trainer."""
+"""What is known of a run: its log, and what is declared about it."""
 
 import dataclasses
-import decimal
 import functools
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 
-from lm_jax.doctor.log.read import Problem, number
-from lm_jax.doctor.old import Skip
+from lm_jax.doctor.checks import fixture
+from lm_jax.doctor.facts import Bound, Facts, Skip, above, mapping, real, whole
+from lm_jax.doctor.findings import Measure, none
+from lm_jax.doctor.log.read import METRICS, PREFIXES, Problem
+from lm_jax.doctor.log.series import Records, Series, noise, pairs
 
-_HUGE = 1e100  # counts as infinite, so that squares and sums of the rest are finite
-
-
-class Series(NamedTuple):
-    """One metric over the run; non-finite values are NaN or infinite."""
-
-    steps: np.ndarray
-    values: np.ndarray
-
-    def __len__(self) -> int:
-        """Number of rows."""
-        return len(self.steps)
-
-    def finite(self) -> "Series":
-        """The rows with a finite value."""
-        keep = np.isfinite(self.values)
-        return Series(self.steps[keep], self.values[keep])
-
-    def tail(self, share: float) -> "Series":
-        """The last rows, at least one."""
-        start = min(len(self) - 1, round(len(self) * (1 - share)))
-        return Series(self.steps[start:], self.values[start:])
+SUBWORDS = 1000  # ids; with fewer, low perplexities are ordinary: characters, made-up tasks
+_LOSS_WORDS = {"nll", "ce", "kl", "xent", "bpb", "bpc"}
+_NO_LOSS = re.compile(r"scale|weight|coef|count|lambda|best|delta")
 
 
-@dataclasses.dataclass(frozen=True)
-class Log:
-    """Records with what is declared about the run; see `examine_log` for the fields."""
+Positive = Annotated[float | None, above(0)]
 
-    records: Sequence[Mapping[str, Any]]
-    problems: Sequence[Problem] = ()
-    vocab_size: int | None = None
-    split_tokens: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    train_tokens: float | None = None
-    tokens_per_step: float | None = None
-    parameters: float | None = None
-    peak_flops: float | None = None
-    lr_peak: float | None = None
-    lr_end: float | None = None
-    steps: int | None = None
-    resumes: Sequence[int] = ()
-    overfit: bool = False
-    references: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    budgets: Sequence[Mapping[str, float]] = ()
-    comparisons: Sequence[Mapping[str, Any]] = ()
-    measured_on: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
-    @functools.cached_property
-    def _series(self) -> tuple[dict[str, Series], dict[str, list[int]]]:
-        """Every metric, and the steps to which it went back.
+def _list_of(remedy: str, holds: Callable[[Any], bool]) -> Bound:
+    """A sequence of which every item holds."""
 
-        A step that comes again replaces what was logged from it on: a run that was killed goes on
-        from an older checkpoint and appends to its log.
-        """
-        rows: dict[str, list[tuple[float, float]]] = {}
-        back: dict[str, list[int]] = {}
-        for index, record in enumerate(self.records):
-            at = number(record.get("step", index))
-            step = float(index) if at is None or not math.isfinite(at) else at
-            for name, raw in record.items():
-                value = number(raw)
-                if value is None or name == "step":
-                    continue
-                if abs(value) > _HUGE and not name.endswith("ppl"):
-                    value = math.copysign(math.inf, value)
-                kept = rows.setdefault(name, [])
-                if kept and step < kept[-1][0]:
-                    back.setdefault(name, []).append(int(step) - 1)
-                while kept and step <= kept[-1][0]:
-                    kept.pop()
-                kept.append((step, value))
-        series = {name: Series(*np.array(kept, float).T) for name, kept in rows.items()}
-        return series, back
+    def is_list(x: Any) -> bool:
+        return isinstance(x, Sequence | np.ndarray) and not isinstance(x, str | bytes)
 
-    @property
-    def names(self) -> list[str]:
-        """Names of the metrics that hold numbers."""
-        return list(self._series[0])
+    return Bound(remedy, lambda x: is_list(x) and all(map(holds, x)))
+
+
+def _amounts(x: Any) -> bool:
+    """Positive numbers by name; an entropy rate may be 0."""
+    return isinstance(x, Mapping) and all(
+        real(v) and (v > 0 or (v == 0 and k == "entropy_rate")) for k, v in x.items()
+    )
+
+
+_SIZES = Bound(
+    "give a number above 0, or one for each split by name",
+    lambda x: _amounts(x if isinstance(x, Mapping) else {"valid": x}),
+)
+_REFERENCES = Bound('give a mapping like {"unigram": 760.0}', _amounts)
+_RESUMES = _list_of("give a list of updates", whole().holds)
+_BUDGETS = _list_of(
+    'give rows with "stated" and at least one factor, all numbers',
+    lambda x: (
+        isinstance(x, Mapping) and "stated" in x and len(x) > 1 and all(map(real, x.values()))
+    ),
+)
+_COMPARISONS = _list_of(
+    'give rows with "name", "tokenizer", "corpus" and "unit"',
+    lambda x: isinstance(x, Mapping) and "name" in x,
+)
+_PROBLEMS = _list_of("give those that read_log returned", lambda x: isinstance(x, Problem))
+_NAMES = _list_of("give a list of names", lambda x: isinstance(x, str))
+
+
+class Overfit(NamedTuple):
+    """Nats of a split that was lowest at a step and rose again."""
+
+    start: float  # of the split or of the training, whichever is higher
+    low: float
+    step: int
+    end: float
+
+    def __str__(self) -> str:
+        """The course in words."""
+        return f"lowest at step {self.step} with {self.low:.4g}, ends at {self.end:.4g}"
+
+
+@dataclasses.dataclass
+class Subject(Facts):
+    """Say what a run's metrics rule out, and which check decides what they leave open.
+
+    Every argument but the first is optional: a check that lacks something is skipped and says
+    what. Steps may be counted from 0 or from 1. Losses in bits, whose perplexity is 2^loss in every
+    row, are judged in nats.
+    """
+
+    records: Annotated[
+        Iterable[Mapping[str, Any]] | Records,
+        'rows like {"step": 10, "train/loss": 9.5} in the order of the log, with the names of '
+        "`read.METRICS`; a missing key was not logged, None is a non-finite value. Whoever watches "
+        "a run keeps a `Records` and adds its new rows.",
+    ]
+    _: dataclasses.KW_ONLY
+    vocab_size: Annotated[int | None, "number of ids the model can predict.", whole(2)] = None
+    split_tokens: Annotated[
+        int | Mapping[str, int] | None,
+        "tokens in the valid split, or in each split by name.",
+        _SIZES,
+    ] = None
+    train_tokens: Annotated[Positive, "tokens in the training split."] = None
+    tokens_per_step: Annotated[
+        Positive, "tokens an update consumes, where data/tokens is not logged."
+    ] = None
+    parameters: Annotated[
+        Positive, "parameters that enter a product for every token (not tables only looked up)."
+    ] = None
+    peak_flops: Annotated[Positive, "FLOP/s of all devices together."] = None
+    lr_peak: Annotated[Positive, "configured peak learning rate."] = None
+    lr_end: Annotated[
+        float | None,
+        "configured learning rate of the last update, as a rate.",
+        above(0, or_equal=True),
+    ] = None
+    steps: Annotated[
+        Positive, "configured length of the run in updates; a shorter log is not judged by its end."
+    ] = None
+    resumes: Annotated[Sequence[int], "updates after which the run was resumed.", _RESUMES] = ()
+    overfit: Annotated[bool, "the run overfits a batch on purpose."] = False
+    references: Annotated[
+        Mapping[str, float] | None,
+        "perplexities `unigram` and `kn2` of the evaluated tokens, and `entropy_rate` of their "
+        "source in nats, as in `eval_<split>.json`.",
+        _REFERENCES,
+    ] = None
+    budgets: Annotated[
+        Sequence[Mapping[str, float]],
+        'rows like {"stated": 6e9, "steps": 30000, "tokens": 131072}: `stated` must be the product '
+        "of the rest.",
+        _BUDGETS,
+    ] = ()
+    comparisons: Annotated[
+        Sequence[Mapping[str, Any]],
+        "perplexities this run is held against, each with `name`, `tokenizer`, `corpus` and `unit` "
+        "(token, word or byte).",
+        _COMPARISONS,
+    ] = ()
+    measured_on: Annotated[
+        Mapping[str, Any] | None,
+        "`tokenizer`, `corpus` and `unit` of this run's perplexities.",
+        mapping,
+    ] = None
+    problems: Annotated[
+        Sequence[Problem], "lines that could not be read, from `read_log`.", _PROBLEMS
+    ] = ()
+    columns: Annotated[
+        Mapping[str, str] | None, "column of the file -> metric, from `read_log`.", mapping
+    ] = None
+    ignored: Annotated[
+        Sequence[str], "columns of the file that are not used, from `read_log`.", _NAMES
+    ] = ()
+
+    def __post_init__(self) -> None:
+        """Sort the rows by column; see `Facts` and `Records` for the errors."""
+        super().__post_init__()
+        given = self.records
+        self.rows = given if isinstance(given, Records) else Records(given)
+
+    # ---- Columns --------------------------------------------------------------------------
 
     def has(self, name: str) -> bool:
-        """Whether any row holds the metric."""
-        return name in self._series[0]
+        """Whether any row holds the column."""
+        return name in self.rows.names
 
-    def series(self, name: str) -> Series:
-        """The rows of a metric; Skip if there is none."""
-        if name not in self._series[0]:
-            raise Skip(f"the log has no {name}.")
-        return self._series[0][name]
+    def series(self, name: str, *, every: bool = False) -> Series:
+        """The rows of a column, losses in nats; Skip if there is none.
+
+        Args:
+            name: of the column.
+            every: all rows, where `Records` gives out fewer.
+        """
+        if not self.has(name):
+            raise Skip(f"The log has no {name}.")
+        found = self.rows.whole(name) if every else self.rows.series(name)
+        return Series(found.steps, found.values * math.log(2)) if self.in_bits(name) else found
 
     def finite(self, name: str, least: int = 1) -> Series:
-        """The finite rows of a metric; Skip if there are fewer than `least`."""
+        """The finite rows of a column; Skip if there are fewer than `least`."""
         found = self.series(name).finite()
         if len(found) < least:
             raise Skip(f"{name} has {len(found)} finite rows and this check needs {least}.")
         return found
 
-    def splits(self, name: str = "loss") -> list[str]:
-        """Splits other than train for which a metric is logged."""
-        return [key.split("/")[0] for key in self.names if key in (f"valid/{name}", f"test/{name}")]
+    @functools.cached_property
+    def losses(self) -> list[str]:
+        """Columns that are losses or divergences by their names."""
+        return [name for name in self.rows.names if _names_loss(name)]
 
+    @functools.cached_property
+    def _bits(self) -> bool:
+        """Whether every logged perplexity is 2^loss and not e^loss."""
+        seen = []
+        for name in self.rows.names:
+            loss = name.replace("token_ppl", "loss")
+            if name.endswith("/token_ppl") and self.has(loss):
+                _, ppl, x = pairs(self.rows.series(name), self.rows.series(loss))
+                use = (ppl > 0) & np.isfinite(ppl) & (x > 0.1) & np.isfinite(x)
+                ppl, x = ppl[use][:1000], x[use][:1000]
+                # Printed to two digits or more; e^loss is off by at least 0.03.
+                seen += (np.abs(np.log2(ppl) / x - 1) < 0.01).tolist()
+        return bool(seen) and all(seen)
+
+    def in_bits(self, name: str) -> bool:
+        """Whether a column is a loss in bits."""
+        return name in METRICS and _names_loss(name) and self._bits
+
+    def splits(self, *names: str) -> list[str]:
+        """Splits other than train for which one of the metrics is logged."""
+        known = (f"{split}/{name}" for name in names for split in ("valid", "test"))
+        return list(dict.fromkeys(key.split("/")[0] for key in known if self.has(key)))
+
+    def scored(self) -> list[str]:
+        """Splits with a loss or a perplexity."""
+        return self.splits("loss", "token_ppl")
+
+    def nats(self, split: str) -> Series:
+        """The loss of a split, or the logarithm of its perplexity where only that is logged."""
+        if self.has(f"{split}/loss"):
+            return self.finite(f"{split}/loss")
+        ppl = self.finite(f"{split}/token_ppl")
+        if ppl.values.min() <= 0:
+            raise Skip(f"{split}/token_ppl is not positive (log.ppl_of_loss).")
+        return Series(ppl.steps, np.log(ppl.values))
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """Tokens of the splits by name."""
+        given = self.split_tokens
+        return given if isinstance(given, Mapping) else {"valid": given} if given else {}
+
+    # ---- What is declared or follows ------------------------------------------------------
+
+    @property
     def objective(self) -> str:
-        """The metric that training lowers: the objective of a distillation, else the loss."""
+        """The column that training lowers: the objective of a distillation, else the loss."""
         return "distill/objective" if self.has("distill/objective") else "train/loss"
 
     def restarts(self) -> list[int]:
         """Updates after which the run was resumed: declared, logged or seen in the log."""
-        logged = self.series("resumed").values.astype(int).tolist() if self.has("resumed") else ()
-        return sorted({*self.resumes, *logged, *self._series[1].get("train/loss", ())})
+        logged = self.finite("resumed").values.astype(int).tolist() if self.has("resumed") else ()
+        return sorted({*self.resumes, *logged, *self.rows.back.get("train/loss", ())})
 
     def tokens(self, steps: np.ndarray) -> np.ndarray | None:
         """Training tokens seen at the given steps, or None if it is not known."""
@@ -135,50 +251,63 @@ class Log:
         tokens = self.tokens(steps)
         return None if tokens is None or not self.train_tokens else tokens / self.train_tokens
 
+    def overfitted(self, split: str) -> Overfit | None:
+        """How a split's loss rose while the training loss fell, or None.
+
+        The rise is above half of the fall before it, from the first row of either loss. The means
+        of up to 8 training rows before the lowest evaluation and at the end differ by over 3 SE.
+        """
+        if not self.has("train/loss"):
+            return None
+        loss, train = self.nats(split), self.finite("train/loss")
+        place = int(np.argmin(loss.values))
+        low, end, step = float(loss.values[place]), float(loss.values[-1]), int(loss.steps[place])
+        start = max(float(loss.values[0]), float(train.values[0]))
+        before, after = train.values[train.steps <= step], train.values[train.steps > step]
+        size = min(8, len(before), len(after))
+        if not size or end - low <= max(0.5 * (start - low), 0):
+            return None
+        spread = noise(train.values) if len(train) >= 4 else 0.0
+        if before[-size:].mean() - after[-size:].mean() <= 3 * spread * math.sqrt(2 / size):
+            return None
+        return Overfit(start, low, step, end)
+
+    def skip_if_overfit(self) -> None:
+        """Skip if the run overfits on purpose."""
+        if self.overfit:
+            raise Skip("Overfitting is declared.")
+
     def settled(self, steps: np.ndarray) -> bool:
         """Whether the run is long enough to be compared with trivial predictors."""
         epochs = self.epochs(steps[-1:])
-        return steps[-1] >= 100 or (epochs is not None and epochs[0] >= 1)
+        # 99 is the 100th update where they are counted from 0.
+        return bool(steps[-1] >= 99 or (epochs is not None and epochs[0] >= 1))
 
 
-def pairs(a: Series, b: Series) -> list[tuple[float, float, float]]:
-    """(step, a, b) of the steps that both have."""
-    _, i, j = np.intersect1d(a.steps, b.steps, return_indices=True)
-    return list(zip(a.steps[i].tolist(), a.values[i].tolist(), b.values[j].tolist(), strict=True))
+def _names_loss(name: str) -> bool:
+    """Whether this is the name of a loss."""
+    name = name.lower()
+    words = set(re.split(r"[^a-z]+", name))
+    return ("loss" in name or bool(words & _LOSS_WORDS)) and not _NO_LOSS.search(name)
 
 
-def noise(values: np.ndarray) -> float:
-    """Standard deviation of one row about its neighbours, robust and blind to a trend.
-
-    From second differences x_i - 2 x_(i+1) + x_(i+2), whose variance is 6 times that of the noise.
-    """
-    if len(values) < 4:
-        raise Skip(f"{len(values)} rows are too few to estimate their noise.")
-    second = np.diff(values, 2)
-    middle = 1.4826 * float(np.median(np.abs(second)))
-    return (middle or float(np.std(second))) / math.sqrt(6)
+def is_known(name: str) -> bool:
+    """Whether this is the name of a metric that checks read."""
+    return name in METRICS or name.startswith(PREFIXES)
 
 
-def residuals(values: np.ndarray, width: int = 9) -> np.ndarray:
-    """What a running median over `width` rows leaves."""
-    padded = np.pad(values, width // 2, mode="edge")
-    return values - np.median(np.lib.stride_tricks.sliding_window_view(padded, width), axis=1)
+@fixture
+def loss(subject: Subject) -> Series:
+    """The finite rows of the training loss."""
+    return subject.finite("train/loss")
 
 
-def blocks(values: np.ndarray, most: int) -> np.ndarray:
-    """Means of at most `most` consecutive blocks of nearly equal length."""
-    return np.array([part.mean() for part in np.array_split(values, min(most, len(values)))])
+@fixture
+def uniform(vocab_size: int) -> float:
+    """Nats of a uniform guess, ln V."""
+    return math.log(vocab_size)
 
 
-def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Correlation of the ranks, which single outliers cannot make."""
-    ranks = np.stack([np.argsort(np.argsort(x)) for x in (a, b)]).astype(float)
-    return float(np.corrcoef(ranks)[0, 1])
-
-
-def half_unit(value: float) -> float:
-    """Half a unit of the last decimal that is needed to write a number; inf if it is not finite."""
-    if not math.isfinite(value):
-        return math.inf
-    exponent = decimal.Decimal(repr(float(value))).as_tuple().exponent
-    return 0.5 * 10.0 ** int(exponent)
+def listing(what: str, found: Mapping[str, str], values: Any, *, of: int, **more: Any) -> Measure:
+    """Offenders with a text for each, of which `values` go into `Finding.values`."""
+    return dataclasses.replace(none(what, found.values(), of=of, **more), value=values)

@@ -1,0 +1,196 @@
+"""What the course of the training loss says: divergence, standstill, spikes."""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import scipy.ndimage
+
+from lm_jax.doctor.checks import check, fixture
+from lm_jax.doctor.facts import Skip
+from lm_jax.doctor.findings import Measure, at_least, at_most, holds, none, note
+from lm_jax.doctor.log.series import blocks, fall_at_once, noise, wander
+from lm_jax.doctor.log.subject import Subject
+
+_FEW = 16  # rows
+_UNLEARNT = 5.0  # nats; a trained model of words or their parts has less
+
+
+class Rise(NamedTuple):
+    """The end of the objective against the lowest that it had reached, medians of blocks."""
+
+    name: str
+    start: float
+    least: float
+    end: float
+    step: int  # of the lowest block
+    allowed: float
+    where: str  # the last row before the rise, and the next one
+
+    @property
+    def diverged(self) -> bool:
+        """Whether it lost more than noise explains."""
+        return self.end - self.least > self.allowed
+
+    @property
+    def certain(self) -> bool:
+        """Whether it ends where no learning rate schedule would leave it."""
+        return self.end > self.start / 2
+
+
+@fixture
+def rise(subject: Subject) -> Rise:
+    """How far the objective ends above the lowest that it had reached.
+
+    The lowest of 40 blocks lies 2.2 SE below their mean by chance, so that 6 SE of a difference
+    leave more than 4. Of few rows, means of two are compared; their noise is badly known, so that
+    a quarter of the first row must be lost, and more where they are fewer than 8.
+    """
+    name = subject.objective
+    loss = subject.finite(name, 3)
+    x, n, start = loss.values, len(loss), abs(float(loss.values[0]))
+    if n < _FEW:
+        parts = [np.array([i, i + 1]) for i in range(n - 1)]
+        level = np.array([x[part].mean() for part in parts])
+        before = x[: int(np.argmin(level)) + 2]  # the rise itself is no noise
+        sd = noise(x) if n >= 8 else before.std() if len(before) >= 4 else 0.05 * before.mean()
+        allowed = max(4 * math.sqrt(2) * float(sd), (0.25 if n >= 8 else 0.4) * start)
+    else:
+        parts = np.array_split(np.arange(n), min(40, n // 4))
+        level = np.array([np.median(x[part]) for part in parts])
+        # The variance of a median is pi / 2 times that of a mean; that of blocks is larger where
+        # batches that follow each other are alike.
+        alone = noise(x) * math.sqrt(math.pi / 2 / len(parts[-1]))
+        error = math.sqrt(2) * max(alone, noise(level) if len(level) >= 8 else 0)
+        allowed = max(6 * error, 0.05 * start)
+    allowed = min(allowed, max(start, 1.0))  # twice the first row is no noise
+    low = int(np.argmin(level))
+    least, end = float(level[low]), float(level[-1])
+    smooth = scipy.ndimage.median_filter(x, 9, mode="nearest") if n >= 60 else x
+    good = int(np.flatnonzero(smooth <= max((least + end) / 2, smooth.min()))[-1])
+    where = f"last good row: step {loss.steps[good]:g} with {x[good]:.4g}"
+    if good + 1 < n:
+        where += f", next row: step {loss.steps[good + 1]:g} with {x[good + 1]:.4g}"
+    step = int(loss.steps[parts[low][-1]])
+    return Rise(name, float(x[0]), least, end, step, allowed, where)
+
+
+@fixture
+def steady(rise: Rise | None = None) -> bool:
+    """The run did not diverge after it had learned; one cause is named, not all that follows."""
+    if rise and rise.diverged and rise.certain and rise.least < 0.95 * rise.start:
+        raise Skip("The run diverges; log.divergence says when.")
+    return True
+
+
+@check(
+    "The run diverges. Lower the peak learning rate or lengthen the warm-up, and look at the "
+    "batches and the gradient norm at the step named; parameters from before it are still good. "
+    "If the data change there, log the losses of both apart."
+)
+def divergence(subject: Subject, rise: Rise) -> list[Measure]:
+    """The loss does not end far above the lowest that it had reached."""
+    certain = rise.certain and len(subject.finite(rise.name)) >= 8
+    return [
+        at_most(
+            f"rise of {rise.name} above its lowest, nats",
+            rise.end - rise.least,
+            rise.allowed,
+            otherwise="fail" if certain else "warn",
+            where=rise.where,
+            key="rise",
+        ),
+        note("it began at", rise.start, key="start"),
+        note("was lowest with", rise.least, key="lowest"),
+        note("by step", rise.step, key="step"),
+        note("and ends at", rise.end, key="end"),
+    ]
+
+
+@check(
+    "The course is that of a frozen model, so differences between rows are differences between "
+    "batches: explain none of them by a hyper-parameter. Run examine_training "
+    "(training.updates): the parameters must move, and two evaluations must differ."
+)
+def trend(subject: Subject, steady: bool, uniform: float | None = None) -> list[Measure]:
+    """From a random start the loss falls at all: at once, or by the Mann-Kendall test."""
+    name = subject.objective
+    loss = subject.finite(name, 6)
+    start, last_step = float(loss.values[0]), float(loss.steps[-1])
+    if last_step < (99 if uniform else 1000):
+        raise Skip(f"The log ends at step {last_step:g}, too early for this check.")
+    if start < (0.7 * uniform if uniform else _UNLEARNT):
+        raise Skip("The log does not begin with an untrained model.")
+    fell, needed = fall_at_once(loss.values)
+    if fell > needed:
+        return [at_least("first row above the median of the later ones", fell, needed)]
+    x = blocks(loss.values, 200)
+    n = len(x)
+    falls = np.sign(x[:, None] - x[None, :])[np.triu_indices(n, 1)].sum()
+    z = float((falls - np.sign(falls)) / math.sqrt(n * (n - 1) * (2 * n + 5) / 18))
+    third = len(loss) // 3
+    drop = float(loss.values[:third].mean() - loss.values[-third:].mean())
+    error = float(np.std(loss.values, ddof=1)) * math.sqrt(2 / third)
+    if drop + 3 * error < 0 and -drop > 0.05 * start:
+        raise Skip(f"{name} rises from {start:.4g}; log.divergence judges that.")
+    tiny = drop + 3 * error < 0.05 * start
+    found = [
+        # A frozen model falls by this much once in a hundred logs.
+        at_least(
+            f"z of the Mann-Kendall test for a fall of {name}",
+            z,
+            2.33,
+            otherwise="fail" if tiny and uniform else "warn",
+            key="z",
+        ),
+        note("fall from the first to the last third", drop, key="drop"),
+        note("standard error", error, key="error"),
+    ]
+    if last_step >= 1000:
+        text = f"share of {start:.4g} nats that {last_step:g} updates took off"
+        found.append(
+            holds(not tiny, text, drop / start, limit="at least 0.05", otherwise="warn", key="fell")
+        )
+    return found
+
+
+@check(
+    "Look at the batches of these updates; if they are ordinary, lower the peak learning rate or "
+    "lengthen the warm-up."
+)
+def spikes(subject: Subject, steady: bool) -> list[Measure]:
+    """The loss does not jump above its recent past and stay there for several updates.
+
+    Three rows in a row must lie 6 sd above the median of the rows before; where there are fewer
+    than 60, one row that is 10 sd and a quarter above it is enough. Rows that are running means are
+    alike, so the sd is that of rows further apart.
+    """
+    loss = subject.finite("train/loss", 8)
+    few = len(loss) < 60
+    width = 3 if few else 50
+    x, sd = loss.values, wander(loss.values)
+    if not sd:
+        raise Skip("The loss has no noise.")
+    past = scipy.ndimage.median_filter(x, width, mode="nearest")[width // 2 : -width + width // 2]
+    above = x[width:] - past
+    if few:
+        starts = np.flatnonzero((above > 10 * sd) & (above > 0.25 * np.abs(past)))
+    else:
+        over = above > 6 * sd
+        starts = np.flatnonzero(over[2:] & over[1:-1] & over[:-2])
+    places = [f"step {step:g}" for step in loss.steps[starts + width]]
+    limit = "rows 10 sd" if few else "runs of 3 rows over 6 sd"
+    what = f"{limit} above the median of {width} before (sd {sd:.3g} nats)"
+    found = [none(what, places, otherwise="warn", key="places")]
+    if not len(starts):
+        return found
+    first = int(starts[0])
+    step = int(loss.steps[first + width])
+    found += [note("height of the first", float(above[first])), note("its step", step, key="step")]
+    if subject.has("optim/grad_norm"):
+        norms = subject.finite("optim/grad_norm")
+        near = norms.values[(norms.steps >= loss.steps[first]) & (norms.steps <= step)]
+        if len(near) and np.median(near):
+            times = float(near.max() / np.median(near))
+            found.append(note("gradient norm there, times its median before", times))
+    return found

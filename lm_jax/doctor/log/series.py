@@ -1,0 +1,258 @@
+"""Columns of a log as time series, and what their noise is."""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import scipy.ndimage
+import scipy.stats
+
+from lm_jax.doctor import numbers
+from lm_jax.doctor.facts import Skip, require
+from lm_jax.doctor.log.read import METRICS, number
+
+_HUGE = 1e100  # counts as infinite, so that squares and sums of the rest are finite
+_STRIDES = (1, 2, 4, 8, 16, 32)
+
+
+class Series(NamedTuple):
+    """One column over the run; values that are not finite are NaN or infinite."""
+
+    steps: np.ndarray
+    values: np.ndarray
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self.steps)
+
+    def where(self, keep: Any) -> "Series":
+        """The rows of a mask or a slice."""
+        return Series(self.steps[keep], self.values[keep])
+
+    def finite(self) -> "Series":
+        """The rows with a finite value."""
+        keep = np.isfinite(self.values)
+        return self if keep.all() else self.where(keep)
+
+    def tail(self, share: float) -> "Series":
+        """The last rows, at least one."""
+        return self.where(slice(min(len(self) - 1, round(len(self) * (1 - share))), None))
+
+
+_EMPTY = Series(np.zeros(0), np.zeros(0))
+
+
+class Records:
+    """Rows of a log, by column; rows may be added while the run goes on.
+
+    A step that comes again replaces what its column had logged from it on: a run that was killed
+    goes on from an older checkpoint and appends to its log.
+
+    With `most`, a longer column is given out shortened: the newest half of `most` rows as they
+    are, the older ones as means of blocks of equal size, each at the step of its last row; a block
+    with a value that is not finite is not finite. Whoever watches a long run judges it so within
+    a bounded time; `whole` gives all rows all the same.
+    """
+
+    def __init__(self, rows: Iterable[Mapping[str, Any]] = (), *, most: int | None = None):
+        """Begin with some rows.
+
+        Raises:
+            ValueError: if a row is no mapping of names to values.
+        """
+        self.count = 0
+        self.odd: set[str] = set()  # metrics with something in them that is no number
+        self.back: dict[str, list[int]] = {}  # by column: steps to which it went back
+        self._columns: dict[str, Series] = {}  # views of the rooms
+        self._rooms: dict[str, np.ndarray] = {}
+        self._most = most
+        self.extend(rows)
+
+    def __len__(self) -> int:
+        """Number of rows that were added."""
+        return self.count
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the columns that hold numbers."""
+        return list(self._columns)
+
+    def extend(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Add rows in the order of the log.
+
+        Raises:
+            ValueError: if a row is no mapping of names to values.
+        """
+        rows = _checked(rows)
+        steps = []
+        for index, row in enumerate(rows, self.count):
+            at = number(row.get("step", index))
+            steps.append(float(index) if at is None or not math.isfinite(at) else at)
+        self.count += len(rows)
+        for name in dict.fromkeys(key for row in rows for key in row):
+            here = [(step, r[name]) for step, r in zip(steps, rows, strict=True) if name in r]
+            places, raws = zip(*here, strict=True)
+            values, is_number = _floats(raws)
+            if name in METRICS and not is_number.all():
+                self.odd.add(name)
+            if name != "step" and is_number.any():
+                self._append(name, np.array(places)[is_number], values[is_number])
+
+    def _append(self, name: str, steps: np.ndarray, values: np.ndarray) -> None:
+        if not name.endswith("ppl"):
+            values = np.where(np.abs(values) > _HUGE, np.copysign(np.inf, values), values)
+        kept = self._columns.get(name, _EMPTY)
+        course = np.concatenate([kept.steps[-1:], steps])
+        went_back = course[1:][np.diff(course) < 0]
+        self.back.setdefault(name, []).extend(int(step) - 1 for step in went_back)
+        later = np.append(np.minimum.accumulate(steps[::-1])[::-1][1:], np.inf)
+        new = Series(steps, values).where(steps < later)
+        start = int(np.searchsorted(kept.steps, steps.min()))
+        stop = start + len(new)
+        room = self._rooms.get(name, np.zeros((2, 0)))
+        if stop > room.shape[1]:  # grows by half, so that few rows cost no copy of all
+            room = np.zeros((2, stop + stop // 2))
+            room[:, :start] = kept.where(slice(start))
+        room[:, start:stop] = new
+        self._rooms[name], self._columns[name] = room, Series(*room[:, :stop])
+
+    def whole(self, name: str) -> Series:
+        """All rows of a column, as a view; KeyError if there is none of that name."""
+        return self._columns[name]
+
+    def series(self, name: str) -> Series:
+        """The rows of a column, shortened if there are more than `most`."""
+        found = self._columns[name]
+        if self._most is None or len(found) <= self._most:
+            return found
+        half = self._most // 2
+        edges = np.linspace(0, len(found) - half, half + 1).astype(int)
+        means = np.add.reduceat(found.values[: edges[-1]], edges[:-1]) / np.diff(edges)
+        return Series(
+            np.concatenate([found.steps[edges[1:] - 1], found.steps[edges[-1] :]]),
+            np.concatenate([means, found.values[edges[-1] :]]),
+        )
+
+
+def _checked(rows: Any) -> list[Mapping[str, Any]]:
+    """The rows as a list; ValueError if they are none."""
+    iterable = isinstance(rows, Iterable) and not isinstance(rows, Mapping | str | bytes)
+    found = list(rows) if iterable else [rows]
+    for row in found:
+        if not iterable or not isinstance(row, Mapping):
+            raise ValueError(
+                f"records: {type(row).__name__} instead of a mapping like "
+                '{"step": 1, "train/loss": 9.7}; give a list of such rows, or use read_log.'
+            )
+    for key in {key for row in found for key in row}:
+        require(isinstance(key, str), f"records: {key!r} names a metric", "give a string")
+    return found
+
+
+def _floats(raws: tuple[Any, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """The values as floats, and which of them are numbers."""
+    try:
+        values = np.array(raws, np.float64)
+        if values.ndim == 1:
+            return values, np.ones(len(values), bool)
+    except (TypeError, ValueError, OverflowError):
+        pass
+    found = [number(raw) for raw in raws]
+    is_number = np.array([x is not None for x in found])
+    return np.array([0.0 if x is None else x for x in found]), is_number
+
+
+def pairs(a: Series, b: Series) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Steps that both have, and the values of either at them."""
+    steps, i, j = np.intersect1d(a.steps, b.steps, assume_unique=True, return_indices=True)
+    return steps, a.values[i], b.values[j]
+
+
+def noise(values: np.ndarray) -> float:
+    """Standard deviation of one row about its neighbours, robust and blind to a trend."""
+    if len(values) < 4:
+        raise Skip(f"{len(values)} rows are too few to estimate their noise.")
+    return _noise(values, 1)
+
+
+def wander(values: np.ndarray) -> float:
+    """Like `noise`, for rows that may be alike because they are running means.
+
+    What neighbours share, rows further apart do not: the largest over several distances counts.
+    """
+    noise(values)
+    return max(_noise(values, k) for k in _STRIDES if len(values) >= 8 * k or k == 1)
+
+
+def _noise(values: np.ndarray, stride: int) -> float:
+    # Second differences x_i - 2 x_(i+k) + x_(i+2k) have 6 times the variance of the noise.
+    second = values[: -2 * stride] - 2 * values[stride:-stride] + values[2 * stride :]
+    middle = 1.4826 * float(np.median(np.abs(second)))
+    return (middle or float(np.std(second))) / math.sqrt(6)
+
+
+def mean_error(values: np.ndarray, count: int) -> float:
+    """Standard error of the mean of `count` rows; that of blocks counts where rows are alike."""
+    error = noise(values) / math.sqrt(count)
+    means = blocks(values, 40)
+    if 8 <= len(means) < len(values):
+        error = max(error, noise(means) / math.sqrt(max(1, count * len(means) / len(values))))
+    return error
+
+
+def fall_at_once(values: np.ndarray) -> tuple[float, float]:
+    """How far later rows lie below the first one, and how far they must, to be no accident."""
+    fell = float(values[0] - np.median(values[1:]))
+    return fell, max(6 * noise(values), 0.05 * abs(float(values[0])))
+
+
+def blocks(values: np.ndarray, most: int) -> np.ndarray:
+    """Means of at most `most` consecutive blocks of nearly equal length."""
+    edges = np.linspace(0, len(values), min(most, len(values)) + 1).astype(int)
+    return np.add.reduceat(values, edges[:-1]) / np.diff(edges)
+
+
+def residuals(values: np.ndarray, width: int = 9) -> np.ndarray:
+    """What a running median over `width` rows leaves."""
+    return values - scipy.ndimage.median_filter(values, width, mode="nearest")
+
+
+class Echo(NamedTuple):
+    """How far a series repeats itself: the distance in rows at which it does so most."""
+
+    lag: int
+    correlation: float  # of ranks
+    z: float  # in standard deviations of this correlation at other distances
+    allowed: float
+    rows: int
+
+
+def echo(left: np.ndarray, lags: np.ndarray) -> Echo:
+    """The lag of `lags` at which noise repeats itself most.
+
+    Its correlation is held against those at all other distances, which show how far rows are alike
+    anyway, and not against a fixed number; the limit allows for the number of lags looked at, so
+    that noise alarms three times in a hundred thousand.
+
+    Raises:
+        Skip: where most values are tied: a smooth curve leaves no noise that could repeat.
+    """
+    if numbers.tied(left) > 0.5 or not np.ptp(left):
+        raise Skip("The loss is too smooth or printed with too few digits to tell batches apart.")
+    n = len(left)
+    ranks = scipy.stats.rankdata(left)
+    ranks = (ranks - ranks.mean()) / ranks.std()
+    power = np.abs(np.fft.rfft(ranks, 2 ** math.ceil(math.log2(2 * n)))) ** 2
+    rows = n - np.arange(n)
+    # Fisher's z: near a correlation of 1 the root of the rows times it would say too little.
+    correlation = np.clip(np.fft.irfft(power)[:n] / rows, -0.99, 0.99)
+    scores = np.arctanh(correlation) * np.sqrt(np.maximum(rows - 3, 1))
+    others = np.ones(n, bool)
+    others[:10] = others[n - 10 :] = False
+    others[lags] = False
+    usual = 1.4826 * float(np.median(np.abs(scores[others]))) if others.sum() >= 8 else 1.0
+    scores /= max(1.0, usual)
+    best = int(lags[np.argmax(scores[lags])])
+    allowed = numbers.threshold(len(lags))
+    return Echo(best, float(correlation[best]), float(scores[best]), allowed, int(rows[best]))
