@@ -1,0 +1,81 @@
+"""Logs that are tables: CSV with commas, semicolons, tabs or blanks."""
+
+import csv
+import re
+from typing import Any, NamedTuple
+
+from lm_jax.doctor.log.names import number
+
+_MISSING = {"", "null", "none", "na", "n/a", "-"}
+_GROUPED = re.compile(r"[-+]?\d{1,3}([.,])\d{3}(\1\d{3})*")
+
+
+class Problem(NamedTuple):
+    """A line of a log that could not be used."""
+
+    line: int
+    what: str
+    last: bool  # it is the last line, which a killed process may leave cut off
+
+
+class Table(NamedTuple):
+    """Rows as a file has them, under its own names."""
+
+    kind: str
+    rows: list[dict[str, Any]]
+    problems: list[Problem]
+
+
+def read_table(text: str) -> Table | None:
+    """The rows below a header, or None if the text is no table of numbers."""
+    lines = text.splitlines()
+    first = next((line for line in lines if line.strip()), "")
+    delimiter = next((d for d in "\t;," if len(next(csv.reader([first], delimiter=d))) > 1), " ")
+    reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=delimiter == " ")
+    header: list[str] = []
+    rows: list[dict[str, Any]] = []
+    problems: list[Problem] = []
+    try:
+        for row in reader:
+            fields = [field.strip() for field in row]
+            words = not any(map(_is_number, fields))
+            if not header and any(fields) or (fields[:1] == header[:1] and words):
+                header = fields  # of a resumed run another one may follow
+            elif any(fields) and len(fields) != len(header):
+                what = f"not {len(header)} fields as the header has"
+                problems.append(Problem(reader.line_num, what, reader.line_num == len(lines)))
+            elif any(fields):
+                rows.append(dict(zip(header, fields, strict=True)))
+    except csv.Error:
+        return None
+    comma = delimiter != "," and _decimal_comma([x for row in rows for x in row.values()])
+    rows = [
+        {name: _value(x, comma) for name, x in row.items() if x.lower() not in _MISSING}
+        for row in rows
+    ]
+    if any(map(_is_number, header)):
+        return None
+    if not any(_is_number(x) for row in rows for x in row.values()):
+        return None
+    kind = {"\t": "TSV", " ": "a table"}.get(delimiter, "CSV")
+    return Table(kind, rows, problems)
+
+
+def _is_number(text: str) -> bool:
+    return number(text) is not None
+
+
+def _decimal_comma(fields: list[str]) -> bool:
+    """Whether the numbers are written 3,25: some have a comma, and none a point but in groups."""
+    points = any("." in x and _is_number(x) and not _GROUPED.fullmatch(x) for x in fields)
+    return not points and any(_is_number(x.replace(",", ".")) for x in fields if "," in x)
+
+
+def _value(text: str, comma: bool) -> str:
+    """A number as Python reads it, and other text as it is."""
+    if comma and ("," in text or _GROUPED.fullmatch(text)):
+        text = text.replace(".", "")
+    if comma:
+        return text.replace(",", ".")
+    grouped = re.fullmatch(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?", text)
+    return text.replace(",", "") if grouped else text
