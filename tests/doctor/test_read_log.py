@@ -166,7 +166,79 @@ PREFIXED = (
     "[2026-05-05 12:00:02][INFO] Step: 1,030 - loss: 8.125 - lr: 3e-4\n"
 )
 
+NANOCHAT = """\
+step 00100/21400 (0.47%) | loss: 5.123000 | lrm: 1.00 | dt: 350.10ms | tok/sec: 1,497,000 | \
+mfu: 47.12 | total time: 0.61m
+Step 00250 | Validation bpb: 1.2345
+step 00300/21400 (1.40%) | loss: 4.500000 | lrm: 1.00 | dt: 350.10ms | tok/sec: 1,498,000 | \
+mfu: 47.12 | total time: 1.91m
+"""
+
+TORCHTITAN = """\
+[rank0]:2026-01-01 10:00:00,123 - root - INFO - \x1b[31mstep: 10  \x1b[32mloss:  8.1234  \
+\x1b[33mmemory: 10.1GiB(12.75%)  \x1b[34mtps: 12,345  \x1b[36mtflops: 123.40  mfu: 34.50%\x1b[0m
+[rank0]:2026-01-01 10:00:09,123 - root - INFO - step: 20  loss:  7.2500  memory: 10.10GiB(12.75%)  \
+tps: 12,400  tflops: 123.90  mfu: 34.60%
+"""
+
+LLAMA2_C = """\
+step 0: train loss 10.4012, val loss 10.4098
+0 | loss 10.4011 | lr 0.000000e+00 | 5210.01ms | mfu -100.00%
+10 | loss 9.8012 | lr 5.000000e-06 | 120.31ms | mfu 3.10%
+20 | loss 9.1012 | lr 1.000000e-05 | 120.31ms | mfu 3.10%
+"""
+
+LITGPT = """\
+Epoch 1 | iter 32 step 1 | loss train: 3.125, val: n/a | iter time: 123.41 ms (step)
+Epoch 1 | iter 64 step 2 | loss train: 3.000, val: n/a | iter time: 123.41 ms (step)
+iter 64: val loss 2.9012, val time: 9000.00 ms
+"""
+
+TUTORIAL = """\
+Epoch [1/3], Step [100/300], Loss: 2.3012
+Epoch [1/3], Step [200/300], Loss: 2.2012
+Epoch [1/3], Step [300/300], Loss: 2.1012
+Epoch [2/3], Step [100/300], Loss: 2.0012
+"""
+
+EPOCHS = """\
+Epoch: 1/3 | Train Loss: 3.25 | Val Loss: 3.50 | Time: 12s
+Epoch: 2/3 | Train Loss: 3.00 | Val Loss: 3.25 | Time: 12s
+"""
+
+BLOCKS = """\
+2026-01-01 10:00:00.123 worker:0 olmo.train:967 INFO [step=10/1000,epoch=0]
+    optim/total_grad_norm=1.5000
+    train/CrossEntropyLoss=10.25
+    optim/learning_rate_group0=0.0001
+2026-01-01 10:00:09.123 worker:0 olmo.train:967 INFO [step=20/1000,epoch=0]
+    train/CrossEntropyLoss=9.25
+"""
+
+DEEPSPEED = """\
+[2026-01-01 10:00:00,123] [INFO] [logging.py:69:log_dist] [Rank 0] step=10, skipped=0, lr=[0.0001], \
+mom=[[0.9, 0.95]]
+steps: 10 loss: 9.1250 iter time (s): 1.210 samples/sec: 12.345
+[2026-01-01 10:00:09,123] [INFO] [logging.py:69:log_dist] [Rank 0] step=20, skipped=0, lr=[0.0002], \
+mom=[[0.9, 0.95]]
+steps: 20 loss: 8.2500 iter time (s): 1.210 samples/sec: 12.345
+ validation results at iteration 20 | lm_loss value: 8.300000E+00 | lm_loss_ppl value: 4.02E+03 |
+"""
+
 CONSOLE = {
+    "nanochat": (NANOCHAT, [(100, 5.123), (300, 4.5)], [], []),
+    "torchtitan": (TORCHTITAN, [(10, 8.1234), (20, 7.25)], [], []),
+    "llama2_c": (
+        LLAMA2_C,
+        [(0, 10.4011), (10, 9.8012), (20, 9.1012)],
+        [(0, 10.4098)],
+        [(0, 0), (10, 5e-6), (20, 1e-5)],
+    ),
+    "litgpt": (LITGPT, [(1, 3.125), (2, 3.0)], [(64, 2.9012)], []),
+    "tutorial": (TUTORIAL, [(100, 2.3012), (200, 2.2012), (300, 2.1012), (400, 2.0012)], [], []),
+    "epochs": (EPOCHS, [(None, 3.25), (None, 3.0)], [(None, 3.5), (None, 3.25)], []),
+    "blocks": (BLOCKS, [(10, 10.25), (20, 9.25)], [], []),
+    "deepspeed": (DEEPSPEED, [(10, 9.125), (20, 8.25)], [(20, 8.3)], []),
     "nanogpt": (
         NANOGPT,
         [(0, 10.9886), (10, 9.8012), (20, 8.9010), (30, math.nan)],

@@ -3,20 +3,31 @@
 import codecs
 import pathlib
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from lm_jax.doctor.facts import require
 from lm_jax.doctor.log.console import read_console
 from lm_jax.doctor.log.documents import read_json
 from lm_jax.doctor.log.events import PATTERN, read_events
-from lm_jax.doctor.log.names import METRICS, PREFIXES, meaning, metric_name, name_columns, number
+from lm_jax.doctor.log.names import (
+    METRICS,
+    PREFIXES,
+    is_result,
+    looks_like_a_loss,
+    meaning,
+    metric_name,
+    number,
+)
 from lm_jax.doctor.log.tables import Problem, Table, read_table
 
-__all__ = ["METRICS", "PREFIXES", "LogFile", "Problem", "metric_name", "number", "read_log"]
+__all__ = ["METRICS", "PREFIXES", "LogFile", "Problem", "number", "read_log"]
 
 _SUFFIXES = {".jsonl", ".json", ".csv", ".tsv", ".txt", ".log", ".out", ".err", ""}
-_MOST_FILES = 300  # of a folder
+_LARGEST, _MOST = 2**30, 300  # bytes of a file of a folder, and files
 _TENSORBOARD_CSV = {"Wall time", "Step", "Value"}
 
 
@@ -44,9 +55,7 @@ class LogFile(NamedTuple):
         """What was read, in one line."""
         taken = [a if a == b else f"{a} -> {b}" for a, b in self.columns.items()]
         parts = [f"read {len(self.records)} rows of {self.kind}: {', '.join(taken)}", *self.notes]
-        if self.ignored:
-            parts.append(f"ignored: {', '.join(self.ignored)}")
-        return "; ".join(parts)
+        return "; ".join(parts + ["ignored: " + ", ".join(self.ignored)] * bool(self.ignored))
 
 
 def read_log(
@@ -58,7 +67,8 @@ def read_log(
     """Read a log of any trainer.
 
     Tables (CSV, TSV), JSON of any nesting, JSON lines, what trainers print, event files of
-    TensorBoard, or a folder with such files, of which the one with most training rows counts.
+    TensorBoard, or a folder with such files, of which the one with most training rows counts. A
+    row without a step has that of the row before it.
 
     Args:
         path: the file or folder.
@@ -86,27 +96,18 @@ def read_log(
 
 def _read_folder(folder: pathlib.Path, given: dict[str, str], null_is_nan: bool) -> LogFile:
     """The log of a folder that has most training rows."""
-    files = (p for p in sorted(folder.rglob("*")) if p.suffix in _SUFFIXES and p.is_file())
-    names = [p for p in files if not p.match(PATTERN) and not p.name.startswith(".")]
-    events = [folder] if next(folder.rglob(PATTERN), None) else []
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name[0] != "."]
+    texts = [p for p in files if p.suffix in _SUFFIXES and p.stat().st_size < _LARGEST]
     found: dict[str, LogFile] = {}
-    missing = ""
-    for path in [*events, *names[:_MOST_FILES]]:
+    refusal = f"{folder} holds no log; give the file with the steps and losses of the run."
+    for path in [folder] * any(p.match(PATTERN) for p in files) + texts[:_MOST]:
         try:
             found[str(path.relative_to(folder))] = _read_file(path, given, null_is_nan)
         except (ValueError, OSError) as error:
-            missing = str(error) if path in events else missing
-    require(
-        bool(found),
-        missing or f"{folder} holds no log that can be read",
-        "give the file with the steps and losses of the run",
-    )
-
-    def rows(name: str) -> tuple[int, int]:
-        records = found[name].records
-        return sum("train/loss" in row for row in records), len(records)
-
-    best = max(found, key=rows)
+            refusal = str(error) if path == folder else refusal
+    if not found:
+        raise ValueError(refusal)
+    best = max(found, key=lambda name: sum("train/loss" in row for row in found[name].records))
     others = [name for name in found if name != best]
     note = f"taken of {folder}: {best}" + (f", not {', '.join(others)}" if others else "")
     return found[best]._replace(notes=[note, *found[best].notes])
@@ -114,41 +115,31 @@ def _read_folder(folder: pathlib.Path, given: dict[str, str], null_is_nan: bool)
 
 def _read_file(path: pathlib.Path, given: dict[str, str], null_is_nan: bool) -> LogFile:
     """The rows of the first reader that finds metrics in the file."""
-    readers: list[Callable[[], Table | None]]
-    if path.is_dir() or path.match(PATTERN):
-        readers = [lambda: read_events(path)]
-        looks = "events of TensorBoard without a scalar"
-    else:
+    readers: list[Callable[[], Table | None]] = [lambda: read_events(path)]
+    looks = "events of TensorBoard without a scalar"
+    if not (path.is_dir() or path.match(PATTERN)):
         text = _text(path)
         readers = [lambda: read_table(text), lambda: read_console(text)]
         looks = "console text without a step and a loss in any line"
-        if text.lstrip()[:1] in ("{", "["):
-            readers = [lambda: read_json(text), *readers]
-            looks = (
-                "JSON without a list of steps and losses" if text.lstrip()[1:2] != "'" else looks
-            )
-    refusal = ValueError(
-        f"{path} looks like {looks}; give a CSV, JSON or JSONL file, or what the trainer printed."
-    )
+        if re.match(r"\s*[{\[]", text):
+            readers.insert(0, lambda: read_json(text))
+            looks = "JSON without a list of steps and losses"
+    refusal = f"{path} looks like {looks}; give a CSV, JSON or JSONL file, or what was printed."
     for reader in readers:
         table = reader()
         if table is None or len(table.problems) > 3 * len(table.rows) + 3:
             continue
-        rows = table.rows if null_is_nan else _without_gaps(table.rows)
-        rows = [{name: _share(x) for name, x in row.items()} for row in rows]
-        known = dict(given)
-        if rows and set(rows[0]) == _TENSORBOARD_CSV and not given:
+        if not null_is_nan:
+            table = table._replace(rows=_without_gaps(table.rows))
+        known = given
+        if set(table.rows[0]) == _TENSORBOARD_CSV and not given:
             tag = meaning(path.stem.removeprefix("run-").replace("-tag-", "/"))
             known = {"Step": "step", "Value": tag.metric if tag else "train/loss"}
         try:
-            named = name_columns(rows, known, what=str(path))
+            return _named(table, known, path)
         except ValueError as error:
-            refusal = error
-            continue
-        return LogFile(
-            named.records, table.problems, named.columns, named.ignored, table.kind, named.notes
-        )
-    raise refusal
+            refusal = str(error)
+    raise ValueError(refusal)
 
 
 def _text(path: pathlib.Path) -> str:
@@ -161,7 +152,7 @@ def _text(path: pathlib.Path) -> str:
     utf16 = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     text = raw.decode("utf-16" if utf16 else "utf-8-sig", errors="replace")
     require(bool(text.strip()), f"{path} is empty", "give the log of a run that has begun")
-    strange = sum(c == "\ufffd" or (c < " " and c not in "\t\n\r\f\x1b\b") for c in text[:4096])
+    strange = len(re.findall("[\0-\x07\x0e-\x1a\ufffd]", text[:4096]))
     require(
         strange <= len(text[:4096]) / 50 and "\0" not in text[:4096],
         f"{path} is a binary file",
@@ -171,11 +162,95 @@ def _text(path: pathlib.Path) -> str:
     return re.sub(r"(?m)^[ \t]*#.*$", "", text)
 
 
-def _share(value: Any) -> Any:
-    """36.1% as 0.361."""
-    if isinstance(value, str) and value.endswith("%") and number(value[:-1]) is not None:
-        return f"{float(value[:-1]) / 100:.10g}"
-    return value
+def _named(table: Table, given: Mapping[str, str], path: pathlib.Path) -> LogFile:
+    """The table with its columns renamed, as the user says or as their names say.
+
+    Raises:
+        ValueError: if a given column is missing, or if no column is a metric.
+    """
+    rows = table.rows
+    count = Counter(key for row in rows for key, x in row.items() if number(x) is not None)
+    present = list(dict.fromkeys(key for row in rows for key in row))
+    for column in given:
+        if column not in present:
+            choice = ", ".join(sorted(present))
+            raise ValueError(f"mapping: no row of {path} has {column!r}; choose from {choice}.")
+    columns = dict(given)
+    candidates: dict[str, list[str]] = {}
+    for name in present:
+        known = meaning(name)
+        if known and count[name] and name not in given and known.metric not in given.values():
+            candidates.setdefault(known.metric, []).append(name)
+    notes = []
+    for metric, names in candidates.items():
+        names.sort(key=lambda name: (_rank(name), -count[name]))
+        if metric == "step":  # rows may name it differently; _step counts calls of wandb
+            own = [name for name in names if not name.startswith("_")]
+            columns |= dict.fromkeys(own or names, metric)
+            continue
+        longest = max(names, key=lambda name: count[name])
+        rivals = {name for row in rows if longest in row for name in names if name in row}
+        best = next(name for name in names if name in rivals)
+        columns[best] = metric
+        if others := [name for name in names if name != best]:
+            notes.append(f"{best} was taken for {metric}, not {', '.join(others)}")
+    ppl = next((n for n in columns if n not in given and columns[n] == "train/token_ppl"), "")
+    if "train/loss" not in columns.values() and ppl and _rank(ppl) >= 100:  # of which split?
+        del columns[ppl]
+    columns |= {
+        name: name
+        for name in present
+        if count[name] and name not in columns and name not in METRICS
+        if name.startswith(PREFIXES) or name == "resumed" or looks_like_a_loss(name)
+    }
+    known_here = set(columns.values()) - {"step", "data/epoch"}
+    if not known_here or (len(rows) == 1 and not any(map(is_result, columns))):
+        raise ValueError(
+            f"{path} names no loss among its columns ({', '.join(present[:8])}); "
+            "say which is which with --map=loss=COLUMN,step=COLUMN."
+        )
+    records, used = _renamed(rows, columns)
+    columns = {name: metric for name, metric in columns.items() if name in used}
+    ignored = [name for name in present if name not in columns]
+    return LogFile(records, table.problems, columns, ignored, table.kind, notes)
+
+
+def _rank(name: str) -> int:
+    known = meaning(name)
+    return known.rank if known else 0
+
+
+def _renamed(
+    rows: list[dict[str, Any]], columns: Mapping[str, str]
+) -> tuple[list[dict[str, Any]], set[str]]:
+    """The rows renamed, and the columns that were used: of several steps in a row the surest."""
+    records, used = [], set()
+    for row in rows:
+        source = {m: n for n, m in reversed(columns.items()) if n in row}
+        record = {m: row[n] for n, m in columns.items() if source.get(m) == n}
+        records.append(record)
+        used.update(source.values())
+    _count_on(records)
+    step: Any = 0
+    if "step" in columns.values():
+        for record in records:
+            step = record.setdefault("step", step)
+    return records, used
+
+
+def _count_on(records: list[dict[str, Any]]) -> None:
+    """Let steps that begin anew in every epoch count on."""
+    rows = [record for record in records if {"step", "data/epoch"} <= record.keys()]
+    epochs, steps = (
+        np.array([number(row[name]) for row in rows], float) for name in ("data/epoch", "step")
+    )
+    rise, move = np.diff(epochs), np.diff(steps)
+    if not ((rise > 0) & (move <= 0) | (rise == 0) & (move >= 0)).all() or not rise.any():
+        return
+    every = np.median(move[move > 0]) if (move > 0).any() else steps[0]
+    on = np.where(rise > 0, every, move)
+    for row, step in zip(rows, steps[0] + np.concatenate([[0], on.cumsum()]), strict=True):
+        row["step"] = step
 
 
 def _without_gaps(records: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -77,5 +77,7 @@ def _value(text: str, comma: bool) -> str:
         text = text.replace(".", "")
     if comma:
         return text.replace(",", ".")
+    if text.endswith("%") and _is_number(text[:-1]):
+        return f"{float(text[:-1]) / 100:.10g}"
     grouped = re.fullmatch(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?", text)
     return text.replace(",", "") if grouped else text
