@@ -151,6 +151,12 @@ FAIRSEQ_JSON = """\
 "valid_num_updates": "400"}
 """
 
+EVALUATING = """\
+Training:  10%|#    | 10/100 [00:10<01:30, 10.00it/s, loss=9.5]
+Evaluating:  50%|##   | 5/10 [00:01<00:01,  5.00it/s, loss=9.75]
+Training:  20%|##   | 20/100 [00:20<01:20, 10.00it/s, loss=8.5]
+"""
+
 LIGHTNING_BAR = (
     "\r".join(
         f"Epoch {e}:  {i}%|##   | {i}/100 [00:10<01:30, 10.00it/s, v_num=0, loss={9 - e - i / 100}]"
@@ -216,16 +222,17 @@ BLOCKS = """\
 """
 
 DEEPSPEED = """\
-[2026-01-01 10:00:00,123] [INFO] [logging.py:69:log_dist] [Rank 0] step=10, skipped=0, lr=[0.0001], \
-mom=[[0.9, 0.95]]
+[2026-01-01 10:00:00,123] [INFO] [logging.py:69:log_dist] [Rank 0] step=10, skipped=0, \
+lr=[0.0001], mom=[[0.9, 0.95]]
 steps: 10 loss: 9.1250 iter time (s): 1.210 samples/sec: 12.345
-[2026-01-01 10:00:09,123] [INFO] [logging.py:69:log_dist] [Rank 0] step=20, skipped=0, lr=[0.0002], \
-mom=[[0.9, 0.95]]
+[2026-01-01 10:00:09,123] [INFO] [logging.py:69:log_dist] [Rank 0] step=20, skipped=0, \
+lr=[0.0002], mom=[[0.9, 0.95]]
 steps: 20 loss: 8.2500 iter time (s): 1.210 samples/sec: 12.345
  validation results at iteration 20 | lm_loss value: 8.300000E+00 | lm_loss_ppl value: 4.02E+03 |
 """
 
 CONSOLE = {
+    "evaluating": (EVALUATING, [(10, 9.5), (20, 8.5)], [(10, 9.75)], []),
     "nanochat": (NANOCHAT, [(100, 5.123), (300, 4.5)], [], []),
     "torchtitan": (TORCHTITAN, [(10, 8.1234), (20, 7.25)], [], []),
     "llama2_c": (
@@ -238,7 +245,12 @@ CONSOLE = {
     "tutorial": (TUTORIAL, [(100, 2.3012), (200, 2.2012), (300, 2.1012), (400, 2.0012)], [], []),
     "epochs": (EPOCHS, [(None, 3.25), (None, 3.0)], [(None, 3.5), (None, 3.25)], []),
     "blocks": (BLOCKS, [(10, 10.25), (20, 9.25)], [], []),
-    "deepspeed": (DEEPSPEED, [(10, 9.125), (20, 8.25)], [(20, 8.3)], []),
+    "deepspeed": (
+        DEEPSPEED,
+        [(10, 9.125), (20, 8.25)],
+        [(20, 8.3)],
+        [(10, 1e-4), (20, 2e-4)],
+    ),
     "nanogpt": (
         NANOGPT,
         [(0, 10.9886), (10, 9.8012), (20, 8.9010), (30, math.nan)],
@@ -604,6 +616,20 @@ def test_names_of_columns(tmp_path, name, metric):
 def test_names_of_the_step(tmp_path, name):
     log = read_log(write(tmp_path, f"{name},loss\n1,3.5\n2,3.25\n", "log.csv"))
     assert column(log, "train/loss") == [(1, 3.5), (2, 3.25)]
+
+
+def test_names_that_only_the_user_knows(tmp_path):
+    path = write(tmp_path, "at 10 crit 9.5\nat 20 crit 8.5 on validation crit_v 8.75\n")
+    with pytest.raises(ValueError, match="--map"):
+        read_log(path)
+    path = write(tmp_path, "tick 10 crit 9.5\ntick 20 crit 8.5\ntick 20 crit_v 8.75\n")
+    log = read_log(path, {"step": "tick", "loss": "crit", "valid_loss": "crit_v"})
+    expect(log, *WANTED[:2], [])
+
+
+def test_a_step_that_another_one_beats_is_ignored(tmp_path):
+    log = read_log(write(tmp_path, "iter,step,loss\n100,10,9.5\n200,20,8.5\n", "log.csv"))
+    assert column(log, "train/loss") == WANTED[0] and log.ignored == ["iter"]
 
 
 @pytest.mark.parametrize("name", ["time", "valid/lr", "eval_tokens_per_second", "sec/step", "seed"])

@@ -1,6 +1,7 @@
 """Logs that are what a trainer prints: lines with a step and values behind their names."""
 
 import re
+from collections.abc import Collection
 from typing import Any
 
 from lm_jax.doctor.log.names import METRICS, is_result, meaning, words
@@ -22,7 +23,9 @@ _BEHIND = re.compile(
     rf"({_NUMBER})\s?(%|[kmg])?\s+(?:bf16 |fp16 )?(mfu|(?:tok|tokens)/s(?:ec)?)\b", re.IGNORECASE
 )
 _POSITION = re.compile(r"(?<![\d/.:])(\d+)\s*/\s*(\d+)(?![\d/.:])")  # in an epoch
-_SPLIT = re.compile(r"(?<![\w./-])(valid|validation|val|eval|evaluation|test)(?![\w./-])", re.I)
+_SPLIT = re.compile(
+    r"(?<![\w./-])(val|eval|test|dev)(?:id|idation|idating|uation|uating|ing)?(?![\w./-])", re.I
+)
 _FIRST = re.compile(rf"(\d+)(?:\s*[|:]\s+| (?=[a-z]+ (?:{_NUMBER})$))", re.I)  # "250 val 6.1"
 _NOISE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|['\"]")
 _SEPARATOR = re.compile(r"[\[\]{}<>]|\b(?:INFO|DEBUG|WARNING|ERROR|at|end of)\b")
@@ -32,16 +35,18 @@ _RESULTS = {name for name in METRICS if name.startswith(("train/", "valid/", "te
 _Line = tuple[dict[str, Any], tuple[int, int] | None]
 
 
-def read_console(text: str) -> Table | None:
+def read_console(text: str, given: Collection[str] = ()) -> Table | None:
     """The lines that say how good the model is, or None if no line has a step or an epoch too.
 
-    Batches are counted on over the epochs. A line without a step has that of the line before it.
+    Lines with a value whose name is `given` count as well. Batches are counted on over the epochs.
+    A line without a step has that of the line before it.
     """
     lines = [_line(line[:_LONGEST]) for line in text.splitlines()]
     lines = [line for line in lines if line[0]]
-    rows = _placed(lines)
+    rows = _placed(lines, given)
     found = {known.metric for row in rows for name in row if (known := meaning(name))}
-    return Table("console text", rows, []) if found & {"step", "data/epoch"} else None
+    placed = given or found & {"step", "data/epoch"}
+    return Table("console text", rows, []) if rows and placed else None
 
 
 def _line(line: str) -> _Line:
@@ -51,22 +56,23 @@ def _line(line: str) -> _Line:
     rest = _PAIR.sub(" | ", line)
     found = _PAIR.findall(line)
     found += [(name, value, unit) for value, unit, name in _BEHIND.findall(rest)]
-    split = _SPLIT.search(rest)
+    bars = (_SPLIT.fullmatch(name) for name, *_ in found)  # "Evaluating:  50%|"
+    split = _SPLIT.search(rest) or next(filter(None, bars), None)
     row = {}
     for name, value, unit in found:
         known = meaning(name)
         if split and known and known.implied:
-            name = f"{split[1]} {name}"
+            name = f"{split[1].lower()} {name}"
         value = value.replace(",", "")
         if factor := _FACTORS.get(unit.strip().lower()):
             value = f"{float(value) * factor:.10g}"
         if not (known and known.metric == "perf/mfu" and float(value) < 0):  # not measured yet
             row[name] = value
-    batches = (tuple(map(int, pair)) for pair in _POSITION.findall(rest))
+    batches = [(int(batch), int(of)) for batch, of in _POSITION.findall(rest) if not split]
     return row, next(((batch, of) for batch, of in batches if batch <= of), None)
 
 
-def _placed(lines: list[_Line]) -> list[dict[str, Any]]:
+def _placed(lines: list[_Line], given: Collection[str]) -> list[dict[str, Any]]:
     """The rows that hold a result, with steps where they can be known."""
     rows: list[dict[str, Any]] = []
     epochs = {row[name] for row, _ in lines for name in row if name.lower() == "epoch"}
@@ -85,13 +91,13 @@ def _placed(lines: list[_Line]) -> list[dict[str, Any]]:
         if whole and within and not position:  # means over the epoch beside rows of it
             row = {(f"whole {n}" if _implied(n) else n): x for n, x in row.items()}
         told = {known.metric for name in row if (known := meaning(name))}
-        if at and words(at)[-1] in ("step", "iter", "iteration"):
+        sure = bool(at) and words(at)[-1] in ("step", "iter", "iteration")  # no "max steps"
+        if sure:
             step = row[at]
         elif step and "step" not in told:
             row["step"] = step
-        told -= {"step", "data/epoch"}
-        kept = (told or any(map(is_result, row))) if at else told & _RESULTS
-        if kept and row != (rows or [None])[-1]:
+        kept = told & _RESULTS or (at and any(map(is_result, row))) or set(given) & row.keys()
+        if (kept or (sure and told - {"step", "data/epoch"})) and row != (rows or [None])[-1]:
             rows.append(row)
     return rows
 

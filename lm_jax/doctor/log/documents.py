@@ -70,15 +70,11 @@ def _tables(document: Any) -> Iterator[list[Row]]:
             yield [dict(zip(("step", name), x[-2:], strict=True)) for x in values]
         elif all(number(x) is not None for x in values):
             columns.setdefault(len(values), {})[name] = values
-    main = max(columns.values(), key=_weight, default={})
-    for group in columns.values():
+    longest = sorted(columns, key=lambda n: (any(map(is_result, columns[n])), n))[-1:]
+    for length, group in columns.items():
         steps = any((known := meaning(name)) and known.metric == "step" for name in group)
-        if group is main or steps:  # others cannot be placed
+        if [length] == longest or steps:  # others cannot be placed
             yield [dict(zip(group, row, strict=True)) for row in zip(*group.values(), strict=True)]
-
-
-def _weight(group: dict[str, list[Any]]) -> int:
-    return any(map(is_result, group)) * len(next(iter(group.values())))
 
 
 def _of_split(row: Row, path: tuple[str, ...]) -> Row:

@@ -37,8 +37,8 @@ PREFIXES = ("distill/", "grad_norm/")
 # Words of a name joined by "_", the surest first.
 _ALIASES = {
     "step": "step global_step trainer_global_step iteration iterations iter iters it num_updates "
-    "current_step current_steps optimizer_step update_step num_steps steps s updates batch "
-    "batch_idx update",
+    "current_step current_steps optimizer_step update_step num_steps steps s batch "
+    "batch_idx",
     "optim/lr": "lr learning_rate last_lr",
     "optim/grad_norm": "grad_norm gnorm gradient_norm global_grad_norm gradnorm grad_norm_total "
     "total_norm norm",

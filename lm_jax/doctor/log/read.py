@@ -28,6 +28,7 @@ __all__ = ["METRICS", "PREFIXES", "LogFile", "Problem", "number", "read_log"]
 
 _SUFFIXES = {".jsonl", ".json", ".csv", ".tsv", ".txt", ".log", ".out", ".err", ""}
 _LARGEST, _MOST = 2**30, 300  # bytes of a file of a folder, and files
+_NAME_THEM = "name its columns with --map=loss=COLUMN,step=COLUMN"
 _TENSORBOARD_CSV = {"Wall time", "Step", "Value"}
 
 
@@ -119,12 +120,12 @@ def _read_file(path: pathlib.Path, given: dict[str, str], null_is_nan: bool) -> 
     looks = "events of TensorBoard without a scalar"
     if not (path.is_dir() or path.match(PATTERN)):
         text = _text(path)
-        readers = [lambda: read_table(text), lambda: read_console(text)]
+        readers = [lambda: read_table(text), lambda: read_console(text, given)]
         looks = "console text without a step and a loss in any line"
         if re.match(r"\s*[{\[]", text):
             readers.insert(0, lambda: read_json(text))
             looks = "JSON without a list of steps and losses"
-    refusal = f"{path} looks like {looks}; give a CSV, JSON or JSONL file, or what was printed."
+    refusal = f"{path} looks like {looks}; give a CSV, JSON or JSONL file, or {_NAME_THEM}."
     for reader in readers:
         table = reader()
         if table is None or len(table.problems) > 3 * len(table.rows) + 3:
@@ -175,18 +176,19 @@ def _named(table: Table, given: Mapping[str, str], path: pathlib.Path) -> LogFil
         if column not in present:
             choice = ", ".join(sorted(present))
             raise ValueError(f"mapping: no row of {path} has {column!r}; choose from {choice}.")
-    columns = dict(given)
-    candidates: dict[str, list[str]] = {}
-    for name in present:
-        known = meaning(name)
-        if known and count[name] and name not in given and known.metric not in given.values():
-            candidates.setdefault(known.metric, []).append(name)
-    notes = []
-    for metric, names in candidates.items():
-        names.sort(key=lambda name: (_rank(name), -count[name]))
+    found = {n: m for n in present if count[n] and n not in given and (m := meaning(n))}
+    taken = {*given.values(), *(m.metric for m in found.values())}
+    candidates: dict[str, list[tuple[int, int, str]]] = {}
+    for name, (metric, rank, implied) in found.items():
+        if metric not in given.values() and ("train/loss" in taken or not implied):
+            candidates.setdefault(metric, []).append((rank, -count[name], name))
+    columns, notes = dict(given), []
+    for metric, ranked in candidates.items():
+        names = [name for *_, name in sorted(ranked)]
         if metric == "step":  # rows may name it differently; _step counts calls of wandb
-            own = [name for name in names if not name.startswith("_")]
-            columns |= dict.fromkeys(own or names, metric)
+            names = [n for n in names if n[0] != "_"] or names
+            first = {next((n for n in names if n in row), "") for row in rows}
+            columns |= dict.fromkeys((n for n in names if n in first), metric)
             continue
         longest = max(names, key=lambda name: count[name])
         rivals = {name for row in rows if longest in row for name in names if name in row}
@@ -194,48 +196,33 @@ def _named(table: Table, given: Mapping[str, str], path: pathlib.Path) -> LogFil
         columns[best] = metric
         if others := [name for name in names if name != best]:
             notes.append(f"{best} was taken for {metric}, not {', '.join(others)}")
-    ppl = next((n for n in columns if n not in given and columns[n] == "train/token_ppl"), "")
-    if "train/loss" not in columns.values() and ppl and _rank(ppl) >= 100:  # of which split?
-        del columns[ppl]
     columns |= {
         name: name
         for name in present
         if count[name] and name not in columns and name not in METRICS
         if name.startswith(PREFIXES) or name == "resumed" or looks_like_a_loss(name)
     }
-    known_here = set(columns.values()) - {"step", "data/epoch"}
-    if not known_here or (len(rows) == 1 and not any(map(is_result, columns))):
+    known = set(columns.values()) - {"step", "data/epoch"}
+    if not known or (len(rows) == 1 and not any(map(is_result, columns))):
         raise ValueError(
-            f"{path} names no loss among its columns ({', '.join(present[:8])}); "
-            "say which is which with --map=loss=COLUMN,step=COLUMN."
+            f"{path} names no loss among its columns ({', '.join(present[:8])}); {_NAME_THEM}."
         )
-    records, used = _renamed(rows, columns)
-    columns = {name: metric for name, metric in columns.items() if name in used}
+    records = _renamed(rows, columns)
     ignored = [name for name in present if name not in columns]
     return LogFile(records, table.problems, columns, ignored, table.kind, notes)
 
 
-def _rank(name: str) -> int:
-    known = meaning(name)
-    return known.rank if known else 0
-
-
-def _renamed(
-    rows: list[dict[str, Any]], columns: Mapping[str, str]
-) -> tuple[list[dict[str, Any]], set[str]]:
-    """The rows renamed, and the columns that were used: of several steps in a row the surest."""
-    records, used = [], set()
+def _renamed(rows: list[dict[str, Any]], columns: Mapping[str, str]) -> list[dict[str, Any]]:
+    """The rows with metrics for columns, and with steps in all of them if any has one."""
+    records = []
     for row in rows:
-        source = {m: n for n, m in reversed(columns.items()) if n in row}
-        record = {m: row[n] for n, m in columns.items() if source.get(m) == n}
-        records.append(record)
-        used.update(source.values())
+        source = {m: n for n, m in reversed(columns.items()) if n in row}  # of steps the surest
+        records.append({m: row[n] for n, m in columns.items() if source.get(m) == n})
     _count_on(records)
     step: Any = 0
-    if "step" in columns.values():
-        for record in records:
-            step = record.setdefault("step", step)
-    return records, used
+    for record in records if "step" in columns.values() else ():
+        step = record.setdefault("step", step)
+    return records
 
 
 def _count_on(records: list[dict[str, Any]]) -> None:
@@ -257,9 +244,10 @@ def _without_gaps(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The records without the nulls that stand for "not logged"."""
     null: dict[str, set[int]] = {}
     logged: dict[str, set[int]] = {}
+    unsure = {name for record in records for name, x in record.items() if x is None}
     for i, record in enumerate(records):
-        for name, x in record.items():
-            (null if x is None else logged).setdefault(name, set()).add(i)
+        for name in unsure & record.keys():
+            (null if record[name] is None else logged).setdefault(name, set()).add(i)
     others = {frozenset(logged[name]) for name in null if name in logged}
     gaps = {
         name
