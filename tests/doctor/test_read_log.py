@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 
 import pytest
 from tensorboardX import SummaryWriter
@@ -810,6 +811,46 @@ def test_a_folder_without_a_log_and_no_file(tmp_path):
         read_log(tmp_path)
     with pytest.raises(OSError, match="nothing"):
         read_log(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    "long", ["9" * 20_000, "a" * 20_000, "a b " * 9000, "1 " * 9000, "(" * 9000]
+)
+def test_a_long_line_takes_no_time(tmp_path, long):
+    text = f"step 1 loss 3.5\n{long}\nloss {long}\nstep 2 loss 3.25\n"
+    log = read_log(write(tmp_path, text))
+    assert column(log, "train/loss")[0] == (1, 3.5) and column(log, "train/loss")[-1] == (2, 3.25)
+
+
+def test_a_mutilated_log_is_read_or_refused(tmp_path):
+    rng = random.Random(0)
+    scraps = [
+        "nan",
+        "{",
+        "]",
+        '"',
+        "\n",
+        "\0",
+        "1e999",
+        "/0",
+        "%",
+        "9" * 3000,
+        '"loss": {"a":',
+        "é",
+    ]
+    texts = [text for text, *_ in CONSOLE.values()] + list(TABLES.values())
+    texts += [json.dumps(document) for document in DOCUMENTS.values()]
+    read = 0
+    for _ in range(150):
+        text = rng.choice(texts)
+        for _ in range(rng.choice([1, 5, 20])):
+            at = rng.randrange(len(text))
+            text = text[:at] + rng.choice(scraps) + text[at + rng.choice([0, 1, 9]) :]
+        try:
+            read += len(read_log(write(tmp_path, text)).records) > 0
+        except ValueError as error:
+            assert "log.txt" in str(error)
+    assert read > 50
 
 
 def test_text_of_another_system(tmp_path):

@@ -8,7 +8,7 @@ from lm_jax.doctor.log.names import METRICS, is_result, meaning, words
 from lm_jax.doctor.log.tables import Table
 
 _NUMBER = (
-    r"[-+]?(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?"
+    r"[-+]?(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d*)?|\.\d+)(?:e[-+]?\d+)?"
     r"|[-+]?(?:nan|inf(?:inity)?)"
 )
 _WORD = r"(?:[a-z_][\w/.\-]*|\(\w+\))"
@@ -20,7 +20,8 @@ _PAIR = re.compile(
 )
 # "415k tok/s"
 _BEHIND = re.compile(
-    rf"({_NUMBER})\s?(%|[kmg])?\s+(?:bf16 |fp16 )?(mfu|(?:tok|tokens)/s(?:ec)?)\b", re.IGNORECASE
+    rf"(?<![\d.])({_NUMBER})\s?(%|[kmg])?\s+(?:bf16 |fp16 )?(mfu|(?:tok|tokens)/s(?:ec)?)\b",
+    re.IGNORECASE,
 )
 _POSITION = re.compile(r"(?<![\d/.:])(\d+)\s*/\s*(\d+)(?![\d/.:])")  # in an epoch
 _SPLIT = re.compile(
@@ -97,7 +98,7 @@ def _placed(lines: list[_Line], given: Collection[str]) -> list[dict[str, Any]]:
         elif step and "step" not in told:
             row["step"] = step
         kept = told & _RESULTS or (at and any(map(is_result, row))) or set(given) & row.keys()
-        if (kept or (sure and told - {"step", "data/epoch"})) and row != (rows or [None])[-1]:
+        if (kept or (sure and told - {"step", "data/epoch"})) and rows[-1:] != [row]:
             rows.append(row)
     return rows
 

@@ -27,7 +27,7 @@ from lm_jax.doctor.log.tables import Problem, Table, read_table
 __all__ = ["METRICS", "PREFIXES", "LogFile", "Problem", "number", "read_log"]
 
 _SUFFIXES = {".jsonl", ".json", ".csv", ".tsv", ".txt", ".log", ".out", ".err", ""}
-_LARGEST, _MOST = 2**30, 300  # bytes of a file of a folder, and files
+_LARGEST, _MOST = 2**28, 300  # bytes of a file of a folder, and files
 _NAME_THEM = "name its columns with --map=loss=COLUMN,step=COLUMN"
 _TENSORBOARD_CSV = {"Wall time", "Step", "Value"}
 
@@ -212,7 +212,7 @@ def _named(table: Table, given: Mapping[str, str], path: pathlib.Path) -> LogFil
     return LogFile(records, table.problems, columns, ignored, table.kind, notes)
 
 
-def _renamed(rows: list[dict[str, Any]], columns: Mapping[str, str]) -> list[dict[str, Any]]:
+def _renamed(rows: list[dict[str, Any]], columns: dict[str, str]) -> list[dict[str, Any]]:
     """The rows with metrics for columns, and with steps in all of them if any has one."""
     records = []
     for row in rows:
