@@ -23,7 +23,7 @@ _BEHIND = re.compile(
     rf"(?<![\d.])({_NUMBER})\s?(%|[kmg])?\s+(?:bf16 |fp16 )?(mfu|(?:tok|tokens)/s(?:ec)?)\b",
     re.IGNORECASE,
 )
-_POSITION = re.compile(r"(?<![\d/.:])(\d+)\s*/\s*(\d+)(?![\d/.:])")  # in an epoch
+_POSITION = re.compile(r"(?<![\d/.:])(\d{1,12})\s*/\s*(\d{1,12})(?![\d/.:])")  # in an epoch
 _SPLIT = re.compile(
     r"(?<![\w./-])(val|eval|test|dev)(?:id|idation|idating|uation|uating|ing)?(?![\w./-])", re.I
 )
@@ -82,7 +82,7 @@ def _placed(lines: list[_Line], given: Collection[str]) -> list[dict[str, Any]]:
     step, batches = "", 0
     for row, position in lines:
         at, epoch = _of(row, "step"), _of(row, "data/epoch")
-        whole = bool(epoch) and row[epoch].isdigit()
+        whole = bool(epoch) and re.fullmatch(r"\d{1,9}", row[epoch])
         batch, batches = position or (batches, batches)
         if whole and batches:
             row[epoch] = int(row[epoch]) - first + batch / batches
