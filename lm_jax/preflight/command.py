@@ -2,12 +2,15 @@
 
     python -m lm_jax.doctor --config=FILE [--config.a.b=...] [--level=full]
     python -m lm_jax.doctor --workdir=DIR
-    python -m lm_jax.doctor --log=FILE [--map=loss=train_loss,lr=learning_rate] [--vocab_size=V]
+    python -m lm_jax.doctor --log=FILE_OR_FOLDER [--map=loss=COLUMN,step=COLUMN] [--vocab_size=V]
         [--steps=N] [--references=unigram=760,kn2=250]
+
+A log is a CSV, JSON or JSONL file, what a trainer printed, events of TensorBoard, or a folder.
 
 Exit code 0: no check failed; 1: a check failed; 2: the command cannot be followed.
 """
 
+import json
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -19,7 +22,7 @@ from rich.console import Console
 from lm_jax import doctor, preflight
 from lm_jax.config.flags import define_config, misuse, parse_flags
 from lm_jax.doctor.facts import require
-from lm_jax.doctor.log.read import number, read_log
+from lm_jax.doctor.log.read import LogFile, number, read_log
 
 # Facts of a log that its reader knows, named as the arguments of `examine_log`.
 _WHOLE = {
@@ -39,7 +42,7 @@ _REAL = {
 
 def _define(given: flags.FlagValues) -> None:
     flags.DEFINE_string("workdir", None, "Folder of a run.", given)
-    flags.DEFINE_string("log", None, "JSONL or CSV file with the metrics of any trainer.", given)
+    flags.DEFINE_string("log", None, "Log of any trainer: a file or a folder.", given)
     flags.DEFINE_list("map", [], "Columns of --log by metric: loss=train_loss,lr=rate.", given)
     flags.DEFINE_enum("level", "fast", ["fast", "full"], "Checks of --config.", given)
     flags.DEFINE_bool("json", False, "Print JSON instead of a table.", given)
@@ -52,8 +55,8 @@ def _define(given: flags.FlagValues) -> None:
         flags.DEFINE_float(name, None, what, flag_values=given)
 
 
-def examine_file(given: flags.FlagValues) -> doctor.Report:
-    """Post-mortem of any trainer's log, as the flags describe it."""
+def examine_file(given: flags.FlagValues) -> tuple[LogFile, doctor.Report]:
+    """Any trainer's log and its post-mortem, as the flags describe it."""
     log = read_log(given.log, _pairs("map", given.map))
     references = _pairs("references", given.references)
     known = ("unigram", "kn2", "entropy_rate")
@@ -61,13 +64,14 @@ def examine_file(given: flags.FlagValues) -> doctor.Report:
         require(name in known, f"--references: {name}", f"choose from {', '.join(known)}")
         require(number(value) is not None, f"--references: {name}={value}", "give a number")
     facts: dict[str, Any] = {name: given[name].value for name in [*_WHOLE, *_REAL]}
-    return doctor.examine_log(
+    report = doctor.examine_log(
         log.records,
         problems=log.problems,
         overfit=given.overfit,
         references={name: float(value) for name, value in references.items()},
         **facts,
     )
+    return log, report
 
 
 def _pairs(flag: str, items: list[str]) -> dict[str, str]:
@@ -90,17 +94,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         misuse(f"{others[0]}: not a flag; give files as --config=, --workdir= or --log=.")
     if sum(given[name].value is not None for name in ("config", "workdir", "log")) != 1:
         misuse("give one of --config, --workdir and --log.")
+    log: LogFile | None = None
     try:
         if given.config is not None:
             report = preflight.examine_config(given.config, level=given.level)
         elif given.workdir is not None:
             report = preflight.examine_workdir(pathlib.Path(given.workdir))
         else:
-            report = examine_file(given)
+            log, report = examine_file(given)
     except (ValueError, OSError) as error:
         misuse(str(error))
-    if given.json:
+    if given.json and log:
+        found = {"columns": log.columns, "ignored": log.ignored, "notes": log.notes}
+        print(json.dumps({"log": found, **json.loads(report.to_json())}, indent=1))
+    elif given.json:
         print(report.to_json())
     else:
+        if log:
+            print(log.summary)
         report.show(Console())
     sys.exit(1 if report.failed else 0)

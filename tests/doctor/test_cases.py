@@ -8,6 +8,7 @@ cause that was wrong or secondary.
 """
 
 import importlib
+import json
 import math
 import pathlib
 import pkgutil
@@ -67,7 +68,7 @@ def test_stellux_the_target_is_seen_and_the_arms_are_one():
             "parameters": 9_720_864,
             "losses": [math.log(row["ppl"])],
         }
-        for row in records("stellux_arms")
+        for row in map(json.loads, (CASES / "stellux_arms.jsonl").read_text().splitlines())
     }
     ablation = examine_arms(arms, winner="glu3x")
     assert ablation.failed == ["arms.same", "arms.ranking"]

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from lm_jax.doctor.log import examine_log
-from lm_jax.doctor.log.read import METRICS, read_log
+from lm_jax.doctor.log.read import METRICS
 from tests.doctor.log_models import PEAK, B, D, T, V, declared, train, train_on_a_cycle
 
 fault = pytest.mark.fault
@@ -710,108 +710,6 @@ def test_nonsense_never_raises(seed):
 def test_misuse_is_named(wrong, name):
     with pytest.raises(ValueError, match=name):
         examine_log(**{"records": []} | wrong)
-
-
-# Files
-
-
-def test_a_jsonl_file_with_broken_lines(tmp_path):
-    path = tmp_path / "log.jsonl"
-    path.write_text(
-        '{"step": 1, "loss": 9.5}\nloss\n[1]\n{"step": 2, "loss": 9.1}\n{"step": 3, "lo'
-    )
-    log = read_log(path, {"loss": "loss"})
-    assert [row["train/loss"] for row in log.records] == [9.5, 9.1]
-    assert [p.line for p in log.problems] == [2, 3, 5]
-    report = examine_log(log.records, problems=log.problems)
-    assert report.failed == ["log.readable"]
-    assert report["log.readable"].values["lines"] == [2, 3, 5]
-
-
-def test_a_last_line_cut_off_warns(tmp_path):
-    path = tmp_path / "log.jsonl"
-    path.write_text('{"step": 1, "train/loss": 9.5}\n{"step": 2, "tr')
-    log = read_log(path)
-    report = examine_log(log.records, problems=log.problems)
-    assert not report.failed and report.warned == ["log.readable"]
-
-
-@pytest.mark.parametrize("comma", [",", "\t"])
-def test_a_csv_file(tmp_path, comma):
-    lines = ["iter,train_loss,val_loss,lr", "10,9.5,,1e-3", "20,nan,8.25,2e-3", "30,9"]
-    path = tmp_path / "log.csv"
-    path.write_text("\n".join(lines).replace(",", comma) + "\n")
-    mapping = {"step": "iter", "loss": "train_loss", "valid_loss": "val_loss"}
-    log = read_log(path, mapping)
-    assert log.records[0] == {"step": "10", "train/loss": "9.5", "lr": "1e-3"}
-    assert log.records[1]["valid/loss"] == "8.25" and [p.line for p in log.problems] == [4]
-    report = examine_log(log.records)
-    assert report["log.finite"].values["found"]["train/loss"]["first_step"] == 20
-
-
-def test_null_in_a_foreign_log_is_not_logged(tmp_path):
-    """As of an outer join: rows of training and of evaluation, each without the other's columns."""
-    path = tmp_path / "log.jsonl"
-    rows = [{"step": i, "train/loss": 3.0, "valid/loss": None} for i in range(40)]
-    for i in range(0, 40, 10):
-        rows.insert(i + i // 10, {"step": i, "train/loss": None, "valid/loss": 3.1})
-    rows[5]["optim/lr"] = None
-    path.write_text("\n".join(map(json.dumps, rows)))
-    log = read_log(path)
-    assert sum("train/loss" in row for row in log.records) == 40
-    found = examine_log(log.records)["log.finite"].values["found"]
-    assert list(found) == ["optim/lr"]  # logged once, and null
-    assert "log.finite" in examine_log(read_log(path, null_is_nan=True).records).failed
-    rows = [{"step": i, "train/loss": None if i > 20 else 3.0} for i in range(60)]  # poisoned
-    path.write_text("\n".join(map(json.dumps, rows)))
-    assert "log.finite" in examine_log(read_log(path).records).failed
-
-
-@pytest.mark.parametrize("start", ["\ufeff", "\n", "# made by x\n", "\ufeff\n# made by x\n\n"])
-def test_what_may_stand_before_the_first_row(tmp_path, start):
-    path = tmp_path / "log"
-    for text in ("step,train/loss\n1,2.0\n2,2.5,7\n", '{"step": 1, "train/loss": 2.0}\n?\n'):
-        path.write_text(start + text, encoding="utf-8")
-        log = read_log(path, {"step": "step"})
-        assert [float(row["train/loss"]) for row in log.records] == [2.0]
-        last = len((start + text).splitlines())
-        assert [p.line for p in log.problems] == [last]
-
-
-def test_a_list_and_a_metric_given_twice_are_refused(tmp_path):
-    path = tmp_path / "log.json"
-    path.write_text('[{"step": 1, "train/loss": 2.0}]')
-    with pytest.raises(ValueError, match=r"log.json.*one JSON object a line"):
-        read_log(path)
-    with pytest.raises(ValueError, match="train/loss"):
-        read_log(path, {"loss": "a", "train/loss": "b"})
-    with pytest.raises(ValueError, match="column 'a'"):
-        read_log(path, {"loss": "a", "lr": "a"})
-
-
-def test_numbers_of_too_many_digits(tmp_path):
-    path = tmp_path / "log.jsonl"
-    for digits in (400, 5000):
-        path.write_text(f'{{"step": 1, "train/loss": 1{"0" * digits}}}\n')
-        log = read_log(path)
-        assert examine_log(log.records, problems=log.problems).failed
-
-
-def test_files_of_nothing(tmp_path):
-    path = tmp_path / "log.jsonl"
-    for text in ("", "\n\n", "{", "\x00\xff"):
-        path.write_text(text)
-        log = read_log(path)
-        assert examine_log(log.records, problems=log.problems)["log.readable"].status == "fail"
-
-
-def test_a_wrong_mapping_is_named(tmp_path):
-    path = tmp_path / "log.csv"
-    path.write_text("step,loss\n1,2.0\n")
-    with pytest.raises(ValueError, match="train_loss.*choose from loss, step"):
-        read_log(path, {"loss": "train_loss"})
-    with pytest.raises(ValueError, match="did you mean 'valid/loss'"):
-        read_log(path, {"val/loss": "loss"})
 
 
 def test_the_toy_is_what_it_says():

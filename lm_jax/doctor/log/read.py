@@ -1,57 +1,62 @@
 """Logs of any trainer as records with the names of metrics that the checks know."""
 
-import csv
-import difflib
-import json
-import math
+import codecs
 import pathlib
-from collections.abc import Mapping
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from lm_jax.doctor.old import require
+import numpy as np
 
-# Names that the checks read, in the order in which a short form ("loss", "lr") stands for one.
-METRICS = (
-    "step",
-    "train/loss",
-    "train/token_ppl",
-    *(
-        f"{split}/{name}"
-        for split in ("valid", "test")
-        for name in ("loss", "token_ppl", "accuracy", "token_count", "lm_ce")
-    ),
-    "optim/lr",
-    "optim/grad_norm",
-    "optim/clip_rate",
-    "optim/update_norm",
-    "optim/param_norm",
-    "optim/skipped_updates",
-    "optim/loss_scale",
-    "data/tokens",
-    "data/epoch",
-    "perf/tokens_per_second",
-    "perf/mfu",
-    "distill/objective",
-    "distill/lm_ce",
-    "distill/kd_kl",
-    "distill/kd_kl_t2",
+from lm_jax.doctor.facts import require
+from lm_jax.doctor.log.console import read_console
+from lm_jax.doctor.log.documents import read_json
+from lm_jax.doctor.log.events import PATTERN, read_events
+from lm_jax.doctor.log.names import (
+    METRICS,
+    PREFIXES,
+    is_result,
+    looks_like_a_loss,
+    meaning,
+    metric_name,
+    number,
 )
-PREFIXES = ("distill/", "grad_norm/")
+from lm_jax.doctor.log.tables import Problem, Table, read_table
 
+__all__ = ["METRICS", "PREFIXES", "LogFile", "Problem", "number", "read_log"]
 
-class Problem(NamedTuple):
-    """A line of a log that could not be used."""
-
-    line: int
-    what: str
-    last: bool  # it is the last line, which a killed process may leave cut off
+_SUFFIXES = {".jsonl", ".json", ".csv", ".tsv", ".txt", ".log", ".out", ".err", ""}
+_LARGEST, _MOST = 2**28, 300  # bytes of a file of a folder, and files
+_NAME_THEM = "name its columns with --map=loss=COLUMN,step=COLUMN"
+_TENSORBOARD_CSV = {"Wall time", "Step", "Value"}
 
 
 class LogFile(NamedTuple):
-    """What was read from a file."""
+    """What was read.
+
+    Attributes:
+        records: the rows in the order of the file, each with the metrics that it holds.
+        problems: the lines that could not be used.
+        columns: column of the file -> metric; a loss that is no metric here keeps its name.
+        ignored: the columns that were not used.
+        kind: what the file is: "CSV", "console text", ...
+        notes: what was chosen where there was a choice.
+    """
 
     records: list[dict[str, Any]]
     problems: list[Problem]
+    columns: dict[str, str]
+    ignored: list[str]
+    kind: str
+    notes: list[str]
+
+    @property
+    def summary(self) -> str:
+        """What was read, in one line."""
+        taken = [a if a == b else f"{a} -> {b}" for a, b in self.columns.items()]
+        parts = [f"read {len(self.records)} rows of {self.kind}: {', '.join(taken)}", *self.notes]
+        return "; ".join(parts + ["ignored: " + ", ".join(self.ignored)] * bool(self.ignored))
 
 
 def read_log(
@@ -60,71 +65,189 @@ def read_log(
     *,
     null_is_nan: bool = False,
 ) -> LogFile:
-    """Read a JSONL or CSV log (comma or tab) of any trainer.
+    """Read a log of any trainer.
+
+    Tables (CSV, TSV), JSON of any nesting, JSON lines, what trainers print, event files of
+    TensorBoard, or a folder with such files, of which the one with most training rows counts. A
+    row without a step has that of the row before it.
 
     Args:
-        path: the file; it is JSONL if its first character is a brace. Empty lines and lines that
-            begin with # may stand before the first row.
-        mapping: name of a metric -> name of the file's column, like {"loss": "train_loss"}. A
-            metric is named as in `METRICS`, with "_" for "/" (`valid_loss`) or by its last part
-            (`loss` is `train/loss`, `token_ppl` is of the valid split).
+        path: the file or folder.
+        mapping: name of a metric -> name of the file's column, like {"loss": "train_loss"}, for
+            columns whose names say too little. A metric is named as in `METRICS`, with "_" for
+            "/" (`valid_loss`) or by its last part (`loss` is `train/loss`).
         null_is_nan: every null is a non-finite value, as this trainer writes it. Otherwise nulls
             of a column that is logged in fewer than half of its rows, or just where another is
             not, mean "not logged", as pandas and wandb write them.
 
-    Returns:
-        The records, their columns renamed, and the lines that could not be used.
-
     Raises:
-        ValueError: if the file is no table of rows, if `mapping` names an unknown metric or one
+        ValueError: if there are no rows with a metric, if `mapping` names an unknown metric or one
             twice, or a column that no record has.
+        OSError: if the file cannot be opened.
     """
-    columns: dict[str, str] = {}
+    given: dict[str, str] = {}
     for name, column in (mapping or {}).items():
         metric = metric_name(name)
-        require(metric not in columns.values(), f"mapping: {metric}", "give it one column")
-        require(column not in columns, f"mapping: column {column!r}", "give it one metric")
-        columns[column] = metric
-    lines = pathlib.Path(path).read_text(encoding="utf-8-sig", errors="replace").splitlines()
-    skipped = 0
-    while skipped < len(lines) and lines[skipped].strip()[:1] in ("", "#"):
-        skipped += 1
-    lines = lines[skipped:]
-    first = lines[0].lstrip()[:1] if lines else ""
-    require(first != "[", f"{path} begins with '['", "write one JSON object a line, without a list")
-    try:
-        records, problems = (_read_json_lines if first == "{" else _read_csv)(lines)
-    except csv.Error as error:
-        raise ValueError(f"{path}: {error}; give a JSONL or CSV file.") from error
-    problems = [p._replace(line=p.line + skipped) for p in problems]
-    if not null_is_nan:
-        records = _without_gaps(records)
-    present = {key for record in records for key in record}
-    for column in columns:
-        if records and column not in present:
-            raise ValueError(
-                f"mapping: no record of {path} has {column!r}; "
-                f"choose from {', '.join(sorted(present))}."
-            )
-    taken = set(columns.values())
-    renamed = [
-        {
-            columns.get(key, key): x
-            for key, x in record.items()
-            if key in columns or key not in taken
-        }
-        for record in records
-    ]
-    return LogFile(renamed, problems)
+        require(metric not in given.values(), f"mapping: {metric}", "give it one column")
+        require(column not in given, f"mapping: column {column!r}", "give it one metric")
+        given[column] = metric
+    path = pathlib.Path(path)
+    return (_read_folder if path.is_dir() else _read_file)(path, given, null_is_nan)
+
+
+def _read_folder(folder: pathlib.Path, given: dict[str, str], null_is_nan: bool) -> LogFile:
+    """The log of a folder that has most training rows."""
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name[0] != "."]
+    texts = [p for p in files if p.suffix in _SUFFIXES and p.stat().st_size < _LARGEST]
+    found: dict[str, LogFile] = {}
+    refusal = f"{folder} holds no log; give the file with the steps and losses of the run."
+    for path in [folder] * any(p.match(PATTERN) for p in files) + texts[:_MOST]:
+        try:
+            found[str(path.relative_to(folder))] = _read_file(path, given, null_is_nan)
+        except (ValueError, OSError) as error:
+            refusal = str(error) if path == folder else refusal
+    if not found:
+        raise ValueError(refusal)
+    best = max(found, key=lambda name: sum("train/loss" in row for row in found[name].records))
+    others = [name for name in found if name != best]
+    note = f"taken of {folder}: {best}" + (f", not {', '.join(others)}" if others else "")
+    return found[best]._replace(notes=[note, *found[best].notes])
+
+
+def _read_file(path: pathlib.Path, given: dict[str, str], null_is_nan: bool) -> LogFile:
+    """The rows of the first reader that finds metrics in the file."""
+    readers: list[Callable[[], Table | None]] = [lambda: read_events(path)]
+    looks = "events of TensorBoard without a scalar"
+    if not (path.is_dir() or path.match(PATTERN)):
+        text = _text(path)
+        readers = [lambda: read_table(text), lambda: read_console(text, given)]
+        looks = "console text without a step and a loss in any line"
+        if re.match(r"\s*[{\[]", text):
+            readers.insert(0, lambda: read_json(text))
+            looks = "JSON without a list of steps and losses"
+    refusal = f"{path} looks like {looks}; give a CSV, JSON or JSONL file, or {_NAME_THEM}."
+    for reader in readers:
+        table = reader()
+        if table is None or len(table.problems) > 3 * len(table.rows) + 3:
+            continue
+        if not null_is_nan:
+            table = table._replace(rows=_without_gaps(table.rows))
+        known = given
+        if set(table.rows[0]) == _TENSORBOARD_CSV and not given:
+            tag = meaning(path.stem.removeprefix("run-").replace("-tag-", "/"))
+            known = {"Step": "step", "Value": tag.metric if tag else "train/loss"}
+        try:
+            return _named(table, known, path)
+        except ValueError as error:
+            refusal = str(error)
+    raise ValueError(refusal)
+
+
+def _text(path: pathlib.Path) -> str:
+    """The text of a file with a line for every redrawn progress bar and without comments.
+
+    Raises:
+        ValueError: if it is empty or no text.
+    """
+    raw = path.read_bytes()
+    utf16 = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    text = raw.decode("utf-16" if utf16 else "utf-8-sig", errors="replace")
+    require(bool(text.strip()), f"{path} is empty", "give the log of a run that has begun")
+    strange = len(re.findall("[\0-\x07\x0e-\x1a\ufffd]", text[:4096]))
+    require(
+        strange <= len(text[:4096]) / 50 and "\0" not in text[:4096],
+        f"{path} is a binary file",
+        "give a CSV, JSON or JSONL file, what the trainer printed, or a folder of events",
+    )
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    return re.sub(r"(?m)^[ \t]*#.*$", "", text)
+
+
+def _named(table: Table, given: Mapping[str, str], path: pathlib.Path) -> LogFile:
+    """The table with its columns renamed, as the user says or as their names say.
+
+    Raises:
+        ValueError: if a given column is missing, or if no column is a metric.
+    """
+    rows = table.rows
+    count = Counter(key for row in rows for key, x in row.items() if number(x) is not None)
+    present = list(dict.fromkeys(key for row in rows for key in row))
+    for column in given:
+        if column not in present:
+            choice = ", ".join(sorted(present))
+            raise ValueError(f"mapping: no row of {path} has {column!r}; choose from {choice}.")
+    found = {n: m for n in present if count[n] and n not in given and (m := meaning(n))}
+    taken = {*given.values(), *(m.metric for m in found.values())}
+    candidates: dict[str, list[tuple[int, int, str]]] = {}
+    for name, (metric, rank, implied) in found.items():
+        if metric not in given.values() and ("train/loss" in taken or not implied):
+            candidates.setdefault(metric, []).append((rank, -count[name], name))
+    columns, notes = dict(given), []
+    for metric, ranked in candidates.items():
+        names = [name for *_, name in sorted(ranked)]
+        if metric == "step":  # rows may name it differently; _step counts calls of wandb
+            names = [n for n in names if n[0] != "_"] or names
+            first = {next((n for n in names if n in row), "") for row in rows}
+            columns |= dict.fromkeys((n for n in names if n in first), metric)
+            continue
+        longest = max(names, key=lambda name: count[name])
+        rivals = {name for row in rows if longest in row for name in names if name in row}
+        best = next(name for name in names if name in rivals)
+        columns[best] = metric
+        if others := [name for name in names if name != best]:
+            notes.append(f"{best} was taken for {metric}, not {', '.join(others)}")
+    columns |= {
+        name: name
+        for name in present
+        if count[name] and name not in columns and name not in METRICS
+        if name.startswith(PREFIXES) or name == "resumed" or looks_like_a_loss(name)
+    }
+    known = set(columns.values()) - {"step", "data/epoch"}
+    if not known or (len(rows) == 1 and not any(map(is_result, columns))):
+        raise ValueError(
+            f"{path} names no loss among its columns ({', '.join(present[:8])}); {_NAME_THEM}."
+        )
+    records = _renamed(rows, columns)
+    ignored = [name for name in present if name not in columns]
+    return LogFile(records, table.problems, columns, ignored, table.kind, notes)
+
+
+def _renamed(rows: list[dict[str, Any]], columns: dict[str, str]) -> list[dict[str, Any]]:
+    """The rows with metrics for columns, and with steps in all of them if any has one."""
+    records = []
+    for row in rows:
+        source = {m: n for n, m in reversed(columns.items()) if n in row}  # of steps the surest
+        records.append({m: row[n] for n, m in columns.items() if source.get(m) == n})
+    _count_on(records)
+    step: Any = 0
+    for record in records if "step" in columns.values() else ():
+        step = record.setdefault("step", step)
+    return records
+
+
+def _count_on(records: list[dict[str, Any]]) -> None:
+    """Let steps that begin anew in every epoch count on."""
+    rows = [record for record in records if {"step", "data/epoch"} <= record.keys()]
+    epochs, steps = (
+        np.array([number(row[name]) for row in rows], float) for name in ("data/epoch", "step")
+    )
+    rise, move = np.diff(epochs), np.diff(steps)
+    if not ((rise > 0) & (move <= 0) | (rise == 0) & (move >= 0)).all() or not rise.any():
+        return
+    every = np.median(move[move > 0]) if (move > 0).any() else steps[0]
+    on = np.where(rise > 0, every, move)
+    for row, step in zip(rows, steps[0] + np.concatenate([[0], on.cumsum()]), strict=True):
+        row["step"] = step
 
 
 def _without_gaps(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The records without the nulls that stand for "not logged"."""
     null: dict[str, set[int]] = {}
     logged: dict[str, set[int]] = {}
+    unsure = {name for record in records for name, x in record.items() if x is None}
     for i, record in enumerate(records):
-        for name, x in record.items():
-            (null if x is None else logged).setdefault(name, set()).add(i)
+        for name in unsure & record.keys():
+            (null if record[name] is None else logged).setdefault(name, set()).add(i)
     others = {frozenset(logged[name]) for name in null if name in logged}
     gaps = {
         name
@@ -133,56 +256,3 @@ def _without_gaps(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
         and (len(rows) > len(logged[name]) and min(rows) < max(logged[name]) or rows in others)
     }
     return [{k: x for k, x in r.items() if x is not None or k not in gaps} for r in records]
-
-
-def metric_name(name: str) -> str:
-    """The metric that a full or short name stands for; ValueError if there is none."""
-    for candidate in METRICS:
-        if name in (candidate, candidate.replace("/", "_"), candidate.split("/")[-1]):
-            return candidate
-    if name.startswith(PREFIXES):
-        return name
-    near = difflib.get_close_matches(name, METRICS, n=1, cutoff=0.0)[0]
-    raise ValueError(f"mapping: {name!r} is no metric; did you mean {near!r}?")
-
-
-def _read_json_lines(lines: list[str]) -> LogFile:
-    records, problems = [], []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:  # of digits or brackets there can be too many
-            what = getattr(error, "msg", str(error))
-            problems.append(Problem(number, f"no JSON ({what})", number == len(lines)))
-            continue
-        if isinstance(record, dict):
-            records.append(record)
-        else:
-            problems.append(Problem(number, "no JSON object", number == len(lines)))
-    return LogFile(records, problems)
-
-
-def _read_csv(lines: list[str]) -> LogFile:
-    records, problems = [], []
-    rows = csv.DictReader(lines, delimiter="\t" if lines and "\t" in lines[0] else ",")
-    for row in rows:
-        if None in row or None in row.values():
-            what = f"not {len(rows.fieldnames or ())} fields as the header has"
-            problems.append(Problem(rows.line_num, what, rows.line_num == len(lines)))
-            continue
-        records.append({key.strip(): x.strip() for key, x in row.items() if x.strip()})
-    return LogFile(records, problems)
-
-
-def number(raw: Any) -> float | None:
-    """A float, NaN for what stands for a non-finite value, None for what is no number."""
-    if raw is None:
-        return math.nan
-    try:
-        return float(raw)
-    except OverflowError:  # an integer of hundreds of digits
-        return math.inf if raw > 0 else -math.inf
-    except (TypeError, ValueError):
-        return None

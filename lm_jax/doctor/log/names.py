@@ -1,0 +1,158 @@
+"""What the columns of a log are: from the names that trainers write to the metrics known here."""
+
+import difflib
+import functools
+import math
+import re
+from typing import Any, NamedTuple
+
+# Names that the checks read, in the order in which a short form ("loss", "lr") stands for one.
+METRICS = (
+    "step",
+    "train/loss",
+    "train/token_ppl",
+    *(
+        f"{split}/{name}"
+        for split in ("valid", "test")
+        for name in ("loss", "token_ppl", "accuracy", "token_count", "lm_ce")
+    ),
+    "optim/lr",
+    "optim/grad_norm",
+    "optim/clip_rate",
+    "optim/update_norm",
+    "optim/param_norm",
+    "optim/skipped_updates",
+    "optim/loss_scale",
+    "data/tokens",
+    "data/epoch",
+    "perf/tokens_per_second",
+    "perf/mfu",
+    "distill/objective",
+    "distill/lm_ce",
+    "distill/kd_kl",
+    "distill/kd_kl_t2",
+)
+PREFIXES = ("distill/", "grad_norm/")
+
+# Words of a name joined by "_", the surest first.
+_ALIASES = {
+    "step": "step global_step trainer_global_step iteration iterations iter iters it num_updates "
+    "current_step current_steps optimizer_step update_step num_steps steps s batch "
+    "batch_idx",
+    "optim/lr": "lr learning_rate last_lr",
+    "optim/grad_norm": "grad_norm gnorm gradient_norm global_grad_norm gradnorm grad_norm_total "
+    "total_norm norm",
+    "optim/param_norm": "param_norm params_norm weight_norm",
+    "optim/skipped_updates": "skipped_updates number_of_skipped_iterations skipped_iterations",
+    "optim/loss_scale": "loss_scale grad_scale",
+    "data/tokens": "tokens tokens_seen num_input_tokens_seen num_tokens total_tokens "
+    "consumed_tokens tokens_consumed tokens_processed",
+    "data/epoch": "epoch epochs",
+    "perf/tokens_per_second": "tokens_per_second tokens_per_sec tok_per_sec tok_s tok_sec "
+    "tokens_s tokens_sec tps wps",
+    "perf/mfu": "mfu bf16_mfu fp16_mfu fp8_mfu",
+}
+_OF_A_SPLIT = {  # a perplexity is that of the likelihood, so `nll_loss` comes before `loss`
+    "loss": "nll_loss nll loss lm_loss lm_loss_value ce_loss cross_entropy_loss cross_entropy ce "
+    "xent loss_step batch_loss loss_epoch epoch_loss avg_loss loss_avg mean_loss loss_mean",
+    "token_ppl": "token_ppl ppl perplexity lm_loss_ppl lm_loss_ppl_value",
+    "accuracy": "accuracy token_accuracy acc token_acc epoch_accuracy",
+}
+_SPLITS = {"train": "train", "training": "train", "tr": "train", "test": "test"} | dict.fromkeys(
+    ("valid", "val", "validation", "eval", "evaluation", "dev"), "valid"
+)
+_SHORT = {"trl": "train loss", "tel": "valid loss"}  # of llm.c
+_FILLERS = {"metrics", "metric", "history", "log", "logs", "scalars", "nats"}
+_LOSSES = {"nll", "ce", "kl", "bpb", "bpc", "xent", "objective"}
+_EXACT = {name.replace("/", "_"): name for name in METRICS}
+_KNOWN = {
+    alias: (name, rank)
+    for name, aliases in (_ALIASES | _OF_A_SPLIT).items()
+    for rank, alias in enumerate(aliases.split(), 1)
+}
+
+
+class Meaning(NamedTuple):
+    """The metric that a column may be."""
+
+    metric: str
+    rank: int  # the surest is 0
+    implied: bool = False  # the name says no split, so it is taken for train
+
+
+def metric_name(name: str) -> str:
+    """The metric that a full or short name stands for; ValueError if there is none."""
+    for candidate in METRICS:
+        if name in (candidate, candidate.replace("/", "_"), candidate.split("/")[-1]):
+            return candidate
+    if name.startswith(PREFIXES):
+        return name
+    near = difflib.get_close_matches(name, METRICS, n=1, cutoff=0.0)[0]
+    raise ValueError(f"mapping: {name!r} is no metric; did you mean {near!r}?")
+
+
+def number(raw: Any) -> float | None:
+    """A float, NaN for what stands for a non-finite value, None for what is no number."""
+    if raw is None:
+        return math.nan
+    try:
+        return float(raw)
+    except OverflowError:  # an integer of hundreds of digits
+        return math.inf if raw > 0 else -math.inf
+    except (TypeError, ValueError):
+        return None
+
+
+@functools.cache
+def words(name: str) -> list[str]:
+    """The words of a name, each once, without the run that Weights & Biases writes before it."""
+    if name.endswith(("__MIN", "__MAX")):  # extremes that Weights & Biases writes beside a column
+        return []
+    name = re.sub(r"\(.*?\)", "", name.rsplit(" - ", 1)[-1])
+    name = re.sub(r"(?<=[a-z0-9])(?=[A-Z][a-z])", "_", name).lower()
+    name = re.sub(r"\b(train|valid|val|eval|test)(loss|ppl|acc)\b", r"\1_\2", name)
+    name = " ".join(_SHORT.get(word, word) for word in re.findall(r"[a-z0-9]+", name))
+    return [word for word in dict.fromkeys(name.split()) if word not in _FILLERS]
+
+
+def split_of(name: str) -> str | None:
+    """The split that a name says."""
+    return next((_SPLITS[word] for word in words(name) if word in _SPLITS), None)
+
+
+def looks_like_a_loss(name: str) -> bool:
+    """Whether a column may be a loss, known here or not."""
+    return any("loss" in word or word in _LOSSES for word in words(name))
+
+
+@functools.cache
+def meaning(name: str) -> Meaning | None:
+    """The metric that a column of this name may be."""
+    found, split = words(name), split_of(name)
+    if metric := _EXACT.get("_".join(found)):
+        return Meaning(metric, int(metric != name))
+    rest = "_".join(word for word in found if word not in _SPLITS)
+    metric, rank = _KNOWN.get(rest, ("", 0))
+    if metric in _OF_A_SPLIT:
+        metric = f"{split or 'train'}/{metric}"
+        return Meaning(metric, rank + 100 * (not split), not split) if metric in METRICS else None
+    if metric and (split in (None, "train") or metric == "step"):
+        return Meaning(metric, rank)
+    if name.lower() in ("train", "val", "valid"):
+        return Meaning(f"{split}/loss", 80)
+    if rest.startswith("lr_") and len(found) < 4:  # lr-AdamW/pg1
+        return Meaning("optim/lr", 90)
+    last = meaning(name.rsplit("/", 1)[1]) if "/" in name else None  # run_3/loss
+    if last is None or last.metric == "step":
+        return None
+    if last.implied and split:
+        last = Meaning(f"{split}/{last.metric.split('/')[1]}", last.rank)
+    fits = split in (None, "train") or last.metric.startswith(f"{split}/")
+    return last._replace(rank=last.rank + 200) if fits and last.metric in METRICS else None
+
+
+def is_result(name: str) -> bool:
+    """Whether a column tells how good a model is."""
+    known = meaning(name)
+    results = ("train/", "valid/", "test/", "distill/")
+    return looks_like_a_loss(name) or (known is not None and known.metric.startswith(results))
