@@ -1,6 +1,6 @@
 """Checks of weight decay and of averaged weights."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,18 +21,17 @@ class Shrunk(NamedTuple):
 
     log: float  # of the factor
     rest: float  # what moved otherwise, as a share
-    noise: float  # that rounding adds to `log`
+    eps: float
     moved: bool
     leaf: np.ndarray
 
 
-@fixture
-def shrunk(still: list[Point]) -> dict[str, Shrunk]:
-    """How every floating leaf changed over the updates without a gradient.
+Leaves = dict[str, Shrunk]
 
-    Each update rounds every element to within half an eps of its dtype, in directions that are
-    independent from element to element: 6 SE of the projection and of one element's path.
-    """
+
+@fixture
+def shrunk(still: list[Point]) -> Leaves:
+    """How every floating leaf changed over the updates without a gradient."""
     rows = {}
     for name, leaf in still[0].params.items():
         if not (trees.is_floating(leaf.dtype) and leaf.any()):
@@ -41,9 +40,9 @@ def shrunk(still: list[Point]) -> dict[str, Shrunk]:
         a, b = (x.astype(np.float64).ravel() for x in (leaf, end))
         factor = (a @ b) / (a @ a)
         rest = float(np.linalg.norm(b - factor * a) / np.linalg.norm(a))
-        noise = 3 * float(jnp.finfo(leaf.dtype).eps) * (UPDATES / a.size) ** 0.5
         log = float(np.log(factor)) if factor > 0 else -np.inf
-        rows[name] = Shrunk(log, rest, noise, not trees.same(leaf, end), leaf)
+        eps = float(jnp.finfo(leaf.dtype).eps)
+        rows[name] = Shrunk(log, rest, eps, not trees.same(leaf, end), leaf)
     return rows
 
 
@@ -72,33 +71,28 @@ def _resolved(subject: Subject, rates: list[float]) -> np.ndarray:
 )
 def decay_mask(
     subject: Subject,
-    shrunk: dict[str, Shrunk],
+    shrunk: Leaves,
     declared: dict[str, bool] | None,
     first_rates: list[float] | None = None,
 ) -> list[Measure]:
     """With zero gradients the leaves declared to decay shrink and no other one moves."""
-    steps = {name: UPDATES * float(jnp.finfo(x.leaf.dtype).eps) for name, x in shrunk.items()}
-    coupled = {name: x.rest for name, x in shrunk.items() if not x.rest <= steps[name]}
+    coupled = {name: x.rest for name, x in shrunk.items() if not x.rest <= UPDATES * x.eps}
     shrink = [name for name, x in shrunk.items() if x.moved and name not in coupled]
+    missing: list[str] = []
     if declared is None:
-        wrong, missing = [n for n in shrink if shrunk[n].leaf.ndim < 2], list[str]()
+        wrong = [name for name in shrink if shrunk[name].leaf.ndim < 2]
         judged = "leaves of fewer than two axes that shrink, none being declared"
     else:
         wrong = [name for name in shrink if not declared.get(name)]
-        expected = subject.weight_decay != 0
-        missing = [n for n, x in shrunk.items() if expected and declared.get(n) and not x.moved]
         judged = "leaves that shrink though declared not to"
+        if subject.weight_decay != 0:
+            missing = [name for name, x in shrunk.items() if declared.get(name) and not x.moved]
     if missing and not (wrong or coupled) and first_rates and subject.weight_decay is not None:
         _resolved(subject, first_rates)
-    largest = f"by {max(coupled.values(), default=0):.1e} of their size"
+    size = f"by {max(coupled.values(), default=0):.1e} of their size"
+    other = "leaves that move other than by shrinking, with zero gradients"
     return [
-        none(
-            "leaves that move other than by shrinking, with zero gradients",
-            coupled,
-            of=len(shrunk),
-            where=largest,
-            key="coupled",
-        ),
+        none(other, coupled, of=len(shrunk), where=size, key="coupled"),
         none(judged, wrong, key="wrong"),
         none("leaves declared to shrink that do not", missing, key="missing"),
         note(f"leaves that shrink: {len(shrink)} of {len(shrunk)}", shrink, key="shrink"),
@@ -113,7 +107,7 @@ def decay_amount(
     subject: Subject,
     weight_decay: float,
     first_rates: list[float],
-    shrunk: dict[str, Shrunk],
+    shrunk: Leaves,
     declared: dict[str, bool] | None,
 ) -> list[Measure]:
     """With zero gradients what decays shrinks by the product of (1 - lr weight_decay)."""
@@ -123,24 +117,21 @@ def decay_amount(
     judged = {name: x for name, x in shrunk.items() if declared.get(name)}
     if not judged:
         raise Skip("No leaf decays.")
-    wrong, where = {}, ""
+    wrong, where = [], ""
     for name, x in judged.items():
+        # Each update rounds every element to half an eps, independently: 6 SE of the projection;
         # float32 arithmetic of the schedule: 1e-4 of the decay itself.
+        allowed = 3 * x.eps * (UPDATES / x.leaf.size) ** 0.5 + 1e-4 * abs(expected)
         lost = expected != 0 and x.log == 0
-        if lost or not abs(x.log - expected) <= x.noise + 1e-4 * abs(expected):
-            wrong[name] = x.log
-            lost_in = f", since that is below its dtype's steps ({x.leaf.dtype})" if lost else ""
-            where = where or f"{name} by {np.exp(x.log):.8f}{lost_in}"
-    factor = f"{np.exp(expected):.8f}"
+        if lost or not abs(x.log - expected) <= allowed:
+            wrong.append(name)
+            why = f", since that is below its dtype's steps ({x.leaf.dtype})" if lost else ""
+            where = where or f"{name} by {np.exp(x.log):.8f}{why}"
+    factor = float(np.exp(expected))
+    what = f"leaves that do not shrink by {factor:.8f}, the product of (1 - lr weight_decay)"
     return [
-        none(
-            f"leaves that do not shrink by {factor}, the product of (1 - lr weight_decay)",
-            wrong,
-            of=len(judged),
-            where=where,
-            key="wrong",
-        ),
-        note("factor expected", float(np.exp(expected)), key="expected"),
+        none(what, wrong, of=len(judged), where=where, key="wrong"),
+        note("factor expected", factor, key="expected"),
     ]
 
 
@@ -148,43 +139,28 @@ def decay_amount(
     "Warm the decay up, min(decay, (1 + t) / (10 + t)), or start from zero and divide by "
     "1 - decay^t."
 )
-def ema(subject: Subject, ema_of: object, good: list[Point]) -> list[Measure]:
+def ema(subject: Subject, ema_of: Any, good: list[Point]) -> list[Measure]:
     """The average's weights sum to 1, and the start has next to none at the first evaluation."""
-    shares = []
-    for t in range(1, len(good)):
-        total, share, error = _weights(good[: t + 1])
-        if not error < 0.05:
-            raise Skip(
-                f"The parameters moved too little to tell the average's weights ({error:.2g})."
-            )
-        shares.append(share)
+    totals, shares = zip(*(_weights(good[: t + 1]) for t in range(1, len(good))), strict=True)
+    # Of constants the average must be that constant.
+    constant = abs(totals[-1] - 1) <= 1e-3
     ratio = float(np.clip(shares[-1] / shares[-2], 0, 1)) if shares[-2] > 0 else 0.0
     left = max(shares[-1], 0.0) * ratio ** max(0, subject.first_eval - UPDATES)
+    what = f"sum of the average's weights after {UPDATES} updates"
+    first = f"the start's weight at update {subject.first_eval}, the first evaluation"
     return [
-        # Of constants the average must be that constant.
-        holds(
-            abs(total - 1) <= 1e-3,
-            f"sum of the average's weights after {UPDATES} updates",
-            total,
-            limit="expected 1",
-            key="total",
-        ),
-        note("weight of the start", shares[-1], key="share"),
-        at_most(
-            f"that weight at update {subject.first_eval}, the first evaluation",
-            left,
-            0.01,
-            key="left",
-        ),
+        holds(constant, what, totals[-1], limit="expected 1", key="total"),
+        note("weight of the start then", shares[-1], key="share"),
+        at_most(first, left, 0.01, key="left"),
     ]
 
 
-def _weights(points: list[Point]) -> tuple[float, float, float]:
-    """Sum of the weights in the last average, the start's weight, and its standard error.
+def _weights(points: list[Point]) -> tuple[float, float]:
+    """Sum of the weights in the last average, and the start's weight.
 
     Least squares of the average in the parameters so far, written as the start and the moves.
     """
-    average = points[-1].average or {}
+    average = points[-1].average
     every = max(1, sum(x.size for x in average.values()) // _SAMPLE)
     y, *visited = (
         trees.flat({name: x.ravel()[::every] for name, x in arrays.items()})
@@ -194,14 +170,14 @@ def _weights(points: list[Point]) -> tuple[float, float, float]:
         raise Skip("Parameters or their average are not finite.")
     X = np.stack([visited[0], *np.diff(visited, axis=0)], axis=1)
     scale = np.linalg.norm(X, axis=0)
-    if not scale.all():
-        return np.nan, np.nan, np.inf
-    X = X / scale
+    X = X / np.maximum(scale, 1e-300)
     solution, _, rank, _ = np.linalg.lstsq(X, y, rcond=None)
-    if rank < X.shape[1]:
-        return np.nan, np.nan, np.inf
-    residual = y - X @ solution
-    variance = residual @ residual / max(1, len(y) - len(solution))
-    errors = np.sqrt(variance * np.diag(np.linalg.inv(X.T @ X))) / scale
-    weights = solution / scale
-    return float(weights[0]), float(weights[0] - weights[1]), float(errors[1])
+    error = np.inf
+    if rank == X.shape[1]:
+        residual = y - X @ solution
+        variance = residual @ residual / max(1, len(y) - len(solution))
+        error = (variance * np.linalg.inv(X.T @ X)[1, 1]) ** 0.5 / scale[1]
+    if not error < 0.05:
+        raise Skip(f"The parameters moved too little to tell the average's weights ({error:.2g}).")
+    total, rest = solution[:2] / scale[:2]
+    return float(total), float(total - rest)

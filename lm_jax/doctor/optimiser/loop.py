@@ -21,9 +21,9 @@ class Point(NamedTuple):
     params: trees.Arrays
     arrays: trees.Arrays  # floating arrays of the state that have an axis: moments, averages
     counters: dict[str, int]  # whole numbers of the state
-    metrics: dict[str, float]
-    average: trees.Arrays | None
+    average: trees.Arrays
     updates: int  # as the loop counts them; 0 without updates_of
+    metrics: dict[str, float]
 
 
 class Batch(NamedTuple):
@@ -43,40 +43,32 @@ class Loop:
     def __init__(self, subject: Subject):
         """The loop is `subject.update_fn` or else `subject.step_fn`."""
         self.subject = subject
-        self.init_fn: Any = subject.init_fn
-        self.call_fn: Any = subject.update_fn or subject.step_fn
         self.params = trees.copies(subject.params)
         self.shapes = trees.shapes(trees.named(self.params))
-        if subject.update_fn is not None:
-            self.batch = self.direction(1.0)
-            zeros = jax.tree.map(lambda g: g * 0, self.batch.value)
-            self.empty: Batch | None = Batch("zero gradients", zeros)
-            self.bad = [self._poisoned("Inf", np.inf), self._poisoned("NaN", np.nan)]
+        if subject.update_fn is None:
+            self.params_of: Any = "params_of", subject.params_of
+            self.batch = Batch("batch", subject.batch)
+            empty, bad = subject.empty_batch, subject.bad_batch
+            self.empty = None if empty is None else Batch("empty_batch", empty)
+            self.bad = [] if bad is None else [Batch("bad_batch", bad)]
             return
-        self.batch = Batch("batch", subject.batch)
-        given = [Batch(n, getattr(subject, n)) for n in ("empty_batch", "bad_batch")]
-        self.empty = given[0] if given[0].value is not None else None
-        self.bad = [given[1]] if given[1].value is not None else []
+        self.params_of = "update_fn", operator.itemgetter(0)
+        self.batch = self.gradient("random gradients")
+        self.empty = self.gradient("zero gradients", norm=0.0)
+        self.bad = [self.gradient(f"gradients with one {x}", one=x) for x in (np.inf, np.nan)]
 
-    def direction(self, norm: float) -> Batch:
-        """Gradients of a global norm, the same direction every time."""
+    def gradient(self, name: str, norm: float = 1.0, one: float | None = None) -> Batch:
+        """Gradients of a global norm, in the same direction every time, `one` in the middle."""
         if self.subject.update_fn is None:
             raise give("update_fn")
         rng = self.subject.rng(1)
-        noise = [np.asarray(rng.standard_normal(shape)) for shape in self.shapes.values()]
+        noise = [np.array(rng.standard_normal(shape)) for shape in self.shapes.values()]
+        noise = [np.array(norm / trees.norm(noise) * x) for x in noise]
+        if one is not None:
+            largest = max(noise, key=np.size)
+            largest.flat[largest.size // 2] = one
         leaves, tree = jax.tree.flatten(self.params)
-        scale = norm / trees.norm(noise)
-        grads = [trees.like(x, scale * g) for x, g in zip(leaves, noise, strict=True)]
-        return Batch("random gradients", jax.tree.unflatten(tree, grads))
-
-    def _poisoned(self, name: str, value: float) -> Batch:
-        leaves, tree = jax.tree.flatten(self.batch.value)
-        arrays = [trees.as_array(leaf) for leaf in leaves]
-        largest = int(np.argmax([x.size for x in arrays]))
-        bad = arrays[largest].astype(np.float64)
-        bad.flat[bad.size // 2] = value
-        leaves[largest] = trees.like(leaves[largest], bad)
-        return Batch(f"gradients with one {name}", jax.tree.unflatten(tree, leaves))
+        return Batch(name, jax.tree.unflatten(tree, map(trees.like, leaves, noise)))
 
     def randomised(self) -> Any:
         """Parameters of which no leaf is zero or constant."""
@@ -89,8 +81,8 @@ class Loop:
 
     def start(self, params: Any) -> Any:
         """A new run's live state."""
-        own = trees.copies(params)
-        state = call("init_fn", self.init_fn, own)
+        own, init_fn = trees.copies(params), self.subject.init_fn
+        state = call("init_fn", init_fn, own)  # type: ignore[arg-type]
         if self.subject.update_fn is None:
             return state
         # Optimisers of PyTorch hold the tensors that they move; JAX may donate both arguments.
@@ -99,76 +91,80 @@ class Loop:
 
     def advance(self, live: Any, batch: Batch) -> tuple[Any, dict[str, float]]:
         """One call; the state and its metrics."""
+        step_fn: Any = self.subject.step_fn
         value = trees.copies(batch.value)
         if self.subject.update_fn is None:
             before = kind(live)
-            made = call(f"step_fn on {batch.name}", self.call_fn, live, value)
-            live, metrics = stepped(before, made)
+            live, metrics = stepped(before, call(f"step_fn on {batch.name}", step_fn, live, value))
             return live, _numbers(metrics)
         params, state, update = live
-        what = f"update_fn on {batch.name}"
-        made = call(what, self.call_fn, params, value, state, update)
+        given = self.subject.update_fn, params, value, state, update
+        made = call(f"update_fn on {batch.name}", *given)
         if not isinstance(made, tuple) or len(made) not in (2, 3):
             raise Broken("update_fn returned neither (params, opt_state) nor these and metrics")
-        return (made[0], made[1], update + 1), _numbers(made[2] if len(made) == 3 else None)
+        return (*made[:2], update + 1), _numbers((*made, None)[2])
 
-    def look(self, live: Any, metrics: dict[str, float] | None = None) -> Point:
+    def look(self, live: Any, metrics: dict[str, float]) -> Point:
         """A copy of the live state on the host."""
         given = self.subject
-        params, state = live[:2] if given.update_fn is not None else (None, live)
-
-        def like_params(name: str, tree: Any) -> trees.Arrays:
-            found = trees.named(opened(tree))
-            if trees.shapes(found) != self.shapes:
-                raise Broken(f"{name} returned other names or shapes than those of params")
-            return found
-
-        if given.params_of is not None and given.update_fn is None:
-            found = like_params("params_of", call("params_of", given.params_of, state))
-        else:
-            found = like_params("update_fn", params)
-        average = None
-        if given.ema_of is not None:
-            average = like_params("ema_of", call("ema_of", given.ema_of, state))
-        leaves = {
-            trees.path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(opened(state))
-        }
-        arrays = {
-            n: np.array(trees.as_array(x)) for n, x in leaves.items() if trees.is_float_leaf(x)
-        }
+        state = live if given.update_fn is None else live[1]
+        leaves = {trees.path_name(p): x for p, x in jax.tree.leaves_with_path(opened(state))}
+        floats = {n: trees.as_array(x) for n, x in leaves.items() if trees.is_float_leaf(x)}
+        updates_of: Any = given.updates_of or (lambda _: 0)
         return Point(
-            params=found,
-            arrays={n: x for n, x in arrays.items() if x.ndim},
-            counters={n: _whole(x) for n, x in leaves.items() if _whole(x) is not None},
-            metrics=metrics or {},
-            average=average,
-            updates=call("updates_of", lambda: int(given.updates_of(state)))
-            if given.updates_of
-            else 0,
+            params=self._read(*self.params_of, live),
+            arrays={n: np.array(x) for n, x in floats.items() if x.ndim},
+            counters={n: int(x) for n, x in leaves.items() if _is_whole(x)},
+            average=self._read("ema_of", given.ema_of, state) if given.ema_of else {},
+            updates=call("updates_of", lambda: int(updates_of(state))),
+            metrics=metrics,
         )
+
+    def _read(self, name: str, function: Any, state: Any) -> trees.Arrays:
+        """A tree like the parameters that is part of the state."""
+        found = trees.named(opened(call(name, function, state)))
+        if trees.shapes(found) != self.shapes:
+            raise Broken(f"{name} returned other names or shapes than those of params")
+        return found
 
     def play(self, *batches: Batch, params: Any = None, every_call: bool = False) -> list[Point]:
         """The start, and the state after each update or call; a batch makes one update."""
         calls = self.subject.calls_per_update
         try:
             live = self.start(self.params if params is None else params)
-            points = [self.look(live)]
+            points = [self.look(live, {})]
             for batch in batches:
                 for i in range(calls):
                     live, metrics = self.advance(live, batch)
                     if every_call or i == calls - 1:
                         points.append(self.look(live, metrics))
-        finally:
-            self._restore()
-        return points
+            return points
+        finally:  # a state_dict holds the very tensors of a module that init_fn may load it into
+            given, kept = jax.tree.leaves(self.subject.params), jax.tree.leaves(self.params)
+            for own, copy in zip(given, kept, strict=True):
+                if hasattr(own, "detach"):
+                    own.detach().copy_(copy.detach())
 
-    def _restore(self) -> None:
-        """Undo what was done to the given parameters: a state_dict holds the module's own."""
-        for own, kept in zip(
-            *map(jax.tree.leaves, (self.subject.params, self.params)), strict=True
-        ):
-            if hasattr(own, "detach"):
-                own.detach().copy_(kept.detach())
+
+def _is_whole(leaf: Any) -> bool:
+    array = hasattr(leaf, "dtype") and "int" in str(leaf.dtype) and not leaf.ndim
+    return array or isinstance(leaf, int)
+
+
+def _numbers(metrics: Any) -> dict[str, float]:
+    """The last value of each metric that is a number."""
+    if not isinstance(metrics, Mapping):
+        return {}
+    values = {str(name): trees.as_array(value) for name, value in metrics.items()}
+    kinds = {n: x.dtype == bool or jnp.issubdtype(x.dtype, np.number) for n, x in values.items()}
+    return {name: float(x.ravel()[-1]) for name, x in values.items() if x.size and kinds[name]}
+
+
+def logged(points: list[Point], name: str) -> list[float]:
+    """A metric at every update."""
+    if any(name not in point.metrics for point in points[1:]):
+        raise Skip(f"The metrics of a call have no '{name}'.")
+    return [point.metrics[name] for point in points[1:]]
 
 
 @fixture
@@ -195,7 +191,7 @@ def good(subject: Subject, calls: list[Point]) -> list[Point]:
 def still(loop: Loop, good: list[Point]) -> list[Point]:
     """Updates in which every gradient is zero, from randomised parameters."""
     if loop.empty is None:
-        raise give("empty_batch", why="Not given: empty_batch, one without a scored token.")
+        raise give("empty_batch")
     points = loop.play(*[loop.empty] * UPDATES, params=loop.randomised())
     norm = points[-1].metrics.get("optim/grad_norm", 0.0)
     if norm != 0:
@@ -203,44 +199,9 @@ def still(loop: Loop, good: list[Point]) -> list[Point]:
     return points
 
 
-class Poisoned(NamedTuple):
-    """The state before a bad update, after it, and after one more good update."""
-
-    name: str
-    before: Point
-    after: Point
-    later: Point
-
-
 @fixture
-def poisoned(loop: Loop, good: list[Point]) -> list[Poisoned]:
-    """Updates with each of the bad batches."""
+def poisoned(loop: Loop, good: list[Point]) -> dict[str, list[Point]]:
+    """For each bad batch the start and the states before it, after it, and an update later."""
     if not loop.bad:
-        raise give("bad_batch", why="Not given: bad_batch, one whose gradient is not finite.")
-    return [Poisoned(bad.name, *loop.play(loop.batch, bad, loop.batch)[1:]) for bad in loop.bad]
-
-
-def logged(points: list[Point], name: str) -> list[float]:
-    """A metric at every update."""
-    if any(name not in point.metrics for point in points[1:]):
-        raise Skip(f"The metrics of a call have no '{name}'.")
-    return [point.metrics[name] for point in points[1:]]
-
-
-def _whole(leaf: Any) -> int | None:
-    try:
-        return operator.index(leaf)
-    except TypeError:
-        return None
-
-
-def _numbers(metrics: Any) -> dict[str, float]:
-    """The last value of each metric that is a number."""
-    if not isinstance(metrics, Mapping):
-        return {}
-    values = {str(name): trees.as_array(value) for name, value in metrics.items()}
-    return {
-        name: float(x.ravel()[-1])
-        for name, x in values.items()
-        if x.size and (x.dtype == bool or jnp.issubdtype(x.dtype, np.number))
-    }
+        raise give("bad_batch")
+    return {bad.name: loop.play(loop.batch, bad, loop.batch) for bad in loop.bad}

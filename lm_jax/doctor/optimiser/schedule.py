@@ -59,21 +59,16 @@ def last_lr(plan: Plan, steps: int, end_lr: float) -> list[Measure]:
     # One update's change beside 5 %: schedules differ on whether the end is reached at the last
     # update or would be at the one after it.
     limit = 0.05 * end_lr + (abs(last - rates[-2]) if len(rates) > 1 else 0.0) + 1e-6 * peak
-    off = abs(last - end_lr)
     above = at[np.abs(rates - end_lr) > limit]
-    idle = 1 - (above[-1] + 1) / steps if len(above) else 0.0
-    share = last / peak if peak else 0.0
+    idle = float(1 - (above[-1] + 1) / steps) if len(above) else 0.0
+    off = f"distance of the last learning rate from {end_lr:.3g}"
+    share = f"it is {last / peak if peak else 0.0:.2f} of the peak, at update {steps - 1}"
+    # At 0 nothing is learned from there on; a floor above 0 may be meant.
+    early = "warn" if end_lr else "fail"
     return [
-        at_most(f"distance of the last learning rate from {end_lr:.3g}", off, limit, key="off"),
-        note(f"it is {share:.2f} of the peak, at update {steps - 1}", last, key="last"),
-        # At 0 nothing is learned from there on; a floor above 0 may be meant.
-        at_most(
-            "share of the run left when it is reached",
-            float(idle),
-            0.2,
-            otherwise="warn" if end_lr else "fail",
-            key="idle",
-        ),
+        at_most(off, abs(last - end_lr), limit, key="off"),
+        note(share, last, key="last"),
+        at_most("share of the run left when it is reached", idle, 0.2, otherwise=early, key="idle"),
     ]
 
 
@@ -81,32 +76,24 @@ def last_lr(plan: Plan, steps: int, end_lr: float) -> list[Measure]:
     "Shorten the warm-up, or count it in the same unit as the run, so that the peak comes within "
     "its first fifth."
 )
-def warmup(plan: Plan, steps: int) -> list[Measure]:
+def warmup(plan: Plan, steps: int) -> Measure:
     """The learning rate peaks within the first fifth of the run."""
     at, rates = plan
     peak = int(at[np.argmax(rates >= rates.max() * (1 - 1e-6))])
     rising = steps > 2 and peak == at[-1]
-    return [
-        at_most(
-            "share of the run before the peak of the learning rate",
-            peak / steps,
-            0.2,
-            otherwise="fail" if rising else "warn",
-            where="still rising at the end" if rising else f"at update {peak} of {steps}",
-            key="share",
-        ),
-    ]
+    where = "still rising at the end" if rising else f"at update {peak} of {steps}"
+    what, status = "share of the run before the peak", "fail" if rising else "warn"
+    return at_most(what, peak / steps, 0.2, otherwise=status, where=where, key="share")
 
 
 @check("Feed the schedule the counter of updates, the same that the run's length is given in.")
 def executed_lr(first_rates: list[float], good: list[Point]) -> list[Measure]:
     """The logged learning rates are the schedule's at the updates made."""
     made = logged(good, "optim/lr")
-    gap = float(
-        np.max(np.abs(np.subtract(made, first_rates)) / np.maximum(np.abs(first_rates), 1e-30))
-    )
+    gap = np.abs(np.subtract(made, first_rates)) / np.maximum(np.abs(first_rates), 1e-30)
+    what = "relative difference of logged and scheduled learning rates"
     return [
-        at_most("relative difference of logged and scheduled learning rates", gap, 1e-4, key="gap"),
+        at_most(what, float(gap.max()), 1e-4, key="gap"),
         note(f"logged {listed(map(shown, made))}", made, key="logged"),
         note(f"scheduled {listed(map(shown, first_rates))}", first_rates, key="planned"),
     ]

@@ -10,14 +10,14 @@ from lm_jax.doctor import trees
 from lm_jax.doctor.facts import Bound, Broken, Facts, above, call, function, require, whole
 
 UPDATES = 3  # made from every start
-_names = Bound(
-    "give a list of names", lambda x: isinstance(x, Collection) and not isinstance(x, str)
-)
+_names = Bound("give a list of names", lambda x: isinstance(x, Collection) and type(x) is not str)
 _counts = Bound(
     "give a list of whole numbers of 2 or more",  # one micro-batch is what they are compared with
     lambda x: isinstance(x, Collection) and all(whole(2).holds(n) for n in x),
 )
 _dtype = Bound("give the name of a float dtype", trees.names_float)
+Function = Annotated[Callable[..., Any] | None, function]
+Number = Annotated[float | None, above(0, or_equal=True)]
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -32,45 +32,36 @@ class Subject(Facts):
 
     params: Annotated[Any, "tree of arrays to start from; of a module its named_parameters."] = None
     init_fn: Annotated[
-        Callable[..., Any] | None,
-        "`(params) -> state` of the whole step, or `(params) -> opt_state` for `update_fn`.",
-        function,
+        Function, "`(params) -> state` of the whole step, or `-> opt_state` for `update_fn`."
     ] = None
     step_fn: Annotated[
-        Callable[..., Any] | None,
+        Function,
         "`(state, batch) -> state` or `(state, metrics)`; metrics are read under `optim/lr`, "
         "`optim/grad_norm`, `optim/grad_norm_clipped`, `optim/skipped_updates`.",
-        function,
     ] = None
-    params_of: Annotated[Callable[..., Any] | None, "`(state) -> params`.", function] = None
+    params_of: Annotated[Function, "`(state) -> params`."] = None
     batch: Annotated[
         Any,
         "what `step_fn` and `gradient_fn` read. For the accumulation check a dict whose `weights` "
         "[B, ...] leave rows with unequal numbers of scored tokens.",
     ] = None
-    empty_batch: Annotated[
-        Any, "one of which no token is scored, so that its gradient is zero."
-    ] = None
+    empty_batch: Annotated[Any, "one without a scored token, so that its gradient is 0."] = None
     bad_batch: Annotated[Any, "one whose gradient is not finite."] = None
     calls_per_update: Annotated[
         int, "calls of `step_fn` that make one update, if each is a micro-batch.", whole(1)
     ] = 1
-    updates_of: Annotated[
-        Callable[..., Any] | None, "`(state) -> int`, the loop's own count of updates.", function
-    ] = None
+    updates_of: Annotated[Function, "`(state) -> int`, the loop's own count of updates."] = None
     first_update: Annotated[int, "number of the update a fresh state makes first.", whole()] = 0
     update_fn: Annotated[
-        Callable[..., Any] | None,
+        Function,
         "`(params, grads, opt_state, update) -> (params, opt_state)` or with metrics as a third; "
         "instead of `step_fn`. It is fed noise, zeros and non-finite gradients.",
-        function,
     ] = None
     gradient_fn: Annotated[
-        Callable[..., Any] | None,
+        Function,
         "`(params, batch, micro_batches) -> grads`, the gradient of the mean over the scored "
         "tokens of the batch, computed in so many micro-batches; without dropout, and then "
         "`step_fn` too.",
-        function,
     ] = None
     micro_batches: Annotated[
         Sequence[int] | None, "the numbers of micro-batches to compare with one.", _counts
@@ -78,33 +69,19 @@ class Subject(Facts):
     compute_dtype: Annotated[
         str, "of the forward and backward pass, which sets rounding errors.", _dtype
     ] = "float32"
-    learning_rate: Annotated[Callable[..., Any] | None, "`(update) -> float`.", function] = None
+    learning_rate: Annotated[Function, "`(update) -> float`."] = None
     steps: Annotated[int | None, "updates of the run.", whole(1)] = None
-    end_lr: Annotated[
-        float | None, "learning rate declared for the last update.", above(0, or_equal=True)
-    ] = None
-    weight_decay: Annotated[
-        float | None, "decoupled, in params -= lr weight_decay params.", above(0, or_equal=True)
-    ] = None
+    end_lr: Annotated[Number, "learning rate declared for the last update."] = None
+    weight_decay: Annotated[Number, "decoupled, in params -= lr weight_decay params."] = None
     decayed: Annotated[
         Any,
         "tree like `params`, true where a leaf decays; None: only leaves of fewer than two axes "
         "are judged, which should not.",
     ] = None
-    clip_norm: Annotated[
-        float | None,
-        "largest global norm of the gradient; None or 0: not clipped.",
-        above(0, or_equal=True),
-    ] = None
-    ema_of: Annotated[
-        Callable[..., Any] | None,
-        "`(state) -> average of params`, as evaluation uses it.",
-        function,
-    ] = None
+    clip_norm: Annotated[Number, "largest norm of the whole gradient; None or 0: any."] = None
+    ema_of: Annotated[Function, "`(state) -> average of params`, as evaluation uses it."] = None
     first_eval: Annotated[int, "updates before the average is first evaluated.", whole(1)] = 100
-    unused: Annotated[
-        Collection[str], 'names of leaves ("block/gate") that need not move.', _names
-    ] = ()
+    unused: Annotated[Collection[str], 'leaves that need not move, as "block/gate".', _names] = ()
     seed: Annotated[int, "of the noise.", whole()] = 0
 
     def __post_init__(self) -> None:

@@ -10,7 +10,7 @@ from lm_jax.doctor.checks import check, fixture
 from lm_jax.doctor.facts import Broken, Skip, give
 from lm_jax.doctor.findings import Measure, at_least, at_most, holds, listed, none, note
 from lm_jax.doctor.numbers import FLOAT32_EPS
-from lm_jax.doctor.optimiser.loop import Loop, Point, Poisoned, logged
+from lm_jax.doctor.optimiser.loop import Loop, Point, logged
 from lm_jax.doctor.optimiser.subject import UPDATES, Subject
 from lm_jax.doctor.training.loop import unmoved
 
@@ -24,11 +24,8 @@ def updates(
 ) -> list[Measure]:
     """Every leaf has moved after the first updates."""
     start, end = good[0].params, good[-1].params
-    read = {
-        name: x
-        for name, x in start.items()
-        if name not in subject.unused and trees.is_floating(x.dtype) and not trees.is_mask(x)
-    }
+    kept = {n: x for n, x in start.items() if trees.is_floating(x.dtype) and not trees.is_mask(x)}
+    read = {name: x for name, x in kept.items() if name not in subject.unused}
     still = unmoved(read, end)
     # An early warm-up may move less than float32 resolves at a leaf's scale.
     rate = max(first_rates or [0.0])
@@ -50,9 +47,9 @@ def updates(
 )
 def update_count(subject: Subject, calls: list[Point]) -> list[Measure]:
     """Calls that move the parameters are every calls_per_update-th, and the counter agrees."""
-    per, pairs = subject.calls_per_update, zip(calls, calls[1:], strict=False)
-    changed = [len(unmoved(a.params, b.params)) < len(a.params) for a, b in pairs]
-    moved = [i + 1 for i, change in enumerate(changed) if change]
+    per = subject.calls_per_update
+    numbered = enumerate(zip(calls, calls[1:], strict=False), 1)
+    moved = [i for i, (a, b) in numbered if len(unmoved(a.params, b.params)) < len(a.params)]
     due = list(range(per, len(calls), per))
     made = f"calls that moved parameters: {listed(moved) or 'none'}, due: {listed(due)}"
     found = [holds(moved == due, made, moved, key="moved")]
@@ -95,28 +92,18 @@ def dtype(loop: Loop, good: list[Point]) -> list[Measure]:
 
     end = good[-1]  # optimisers of PyTorch make their moments in the first update
     params, moments = narrow(end.params), narrow(end.arrays)
-    stuck: list[str] = []
+    # Moments in 16 bits that do decay are a choice; a master copy in 16 bits loses updates.
+    what, of = "leaves of the state narrower than float32", len(end.arrays)
+    found = [
+        none("parameters narrower than float32", params, of=len(end.params), key="params"),
+        none(what, moments, of=of, otherwise="warn", key="moments"),
+    ]
     if moments and loop.empty is not None:
         *_, before, after = loop.play(loop.batch, loop.empty)
         live = {name: before.arrays[name] for name in moments if before.arrays[name].any()}
         # A copy of parameters that did not move says nothing.
-        stuck = [
-            name
-            for name in unmoved(live, after.arrays)
-            if not any(trees.same(live[name], x) for x in after.params.values())
-        ]
-    found = [
-        none("parameters narrower than float32", params, of=len(end.params), key="params"),
-        # Moments in 16 bits that do decay are a choice; a master copy in 16 bits loses updates.
-        none(
-            "leaves of the state narrower than float32",
-            moments,
-            of=len(end.arrays),
-            otherwise="warn",
-            key="moments",
-        ),
-    ]
-    if moments:
+        copies = {n for n, x in live.items() for y in after.params.values() if trees.same(x, y)}
+        stuck = [name for name in unmoved(live, after.arrays) if name not in copies]
         eps = float(jnp.finfo(end.arrays[moments[0]].dtype).eps)
         lost = f"a 1 - beta below {eps / 4:.1g} is lost"
         found.append(none("of them unchanged by zero gradients", stuck, where=lost, key="stuck"))
@@ -150,22 +137,19 @@ def accumulation(
     counts = weights.reshape(len(weights), -1).sum(1)
     if len(set(counts.tolist())) < 2:
         raise Skip(f"Every row of batch scores {counts[0]:.0f} tokens: no split can matter.")
-    errors, leaves = {}, {}
+    norm = trees.norm(whole_gradient.values())
+    gaps: dict[int, dict[str, float]] = {}
     for n in micro_batches:
         split = subject.gradient(n)
-        gaps = {name: np.linalg.norm(split[name] - x) for name, x in whole_gradient.items()}
-        errors[n] = float(np.linalg.norm([*gaps.values()]) / trees.norm(whole_gradient.values()))
-        leaves[n] = max(gaps, key=lambda name: gaps[name])
+        gaps[n] = {name: trees.norm([split[name] - x]) for name, x in whole_gradient.items()}
+    errors = {n: float(np.linalg.norm([*gap.values()]) / norm) for n, gap in gaps.items()}
     worst = max(errors, key=lambda n: np.nan_to_num(errors[n], nan=np.inf))
+    leaf = max(gaps[worst], key=lambda name: gaps[worst][name])
+    where = f"in {worst} micro-batches, most in {leaf}"
     rows = f"rows with {counts.min():.0f} to {counts.max():.0f} scored tokens"
+    what = f"change of the gradient of {rows} when split, as a share of its norm"
     return [
-        at_most(
-            f"change of the gradient of {rows} when split, as a share of its norm",
-            errors[worst],
-            _rounding(subject, 1e-5),
-            where=f"in {worst} micro-batches, most in {leaves[worst]}",
-            key="error",
-        ),
+        at_most(what, errors[worst], _rounding(subject, 1e-5), where=where, key="error"),
         note(f"micro-batches: {listed(errors)}", errors, key="errors"),
     ]
 
@@ -185,28 +169,19 @@ def clip(loop: Loop, good: list[Point], clip_norm: float) -> list[Measure]:
         raise Skip("Not given: clip_norm, or 0.", "clip_norm")
 
     def effect(share: float) -> np.ndarray:
-        before, after = loop.play(loop.direction(share * clip_norm))
+        before, after = loop.play(loop.gradient("gradients", share * clip_norm))
         kind = "arrays" if after.arrays else "params"
         start, end = getattr(before, kind), getattr(after, kind)
         # Optimisers of PyTorch have no moments before the first update.
         return trees.flat(end) - trees.flat({n: start.get(n, 0 * x) for n, x in end.items()})
 
     at, beyond, small, half = map(effect, (1.001, 100, 0.25, 0.5))
+    leak, reacts = trees.norm([beyond - at]) / trees.norm([at]), trees.norm([half - small])
+    above = f"change of the moments from norm {clip_norm:.3g}, the maximum, to 100 times that"
+    below = "change of the moments when a gradient below it is halved"
     return [
-        # Float32 norms and one division; moments keep a few eps of it.
-        at_most(
-            f"change of the moments by a gradient of {100 * clip_norm:.3g} beside one of the "
-            f"maximal norm {clip_norm:.3g}",
-            float(np.linalg.norm(beyond - at) / np.linalg.norm(at)),
-            1e-4,
-            key="beyond",
-        ),
-        at_least(
-            "change of the moments when a gradient below it is halved",
-            float(np.linalg.norm(half - small) / np.linalg.norm(half)),
-            0.1,
-            key="below",
-        ),
+        at_most(above, leak, 1e-4, key="beyond"),  # float32 norms and a division, and a few eps
+        at_least(below, reacts / trees.norm([half]), 0.1, key="below"),
     ]
 
 
@@ -219,16 +194,15 @@ def grad_norm(subject: Subject, good: list[Point], whole_gradient: trees.Arrays)
     if subject.step_fn is None:
         raise give("step_fn")
     norm = trees.norm(whole_gradient.values())
-
-    def compared(name: str, expected: float) -> list[Measure]:
-        first = logged(good, f"optim/{name}")[0]
-        gap, limit = abs(first - expected) / expected, _rounding(subject, 1e-4)
-        what = f"relative difference of the logged {name} {first:.5g} from {expected:.5g}"
-        return [at_most(what, gap, limit, key=f"{name}_gap")]
-
-    found = compared("grad_norm", norm)
+    due = {"grad_norm": norm}
     if subject.clip_norm:
-        found += compared("grad_norm_clipped", min(norm, subject.clip_norm))
+        due["grad_norm_clipped"] = min(norm, subject.clip_norm)
+    found = []
+    for name, expected in due.items():
+        first = logged(good, f"optim/{name}")[0]
+        what = f"relative difference of the logged {name} {first:.5g} from {expected:.5g}"
+        gap = abs(first - expected) / expected
+        found.append(at_most(what, gap, _rounding(subject, 1e-4), key=f"{name}_gap"))
     return found
 
 
@@ -237,10 +211,10 @@ def grad_norm(subject: Subject, good: list[Point], whole_gradient: trees.Arrays)
     "finite: parameters and moments stay; never put 0 in place of a NaN. Log skipped updates "
     "under 'optim/skipped_updates', and stop after some in a row."
 )
-def nonfinite(poisoned: list[Poisoned]) -> list[Measure]:
+def nonfinite(poisoned: dict[str, list[Point]]) -> list[Measure]:
     """A bad gradient changes no bit of the state, is counted, and training goes on."""
     found: list[Measure] = []
-    for name, before, after, later in poisoned:
+    for name, (_, before, after, later) in poisoned.items():
         state = before.params | {f"state:{n}": x for n, x in before.arrays.items()}
         now = after.params | {f"state:{n}": x for n, x in after.arrays.items()}
         broken = trees.nonfinite(now)
@@ -249,16 +223,16 @@ def nonfinite(poisoned: list[Poisoned]) -> list[Measure]:
         goes_on = len(unmoved(after.params, later.params)) < len(after.params)
         found += [
             none(f"leaves not finite after {name}", broken, of=len(now), key="nonfinite"),
-            none(f"others that moved, after {name}", moved, of=len(now), key="moved"),
-            holds(goes_on, f"the next good batch moves the parameters, after {name}", goes_on),
+            none(f"finite leaves that {name} moved", moved, of=len(now), key="moved"),
+            holds(goes_on, f"parameters move after {name} again", goes_on),
         ]
         counted = after.metrics.get("optim/skipped_updates", 0) > 0 or any(
             count > before.counters.get(n, count) and later.counters.get(n, count + 1) <= count
             for n, count in after.counters.items()
         )
         if counted or after.metrics:
-            what = f"updates skipped and counted, after {name}"
+            what = f"skipped updates counted after {name}"
             found.append(holds(counted, what, int(counted), limit="expected 1", key="counted"))
         else:
-            found.append(note("nothing tells skipped updates: neither metrics nor the state"))
+            found.append(note("neither metrics nor the state tell skipped updates"))
     return found
