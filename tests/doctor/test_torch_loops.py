@@ -1,5 +1,7 @@
 """Loops of PyTorch: states of modules and optimisers, which a step changes in place."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -9,7 +11,7 @@ from lm_jax.doctor import examine_optimiser, examine_training  # noqa: E402
 from tests.doctor import toy_loop  # noqa: E402
 
 V, D, T, LR = 17, 8, 6, 1e-2
-F = torch.nn.functional
+nn: Any = torch.nn
 
 
 @pytest.fixture(autouse=True)
@@ -20,12 +22,12 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-class Net(torch.nn.Module):
+class Net(nn.Module):
     def __init__(self, dtype=torch.float32):
         super().__init__()
-        self.table = torch.nn.Embedding(V, D)
-        torch.nn.init.normal_(self.table.weight, std=0.3)
-        self.linear, self.norm = torch.nn.Linear(D, D), torch.nn.LayerNorm(D)
+        self.table = nn.Embedding(V, D)
+        nn.init.normal_(self.table.weight, std=0.3)
+        self.linear, self.norm = nn.Linear(D, D), nn.LayerNorm(D)
         self.to(dtype)
 
     def forward(self, tokens):
@@ -36,7 +38,7 @@ class Net(torch.nn.Module):
 def nats(net, tokens, weights, shift=1):
     tokens, weights = torch.tensor(np.asarray(tokens)).long(), torch.tensor(np.asarray(weights))
     logits = net(tokens[:, : tokens.shape[1] - shift]).float()
-    each = F.cross_entropy(logits.transpose(1, 2), tokens[:, shift:], reduction="none")
+    each = nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, shift:], reduction="none")
     return (each * weights[:, shift:]).sum(), weights[:, shift:].sum()
 
 
@@ -65,7 +67,7 @@ def loop(*, dtype=torch.float32, frozen=(), steps=True, everywhere=False, shape=
         opt.zero_grad()
         total, count = nats(own, batch["tokens"], batch["weights"])
         (total / count.clamp(min=1)).backward()
-        norm = torch.nn.utils.clip_grad_norm_(own.parameters(), 1.0)
+        norm = nn.utils.clip_grad_norm_(own.parameters(), 1.0)
         if steps and torch.isfinite(norm):
             opt.step()
         return state, {"optim/lr": LR, "optim/skipped_updates": not torch.isfinite(norm)}
@@ -125,7 +127,7 @@ def test_half_a_step_that_works_in_place():
         def update_fn(params, grads, opt, update):
             for name, p in params.items():
                 p.grad = grads[name]
-            norm = torch.nn.utils.clip_grad_norm_(params.values(), 1.0)
+            norm = nn.utils.clip_grad_norm_(params.values(), 1.0)
             if not guard or torch.isfinite(norm):
                 opt.step()
             return params, opt, {"optim/skipped_updates": int(not torch.isfinite(norm))}

@@ -54,12 +54,12 @@ def declared(subject: Subject) -> dict[str, bool] | None:
     return {name: bool(x) for name, x in trees.named(subject.decayed).items()}
 
 
-def _resolved(subject: Subject, rates: list[float]) -> np.ndarray:
+def _resolved(subject: Subject, rates: list[float]) -> list[float]:
     """Relative decay of each update; `Skip` if float32 rounds it away whatever the loop does."""
-    decay = np.array(rates) * (subject.weight_decay or 0.0)
-    if subject.weight_decay and decay.min() < 4 * FLOAT32_EPS:
+    decay = [rate * (subject.weight_decay or 0.0) for rate in rates]
+    if subject.weight_decay and min(decay) < 4 * FLOAT32_EPS:
         raise Skip(
-            f"Learning rate times decay is {decay.min():.1g} at update {subject.first_update}, "
+            f"Learning rate times decay is {min(decay):.1g} at update {subject.first_update}, "
             "which float32 rounds away: let init_fn start past the warm-up and name first_update."
         )
     return decay
@@ -111,7 +111,7 @@ def decay_amount(
     declared: dict[str, bool] | None,
 ) -> list[Measure]:
     """With zero gradients what decays shrinks by the product of (1 - lr weight_decay)."""
-    expected = float(np.log1p(-_resolved(subject, first_rates)).sum())
+    expected = float(np.log1p(np.negative(_resolved(subject, first_rates))).sum())
     if declared is None:
         declared = {name: x.leaf.ndim >= 2 and x.log != 0 for name, x in shrunk.items()}
     judged = {name: x for name, x in shrunk.items() if declared.get(name)}

@@ -46,7 +46,7 @@ class Loop:
         self.params = trees.copies(subject.params)
         self.shapes = trees.shapes(trees.named(self.params))
         if subject.update_fn is None:
-            self.params_of: Any = "params_of", subject.params_of
+            self.params_of: tuple[str, Any] = "params_of", subject.params_of
             self.batch = Batch("batch", subject.batch)
             empty, bad = subject.empty_batch, subject.bad_batch
             self.empty = None if empty is None else Batch("empty_batch", empty)

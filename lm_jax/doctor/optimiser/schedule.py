@@ -1,13 +1,13 @@
 """Checks of the learning rate over a run."""
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
 
 from lm_jax.doctor.checks import check, fixture
 from lm_jax.doctor.facts import Broken, call
 from lm_jax.doctor.findings import Measure, at_most, holds, listed, note, shown
+from lm_jax.doctor.numbers import gap
 from lm_jax.doctor.optimiser.loop import Point, logged
 from lm_jax.doctor.optimiser.subject import UPDATES, Subject
 
@@ -26,22 +26,18 @@ def first_rates(subject: Subject, rate: Callable[[int], float]) -> list[float]:
     return [rate(subject.first_update + i) for i in range(UPDATES)]
 
 
-class Plan(NamedTuple):
-    """Learning rates of the run, at updates that include the first and the last two."""
-
-    at: np.ndarray
-    rates: np.ndarray
+Plan = tuple[np.ndarray, np.ndarray]  # updates of the run and their learning rates
 
 
 @fixture
 def plan(rate: Callable[[int], float], steps: int) -> Plan:
-    """Ask for the learning rate all along the run."""
+    """Ask for the learning rate all along the run, at the last two updates as well."""
     at = np.linspace(0, steps - 1, _LOOKS).astype(int)
     at = np.unique(np.append(at, max(0, steps - 2)))
     rates = np.array([rate(int(i)) for i in at])
     if not np.isfinite(rates).all():
         raise Broken(f"learning_rate({at[~np.isfinite(rates)][0]}) is not finite")
-    return Plan(at, rates)
+    return at, rates
 
 
 @check("Give update i of the warm-up (i + 1) / warmup of the peak, so that update 0 is not lost.")
@@ -90,10 +86,10 @@ def warmup(plan: Plan, steps: int) -> Measure:
 def executed_lr(first_rates: list[float], good: list[Point]) -> list[Measure]:
     """The logged learning rates are the schedule's at the updates made."""
     made = logged(good, "optim/lr")
-    gap = np.abs(np.subtract(made, first_rates)) / np.maximum(np.abs(first_rates), 1e-30)
+    scale = np.maximum(np.abs(first_rates), 1e-30)
     what = "relative difference of logged and scheduled learning rates"
     return [
-        at_most(what, float(gap.max()), 1e-4, key="gap"),
+        at_most(what, gap(made / scale, first_rates / scale), 1e-4, key="gap"),
         note(f"logged {listed(map(shown, made))}", made, key="logged"),
         note(f"scheduled {listed(map(shown, first_rates))}", first_rates, key="planned"),
     ]
