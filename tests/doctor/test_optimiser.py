@@ -1,6 +1,7 @@
 """Faults planted in training loops, and the checks that must see them."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -450,8 +451,11 @@ def test_nothing_given_is_skipped_by_name():
     assert "learning_rate" in report["optimiser.first_lr"].evidence
 
 
+CALLS = itertools.count()
+
+
 def raising(*_):
-    raise RuntimeError("out of cheese")
+    raise RuntimeError(f"out of cheese at call {next(CALLS)}")
 
 
 LOOP = ("updates", "nonfinite", "decay_mask", "ema")

@@ -49,7 +49,16 @@ def adamw(net, everywhere=False):
     return torch.optim.AdamW([g for g in groups if g["params"]], LR)
 
 
-def loop(*, dtype=torch.float32, frozen=(), steps=True, everywhere=False, shape=tuple, net=None):
+def loop(
+    *,
+    dtype=torch.float32,
+    frozen=(),
+    steps=True,
+    everywhere=False,
+    shape=tuple,
+    net=None,
+    mean_of_means=False,
+):
     """Arguments for `examine_optimiser`; `net` is one module that every run loads anew."""
     torch.manual_seed(0)
     given = net or Net(dtype)
@@ -72,6 +81,18 @@ def loop(*, dtype=torch.float32, frozen=(), steps=True, everywhere=False, shape=
             opt.step()
         return state, {"optim/lr": LR, "optim/skipped_updates": not torch.isfinite(norm)}
 
+    def gradient_fn(params, batch, micro_batches):
+        own = Net(dtype)
+        own.load_state_dict(params)
+        parts = [
+            nats(own, x["tokens"], x["weights"]) for x in toy_loop.micros(batch, micro_batches)
+        ]
+        if mean_of_means:
+            sum(total / count for total, count in parts).div(len(parts)).backward()
+        else:
+            (sum(total for total, _ in parts) / sum(count for _, count in parts)).backward()
+        return {name: p.grad for name, p in own.named_parameters()}
+
     batch = toy_loop.ragged(0)
     bad = batch | {"weights": batch["weights"].copy()}
     bad["weights"][-1, 1] = np.inf
@@ -84,6 +105,8 @@ def loop(*, dtype=torch.float32, frozen=(), steps=True, everywhere=False, shape=
         batch=batch,
         empty_batch=batch | {"weights": 0 * batch["weights"]},
         bad_batch=bad,
+        gradient_fn=gradient_fn,
+        micro_batches=(4,),
         learning_rate=lambda update: LR,
         weight_decay=0.1,
         decayed={name: p.ndim > 1 for name, p in params.items()},
@@ -96,7 +119,7 @@ def test_a_healthy_loop_is_quiet(shape):
     assert not report.failed and not report.warned, report.verdict
     passed = {f.check.split(".")[1] for f in report if f.status == "pass"}
     assert passed >= {"updates", "share_changed", "dtype", "nonfinite", "decay_mask"}
-    assert passed >= {"update_count", "executed_lr", "decay_amount"}
+    assert passed >= {"update_count", "executed_lr", "decay_amount", "accumulation"}
 
 
 def test_the_weights_that_were_given_stay_as_they_were():
@@ -116,6 +139,7 @@ def test_faults_of_the_loop():
     report = examine_optimiser(**loop(everywhere=True))
     wrong = report["optimiser.decay_mask"].values["wrong"]
     assert set(wrong) == {"linear.bias", "norm.weight", "norm.bias"}
+    assert examine_optimiser(**loop(mean_of_means=True)).failed == ["optimiser.accumulation"]
     report = examine_optimiser(**loop(dtype=torch.bfloat16))
     assert len(report["optimiser.dtype"].values["params"]) == 5
     assert report["optimiser.dtype"].values["moments"]

@@ -214,7 +214,7 @@ def fails(*_):
         (2, lambda state, tokens: 3.0, "no (sum, count)"),
         (2, lambda state, tokens: (np.nan, 4), "a sum of nan over a count of 4"),
         (2, lambda state, tokens: (1.0, 0), "a count of 0"),
-        (1, lambda state, tokens: None, "let it return the state"),
+        (1, lambda state, tokens: None, "let it return the state even if it changes in place"),
         (1, lambda state, tokens: 2.5, "neither a state like the one it got"),
         (2, lambda state, tokens: (np.log(V), tokens.size), "not a sum but a mean"),
         (2, lambda state, tokens: (np.log(V), 1), "a count of 1: let it return the nats of all"),

@@ -16,8 +16,13 @@ _LOOKS = 200  # updates of a run whose learning rate is asked for
 
 @fixture
 def rate(learning_rate: Callable[..., float]) -> Callable[[int], float]:
-    """The learning rate of an update."""
-    return lambda update: call("learning_rate", lambda: float(learning_rate(update)))
+    """The learning rate of an update; one that cannot be called is told here, once."""
+
+    def asked(update: int) -> float:
+        return call("learning_rate", lambda: float(learning_rate(update)))
+
+    asked(0)
+    return asked
 
 
 @fixture

@@ -11,6 +11,7 @@ from lm_jax.doctor.training.subject import EARLY, REPEATED, Course, Overfitted, 
 
 BLOCK = 64  # batches scored between looks at the standard error
 MOST_BLOCKS = 56  # some seconds; then the power is what it is
+MOST_LOGITS = 2**36  # computed by them, about as many as in training with V 50,257 and T 1024
 PAIRS = 4  # batches whose halves are exchanged
 
 
@@ -36,7 +37,8 @@ def gibbs(subject: Subject, course: Course) -> list[Measure]:
     """On fresh uniform tokens no predictor has less than ln V nats: the Gibbs inequality."""
     means: list[float] = []
     counts: set[float] = set()
-    for block in range(MOST_BLOCKS):
+    logits = BLOCK * subject.rows * subject.seq_len * subject.vocab_size
+    for block in range(min(MOST_BLOCKS, max(1, MOST_LOGITS // logits))):
         for i in range(BLOCK):
             nats, count = subject.score(course.state, subject.batch(2, block, i))
             means.append(nats / count)

@@ -35,9 +35,10 @@ def stepped(before: Any, out: Any) -> tuple[Any, Any]:
         return out, None
     if isinstance(out, tuple) and len(out) == 2 and kind(out[0]) == before:
         return out
-    if out is None:
-        raise Broken("step_fn returned nothing; let it return the state, even if changed in place")
-    raise Broken("step_fn returned neither a state like the one it got nor (state, metrics)")
+    raise Broken(
+        "step_fn returned neither a state like the one it got nor (state, metrics); let it return "
+        "the state even if it changes in place"
+    )
 
 
 def opened(tree: Any) -> Any:
