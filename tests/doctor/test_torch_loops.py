@@ -174,8 +174,23 @@ def test_half_a_step_that_works_in_place():
 
 
 def test_a_module_is_no_tree_of_parameters():
-    with pytest.raises(ValueError, match="named_parameters"):
-        examine_optimiser(params=Net())
+    for params in (Net(), Net().parameters()):
+        with pytest.raises(ValueError, match="named_parameters"):
+            examine_optimiser(params=params)
+
+
+def test_parameters_that_are_handed_out_one_by_one():
+    healthy = loop()
+    names, healthy_init = list(healthy["params"]), healthy["init_fn"]
+    healthy |= dict(
+        params=list(Net().parameters()),
+        init_fn=lambda params: healthy_init(dict(zip(names, params, strict=True))),
+        params_of=lambda state: state[0].parameters(),
+        gradient_fn=None,
+        decayed=None,
+    )
+    report = examine_optimiser(**healthy)
+    assert not report.failed and report["optimiser.updates"].status == "pass", report.verdict
 
 
 def training(*, shift=1, frozen=(), steps=True, dtype=torch.float32, params_of=True, **more):

@@ -1,7 +1,7 @@
 """What the user gives to `examine_optimiser`."""
 
 import dataclasses
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Annotated, Any
 
 import numpy as np
@@ -94,13 +94,12 @@ class Subject(Facts):
             require(getattr(self, name) is not None, name, f"give it with {loop[0]}")
         micro = self.update_fn is None or self.calls_per_update == 1
         require(micro, "calls_per_update", "leave it at 1, since every update_fn is an update")
-        floats = self.params is None or any(
-            x.size for x in trees.float_leaves(self.params).values()
-        )
+        module = isinstance(self.params, Iterator) or hasattr(self.params, "named_parameters")
+        remedy = "give dict(module.named_parameters()), and load it into a module in init_fn"
+        require(not module, "params", remedy)
+        sizes = map(np.size, trees.float_leaves(self.params).values())
         remedy = "give a pytree that holds floating-point arrays"
-        if hasattr(self.params, "named_parameters"):
-            remedy = "give dict(module.named_parameters()), and load it into a module in init_fn"
-        require(floats, "params", remedy)
+        require(self.params is None or any(sizes), "params", remedy)
 
     def gradient(self, micro_batches: int) -> trees.Arrays:
         """The gradient of the batch in so many pieces, in float64."""

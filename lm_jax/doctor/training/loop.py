@@ -1,6 +1,7 @@
 """What every examined loop has: a state that a step takes and returns, and leaves that move."""
 
 import numbers
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -42,7 +43,7 @@ def stepped(before: Any, out: Any) -> tuple[Any, Any]:
 
 
 def opened(tree: Any) -> Any:
-    """PyTorch's modules and optimisers replaced by the arrays in them."""
+    """PyTorch's modules and optimisers, and generators, replaced by the arrays in them."""
 
     def arrays(leaf: Any) -> Any:
         if hasattr(leaf, "named_parameters"):
@@ -51,7 +52,7 @@ def opened(tree: Any) -> Any:
             return {str(name): x for name, x in leaf.state_dict()["state"].items()}
         return leaf
 
-    return jax.tree.map(arrays, tree)
+    return jax.tree.map(arrays, list(tree) if isinstance(tree, Iterator) else tree)
 
 
 def unmoved(before: trees.Arrays, after: trees.Arrays) -> list[str]:
