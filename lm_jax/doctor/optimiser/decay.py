@@ -131,7 +131,7 @@ def decay_amount(
     what = f"leaves that do not shrink by {factor:.8f}, the product of (1 - lr weight_decay)"
     return [
         none(what, wrong, of=len(judged), where=where, key="wrong"),
-        note("factor expected", factor, key="expected"),
+        note("expected factor", factor, key="expected"),
     ]
 
 

@@ -223,8 +223,8 @@ def nonfinite(poisoned: dict[str, list[Point]]) -> list[Measure]:
         goes_on = len(unmoved(after.params, later.params)) < len(after.params)
         found += [
             none(f"leaves not finite after {name}", broken, of=len(now), key="nonfinite"),
-            none(f"finite leaves that {name} moved", moved, of=len(now), key="moved"),
-            holds(goes_on, f"parameters move after {name} again", goes_on),
+            none(f"finite leaves moved by {name}", moved, where="so it was no skip", key="moved"),
+            holds(goes_on, f"parameters move again after {name}", goes_on),
         ]
         counted = after.metrics.get("optim/skipped_updates", 0) > 0 or any(
             count > before.counters.get(n, count) and later.counters.get(n, count + 1) <= count
