@@ -214,6 +214,12 @@ def fails(*_):
         (2, lambda state, tokens: 3.0, "no (sum, count)"),
         (2, lambda state, tokens: (np.nan, 4), "a sum of nan over a count of 4"),
         (2, lambda state, tokens: (1.0, 0), "a count of 0"),
+        (1, lambda state, tokens: None, "let it return the state even if it changes in place"),
+        (1, lambda state, tokens: 2.5, "neither a state like the one it got"),
+        (2, lambda state, tokens: (np.log(V), tokens.size), "not a sum but a mean"),
+        (2, lambda state, tokens: (np.log(V), 1), "a count of 1: let it return the nats of all"),
+        (2, lambda state, tokens: (-np.log(V) * tokens.size, tokens.size), "a sum of -"),
+        (2, lambda state, tokens: (tokens.size, np.log(V) * tokens.size), "of all scored tokens"),
     ],
 )
 def test_unfit_functions_fail_once_and_skip_the_rest(place, function, reason):
@@ -222,6 +228,31 @@ def test_unfit_functions_fail_once_and_skip_the_rest(place, function, reason):
     report = short(functions)
     assert report.failed == ["training.run"] and reason in report["training.run"].evidence
     assert {f.status for f in report if f.check != "training.run"} == {"skip"}
+
+
+def test_params_of_that_raises_fails_once():
+    report = short(healthy(), params_of=fails)
+    assert report.failed == ["training.run"] and "out of memory" in report["training.run"].evidence
+
+
+def test_a_count_with_one_position_too_many():
+    init_fn, step_fn, score_fn = healthy()
+    wrong = init_fn, step_fn, lambda state, tokens: (score_fn(state, tokens)[0], tokens.size)
+    finding = short(wrong)["training.gibbs"]
+    assert finding.status == "fail" and "sum and count" in finding.evidence
+
+
+@pytest.mark.parametrize("sizes, rows", [((61, 48), 16), ((50_257, 256), 5), ((50_257, 1024), 2)])
+def test_rows_of_a_large_vocabulary_are_few(sizes, rows):
+    seen = []
+
+    def score(state, tokens):
+        seen.append(tokens.shape)
+        raise RuntimeError
+
+    V, T = sizes
+    examine_training(lambda seed: 0, lambda state, tokens: state, score, vocab_size=V, seq_len=T)
+    assert seen == [(rows, T)]
 
 
 def test_a_loss_that_leaves_out_a_token_by_its_value():

@@ -1,5 +1,6 @@
 """Optimisers and schedules."""
 
-from lm_jax.doctor.optimiser.examine import examine_optimiser
+from lm_jax.doctor.checks import examination
+from lm_jax.doctor.optimiser import decay, loop, schedule, subject, update
 
-__all__ = ["examine_optimiser"]
+examine_optimiser = examination(subject.Subject, loop, update, schedule, decay)

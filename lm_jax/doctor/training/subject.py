@@ -5,15 +5,16 @@ import math
 from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple
 
-import jax
 import numpy as np
 
 from lm_jax.doctor import trees
 from lm_jax.doctor.checks import fixture
 from lm_jax.doctor.facts import Broken, Facts, above, call, function, whole
+from lm_jax.doctor.training.loop import kind, opened, stepped, unmoved
 
 EARLY = 20  # updates after which every parameter must have moved
 REPEATED = 3  # updates that are made twice
+LOGITS = 2**26  # of a batch if its size is not given: 256 MiB in float32
 
 
 @dataclasses.dataclass
@@ -38,7 +39,9 @@ class Subject(Facts):
     _: dataclasses.KW_ONLY
     vocab_size: Annotated[int, "V.", whole(2)]
     seq_len: Annotated[int, "T.", whole(4)]
-    batch_size: Annotated[int, "B, of all calls.", whole(2)] = 16
+    batch_size: Annotated[
+        int | None, "B, of all calls; None: 16, or what keeps the logits below 256 MiB.", whole(2)
+    ] = None
     steps: Annotated[
         int, "updates on fresh tokens; half as many more are made on one batch.", whole(EARLY)
     ] = 400
@@ -54,8 +57,13 @@ class Subject(Facts):
 
     def batch(self, *stream: int) -> np.ndarray:
         """Fresh independent uniform ids [B, T], over the whole vocabulary."""
-        size = (self.batch_size, self.seq_len)
+        size = (self.rows, self.seq_len)
         return self.rng(*stream).integers(0, self.vocab_size, size, dtype=np.int32)
+
+    @property
+    def rows(self) -> int:
+        """Rows of a batch."""
+        return self.batch_size or min(16, max(2, LOGITS // (self.vocab_size * self.seq_len)))
 
     @property
     def chance(self) -> float:
@@ -68,23 +76,22 @@ class Subject(Facts):
 
     def step(self, state: Any, tokens: np.ndarray) -> Any:
         """The state after one update; metrics, if there are any, are dropped."""
-        shape: Any = jax.tree.structure(state)
-        out = call("step_fn", self.step_fn, state, tokens.copy())
-        if jax.tree.structure(out) == shape:
-            return out
-        if isinstance(out, tuple) and len(out) == 2 and jax.tree.structure(out[0]) == shape:
-            return out[0]
-        raise Broken("step_fn returned neither a state like the one it got nor (state, metrics)")
+        before = kind(state)
+        return stepped(before, call("step_fn", self.step_fn, state, tokens.copy()))[0]
 
     def score(self, state: Any, tokens: np.ndarray) -> tuple[float, float]:
         """Summed nats and count."""
         out = call("score_fn", self.score_fn, state, tokens.copy())
         try:
-            nats, count = (float(x) for x in out)
+            nats, count = (float(trees.as_array(x)) for x in out)
         except (TypeError, ValueError) as error:
             raise Broken(f"score_fn returned no (sum, count): {error}") from error
-        if not (math.isfinite(nats) and math.isfinite(count) and count > 0):
-            raise Broken(f"score_fn returned a sum of {nats} over a count of {count}")
+        fit = math.isfinite(nats) and nats >= -1e-3 * count and len(tokens) <= count <= tokens.size
+        if not fit:
+            raise Broken(
+                f"score_fn returned a sum of {nats:.6g} over a count of {count:.6g}: let it return "
+                f"the nats of all scored tokens of {tokens.shape}, summed, and how many they are"
+            )
         return nats, count
 
     def mean(self, state: Any, tokens: np.ndarray) -> float:
@@ -93,17 +100,20 @@ class Subject(Facts):
         return nats / count
 
     def parameters(self, state: Any) -> trees.Arrays:
-        """Copies of the floating-point leaves, by path."""
+        """The floating-point leaves by path, which the next step may overwrite."""
         tree = state if self.params_of is None else call("params_of", self.params_of, state)
-        return {name: x.copy() for name, x in trees.float_leaves(tree).items() if x.size}
+        return {name: x for name, x in trees.float_leaves(opened(tree)).items() if x.size}
 
 
 class Course(NamedTuple):
     """A run on fresh tokens, with the mean nats of one probe batch on the way."""
 
     state: Any
-    parameters: list[trees.Arrays]  # at the start, after `EARLY` updates, at the end
     nats: list[float]  # at the start, after `REPEATED` and `EARLY` updates, at the end
+    leaves: int  # of floating-point numbers
+    unmoved: list[str]  # after `EARLY` updates
+    nonfinite: list[str]  # at the end
+    norms: tuple[float, float]  # of all leaves at the start and at the end
 
 
 @fixture
@@ -116,15 +126,26 @@ def probe(subject: Subject) -> np.ndarray:
 def course(subject: Subject, probe: np.ndarray) -> Course:
     """Train on fresh uniform tokens all the way."""
     state = subject.start()
-    parameters, nats = [subject.parameters(state)], [subject.mean(state, probe)]
+    start = {name: x.copy() for name, x in subject.parameters(state).items()}
+    first, count = subject.score(state, probe)
+    # Untrained, no 16 tokens cost together what one costs by chance.
+    if count >= 16 and 0.5 < first / subject.chance < 2:
+        raise Broken(
+            f"score_fn returned {first:.4g} nats for {count:g} tokens: not a sum but a mean"
+        )
+    nats, norm, leaves = [first / count], trees.norm(start.values()), len(start)
     for i in range(subject.steps):
         state = subject.step(state, subject.batch(1, i))
         if i + 1 in (REPEATED, EARLY):
             nats.append(subject.mean(state, probe))
         if i + 1 == EARLY:
-            parameters.append(subject.parameters(state))
-    parameters.append(subject.parameters(state))
-    return Course(state, parameters, [*nats, subject.mean(state, probe)])
+            still = unmoved(start, subject.parameters(state))
+            start.clear()  # of a large model each copy is gigabytes
+    end = subject.parameters(state)
+    nats.append(subject.mean(state, probe))
+    return Course(
+        state, nats, leaves, still, trees.nonfinite(end), (norm, trees.norm(end.values()))
+    )
 
 
 class Overfitted(NamedTuple):
@@ -140,7 +161,7 @@ class Overfitted(NamedTuple):
 def overfitted(subject: Subject) -> Overfitted:
     """Train on two rows, as a batch of the usual shape."""
     rows = subject.batch(5)[:2]
-    tokens = np.resize(rows, (subject.batch_size, subject.seq_len))
+    tokens = np.resize(rows, (subject.rows, subject.seq_len))
     steps = max(subject.steps // 2, EARLY)
     state = subject.start()
     for i in range(steps):
