@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm_jax.doctor.checks import fixture
-from lm_jax.doctor.distill.subject import Subject, gradients
+from lm_jax.doctor.distill.subject import Subject, gradients, scalar
 from lm_jax.doctor.facts import Broken, call
 from lm_jax.doctor.numbers import FLOAT32_EPS as EPS
 from lm_jax.doctor.numbers import log_softmax
@@ -60,7 +60,7 @@ class Divergence:
         """Sum and count."""
         arrays = map(jnp.asarray if self.gradient else np.array, logits)
         made = pair(self.name, call(self.name, self.fn, *arrays, temperature))
-        return np.array([call(f"a number of {self.name}", float, x) for x in made])
+        return np.array([call(f"a number of {self.name}", scalar, x) for x in made])
 
     def draw(self, spread: float, stream: int = 0) -> Logits:
         """Random logits on a grid; ragged rows of weights that are not all 1."""

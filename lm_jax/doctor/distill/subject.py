@@ -130,11 +130,16 @@ class Subject(Facts):
         return found
 
 
+def scalar(value: Any) -> float:
+    """A number of any framework."""
+    return float(trees.as_array(value))
+
+
 def numbers(name: str, made: Any) -> dict[str, float]:
     """What a function returned as numbers by name."""
     if not isinstance(made, Mapping):
         raise Broken(f"{name} returned a {type(made).__name__}, not a mapping of numbers")
-    return {str(n): call(f"the number {n} of {name}", float, x) for n, x in made.items()}
+    return {str(n): call(f"the number {n} of {name}", scalar, x) for n, x in made.items()}
 
 
 def gradients(name: str, total: Callable[..., Any], *args: Any) -> tuple[Any, ...]:
@@ -199,7 +204,7 @@ def objective(objective_fn: Any, student_params: Any, teacher_params: Any, batch
         made = call("objective_fn", objective_fn, student_params, teacher, batch, alpha)
         if not (isinstance(made, tuple) and len(made) == 2):
             raise Broken("objective_fn did not return (total, mapping of raw parts)")
-        return call("the total of objective_fn", float, made[0]), numbers("objective_fn", made[1])
+        return call("the total of objective_fn", scalar, made[0]), numbers("objective_fn", made[1])
 
     return found
 
@@ -229,9 +234,9 @@ def loop(
         if subject.teacher_of is None:
             return Point(student, {}, None)
         params = call("teacher_of", subject.teacher_of, state)
-        known = subject.targets_fn is not None
+        teacher, known = held("teacher_of", params), subject.targets_fn is not None
         targets = subject.logits("targets_fn", params, batch).copy() if known else None
-        return Point(student, held("teacher_of", params), targets)
+        return Point(student, teacher, targets)
 
     state = call("init_fn", init_fn, subject.seed)
     before, shape = point(state), jax.tree.structure(state)

@@ -12,7 +12,7 @@ from lm_jax.doctor.facts import Broken, Skip, call, give
 from lm_jax.doctor.findings import Measure, at_most, equals, holds, none, note
 from lm_jax.doctor.numbers import log_softmax, mean, nats, resolution
 
-MOST = 2**24  # logits that are compared in float64, all at once
+MOST = 2**23  # logits that are compared in float64, all at once
 CHUNK = 2**21  # the same where they are compared piece by piece
 FLOOR = 50  # nats; logits further below the largest of their position say nothing
 Loop = tuple[Point, Point]
@@ -24,10 +24,15 @@ def floored(logits: np.ndarray) -> np.ndarray:
     return np.maximum(wide, wide.max(-1, keepdims=True) - FLOOR)
 
 
+def pieces(logits: np.ndarray) -> list[np.ndarray]:
+    """Logits [B, T, V] as lists of positions, few enough for float64."""
+    return np.array_split(logits.reshape(-1, logits.shape[-1]), 1 + logits.size // CHUNK)
+
+
 def change(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Largest difference of two logits at every position, [B, T]."""
-    pieces = [np.array_split(x.reshape(-1, x.shape[-1]), 1 + a.size // CHUNK) for x in (a, b)]
-    found = [np.abs(floored(x) - floored(y)).max(-1) for x, y in zip(*pieces, strict=True)]
+    both = zip(pieces(a), pieces(b), strict=True)
+    found = [np.abs(floored(x) - floored(y)).max(-1) for x, y in both]
     return np.concatenate(found).reshape(a.shape[:2])
 
 
@@ -170,7 +175,7 @@ def future(
     subject: Subject, taught: np.ndarray, tokens: np.ndarray, batch: Any, suffix_fn: Any = None
 ) -> list[Measure]:
     """Another suffix of the text leaves the targets before it as they were."""
-    limit = 8 * subject.eps * float(change(taught, np.zeros_like(taught)).max())
+    limit = 8 * subject.eps * max(float(np.abs(floored(x)).max()) for x in pieces(taught))
     length, earlier, later = tokens.shape[1], {}, 0.0
     for cut in sorted({max(1, length // 3), length // 2, length - 1}):
         if suffix_fn is not None:
