@@ -354,7 +354,7 @@ def test_functions_that_raise_or_return_nonsense():
     assert not [f for f in report if f.status == "pass"], [f for f in report if f.status == "pass"]
     report = examine_distillation(kd_fn=lambda *_: 1.0, targets_fn=lambda *_: 1.0, **_rest(given))
     assert {f.status for f in report} == {"error", "skip"}
-    assert "instead of (sum, count)" in report["distill.temperature"].evidence
+    assert "instead of two scalars (sum, count)" in report["distill.temperature"].evidence
     assert "returned shape ()" in report["distill.teacher_eval"].evidence
 
 
@@ -472,7 +472,7 @@ def test_a_small_weight_is_judged_by_its_own_size():
 
 
 def test_a_large_vocabulary_takes_no_copies_in_float64():
-    size, shape = 50_257, (4, 128)
+    size, shape = 50_257, (2, 128)
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, 50, shape)
     logits = rng.normal(size=(50, size)).astype(np.float32)[tokens]
@@ -488,7 +488,7 @@ def test_a_large_vocabulary_takes_no_copies_in_float64():
     tracemalloc.stop()
     assert "distill.alignment" in report.failed and "distill.information" in report.failed
     # The rolled ones are here twice; float64 of all of them would be twice as large each time.
-    assert peak < 2 * logits.nbytes + 6e8, peak
+    assert peak < 2 * logits.nbytes + 5.5e8, peak
 
 
 # PyTorch

@@ -1,6 +1,6 @@
 """Distillation: the divergence, the teacher and its targets, the objective and its log."""
 
 from lm_jax.doctor.checks import examination
-from lm_jax.doctor.distill import divergence, kd, objective, subject, targets
+from lm_jax.doctor.distill import divergence, objective, subject, targets
 
-examine_distillation = examination(subject.Subject, subject, kd, divergence, targets, objective)
+examine_distillation = examination(subject.Subject, subject, divergence, targets, objective)

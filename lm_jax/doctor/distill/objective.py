@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -20,10 +20,7 @@ LEAST_CANDIDATES = 16
 CLOCK_LIMIT = 1e-3
 
 
-@check(
-    "Put stop_gradient on the teacher's output and give the optimiser the student's leaves only; "
-    "a projection of the teacher's states that is trained by the divergence is a moving target."
-)
+@check("Put stop_gradient on the teacher's output, and on every projection of it.")
 def teacher_gradient(subject: Subject, objective: Objective) -> list[Measure]:
     """The gradient of the objective by every teacher-side leaf is exactly 0."""
     whole, params = subject.whole_fn, (subject.student_params, subject.teacher_params)
@@ -34,10 +31,12 @@ def teacher_gradient(subject: Subject, objective: Objective) -> list[Measure]:
             return whole(student, teacher, subject.batch)
         return subject.objective_fn(student, teacher, subject.batch, 0.5)[0]  # type: ignore[misc]
 
-    objective(subject.teacher_params, 0.5)
-    call(name, total, *params)
     torch = any(hasattr(leaf, "backward") for leaf in jax.tree.leaves(params[0]))
-    made = (_by_torch if torch else gradients)(name, total, *params)
+    try:
+        made = (_by_torch if torch else gradients)(name, total, *params)
+    except Skip:
+        call(name, total, *params)  # it may raise without a gradient as well
+        raise
     student, teacher = (
         {n: trees.norm([g]) for n, g in trees.float_leaves(tree).items()} for tree in made
     )
@@ -60,10 +59,7 @@ def _by_torch(name: str, total: Callable[..., Any], *params: Any) -> Any:
     return jax.tree.map(lambda x: 0 * x if getattr(x, "grad", None) is None else x.grad, params)
 
 
-@check(
-    "Feed the teacher's logits, not the student's, to the divergence, and let the total be alpha "
-    "times it plus (1 - alpha) times the cross-entropy."
-)
+@check("Feed the teacher's logits to the divergence; let total be alpha kd + (1 - alpha) lm.")
 def present(subject: Subject, objective: Objective) -> list[Measure]:
     """Other teacher weights change the distillation, and alpha = 0, 1 are the pure losses."""
     rng = subject.rng(5)
@@ -93,45 +89,27 @@ def present(subject: Subject, objective: Objective) -> list[Measure]:
     ]
 
 
-class Record(NamedTuple):
-    """What a record has of a distillation."""
-
-    step: float | None
-    raw: dict[str, float]
-    weighted: dict[str, float]
-
-
 @fixture
-def log(records: Any) -> list[Record]:
-    """The records, by what their numbers are."""
-
-    def named(record: Mapping[str, Any], start: str) -> dict[str, float]:
-        found = {n.removeprefix(start): number(x) for n, x in record.items() if n.startswith(start)}
-        return {n: x for n, x in found.items() if x is not None and "weighted/" not in n}
-
-    return [
-        Record(number(r.get("step", "")), named(r, "distill/"), named(r, "distill/weighted/"))
-        for r in records
-    ]
+def log(records: Any) -> list[dict[str, float]]:
+    """The numbers of every record, without `distill/` in their names."""
+    rows = [{n.removeprefix("distill/"): number(x) for n, x in r.items()} for r in records]
+    return [{n: x for n, x in row.items() if x is not None} for row in rows]
 
 
-@check(
-    "Log the raw term as distill/<name>, weight times it as distill/weighted/<name>, and the "
-    "divergence with T^2 under a name of its own (kd_kl_t2)."
-)
-def terms(log: list[Record]) -> list[Measure]:
+@check("Log raw terms as distill/NAME, weighted ones as distill/weighted/NAME, T^2 as kd_kl_t2.")
+def terms(log: list[dict[str, float]]) -> list[Measure]:
     """Weighted terms add up to the objective, and names mean what they say."""
     wrong, gaps = [], []
-    for i, (step, raw, weighted) in enumerate(log, 1):
-        if not weighted or "objective" not in raw:
+    for i, row in enumerate(log, 1):
+        weighted = [x for name, x in row.items() if name.startswith("weighted/")]
+        if not weighted or "objective" not in row:
             continue
-        total, at = raw["objective"], f"step {i if step is None else step:g}"
-        gaps.append(excess_of_sum(weighted.values(), total))
+        total, at = row["objective"], f"step {row.get('step', i):g}"
+        gaps.append(excess_of_sum(weighted, total))
         if not gaps[-1] <= 1:
-            added = sum(weighted.values())
-            wrong.append(f"{at}: terms add up to {added:.6g}, objective {total:.6g}")
-        if all(name in raw for name in ("kd_kl", "kd_kl_t2", "temperature")):
-            scaled, right = raw["kd_kl_t2"], raw["temperature"] ** 2 * raw["kd_kl"]
+            wrong.append(f"{at}: terms add up to {sum(weighted):.6g}, objective {total:.6g}")
+        if {"kd_kl", "kd_kl_t2", "temperature"} <= row.keys():
+            scaled, right = row["kd_kl_t2"], row["temperature"] ** 2 * row["kd_kl"]
             if not gap(scaled, right) <= 1e-4 * abs(right):
                 wrong.append(f"{at}: kd_kl_t2 {scaled:.6g}, T^2 kd_kl is {right:.6g}")
     if not gaps:
@@ -142,7 +120,7 @@ def terms(log: list[Record]) -> list[Measure]:
     ]
 
 
-class Row(NamedTuple):
+class Weight(NamedTuple):
     """A weight or temperature as a record has it."""
 
     step: int
@@ -151,67 +129,57 @@ class Row(NamedTuple):
     digits: float = 0.0  # what the printed digits of weighted and raw term leave open
 
 
-def _rows(log: list[Record]) -> list[Row]:
-    rows = []
-    for step, raw, weighted in log:
-        if step is None or not math.isfinite(step):
-            continue
-        for name, x in weighted.items():
-            term = raw.get(name, 0.0)
-            if abs(term) > 1e-6:  # a weight shows where the raw term is large enough for its digits
-                digits = (half_unit(x) + abs(x / term) * half_unit(term)) / abs(term)
-                rows.append(Row(int(step), name, x / term, digits if x else 0.0))
-        rows += [Row(int(step), n, x) for n, x in raw.items() if n == "temperature"]
-    return rows
+def _weights(row: dict[str, float]) -> Iterator[Weight]:
+    for name, x in row.items() if math.isfinite(row.get("step", math.nan)) else ():
+        if name == "temperature":
+            yield Weight(int(row["step"]), name, x)
+        raw = name.removeprefix("weighted/")
+        if raw != name and abs(term := row.get(raw, 0.0)) > 1e-6:  # with digits enough
+            digits = (half_unit(x) + abs(x / term) * half_unit(term)) / abs(term) if x else 0.0
+            yield Weight(int(row["step"]), raw, x / term, digits)
 
 
 @check("Drive weights and temperature by the counter of updates, not of micro-batches or epochs.")
-def clock(log: list[Record], weights_fn: Any) -> list[Measure]:
+def clock(log: list[dict[str, float]], weights_fn: Any) -> list[Measure]:
     """Logged weights and temperature are those declared for the update."""
 
     @functools.cache
     def declared(update: int) -> dict[str, float]:
         return numbers("weights_fn", call("weights_fn", weights_fn, max(0, update)))
 
-    rows = [row for row in _rows(log) if row.name in declared(0)]
-    if not rows:
+    found = [w for row in log for w in _weights(row) if w.name in declared(0)]
+    if not found:
         raise Skip("No record has a step and a weighted term with its raw term, of weights_fn.")
     largest = dict.fromkeys(declared(0), 1e-6)
-    for row in rows:
-        largest[row.name] = max(largest[row.name], abs(declared(row.step)[row.name]))
+    for w in found:
+        largest[w.name] = max(largest[w.name], abs(declared(w.step)[w.name]))
 
-    def departure(rows: list[Row], speed: int, offset: int) -> tuple[float, Row, float]:
-        """The largest relative error, its row, and what is declared there."""
-        worst = -1.0, rows[0], 0.0
-        for row in rows:
-            right = declared((row.step + offset) * speed)[row.name]
-            # A weight near 0 is held against the largest.
-            size = min(largest[row.name], max(1.0, abs(right)))
-            error = max(0.0, gap(row.value, right) - row.digits) / size
-            worst = max(worst, (math.inf if math.isnan(row.value) else error, row, right))
-        return worst
+    def error(w: Weight, right: float) -> float:
+        # A weight near 0 is held against the largest.
+        size = min(largest[w.name], max(1.0, abs(right)))
+        return math.inf if math.isnan(w.value) else max(0, gap(w.value, right) - w.digits) / size
 
-    def best(rows: list[Row], speed: int) -> tuple[float, Row, float]:
-        # A record's step may count the updates made or name the last one.
-        return min(departure(rows, speed, offset) for offset in (0, -1))
+    def worst(of: list[Weight], speed: int) -> tuple[float, Weight, float]:
+        """The largest relative error, and what is declared there."""
+        ends = []
+        for offset in (0, -1):  # a record's step may count the updates made or name the last one
+            rights = [declared((w.step + offset) * speed)[w.name] for w in of]
+            ends.append(max((error(w, x), w, x) for w, x in zip(of, rights, strict=True)))
+        return min(ends)
 
-    error, row, right = best(rows, 1)
-    some, where = rows[:: max(1, len(rows) // 50)], ""
-    if error > CLOCK_LIMIT:
-        where = f"{row.name} at step {row.step} is {row.value:.5g}, declared is {right:.5g}"
-        fast = [n for n in range(2, 65) if best(some, n)[0] <= CLOCK_LIMIT]
+    size, w, right = worst(found, 1)
+    some, where = found[:: max(1, len(found) // 50)], ""
+    if size > CLOCK_LIMIT:
+        where = f"{w.name} at step {w.step} is {w.value:.5g}, declared is {right:.5g}"
+        fast = [speed for speed in range(2, 65) if worst(some, speed)[0] <= CLOCK_LIMIT]
         where += f"; a clock {fast[0]} times as fast explains it" if fast else ""
-    what = f"largest relative error of {len(rows)} weights and temperatures"
-    found = [at_most(what, error, CLOCK_LIMIT, where=where, key="worst")]
-    if not where and best(some, 2)[0] <= CLOCK_LIMIT:
-        found.append(note("not judged: a clock twice as fast would give the same"))
-    return found
+    what = f"largest relative error of {len(found)} weights and temperatures"
+    measure = at_most(what, size, CLOCK_LIMIT, where=where, key="worst")
+    same = not where and worst(some, 2)[0] <= CLOCK_LIMIT
+    return [measure, *[note("not judged: a clock twice as fast would give the same")] * same]
 
 
-@check(
-    "Report raw components in evaluation: at temperature and weights that do not depend on the "
-    "update."
-)
+@check("Report raw components in evaluation, at a temperature that the update does not change.")
 def eval_components(
     subject: Subject, eval_fn: Any, student_params: Any, teacher_params: Any, batch: Any, steps: int
 ) -> Measure:
@@ -229,10 +197,7 @@ def eval_components(
     return none(what, changed, of=len(first), key="changed")
 
 
-@check(
-    "Contrast with 16 candidates or more: a larger batch over all devices, or a queue of earlier "
-    "embeddings."
-)
+@check("Contrast with 16 or more: a larger batch over all devices, or a queue of embeddings.")
 def contrastive(contrastive_candidates: int) -> list[Measure]:
     """There are enough candidates for the contrastive term to carry a signal."""
     chance = math.log(contrastive_candidates)

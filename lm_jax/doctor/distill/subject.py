@@ -15,6 +15,9 @@ from lm_jax.doctor.facts import Bound, Broken, Facts, Skip, call, described, fun
 from lm_jax.doctor.facts import above, mapping, one_of, real, whole  # isort: skip
 
 KINDS = ("forward", "reverse", "jsd", "skew")
+SHARE = Bound("give a number inside (0, 1)", lambda x: real(x) and 0 < x < 1)
+FLOAT = Bound("give the name of a float type", trees.names_float)
+TOKENS = Bound("let its 'tokens' be an array", lambda x: hasattr(x.get("tokens"), "dtype"))
 Function = Annotated[Callable[..., Any] | None, function]
 Number = Annotated[int | None, whole(1)]
 Targets = Callable[[Any, Any], np.ndarray]
@@ -41,11 +44,7 @@ class Subject(Facts):
         "forward, KL(teacher || student); reverse; jsd; or skew, KL(teacher || mixture).",
         one_of(*KINDS),
     ] = "forward"
-    beta: Annotated[
-        float,
-        "weight of the teacher in the mixture of jsd and skew, inside (0, 1).",
-        Bound("give a number inside (0, 1)", lambda x: real(x) and 0 < x < 1),
-    ] = 0.5
+    beta: Annotated[float, "weight of the teacher in jsd's and skew's mixture.", SHARE] = 0.5
     t2: Annotated[bool, "whether the values of kd_fn and topk_fn contain temperature^2."] = True
     topk_fn: Annotated[
         Function, "like kd_fn with a further argument k: over the k most likely tokens only."
@@ -67,7 +66,7 @@ class Subject(Facts):
         "what the pipeline reads: tokens [B, T] of the student, weights [B, T] (above 0 where a "
         "token is scored as a target; default all), and whatever else.",
         mapping,
-        Bound("let its 'tokens' be an array", lambda x: hasattr(x.get("tokens"), "dtype")),
+        TOKENS,
     ] = None
     unigram_nats: Annotated[
         float | None, "nats of a token by the corpus's frequencies; default from batch.", above(0)
@@ -77,11 +76,7 @@ class Subject(Facts):
         "(batch, cut) -> batch with another text from student token cut on; default replaces "
         "tokens, so give it where the teacher has tokens of its own.",
     ] = None
-    compute_dtype: Annotated[
-        str,
-        "of teacher and objective; sets rounding errors.",
-        Bound("give the name of a float type", trees.names_float),
-    ] = "float32"
+    compute_dtype: Annotated[str, "of teacher and objective, for rounding.", FLOAT] = "float32"
     student_params: Annotated[Any, "tree of what is trained."] = None
     objective_fn: Annotated[
         Function,
@@ -123,8 +118,7 @@ class Subject(Facts):
     def logits(self, name: str, params: Any, read: Any) -> np.ndarray:
         """What a function of the teacher returns, [B, T, V], in the precision it has."""
         shape = tuple(self.batch["tokens"].shape) if self.batch else ()
-        made = call(name, getattr(self, name), params, read)
-        found = call(f"the conversion of what {name} returned", trees.as_array, made)
+        found = trees.as_array(call(name, getattr(self, name), params, read))
         if found.ndim != 3 or found.shape[:2] != shape or not found.size:
             raise Broken(f"{name} returned shape {found.shape}, not {shape} and V")
         return found
@@ -143,12 +137,7 @@ def numbers(name: str, made: Any) -> dict[str, float]:
 
 
 def gradients(name: str, total: Callable[..., Any], *args: Any) -> tuple[Any, ...]:
-    """JAX's gradients by all arguments of a function that was handed in.
-
-    Raises:
-        Skip: if JAX cannot trace the function at all.
-        Broken: if it can, and the gradient raises nevertheless.
-    """
+    """JAX's gradients by all arguments; `Skip` if JAX cannot trace the function at all."""
     try:
         return jax.grad(total, tuple(range(len(args))), allow_int=True)(*args)  # type: ignore[no-any-return]
     except Broken:
@@ -164,10 +153,7 @@ def gradients(name: str, total: Callable[..., Any], *args: Any) -> tuple[Any, ..
 @fixture
 def tokens(batch: Any) -> np.ndarray:
     """Student tokens [B, T] of the batch."""
-    found = trees.as_array(batch["tokens"])
-    if found.ndim != 2 or not np.issubdtype(found.dtype, np.integer):
-        raise Broken(f"batch['tokens'] is {found.dtype}{list(found.shape)}, not integers [B, T]")
-    return found
+    return trees.as_array(batch["tokens"])
 
 
 @fixture
@@ -202,9 +188,8 @@ def objective(objective_fn: Any, student_params: Any, teacher_params: Any, batch
 
     def found(teacher: Any, alpha: float) -> tuple[float, dict[str, float]]:
         made = call("objective_fn", objective_fn, student_params, teacher, batch, alpha)
-        if not (isinstance(made, tuple) and len(made) == 2):
-            raise Broken("objective_fn did not return (total, mapping of raw parts)")
-        return call("the total of objective_fn", scalar, made[0]), numbers("objective_fn", made[1])
+        total, parts = call("taking (total, parts) of what objective_fn returned", tuple, made)
+        return call("the total of objective_fn", scalar, total), numbers("objective_fn", parts)
 
     return found
 
@@ -223,23 +208,23 @@ def loop(
 ) -> tuple[Point, Point]:
     """Student, teacher and targets before and after some calls of the loop."""
 
-    def held(name: str, params: Any) -> trees.Arrays:
-        found = call(f"the conversion of what {name} returned", trees.named, params)
+    def held(name: str, state: Any) -> trees.Arrays:
+        found = trees.named(call(name, getattr(subject, name), state))
         if not found:
             raise Broken(f"{name} returned no arrays")
         return found
 
     def point(state: Any) -> Point:
-        student = held("student_of", call("student_of", student_of, state))
-        if subject.teacher_of is None:
-            return Point(student, {}, None)
-        params = call("teacher_of", subject.teacher_of, state)
-        teacher, known = held("teacher_of", params), subject.targets_fn is not None
-        targets = subject.logits("targets_fn", params, batch).copy() if known else None
+        student, teacher, targets = held("student_of", state), {}, None
+        if subject.teacher_of is not None:
+            teacher = held("teacher_of", state)
+            if subject.targets_fn is not None:
+                targets = subject.logits("targets_fn", subject.teacher_of(state), batch).copy()
         return Point(student, teacher, targets)
 
     state = call("init_fn", init_fn, subject.seed)
-    before, shape = point(state), jax.tree.structure(state)
+    before = point(state)
+    shape: Any = jax.tree.structure(state)
     for _ in range(subject.calls):
         made = call("step_fn", step_fn, state, trees.copies(batch))
         # A state may itself be a pair; else metrics are a mapping at its end.

@@ -54,10 +54,7 @@ def moved(before: trees.Arrays, after: trees.Arrays) -> list[str]:
     return [n for n, x in before.items() if n not in after or not trees.same(x, after[n])]
 
 
-@check(
-    "Keep the teacher and every projection of its outputs out of the optimiser (also out of its "
-    "weight decay) and out of the average of the parameters."
-)
+@check("Keep the teacher and projections of its outputs out of optimiser, decay and averages.")
 def teacher_fixed(subject: Subject, teacher_of: Any, loop: Loop) -> list[Measure]:
     """Updates change neither a teacher-side leaf nor the targets."""
     before, after = loop
@@ -76,18 +73,14 @@ def roles(subject: Subject, loop: Loop) -> list[Measure]:
     students, all_of_them = moved(before.student, after.student), len(before.student)
     what = f"leaves of the student, of {all_of_them}, moved by {subject.calls} calls"
     found = [holds(bool(students), what, len(students), limit="at least 1", key="moved")]
-    declared = subject.student_parameters, subject.teacher_parameters
-    for name, leaves, expected in zip(("student", "teacher"), before, declared, strict=False):
-        size, what = sum(x.size for x in leaves.values()), f"parameters of the {name}"
-        if leaves:
-            found.append(note(what, size) if expected is None else equals(what, size, expected))
+    for name, leaves in {"student": before.student, "teacher": before.teacher}.items():
+        if leaves and (declared := getattr(subject, f"{name}_parameters")) is not None:
+            size = sum(x.size for x in leaves.values())
+            found.append(equals(f"parameters of the {name}", size, declared))
     return found
 
 
-@check(
-    "Run the teacher without dropout and with frozen statistics: deterministic, whatever mode the "
-    "student is in."
-)
+@check("Run the teacher without dropout and with frozen statistics, as it is evaluated.")
 def teacher_eval(subject: Subject, batch: Any, alone: Any = None, taught: Any = None) -> list:
     """The same batch gives bit-identical targets, twice."""
     if alone is None and taught is None:
@@ -100,10 +93,7 @@ def teacher_eval(subject: Subject, batch: Any, alone: Any = None, taught: Any = 
     return found
 
 
-@check(
-    "Compute the teacher on the student's batch, or store the row's identity and offset with its "
-    "cached outputs and look them up by these; logits at t predict token t + 1 in both."
-)
+@check("Compute the teacher on the student's batch, or look up what is stored by row and offset.")
 def alignment(
     subject: Subject, alone: np.ndarray, taught: np.ndarray, scored: Any, tokens: np.ndarray
 ) -> list[Measure]:
@@ -139,10 +129,7 @@ def alignment(
     ]
 
 
-@check(
-    "Give teacher and student one tokenizer, or align their texts by character offsets; a "
-    "projection through the student's table that was never trained on tokens predicts nothing."
-)
+@check("Give both one tokenizer or align their texts: an untrained projection predicts nothing.")
 def information(taught: Any, scored: Any, tokens: Any, unigram_nats: Any = None) -> list[Measure]:
     """The targets predict real next tokens better than their frequencies do."""
     rows, columns = thinned(scored, taught.shape[-1])
@@ -159,24 +146,23 @@ def information(taught: Any, scored: Any, tokens: Any, unigram_nats: Any = None)
         share = (counts[ahead] - 1 + 1 / np.count_nonzero(counts)) / len(others)
         unigram_nats = -np.log(share)
     excess = mean(cost - unigram_nats)
-    above = "warn" if excess.value <= 3 * excess.error else "fail"  # NaN fails
+    above: Any = "warn" if excess.value <= 3 * excess.error else "fail"  # NaN fails
     return [
         note("nats of next tokens under the targets", float(cost.mean()), key="nats"),
         note("under their frequencies", float(np.mean(unigram_nats)), key="unigram"),
-        holds(excess.value < 0, "difference", str(excess), limit="below 0", otherwise=above),
+        holds(excess.value < 0, "difference", excess.value, limit="below 0", otherwise=above),
+        note("its standard error", excess.error),
     ]
 
 
-@check(
-    "Let a student position read only teacher positions whose text ends at or before its own: no "
-    "interpolation along time, no whole-sequence pooling, a causal teacher."
-)
+@check("Let a position read the teacher up to its own text: no interpolation or pooling in time.")
 def future(
     subject: Subject, taught: np.ndarray, tokens: np.ndarray, batch: Any, suffix_fn: Any = None
 ) -> list[Measure]:
     """Another suffix of the text leaves the targets before it as they were."""
     limit = 8 * subject.eps * max(float(np.abs(floored(x)).max()) for x in pieces(taught))
-    length, earlier, later = tokens.shape[1], {}, 0.0
+    earlier: dict[int, np.ndarray] = {}
+    length, later = tokens.shape[1], 0.0
     for cut in sorted({max(1, length // 3), length // 2, length - 1}):
         if suffix_fn is not None:
             changed = call("suffix_fn", suffix_fn, batch, cut)
@@ -192,7 +178,7 @@ def future(
     worst = float(earlier[cut].max())
     if later <= limit and worst <= limit:
         raise Skip("Targets do not change with the tokens (a cache?): nothing was tested.")
-    where = f"tokens from {cut} on change the target at {int(earlier[cut].argmax())}"
+    where = f"tokens from {cut} on change the target at {np.argmax(earlier[cut])}"
     return [
         at_most("change before another suffix", worst, limit, where=where, key="earlier"),
         note("after it", later, key="later"),
