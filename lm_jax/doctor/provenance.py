@@ -196,6 +196,5 @@ def _where(eqn: core.JaxprEqn) -> str | None:
     for frame in traceback.frames if traceback is not None else ():
         parts = pathlib.Path(frame.file_name).parts
         if "site-packages" not in parts or not any(name in parts for name in _LIBRARIES):
-            path = pathlib.Path(*parts[-2:])
-            return f"{path}:{frame.line_num} ({frame.function_name})"
+            return f"{pathlib.Path(*parts[-2:])}:{frame.line_num} ({frame.function_name})"
     return None

@@ -70,23 +70,20 @@ def present(subject: Subject, objective: Objective) -> list[Measure]:
         values = trees.as_array(leaf).astype(np.float64)
         return trees.like(leaf, values + (0.3 + values.std()) * rng.standard_normal(values.shape))
 
-    teacher = subject.teacher_params
-    perturbed = jax.tree.map(other, teacher)
-    (kd, kd_parts), (lm, lm_parts) = objective(teacher, 1.0), objective(teacher, 0.0)
-    size = max(1.0, abs(kd), abs(lm))
-    # The total is a float32 of whatever it was computed from.
-    limit, least = 32 * subject.eps * size, 32 * FLOAT32_EPS * size
-    change, kept = gap(objective(perturbed, 1.0)[0], kd), gap(objective(perturbed, 0.0)[0], lm)
-    ends = ("kd_kl_t2", 1, kd, kd_parts), ("lm_ce", 0, lm, lm_parts)
-    return [
-        at_least("change by other teacher weights at alpha = 1", change, 2 * least, key="moved"),
-        at_most("at alpha = 0", kept, limit, key="kept"),
-        *(
-            at_most(f"|total - {name}| at alpha = {alpha}", gap(total, parts[name]), limit)
-            for name, alpha, total, parts in ends
-            if name in parts
-        ),
-    ]
+    perturbed = jax.tree.map(other, subject.teacher_params)
+    found, limits = [], (32 * FLOAT32_EPS, 32 * subject.eps)  # of the sum, and what it is made of
+    for name, alpha in (("kd_kl_t2", 1.0), ("lm_ce", 0.0)):
+        total, parts = objective(subject.teacher_params, alpha)
+        least, limit = (x * max(1.0, abs(total)) for x in limits)
+        change, what = gap(objective(perturbed, alpha)[0], total), "change by other teacher weights"
+        if alpha:
+            found.append(at_least(f"{what} at alpha = 1", change, 2 * least, key="moved"))
+        else:
+            found.append(at_most(f"{what} at alpha = 0", change, limit, key="kept"))
+        if name in parts:
+            off = gap(total, parts[name])
+            found.append(at_most(f"|total - {name}| at alpha = {alpha:g}", off, limit, key=name))
+    return found
 
 
 @fixture

@@ -20,7 +20,6 @@ FLOAT = Bound("give the name of a float type", trees.names_float)
 TOKENS = Bound("let its 'tokens' be an array", lambda x: hasattr(x.get("tokens"), "dtype"))
 Function = Annotated[Callable[..., Any] | None, function]
 Number = Annotated[int | None, whole(1)]
-Targets = Callable[[Any, Any], np.ndarray]
 Objective = Callable[[Any, float], tuple[float, dict[str, float]]]
 
 
