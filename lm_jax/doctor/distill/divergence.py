@@ -18,7 +18,6 @@ from lm_jax.doctor.numbers import gap, log_softmax
 ROWS, LENGTH = 3, 5
 GRADIENT_LIMIT = 0.01  # of the gradient's norm; twice what rounding it to bfloat16 costs
 GRID = 2.0**-6  # logits below 4 on this grid are exact in bfloat16
-Gradient = Callable[..., np.ndarray]  # of Logits, temperature and the dtype of the logits
 
 
 class Logits(NamedTuple):
@@ -53,11 +52,11 @@ class Divergence:
     subject: Subject
     name: str
     fn: Callable[..., Any]
-    gradient: Gradient | None = None  # where JAX can differentiate it
+    jax: bool = False  # it takes JAX's arrays and has a gradient
 
     def __call__(self, logits: Logits, temperature: float = 1.0) -> np.ndarray:
         """Sum and count."""
-        arrays = map(jnp.asarray if self.gradient else np.array, logits)
+        arrays = map(jnp.asarray if self.jax else np.array, logits)
         made = pair(self.name, call(self.name, self.fn, *arrays, temperature))
         return np.array([call(f"a number of {self.name}", scalar, x) for x in made])
 
@@ -105,13 +104,25 @@ class Divergence:
         per_token = EPS * 16 * (logits.size / temperature + math.log(self.subject.vocab_size))
         return per_token * self.power(temperature) * logits.tokens
 
+    def gradient(
+        self, logits: Logits, temperature: float = 1.0, dtype: Any = np.float32
+    ) -> np.ndarray:
+        """JAX's gradient by the student's logits, or `Skip`."""
+        z, y = (jnp.asarray(x, dtype) for x in logits[:2])
+        weights = jnp.asarray(logits.weights)
+
+        def total(z: Any) -> Any:
+            return pair(self.name, self.fn(z, y, weights, temperature))[0]
+
+        return np.asarray(gradients(self.name, total, z)[0]).astype(np.float64)
+
     def pull(self, logits: Logits, temperature: float) -> tuple[float, float]:
         """Size of the gradient, measured and exact.
 
         It is the norm, or without JAX the slope from student to teacher by central differences.
         """
         _, right = self.exact(logits, temperature)
-        if self.gradient:
+        if self.jax:
             measured = self.gradient(logits, temperature)
             return float(np.linalg.norm(measured)), float(np.linalg.norm(right))
         z, step = logits.student, 0.125 * (logits.student - logits.teacher)
@@ -120,26 +131,14 @@ class Divergence:
 
 
 @fixture
-def gradient(subject: Subject, kd_fn: Any) -> Gradient:
-    """JAX's gradient of the divergence by the student's logits."""
-
-    def found(logits: Logits, temperature: float = 1.0, dtype: Any = np.float32) -> np.ndarray:
-        z, y = (jnp.asarray(x, dtype) for x in logits[:2])
-        weights = jnp.asarray(logits.weights)
-
-        def total(z: Any) -> Any:
-            return pair("kd_fn", kd_fn(z, y, weights, temperature))[0]
-
-        return np.asarray(gradients("kd_fn", total, z)[0]).astype(np.float64)
-
-    found(Divergence(subject, "kd_fn", kd_fn).draw(1.0))
+def kd(subject: Subject, kd_fn: Any) -> Divergence:
+    """The examined function."""
+    found = Divergence(subject, "kd_fn", kd_fn, jax=True)
+    try:
+        found.gradient(found.draw(1.0))
+    except Skip:
+        return dataclasses.replace(found, jax=False)
     return found
-
-
-@fixture
-def kd(subject: Subject, kd_fn: Any, gradient: Any = None) -> Divergence:
-    """The examined function with its gradient, if there is one."""
-    return Divergence(subject, "kd_fn", kd_fn, gradient)
 
 
 @check("Multiply the divergence by T^2 exactly once, where t2 declares it: in kd_fn or outside.")
@@ -172,7 +171,7 @@ def temperature(subject: Subject, kd: Divergence) -> list[Measure]:
 
 
 @check("Sum p (log p - log q) over the vocabulary, logs by log_softmax, in the declared direction.")
-def divergence(subject: Subject, kd: Divergence, gradient: Any = None) -> list[Measure]:
+def divergence(subject: Subject, kd: Divergence) -> list[Measure]:
     """Value per token and gradient are those of the declared direction, and equals give 0."""
     logits = kd.draw(2.0)
     known = {kind: kd.exact(logits, 1.0, kind)[0] / logits.tokens for kind in KINDS}
@@ -190,8 +189,8 @@ def divergence(subject: Subject, kd: Divergence, gradient: Any = None) -> list[M
         at_most("its error", gap(per_token, value), allowed, where=looks, key="error"),
         at_most("nats of equal logits", gap(equal / max(count, 1)), allowed, key="equal"),
     ]
-    if gradient is not None:
-        error = gap(gradient(logits), kd.exact(logits)[1])
+    if kd.jax:
+        error = gap(kd.gradient(logits), kd.exact(logits)[1])
         limit = EPS * 32 * (1 + logits.size) * float(logits.weights.max())
         found.append(at_most("error of the gradient", error, limit))
     return found
@@ -214,7 +213,7 @@ def padding(kd: Divergence) -> list[Measure]:
 
 
 @check("Cast both logits to float32 before the softmax, and keep p - q in float32.")
-def precision(subject: Subject, kd: Divergence, gradient: Gradient) -> list[Measure]:
+def precision(subject: Subject, kd: Divergence) -> list[Measure]:
     """Near p = q the gradient is that of float32, whatever the dtype of the logits."""
     _, teacher, weights = kd.draw(1.0)
     teacher = np.clip(teacher, -3, 3)
@@ -223,7 +222,7 @@ def precision(subject: Subject, kd: Divergence, gradient: Gradient) -> list[Meas
     _, right = kd.exact(logits)
     found = []
     for name in ("float32", "bfloat16"):  # the logits are exact in both
-        error = np.linalg.norm(gradient(logits, 1.0, jnp.dtype(name)) - right)
+        error = np.linalg.norm(kd.gradient(logits, 1.0, jnp.dtype(name)) - right)
         what = f"relative error of the gradient, {name} logits {GRID:.2g} apart"
         relative = float(error / np.linalg.norm(right))
         found.append(at_most(what, relative, GRADIENT_LIMIT, key=name))
@@ -231,7 +230,7 @@ def precision(subject: Subject, kd: Divergence, gradient: Gradient) -> list[Meas
 
 
 @check("Use log_softmax without epsilon, clamp or nan_to_num: it is exact for finite logits.")
-def saturation(subject: Subject, kd: Divergence, gradient: Any = None) -> list[Measure]:
+def saturation(subject: Subject, kd: Divergence) -> list[Measure]:
     """Values and gradients are exact far from zero: no epsilon, no clamp."""
     student, teacher, weights = kd.draw(2.0, 3)
     hot = np.arange(LENGTH) % subject.vocab_size
@@ -248,8 +247,8 @@ def saturation(subject: Subject, kd: Divergence, gradient: Any = None) -> list[M
         case = Logits(z.astype(np.float32), y.astype(np.float32), weights)
         value, slope = kd.exact(case)
         found.append(at_most(f"error, {name}", gap(kd(case)[0], value), kd.rounding(case)))
-        if gradient is not None:
-            error = float(np.linalg.norm(gradient(case) - slope))
+        if kd.jax:
+            error = float(np.linalg.norm(kd.gradient(case) - slope))
             limit = 16 * EPS * case.size * (1 + float(np.linalg.norm(slope)))
             found.append(at_most("of the gradient", error, limit, key=f"gradient, {name}"))
     return found
