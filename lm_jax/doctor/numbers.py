@@ -124,3 +124,11 @@ def products(budgets: Iterable[Mapping[str, float]]) -> list[str]:
             terms = " x ".join(f"{x:g} {name}" for name, x in factors.items())
             wrong.append(f"{terms} = {product:.4g}, but {budget['stated']:.4g} is stated")
     return wrong
+
+
+def excess_of_sum(parts: Iterable[float], total: float) -> float:
+    """How far a logged total is off the sum of its parts, over what rounding and digits allow."""
+    parts = list(parts)
+    digits = sum(half_unit(x) for x in (*parts, total) if x)  # a 0 is one, whatever its digits
+    allowed = digits + 1e-5 * max(1.0, sum(map(abs, parts)))
+    return abs(sum(parts) - total) / allowed

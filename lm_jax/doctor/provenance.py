@@ -1,12 +1,14 @@
 """Where a number that is not finite came from: a computation replayed one operation at a time."""
 
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.extend import core
+
+from lm_jax.doctor.trees import is_floating, path_name
 
 _LIBRARIES = ("jax", "jaxlib", "flax", "optax")
 _VIEWS = ("split", "squeeze", "reshape")  # a part of a leaf is as good as the leaf
@@ -48,34 +50,23 @@ def trace(function: Callable[..., Any], **arguments: Any) -> Origin | None:
     """
     closed = jax.make_jaxpr(lambda arguments: function(**arguments))(arguments)
     leaves = jax.tree.leaves_with_path(arguments)
-    values = [
-        _argument(jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
-        for path, leaf in leaves
-    ]
-    outputs = _Replay().run(closed.jaxpr, [_Value(c) for c in closed.consts], values)
-    for output in outputs:
-        if output.nan or output.inf:
-            return output.nan or output.inf
-    return None
+    outputs = _Replay().closed(closed, [_argument(path_name(path), leaf) for path, leaf in leaves])
+    return next((found for v in outputs if (found := v.nan or v.inf)), None)
 
 
 def describe(origin: Origin | None) -> str:
     """One line about the outcome of a replay."""
     if origin is None:
         return "replayed with the present parameters, everything is finite"
-    text = (
-        f"first {origin.made} in `{origin.operation}` at {origin.where}, "
-        f"inputs {origin.inputs}, last parameter before it {origin.parameter}"
-    )
-    if origin.infinity is not None:
-        text += f"; made of infinity: {describe(origin.infinity)}"
-    return text
+    text = f"first {origin.made} in `{origin.operation}` at {origin.where}, "
+    text += f"inputs {origin.inputs}, last parameter before it {origin.parameter}"
+    cause = origin.infinity
+    return text if cause is None else f"{text}; made of infinity: {describe(cause)}"
 
 
 def _argument(name: str, leaf: Any) -> _Value:
     nan, inf = _state(leaf)
-    made = "nan" if nan else "inf"
-    origin = Origin("input", name, made, _range(leaf), name, None)
+    origin = Origin("input", name, "nan" if nan else "inf", _range(leaf), name, None)
     return _Value(leaf, origin if nan else None, origin if inf else None, name)
 
 
@@ -86,18 +77,20 @@ class _Replay:
         self.now = 0  # equations begun
         self.where = "unknown"  # line of the innermost call that was entered
 
+    def closed(self, made: core.ClosedJaxpr, args: Sequence[_Value]) -> list[_Value]:
+        return self.run(made.jaxpr, [_Value(c) for c in made.consts], args)
+
     def run(self, jaxpr: core.Jaxpr, consts: list[_Value], args: Sequence[_Value]) -> list[_Value]:
-        env: dict[Any, _Value] = dict(
-            zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True)
-        )
+        bound = zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True)
+        env: dict[Any, _Value] = dict(bound)
 
         def read(atom: Any) -> _Value:
             return _Value(atom.val) if isinstance(atom, core.Literal) else env[atom]
 
         for eqn in jaxpr.eqns:
             self.now += 1
-            inputs = [read(atom) for atom in eqn.invars]
-            env.update(zip(eqn.outvars, self.apply(eqn, inputs), strict=True))
+            outputs = self.apply(eqn, [read(atom) for atom in eqn.invars])
+            env.update(zip(eqn.outvars, outputs, strict=True))
         return [read(atom) for atom in jaxpr.outvars]
 
     def apply(self, eqn: core.JaxprEqn, inputs: list[_Value]) -> list[_Value]:
@@ -105,9 +98,8 @@ class _Replay:
         arrays = eqn.primitive.bind(*[v.array for v in inputs], **params)
         arrays = arrays if eqn.primitive.multiple_results else [arrays]
         states = [_state(array) for array in arrays]
-        entered = max(
-            ((self.now, v.leaf) if v.leaf else v.entered for v in inputs), default=(-1, "none")
-        )
+        came = ((self.now, v.leaf) if v.leaf else v.entered for v in inputs)
+        entered = max(came, default=(-1, "none"))
         if not any(nan or inf for nan, inf in states):
             if eqn.primitive.name in _VIEWS and inputs[0].leaf:  # not in use yet
                 leaf = inputs[0].leaf
@@ -115,29 +107,21 @@ class _Replay:
                 names = [f"{leaf}[{i}]" if layers else leaf for i in range(len(arrays))]
                 return [_Value(a, leaf=name) for a, name in zip(arrays, names, strict=True)]
             return [_Value(array, entered=entered) for array in arrays]
-        where, outside = _where(eqn) or self.where, self.where
-        self.where = where
-        inside = self.enter(eqn, inputs)
+        outside, self.where = self.where, _where(eqn) or self.where
+        where, inside = self.where, self.enter(eqn, inputs)
         self.where = outside
         if inside is not None:
             return inside
-        old_nan = next((v.nan for v in inputs if v.nan), None)
-        old_inf = next((v.inf for v in inputs if v.inf), None)
+        old_nan, old_inf = _first("nan", inputs), _first("inf", inputs)
         ranges = ", ".join(_range(v.array) for v in inputs)
-        outputs = []
-        for array, (nan, inf) in zip(arrays, states, strict=True):
-            new = Origin(
-                operation=eqn.primitive.name,
-                where=where,
-                made="nan" if nan else "inf",
-                inputs=ranges,
-                parameter=entered[1],
-                infinity=old_inf if nan else None,
-            )
-            nan_origin = (old_nan or new) if nan else None
-            inf_origin = (old_inf or new) if inf else None
-            outputs.append(_Value(array, nan_origin, inf_origin, entered=entered))
-        return outputs
+
+        def output(array: Any, nan: bool, inf: bool) -> _Value:
+            made, cause = ("nan", old_inf) if nan else ("inf", None)
+            new = Origin(eqn.primitive.name, where, made, ranges, entered[1], cause)
+            of_nan, of_inf = (old_nan or new) if nan else None, (old_inf or new) if inf else None
+            return _Value(array, of_nan, of_inf, entered=entered)
+
+        return [output(array, *state) for array, state in zip(arrays, states, strict=True)]
 
     def enter(self, eqn: core.JaxprEqn, inputs: list[_Value]) -> list[_Value] | None:
         """The same equation, run from the inside; None if it has no inside."""
@@ -147,15 +131,12 @@ class _Replay:
         if name == "while":
             return self.loop(params, inputs)
         if name == "cond":
-            branch = params["branches"][int(inputs[0].array)]
-            return self.run(branch.jaxpr, [_Value(c) for c in branch.consts], inputs[1:])
-        for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
-            body = params.get(key)
-            if isinstance(body, core.ClosedJaxpr):
-                return self.run(body.jaxpr, [_Value(c) for c in body.consts], inputs)
-            if isinstance(body, core.Jaxpr):
-                return self.run(body, [], inputs)
-        return None
+            return self.closed(params["branches"][int(inputs[0].array)], inputs[1:])
+        bodies = (params.get(key) for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"))
+        body = next((b for b in bodies if isinstance(b, core.ClosedJaxpr | core.Jaxpr)), None)
+        if isinstance(body, core.Jaxpr):
+            return self.run(body, [], inputs)
+        return None if body is None else self.closed(body, inputs)
 
     def scan(self, params: dict[str, Any], inputs: list[_Value]) -> list[_Value]:
         body = params["jaxpr"]
@@ -164,44 +145,38 @@ class _Replay:
             fixed, carry, stacked = ([inputs[i] for i in part] for part in parts)
         else:
             consts, carries = params["num_consts"], params["num_carry"]
-            fixed, carry = inputs[:consts], inputs[consts : consts + carries]
-            stacked = inputs[consts + carries :]
+            begin = consts + carries
+            fixed, carry, stacked = inputs[:consts], inputs[consts:begin], inputs[begin:]
         order = range(params["length"])
         rows: list[list[_Value]] = [[] for _ in order]
         for i in reversed(order) if params["reverse"] else order:
             step = [v._replace(array=v.array[i]) for v in stacked]
-            outputs = self.run(
-                body.jaxpr, [_Value(c) for c in body.consts], [*fixed, *carry, *step]
-            )
+            outputs = self.closed(body, [*fixed, *carry, *step])
             carry, rows[i] = outputs[: len(carry)], outputs[len(carry) :]
         return [*carry, *(_stack(column) for column in zip(*rows, strict=True))]
 
     def loop(self, params: dict[str, Any], inputs: list[_Value]) -> list[_Value]:
-        test, body = params["cond_jaxpr"], params["body_jaxpr"]
         first, second = params["cond_nconsts"], params["body_nconsts"]
-        for_test, for_body = inputs[:first], inputs[first : first + second]
-        carry = inputs[first + second :]
-
-        def run(closed: core.ClosedJaxpr, args: list[_Value]) -> list[_Value]:
-            return self.run(closed.jaxpr, [_Value(c) for c in closed.consts], args)
-
-        while bool(run(test, [*for_test, *carry])[0].array):
-            carry = run(body, [*for_body, *carry])
+        begin = first + second
+        for_test, for_body, carry = inputs[:first], inputs[first:begin], inputs[begin:]
+        while bool(self.closed(params["cond_jaxpr"], [*for_test, *carry])[0].array):
+            carry = self.closed(params["body_jaxpr"], [*for_body, *carry])
         return carry
 
 
+def _first(kind: str, values: Sequence[_Value]) -> Origin | None:
+    return next((found for v in values if (found := getattr(v, kind))), None)
+
+
 def _stack(values: tuple[_Value, ...]) -> _Value:
-    return _Value(
-        jax.numpy.stack([v.array for v in values]),
-        next((v.nan for v in values if v.nan), None),
-        next((v.inf for v in values if v.inf), None),
-        entered=max(v.entered for v in values),
-    )
+    arrays, entered = [v.array for v in values], max(v.entered for v in values)
+    nan, inf = _first("nan", values), _first("inf", values)
+    return _Value(jax.numpy.stack(arrays), nan, inf, entered=entered)
 
 
 def _state(array: Any) -> tuple[bool, bool]:
     """Whether there is a NaN and whether there is an infinity."""
-    if not jax.numpy.issubdtype(getattr(array, "dtype", type(array)), jax.numpy.floating):
+    if not is_floating(getattr(array, "dtype", type(array))):
         return False, False
     wide = np.asarray(array).astype(np.float64)
     return bool(np.isnan(wide).any()), bool(np.isinf(wide).any())
@@ -211,22 +186,15 @@ def _range(array: Any) -> str:
     wide = np.asarray(array)
     if not wide.size or not jax.numpy.issubdtype(wide.dtype, jax.numpy.number):
         return f"{wide.dtype}{list(wide.shape)}"
-    wide = wide.astype(np.float64)
-    return (
-        f"{getattr(array, 'dtype', '')}{list(wide.shape)} in [{wide.min():.3g}, {wide.max():.3g}]"
-    )
+    wide, kind = wide.astype(np.float64), getattr(array, "dtype", "")
+    return f"{kind}{list(wide.shape)} in [{wide.min():.3g}, {wide.max():.3g}]"
 
 
 def _where(eqn: core.JaxprEqn) -> str | None:
     """The innermost line outside the libraries that led to an equation, if it is known."""
-    for frame in _frames(eqn):
+    traceback: Any = eqn.source_info.traceback
+    for frame in traceback.frames if traceback is not None else ():
         parts = pathlib.Path(frame.file_name).parts
         if "site-packages" not in parts or not any(name in parts for name in _LIBRARIES):
-            path = pathlib.Path(*parts[-2:])
-            return f"{path}:{frame.line_num} ({frame.function_name})"
+            return f"{pathlib.Path(*parts[-2:])}:{frame.line_num} ({frame.function_name})"
     return None
-
-
-def _frames(eqn: core.JaxprEqn) -> Iterator[Any]:
-    trace = eqn.source_info.traceback
-    return iter(trace.frames if trace is not None else ())

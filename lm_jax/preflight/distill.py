@@ -25,6 +25,7 @@ from lm_jax.kernels.linear_divergence import Member, linear_divergence
 from lm_jax.models.families import choose_attention, create_model
 
 ROWS, CALLS = 4, 3
+LOGITS = 2**27  # of a batch; with more there are fewer rows
 
 
 def examine_teaching(cfg: Config, small: Config, store: Store) -> Report:
@@ -57,13 +58,24 @@ def _as_text(batch: dict[str, np.ndarray], teacher: teachers.Teacher) -> dict[st
     }
 
 
+def _spread(kept: divergences.Kept, vocab_size: int) -> jax.Array:
+    """Log-probabilities [B, T, V] of what was kept, the rest shared by all other ids."""
+    others = max(1, vocab_size - kept.ids_BTk.shape[-1])
+    rest_BT1 = kept.log_p_BTj[..., -1:] - jnp.log(others)
+    z_BTV = jnp.broadcast_to(rest_BT1, (*rest_BT1.shape[:2], vocab_size))
+    kept_BTk = kept.log_p_BTj[..., :-1]
+    return jnp.put_along_axis(z_BTV, kept.ids_BTk, kept_BTk, -1, inplace=False)
+
+
 class _Preflight:
     def __init__(self, cfg: Config, small: Config, store: Store):
         self.cfg, self.store = cfg, store
+        logits = ROWS * cfg.data.seq_len * store.tokenizer.vocab_size
+        rows = ROWS if logits <= LOGITS or jax.device_count() > 2 else 2
         self.small = config.replace(
             small,
             data__seq_len=cfg.data.seq_len,
-            data__batch_size=ROWS,
+            data__batch_size=rows,
             model__dropout=0.0,
             model__attention_dropout=0.0,
             model__embedding_dropout=0.0,
@@ -78,7 +90,7 @@ class _Preflight:
         windows = pipeline.train_batches(
             store.split("train"),
             seq_len=cfg.data.seq_len,
-            batch_size=ROWS,
+            batch_size=rows,
             document_mask=cfg.data.document_mask,
             seed=cfg.seed,
             calls=[range(1)],
@@ -116,7 +128,10 @@ class _Preflight:
             rows, params = self.rows(batch, taught)
             b = losses.shift(rows)
             reading = self.teacher.read(params, rows, b, self.dtype, inside=False)
-            z_BTV = teachers.members_log_p(reading.members)
+            if reading.kept is None:
+                z_BTV = teachers.members_log_p(reading.members)
+            else:
+                z_BTV = _spread(reading.kept, self.store.tokenizer.vocab_size)
             if reading.groups is not None:
                 group, aligned_BT = reading.groups.teacher_U, reading.groups.aligned_BT
                 z_BTV = jax.vmap(divergences.grouped, (0, None, None))(z_BTV, group, BYTES)
@@ -221,8 +236,10 @@ class _Preflight:
             return state
 
         trained = init_state(jax.random.key(cfg.seed))
-        for _ in range(CALLS):
-            trained = step_fn(trained, None)
+        for begin in (0, int(cfg.train.steps) // 2):  # weights that stay at first may move later
+            trained = trained._replace(step=jnp.full_like(trained.step, begin))
+            for _ in range(CALLS):
+                trained = step_fn(trained, None)
         evaluate_step = step.make_eval_step(cfg, self.graphdef)
 
         def eval_fn(params: Any, taught: Any, batch: Any, update: int) -> dict[str, Any]:
@@ -266,9 +283,9 @@ class _Preflight:
             found |= {"targets_fn": self.targets, "suffix_fn": self.other_suffix}
         else:
             unigram = references(self.store, "valid")["unigram"]
-            found["unigram_nats"] = float(np.log(unigram))
+            found |= {"unigram_nats": float(np.log(unigram)), "targets_fn": self.targets}
             if self.teacher.models:
-                found |= {"teacher_fn": jax.jit(self.alone), "targets_fn": self.targets}
+                found["teacher_fn"] = jax.jit(self.alone)
         support = self.cfg.distill.support
         if support != "full":
             kept = functools.partial(self.kd_fn, support=support)

@@ -205,7 +205,10 @@ def kept(text, runs):
 def test_a_cache_teaches_as_its_teacher_does(text, runs, kept, tmp_path):
     live = student(text, distill__teachers=str(runs / "teacher-0"), **CACHED)
     from_disk = student(text, distill__cache=str(kept), **CACHED, seed=0)
-    assert not examine_distillation_of(from_disk).failed
+    report = examine_distillation_of(from_disk)
+    assert not report.failed
+    for name in ("teacher_eval", "information", "teacher_fixed"):
+        assert report[f"distill.{name}"].status == "pass", report[f"distill.{name}"]
     found = []
     for name, cfg in (("live", live), ("disk", from_disk)):
         train.train_and_evaluate(cfg, tmp_path / name)

@@ -1,6 +1,7 @@
 """Faults planted in distillations, and the checks that must see them."""
 
 import functools
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ LOOP = "targets_fn teacher_params batch init_fn step_fn student_of teacher_of".s
 
 def silent(report, skipped=()):
     assert not report.failed and not report.warned, [
-        (f.check, f.evidence) for f in report if f.status in ("fail", "warn")
+        (f.check, f.evidence) for f in report if f.status in ("fail", "warn", "error")
     ]
     if skipped is not None:
         assert {f.check for f in report if f.status == "skip"} == {f"distill.{n}" for n in skipped}
@@ -173,7 +174,7 @@ def narrow(student, teacher, weights, temperature):
 @pytest.mark.fault(88, "distill.precision")
 def test_divergence_in_bfloat16():
     finding = failed("distill.precision", kd_fn=narrow, vocab_size=V)
-    assert finding.values["errors"]["float32"] > 0.03
+    assert finding.values["float32"] > 0.03
 
 
 def guarded(student, teacher, weights, temperature, *, where):
@@ -203,9 +204,8 @@ def test_epsilon_and_clamps(where):
 def test_duplicates_in_the_union():
     fn = functools.partial(topk, unique=False)
     finding = failed("distill.subset", topk_fn=fn, vocab_size=V)
-    (whole, exact), (doubled, other) = finding.values["sums"].values()
     # Where every token is there twice nothing is seen.
-    assert np.isclose(whole, exact) and not np.isclose(doubled, other, rtol=0.01)
+    assert finding.values[f"k = {V}"] < 1e-4 and finding.values["k = 10"] > 0.1
 
 
 # The teacher
@@ -229,7 +229,7 @@ def test_a_teacher_without_stop_gradient():
 @pytest.mark.fault(84, "distill.teacher_eval")
 def test_dropout_in_the_teacher():
     finding = failed("distill.teacher_eval", PIPELINE, toy.arguments(0, drop=True))
-    assert finding.values["changes"]["teacher_fn"] == 0 < finding.values["changes"]["targets_fn"]
+    assert finding.values["teacher_fn"] == 0 < finding.values["targets_fn"]
 
 
 @pytest.mark.fault(84, "distill.alignment")
@@ -266,7 +266,7 @@ def test_teacher_and_student_swapped():
 def test_another_model_in_the_place_of_the_student():
     given = toy.arguments(0)
     finding = failed("distill.roles", LOOP, given, student_parameters=13)
-    assert "declared for the student are 13" in finding.evidence
+    assert finding.values["parameters of the student"] != 13 and "expected 13" in finding.evidence
 
 
 @pytest.mark.fault(89, "distill.information")
@@ -314,13 +314,13 @@ def test_evaluation_at_the_temperature_of_training():
     given = toy.arguments(0, eval_alpha=toy.curriculum)
     names = "eval_fn student_params teacher_params batch steps".split()
     finding = failed("distill.eval_components", names, given)
-    assert set(finding.values["changed"]) == {"kd_kl", "kd_kl_t2"}
+    assert [text.split()[0] for text in finding.values["changed"]] == ["kd_kl", "kd_kl_t2"]
 
 
 @pytest.mark.fault(95, "distill.contrastive")
 def test_few_candidates():
     finding = failed("distill.contrastive", contrastive_candidates=4)
-    assert "ln 4 = 1.386" in finding.evidence
+    assert np.isclose(finding.values["chance"], np.log(4))
 
 
 # Bad input
@@ -340,8 +340,6 @@ def test_functions_that_raise_or_return_nonsense():
     given = toy.arguments(0)
     functions = [n for n in given if n.endswith("_fn")]
     report = examine_distillation(**given | dict.fromkeys(functions, broken), records=())
-    assert {f.status for f in report} == {"skip", "pass"}
-    assert report["distill.divergence"].evidence.endswith("RuntimeError: no such thing")
     assert [f.check for f in report if f.status == "pass"] == ["distill.contrastive"]
 
     def nan(*_):
@@ -355,13 +353,213 @@ def test_functions_that_raise_or_return_nonsense():
     )
     assert not [f for f in report if f.status == "pass"], [f for f in report if f.status == "pass"]
     report = examine_distillation(kd_fn=lambda *_: 1.0, targets_fn=lambda *_: 1.0, **_rest(given))
-    assert not report.failed
-    assert "instead of (sum, count)" in report["distill.divergence"].evidence
-    assert "returned shape ()" in report["distill.future"].evidence
+    assert {f.status for f in report} == {"error", "skip"}
+    assert "instead of two scalars (sum, count)" in report["distill.temperature"].evidence
+    assert "returned shape ()" in report["distill.teacher_eval"].evidence
 
 
 def _rest(given):
     return {n: given[n] for n in ("teacher_params", "batch")}
+
+
+PATHS = {
+    "kd_fn": [],
+    "topk_fn": [],
+    "teacher_fn": PIPELINE,
+    "targets_fn": PIPELINE,
+    "suffix_fn": PIPELINE,
+    "objective_fn": OBJECTIVE,
+    "whole_fn": OBJECTIVE,
+    "eval_fn": "eval_fn student_params teacher_params batch steps".split(),
+    **dict.fromkeys("init_fn step_fn student_of teacher_of".split(), LOOP),
+    "weights_fn": ["records"],
+}
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_a_function_that_raises_is_an_error_and_told_once(name):
+    given = toy.arguments(0) | {"records": log()}
+    report = examine_distillation(**{n: given[n] for n in PATHS[name]} | {name: broken})
+    told = f"{name} raised RuntimeError: no such thing (test_distillation.py"
+    assert [f.status for f in report if told in f.evidence] == ["error"]
+    assert len(report.failed) == 1
+
+
+def test_a_gradient_that_raises_is_no_missing_gradient():
+    @jax.custom_vjp
+    def same(x):
+        return x
+
+    same.defvjp(lambda x: (x, None), broken)
+    report = examine_distillation(
+        kd_fn=lambda student, *others: kl(same(student), *others), vocab_size=V
+    )
+    assert len(report.failed) == 1
+    assert "the gradient of kd_fn raised" in report[report.failed[0]].evidence
+
+
+def test_leaves_that_are_not_there():
+    given = {n: toy.arguments(0)[n] for n in LOOP}
+    for name in ("student_of", "teacher_of"):
+        report = examine_distillation(**given | {name: lambda _: {}})
+        assert f"{name} returned no arrays" in report[report.failed[0]].evidence
+
+
+def test_a_state_that_is_a_pair_of_mappings():
+    given = toy.arguments(0)
+    init_fn, step_fn = given["init_fn"], given["step_fn"]
+
+    def pair(state):
+        return {"student": state["student"]}, {n: x for n, x in state.items() if n != "student"}
+
+    loop = dict(
+        init_fn=lambda seed: pair(init_fn(seed)),
+        step_fn=lambda state, batch: pair(step_fn(state[0] | state[1], batch)[0]),
+        student_of=lambda state: state[0],
+        teacher_of=lambda state: state[1]["teacher"],
+    )
+    report = examine_distillation(**{n: given[n] for n in LOOP} | loop)
+    silent(report, None)
+    assert report["distill.roles"].status == report["distill.teacher_fixed"].status == "pass"
+
+
+# What cannot be seen is not passed
+
+
+def test_a_teacher_that_says_the_same_everywhere_aligns_with_anything():
+    given = {n: toy.arguments(0)[n] for n in PIPELINE}
+    same = jnp.zeros((*given["batch"]["tokens"].shape, V))
+    given |= dict.fromkeys(("teacher_fn", "targets_fn"), lambda params, batch: same)
+    finding = examine_distillation(**given)["distill.alignment"]
+    assert finding.status == "skip" and "a shift would not show" in finding.evidence
+
+
+@pytest.mark.parametrize("mask", [-1e9, -np.inf])
+def test_logits_that_are_masked_hide_nothing(mask):
+    def masked(**faults):
+        given = {n: toy.arguments(0, **faults)[n] for n in PIPELINE}
+
+        def wide(function):
+            pad = ((0, 0), (0, 0), (0, 3))
+            return lambda *args: jnp.pad(function(*args), pad, constant_values=mask)
+
+        return given | {n: wide(given[n]) for n in ("teacher_fn", "targets_fn")}
+
+    silent(examine_distillation(**masked()), None)
+    assert examine_distillation(**masked())["distill.future"].status == "pass"
+    failed("distill.future", given=masked(blur=True))
+    failed("distill.alignment", given=masked(cache="shifted"))
+
+
+def test_a_divergence_below_rounding_is_not_judged():
+    report = examine_distillation(
+        kd_fn=lambda *args: (jnp.float32(0), args[2].sum()), kind="jsd", beta=1e-7
+    )
+    assert "drowns in float32's rounding" in report["distill.divergence"].evidence
+    assert "distill.temperature" in report.failed
+
+
+def test_a_small_weight_is_judged_by_its_own_size():
+    weights = {"kd_kl": 1e-4, "temperature": 2.0}
+    record = {"step": 1, "distill/kd_kl": 3.217, "distill/temperature": 2.0}
+
+    def clock(weight):
+        logged = record | {"distill/weighted/kd_kl": weight * record["distill/kd_kl"]}
+        return examine_distillation(records=[logged], weights_fn=lambda _: weights)["distill.clock"]
+
+    assert clock(1e-4).status == "pass" and "not judged" in clock(1e-4).evidence
+    assert clock(2e-4).status == "fail"
+
+
+def test_a_large_vocabulary_takes_no_copies_in_float64():
+    size, shape = 50_257, (2, 128)
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 50, shape)
+    logits = rng.normal(size=(50, size)).astype(np.float32)[tokens]
+    tracemalloc.start()
+    report = examine_distillation(
+        teacher_fn=lambda *_: logits,
+        targets_fn=lambda *_: np.roll(logits, 1, axis=1),
+        teacher_params={"a": np.ones(1)},
+        batch={"tokens": tokens},
+        unigram_nats=6.0,
+    )
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert "distill.alignment" in report.failed and "distill.information" in report.failed
+    # The rolled ones are here twice; float64 of all of them would be twice as large each time.
+    assert peak < 2 * logits.nbytes + 5.5e8, peak
+
+
+# PyTorch
+
+
+@pytest.mark.parametrize("detached", [True, False])
+def test_tensors_of_torch_that_need_a_gradient(detached):
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    given = toy.arguments(0)
+
+    def tensors(params):
+        made = {n: torch.tensor(np.asarray(x), dtype=torch.bfloat16) for n, x in params.items()}
+        return {n: x.requires_grad_() for n, x in made.items()}
+
+    def forward(params, tokens):
+        x = params["embedding"][tokens]
+        before = torch.nn.functional.pad(x, (0, 0, 1, 0))[:, :-1]
+        return torch.tanh(x + before @ params["earlier"]) @ params["head"]
+
+    def targets_fn(params, batch):
+        logits = forward(params, batch["tokens"])
+        return logits.detach() if detached else logits
+
+    def objective_fn(student, teacher, batch, alpha):
+        z, y = forward(student, batch["tokens"]).float(), targets_fn(teacher, batch).float()
+        log_q, log_p = torch.log_softmax(z, -1), torch.log_softmax(y, -1)
+        kd = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+        ahead = batch["tokens"][:, 1:].flatten().long()
+        lm = torch.nn.functional.cross_entropy(z[:, :-1].flatten(0, 1), ahead)
+        return alpha * kd + (1 - alpha) * lm, {"kd_kl_t2": kd, "lm_ce": lm}
+
+    def kd_fn(student, teacher, weights, temperature):
+        z, y, weights = (torch.tensor(x, requires_grad=True) for x in (student, teacher, weights))
+        log_q, log_p = (torch.log_softmax(x / temperature, -1) for x in (z, y))
+        nats = (log_p.exp() * (log_p - log_q)).sum(-1)
+        return temperature**2 * (nats * weights).sum(), weights.sum()
+
+    student, teacher = tensors(given["student_params"]), tensors(given["teacher_params"])
+    facts = dict(
+        kd_fn=kd_fn,
+        vocab_size=V,
+        teacher_fn=forward,
+        teacher_params=teacher,
+        targets_fn=targets_fn,
+        batch={n: torch.tensor(x) for n, x in given["batch"].items()},
+        compute_dtype="bfloat16",
+        student_params=student,
+        objective_fn=objective_fn,
+        eval_fn=lambda student, teacher, batch, update: objective_fn(student, teacher, batch, 0)[1],
+        init_fn=lambda seed: {"student": student, "teacher": teacher},
+        student_of=lambda state: state["student"],
+        teacher_of=lambda state: state["teacher"],
+        steps=10,
+    )
+
+    def step_fn(state, batch):
+        objective_fn(state["student"], state["teacher"], batch, 0.5)[0].backward()
+        with torch.no_grad():
+            for leaf in state["student"].values():
+                leaf -= 0.1 * leaf.grad
+        return state
+
+    report = examine_distillation(**facts, step_fn=step_fn)
+    status = {f.check.removeprefix("distill."): f.status for f in report}
+    leaks = status.pop("teacher_gradient")
+    assert leaks == ("pass" if detached else "fail"), report["distill.teacher_gradient"]
+    missing = {n for n, x in status.items() if x != "pass"}
+    assert missing == {"precision", "subset", "terms", "clock", "contrastive"}, report
+    frozen = {n: x.detach() for n, x in student.items()}
+    finding = examine_distillation(**facts | {"student_params": frozen})["distill.teacher_gradient"]
+    assert finding.status == "skip" and "needs a gradient" in finding.evidence
 
 
 def test_a_cache_that_ignores_the_tokens_is_not_passed():

@@ -1,151 +1,235 @@
 """A distillation as a black box: teacher, targets, objective and loop."""
 
 import dataclasses
-import functools
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm_jax.doctor.distill.divergence import log_softmax
-from lm_jax.doctor.old import Arguments, Skip, call
-from lm_jax.doctor.trees import Arrays, named, same
+from lm_jax.doctor import trees
+from lm_jax.doctor.checks import fixture
+from lm_jax.doctor.facts import Bound, Broken, Facts, Skip, call, described, function
+
+from lm_jax.doctor.facts import above, mapping, one_of, real, whole  # isort: skip
+
+KINDS = ("forward", "reverse", "jsd", "skew")
+SHARE = Bound("give a number inside (0, 1)", lambda x: real(x) and 0 < x < 1)
+FLOAT = Bound("give the name of a float type", trees.names_float)
+TOKENS = Bound("let its 'tokens' be an array", lambda x: hasattr(x.get("tokens"), "dtype"))
+Function = Annotated[Callable[..., Any] | None, function]
+Number = Annotated[int | None, whole(1)]
+Objective = Callable[[Any, float], tuple[float, dict[str, float]]]
 
 
-@dataclasses.dataclass(frozen=True)
-class Given(Arguments):
-    """The arguments of `examine_distillation`, which has their types and describes them."""
+@dataclasses.dataclass
+class Subject(Facts):
+    """Examine a distillation of any framework; what is not given is skipped by name.
 
-    teacher_fn: Any
-    teacher_params: Any
-    targets_fn: Any
-    batch: Any
-    unigram_nats: Any
-    suffix_fn: Any
-    compute_dtype: str
-    student_params: Any
-    objective_fn: Any
-    whole_fn: Any
-    eval_fn: Any
-    init_fn: Any
-    step_fn: Any
-    student_of: Any
-    teacher_of: Any
-    calls: int
-    student_parameters: Any
-    teacher_parameters: Any
-    records: Any
-    weights_fn: Any
-    steps: Any
-    contrastive_candidates: Any
-    seed: int
+    Logits at position t are about token t + 1. Gradients come from JAX, and from PyTorch for the
+    parameters of an objective; without either the checks that need one are skipped, but for
+    `distill.temperature`, which then uses differences.
+    """
+
+    _: dataclasses.KW_ONLY
+    kd_fn: Annotated[
+        Function,
+        "(student_logits [B, T, V], teacher_logits [B, T, V], weights [B, T], temperature) -> "
+        "(sum, count), the divergence; it gets arrays of NumPy where JAX cannot trace it.",
+    ] = None
+    kind: Annotated[
+        str,
+        "forward, KL(teacher || student); reverse; jsd; or skew, KL(teacher || mixture).",
+        one_of(*KINDS),
+    ] = "forward"
+    beta: Annotated[float, "weight of the teacher in jsd's and skew's mixture.", SHARE] = 0.5
+    t2: Annotated[bool, "whether the values of kd_fn and topk_fn contain temperature^2."] = True
+    topk_fn: Annotated[
+        Function, "like kd_fn with a further argument k: over the k most likely tokens only."
+    ] = None
+    topk_union: Annotated[bool, "whether those are of teacher and student, k of each."] = True
+    vocab_size: Annotated[int, "V of the logits made for kd_fn and topk_fn.", whole(4)] = 32
+    teacher_fn: Annotated[
+        Function,
+        "(teacher_params, tokens [B, T]) -> logits [B, T, V] by itself, as it is evaluated.",
+    ] = None
+    teacher_params: Annotated[Any, "all that the targets are made of, projections included."] = None
+    targets_fn: Annotated[
+        Function,
+        "(teacher_params, batch) -> logits [B, T, V], the whole pipeline up to what the student's "
+        "loss reads at the student's positions.",
+    ] = None
+    batch: Annotated[
+        Mapping[str, Any] | None,
+        "what the pipeline reads: tokens [B, T] of the student, weights [B, T] (above 0 where a "
+        "token is scored as a target; default all), and whatever else.",
+        mapping,
+        TOKENS,
+    ] = None
+    unigram_nats: Annotated[
+        float | None, "nats of a token by the corpus's frequencies; default from batch.", above(0)
+    ] = None
+    suffix_fn: Annotated[
+        Function,
+        "(batch, cut) -> batch with another text from student token cut on; default replaces "
+        "tokens, so give it where the teacher has tokens of its own.",
+    ] = None
+    compute_dtype: Annotated[str, "of teacher and objective, for rounding.", FLOAT] = "float32"
+    student_params: Annotated[Any, "tree of what is trained."] = None
+    objective_fn: Annotated[
+        Function,
+        "(student_params, teacher_params, batch, alpha) -> (total, parts) with total = alpha "
+        "kd_kl_t2 + (1 - alpha) lm_ce and raw parts of these names; no dropout.",
+    ] = None
+    whole_fn: Annotated[
+        Function,
+        "(student_params, teacher_params, batch) -> total, all that is differentiated, where "
+        "there are other terms; default objective_fn with alpha 1/2.",
+    ] = None
+    eval_fn: Annotated[
+        Function, "(student_params, teacher_params, batch, update) -> components."
+    ] = None
+    init_fn: Annotated[Function, "(seed) -> state of the loop."] = None
+    step_fn: Annotated[Function, "(state, batch) -> state or (state, metrics)."] = None
+    student_of: Annotated[Function, "(state) -> student_params."] = None
+    teacher_of: Annotated[Function, "(state) -> teacher_params."] = None
+    calls: Annotated[int, "of step_fn after which the student must have moved.", whole(1)] = 4
+    student_parameters: Annotated[Number, "declared number of the student's parameters."] = None
+    teacher_parameters: Annotated[Number, "the same of the teacher."] = None
+    records: Annotated[
+        Sequence[Mapping[str, Any]] | None,
+        "log with step, distill/objective, raw terms distill/<name>, weighted terms "
+        "distill/weighted/<name>, distill/temperature.",
+    ] = None
+    weights_fn: Annotated[Function, "(update) -> {name: weight}, also of temperature."] = None
+    steps: Annotated[Number, "updates of the run."] = None
+    contrastive_candidates: Annotated[
+        Number, "embeddings that each is contrasted with, itself included: of batch and queue."
+    ] = None
+    seed: Annotated[int, "of what is drawn.", whole()] = 0
 
     @property
     def eps(self) -> float:
         """Step of the compute dtype near 1."""
-        return float(jnp.finfo(self.compute_dtype).eps)
+        return float(jnp.finfo(jnp.dtype(self.compute_dtype)).eps)
 
-    @property
-    def tokens(self) -> np.ndarray:
-        """Student tokens [B, T] of the batch."""
-        self.need("batch")
-        return call("batch['tokens']", lambda: np.asarray(self.batch["tokens"]))
-
-    @property
-    def scored(self) -> np.ndarray:
-        """Whether the logits at a position [B, T - 1] are scored on the next token."""
-        if "weights" not in self.batch:
-            return np.ones(self.tokens[:, 1:].shape, bool)
-        return np.asarray(self.batch["weights"])[:, 1:] > 0
-
-    def targets(self, batch: Any = None, teacher_params: Any = None) -> np.ndarray:
-        """Teacher logits [B, T, V] as the student's loss reads them."""
-        self.need("targets_fn", "teacher_params", "batch")
-        params = self.teacher_params if teacher_params is None else teacher_params
-        batch = self.batch if batch is None else batch
-        made = call("targets_fn", self.targets_fn, params, batch)
-        return self._logits("targets_fn", made)
-
-    @functools.cached_property
-    def alone(self) -> np.ndarray:
-        """The teacher's logits on the batch's tokens, outside the pipeline."""
-        self.need("teacher_fn", "teacher_params", "batch")
-        made = call("teacher_fn", self.teacher_fn, self.teacher_params, self.tokens)
-        return self._logits("teacher_fn", made)
-
-    def _logits(self, what: str, made: Any) -> np.ndarray:
-        logits = call(f"np.asarray of what {what} returned", np.asarray, made)
-        if logits.ndim != 3 or logits.shape[:2] != self.tokens.shape:
-            raise Skip(f"{what} returned shape {logits.shape}, not {self.tokens.shape} and V.")
-        return logits.astype(np.float64)
-
-    def objective(self, teacher_params: Any, alpha: float) -> tuple[float, dict[str, float]]:
-        """Total and raw parts for a share alpha of distillation."""
-        self.need("objective_fn", "student_params", "teacher_params", "batch")
-        made = call(
-            "objective_fn",
-            self.objective_fn,
-            self.student_params,
-            teacher_params,
-            self.batch,
-            alpha,
-        )
-        if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[1], Mapping)):
-            raise Skip("objective_fn did not return (total, mapping of raw parts).")
-        parts = {str(n): call(f"part {n}", float, x) for n, x in made[1].items()}
-        return call("the total", float, made[0]), parts
-
-    @functools.cached_property
-    def loop(self) -> tuple["Point", "Point"]:
-        """Student, teacher and targets before and after some calls of the loop."""
-        self.need("init_fn", "step_fn", "student_of", "batch")
-        state = call("init_fn", self.init_fn, self.seed)
-        before = Point.of(self, state)
-        for _ in range(self.calls):
-            made = call("step_fn", self.step_fn, state, self.batch)
-            # A state may itself be a tuple, even a pair: metrics are a mapping at its end.
-            pair = type(made) is tuple and len(made) == 2 and isinstance(made[1], Mapping)
-            state = made[0] if pair else made
-        after = Point.of(self, state)
-        if before.student.keys() != after.student.keys():
-            raise Skip("After a call student_of returns other leaves than before.")
-        return before, after
+    def logits(self, name: str, params: Any, read: Any) -> np.ndarray:
+        """What a function of the teacher returns, [B, T, V], in the precision it has."""
+        shape = tuple(self.batch["tokens"].shape) if self.batch else ()
+        found = trees.as_array(call(name, getattr(self, name), params, read))
+        if found.ndim != 3 or found.shape[:2] != shape or not found.size:
+            raise Broken(f"{name} returned shape {found.shape}, not {shape} and V")
+        return found
 
 
-@dataclasses.dataclass(frozen=True)
-class Point:
-    """What the loop holds at a time."""
+def scalar(value: Any) -> float:
+    """A number of any framework."""
+    return float(trees.as_array(value))
 
-    student: Arrays
-    teacher: Arrays | None
+
+def numbers(name: str, made: Any) -> dict[str, float]:
+    """What a function returned as numbers by name."""
+    if not isinstance(made, Mapping):
+        raise Broken(f"{name} returned a {type(made).__name__}, not a mapping of numbers")
+    return {str(n): call(f"the number {n} of {name}", scalar, x) for n, x in made.items()}
+
+
+def gradients(name: str, total: Callable[..., Any], *args: Any) -> tuple[Any, ...]:
+    """JAX's gradients by all arguments; `Skip` if JAX cannot trace the function at all."""
+    try:
+        return jax.grad(total, tuple(range(len(args))), allow_int=True)(*args)  # type: ignore[no-any-return]
+    except Broken:
+        raise
+    except Exception as error:
+        try:
+            jax.eval_shape(total, *args)
+        except Exception:
+            raise Skip(f"JAX cannot differentiate {name} ({type(error).__name__}).") from error
+        raise Broken(f"the gradient of {name} raised {described(error)}") from error
+
+
+@fixture
+def tokens(batch: Any) -> np.ndarray:
+    """Student tokens [B, T] of the batch."""
+    return trees.as_array(batch["tokens"])
+
+
+@fixture
+def scored(batch: Any, tokens: np.ndarray) -> np.ndarray:
+    """Rows and columns [2, N] of the positions whose logits are scored on the next token."""
+    weights: np.ndarray = trees.as_array(batch.get("weights", np.ones(tokens.shape)))
+    if weights.shape != tokens.shape:
+        raise Broken(f"batch['weights'] has shape {weights.shape}, tokens have {tokens.shape}")
+    places = np.stack(np.nonzero(weights[:, 1:] > 0))
+    if not places.size:
+        raise Skip("No token of batch is scored.")
+    return places
+
+
+@fixture
+def alone(subject: Subject, teacher_fn: Any, teacher_params: Any, batch: Any) -> np.ndarray:
+    """The teacher's logits on the batch's tokens, outside the pipeline."""
+    return subject.logits("teacher_fn", teacher_params, batch["tokens"])
+
+
+@fixture
+def taught(subject: Subject, targets_fn: Any, teacher_params: Any, batch: Any) -> np.ndarray:
+    """The targets, as logits."""
+    return subject.logits("targets_fn", teacher_params, batch)
+
+
+@fixture
+def objective(objective_fn: Any, student_params: Any, teacher_params: Any, batch: Any) -> Objective:
+    """Total and raw parts for parameters of the teacher and a share alpha of distillation."""
+    if not trees.float_leaves(teacher_params):
+        raise Skip("teacher_params has no floating-point leaves.")
+
+    def found(teacher: Any, alpha: float) -> tuple[float, dict[str, float]]:
+        made = call("objective_fn", objective_fn, student_params, teacher, batch, alpha)
+        total, parts = call("taking (total, parts) of what objective_fn returned", tuple, made)
+        return call("the total of objective_fn", scalar, total), numbers("objective_fn", parts)
+
+    return found
+
+
+class Point(NamedTuple):
+    """What the loop holds at a time, copied to the host."""
+
+    student: trees.Arrays
+    teacher: trees.Arrays
     targets: np.ndarray | None
 
-    @classmethod
-    def of(cls, given: Given, state: Any) -> "Point":
-        """Copied to the host."""
-        student = call("student_of", lambda: named(given.student_of(state)))
-        if given.teacher_of is None:
-            return cls(student, None, None)
-        params = call("teacher_of", given.teacher_of, state)
-        teacher = call("np.asarray of the teacher", named, params)
-        targets = None
-        if given.targets_fn is not None and given.teacher_params is not None:
-            targets = given.targets(teacher_params=params)
-        return cls(student, teacher, targets)
 
+@fixture
+def loop(
+    subject: Subject, init_fn: Any, step_fn: Any, student_of: Any, batch: Any
+) -> tuple[Point, Point]:
+    """Student, teacher and targets before and after some calls of the loop."""
 
-def changed_leaves(before: Arrays, after: Arrays) -> list[str]:
-    """Names of the leaves of which any bit is another."""
-    return [n for n, x in before.items() if n not in after or not same(x, after[n])]
+    def held(name: str, state: Any) -> trees.Arrays:
+        found = trees.named(call(name, getattr(subject, name), state))
+        if not found:
+            raise Broken(f"{name} returned no arrays")
+        return found
 
+    def point(state: Any) -> Point:
+        student, teacher, targets = held("student_of", state), {}, None
+        if subject.teacher_of is not None:
+            teacher = held("teacher_of", state)
+            if subject.targets_fn is not None:
+                targets = subject.logits("targets_fn", subject.teacher_of(state), batch).copy()
+        return Point(student, teacher, targets)
 
-def next_token_nats(given: Given, logits: np.ndarray) -> np.ndarray:
-    """Nats of the batch's scored next tokens under logits [B, T, V]."""
-    scored, ahead = given.scored, given.tokens[:, 1:][given.scored]
-    if not len(ahead):
-        raise Skip("No token of batch is scored.")
-    if not 0 <= ahead.min() <= ahead.max() < logits.shape[-1]:
-        raise Skip(f"Tokens reach {ahead.max()}, logits have {logits.shape[-1]} entries.")
-    log_p = log_softmax(logits[:, :-1][scored])
-    return -np.take_along_axis(log_p, ahead[:, None], 1)[:, 0]
+    state = call("init_fn", init_fn, subject.seed)
+    before = point(state)
+    shape: Any = jax.tree.structure(state)
+    for _ in range(subject.calls):
+        made = call("step_fn", step_fn, state, trees.copies(batch))
+        # A state may itself be a pair; else metrics are a mapping at its end.
+        pair = type(made) is tuple and len(made) == 2 and isinstance(made[1], Mapping)
+        state = made[0] if pair and jax.tree.structure(made) != shape else made
+    after = point(state)
+    if before.student.keys() != after.student.keys():
+        raise Broken("student_of returns other leaves after a call of step_fn than before")
+    return before, after
