@@ -1,0 +1,180 @@
+"""A gradient at the given parameters: against central differences, and against itself."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from lm_jax.doctor import numbers, trees
+from lm_jax.doctor.checks import check
+from lm_jax.doctor.findings import Measure, at_most, equals, holds, none, note
+from lm_jax.doctor.gradient import differences
+from lm_jax.doctor.gradient.subject import Comparison, Point, Subject
+
+COORDINATES = 12  # of each leaf
+
+
+@check(
+    "Find the first operation that divides by zero or takes log, sqrt or a power of zero, "
+    "or an id outside its table; make the argument safe before the operation, not only its result.",
+    gate=True,
+)
+def finite(point: Point) -> list[Measure]:
+    """The loss is a finite scalar and so is every entry of its gradient."""
+    loss, bad = point.centre, trees.nonfinite(point.grads)
+    where = ""
+    if bad:
+        array = point.grads[bad[0]]
+        place = [int(i) for i in np.argwhere(~np.isfinite(array))[0]]
+        where = f"first {bad[0]}{place}"
+    return [
+        holds(bool(np.isfinite(loss)), "loss", loss),
+        none(
+            "leaves whose gradient is not finite",
+            bad,
+            of=len(point.grads),
+            where=where,
+            key="not_finite",
+        ),
+    ]
+
+
+def _fill_memory(leaves: trees.Arrays) -> None:
+    """Write over freed memory of the sizes of the leaves, which new buffers are likely to get."""
+    junk = [np.full(leaf.shape, 1e30) for leaf in leaves.values() for _ in range(2)]
+    del junk
+
+
+@check(
+    "Zero every buffer before adding to it, write all of it, and keep nothing from an "
+    "earlier call; fix the random key."
+)
+def repeated(subject: Subject, point: Point) -> list[Measure]:
+    """The same parameters give the same bits, also after other parameters were differentiated."""
+    losses = [subject.value(point.leaves, as_given=True)]
+    first = subject.gradient(point.leaves)
+    changed: dict[str, float] = {}
+    for scale in (1.1, 0.7):
+        subject.gradient({name: scale * leaf for name, leaf in point.leaves.items()})
+        _fill_memory(point.leaves)
+        again = subject.gradient(point.leaves)
+        losses.append(subject.value(point.leaves, as_given=True))
+        for name, a in first.items():
+            if not np.array_equal(a, again[name], equal_nan=True):
+                changed[name] = max(changed.get(name, 0.0), numbers.gap(a, again[name]))
+    most = max(changed, key=lambda name: changed[name], default="")
+    return [
+        equals("largest difference of three losses", np.ptp(losses), 0, key="loss"),
+        none(
+            "leaves whose three gradients differ",
+            changed,
+            of=len(first),
+            where=f"most {most} by {changed.get(most, 0):.3g}",
+            key="changed",
+        ),
+    ]
+
+
+@check(
+    "Let the loss keep float64 when its parameters are float64. In float32 use steps near "
+    "1e-2 and judge whole directions: errors at smaller steps are rounding, not a wrong gradient."
+)
+def precision(point: Point) -> list[Measure]:
+    """Rounding of the loss leaves differences of a float64 function enough to decide."""
+    c = max(point.sweeps, key=lambda c: c.bound)
+    errors = np.abs(c.slope.values - c.given) / c.scale
+    pairs = list(zip(differences.STEPS, errors, strict=True))[::2]
+    curve = ", ".join(f"{step:.0e}: {error:.1e}" for step, error in pairs)
+    return [
+        at_most(
+            "rounding of the loss, of its value",
+            point.relative_noise,
+            1e-12,
+            otherwise="warn",
+            key="relative_noise",
+        ),
+        note(f"relative error by step: {curve}", errors.tolist(), key="errors"),
+        note("best step", c.slope.step, key="best_step"),
+        note("there differences decide down to", c.bound, key="attainable"),
+    ]
+
+
+@check(
+    "The gradient is that of another function: check hand-written backward passes and what "
+    "they saved; gradient.leaves names the leaf."
+)
+def directional(point: Point) -> list[Measure]:
+    """Derivatives of the whole loss along random directions are those of differences."""
+    return point.judged(point.sweeps, "random directions")
+
+
+@check("Check the backward pass of the operation that the named leaf feeds.")
+def leaves(point: Point) -> list[Measure]:
+    """So are those inside each leaf, along a random direction and along the gradient."""
+    found = []
+    for i, (name, leaf) in enumerate(point.leaves.items()):
+        typical, grad = point.typical_of(name), point.grads[name]
+        direction = point.random(100 + i, {name: np.ones(leaf.shape)})
+        found.append(point.compare(name, direction, typical))
+        if leaf.size > 1 and (length := trees.norm([grad])):
+            # The signal is largest along the gradient.
+            found.append(point.compare(f"{name}, steepest", {name: grad / length}, typical))
+    return point.judged(found, f"directions in {len(point.leaves)} leaves")
+
+
+def _sample(point: Point, leaf: str, stream: int, candidates: np.ndarray) -> Iterator[Comparison]:
+    """Coordinates of a leaf: some of the candidates, the first and the last among them."""
+    if len(candidates) > COORDINATES:
+        rng = point.subject.rng(stream, 7)
+        inner = rng.choice(candidates[1:-1], COORDINATES - 2, replace=False)
+        candidates = np.sort(np.concatenate([candidates[[0, -1]], inner]))
+    return (point.coordinate(leaf, int(index)) for index in candidates)
+
+
+@check("Check the backward pass of the operation that the named leaf feeds, at that index.")
+def coordinates(point: Point) -> list[Measure]:
+    """So are those by single coordinates of every leaf."""
+    samples = [
+        _sample(point, name, i, np.arange(leaf.size))
+        for i, (name, leaf) in enumerate(point.leaves.items())
+    ]
+    found = [comparison for sample in samples for comparison in sample]
+    return point.judged(found, f"coordinates of {len(point.leaves)} leaves")
+
+
+@check("Write all of the gradient buffer: cover the last block and every row.")
+def partly_written(point: Point) -> list[Measure]:
+    """Where a leaf's gradient is exactly zero in part, the loss does not depend on that part."""
+    found = []
+    for i, (name, grad) in enumerate(point.grads.items()):
+        zeros = np.flatnonzero(grad == 0)
+        if not 0 < len(zeros) < grad.size:
+            continue
+        direction = point.random(200 + i, {name: (grad == 0).astype(np.float64)})
+        label = f"the {len(zeros)} zeros of {name}"
+        whole = point.compare(label, direction, point.typical_of(name))
+        found += [whole, *(_sample(point, name, i, zeros) if whole.wrong else ())]
+    if not found:
+        return [note("no leaf has a gradient that is exactly zero in part")]
+    return point.judged(found, "groups and coordinates of zero gradient")
+
+
+@check(
+    "Connect the parameter to the loss (no stop_gradient, no gate at zero in front of it), "
+    "drop it, or declare it with unused=."
+)
+def zero_leaves(subject: Subject, point: Point) -> list[Measure]:
+    """Every leaf has a gradient."""
+    zero = [name for name, grad in point.grads.items() if not grad.any()]
+    lost = []
+    for name in zero:
+        stream = 300 + list(point.leaves).index(name)
+        direction = point.random(stream, {name: np.ones(point.leaves[name].shape)})
+        found = point.compare(name, direction, point.typical_of(name))
+        if found.wrong and point.confirmed(found):
+            lost.append(name)
+    dead = [n for n in zero if not any(n == u or n.startswith(f"{u}/") for u in subject.unused)]
+    what = "leaves of gradient 0"
+    return [
+        none(f"{what} with which the loss changes", lost, of=len(point.leaves), key="lost"),
+        none(f"{what} that are not declared unused", dead, otherwise="warn", key="zero"),
+    ]
