@@ -112,32 +112,31 @@ def leaves(point: Point) -> list[Measure]:
     """So are those inside each leaf, along a random direction and along the gradient."""
     found = []
     for i, (name, leaf) in enumerate(point.leaves.items()):
-        typical, grad = point.typical_of(name), point.grads[name]
-        direction = point.random(100 + i, {name: np.ones(leaf.shape)})
-        found.append(point.compare(name, direction, typical))
-        if leaf.size > 1 and (length := trees.norm([grad])):
+        found.append(point.compare(name, point.random(100 + i, {name: np.ones(leaf.shape)})))
+        if leaf.size > 1 and (length := trees.norm([point.grads[name]])):
             # The signal is largest along the gradient.
-            found.append(point.compare(f"{name}, steepest", {name: grad / length}, typical))
+            steepest = {name: point.grads[name] / length}
+            found.append(point.compare(f"{name}, steepest", steepest))
     return point.judged(found, f"directions in {len(point.leaves)} leaves")
 
 
-def _sample(point: Point, leaf: str, stream: int, candidates: np.ndarray) -> Iterator[Comparison]:
+def _sample(point: Point, leaf: str, candidates: np.ndarray) -> Iterator[Comparison]:
     """Coordinates of a leaf: some of the candidates, the first and the last among them."""
     if len(candidates) > COORDINATES:
-        rng = point.subject.rng(stream, 7)
+        rng = point.subject.rng(list(point.leaves).index(leaf), 7)
         inner = rng.choice(candidates[1:-1], COORDINATES - 2, replace=False)
         candidates = np.sort(np.concatenate([candidates[[0, -1]], inner]))
-    return (point.coordinate(leaf, int(index)) for index in candidates)
+    for index in candidates:
+        unit = np.zeros(point.leaves[leaf].shape)
+        unit.flat[index] = 1.0
+        place = [int(i) for i in np.unravel_index(index, unit.shape)]
+        yield point.compare(f"{leaf}{place or ''}".replace(" ", ""), {leaf: unit})
 
 
 @check("Check the backward pass of the operation that the named leaf feeds, at that index.")
 def coordinates(point: Point) -> list[Measure]:
     """So are those by single coordinates of every leaf."""
-    samples = [
-        _sample(point, name, i, np.arange(leaf.size))
-        for i, (name, leaf) in enumerate(point.leaves.items())
-    ]
-    found = [comparison for sample in samples for comparison in sample]
+    found = [c for n, x in point.leaves.items() for c in _sample(point, n, np.arange(x.size))]
     return point.judged(found, f"coordinates of {len(point.leaves)} leaves")
 
 
@@ -151,8 +150,8 @@ def partly_written(point: Point) -> list[Measure]:
             continue
         direction = point.random(200 + i, {name: (grad == 0).astype(np.float64)})
         label = f"the {len(zeros)} zeros of {name}"
-        whole = point.compare(label, direction, point.typical_of(name))
-        found += [whole, *(_sample(point, name, i, zeros) if whole.wrong else ())]
+        whole = point.compare(label, direction)
+        found += [whole, *(_sample(point, name, zeros) if whole.wrong else ())]
     if not found:
         return [note("no leaf has a gradient that is exactly zero in part")]
     return point.judged(found, "groups and coordinates of zero gradient")
@@ -169,7 +168,7 @@ def zero_leaves(subject: Subject, point: Point) -> list[Measure]:
     for name in zero:
         stream = 300 + list(point.leaves).index(name)
         direction = point.random(stream, {name: np.ones(point.leaves[name].shape)})
-        found = point.compare(name, direction, point.typical_of(name))
+        found = point.compare(name, direction)
         if found.wrong and point.confirmed(found):
             lost.append(name)
     dead = [n for n in zero if not any(n == u or n.startswith(f"{u}/") for u in subject.unused)]

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -64,18 +64,17 @@ class Subject(Facts):
         self.leaves = {
             name: trees.as_array(leaf).astype(np.float64)
             for name, leaf in self.all.items()
-            if trees.is_float_leaf(leaf) or isinstance(leaf, float)
+            if (trees.is_float_leaf(leaf) or isinstance(leaf, float)) and trees.as_array(leaf).size
         }
-        self.leaves = {name: x for name, x in self.leaves.items() if x.size}
         require(bool(self.leaves), "params", "no floating-point leaf; give arrays to differentiate")
-
-    def loss(self, leaves: Mapping[str, Any]) -> Any:
-        """The loss as it was given, of the parameters with these leaves."""
-        return self.loss_fn(self.merged(leaves))
 
     def merged(self, leaves: Mapping[str, Any]) -> Any:
         """The parameters with these leaves."""
         return jax.tree.unflatten(self.tree, [leaves.get(n, x) for n, x in self.all.items()])
+
+    def loss(self, leaves: Mapping[str, Any]) -> Any:
+        """The loss as it was given."""
+        return self.loss_fn(self.merged(leaves))
 
     @functools.cached_property
     def functions(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -106,45 +105,30 @@ class Subject(Facts):
         """Gradient of every floating-point leaf, evaluated afresh; zeros where it is None."""
         with jax.enable_x64(True):
             tree = call("the gradient", self.functions[1], self.arguments(leaves))
-        found: Any = jax.tree.flatten(tree, is_leaf=lambda x: x is None)
-        names = list(self.leaves if not self.grad_fn else self.all)
-        if self.grad_fn and found[1] != self.tree:
-            raise Broken(f"the gradient has the structure {found[1]}, the parameters {self.tree}")
-        given = dict(zip(names, found[0], strict=True))
+        grads, found = jax.tree.flatten(tree, is_leaf=lambda x: x is None)
+        if self.grad_fn and found != self.tree:
+            raise Broken(f"the gradient has the structure {found}, the parameters {self.tree}")
+        given = dict(zip(self.all if self.grad_fn else sorted(leaves), grads, strict=True))
         arrays = {}
         for name, leaf in leaves.items():
             grad = np.zeros(leaf.shape) if given[name] is None else given[name]
-            array = np.array(call("a gradient as an array", trees.as_array, grad))
+            array = np.array(call("the gradient as an array", trees.as_array, grad))
             if array.shape != leaf.shape:
                 raise Broken(f"the gradient of {name} has shape {array.shape}, not {leaf.shape}")
             arrays[name] = array.astype(np.float64)
         return arrays
 
 
-@dataclasses.dataclass(frozen=True)
-class Comparison:
+class Comparison(NamedTuple):
     """A directional derivative by the gradient and by central differences."""
 
     name: str
-    direction: trees.Arrays = dataclasses.field(repr=False)
+    direction: trees.Arrays
     given: float
     slope: Slope
-    typical: float  # derivative to be expected along such a direction
-
-    @property
-    def scale(self) -> float:
-        """Size against which the error counts."""
-        return max(abs(self.given), abs(self.slope.value), self.typical) or 1.0
-
-    @property
-    def error(self) -> float:
-        """Relative to the scale."""
-        return abs(self.given - self.slope.value) / self.scale
-
-    @property
-    def bound(self) -> float:
-        """Error that the difference itself may have, relative to the scale."""
-        return self.slope.bound / self.scale
+    scale: float  # size against which the error counts
+    error: float  # relative to the scale
+    bound: float  # error that the difference itself may have, relative to the scale
 
     @property
     def wrong(self) -> bool:
@@ -174,10 +158,6 @@ class Point:
         """Root mean square of the whole gradient: the derivative along a random unit direction."""
         return trees.rms(trees.flat(self.grads))
 
-    def typical_of(self, leaf: str) -> float:
-        """Root mean square of the gradient of a leaf, or a thousandth of the whole if more."""
-        return max(trees.rms(self.grads[leaf]), 1e-3 * self.typical)
-
     def along(self, direction: trees.Arrays) -> Callable[[float], float]:
         """The loss on the line through the parameters."""
         return lambda t: self.subject.value(
@@ -192,7 +172,7 @@ class Point:
         return {name: x / length for name, x in d.items()}
 
     @functools.cached_property
-    def whole(self) -> list[trees.Arrays]:
+    def directions(self) -> list[trees.Arrays]:
         """Random directions in all leaves."""
         ones = {name: np.ones(leaf.shape) for name, leaf in self.leaves.items()}
         return [self.random(draw, ones) for draw in range(DIRECTIONS)]
@@ -200,7 +180,7 @@ class Point:
     @functools.cached_property
     def noise(self) -> float:
         """Standard deviation of the rounding of the loss: the median of three lines."""
-        lines = [self.along(direction) for direction in self.whole[:3]]
+        lines = [self.along(direction) for direction in self.directions[:3]]
         return float(np.median([differences.rounding(line, self.centre) for line in lines]))
 
     @property
@@ -211,10 +191,8 @@ class Point:
     @functools.cached_property
     def sweeps(self) -> list[Comparison]:
         """The random directions, over all steps."""
-        return [
-            self.compare(f"direction {i}", d, self.typical, differences.STEPS)
-            for i, d in enumerate(self.whole)
-        ]
+        pairs = enumerate(self.directions)
+        return [self.compare(f"direction {i}", d, differences.STEPS) for i, d in pairs]
 
     @functools.cached_property
     def steps(self) -> np.ndarray:
@@ -223,21 +201,20 @@ class Point:
         return best * np.array([10.0, np.sqrt(10.0), 1.0])
 
     def compare(
-        self, name: str, direction: trees.Arrays, typical: float, steps: np.ndarray | None = None
+        self, name: str, direction: trees.Arrays, steps: np.ndarray | None = None
     ) -> Comparison:
-        """The gradient against central differences along a direction."""
+        """The gradient against central differences along a direction.
+
+        Errors count against the derivative, or what it typically is in these leaves, or a
+        thousandth of that in all.
+        """
         steps = self.steps if steps is None else steps
         found = slope(self.along(direction), self.centre, self.noise, steps)
         given = sum(float((self.grads[n] * d).sum()) for n, d in direction.items())
-        return Comparison(name, direction, given, found, typical)
-
-    def coordinate(self, leaf: str, index: int) -> Comparison:
-        """One coordinate of one leaf, by its flat index."""
-        unit = np.zeros(self.leaves[leaf].shape)
-        unit.flat[index] = 1.0
-        place = ",".join(str(int(i)) for i in np.unravel_index(index, unit.shape))
-        name = f"{leaf}[{place}]" if place else leaf
-        return self.compare(name, {leaf: unit}, self.typical_of(leaf))
+        typical = trees.rms(trees.flat({n: self.grads[n] for n in direction}))
+        scale = max(abs(given), abs(found.value), typical, 1e-3 * self.typical) or 1.0
+        error = abs(given - found.value) / scale
+        return Comparison(name, direction, given, found, scale, error, found.bound / scale)
 
     @functools.cached_property
     def elsewhere(self) -> "Point":
@@ -256,7 +233,7 @@ class Point:
         pass is wrong at any point.
         """
         try:
-            return self.elsewhere.compare(c.name, c.direction, c.typical).wrong
+            return self.elsewhere.compare(c.name, c.direction).wrong
         except Broken:
             return True
 
@@ -273,22 +250,17 @@ class Point:
             )
         decided = [c for c in comparisons if c not in vague]
         worst = wrong[0] if wrong else max(decided, key=lambda c: c.error / (c.bound + 1e-9))
-        says = f"gradient {worst.given:.6g}, difference {worst.slope.value:.6g}"
-        step = f"step {worst.slope.step:.1g}"
-        undecided = f"undecided {len(vague)}" + (f", {listed(c.name for c in vague)}" * bool(vague))
+        at = f"gradient {worst.given:.6g}, difference {worst.slope.value:.6g} at {worst.slope.step:.1g}"
+        limit, undecided = worst.bound + TOLERANCE, listed(c.name for c in vague)
+        bounds, errors = (
+            {c.name: c.bound for c in comparisons},
+            {c.name: c.error for c in comparisons},
+        )
         return [
             none(f"wrong {what}", [c.name for c in wrong], of=len(comparisons), key="wrong"),
-            at_most(
-                f"relative error at {worst.name}",
-                worst.error,
-                worst.bound + TOLERANCE,
-                where=f"{says} with {step}",
-                key="error",
-            ),
-            note(
-                f"{len(comparisons)} {what}", {c.name: c.error for c in comparisons}, key="errors"
-            ),
-            note(undecided, {c.name: c.bound for c in comparisons}, key="bounds"),
+            at_most(f"relative error of {worst.name}", worst.error, limit, where=at, key="error"),
+            note(f"{len(comparisons)} {what}", errors, key="errors"),
+            note(f"{len(vague)} undecided" + f", {undecided}" * bool(vague), bounds, key="bounds"),
         ]
 
 
