@@ -550,3 +550,48 @@ def test_parameters_of_pytorch():
     params = {"a": torch.nn.Parameter(torch.full((3,), 0.5))}
     report = examine_gradients(lambda p: (p["a"] ** 2).sum(), params)
     assert not report.failed and report["gradient.directional"].status == "pass"
+
+
+def test_parameters_of_pytorch_in_bfloat16():
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    half = torch.full((3,), 0.5, dtype=torch.bfloat16)
+    params = {"a": torch.nn.Parameter(half), "b": torch.nn.Parameter(half)}
+
+    def gradient(p):
+        return {"a": torch.tensor(2 * p["a"], dtype=torch.bfloat16, requires_grad=True), "b": None}
+
+    report = examine_gradients(
+        lambda p: torch.tensor((p["a"] ** 2).sum()), params, grad_fn=gradient
+    )
+    assert not report.failed, report.to_json()
+    assert report["gradient.zero_leaves"].values["zero"] == ["b"]  # None, as of a leaf without use
+
+
+def test_names_with_a_slash_are_two_leaves():
+    params = {"a/b": np.array([0.5, 2.0]), "a": {"b": np.array([0.7])}}
+    report = examine_gradients(lambda p: (p["a/b"] ** 2).sum() + (p["a"]["b"] ** 3).sum(), params)
+    assert quiet(report), report.to_json()
+    assert len(report["gradient.leaves"].values["errors"]) == 3
+
+
+def test_what_raises_on_every_call_is_an_error():
+    def broken(*args):
+        raise RuntimeError("this cannot run")
+
+    report = examine_gradients(lambda p: (p["a"] ** 2).sum(), {"a": np.ones(2)}, grad_fn=broken)
+    assert report.failed == ["gradient.finite"] and report["gradient.finite"].status == "error"
+    kernel = examine_kernel(broken, logsumexp_reference, scores, sizes=(2, 3))
+    reference = examine_kernel(logsumexp_reference, broken, scores, sizes=(2, 3))
+    make = examine_kernel(logsumexp_reference, logsumexp_reference, broken, sizes=(2, 3))
+    for report in (kernel, reference, make):
+        assert report["gradient.kernel_value"].status == "error", report.to_json()
+        assert "this cannot run" in report["gradient.kernel_value"].evidence
+
+
+def test_a_type_that_hides_any_error_is_not_judged():
+    def make(size, rng):
+        return jnp.ones((3, size), jnp.float8_e5m2)
+
+    report = examine_kernel(lambda z: 0 * z, lambda z: z, make, sizes=(2,))
+    assert {f.status for f in report} == {"skip"}
+    assert "Not judged" in report["gradient.kernel_value"].evidence

@@ -151,6 +151,119 @@ def test_torch_counts_an_ignored_label():
     assert report["loss.label_range"].values["-100"] == "counted at no cost"
 
 
+def labelled(logits, tokens, weights):
+    """Targets without a weight get the label -100, as data collators give it; NumPy."""
+    in_range(tokens, weights, logits.shape[-1])
+    kept = np.where(weights > 0, tokens, -100) != -100
+    return numpy_loss(logits, tokens, kept.astype(np.float32))
+
+
+def masking(logits, tokens, weights):
+    """A boolean mask takes the scored tokens out; JAX."""
+    in_range(tokens, weights, logits.shape[-1])
+    mask = weights[:, 1:] > 0
+    targets = jnp.where(mask, tokens[:, 1:], 0)
+    nats = plain(logits[:, :-1].astype(jnp.float32), targets, None)
+    return jnp.where(mask, nats, 0).sum(), mask.sum()
+
+
+@pytest.mark.parametrize("loss", [masking, labelled], ids=["mask", "labels"])
+def test_a_mask_of_zeros_and_ones_is_healthy(loss):
+    """It takes fractions for ones, which is a warning: no loop of whole weights meets it."""
+    report = examine(loss)
+    assert not report.failed, report.to_json()
+    assert report.warned == ["loss.fractional_weights"]
+
+
+@pytest.mark.parametrize("count", ["labels", "weights"])
+def test_torch_labels_of_minus_100_are_healthy(count):
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+
+    def loss(logits, tokens, weights):
+        z = torch.tensor(logits, requires_grad=True)
+        labels = torch.where(torch.tensor(weights) > 0, torch.tensor(tokens).long(), -100)[:, 1:]
+        total = torch.nn.functional.cross_entropy(
+            z[:, :-1].flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum"
+        )
+        return total, (labels != -100).sum() if count == "labels" else weights[:, 1:].sum()
+
+    report = examine(loss)
+    assert not report.failed, report.to_json()
+    hazard = ["loss.label_range"] if count == "weights" else []
+    assert report.warned == [*hazard, "loss.fractional_weights"]
+
+
+def test_refusals_are_no_failures():
+    """Refusing is loud: labels out of range at weight 0, fractions, or a batch without targets."""
+
+    def loss(logits, tokens, weights):
+        if not (0 <= tokens.min() and tokens.max() < V):
+            raise ValueError("a label is outside the vocabulary")
+        if not set(np.unique(weights)) <= {0, 1} or not weights[:, 1:].any():
+            raise ValueError("weights must be 0 and 1, and one of them 1")
+        return numpy_loss(logits, tokens, weights)
+
+    report = examine(loss)
+    assert not report.failed and report.warned == ["loss.nothing_scored"], report.to_json()
+    assert "labels of -100 at weight 0 are refused" in report["loss.masked"].evidence
+    assert "refused" in report["loss.fractional_weights"].evidence
+
+
+class WithGradient:
+    """A NumPy loss that knows its gradient, as an adapter of another framework does."""
+
+    def __init__(self, fault=lambda gradient: gradient):
+        self.fault = fault
+
+    def __call__(self, logits, tokens, weights):
+        return numpy_loss(logits, tokens, weights)
+
+    def gradient(self, logits, tokens, weights):
+        w = np.append(weights[:, 1:], np.zeros_like(weights[:, :1]), 1)[..., None]
+        z = np.where(w > 0, logits, 0).astype(np.float64)
+        p = np.exp(z - z.max(-1, keepdims=True))
+        g = p / p.sum(-1, keepdims=True)
+        g[:, :-1] -= tokens[:, 1:, None] == np.arange(z.shape[-1])
+        return self.fault(w * g)
+
+
+def test_a_gradient_that_the_loss_has_is_used():
+    report = examine(WithGradient())
+    assert quiet(report), report.to_json()
+    assert "loss_fn.gradient" in report["loss.contract"].evidence
+    # Too small for central differences of float32 sums.
+    finding = examine(WithGradient(lambda gradient: 1.001 * gradient))["loss.definition"]
+    assert finding.status == "fail"
+    assert list(finding.values) == ["error of the gradient of random logits"]
+    report = examine(WithGradient(lambda gradient: gradient[:, :-1]))
+    assert report.failed and {report[name].status for name in report.failed} == {"error"}
+
+
+def test_a_gradient_that_cannot_be_resolved_is_not_judged():
+    def loss(logits, tokens, weights):
+        total, count = numpy_loss(logits, tokens, weights)
+        return float(np.round(total / 16) * 16), count
+
+    report = examine(loss)
+    assert "loss.definition" in report.failed
+    assert "gradient of random logits: not judged" in report["loss.definition"].evidence
+
+
+def test_no_call_is_large():
+    sizes = []
+
+    class Loss(WithGradient):
+        def __call__(self, logits, tokens, weights):
+            sizes.append(logits.size)
+            return 1.0, 1.0
+
+        def gradient(self, logits, tokens, weights):
+            return np.zeros_like(logits)
+
+    examine(Loss(), vocab_size=2**17, batch_size=50_000, seq_len=8192)
+    assert len(sizes) > 50 and max(sizes) <= 2**24
+
+
 def test_a_bidirectional_objective_is_declared():
     def loss(logits, tokens, weights):
         return cross_entropy(logits, tokens, weights)
@@ -483,7 +596,14 @@ def test_a_refusal_of_bfloat16_is_told_and_the_rest_judged():
 
 
 @pytest.mark.parametrize(
-    "bad", [dict(vocab_size=1), dict(seq_len=3), dict(batch_size=1), dict(objective="masked")]
+    "bad",
+    [
+        dict(vocab_size=1),
+        dict(vocab_size=2**20),
+        dict(seq_len=3),
+        dict(batch_size=1),
+        dict(objective="masked"),
+    ],
 )
 def test_misuse_names_the_argument(bad):
     (name,) = bad

@@ -19,6 +19,7 @@ _LIST = Bound(
     "give a list of whole numbers of 1 or more",
     lambda x: isinstance(x, Sequence) and bool(x) and all(map(whole(1).holds, x)),
 )
+Arguments = dict[int, tuple[Any, ...]]  # by size
 Quantity = Callable[[Callable[..., Any], tuple[Any, ...]], trees.Arrays]
 
 
@@ -51,31 +52,22 @@ class Subject(Facts):
     seed: Annotated[int, "of the generator.", whole()] = 0
 
 
-def _floats(arguments: Any) -> list[bool]:
-    """Which leaves are floating-point arrays."""
-    return [trees.is_floating(jnp.result_type(x)) for x in jax.tree.leaves(arguments)]
+def _kinds(arguments: Any) -> list[Any]:
+    """Types of the floating-point arrays."""
+    kinds = [jnp.result_type(x) for x in jax.tree.leaves(arguments)]
+    return [kind for kind in kinds if trees.is_floating(kind)]
 
 
 @fixture
-def arguments(subject: Subject) -> dict[int, tuple[Any, ...]]:
+def arguments(subject: Subject) -> Arguments:
     """Arguments of every size."""
     made = {}
     for size in subject.sizes:
         found = call(f"make at size {size}", subject.make, size, subject.rng(size))
         made[size] = tuple(found) if isinstance(found, tuple | list) else (found,)
-        if not any(call(f"the types of what make gave at size {size}", _floats, made[size])):
+        if not call(f"the types of what make gave at size {size}", _kinds, made[size]):
             raise Broken(f"make returned no floating-point argument at size {size}")
     return made
-
-
-def _tolerance(arguments: tuple[Any, ...]) -> float:
-    """Error allowed relative to the largest entry: a few roundings of the type of the data.
-
-    Four roundings of the inputs' type, and 64 of the float32 that accumulates.
-    """
-    kinds = [jnp.result_type(x) for x in jax.tree.leaves(arguments)]
-    eps = max(float(jnp.finfo(k).eps) for k in kinds if trees.is_floating(k))
-    return 4 * eps + 64 * min(eps, numbers.FLOAT32_EPS)
 
 
 def _values(function: Callable[..., Any], arguments: tuple[Any, ...]) -> trees.Arrays:
@@ -117,15 +109,15 @@ def _error(given: np.ndarray, expected: np.ndarray) -> float:
     return float(off.max(initial=0.0) / (size or 1.0))
 
 
-def _compared(
-    subject: Subject, arguments: dict[int, tuple[Any, ...]], quantity: Quantity
-) -> list[Measure]:
+def _compared(subject: Subject, arguments: Arguments, quantity: Quantity) -> list[Measure]:
     """Kernel and reference at every size; the reference gets float64."""
     shares: dict[str, float] = {}  # errors relative to what is allowed
     wrong, refused = [], {}
     for size, given in arguments.items():
-        if (allowed := _tolerance(given)) > COARSE:
-            raise Skip(f"Not judged: errors of {allowed:.2g} are allowed in the arguments' type.")
+        # Four roundings of the inputs' type, and 64 of the float32 that accumulates.
+        eps = max(float(jnp.finfo(kind).eps) for kind in _kinds(given))
+        if (allowed := 4 * eps + 64 * min(eps, numbers.FLOAT32_EPS)) > COARSE:
+            raise Skip(f"Not judged: rounding of {eps:.2g} in the arguments hides any error.")
         try:
             found = quantity(subject.fn, given)
         except Broken as error:
@@ -158,7 +150,7 @@ def _wide(x: Any) -> Any:
     "Mask what lies beyond the end of the last block before it enters a sum, a maximum or "
     "a softmax, and loop over all blocks."
 )
-def kernel_value(subject: Subject, arguments: dict[int, tuple[Any, ...]]) -> list[Measure]:
+def kernel_value(subject: Subject, arguments: Arguments) -> list[Measure]:
     """Outputs equal those of the reference at every size."""
     return _compared(subject, arguments, _values)
 
@@ -167,6 +159,6 @@ def kernel_value(subject: Subject, arguments: dict[int, tuple[Any, ...]]) -> lis
     "Mask the last block in the backward pass as in the forward pass, and write all of "
     "every gradient."
 )
-def kernel_gradient(subject: Subject, arguments: dict[int, tuple[Any, ...]]) -> list[Measure]:
+def kernel_gradient(subject: Subject, arguments: Arguments) -> list[Measure]:
     """Gradients equal those of the reference at every size."""
     return _compared(subject, arguments, lambda fn, given: _gradients(fn, given, subject.seed))

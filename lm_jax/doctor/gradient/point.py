@@ -20,21 +20,13 @@ COORDINATES = 12  # of each leaf
 )
 def finite(point: Point) -> list[Measure]:
     """The loss is a finite scalar and so is every entry of its gradient."""
-    loss, bad = point.centre, trees.nonfinite(point.grads)
-    where = ""
-    if bad:
-        array = point.grads[bad[0]]
-        place = [int(i) for i in np.argwhere(~np.isfinite(array))[0]]
-        where = f"first {bad[0]}{place}"
+    bad = {n: np.argwhere(~np.isfinite(x)) for n, x in point.grads.items()}
+    bad = {name: places for name, places in bad.items() if len(places)}
+    where = "first " + next((f"{name}{places[0].tolist()}" for name, places in bad.items()), "")
+    what, of = "leaves whose gradient is not finite", len(point.grads)
     return [
-        holds(bool(np.isfinite(loss)), "loss", loss),
-        none(
-            "leaves whose gradient is not finite",
-            bad,
-            of=len(point.grads),
-            where=where,
-            key="not_finite",
-        ),
+        holds(bool(np.isfinite(point.centre)), "loss", point.centre),
+        none(what, bad, of=of, where=where, key="not_finite"),
     ]
 
 
@@ -62,15 +54,10 @@ def repeated(subject: Subject, point: Point) -> list[Measure]:
             if not np.array_equal(a, again[name], equal_nan=True):
                 changed[name] = max(changed.get(name, 0.0), numbers.gap(a, again[name]))
     most = max(changed, key=lambda name: changed[name], default="")
+    where = f"most {most} by {changed.get(most, 0):.3g}"
     return [
         equals("largest difference of three losses", np.ptp(losses), 0, key="loss"),
-        none(
-            "leaves whose three gradients differ",
-            changed,
-            of=len(first),
-            where=f"most {most} by {changed.get(most, 0):.3g}",
-            key="changed",
-        ),
+        none("leaves whose gradients differ", changed, of=len(first), where=where, key="changed"),
     ]
 
 
@@ -84,14 +71,9 @@ def precision(point: Point) -> list[Measure]:
     errors = np.abs(c.slope.values - c.given) / c.scale
     pairs = list(zip(differences.STEPS, errors, strict=True))[::2]
     curve = ", ".join(f"{step:.0e}: {error:.1e}" for step, error in pairs)
+    rounding, what = point.relative_noise, "rounding of the loss, of its value"
     return [
-        at_most(
-            "rounding of the loss, of its value",
-            point.relative_noise,
-            1e-12,
-            otherwise="warn",
-            key="relative_noise",
-        ),
+        at_most(what, rounding, 1e-12, otherwise="warn", key="relative_noise"),
         note(f"relative error by step: {curve}", errors.tolist(), key="errors"),
         note("best step", c.slope.step, key="best_step"),
         note("there differences decide down to", c.bound, key="attainable"),

@@ -105,6 +105,7 @@ class Subject(Facts):
         """Gradient of every floating-point leaf, evaluated afresh; zeros where it is None."""
         with jax.enable_x64(True):
             tree = call("the gradient", self.functions[1], self.arguments(leaves))
+        found: Any
         grads, found = jax.tree.flatten(tree, is_leaf=lambda x: x is None)
         if self.grad_fn and found != self.tree:
             raise Broken(f"the gradient has the structure {found}, the parameters {self.tree}")
@@ -250,17 +251,16 @@ class Point:
             )
         decided = [c for c in comparisons if c not in vague]
         worst = wrong[0] if wrong else max(decided, key=lambda c: c.error / (c.bound + 1e-9))
-        at = f"gradient {worst.given:.6g}, difference {worst.slope.value:.6g} at {worst.slope.step:.1g}"
-        limit, undecided = worst.bound + TOLERANCE, listed(c.name for c in vague)
-        bounds, errors = (
-            {c.name: c.bound for c in comparisons},
-            {c.name: c.error for c in comparisons},
-        )
+        difference = f"difference {worst.slope.value:.6g} with step {worst.slope.step:.1g}"
+        at, limit = f"gradient {worst.given:.6g}, {difference}", worst.bound + TOLERANCE
+        errors = {c.name: c.error for c in comparisons}
+        bounds = {c.name: c.bound for c in comparisons}
+        undecided = f"{len(vague)} undecided" + f", {listed(c.name for c in vague)}" * bool(vague)
         return [
             none(f"wrong {what}", [c.name for c in wrong], of=len(comparisons), key="wrong"),
             at_most(f"relative error of {worst.name}", worst.error, limit, where=at, key="error"),
             note(f"{len(comparisons)} {what}", errors, key="errors"),
-            note(f"{len(vague)} undecided" + f", {undecided}" * bool(vague), bounds, key="bounds"),
+            note(undecided, bounds, key="bounds"),
         ]
 
 

@@ -187,15 +187,11 @@ class Subject(Facts):
         # The third derivative of log-sum-exp is below 0.1.
         return -np.diff(ends)[:, 0] / (2 * step), 4 * noise / step + 0.1 * step**2
 
-    def definition(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
-        """Nats and weight of every target, in float64."""
+    def expected(self, batch: Batch) -> np.ndarray:
+        """Sum and count by the definition, in float64."""
         length = batch.tokens.shape[1] - self.ahead
         nats = numbers.nats(batch.logits[:, :length], batch.tokens[:, self.ahead :])
-        return nats, batch.weights[:, self.ahead :].astype(np.float64)
-
-    def expected(self, batch: Batch) -> np.ndarray:
-        """Sum and count by the definition."""
-        nats, weights = self.definition(batch)
+        weights = batch.weights[:, self.ahead :].astype(np.float64)
         return np.array([(nats * weights).sum(), weights.sum()])
 
     def rounding(self, batch: Batch) -> float:

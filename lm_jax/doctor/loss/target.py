@@ -6,7 +6,7 @@ import numpy as np
 
 from lm_jax.doctor.checks import check
 from lm_jax.doctor.facts import Broken, Skip
-from lm_jax.doctor.findings import Measure, at_least, at_most, equals, holds, note
+from lm_jax.doctor.findings import Measure, Status, at_least, at_most, equals, holds, note
 from lm_jax.doctor.loss.subject import Batch, Errors, Subject
 from lm_jax.doctor.numbers import gap
 
@@ -75,7 +75,8 @@ def row_crossing(subject: Subject) -> list[Measure]:
     # The same program on other labels: JAX rounds alike, so nothing at all may change.
     limit = 0 if subject.by_jax else rounding
     other, off = "with the labels of other rows", Errors()
-    off.add(f"change of the sum {other}", *map(subject, alone), subject.rounding(alone[0]))
+    first, second = map(subject, alone)
+    off.add(f"change of the sum {other}", first, second, subject.rounding(alone[0]))
     off.add(f"change of the gradient {other}", before, after, limit)
     return off.measures()
 
@@ -201,7 +202,7 @@ def label_range(subject: Subject) -> list[Measure]:
         ok = said in ("refused", "not a number", "left out")
         # A loss that makes its labels of a mask meets no -100 where the mask is 1.
         hazard = said == "counted at no cost" and not subject.honours_fractions
-        otherwise = "warn" if hazard else "fail"
+        otherwise: Status = "warn" if hazard else "fail"
         what = f"label {label} with weight 1"
         found.append(holds(ok, what, said, otherwise=otherwise, key=str(label)))
     return found

@@ -79,7 +79,7 @@ def definition(subject: Subject) -> list[Measure]:
 def fractional_weights(subject: Subject) -> list[Measure]:
     """Sum and count are linear in the weights; a loss of masks is not, and does no harm so far."""
     batch = subject.batch()
-    part = subject.rng(5).choice(np.float32([0.25, 0.5, 0.75]), batch.weights.shape)
+    part = subject.rng(5).choice(np.array([0.25, 0.5, 0.75], np.float32), batch.weights.shape)
     try:
         shares = [subject(batch._replace(weights=batch.weights * x)) for x in (part, 1 - part)]
     except Broken as refusal:
