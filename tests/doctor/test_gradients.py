@@ -560,9 +560,10 @@ def test_parameters_of_pytorch_in_bfloat16():
     def gradient(p):
         return {"a": torch.tensor(2 * p["a"], dtype=torch.bfloat16, requires_grad=True), "b": None}
 
-    report = examine_gradients(
-        lambda p: torch.tensor((p["a"] ** 2).sum()), params, grad_fn=gradient
-    )
+    def loss(p):
+        return torch.tensor((p["a"] ** 2).sum(), requires_grad=True)
+
+    report = examine_gradients(loss, params, grad_fn=gradient)
     assert not report.failed, report.to_json()
     assert report["gradient.zero_leaves"].values["zero"] == ["b"]  # None, as of a leaf without use
 

@@ -249,6 +249,7 @@ def test_a_gradient_that_cannot_be_resolved_is_not_judged():
     assert "gradient of random logits: not judged" in report["loss.definition"].evidence
 
 
+@pytest.mark.slow
 def test_no_call_is_large():
     sizes = []
 

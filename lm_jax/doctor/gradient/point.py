@@ -20,13 +20,13 @@ COORDINATES = 12  # of each leaf
 )
 def finite(point: Point) -> list[Measure]:
     """The loss is a finite scalar and so is every entry of its gradient."""
-    bad = {n: np.argwhere(~np.isfinite(x)) for n, x in point.grads.items()}
-    bad = {name: places for name, places in bad.items() if len(places)}
-    where = "first " + next((f"{name}{places[0].tolist()}" for name, places in bad.items()), "")
-    what, of = "leaves whose gradient is not finite", len(point.grads)
+    loss, places = point.centre, {n: np.argwhere(~np.isfinite(x)) for n, x in point.grads.items()}
+    bad = {name: found[0].tolist() for name, found in places.items() if len(found)}
+    where = next((f"first {name}{place}" for name, place in bad.items()), "")
+    what = "leaves whose gradient is not finite"
     return [
-        holds(bool(np.isfinite(point.centre)), "loss", point.centre),
-        none(what, bad, of=of, where=where, key="not_finite"),
+        holds(bool(np.isfinite(loss)), "loss", loss),
+        none(what, bad, of=len(places), where=where, key="not_finite"),
     ]
 
 

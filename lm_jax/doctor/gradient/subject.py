@@ -97,9 +97,10 @@ class Subject(Facts):
         with jax.enable_x64(True):
             function = self.loss if as_given else self.functions[0]
             result = call("loss_fn", function, self.arguments(leaves))
-        if (shape := call("the shape of the loss", np.shape, result)) != ():
-            raise Broken(f"loss_fn returned an array that has shape {shape} and is no scalar")
-        return call("the loss as a number", float, result)
+        array = call("an array of the loss", trees.as_array, result)
+        if array.shape:
+            raise Broken(f"the loss has shape {array.shape} and is no scalar")
+        return call("the loss as a number", float, array)
 
     def gradient(self, leaves: trees.Arrays) -> trees.Arrays:
         """Gradient of every floating-point leaf, evaluated afresh; zeros where it is None."""

@@ -134,21 +134,22 @@ class Subject(Facts):
         """The batch in the kind of array that the loss gets, safe to write to."""
         return [jnp.asarray(a) if self.by_jax else a.copy() for a in batch]
 
-    def raw(self, batch: Batch, *, as_given: bool = False) -> tuple[Any, Any]:
-        """What the loss returns, two scalars of its own kind; never compiled if `as_given`."""
+    def raw(self, batch: Batch, *, as_given: bool = False) -> list[np.ndarray]:
+        """Sum and count in the types of the loss; never compiled if `as_given`."""
         function = self.loss_fn if as_given else self.functions[0]
         result = call("loss_fn", function, *self.arguments(batch))
         if not isinstance(result, tuple | list) or len(result) != 2:
             raise Broken(f"loss_fn returned a {type(result).__name__} instead of (sum, count)")
-        shapes = [call("the shape of what loss_fn returned", np.shape, x) for x in result]
-        if any(shape != () for shape in shapes):
+        arrays = [call("an array of what loss_fn returned", trees.as_array, x) for x in result]
+        if any(x.shape for x in arrays):
+            shapes = [x.shape for x in arrays]
             raise Broken(f"loss_fn returned shapes {shapes} instead of two scalars (sum, count)")
-        return tuple(result)
+        return arrays
 
     def __call__(self, batch: Batch, *, as_given: bool = False) -> np.ndarray:
         """Sum and count."""
-        pair = self.raw(batch, as_given=as_given)
-        return np.array([call("a number that loss_fn returned", float, x) for x in pair])
+        arrays = self.raw(batch, as_given=as_given)
+        return np.array([call("a number that loss_fn returned", float, x) for x in arrays])
 
     def places(self, batch: Batch, draw: int = 0) -> Places:
         """Logits at which gradients are compared: half of them those of targets."""

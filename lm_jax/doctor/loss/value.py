@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm_jax.doctor.checks import check
-from lm_jax.doctor.facts import Broken, call
+from lm_jax.doctor.facts import Broken
 from lm_jax.doctor.findings import Measure, none, note
 from lm_jax.doctor.loss.subject import NUMBERS, Batch, Errors, Subject
 from lm_jax.doctor.loss.target import MARGIN
@@ -15,7 +15,6 @@ from lm_jax.doctor.numbers import FLOAT32_EPS, nats
 
 EXTREME = 8192.0  # a logit far outside what exp can hold, exact in bfloat16
 ROWS = 8  # that are scored at once and in parts
-SHORT = {"bfloat16", "float16", "torch.bfloat16", "torch.float16"}
 
 
 @check(
@@ -113,9 +112,8 @@ def _draws(subject: Subject, name: str, kind: Any, rows: int, length: int) -> li
         exact = subject.expected(batch)
         limits = subject.rounding(batch), FLOAT32_EPS * (batch.weights.size / 2 + 8) * exact[1]
         for what, value, right, limit in zip(("sum", "count"), pair, exact, limits, strict=True):
-            number = call(f"the {what}", float, value)
-            off.add(f"error of the {what}, {name}, draw {draw}", number, right, limit)
-            short |= {str(getattr(value, "dtype", ""))} & SHORT
+            off.add(f"error of the {what}, {name}, draw {draw}", float(value), right, limit)
+            short |= {str(value.dtype)} & {"bfloat16", "float16"}
     return [*off.measures(), none(f"short types, {name}", sorted(short))]
 
 
