@@ -1,6 +1,7 @@
 """A kernel against a reference, over sizes around its blocks."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
@@ -20,7 +21,7 @@ _LIST = Bound(
     lambda x: isinstance(x, Sequence) and bool(x) and all(map(whole(1).holds, x)),
 )
 Arguments = dict[int, tuple[Any, ...]]  # by size
-Quantity = Callable[[Callable[..., Any], tuple[Any, ...]], trees.Arrays]
+Quantity = Callable[[str, Callable[..., Any], tuple[Any, ...]], trees.Arrays]
 
 
 @dataclasses.dataclass
@@ -70,13 +71,15 @@ def arguments(subject: Subject) -> Arguments:
     return made
 
 
-def _values(function: Callable[..., Any], arguments: tuple[Any, ...]) -> trees.Arrays:
+def _values(name: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> trees.Arrays:
     """Outputs by name."""
-    outputs = jax.tree.leaves(call("the kernel", jax.jit(function), *arguments))
+    outputs = jax.tree.leaves(call(name, jax.jit(function), *arguments))
     return {f"output {i}": trees.as_array(x).astype(np.float64) for i, x in enumerate(outputs)}
 
 
-def _gradients(function: Callable[..., Any], arguments: tuple[Any, ...], seed: int) -> trees.Arrays:
+def _gradients(
+    seed: int, name: str, function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> trees.Arrays:
     """Gradients of a random combination of the outputs, by argument."""
     paths, tree = jax.tree.flatten_with_path(arguments)
     moving = {i: x for i, (_, x) in enumerate(paths) if trees.is_floating(jnp.result_type(x))}
@@ -90,7 +93,7 @@ def _gradients(function: Callable[..., Any], arguments: tuple[Any, ...], seed: i
             total += (out.astype(total.dtype) * signs).sum()
         return total
 
-    grads = call("the gradient of the kernel", jax.jit(jax.grad(combined)), moving)
+    grads = call(f"the gradient of {name}", jax.jit(jax.grad(combined)), moving)
     return {
         f"gradient of argument {trees.path_name(paths[i][0])}": np.asarray(g).astype(np.float64)
         for i, g in grads.items()
@@ -119,12 +122,12 @@ def _compared(subject: Subject, arguments: Arguments, quantity: Quantity) -> lis
         if (allowed := 4 * eps + 64 * min(eps, numbers.FLOAT32_EPS)) > COARSE:
             raise Skip(f"Not judged: rounding of {eps:.2g} in the arguments hides any error.")
         try:
-            found = quantity(subject.fn, given)
+            found = quantity("fn", subject.fn, given)
         except Broken as error:
             refused[size] = error
             continue
         with jax.enable_x64(True):
-            expected = quantity(subject.reference, jax.tree.map(_wide, given))
+            expected = quantity("reference", subject.reference, jax.tree.map(_wide, given))
         if list(found) != list(expected):
             counts = f"{len(found)} of the kernel, {len(expected)} of the reference"
             return [holds(False, f"outputs at size {size}: {counts}")]
@@ -132,7 +135,7 @@ def _compared(subject: Subject, arguments: Arguments, quantity: Quantity) -> lis
         wrong += [] if all(share <= 1 for share in here.values()) else [size]
         shares |= {f"{name} at size {size}": share for name, share in here.items()}
     if not shares:
-        raise next(iter(refused.values()))
+        raise next(iter(refused.values()), Broken("fn returns no array"))
     worst = max(shares, key=lambda name: np.nan_to_num(shares[name], nan=np.inf))
     why = next(map(str, refused.values()), "")
     return [
@@ -161,4 +164,4 @@ def kernel_value(subject: Subject, arguments: Arguments) -> list[Measure]:
 )
 def kernel_gradient(subject: Subject, arguments: Arguments) -> list[Measure]:
     """Gradients equal those of the reference at every size."""
-    return _compared(subject, arguments, lambda fn, given: _gradients(fn, given, subject.seed))
+    return _compared(subject, arguments, functools.partial(_gradients, subject.seed))

@@ -85,13 +85,13 @@ def precision(point: Point) -> list[Measure]:
     "they saved; gradient.leaves names the leaf."
 )
 def directional(point: Point) -> list[Measure]:
-    """Derivatives of the whole loss along random directions are those of differences."""
+    """Derivatives along random directions in all parameters are right."""
     return point.judged(point.sweeps, "random directions")
 
 
 @check("Check the backward pass of the operation that the named leaf feeds.")
 def leaves(point: Point) -> list[Measure]:
-    """So are those inside each leaf, along a random direction and along the gradient."""
+    """Derivatives inside each leaf, along a random direction and the gradient, are right."""
     found = []
     for i, (name, leaf) in enumerate(point.leaves.items()):
         found.append(point.compare(name, point.random(100 + i, {name: np.ones(leaf.shape)})))
@@ -111,32 +111,25 @@ def _sample(point: Point, leaf: str, candidates: np.ndarray) -> Iterator[Compari
     for index in candidates:
         unit = np.zeros(point.leaves[leaf].shape)
         unit.flat[index] = 1.0
-        place = [int(i) for i in np.unravel_index(index, unit.shape)]
-        yield point.compare(f"{leaf}{place or ''}".replace(" ", ""), {leaf: unit})
+        place = ",".join(str(i) for i in np.unravel_index(index, unit.shape))
+        yield point.compare(f"{leaf}[{place}]" if place else leaf, {leaf: unit})
 
 
-@check("Check the backward pass of the operation that the named leaf feeds, at that index.")
+@check(
+    "Check the backward pass of the operation that the named leaf feeds, at that index; write all "
+    "of the gradient's buffer, the last block and every row."
+)
 def coordinates(point: Point) -> list[Measure]:
-    """So are those by single coordinates of every leaf."""
-    found = [c for n, x in point.leaves.items() for c in _sample(point, n, np.arange(x.size))]
-    return point.judged(found, f"coordinates of {len(point.leaves)} leaves")
-
-
-@check("Write all of the gradient buffer: cover the last block and every row.")
-def partly_written(point: Point) -> list[Measure]:
-    """Where a leaf's gradient is exactly zero in part, the loss does not depend on that part."""
-    found = []
+    """Derivatives by single coordinates, and by all whose gradient is 0, are right."""
+    found: list[Comparison] = []
     for i, (name, grad) in enumerate(point.grads.items()):
+        found += _sample(point, name, np.arange(grad.size))
         zeros = np.flatnonzero(grad == 0)
-        if not 0 < len(zeros) < grad.size:
-            continue
-        direction = point.random(200 + i, {name: (grad == 0).astype(np.float64)})
-        label = f"the {len(zeros)} zeros of {name}"
-        whole = point.compare(label, direction)
-        found += [whole, *(_sample(point, name, zeros) if whole.wrong else ())]
-    if not found:
-        return [note("no leaf has a gradient that is exactly zero in part")]
-    return point.judged(found, "groups and coordinates of zero gradient")
+        if 0 < len(zeros) < grad.size:
+            direction = point.random(200 + i, {name: (grad == 0).astype(np.float64)})
+            found.append(point.compare(f"the {len(zeros)} zeros of {name}", direction))
+            found += _sample(point, name, zeros) if found[-1].wrong else ()
+    return point.judged(found, f"coordinates of {len(point.leaves)} leaves")
 
 
 @check(

@@ -241,17 +241,22 @@ class Point:
 
     def judged(self, comparisons: list[Comparison], what: str) -> list[Measure]:
         """What comparisons say; a `Skip` if differences decide too few to call it a pass."""
-        wrong = [c for c in comparisons if c.wrong and self.confirmed(c)]
+        wrong: list[Comparison] = []
+        vague: list[Comparison] = []
+        right: list[Comparison] = []
+        for c in comparisons:
+            if c.wrong:
+                (wrong if self.confirmed(c) else vague).append(c)
+            else:
+                (vague if c.bound > DECISIVE else right).append(c)
         wrong.sort(key=lambda c: -c.error)
-        vague = [c for c in comparisons if c not in wrong and (c.wrong or c.bound > DECISIVE)]
         if not wrong and 2 * len(vague) > len(comparisons):
             raise Skip(
                 f"{len(vague)} of {len(comparisons)} differences along {what} cannot decide: "
                 f"rounding of the loss is {self.relative_noise:.1g} of its value, which leaves "
                 f"relative errors of {min(c.bound for c in vague):.1g} or more."
             )
-        decided = [c for c in comparisons if c not in vague]
-        worst = wrong[0] if wrong else max(decided, key=lambda c: c.error / (c.bound + 1e-9))
+        worst = wrong[0] if wrong else max(right, key=lambda c: c.error / (c.bound + 1e-9))
         difference = f"difference {worst.slope.value:.6g} with step {worst.slope.step:.1g}"
         at, limit = f"gradient {worst.given:.6g}, {difference}", worst.bound + TOLERANCE
         errors = {c.name: c.error for c in comparisons}
