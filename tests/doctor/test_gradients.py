@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from lm_jax.doctor.gradient import examine_gradients, examine_kernel
-from lm_jax.doctor.gradient.differences import rounding, slope
+from lm_jax.doctor.gradient.differences import STEPS, rounding, slope
 from lm_jax.models.families import create_model
 from lm_jax.objective import NextToken
 from tests.helpers import random_batch, randomise, tiny_config
@@ -206,7 +206,7 @@ def test_backward_recomputes_from_an_overwritten_buffer():
     report = examine_gradients(functools.partial(language_model, norm=norm), parameters())
     assert {"gradient.directional", "gradient.leaves", "gradient.coordinates"} <= set(report.failed)
     assert wrong_leaves(report) == {"embed"}
-    assert report["gradient.coordinates"].values["worst"].startswith("embed[")
+    assert report["gradient.coordinates"].values["wrong"][0].startswith("embed[")
 
 
 @pytest.mark.fault(65, "gradient.leaves")
@@ -222,7 +222,7 @@ def test_differences_too_fine_for_float32():
     finding = report["gradient.precision"]
     assert finding.status == "warn" and not report.failed
     errors = finding.values["errors"]
-    at = int(np.argmin(np.abs(np.log10(finding.values["steps"]) + 5)))
+    at = int(np.argmin(np.abs(np.log10(STEPS) + 5)))
     assert errors[at] > 0.01 > 10 * min(errors)
     assert finding.values["best_step"] >= 1e-3
     assert 1e-9 < finding.values["relative_noise"] < 1e-6
@@ -235,11 +235,12 @@ def test_buffers_are_not_zeroed():
     assert set(report["gradient.repeated"].values["changed"]) == {"embed", "head"}
 
 
-@pytest.mark.fault(67, "gradient.partly_written")
+@pytest.mark.fault(67, "gradient.coordinates")
 def test_the_last_block_is_not_written():
     report = examine_hand_written("last block")
-    assert {"gradient.partly_written", "gradient.leaves"} <= set(report.failed)
-    wrong = report["gradient.partly_written"].values["wrong"]
+    assert {"gradient.coordinates", "gradient.leaves"} <= set(report.failed)
+    wrong = report["gradient.coordinates"].values["wrong"]
+    assert any("zeros of head" in name for name in wrong)
     assert any(name.startswith("head[") for name in wrong)
     assert not any("embed" in name for name in wrong)
 
@@ -282,7 +283,7 @@ def test_an_input_id_outside_the_table():
     tokens[0, 0] = V
     report = examine_gradients(functools.partial(loss, tokens=tokens), params)
     assert report.failed == ["gradient.finite"]
-    assert "Loss nan" in report["gradient.finite"].evidence
+    assert "Loss: nan" in report["gradient.finite"].evidence
 
 
 def test_a_leaf_cut_off():
@@ -376,9 +377,10 @@ def test_the_bound_covers_the_error():
 )
 def test_bad_functions_are_reported(loss, reason):
     report = examine_gradients(loss, parameters())
-    assert report["gradient.finite"].status == "fail"
+    assert report.failed == ["gradient.finite"]
+    assert report["gradient.finite"].status == ("fail" if reason == "nan" else "error")
     assert reason in report["gradient.finite"].evidence
-    assert {f.check for f in report if f.status == "pass"} <= {"gradient.repeated"}
+    assert not any(f.status == "pass" for f in report)
 
 
 def test_gradients_of_other_shapes_are_reported():
@@ -515,12 +517,14 @@ def test_kernels_that_refuse_a_size():
         return logsumexp_reference(z)
 
     report = examine_kernel(kernel, logsumexp_reference, scores, sizes=(1, 2, 3))
-    assert {f.status for f in report} == {"skip"}
+    assert {f.status for f in report} == {"warn"}
     assert "needs at least two" in report["gradient.kernel_value"].evidence
+    assert report["gradient.kernel_value"].values["refused"] == [1]
     report = examine_kernel(lambda z: z, logsumexp_reference, scores, sizes=(2, 3))
     assert "gradient.kernel_value" in report.failed
     report = examine_kernel(kernel, logsumexp_reference, lambda n, rng: np.arange(n), sizes=(2, 3))
-    assert {f.status for f in report} == {"skip"}
+    assert report.failed == ["gradient.kernel_value"] and not report.warned
+    assert "no floating-point argument" in report["gradient.kernel_value"].evidence
 
 
 def test_gradients_under_other_names_are_not_compared():
@@ -538,7 +542,8 @@ def test_gradients_under_other_names_are_not_compared():
         loss, params, grad_fn=lambda p: dict(zip("xy", gradient(p).values(), strict=True))
     )
     assert renamed["gradient.directional"].status == "skip"
-    assert "structure" in renamed["gradient.directional"].evidence
+    assert renamed["gradient.finite"].status == "error"
+    assert "structure" in renamed["gradient.finite"].evidence
 
 
 def test_parameters_of_pytorch():
@@ -546,3 +551,49 @@ def test_parameters_of_pytorch():
     params = {"a": torch.nn.Parameter(torch.full((3,), 0.5))}
     report = examine_gradients(lambda p: (p["a"] ** 2).sum(), params)
     assert not report.failed and report["gradient.directional"].status == "pass"
+
+
+def test_parameters_of_pytorch_in_bfloat16():
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    half = torch.full((3,), 0.5, dtype=torch.bfloat16)
+    params = {"a": torch.nn.Parameter(half), "b": torch.nn.Parameter(half)}
+
+    def gradient(p):
+        return {"a": torch.tensor(2 * p["a"], dtype=torch.bfloat16, requires_grad=True), "b": None}
+
+    def loss(p):
+        return torch.tensor((p["a"] ** 2).sum(), requires_grad=True)
+
+    report = examine_gradients(loss, params, grad_fn=gradient)
+    assert not report.failed, report.to_json()
+    assert report["gradient.zero_leaves"].values["zero"] == ["b"]  # None, as of a leaf without use
+
+
+def test_names_with_a_slash_are_two_leaves():
+    params = {"a/b": np.array([0.5, 2.0]), "a": {"b": np.array([0.7])}}
+    report = examine_gradients(lambda p: (p["a/b"] ** 2).sum() + (p["a"]["b"] ** 3).sum(), params)
+    assert quiet(report), report.to_json()
+    assert len(report["gradient.leaves"].values["errors"]) == 3
+
+
+def test_what_raises_on_every_call_is_an_error():
+    def broken(*args):
+        raise RuntimeError("this cannot run")
+
+    report = examine_gradients(lambda p: (p["a"] ** 2).sum(), {"a": np.ones(2)}, grad_fn=broken)
+    assert report.failed == ["gradient.finite"] and report["gradient.finite"].status == "error"
+    kernel = examine_kernel(broken, logsumexp_reference, scores, sizes=(2, 3))
+    reference = examine_kernel(logsumexp_reference, broken, scores, sizes=(2, 3))
+    make = examine_kernel(logsumexp_reference, logsumexp_reference, broken, sizes=(2, 3))
+    for report in (kernel, reference, make):
+        assert report["gradient.kernel_value"].status == "error", report.to_json()
+        assert "this cannot run" in report["gradient.kernel_value"].evidence
+
+
+def test_a_type_that_hides_any_error_is_not_judged():
+    def make(size, rng):
+        return jnp.ones((3, size), jnp.float8_e5m2)
+
+    report = examine_kernel(lambda z: 0 * z, lambda z: z, make, sizes=(2,))
+    assert {f.status for f in report} == {"skip"}
+    assert "Not judged" in report["gradient.kernel_value"].evidence

@@ -119,7 +119,7 @@ def test_healthy_jax_losses_are_silent(loss):
 def test_a_numpy_loss_is_silent(seed):
     report = examine(numpy_loss, seed=seed)
     assert quiet(report), report.to_json()
-    assert "not traceable" in report["loss.contract"].evidence
+    assert "central differences" in report["loss.contract"].evidence
 
 
 def torch_loss(torch, *, ignore_index=-100):
@@ -148,7 +148,121 @@ def test_torch_counts_an_ignored_label():
     torch = pytest.importorskip("torch", reason="torch is not installed")
     report = examine(torch_loss(torch))
     assert report.failed == ["loss.label_range"]
-    assert report["loss.label_range"].values["answers"][-100] == "scored, but as no token"
+    assert report["loss.label_range"].values["-100"] == "counted at no cost"
+
+
+def labelled(logits, tokens, weights):
+    """Targets without a weight get the label -100, as data collators give it; NumPy."""
+    in_range(tokens, weights, logits.shape[-1])
+    kept = np.where(weights > 0, tokens, -100) != -100
+    return numpy_loss(logits, tokens, kept.astype(np.float32))
+
+
+def masking(logits, tokens, weights):
+    """A boolean mask takes the scored tokens out; JAX."""
+    in_range(tokens, weights, logits.shape[-1])
+    mask = weights[:, 1:] > 0
+    targets = jnp.where(mask, tokens[:, 1:], 0)
+    nats = plain(logits[:, :-1].astype(jnp.float32), targets, None)
+    return jnp.where(mask, nats, 0).sum(), mask.sum()
+
+
+@pytest.mark.parametrize("loss", [masking, labelled], ids=["mask", "labels"])
+def test_a_mask_of_zeros_and_ones_is_healthy(loss):
+    """It takes fractions for ones, which is a warning: no loop of whole weights meets it."""
+    report = examine(loss)
+    assert not report.failed, report.to_json()
+    assert report.warned == ["loss.fractional_weights"]
+
+
+@pytest.mark.parametrize("count", ["labels", "weights"])
+def test_torch_labels_of_minus_100_are_healthy(count):
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+
+    def loss(logits, tokens, weights):
+        z = torch.tensor(logits, requires_grad=True)
+        labels = torch.where(torch.tensor(weights) > 0, torch.tensor(tokens).long(), -100)[:, 1:]
+        total = torch.nn.functional.cross_entropy(
+            z[:, :-1].flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum"
+        )
+        return total, (labels != -100).sum() if count == "labels" else weights[:, 1:].sum()
+
+    report = examine(loss)
+    assert not report.failed, report.to_json()
+    hazard = ["loss.label_range"] if count == "weights" else []
+    assert report.warned == [*hazard, "loss.fractional_weights"]
+
+
+def test_refusals_are_no_failures():
+    """Refusing is loud: labels out of range at weight 0, fractions, or a batch without targets."""
+
+    def loss(logits, tokens, weights):
+        if not (0 <= tokens.min() and tokens.max() < V):
+            raise ValueError("a label is outside the vocabulary")
+        if not set(np.unique(weights)) <= {0, 1} or not weights[:, 1:].any():
+            raise ValueError("weights must be 0 and 1, and one of them 1")
+        return numpy_loss(logits, tokens, weights)
+
+    report = examine(loss)
+    assert not report.failed and report.warned == ["loss.nothing_scored"], report.to_json()
+    assert "labels of -100 at weight 0 are refused" in report["loss.masked"].evidence
+    assert "refused" in report["loss.fractional_weights"].evidence
+
+
+class WithGradient:
+    """A NumPy loss that knows its gradient, as an adapter of another framework does."""
+
+    def __init__(self, fault=lambda gradient: gradient):
+        self.fault = fault
+
+    def __call__(self, logits, tokens, weights):
+        return numpy_loss(logits, tokens, weights)
+
+    def gradient(self, logits, tokens, weights):
+        w = np.append(weights[:, 1:], np.zeros_like(weights[:, :1]), 1)[..., None]
+        z = np.where(w > 0, logits, 0).astype(np.float64)
+        p = np.exp(z - z.max(-1, keepdims=True))
+        g = p / p.sum(-1, keepdims=True)
+        g[:, :-1] -= tokens[:, 1:, None] == np.arange(z.shape[-1])
+        return self.fault(w * g)
+
+
+def test_a_gradient_that_the_loss_has_is_used():
+    report = examine(WithGradient())
+    assert quiet(report), report.to_json()
+    assert "loss_fn.gradient" in report["loss.contract"].evidence
+    # Too small for central differences of float32 sums.
+    finding = examine(WithGradient(lambda gradient: 1.001 * gradient))["loss.definition"]
+    assert finding.status == "fail"
+    assert list(finding.values) == ["error of the gradient of random logits"]
+    report = examine(WithGradient(lambda gradient: gradient[:, :-1]))
+    assert report.failed and {report[name].status for name in report.failed} == {"error"}
+
+
+def test_a_gradient_that_cannot_be_resolved_is_not_judged():
+    def loss(logits, tokens, weights):
+        total, count = numpy_loss(logits, tokens, weights)
+        return float(np.round(total / 16) * 16), count
+
+    report = examine(loss)
+    assert "loss.definition" in report.failed
+    assert "gradient of random logits: not judged" in report["loss.definition"].evidence
+
+
+@pytest.mark.slow
+def test_no_call_is_large():
+    sizes = []
+
+    class Loss(WithGradient):
+        def __call__(self, logits, tokens, weights):
+            sizes.append(logits.size)
+            return 1.0, 1.0
+
+        def gradient(self, logits, tokens, weights):
+            return np.zeros_like(logits)
+
+    examine(Loss(), vocab_size=2**17, batch_size=50_000, seq_len=8192)
+    assert len(sizes) > 50 and max(sizes) <= 2**24
 
 
 def test_a_bidirectional_objective_is_declared():
@@ -157,18 +271,18 @@ def test_a_bidirectional_objective_is_declared():
 
     report = examine(loss, objective="bidirectional")
     assert quiet(report), report.to_json()
-    assert report["target.edges"].status == "skip"
-    assert "target.oracle" in examine(loss).failed
+    assert report["loss.edges"].status == "skip"
+    assert "loss.oracle" in examine(loss).failed
 
 
 # Planted faults.
 
 
-@pytest.mark.fault(1, "target.oracle")
+@pytest.mark.fault(1, "loss.oracle")
 def test_no_shift():
     report = examine(lambda z, y, w: cross_entropy(z, y, w))
-    assert {"target.oracle", "loss.definition"} <= set(report.failed)
-    assert report["target.oracle"].values["means"][0] < 1e-3
+    assert {"loss.oracle", "loss.definition"} <= set(report.failed)
+    assert report["loss.oracle"].values["+0"] < 1e-3
 
 
 def test_a_loss_of_the_first_positions_only():
@@ -183,13 +297,13 @@ def test_a_loss_of_the_first_positions_only():
     assert quiet(examine_loss(shifted(plain), vocab_size=V, seq_len=1000))
 
 
-@pytest.mark.fault(2, "target.oracle")
+@pytest.mark.fault(2, "loss.oracle")
 def test_double_shift():
     """The collator has shifted the labels already, the loss shifts again."""
     report = examine(lambda z, y, w: cross_entropy(z[:, :-2], y[:, 2:], w[:, 2:]))
-    assert "target.oracle" in report.failed
-    means = report["target.oracle"].values["means"]
-    assert min(means, key=means.get) == 2
+    assert "loss.oracle" in report.failed
+    means = report["loss.oracle"].values
+    assert min(means, key=means.get) == "+2"
 
 
 def flattened(logits, tokens, weights):
@@ -198,48 +312,52 @@ def flattened(logits, tokens, weights):
     return cross_entropy(flat, tokens.reshape(1, -1)[:, 1:], weights.reshape(1, -1)[:, 1:])
 
 
-@pytest.mark.fault(3, "target.row_crossing")
+@pytest.mark.fault(3, "loss.row_crossing")
 def test_shift_crosses_rows():
     report = examine(flattened)
-    assert {"target.row_crossing", "target.edges"} <= set(report.failed)
-    assert "target.oracle" not in report.failed
+    assert {"loss.row_crossing", "loss.edges"} <= set(report.failed)
+    assert "loss.oracle" not in report.failed
 
 
 def test_labels_rolled_around():
     report = examine(lambda z, y, w: cross_entropy(z, jnp.roll(y, -1, 1), jnp.roll(w, -1, 1)))
-    assert "target.edges" in report.failed
+    assert "loss.edges" in report.failed
 
 
 @pytest.mark.fault(4, "loss.padding")
 def test_padding_is_a_target():
     report = examine(lambda z, y, w: cross_entropy(z[:, :-1], y[:, 1:], jnp.ones_like(w)[:, 1:]))
-    assert {"loss.padding", "loss.count", "loss.nothing_scored"} <= set(report.failed)
+    assert {"loss.padding", "loss.definition", "loss.nothing_scored"} <= set(report.failed)
 
 
-@pytest.mark.fault(5, "loss.uniform")
+@pytest.mark.fault(5, "loss.definition")
 def test_padding_in_the_sum_alone():
     def loss(z, y, w):
         nats = optax.softmax_cross_entropy_with_integer_labels(z[:, :-1], y[:, 1:])
         return nats.sum(), w[:, 1:].sum()
 
     report = examine(loss)
-    assert {"loss.uniform", "loss.padding"} <= set(report.failed)
-    assert max(report["loss.uniform"].values["means"].values()) > np.log(V)
+    assert {"loss.definition", "loss.padding"} <= set(report.failed)
+    off = report["loss.definition"].values
+    assert max(x for name, x in off.items() if "mean of equal logits" in name) > 1
+    assert not any("no padding" in name for name in off)
 
 
-@pytest.mark.fault(5, "loss.uniform")
+@pytest.mark.fault(5, "loss.definition")
 def test_padding_in_the_count_alone():
     def loss(z, y, w):
         return REAL["float32"](z, y, w)[0], 1.0 * w[:, 1:].size
 
-    assert {"loss.uniform", "loss.count", "loss.padding"} <= set(examine(loss).failed)
+    report = examine(loss)
+    assert {"loss.definition", "loss.padding"} <= set(report.failed)
+    assert any("count of equal logits" in name for name in report["loss.definition"].values)
 
 
-@pytest.mark.fault(6, "loss.repetition")
+@pytest.mark.fault(6, "loss.split")
 def test_sum_is_backpropagated():
     """What is differentiated is the sum: the count that divides it is 1."""
     report = examine(lambda z, y, w: (REAL["float32"](z, y, w)[0], jnp.ones(())))
-    assert {"loss.repetition", "loss.count"} <= set(report.failed)
+    assert {"loss.split", "loss.definition"} <= set(report.failed)
 
 
 @pytest.mark.fault(44, "loss.split")
@@ -276,12 +394,11 @@ def test_labels_wrap():
 
     report = examine(loss)
     assert report.failed == ["loss.label_range"]
-    answers = report["loss.label_range"].values["answers"]
-    assert answers == {
-        -1: f"scored as token {V - 1}",
-        -100: f"scored as token {V - 100}",
-        V: "not a number",
-        V + 7: "not a number",
+    assert report["loss.label_range"].values == {
+        "-1": f"scored as token {V - 1}",
+        "-100": f"scored as token {V - 100}",
+        f"{V}": "not a number",
+        f"{V + 7}": "not a number",
     }
 
 
@@ -300,7 +417,7 @@ def test_labels_clipped_or_without_a_one_hot(how):
     assert report.failed == ["loss.label_range"]
 
 
-@pytest.mark.fault(9, "loss.masked_labels")
+@pytest.mark.fault(9, "loss.label_range")
 def test_an_ignored_label_reaches_the_loss():
     """The product masks the sum, but label V has made it NaN before."""
 
@@ -309,27 +426,33 @@ def test_an_ignored_label_reaches_the_loss():
         return (nats * w[:, 1:]).sum(), w[:, 1:].sum()
 
     report = examine(loss)
-    assert {"loss.masked_labels", "loss.masked_logits", "loss.label_range"} == set(report.failed)
+    assert report.failed == ["loss.label_range"] and report.warned == ["loss.masked"]
+    hazards = " ".join(report["loss.masked"].values)
+    assert f"labels of {V} " in hazards and "logits of nan" in hazards
+    assert "labels of -100" not in hazards  # its product with 0 is 0
 
 
-@pytest.mark.fault(11, "loss.floor")
+@pytest.mark.fault(11, "loss.definition")
 def test_label_smoothing_is_reported():
     def nats(z, y, w, epsilon=0.01):
         smooth = optax.smooth_labels(jax.nn.one_hot(y, z.shape[-1]), epsilon)
         return optax.softmax_cross_entropy(z, smooth)
 
     report = examine(shifted(nats))
-    assert "loss.floor" in report.failed
-    assert "target.oracle" not in report.failed
+    assert "loss.definition" in report.failed
+    assert any("preferred by 50" in name for name in report["loss.definition"].values)
+    assert "loss.oracle" not in report.failed
 
 
-@pytest.mark.fault(11, "loss.floor")
+@pytest.mark.fault(11, "loss.definition")
 def test_auxiliary_loss_is_reported():
     def nats(z, y, w):
         return plain(z, y, w) + 1e-4 * jax.nn.logsumexp(z, axis=-1) ** 2
 
     report = examine(shifted(nats))
-    assert {"loss.floor", "loss.uniform", "loss.definition"} <= set(report.failed)
+    assert "loss.definition" in report.failed
+    off = " ".join(report["loss.definition"].values)
+    assert "equal logits" in off and "preferred by 50" in off and "gradient" in off
 
 
 def short(z, y, w):
@@ -347,7 +470,7 @@ def test_loss_in_bfloat16(seed):
     assert report.failed == ["loss.dtype"]
 
 
-@pytest.mark.fault(12, "loss.accumulation")
+@pytest.mark.fault(12, "loss.dtype")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_sums_in_a_short_type(dtype):
     def loss(z, y, w):
@@ -355,7 +478,8 @@ def test_sums_in_a_short_type(dtype):
         return total.astype(dtype), count.astype(dtype)
 
     report = examine(loss)
-    assert {"loss.accumulation", "loss.dtype", "loss.count"} <= set(report.failed)
+    assert {"loss.dtype", "loss.definition"} <= set(report.failed)
+    assert report["loss.dtype"].values["short types, many tokens"] == [dtype]
 
 
 @pytest.mark.fault(55, "loss.extreme_logits")
@@ -376,8 +500,8 @@ def test_where_hides_the_logarithm_of_zero():
     report = examine(loss)
     finding = report["loss.extreme_logits"]
     assert finding.status == "fail"
-    assert np.isnan(finding.values["differences"]["gradient, target on top"])
-    assert finding.values["differences"]["sum, target on top"] == 0
+    assert "target on top" in finding.values["gradients with NaN or inf"]
+    assert [v for name, v in finding.values.items() if "error of the sum" in name] == [0]
 
 
 @pytest.mark.fault(94, "loss.extreme_logits")
@@ -393,7 +517,8 @@ def test_weights_taken_for_a_mask():
     def loss(z, y, w):
         return REAL["float32"](z, y, (w > 0).astype(jnp.float32))
 
-    assert {"loss.fractional_weights", "loss.count"} <= set(examine(loss).failed)
+    report = examine(loss)
+    assert not report.failed and report.warned == ["loss.fractional_weights"]
 
 
 def test_wrong_backward():
@@ -415,7 +540,8 @@ def test_a_small_share_of_smoothing_is_seen(share=1e-4):
     def nats(z, y, w):
         return (1 - share) * plain(z, y, w) + share * (-jax.nn.log_softmax(z)).mean(-1)
 
-    assert "loss.floor" in examine(shifted(nats)).failed
+    finding = examine(shifted(nats))["loss.definition"]
+    assert finding.status == "fail" and "preferred by 50" in finding.evidence
 
 
 def test_one_crossing_pair_is_seen():
@@ -426,7 +552,7 @@ def test_one_crossing_pair_is_seen():
         extra = cross_entropy(z[1:2, -1:], y[2:3, :1], w[2:3, :1])
         return total + extra[0], count + extra[1]
 
-    assert "target.edges" in examine(loss, seed=1).failed
+    assert "loss.edges" in examine(loss, seed=1).failed
 
 
 # Bad input.
@@ -446,33 +572,39 @@ def test_one_crossing_pair_is_seen():
 )
 def test_bad_functions_are_reported(loss, reason):
     report = examine(loss)
-    assert report["loss.contract"].status == "fail"
+    assert report["loss.contract"].status == "error" and report.failed == ["loss.contract"]
     assert reason in report["loss.contract"].evidence
-    assert {f.status for f in report} == {"fail", "skip"}
+    assert {f.status for f in report} == {"error", "skip"}
     assert not any(f.status == "pass" for f in report)
 
 
 def test_nan_never_passes():
     report = examine(lambda z, y, w: (z.sum() * jnp.nan, w.sum()))
-    assert "loss.contract" in report.failed
-    passed = {f.check for f in report if f.status == "pass"}
-    assert passed <= {"loss.label_range"} and report["loss.contract"].evidence.count("nan")
+    assert report.failed == ["loss.contract"] and "nan" in report["loss.contract"].evidence
+    assert not any(f.status == "pass" for f in report)
 
 
-def test_raising_for_some_input_skips_that_check():
+def test_a_refusal_of_bfloat16_is_told_and_the_rest_judged():
     def loss(z, y, w):
         if z.dtype == jnp.bfloat16:
             raise TypeError("float32 only")
         return REAL["float32"](z, y, w)
 
     report = examine(loss)
-    assert report["loss.dtype"].status == "skip"
+    assert "refused" in report["loss.dtype"].evidence
     assert "float32 only" in report["loss.dtype"].evidence
     assert quiet(report)
 
 
 @pytest.mark.parametrize(
-    "bad", [dict(vocab_size=1), dict(seq_len=3), dict(batch_size=1), dict(objective="masked")]
+    "bad",
+    [
+        dict(vocab_size=1),
+        dict(vocab_size=2**20),
+        dict(seq_len=3),
+        dict(batch_size=1),
+        dict(objective="masked"),
+    ],
 )
 def test_misuse_names_the_argument(bad):
     (name,) = bad

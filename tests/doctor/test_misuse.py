@@ -59,7 +59,7 @@ MISUSES = [
     (doctor.examine_arms, ({"a": {"losses": [np.nan]}},), {}, "list of finite numbers"),
     (doctor.examine_arms, ({"a": {"budget": None}},), {}, 'give "stated"'),
     (doctor.examine_kernel, (logits, logits, logits), dict(sizes="ab"), "sizes='ab'"),
-    (doctor.examine_kernel, (logits, logits, logits), dict(sizes=[0]), "sizes=0"),
+    (doctor.examine_kernel, (logits, logits, logits), dict(sizes=[0]), "sizes=[0]"),
 ]
 
 

@@ -147,11 +147,11 @@ def copied_loss(logits, tokens, weights):
     return nats.sum(), jnp.float32(tokens.size)
 
 
-@fault(1, "target.oracle")
+@fault(1, "loss.oracle")
 @fault(4, "loss.padding")
 def test_stellux_loss():
     report = examine_loss(copied_loss, vocab_size=V, seq_len=T)
-    assert {"target.oracle", "loss.padding"} <= set(report.failed)
+    assert {"loss.oracle", "loss.padding"} <= set(report.failed)
 
 
 @fault(1, "training.gibbs")
@@ -187,7 +187,7 @@ def test_tinker_loss_has_no_shift():
         nats = jnp.take_along_axis(each, tokens[..., None], 2)[..., 0]
         return (nats * w).sum(), w.sum()
 
-    assert "target.oracle" in examine_loss(loss, vocab_size=V, seq_len=T).failed
+    assert "loss.oracle" in examine_loss(loss, vocab_size=V, seq_len=T).failed
 
 
 # MU-SOTA: matrices of 8 x 8 in blocks of 2 x 2, attended block by block, without a mask.

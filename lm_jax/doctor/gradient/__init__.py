@@ -1,6 +1,7 @@
-"""Gradients and kernels."""
+"""Gradients against central differences in float64, and kernels against references."""
 
-from lm_jax.doctor.gradient.examine import examine_gradients
-from lm_jax.doctor.gradient.kernel import examine_kernel
+from lm_jax.doctor.checks import examination
+from lm_jax.doctor.gradient import kernel, point, subject
 
-__all__ = ["examine_gradients", "examine_kernel"]
+examine_gradients = examination(subject.Subject, subject, point)
+examine_kernel = examination(kernel.Subject, kernel)

@@ -18,19 +18,12 @@ ORDER = 6
 
 @dataclasses.dataclass(frozen=True)
 class Slope:
-    """A derivative along a line, by central differences.
+    """A derivative along a line, by central differences."""
 
-    Attributes:
-        value: at the step with the least error bound.
-        bound: of its error.
-        step: that step.
-        values: at every step tried, largest step first.
-    """
-
-    value: float
-    bound: float
-    step: float
-    values: np.ndarray
+    value: float  # at the step with the least error bound
+    bound: float  # of its error
+    step: float  # that step
+    values: np.ndarray  # at every step tried, largest step first
 
 
 def slope(

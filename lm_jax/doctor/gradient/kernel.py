@@ -3,128 +3,101 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm_jax.doctor.old import (
-    Finding,
-    Report,
-    Skip,
-    Verdict,
-    call,
-    check,
-    run_all,
-    verdict,
-    whole,
-)
+from lm_jax.doctor import numbers, trees
+from lm_jax.doctor.checks import check, fixture
+from lm_jax.doctor.facts import Bound, Broken, Facts, Skip, call, function, whole
+from lm_jax.doctor.findings import Measure, at_most, holds, none
 
 SIZES = (1, 7, 127, 128, 129, 200, 1025)
+COARSE = 0.25  # of the largest entry; a comparison that allows more is not made
+_LIST = Bound(
+    "give a list of whole numbers of 1 or more",
+    lambda x: isinstance(x, Sequence) and bool(x) and all(map(whole(1).holds, x)),
+)
+Arguments = dict[int, tuple[Any, ...]]  # by size
+Quantity = Callable[[str, Callable[..., Any], tuple[Any, ...]], trees.Arrays]
 
 
-@dataclasses.dataclass(eq=False)
-class Kernel:
-    """The examined function, its reference, and what both give for each size."""
+@dataclasses.dataclass
+class Subject(Facts):
+    """Compare a kernel and its gradients with a plain reference over many sizes."""
 
-    fn: Callable
-    reference: Callable
-    make: Callable
-    sizes: tuple[int, ...]
-    seed: int
-
-    @functools.cached_property
-    def arguments(self) -> dict[int, tuple]:
-        """Arguments of every size."""
-        made = {}
-        for size in self.sizes:
-            rng = np.random.default_rng((self.seed, size))
-            arguments = call(f"make at size {size}", self.make, size, rng)
-            made[size] = tuple(arguments) if isinstance(arguments, tuple | list) else (arguments,)
-        return made
-
-    def tolerance(self, size: int) -> float:
-        """Error allowed relative to the largest entry: a few roundings of the type of the data.
-
-        Four roundings of the inputs' type, and 64 of the float32 that accumulates.
-        """
-        kinds = [jnp.result_type(x) for x in jax.tree.leaves(self.arguments[size])]
-        kinds = [k for k in kinds if jnp.issubdtype(k, jnp.floating)]
-        if not kinds:
-            raise Skip(f"make returned no floating-point argument at size {size}")
-        eps = max(float(jnp.finfo(k).eps) for k in kinds)
-        return 4 * eps + 64 * min(eps, 2.0**-23)
-
-    def values(self, function: Callable, arguments: tuple) -> dict[str, np.ndarray]:
-        """Outputs by name."""
-        return _named(call("the function", jax.jit(function), *arguments), "output")
-
-    def gradients(self, function: Callable, arguments: tuple) -> dict[str, np.ndarray]:
-        """Gradients of a random combination of the outputs, by argument."""
-        flat, tree = jax.tree.flatten(arguments)
-        moving = [i for i, x in enumerate(flat) if jnp.issubdtype(jnp.result_type(x), jnp.floating)]
-
-        def combined(leaves: list) -> jax.Array:
-            merged = list(flat)
-            for i, leaf in zip(moving, leaves, strict=True):
-                merged[i] = leaf
-            total = jnp.zeros((), jnp.promote_types(jnp.result_type(leaves[0]), jnp.float32))
-            for k, out in enumerate(jax.tree.leaves(function(*jax.tree.unflatten(tree, merged)))):
-                signs = np.random.default_rng((self.seed, k)).choice([-1, 1], np.shape(out))
-                total += (out.astype(total.dtype) * signs).sum()
-            return total
-
-        grads = call("the gradient", jax.jit(jax.grad(combined)), [flat[i] for i in moving])
-        keys = jax.tree_util.tree_flatten_with_path(arguments)[0]
-        names = [jax.tree_util.keystr(keys[i][0], simple=True, separator="/") for i in moving]
-        return {f"argument {n}": _wide(g) for n, g in zip(names, grads, strict=True)}
-
-    def compare(self, quantity: Callable[[Callable, tuple], dict[str, np.ndarray]]) -> Verdict:
-        """Kernel and reference at every size; the reference gets float64."""
-        errors: dict[int, tuple[float, str]] = {}
-        refused = {}
-        for size, arguments in self.arguments.items():
-            try:
-                given = quantity(self.fn, arguments)
-            except Skip as reason:
-                refused[size] = str(reason)
-                continue
-            with jax.enable_x64(True):
-                wide = jax.tree.map(_as_float64, arguments)
-                expected = quantity(self.reference, wide)
-            if list(given) != list(expected):
-                return verdict(False, f"Size {size}: {list(given)} against {list(expected)}.")
-            for name, value in given.items():
-                error = _error(value, expected[name])
-                if size not in errors or not error <= errors[size][0]:
-                    errors[size] = error, name
-        wrong = [size for size, (e, _) in errors.items() if not e <= self.tolerance(size)]
-        if refused and not wrong:
-            size, why = next(iter(refused.items()))
-            raise Skip(f"no comparison at sizes {list(refused)} (at {size}: {why})")
-        shown = max(errors, key=lambda s: np.nan_to_num(errors[s][0] / self.tolerance(s), nan=1e9))
-        error, name = errors[shown]
-        return verdict(
-            not wrong,
-            f"Sizes {', '.join(map(str, errors))}: largest error {error:.2g} of the largest entry "
-            f"({name} at size {shown}), tolerance {self.tolerance(shown):.1g}; wrong at "
-            f"{', '.join(map(str, wrong)) or 'none'}.",
-            wrong_sizes=wrong,
-            errors={size: e for size, (e, _) in errors.items()},
-        )
+    fn: Annotated[
+        Callable[..., Any],
+        "the kernel, arrays -> array or pytree of arrays, which JAX compiles and differentiates.",
+        function,
+    ]
+    reference: Annotated[
+        Callable[..., Any],
+        "the same in plain JAX; it gets float64 where `fn` gets a shorter type.",
+        function,
+    ]
+    make: Annotated[
+        Callable[..., Any],
+        "(size, NumPy generator) -> tuple of arguments. The size is the length that the kernel "
+        "cuts into blocks: time, or the vocabulary.",
+        function,
+    ]
+    _: dataclasses.KW_ONLY
+    sizes: Annotated[
+        Sequence[int],
+        "around the block sizes of the kernel, one, and beyond the largest block.",
+        _LIST,
+    ] = SIZES
+    seed: Annotated[int, "of the generator.", whole()] = 0
 
 
-def _as_float64(x: Any) -> Any:
-    return jnp.asarray(x, jnp.float64) if jnp.issubdtype(jnp.result_type(x), jnp.floating) else x
+def _kinds(arguments: Any) -> list[Any]:
+    """Types of the floating-point arrays."""
+    kinds = [jnp.result_type(x) for x in jax.tree.leaves(arguments)]
+    return [kind for kind in kinds if trees.is_floating(kind)]
 
 
-def _wide(x: Any) -> np.ndarray:
-    return np.asarray(x).astype(np.float64)
+@fixture
+def arguments(subject: Subject) -> Arguments:
+    """Arguments of every size."""
+    made = {}
+    for size in subject.sizes:
+        found = call(f"make at size {size}", subject.make, size, subject.rng(size))
+        made[size] = tuple(found) if isinstance(found, tuple | list) else (found,)
+        if not call(f"the types of what make gave at size {size}", _kinds, made[size]):
+            raise Broken(f"make returned no floating-point argument at size {size}")
+    return made
 
 
-def _named(outputs: Any, kind: str) -> dict[str, np.ndarray]:
-    return {f"{kind} {i}": _wide(x) for i, x in enumerate(jax.tree.leaves(outputs))}
+def _values(name: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> trees.Arrays:
+    """Outputs by name."""
+    outputs = jax.tree.leaves(call(name, jax.jit(function), *arguments))
+    return {f"output {i}": trees.as_array(x).astype(np.float64) for i, x in enumerate(outputs)}
+
+
+def _gradients(
+    seed: int, name: str, function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> trees.Arrays:
+    """Gradients of a random combination of the outputs, by argument."""
+    paths, tree = jax.tree.flatten_with_path(arguments)
+    moving = {i: x for i, (_, x) in enumerate(paths) if trees.is_floating(jnp.result_type(x))}
+
+    def combined(leaves: dict[int, Any]) -> jax.Array:
+        merged = [leaves.get(i, x) for i, (_, x) in enumerate(paths)]
+        kind = jnp.result_type(next(iter(leaves.values())))
+        total = jnp.zeros((), jnp.promote_types(kind, jnp.float32))
+        for k, out in enumerate(jax.tree.leaves(function(*jax.tree.unflatten(tree, merged)))):
+            signs = np.random.default_rng((seed, k)).choice([-1, 1], np.shape(out))
+            total += (out.astype(total.dtype) * signs).sum()
+        return total
+
+    grads = call(f"the gradient of {name}", jax.jit(jax.grad(combined)), moving)
+    return {
+        f"gradient of argument {trees.path_name(paths[i][0])}": np.asarray(g).astype(np.float64)
+        for i, g in grads.items()
+    }
 
 
 def _error(given: np.ndarray, expected: np.ndarray) -> float:
@@ -132,62 +105,63 @@ def _error(given: np.ndarray, expected: np.ndarray) -> float:
     if given.shape != expected.shape:
         return float("inf")
     if not given.size:
-        raise Skip("an output or a gradient is empty: there is nothing to compare")
+        raise Skip("An output or a gradient is empty: there is nothing to compare.")
     size = np.abs(expected[np.isfinite(expected)]).max(initial=0.0)
     with np.errstate(invalid="ignore"):
         off = np.where(given == expected, 0.0, np.abs(given - expected))
     return float(off.max(initial=0.0) / (size or 1.0))
 
 
+def _compared(subject: Subject, arguments: Arguments, quantity: Quantity) -> list[Measure]:
+    """Kernel and reference at every size; the reference gets float64."""
+    shares: dict[str, float] = {}  # errors relative to what is allowed
+    wrong, refused = [], {}
+    for size, given in arguments.items():
+        # Four roundings of the inputs' type, and 64 of the float32 that accumulates.
+        eps = max(float(jnp.finfo(kind).eps) for kind in _kinds(given))
+        if (allowed := 4 * eps + 64 * min(eps, numbers.FLOAT32_EPS)) > COARSE:
+            raise Skip(f"Not judged: rounding of {eps:.2g} in the arguments hides any error.")
+        try:
+            found = quantity("fn", subject.fn, given)
+        except Broken as error:
+            refused[size] = error
+            continue
+        with jax.enable_x64(True):
+            expected = quantity("reference", subject.reference, jax.tree.map(_wide, given))
+        if list(found) != list(expected):
+            counts = f"{len(found)} of the kernel, {len(expected)} of the reference"
+            return [holds(False, f"outputs at size {size}: {counts}")]
+        here = {n: _error(x, expected[n]) / allowed for n, x in found.items()}
+        wrong += [] if all(share <= 1 for share in here.values()) else [size]
+        shares |= {f"{name} at size {size}": share for name, share in here.items()}
+    if not shares:
+        raise next(iter(refused.values()), Broken("fn returns no array"))
+    worst = max(shares, key=lambda name: np.nan_to_num(shares[name], nan=np.inf))
+    why = next(map(str, refused.values()), "")
+    return [
+        none("wrong sizes", wrong, of=len(arguments) - len(refused), key="wrong_sizes"),
+        at_most(f"error of what rounding allows, {worst}", shares[worst], 1, key="error"),
+        none("refused sizes", refused, where=why, otherwise="warn", key="refused"),
+    ]
+
+
+def _wide(x: Any) -> Any:
+    return jnp.asarray(x, jnp.float64) if trees.is_floating(jnp.result_type(x)) else x
+
+
 @check(
-    "gradient.kernel_value",
-    remedy="Mask what lies beyond the end of the last block before it enters a sum, a maximum or "
-    "a softmax, and loop over all blocks.",
+    "Mask what lies beyond the end of the last block before it enters a sum, a maximum or "
+    "a softmax, and loop over all blocks."
 )
-def kernel_value(kernel: Kernel) -> Verdict:
+def kernel_value(subject: Subject, arguments: Arguments) -> list[Measure]:
     """Outputs equal those of the reference at every size."""
-    return kernel.compare(kernel.values)
+    return _compared(subject, arguments, _values)
 
 
 @check(
-    "gradient.kernel_gradient",
-    remedy="Mask the last block in the backward pass as in the forward pass, and write all of "
-    "every gradient.",
+    "Mask the last block in the backward pass as in the forward pass, and write all of "
+    "every gradient."
 )
-def kernel_gradient(kernel: Kernel) -> Verdict:
+def kernel_gradient(subject: Subject, arguments: Arguments) -> list[Measure]:
     """Gradients equal those of the reference at every size."""
-    return kernel.compare(kernel.gradients)
-
-
-CHECKS: tuple[Callable[..., Finding], ...] = (kernel_value, kernel_gradient)
-
-
-def examine_kernel(
-    fn: Callable,
-    reference: Callable,
-    make: Callable,
-    *,
-    sizes: Sequence[int] = SIZES,
-    seed: int = 0,
-) -> Report:
-    """Compare a kernel and its gradients with a plain reference over many sizes.
-
-    Args:
-        fn: the kernel, arrays -> array or pytree of arrays, which JAX compiles and differentiates.
-        reference: the same in plain JAX; it gets float64 where `fn` gets a shorter type.
-        make: (size, NumPy generator) -> tuple of arguments. The size is the length that the kernel
-            cuts into blocks: time, or the vocabulary.
-        sizes: around the block sizes of the kernel, one, and beyond the largest block.
-        seed: of the generator.
-
-    Raises:
-        ValueError: a size is not positive, or what should be a function is none.
-    """
-    for name, function in {"fn": fn, "reference": reference, "make": make}.items():
-        if not callable(function):
-            raise ValueError(f"{name} must be a function.")
-    if isinstance(sizes, str) or not isinstance(sizes, Sequence) or not sizes:
-        raise ValueError(f"sizes={sizes!r}: give a list of the lengths to try.")
-    for size in sizes:
-        whole(size, "sizes", 1)
-    return run_all(CHECKS, Kernel(fn, reference, make, tuple(sizes), seed))
+    return _compared(subject, arguments, functools.partial(_gradients, subject.seed))

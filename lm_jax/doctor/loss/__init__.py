@@ -1,5 +1,6 @@
-"""Losses."""
+"""Losses: which tokens they score, the numbers they return, and their gradients."""
 
-from lm_jax.doctor.loss.examine import examine_loss
+from lm_jax.doctor.checks import examination
+from lm_jax.doctor.loss import subject, target, value
 
-__all__ = ["examine_loss"]
+examine_loss = examination(subject.Subject, subject, target, value)

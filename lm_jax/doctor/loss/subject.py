@@ -4,19 +4,24 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm_jax.doctor.old import Skip, Verdict, call, verdict
+from lm_jax.doctor import numbers, trees
+from lm_jax.doctor.checks import check
+from lm_jax.doctor.facts import Bound, Broken, Facts, call, function, one_of, whole
+from lm_jax.doctor.findings import Measure, at_most, holds, note
+from lm_jax.doctor.numbers import FLOAT32_EPS as EPS
 
-EPS = 2.0**-23  # distance of float32 numbers around 1
-MARGIN = 50.0  # nats by which an oracle prefers its token
-EXTREME = 8192.0  # a logit far outside what exp can hold, exact in bfloat16
 SPREAD = 3.0  # standard deviation of random logits
-NUMBERS = 2**21  # logits in one call, about
+NUMBERS = 2**21  # logits of an ordinary call, about; no call has more than eight times as many
+WIDEST = 2**19  # largest V
+COARSE = 0.25  # a gradient of weight x (softmax - one-hot) that is known no better is not judged
+
+Places = tuple[np.ndarray, np.ndarray, np.ndarray]  # row, position and vocabulary entry of logits
 
 
 class Batch(NamedTuple):
@@ -26,23 +31,53 @@ class Batch(NamedTuple):
     tokens: np.ndarray
     weights: np.ndarray
 
+    def copy(self) -> "Batch":
+        """A batch to change in place."""
+        return Batch(*(a.copy() for a in self))
 
-@dataclasses.dataclass(eq=False)
-class Loss:
-    """The examined function; what it raises or returns amiss becomes a `Skip`.
 
-    Logits made here are exact in bfloat16, so a loss that casts them to it changes nothing.
-    `untraceable` names the error where JAX cannot differentiate the loss.
+@dataclasses.dataclass
+class Subject(Facts):
+    """Examine a loss function of any framework.
+
+    A loss that JAX can differentiate gets JAX arrays, any other NumPy arrays. Its gradients then
+    come from its attribute `gradient(logits, tokens, weights)`, that of the sum with respect to the
+    logits [B, T, V], if it has one, else from central differences.
     """
 
-    fn: Callable
-    vocab_size: int
-    seq_len: int
-    rows: int
-    seed: int
-    ahead: int  # logits[:, t] are scored on tokens[:, t + ahead]
-    untraceable: str = ""
-    compiled: bool = False
+    loss_fn: Annotated[
+        Callable[..., Any],
+        "(logits [B, T, V], tokens int32 [B, T], weights float32 [B, T]) -> (sum of nats, sum of "
+        "weights). It shifts: logits[:, t] are scored on tokens[:, t + 1] with weights[:, t + 1].",
+        function,
+    ]
+    _: dataclasses.KW_ONLY
+    vocab_size: Annotated[
+        int, "V.", whole(2), Bound(f"give at most {WIDEST:,}", lambda v: v <= WIDEST)
+    ]
+    seq_len: Annotated[
+        int,
+        "T of the longest call, of one row and of about 2^21 logits at most. Ordinary calls are "
+        "shorter, 64 at most; other lengths and batch sizes are tried as well.",
+        whole(4),
+    ]
+    batch_size: Annotated[int, "B of ordinary calls; fewer rows if V is large.", whole(2)] = 4
+    seed: Annotated[int, "of the random logits, tokens and weights.", whole()] = 0
+    objective: Annotated[
+        str,
+        "causal; or bidirectional, where logits[:, t] are scored on tokens[:, t].",
+        one_of("causal", "bidirectional"),
+    ] = "causal"
+
+    @property
+    def ahead(self) -> int:
+        """logits[:, t] are scored on tokens[:, t + ahead]."""
+        return 1 if self.objective == "causal" else 0
+
+    @property
+    def rows(self) -> int:
+        """B of ordinary calls."""
+        return min(self.batch_size, max(2, NUMBERS // (4 * self.vocab_size)))
 
     @property
     def length(self) -> int:
@@ -54,166 +89,165 @@ class Loss:
         """T of the longest call, of a single row."""
         return max(self.length, min(self.seq_len, NUMBERS // self.vocab_size))
 
-    @functools.cached_property
-    def forward(self) -> Callable:
-        """The function compiled."""
-        return jax.jit(self.fn)
-
     def batch(self, rows: int | None = None, *, draw: int = 0, length: int | None = None) -> Batch:
-        """Random logits and tokens; ragged rows with holes, at least two scored tokens in each."""
-        rng = np.random.default_rng((self.seed, draw))
+        """Random logits and tokens; ragged rows with holes, at least two scored tokens in each.
+
+        Logits are exact in bfloat16, so that a loss that casts them to it changes nothing.
+        """
+        rng = self.rng(draw)
         shape = rows or self.rows, length or self.length
-        logits = _exact(rng.normal(0, SPREAD, (*shape, self.vocab_size)))
+        logits = rng.normal(0, SPREAD, (*shape, self.vocab_size)).astype(jnp.bfloat16)
         tokens = rng.integers(0, self.vocab_size, shape).astype(np.int32)
         ends = rng.integers(3, shape[1] + 1, shape[0])
         weights = (np.arange(shape[1]) < ends[:, None]) & (rng.random(shape) < 0.8)
         weights[:, 1:3] = True
-        return Batch(logits, tokens, weights.astype(np.float32))
+        return Batch(logits.astype(np.float32), tokens, weights.astype(np.float32))
+
+    def oracle(self, batch: Batch, ahead: int, margin: float) -> Batch:
+        """Logits with `margin` on the token `ahead` of each position (cyclic)."""
+        tokens = np.roll(batch.tokens, -ahead, axis=1)
+        known = tokens[..., None] == np.arange(self.vocab_size)
+        return batch._replace(logits=np.float32(margin) * known.astype(np.float32))
 
     @functools.cached_property
-    def backward(self) -> Callable | None:
-        """Gradient of the sum with respect to the logits by JAX, compiled where that works."""
-
-        def total(*arrays: jax.Array) -> jax.Array:
-            return self.fn(*arrays)[0]
-
-        for backward in (jax.jit(jax.grad(total)), jax.grad(total)):
+    def functions(self) -> tuple[Callable[..., Any], Callable[..., Any] | None, str]:
+        """The loss, the gradient of its sum by the logits if there is one, and where it is from."""
+        if hook := getattr(self.loss_fn, "gradient", None):
+            return self.loss_fn, hook, "loss_fn.gradient"
+        gradient = jax.grad(lambda *arrays: self.loss_fn(*arrays)[0])
+        compiled = jax.jit(self.loss_fn), jax.jit(gradient), "JAX, compiled"
+        for found in (compiled, (self.loss_fn, gradient, "JAX, not compiled")):
             try:
-                backward(*map(jnp.asarray, self.batch()))
+                found[1](*map(jnp.asarray, self.batch()))
             except Exception as error:  # reported: gradients then come from central differences
-                self.untraceable = type(error).__name__
+                refusal = type(error).__name__
             else:
-                self.compiled = hasattr(backward, "lower")
-                return backward
-        return None
+                return found
+        return self.loss_fn, None, f"central differences, as JAX cannot trace it ({refusal})"
 
     @property
-    def traceable(self) -> bool:
-        """Whether JAX can differentiate the loss."""
-        return self.backward is not None
+    def by_jax(self) -> bool:
+        """Whether JAX differentiates the loss; the same program then rounds alike every time."""
+        return self.functions[2].startswith("JAX")
 
-    def raw(self, batch: Batch, *, as_given: bool = False) -> tuple[Any, Any]:
-        """What the function returns, two scalars of its own kind; never compiled if `as_given`."""
-        arrays = [jnp.asarray(a) for a in batch] if self.traceable else [a.copy() for a in batch]
-        compiled = self.traceable and self.compiled and not as_given
-        result = call("the loss", self.forward if compiled else self.fn, *arrays)
+    def arguments(self, batch: Batch) -> list[Any]:
+        """The batch in the kind of array that the loss gets, safe to write to."""
+        return [jnp.asarray(a) if self.by_jax else a.copy() for a in batch]
+
+    def raw(self, batch: Batch, *, as_given: bool = False) -> list[np.ndarray]:
+        """Sum and count in the types of the loss; never compiled if `as_given`."""
+        function = self.loss_fn if as_given else self.functions[0]
+        result = call("loss_fn", function, *self.arguments(batch))
         if not isinstance(result, tuple | list) or len(result) != 2:
-            raise Skip(f"the loss returned a {type(result).__name__} instead of (sum, count)")
-        shapes = [call("the shape of what the loss returned", np.shape, x) for x in result]
-        if shapes != [(), ()]:
-            raise Skip(f"the loss returned shapes {shapes} instead of two scalars (sum, count)")
-        return tuple(result)
+            raise Broken(f"loss_fn returned a {type(result).__name__} instead of (sum, count)")
+        arrays = [call("an array of what loss_fn returned", trees.as_array, x) for x in result]
+        if any(x.shape for x in arrays):
+            shapes = [x.shape for x in arrays]
+            raise Broken(f"loss_fn returned shapes {shapes} instead of two scalars (sum, count)")
+        return arrays
 
     def __call__(self, batch: Batch, *, as_given: bool = False) -> np.ndarray:
         """Sum and count."""
-        pair = self.raw(batch, as_given=as_given)
-        return np.array([call("a number that the loss returned", float, x) for x in pair])
+        arrays = self.raw(batch, as_given=as_given)
+        return np.array([call("a number that loss_fn returned", float, x) for x in arrays])
 
-    def places(self, batch: Batch, draw: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def places(self, batch: Batch, draw: int = 0) -> Places:
         """Logits at which gradients are compared: half of them those of targets."""
-        rng = np.random.default_rng((self.seed, draw, 1))
+        rng = self.rng(draw, 1)
         rows, length, vocab_size = batch.logits.shape
-        n = 512 if self.traceable else 16
+        n = 512 if self.functions[1] else 16
         b, t = rng.integers(0, rows, n), rng.integers(0, length, n)
         target = batch.tokens[b, np.minimum(t + self.ahead, length - 1)]
         v = np.where(np.arange(n) % 2, target, rng.integers(0, vocab_size, n))
         return b, t, np.clip(v, 0, vocab_size - 1)
 
-    def slopes(self, batch: Batch, places: tuple[np.ndarray, ...]) -> tuple[np.ndarray, float]:
+    def slopes(self, batch: Batch, places: Places) -> tuple[np.ndarray, float]:
         """Derivatives of the sum with respect to the logits at `places`, and their rounding."""
-        if self.backward:
-            gradient = call("the gradient of the loss", self.backward, *map(jnp.asarray, batch))
-            gradient = np.asarray(gradient).astype(np.float64)[places]
-            size = np.abs(gradient[np.isfinite(gradient)]).max(initial=0)
-            return gradient, float(2 * resolution(gradient) * size + 32 * EPS * (1 + 5 * SPREAD))
+        _, backward, how = self.functions
+        if backward is None:
+            return self._differences(batch, places)
+        found = call(f"the gradient by {how}", backward, *self.arguments(batch))
+        gradient = call(f"an array of the gradient by {how}", trees.as_array, found)
+        if gradient.shape != batch.logits.shape:
+            raise Broken(f"the gradient of logits {batch.logits.shape} has shape {gradient.shape}")
+        gradient = gradient.astype(np.float64)[places]
+        size = float(np.abs(gradient[np.isfinite(gradient)]).max(initial=0))
+        return gradient, 2 * numbers.resolution(gradient) * size + 32 * EPS * (1 + 5 * SPREAD)
+
+    def _differences(self, batch: Batch, places: Places) -> tuple[np.ndarray, float]:
         total, _ = self(batch)
-        noise = resolution(np.array([total])) * max(abs(total), 1)
+        noise = numbers.resolution(np.array([total])) * max(abs(total), 1)
         step = max(noise, 1e-12) ** (1 / 3)
-        values = []
-        for place in zip(*places, strict=True):
-            ends = []
-            for sign in (1, -1):
-                logits = batch.logits.astype(np.float64)
-                logits[place] += sign * step
-                ends.append(self(batch._replace(logits=logits))[0])
-            values.append((ends[0] - ends[1]) / (2 * step))
+
+        def moved(place: tuple[int, ...], by: float) -> float:
+            logits = batch.logits.astype(np.float64)
+            logits[place] += by
+            return float(self(batch._replace(logits=logits))[0])
+
+        ends = [[moved(place, by) for by in (step, -step)] for place in zip(*places, strict=True)]
         # The third derivative of log-sum-exp is below 0.1.
-        return np.array(values), 4 * noise / step + 0.1 * step**2
+        return -np.diff(ends)[:, 0] / (2 * step), 4 * noise / step + 0.1 * step**2
+
+    def expected(self, batch: Batch) -> np.ndarray:
+        """Sum and count by the definition, in float64."""
+        length = batch.tokens.shape[1] - self.ahead
+        nats = numbers.nats(batch.logits[:, :length], batch.tokens[:, self.ahead :])
+        weights = batch.weights[:, self.ahead :].astype(np.float64)
+        return np.array([(nats * weights).sum(), weights.sum()])
 
     def rounding(self, batch: Batch) -> float:
         """Largest error of the sum if terms are in float32, added in whatever order."""
-        nats, weights = definition(batch, self.ahead)
-        n = np.count_nonzero(weights)
-        terms = 4 * (np.abs(batch.logits).max() + np.log(self.vocab_size)) * weights.sum()
-        return float(EPS * ((n / 2 + 2) * (nats * weights).sum() + terms))
+        total, count = self.expected(batch)
+        n = np.count_nonzero(batch.weights)
+        terms = 4 * (np.abs(batch.logits).max() + np.log(self.vocab_size)) * count
+        return float(EPS * ((n / 2 + 2) * total + terms))
+
+    @functools.cached_property
+    def honours_fractions(self) -> bool:
+        """Whether half the weights give about half the sum and count; else they are but a mask."""
+        batch = self.batch()
+        try:
+            half = self(batch._replace(weights=batch.weights / 2))
+        except Broken:  # a loss may refuse what is neither 0 nor 1
+            return False
+        return bool((np.abs(half / self(batch) - 0.5) < 0.125).all())
+
+    def weighted(self, batch: Batch, stream: int) -> Batch:
+        """The batch with random weights between 0 and 1, if the loss is made for them."""
+        share = self.rng(6, stream).random(batch.weights.shape) if self.honours_fractions else 1.0
+        return batch._replace(weights=(batch.weights * share).astype(np.float32))
 
 
-def definition(batch: Batch, ahead: int) -> tuple[np.ndarray, np.ndarray]:
-    """Nats and weight of every target, in float64."""
-    length = batch.tokens.shape[1] - ahead
-    logits = batch.logits[:, :length].astype(np.float64)
-    top = logits.max(-1, keepdims=True)
-    norm = np.log(np.exp(logits - top).sum(-1)) + top[..., 0]
-    picked = np.take_along_axis(logits, batch.tokens[:, ahead:, None], -1)[..., 0]
-    return norm - picked, batch.weights[:, ahead:].astype(np.float64)
+class Errors(dict[str, tuple[float, float]]):
+    """Largest difference and limit of what was compared, by what it is."""
+
+    def add(self, what: str, a: Any, b: Any, limit: float) -> None:
+        """Compare `a` and `b`."""
+        self[what] = numbers.gap(a, b), limit
+
+    def measures(self, **more: Any) -> list[Measure]:
+        """Those beyond their limit, else the nearest to it; see `findings.holds` for `more`.
+
+        What is called a gradient is not judged if its limit allows anything.
+        """
+        vague = {what: x for what, (_, x) in self.items() if "gradient" in what and x > COARSE}
+        found = {w: at_most(w, *pair, **more) for w, pair in self.items() if w not in vague}
+        told = [measure for measure in found.values() if measure.status != "pass"]
+        if found and not told:
+            told = [found[max(found, key=lambda what: self[what][0] / (self[what][1] or 1))]]
+        return told + [note(f"{w}: not judged, known to {x:.2g} only") for w, x in vague.items()]
 
 
-def resolution(values: np.ndarray) -> float:
-    """Spacing, relative to their size, of the coarsest float type that holds all values exactly."""
-    kinds: dict[Any, float] = {jnp.bfloat16: 2.0**-7, np.float16: 2.0**-10, np.float32: EPS}
-    with np.errstate(over="ignore"):
-        for kind, eps in kinds.items():
-            if np.array_equal(values.astype(kind).astype(np.float64), values, equal_nan=True):
-                return eps
-    return 2.0**-52
-
-
-def _exact(x: np.ndarray) -> np.ndarray:
-    return x.astype(jnp.bfloat16).astype(np.float32)
-
-
-def gap(a: Any, b: Any = 0.0) -> float:
-    """Largest difference; NaN if there is one."""
-    with np.errstate(invalid="ignore"):
-        return float(np.abs(np.subtract(a, b)).max(initial=0))
-
-
-def oracle(loss: Loss, batch: Batch, ahead: int, margin: float) -> Batch:
-    """Logits with `margin` on the token `ahead` of each position (cyclic)."""
-    tokens = np.roll(batch.tokens, -ahead, axis=1)
-    logits = margin * (tokens[..., None] == np.arange(loss.vocab_size))
-    return batch._replace(logits=logits.astype(np.float32))
-
-
-def padded(loss: Loss, batch: Batch, columns: int, rows: int = 0) -> Batch:
-    """The batch with further columns and rows of weight 0, random logits and token 0."""
-    extra = loss.batch(len(batch.tokens) + rows, draw=9, length=batch.tokens.shape[1] + columns)
-    extra.tokens[:] = 0
-    extra.weights[:] = 0
-    for whole, part in zip(extra, batch, strict=True):
-        whole[: len(batch.tokens), : batch.tokens.shape[1]] = part
-    return extra
-
-
-def copy(batch: Batch) -> Batch:
-    """A batch to change in place."""
-    return Batch(*(a.copy() for a in batch))
-
-
-def worst(results: dict[str, tuple[float, float]]) -> tuple[str, float, float]:
-    """Name, difference and threshold of the case that exceeds its threshold the most."""
-
-    def excess(name: str) -> float:
-        difference, threshold = results[name]
-        return math.inf if math.isnan(difference) else difference / max(threshold, 1e-300)
-
-    name = max(results, key=excess)
-    return name, *results[name]
-
-
-def judge(results: dict[str, tuple[float, float]], text: str, **values: Any) -> Verdict:
-    """Pass if every difference is within its threshold; `text` tells what was compared."""
-    name, difference, threshold = worst(results)
-    evidence = f"{text}: largest difference {difference:.3g} ({name}), threshold {threshold:.2g}."
-    differences = {name: difference for name, (difference, _) in results.items()}
-    return verdict(difference <= threshold, evidence, differences=differences, **values)
+@check(
+    "Let it take logits [B, T, V], tokens [B, T] and weights [B, T] and return two finite "
+    "scalars: the sum of nats and the sum of the weights scored.",
+    gate=True,
+)
+def contract(subject: Subject) -> list[Measure]:
+    """An ordinary batch gives two finite scalars, the second above 0."""
+    total, count = subject(subject.batch())
+    return [
+        holds(0 <= total < math.inf, "sum of a random batch", total, limit="0 or more, finite"),
+        holds(0 < count < math.inf, "count", count, limit="above 0, finite"),
+        note("gradients come from", subject.functions[2]),
+    ]

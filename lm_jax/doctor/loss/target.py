@@ -1,268 +1,208 @@
-"""Checks of a loss function: which tokens it scores and counts."""
+"""Which tokens a loss scores and counts."""
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 
-from lm_jax.doctor.loss.subject import (
-    EPS,
-    MARGIN,
-    Loss,
-    copy,
-    definition,
-    gap,
-    judge,
-    oracle,
-    padded,
-)
-from lm_jax.doctor.old import Finding, Skip, Verdict, check, verdict
+from lm_jax.doctor.checks import check
+from lm_jax.doctor.facts import Broken, Skip
+from lm_jax.doctor.findings import Measure, Status, at_least, at_most, equals, holds, note
+from lm_jax.doctor.loss.subject import Batch, Errors, Subject
+from lm_jax.doctor.numbers import gap
+
+MARGIN = 50.0  # nats by which an oracle prefers its token
 
 
-@check(
-    "target.oracle",
-    remedy="Shift exactly once: logits[:, :-1] against tokens[:, 1:], in the loss alone.",
-)
-def known_token(loss: Loss) -> Verdict:
-    """Logits that know one token exactly: only those that know the next one may lose nothing."""
+@check("Shift exactly once: logits[:, :-1] against tokens[:, 1:], in the loss alone.")
+def oracle(subject: Subject) -> list[Measure]:
+    """Of logits that know one token exactly, only those that know the target lose nothing."""
     # With a tiny vocabulary many neighbours are equal and only numbers tell them apart.
-    batch = loss.batch(loss.rows if loss.vocab_size > 4 else 64)
+    batch = subject.batch(subject.rows if subject.vocab_size > 4 else 64)
     batch.weights[:, 0] = 0
-    means, expected = {}, {}
+    found = []
     for k in (-1, 0, 1, 2, 3):
-        known = oracle(loss, batch, k, MARGIN)
-        total, count = loss(known)
-        nats, weights = definition(known, loss.ahead)
-        means[k] = total / count if count else math.nan
-        expected[k] = (nats * weights).sum() / weights.sum()
-    wrong = [k for k in means if k != loss.ahead and not means[k] > expected[k] / 2]
-    ok = not wrong and means[loss.ahead] < MARGIN / 4
-    table = ", ".join(f"{k:+d}: {mean:.3g}" for k, mean in means.items())
-    return verdict(
-        ok,
-        f"Nats per token of logits that prefer token[t + k] by {MARGIN:.0f} are {table}; only "
-        f"k = {loss.ahead:+d} may be below {MARGIN / 4:.3g}, and the others must exceed half of "
-        "what the definition gives.",
-        means=means,
-        expected=expected,
-    )
-
-
-@check(
-    "target.edges",
-    remedy="Drop the last logits and the first token of every row; do not roll tokens around.",
-)
-def edges(loss: Loss) -> Verdict:
-    """Nothing predicts the first token, and the last logits predict nothing."""
-    if loss.ahead == 0:
-        raise Skip("the objective is bidirectional: every position has its own target")
-    batch = loss.batch()
-    batch.weights[:, -1] = 1
-    before = loss(batch)
-    changes = {}
-    for name in ("weight of the first token", "id of the first token", "last logits"):
-        changed = copy(batch)
-        if name.startswith("weight"):
-            changed.weights[:, 0] = 1 - changed.weights[:, 0]
-        elif name.startswith("id"):
-            changed.tokens[:, 0] = (changed.tokens[:, 0] + 1) % loss.vocab_size
+        known = subject.oracle(batch, k, MARGIN)
+        (total, count), (exact, scored) = subject(known), subject.expected(known)
+        mean = total / count if count else math.nan
+        what = f"nats a token of logits that know token[t{k:+d}]"
+        if k == subject.ahead:
+            found.append(at_most(what, mean, MARGIN / 4, key=f"{k:+d}"))
         else:
-            changed.logits[:, -1] = -changed.logits[:, -1]
-        changes[name] = gap(loss(changed), before)
-    threshold = loss.rounding(batch)
-    return judge(
-        {name: (change, threshold) for name, change in changes.items()},
-        "Change of sum or count with what lies outside all (position, next token) pairs",
-    )
+            least = math.nextafter(exact / scored / 2, math.inf)
+            found.append(at_least(what, mean, least, key=f"{k:+d}"))
+    return found
+
+
+@check("Drop the last logits and the first token of every row; do not roll tokens around.")
+def edges(subject: Subject) -> list[Measure]:
+    """Nothing predicts the first token, and the last logits predict nothing."""
+    if subject.ahead == 0:
+        raise Skip("The objective is bidirectional: every position has its own target.")
+    batch = subject.batch()
+    batch.weights[:, -1] = 1
+    weight, token, logits = (batch.copy() for _ in range(3))
+    weight.weights[:, 0] = 1 - weight.weights[:, 0]
+    token.tokens[:, 0] = (token.tokens[:, 0] + 1) % subject.vocab_size
+    logits.logits[:, -1] *= -1
+    changed = {"weight of the first token": weight, "first token": token, "last logits": logits}
+    before, off = subject(batch), Errors()
+    for name, after in changed.items():
+        what = f"change of sum or count with the {name}"
+        off.add(what, subject(after), before, subject.rounding(batch))
+    return off.measures()
 
 
 @check(
-    "target.row_crossing",
-    remedy="Shift along the time axis before flattening, so that the last position of a row is "
-    "never scored on the first token of the next.",
+    "Shift along the time axis before flattening, so that the last position of a row is "
+    "never scored on the first token of the next."
 )
-def row_crossing(loss: Loss) -> Verdict:
-    """Rows do not see each other's labels: neither in the gradient nor in the value."""
-    batch = loss.batch()
+def row_crossing(subject: Subject) -> list[Measure]:
+    """Rows do not see each other's labels, neither in the gradient nor in the value."""
+    batch = subject.batch()
     batch.weights[:, [0, -1]] = 1
-    row = loss.rows // 2
-    others = np.arange(loss.rows) != row
-    changed = copy(batch)
-    changed.tokens[others] = (changed.tokens[others] + 1) % loss.vocab_size
-    alone = [copy(b) for b in (batch, changed)]
+    row = subject.rows // 2
+    others = np.arange(subject.rows) != row
+    relabelled = batch.copy()
+    relabelled.tokens[others] = (relabelled.tokens[others] + 1) % subject.vocab_size
+    alone = [batch.copy(), relabelled.copy()]
     for b in alone:
         b.weights[others] = 0
     alone[1].logits[others] *= -1
-    results = {"sum": (gap(loss(alone[0]), loss(alone[1])), loss.rounding(alone[0]))}
-    _, t, v = loss.places(batch)
-    t[::4], v[::8] = loss.length - 1, batch.tokens[(row + 1) % loss.rows, 0]
+    _, t, v = subject.places(batch)
+    t[::4], v[::8] = subject.length - 1, batch.tokens[(row + 1) % subject.rows, 0]
     places = np.full_like(t, row), t, v
-    (before, rounding), (after, _) = (loss.slopes(b, places) for b in (batch, changed))
+    (before, rounding), (after, _) = (subject.slopes(b, places) for b in (batch, relabelled))
     # The same program on other labels: JAX rounds alike, so nothing at all may change.
-    slack = 0.0 if loss.traceable else rounding
-    results["gradient"] = (gap(before, after), slack)
-    return judge(results, f"Other rows relabelled: change of the gradient and the sum of row {row}")
+    limit = 0 if subject.by_jax else rounding
+    other, off = "with the labels of other rows", Errors()
+    first, second = map(subject, alone)
+    off.add(f"change of the sum {other}", first, second, subject.rounding(alone[0]))
+    off.add(f"change of the gradient {other}", before, after, limit)
+    return off.measures()
 
 
-@check("loss.count", remedy="Return the sum of the weights of the targets, tokens[:, 1:].")
-def count(loss: Loss) -> Verdict:
-    """The count is the sum of the targets' weights."""
-    batch = loss.batch()
-    fraction = np.random.default_rng(loss.seed).random(batch.weights.shape).astype(np.float32)
-    cases = {
-        "all scored": np.ones_like(batch.weights),
-        "ragged": batch.weights,
-        "fractional": batch.weights * fraction,
-    }
-    results, counts = {}, {}
-    for name, weights in cases.items():
-        counts[name] = float(loss(batch._replace(weights=weights))[1])
-        expected = float(weights[:, loss.ahead :].sum(dtype=np.float64))
-        results[name] = (gap(counts[name], expected), EPS * weights.size / 2 * expected)
-    return judge(results, "Count against the weights of all targets", counts=counts)
-
-
-@check(
-    "loss.padding",
-    remedy="Mask padding in the sum and in the count by the same weights.",
-)
-def padding(loss: Loss) -> Verdict:
+@check("Mask padding in the sum and in the count by the same weights.")
+def padding(subject: Subject) -> list[Measure]:
     """Further columns and rows of weight 0 change neither the value nor the gradient."""
-    batch = loss.batch()
-    places = loss.places(batch)
-    before, (slopes, rounding) = loss(batch), loss.slopes(batch, places)
-    results = {}
-    for name, (columns, rows) in {"1 column": (1, 0), "7 columns and 1 row": (7, 1)}.items():
-        larger = padded(loss, batch, columns, rows)
-        results[f"sum or count, {name}"] = (gap(loss(larger), before), loss.rounding(batch))
-        b, t, v = loss.places(larger, draw=1)
+    batch = subject.batch()
+    places = subject.places(batch)
+    before, (slopes, rounding) = subject(batch), subject.slopes(batch, places)
+    off = Errors()
+    for name, pad in {"1 column": ((0, 0), (0, 1)), "7 columns, 1 row": ((0, 1), (0, 7))}.items():
+        logits = np.pad(batch.logits, (*pad, (0, 0)), mode="reflect")
+        larger = Batch(logits, np.pad(batch.tokens, pad), np.pad(batch.weights, pad))
+        after, (slopes_after, _) = subject(larger), subject.slopes(larger, places)
+        b, t, v = subject.places(larger, draw=1)
         # The column before the padding would predict its first token.
-        outside = (b >= loss.rows) | (t >= loss.length - loss.ahead)
-        pads = b[outside], t[outside], v[outside]
-        results[f"gradient, {name}"] = (gap(loss.slopes(larger, places)[0], slopes), rounding)
-        pushed = gap(loss.slopes(larger, pads)[0])
-        results[f"gradient of the padding, {name}"] = (pushed, 0 if loss.traceable else rounding)
-    return judge(results, "Columns and rows of weight 0 appended: change")
-
-
-def _masked(loss: Loss, junk: dict[str, tuple[float, int]]) -> Verdict:
-    """Sum, count and gradient with junk (logit, label) in all places of weight 0."""
-    batch = loss.batch()
-    keep = batch.weights[:, loss.ahead :] > 0
-    scored = np.pad(keep, ((0, 0), (0, loss.ahead)))
-    b, t, v = loss.places(batch)
-    places = tuple(p[scored[b, t]] for p in (b, t, v))
-    before, (slopes, rounding) = loss(batch), loss.slopes(batch, places)
-    results = {}
-    for name, (logit, label) in junk.items():
-        changed = copy(batch)
-        if label:
-            changed.tokens[:, loss.ahead :][~keep] = label
-        else:
-            changed.logits[~scored] = logit
-        results[f"sum or count, {name}"] = (gap(loss(changed), before), loss.rounding(batch))
-        results[f"gradient, {name}"] = (gap(loss.slopes(changed, places)[0], slopes), rounding)
-    return judge(results, f"Junk at the {int((~keep).sum())} places of weight 0: change")
+        outside = (b >= subject.rows) | (t >= subject.length - subject.ahead)
+        pushed, _ = subject.slopes(larger, (b[outside], t[outside], v[outside]))
+        exact = 0 if subject.by_jax else rounding
+        off.add(f"change of sum or count with {name} more", after, before, subject.rounding(batch))
+        off.add(f"change of the gradient with {name} more", slopes_after, slopes, rounding)
+        off.add(f"gradient of the padding, {name}", pushed, 0, exact)
+    return off.measures()
 
 
 @check(
-    "loss.masked_logits",
-    remedy="Replace logits and nats of weight 0 by a constant with where() before and after the "
-    "arithmetic: 0 x NaN is NaN.",
+    "Replace logits, labels and nats of weight 0 by constants with where() before they are used: "
+    "0 x NaN is NaN, and labels outside the vocabulary wrap or give NaN."
 )
-def masked_logits(loss: Loss) -> Verdict:
-    """Logits of weight 0 may be anything."""
-    return _masked(loss, {"NaN": (math.nan, 0), "inf": (math.inf, 0), "1e30": (1e30, 0)})
+def masked(subject: Subject) -> list[Measure]:
+    """Logits and labels of weight 0 may be anything.
+
+    What no healthy pipeline puts there (NaN, labels outside the vocabulary) is a warning.
+    """
+    batch = subject.batch()
+    keep = batch.weights[:, subject.ahead :] > 0
+    scored = np.pad(keep, ((0, 0), (0, subject.ahead)))
+    b, t, v = subject.places(batch)
+    at = scored[b, t]
+    places = b[at], t[at], v[at]
+    before, (slopes, rounding) = subject(batch), subject.slopes(batch, places)
+    junk = {}
+    for logit in (1e4, 1e30, math.inf, math.nan):
+        junk[f"logits of {logit:g} at weight 0"] = changed = batch.copy()
+        changed.logits[~scored] = logit
+    for label in (0, -1, -100, subject.vocab_size):
+        junk[f"labels of {label} at weight 0"] = changed = batch.copy()
+        changed.tokens[:, subject.ahead :][~keep] = label
+    ordinary, hazards, refused = Errors(), Errors(), []
+    for name, changed in junk.items():
+        off = ordinary if "of 10000 " in name or "of 0 " in name else hazards
+        try:
+            after, (slopes_after, _) = subject(changed), subject.slopes(changed, places)
+        except Broken as refusal:
+            refused.append(note(f"{name} are refused: {refusal}"))
+            continue
+        off.add(f"change of sum or count with {name}", after, before, subject.rounding(batch))
+        off.add(f"change of the gradient with {name}", slopes_after, slopes, rounding)
+    return ordinary.measures() + hazards.measures(otherwise="warn") + refused
 
 
 @check(
-    "loss.masked_labels",
-    remedy="Replace labels of weight 0 by a valid id with where() before they index the logits.",
+    "Return (0, 0) and leave the division to one place that guards it; do not divide by a "
+    "count inside."
 )
-def masked_labels(loss: Loss) -> Verdict:
-    """Labels of weight 0 may be anything."""
-    return _masked(loss, {"-100": (0, -100), "V": (0, loss.vocab_size)})
-
-
-@check(
-    "loss.nothing_scored",
-    remedy="Return (0, 0) and leave the division to one place that guards it; do not divide by a "
-    "count inside.",
-)
-def nothing_scored(loss: Loss) -> Verdict:
-    """No scored token: sum 0, count 0 and a gradient of zeros; an empty row does no harm."""
-    batch = loss.batch()
-    none = batch._replace(weights=np.zeros_like(batch.weights))
-    total, count = loss(none)
-    slopes, _ = loss.slopes(none, loss.places(none))
-    largest = gap(slopes)
-    row = copy(batch)
+def nothing_scored(subject: Subject) -> list[Measure]:
+    """Without a scored token sum, count and gradient are 0; an empty row does no harm."""
+    row = subject.batch()
     row.weights[0] = 0
-    nats, weights = definition(row, loss.ahead)
-    off = gap(loss(row), ((nats * weights).sum(), weights.sum()))
-    ok = total == 0 and count == 0 and largest == 0 and off <= loss.rounding(row)
-    return verdict(
-        ok,
-        f"All weights 0: sum {total:.3g}, count {count:.3g}, largest gradient {largest:.3g} (all "
-        f"must be 0); with one row of zeros sum or count is off by {off:.3g} (rounding "
-        f"{loss.rounding(row):.1g}).",
-        total=float(total),
-        count=float(count),
-        gradient=largest,
-    )
+    off = Errors()
+    what = "error of sum or count with one row of weight 0"
+    off.add(what, subject(row), subject.expected(row), subject.rounding(row))
+    none = row._replace(weights=np.zeros_like(row.weights))
+    try:
+        total, count = subject(none)
+        slopes, _ = subject.slopes(none, subject.places(none))
+    except Broken as refusal:
+        return [
+            *off.measures(),
+            holds(False, "if all weights are 0", str(refusal), otherwise="warn"),
+        ]
+    amounts = {"sum": total, "count": count, "largest gradient": gap(slopes)}
+    found = [equals(f"{n} if all weights are 0", x, 0, key=n) for n, x in amounts.items()]
+    return found + off.measures()
 
 
 @check(
-    "loss.label_range",
-    remedy="Refuse labels outside [0, V) wherever the weight is positive, on the host, or turn "
-    "them into NaN: an index of -100 wraps to token V - 100.",
+    "Refuse labels outside [0, V) wherever the weight is positive, on the host, or turn "
+    "them into NaN: an index of -100 wraps to token V - 100."
 )
-def label_range(loss: Loss) -> Verdict:
+def label_range(subject: Subject) -> list[Measure]:
     """A scored label outside [0, V) is refused, gives NaN, or is left out; never another token."""
-    batch = loss.batch()
-    place = 1, loss.ahead + 1
+    batch = subject.batch()
+    place = 1, subject.ahead + 1
     batch.weights[place] = 0
-    without = loss(batch, as_given=True)
+    without = subject(batch, as_given=True)
     batch.weights[place] = 1
-    threshold = 2 * loss.rounding(batch)
-    answers: dict[int, str] = {}
-    for label in (-1, -100, loss.vocab_size, loss.vocab_size + 7):
+    limit = 2 * subject.rounding(batch)
 
-        def scored(token: int) -> np.ndarray:
-            changed = batch._replace(tokens=batch.tokens.copy())
-            changed.tokens[place] = token
-            # A compiled function could not look at the labels and refuse them.
-            return loss(changed, as_given=True)
+    def scored(token: int) -> np.ndarray:
+        batch.tokens[place] = token
+        # A compiled function could not look at the labels and refuse them.
+        return subject(batch, as_given=True)
 
+    def answer(label: int) -> str:
         try:
             result = scored(label)
-        except Skip:
-            answers[label] = "refused"
-            continue
+        except Broken:
+            return "refused"
         if not np.isfinite(result[0]):
-            answers[label] = "not a number"
-        elif gap(result, without) <= threshold:
-            answers[label] = "left out"
-        else:
-            answers[label] = "scored, but as no token"
-            for token in sorted({label % loss.vocab_size, 0, loss.vocab_size - 1}):
-                if gap(result, scored(token)) <= threshold:
-                    answers[label] = f"scored as token {token}"
-    ok = not any(answer.startswith("scored") for answer in answers.values())
-    table = "; ".join(f"{label}: {answer}" for label, answer in answers.items())
-    return verdict(
-        ok, f"Labels outside [0, {loss.vocab_size}) with weight 1: {table}.", answers=answers
-    )
+            return "not a number"
+        if gap(result, without) <= limit:
+            return "left out"
+        for token in sorted({label % subject.vocab_size, 0, subject.vocab_size - 1}):
+            if gap(result, scored(token)) <= limit:
+                return f"scored as token {token}"
+        return "counted at no cost" if gap(result[0], without[0]) <= limit else "scored as no token"
 
-
-CHECKS: tuple[Callable[..., Finding], ...] = (
-    known_token,
-    edges,
-    row_crossing,
-    count,
-    padding,
-    masked_logits,
-    masked_labels,
-    nothing_scored,
-    label_range,
-)
+    found = []
+    for label in (-1, -100, subject.vocab_size, subject.vocab_size + 7):
+        said = answer(label)
+        ok = said in ("refused", "not a number", "left out")
+        # A loss that makes its labels of a mask meets no -100 where the mask is 1.
+        hazard = said == "counted at no cost" and not subject.honours_fractions
+        otherwise: Status = "warn" if hazard else "fail"
+        what = f"label {label} with weight 1"
+        found.append(holds(ok, what, said, otherwise=otherwise, key=str(label)))
+    return found

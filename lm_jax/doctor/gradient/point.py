@@ -1,0 +1,154 @@
+"""A gradient at the given parameters: against central differences, and against itself."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from lm_jax.doctor import numbers, trees
+from lm_jax.doctor.checks import check
+from lm_jax.doctor.findings import Measure, at_most, equals, holds, none, note
+from lm_jax.doctor.gradient import differences
+from lm_jax.doctor.gradient.subject import Comparison, Point, Subject
+
+COORDINATES = 12  # of each leaf
+
+
+@check(
+    "Find the first operation that divides by zero or takes log, sqrt or a power of zero, "
+    "or an id outside its table; make the argument safe before the operation, not only its result.",
+    gate=True,
+)
+def finite(point: Point) -> list[Measure]:
+    """The loss is a finite scalar and so is every entry of its gradient."""
+    loss, places = point.centre, {n: np.argwhere(~np.isfinite(x)) for n, x in point.grads.items()}
+    bad = {name: found[0].tolist() for name, found in places.items() if len(found)}
+    where = next((f"first {name}{place}" for name, place in bad.items()), "")
+    what = "leaves whose gradient is not finite"
+    return [
+        holds(bool(np.isfinite(loss)), "loss", loss),
+        none(what, bad, of=len(places), where=where, key="not_finite"),
+    ]
+
+
+def _fill_memory(leaves: trees.Arrays) -> None:
+    """Write over freed memory of the sizes of the leaves, which new buffers are likely to get."""
+    junk = [np.full(leaf.shape, 1e30) for leaf in leaves.values() for _ in range(2)]
+    del junk
+
+
+@check(
+    "Zero every buffer before adding to it, write all of it, and keep nothing from an "
+    "earlier call; fix the random key."
+)
+def repeated(subject: Subject, point: Point) -> list[Measure]:
+    """The same parameters give the same bits, also after other parameters were differentiated."""
+    losses = [subject.value(point.leaves, as_given=True)]
+    first = subject.gradient(point.leaves)
+    changed: dict[str, float] = {}
+    for scale in (1.1, 0.7):
+        subject.gradient({name: scale * leaf for name, leaf in point.leaves.items()})
+        _fill_memory(point.leaves)
+        again = subject.gradient(point.leaves)
+        losses.append(subject.value(point.leaves, as_given=True))
+        for name, a in first.items():
+            if not np.array_equal(a, again[name], equal_nan=True):
+                changed[name] = max(changed.get(name, 0.0), numbers.gap(a, again[name]))
+    most = max(changed, key=lambda name: changed[name], default="")
+    where = f"most {most} by {changed.get(most, 0):.3g}"
+    return [
+        equals("largest difference of three losses", np.ptp(losses), 0, key="loss"),
+        none("leaves whose gradients differ", changed, of=len(first), where=where, key="changed"),
+    ]
+
+
+@check(
+    "Let the loss keep float64 when its parameters are float64. In float32 use steps near "
+    "1e-2 and judge whole directions: errors at smaller steps are rounding, not a wrong gradient."
+)
+def precision(point: Point) -> list[Measure]:
+    """Rounding of the loss leaves differences of a float64 function enough to decide."""
+    c = max(point.sweeps, key=lambda c: c.bound)
+    errors = np.abs(c.slope.values - c.given) / c.scale
+    pairs = list(zip(differences.STEPS, errors, strict=True))[::2]
+    curve = ", ".join(f"{step:.0e}: {error:.1e}" for step, error in pairs)
+    rounding, what = point.relative_noise, "rounding of the loss, of its value"
+    return [
+        at_most(what, rounding, 1e-12, otherwise="warn", key="relative_noise"),
+        note(f"relative error by step: {curve}", errors.tolist(), key="errors"),
+        note("best step", c.slope.step, key="best_step"),
+        note("there differences decide down to", c.bound, key="attainable"),
+    ]
+
+
+@check(
+    "The gradient is that of another function: check hand-written backward passes and what "
+    "they saved; gradient.leaves names the leaf."
+)
+def directional(point: Point) -> list[Measure]:
+    """Derivatives along random directions in all parameters are right."""
+    return point.judged(point.sweeps, "random directions")
+
+
+@check("Check the backward pass of the operation that the named leaf feeds.")
+def leaves(point: Point) -> list[Measure]:
+    """Derivatives inside each leaf, along a random direction and the gradient, are right."""
+    found = []
+    for i, (name, leaf) in enumerate(point.leaves.items()):
+        found.append(point.compare(name, point.random(100 + i, {name: np.ones(leaf.shape)})))
+        if leaf.size > 1 and (length := trees.norm([point.grads[name]])):
+            # The signal is largest along the gradient.
+            steepest = {name: point.grads[name] / length}
+            found.append(point.compare(f"{name}, steepest", steepest))
+    return point.judged(found, f"directions in {len(point.leaves)} leaves")
+
+
+def _sample(point: Point, leaf: str, candidates: np.ndarray) -> Iterator[Comparison]:
+    """Coordinates of a leaf: some of the candidates, the first and the last among them."""
+    if len(candidates) > COORDINATES:
+        rng = point.subject.rng(list(point.leaves).index(leaf), 7)
+        inner = rng.choice(candidates[1:-1], COORDINATES - 2, replace=False)
+        candidates = np.sort(np.concatenate([candidates[[0, -1]], inner]))
+    for index in candidates:
+        unit = np.zeros(point.leaves[leaf].shape)
+        unit.flat[index] = 1.0
+        place = ",".join(str(i) for i in np.unravel_index(index, unit.shape))
+        yield point.compare(f"{leaf}[{place}]" if place else leaf, {leaf: unit})
+
+
+@check(
+    "Check the backward pass of the operation that the named leaf feeds, at that index; write all "
+    "of the gradient's buffer, the last block and every row."
+)
+def coordinates(point: Point) -> list[Measure]:
+    """Derivatives by single coordinates, and by all whose gradient is 0, are right."""
+    found: list[Comparison] = []
+    for i, (name, grad) in enumerate(point.grads.items()):
+        found += _sample(point, name, np.arange(grad.size))
+        zeros = np.flatnonzero(grad == 0)
+        if 0 < len(zeros) < grad.size:
+            direction = point.random(200 + i, {name: (grad == 0).astype(np.float64)})
+            found.append(point.compare(f"the {len(zeros)} zeros of {name}", direction))
+            found += _sample(point, name, zeros) if found[-1].wrong else ()
+    return point.judged(found, f"coordinates of {len(point.leaves)} leaves")
+
+
+@check(
+    "Connect the parameter to the loss (no stop_gradient, no gate at zero in front of it), "
+    "drop it, or declare it with unused=."
+)
+def zero_leaves(subject: Subject, point: Point) -> list[Measure]:
+    """Every leaf has a gradient."""
+    zero = [name for name, grad in point.grads.items() if not grad.any()]
+    lost = []
+    for name in zero:
+        stream = 300 + list(point.leaves).index(name)
+        direction = point.random(stream, {name: np.ones(point.leaves[name].shape)})
+        found = point.compare(name, direction)
+        if found.wrong and point.confirmed(found):
+            lost.append(name)
+    dead = [n for n in zero if not any(n == u or n.startswith(f"{u}/") for u in subject.unused)]
+    what = "leaves of gradient 0"
+    return [
+        none(f"{what} with which the loss changes", lost, of=len(point.leaves), key="lost"),
+        none(f"{what} that are not declared unused", dead, otherwise="warn", key="zero"),
+    ]
