@@ -25,20 +25,10 @@ IDS = {path: str(path.relative_to(PACKAGE)) for path in FILES}
 LONG_FUNCTIONS = {
     "doctor/data/examine.py:examine_data",
     "doctor/data/overlap.py:document_containment",
-    "doctor/distill/examine.py:examine_distillation",
-    "doctor/log/examine.py:examine_log",
-    "doctor/log/loss.py:fall",
-    "doctor/log/read.py:read_log",
     "doctor/model/examine.py:examine_model",
-    "doctor/optimiser/examine.py:examine_optimiser",
 }
 LONG_FILES = {
-    "doctor/distill/divergence.py",
-    "doctor/log/evaluation.py",
-    "doctor/log/loop.py",
-    "doctor/log/loss.py",
     "doctor/model/causality.py",
-    "doctor/optimiser/examine.py",
 }
 CODE_LINES = 18_100
 

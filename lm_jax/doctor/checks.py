@@ -108,7 +108,7 @@ class Case:
             for name, value in vars(module).items():
                 if isinstance(value, Fixture | Check) and value.body.__module__ == module.__name__:
                     kind: dict = self.fixtures if isinstance(value, Fixture) else self.checks
-                    if name in kind:
+                    if name in self.fixtures or name in self.checks:
                         raise TypeError(f"{module.__name__}: {name} stands twice in its family")
                     kind[name] = value
         self.gates = [name for name, made in self.checks.items() if made.gate]
@@ -192,10 +192,11 @@ class Case:
             return Finding(made.name, "skip", str(skip), needs=skip.needs)
         except Exception as error:  # of what was handed in; said, counted, and the others go on
             text = str(error) if isinstance(error, Broken) else described(error)
-            first = self.blamed.setdefault(text, made.name)
+            told = f"{text}{_place(error)}."
+            first = self.blamed.setdefault(told, made.name)
             if first != made.name:
                 return Finding(made.name, "skip", f"Waits for {first}, which met this error.")
-            return Finding(made.name, "error", f"{text}{_place(error)}.", made.remedy)
+            return Finding(made.name, "error", told, made.remedy)
 
 
 def examination(subject: Callable[P, Facts], *modules: types.ModuleType) -> Callable[P, Report]:
@@ -219,12 +220,16 @@ def examination(subject: Callable[P, Facts], *modules: types.ModuleType) -> Call
 
 
 def _place(error: BaseException) -> str:
-    """Where the user's own code raised, if it did."""
+    """Where it was raised: in the code that was handed in, else in the doctor's own."""
     while error.__cause__ is not None:
         error = error.__cause__
+    own = ""
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         parts = pathlib.Path(frame.filename).parts
-        library = "site-packages" in parts and any(name in parts for name in _LIBRARIES)
-        if not (library or frame.filename.startswith((_HERE, "<"))):
-            return f" ({parts[-1]}:{frame.lineno}, in {frame.name})"
-    return ""
+        place = f" ({parts[-1]}:{frame.lineno}, in {frame.name})"
+        if frame.filename.startswith(_HERE):
+            own = own or place
+        elif not ("site-packages" in parts and any(name in parts for name in _LIBRARIES)):
+            if not frame.filename.startswith("<"):
+                return place
+    return "" if isinstance(error, Broken) else own

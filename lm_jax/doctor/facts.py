@@ -112,7 +112,8 @@ class Facts:
             if value is None and field.optional:
                 continue
             for bound in field.bounds:
-                require(bound.holds(value), f"{field.name}={_short(value)}", bound.remedy)
+                if not bound.holds(value):
+                    raise ValueError(f"{field.name}={_short(value)}: {bound.remedy}.")
 
     def rng(self, *stream: int) -> np.random.Generator:
         """Random numbers of their own for every use."""

@@ -69,7 +69,14 @@ def holds(
 
 
 def at_most(what: str, value: float, limit: float, **more: Any) -> Measure:
-    """A number that must not exceed a limit; NaN does. See `holds` for `more`."""
+    """A number that must not exceed a limit; NaN does. See `holds` for `more`.
+
+    A limit that allows anything, infinite or NaN, decides nothing: a warning that says so.
+    """
+    if not math.isfinite(limit):
+        return holds(
+            False, what, value, limit="not judged: rounding allows anything", otherwise="warn"
+        )
     return holds(bool(value <= limit), what, value, limit=f"at most {shown(limit)}", **more)
 
 
@@ -140,14 +147,15 @@ class Finding:
     def of(cls, check: str, measures: Measure | Iterable[Measure], remedy: str) -> "Finding":
         """The finding of a check from what it measured: the worst of the measures decides."""
         rows = [measures] if isinstance(measures, Measure) else list(measures)
+        if not rows:
+            raise TypeError(f"{check} returned no measure")
         status = next((s for s in _WORST if any(m.status == s for m in rows)), "pass")
         bad = [m for m in rows if m.status != "pass"]
         told = bad + [m for m in rows if m.status == "pass" and (not bad or not m.limit)]
-        text = "; ".join(map(str, told))
         return cls(
             check=check,
             status=status,  # type: ignore[arg-type]
-            evidence=text[:1].upper() + text[1:] + ("." if text else ""),
+            evidence=_sentence("; ".join(map(str, told))),
             remedy=remedy if bad else "",
             values={m.key or m.what: m.value for m in rows if m.value is not None},
         )
@@ -253,6 +261,12 @@ class Report:
             status = f"[{_COLOURS[f.status]}]{f.status}[/]"
             table.add_row(escape(f.check), status, escape(f.evidence))
         return table
+
+
+def _sentence(text: str) -> str:
+    """Capitalised, unless it begins with a name such as train/loss."""
+    first = text.split(" ")[0]
+    return (text[:1].upper() + text[1:] if first.rstrip(",:;").isalpha() else text) + "."
 
 
 def _plain(value: Any) -> Any:

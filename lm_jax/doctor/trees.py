@@ -119,7 +119,8 @@ def copies(tree: Any) -> Any:
 def like(leaf: Any, values: np.ndarray) -> Any:
     """`values` in the dtype and the kind of array of `leaf`."""
     if hasattr(leaf, "detach"):
-        return leaf.detach().new_tensor(np.asarray(values, np.float64))
+        made = leaf.detach().new_tensor(np.asarray(values, np.float64))
+        return made.requires_grad_(leaf.requires_grad)
     if isinstance(leaf, jax.Array):
         return jnp.asarray(values, leaf.dtype)
     return np.asarray(values).astype(leaf.dtype)
