@@ -133,12 +133,8 @@ def _in_other_row(hashes: np.ndarray, rows: np.ndarray) -> float:
     if not len(hashes):
         return 0.0
     _, place = np.unique(hashes, return_inverse=True)
-    groups = int(np.max(place)) + 1
-    lowest = np.full(groups, np.max(rows))
-    highest = np.zeros(groups, rows.dtype)
-    np.minimum.at(lowest, place, rows)
-    np.maximum.at(highest, place, rows)
-    return float((lowest != highest)[place].mean())
+    in_rows = np.bincount(np.unique((place.astype(np.int64) << 32) + rows) >> 32)
+    return float((in_rows > 1)[place].mean())
 
 
 def _columns(sample: Sample, number: int) -> tuple[np.ndarray, int]:

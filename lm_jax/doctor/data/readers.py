@@ -52,7 +52,7 @@ def streams(subject: Subject, readers: Any) -> Streams:
         made = {n: call(f"readers({n})", readers, n) for n in subject.reader_counts}
     found = {}
     for number, given in made.items():
-        parts = call(f"readers of {number}", list, given)
+        parts: list[Any] = call(f"readers of {number}", list, given)
         if len(parts) != number:
             raise Broken(f"{len(parts)} streams were given for {number} readers")
         name = f"of {number} readers number"

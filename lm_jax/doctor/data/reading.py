@@ -54,7 +54,8 @@ def read(name: str, stream: Any, options: Options) -> Sample:
     batches: list[np.ndarray] = []
     shifts: list[np.ndarray] = []
     total = batch = 0
-    slots, lags = options.padding is not None, ()
+    slots = options.padding is not None
+    lags: tuple[int, ...] = ()
     items = call(f"Reading {name}", iter, _items(stream))
     while (item := call(f"Reading {name}", next, items, _END)) is not _END:
         if total >= options.max_tokens:

@@ -80,7 +80,7 @@ def _beginnings(sample: Sample, width: int = 0) -> tuple[np.ndarray, int]:
     full = sample.text == sample.lengths
     first = sample.tokens[sample.starts[:-1][full & (sample.lengths > 0)]]
     opened = int(len(first) > 0 and bool((first == first[0]).all()))
-    width = width + opened or int(np.bincount(sample.lengths[full], minlength=1).argmax())
+    width = width + opened or int(np.argmax(np.bincount(sample.lengths[full], minlength=1)))
     chosen = np.flatnonzero(full & (sample.lengths == width))
     _, once = np.unique(sample.row_hashes[chosen], return_index=True)
     return sample.starts[chosen[np.sort(once)]] + opened, width - opened
