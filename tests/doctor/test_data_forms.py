@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from tests.doctor.data_models import TRAIN, batches, cut, examine, silent, stream
+from tests.doctor.data_models import TRAIN, VALID, batches, cut, examine, silent, stream
 from tests.helpers import shared_data
 
 T = 63
@@ -67,7 +67,8 @@ def test_torch_tensors():
     x, y = torch.tensor(ROWS[:, :-1].copy()), torch.tensor(ROWS[:, 1:].copy())
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), 8, shuffle=True)
     silent(examine(loader, separator=0), "data.targets", "data.ids", "data.repetition")
-    silent(examine(x, y[:9], separator=0), "data.items", "data.ids")
+    valid = torch.tensor(cut(stream(VALID)))
+    silent(examine(x, valid, separator=0), "data.items", "data.ids")
     wrong = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, x), 8)
     assert examine(wrong, separator=0).failed == ["data.targets"]
 
