@@ -42,6 +42,7 @@ def overlap(probes: Sample, rows: Sample) -> Overlap:
     Raises:
         Skip: there are too few rows of one width, or they are too predictable.
     """
+    # Equal rows stay: text of one form has its rows again and again, and they show what is chance.
     at, width = _beginnings(rows)
     own = at if probes is rows else _beginnings(probes, width)[0]
     least = max(LEAST, min(width // 4, SHORTEST))
@@ -73,7 +74,7 @@ def overlap(probes: Sample, rows: Sample) -> Overlap:
 
 
 def _beginnings(sample: Sample, width: int = 0) -> tuple[np.ndarray, int]:
-    """Where the different rows of the commonest width begin, and that width.
+    """Where the rows of the commonest width begin, and that width.
 
     Both without an id that opens every row. Rows with padding are left out.
     """
@@ -82,8 +83,7 @@ def _beginnings(sample: Sample, width: int = 0) -> tuple[np.ndarray, int]:
     opened = int(len(first) > 0 and bool((first == first[0]).all()))
     width = width + opened or int(np.argmax(np.bincount(sample.lengths[full], minlength=1)))
     chosen = np.flatnonzero(full & (sample.lengths == width))
-    _, once = np.unique(sample.row_hashes[chosen], return_index=True)
-    return sample.starts[chosen[np.sort(once)]] + opened, width - opened
+    return sample.starts[chosen] + opened, width - opened
 
 
 def _unlike(sample: Sample, at: np.ndarray, length: int) -> np.ndarray:
