@@ -59,8 +59,9 @@ def test_silent_on_the_synthetic_corpus(seed):
         ),
         split_ids={"train": range(1000), "valid": range(1000, 2000)},
     )
-    made = "ids repetition target_overlap near_identical_rows gram_containment same_splits"
-    made += " document_containment epoch_order coverage readers_differ resume split_ids"
+    made = "ids repetition target_overlap window_containment near_identical_rows same_splits"
+    made += " gram_containment document_containment epoch_order coverage readers_differ resume"
+    made += " split_ids"
     silent(report, *(f"data.{name}" for name in made.split()))
 
 
@@ -285,7 +286,7 @@ def broken():
         (broken(), "RuntimeError: disk gone"),
         ([np.array([0.5, np.nan])], "float64"),
         ([np.array(["a", "b"])], "not an array of integer ids"),
-        ([{"input_ids": np.ones((2, 4), int)}], "no 'tokens'"),
+        ([{"ids": np.ones((2, 4), int)}], "no 'tokens'"),
         ([{"tokens": np.ones((2, 4), int), "weights": np.ones((2, 5))}], "weights (2, 5)"),
         ([{"tokens": np.ones((2, 4), int), "weights": np.full((2, 4), np.nan)}], "finite"),
         ([[[1, 2], [3]]], "ValueError"),
@@ -305,7 +306,7 @@ def test_unreadable_train_is_a_failure_with_its_reason(train, reason):
     report.to_json()
 
 
-def test_functions_that_raise_or_return_nonsense_are_skipped():
+def test_functions_that_raise_or_return_nonsense_are_errors():
     def fails(*_):
         raise OSError("no file")
 
@@ -315,18 +316,27 @@ def test_functions_that_raise_or_return_nonsense_are_skipped():
         dict(tokenizer=(lambda text: [1], fails), texts=texts),
         dict(tokenizer=(lambda text: np.ones((2, 2)), str), texts=texts),
         dict(tokenizer=(lambda text: [1], lambda ids: b"bytes"), texts=texts),
-        dict(tokenizer=(list, str), texts=[]),
     ]
     for case in cases:
-        assert examine(None, **case)["data.round_trip"].status == "skip"
+        report = examine(None, **case)
+        assert report["data.round_trip"].status == "error"
+        assert "data.round_trip" in report.failed
+    nothing = examine(None, tokenizer=(list, str), texts=[])["data.round_trip"]
+    assert nothing.status == "skip" and nothing.needs == ("texts",)
     report = examine(None, readers=fails, epochs=[broken(), broken()])
-    assert report["data.coverage"].status == "skip"
+    assert report.failed == ["data.epoch_order", "data.coverage"]
     assert "no file" in report["data.coverage"].evidence
+    assert "test_data.py" in report["data.coverage"].evidence
     assert "disk gone" in report["data.epoch_order"].evidence
-    assert examine(None, readers=lambda n: [TRAIN])["data.coverage"].status == "skip"
+    assert examine(None, readers=lambda n: [TRAIN])["data.coverage"].status == "error"
     endless = examine(None, epochs=[itertools.repeat(TRAIN[0])] * 2, max_tokens=1000)
     assert endless["data.epoch_order"].status == "skip"
-    assert examine(None, resume=([], []))["data.resume"].status == "skip"
+    assert examine(None, resume=([], [])).failed == ["data.resume"]
+    report = examine(None, resume=(TRAIN, broken()))
+    assert report["data.resume"].status == "error"
+    assert "disk gone" in report["data.resume"].evidence
+    unread = examine(TRAIN, broken())
+    assert unread.failed == ["data.items"] and unread["data.items"].status == "error"
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,10 @@ import math
 
 import numpy as np
 
-from lm_jax.doctor import old as findings
+from lm_jax.doctor import numbers
 from lm_jax.doctor.data.sample import PIECE, Sample, mix
+from lm_jax.doctor.facts import Skip
+from lm_jax.doctor.numbers import Mean
 
 SHORTEST = 13  # the customary length (Brown et al. 2020, appendix C)
 LONGEST_CONTEXT = 6
@@ -16,35 +18,21 @@ BUCKETS = 32 * MOST_COUNTED
 FEWEST = 1000  # n-grams from which anything is said
 BLOCK = 256  # neighbouring grams are dependent; standard errors are those of block means
 SAME_PIECE = 0.75  # share of a piece's tokens that makes it the same text as earlier ones
-PROBES = 4096  # rows of which the overlap with others is measured
 SEEN = 16  # sightings of a context from which its frequencies are known to 1 / sqrt(16)
 ODD = 0.01  # share of pieces that may be more predictable than the text is taken to be
 
 
-def limit(share: float, count: float) -> float:
-    """A share, and five standard errors of as much among `count` independent things."""
-    return share + 5 * math.sqrt(share * (1 - share) / max(count, 1))
-
-
-@dataclasses.dataclass(frozen=True)
-class Rate:
-    """A mean over the grams of a text, and its standard error."""
-
-    mean: float
-    error: float
-
-
-def rate(hits: np.ndarray, n: int) -> Rate:
+def rate(hits: np.ndarray, n: int) -> Mean:
     """Share of n-grams; the error is the larger of that of block means and of independent runs."""
     if not len(hits):
-        return Rate(0.0, 0.0)
+        return Mean(0.0, 0.0)
     mean = float(hits.mean())
     error = math.sqrt(mean * (1 - mean) * n / len(hits))
     blocks = len(hits) // BLOCK
     if blocks > 1:
-        of_block = hits[: blocks * BLOCK].reshape(blocks, BLOCK).mean(-1)
-        error = max(error, float(of_block.std(ddof=1)) / math.sqrt(blocks))
-    return Rate(mean, error)
+        of_block = numbers.mean(hits[: blocks * BLOCK].reshape(blocks, BLOCK).mean(-1))
+        error = max(error, of_block.error)
+    return Mean(mean, error)
 
 
 def token_nats(
@@ -121,16 +109,11 @@ def row_nats(sample: Sample, vocab_size: int) -> np.ndarray:
     kind = mix(sample.row_hashes[sample.row_of[place]] + mix(sample.offset_of[place]))
     nats, _, counted = token_nats(sample, vocab_size, place, kind)
     if counted.sum() < FEWEST:
-        raise findings.Skip(
+        raise Skip(
             f"{sample.size} hold only {counted.sum():,} tokens in distinct rows: too little text "
             f"to tell copies from coincidence (needs {FEWEST:,})"
         )
-    return _of_rows(sample, nats)
-
-
-def _of_rows(sample: Sample, nats: np.ndarray) -> np.ndarray:
-    """Nats of the text of each row, without its padding [R]."""
-    return np.bincount(sample.row_of, nats * sample.real, minlength=len(sample.lengths))
+    return sample.by_row(nats * sample.real)
 
 
 def _others(hashes: np.ndarray, counted: np.ndarray, own: np.ndarray) -> np.ndarray:
@@ -181,14 +164,14 @@ class Index:
         longest = max(SHORTEST, min(width, PIECE) // 2)
         token_nats_N, counted = independent_nats(sample, vocab_size, least_nats, longest)
         if counted.sum() < FEWEST:
-            raise findings.Skip(
+            raise Skip(
                 f"{sample.size} hold only {counted.sum():,} distinct n-grams: too little "
                 f"text, or too predictable, to tell copies from coincidence (needs {FEWEST:,})"
             )
         mean = float(token_nats_N[counted].mean())
         n = max(SHORTEST, math.ceil(1.5 * least_nats / max(mean, 1e-9)))
         if n > width / 2:
-            raise findings.Skip(
+            raise Skip(
                 f"{sample.name} has about {mean:.2f} nats a token, so only {n}-grams are no "
                 f"coincidence among {total:,} tokens: too long for rows of {width}"
             )
@@ -196,7 +179,7 @@ class Index:
         positions, hashes = sample.grams(n)
         telling = nats[positions + n] - nats[positions] >= least_nats
         if telling.sum() < FEWEST:
-            raise findings.Skip(
+            raise Skip(
                 f"only {telling.sum():,} of {len(telling):,} {n}-grams of {sample.name} carry the "
                 f"{least_nats:.0f} nats that rule out coincidence: the text is too predictable"
             )
@@ -230,15 +213,15 @@ class Index:
         )
 
     @property
-    def usual(self) -> Rate:
+    def usual(self) -> Mean:
         """Share of all n-grams that are telling and recur in another piece of the sample."""
-        of_telling = rate(self.elsewhere, self.n)
-        return Rate(self.share * of_telling.mean, self.share * of_telling.error)
+        found = rate(self.elsewhere, self.n)
+        return Mean(self.share * found.value, self.share * found.error)
 
     @property
     def nats_of_rows(self) -> np.ndarray:
         """Information of each row [R]."""
-        return _of_rows(self.sample, np.diff(self.nats))
+        return self.sample.by_row(np.diff(self.nats) * self.sample.real)
 
     def find(self, hashes: np.ndarray) -> np.ndarray:
         """First position of each gram in this sample, -1 where it does not occur."""
@@ -258,41 +241,3 @@ class Index:
         text = np.bincount(sample.piece_of[sample.real], minlength=pieces)
         copies = np.bincount(sample.piece_of[covered], minlength=pieces)
         return (text > 0) & (copies >= SAME_PIECE * text)
-
-    @functools.cached_property
-    def windows(self) -> tuple[float, int, int, int]:
-        """Share of targets scored again in a row that begins later in the same text.
-
-        A row overlaps another one if its beginning continues to the other's end. Also the median
-        distance between the two beginnings, and the numbers of rows that overlap and were tried.
-        """
-        s, n = self.sample, self.n
-        probes = np.flatnonzero(s.lengths >= n)
-        probes = probes[:: -(-len(probes) // PROBES) or 1]
-        prefix = s.gram_hashes(n)[s.starts[probes]]
-        order = np.argsort(prefix, kind="stable")
-        sorted_prefix = prefix[order]
-        hashes = s.gram_hashes(n)
-        place = np.minimum(np.searchsorted(sorted_prefix, hashes), len(order) - 1)
-        inside = (s.offset_of[: len(hashes)] > 0) & (s.row_of[: len(hashes)] == s.row_of[n - 1 :])
-        at = np.flatnonzero((sorted_prefix[place] == hashes) & inside)
-        # Of a prefix's places the one nearest to a row's start: the longest overlap.
-        at = at[np.lexsort((s.offset_of[at], place[at]))]
-        probe, nearest = np.unique(place[at], return_index=True)
-        scored = np.concatenate([[0], np.cumsum(s.scored)])
-        doubled = 0
-        strides: list[int] = []
-        for k, position in zip(probe.tolist(), at[nearest].tolist(), strict=True):
-            start = int(s.starts[probes[order[k]]])
-            other, row = int(s.row_of[position]), int(s.row_of[start])
-            length = min(int(s.starts[other + 1]) - position, int(s.lengths[row]))
-            here, there = slice(start, start + length), slice(position, position + length)
-            telling = self.nats[here.stop] - self.nats[here.start] >= self.least_nats
-            if other != row and telling and (s.tokens[here] == s.tokens[there]).all():
-                doubled += int((s.scored[here] & s.scored[there]).sum())
-                strides.append(int(s.offset_of[position]))
-        # Only one of several equal prefixes is followed: the others are copies of the row.
-        followed = probes[order[np.unique(sorted_prefix, return_index=True)[1]]]
-        targets = int((scored[s.starts[followed + 1]] - scored[s.starts[followed]]).sum())
-        stride = int(np.median(strides)) if strides else 0
-        return doubled / max(targets, 1), stride, len(strides), len(followed)

@@ -1,235 +1,193 @@
 """Which documents a reader hands out: every epoch, worker, host and resumed run."""
 
 import hashlib
-import math
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from lm_jax.doctor import old as findings
-from lm_jax.doctor.data.sample import read_all
-from lm_jax.doctor.data.subject import Inputs
-from lm_jax.doctor.old import Skip, Verdict, check, verdict
+from lm_jax.doctor import numbers, trees
+from lm_jax.doctor.checks import check, fixture
+from lm_jax.doctor.data.reading import read_all
+from lm_jax.doctor.data.sample import Sample
+from lm_jax.doctor.data.subject import Subject
+from lm_jax.doctor.facts import Broken, Skip, call, give
+from lm_jax.doctor.findings import Measure, at_most, equals, none, note
 
-ERRORS = 5  # standard errors
 FEWEST_ROWS = 10  # of fewer, equal orders may be chance: 1/10! = 3e-7
 DROPPED = 0.01  # share of rows that may be missing or shared where batches are filled up
+Streams = dict[int, list[np.ndarray]]
 
 
 @check(
-    "data.epoch_order",
-    remedy="Make the order a function of (seed, epoch): pass the epoch on to the sampler, also "
-    "where workers persist between epochs.",
+    "Make the order a function of (seed, epoch): pass the epoch on to the sampler, also "
+    "where workers persist between epochs."
 )
-def epoch_order(data: Inputs) -> Verdict:
-    """Epochs that hand out the rows in the same order."""
-    if data.epochs is None:
-        raise Skip("no epochs were given")
-    hashes = [s.row_hashes for s in read_all("epoch", data.epochs, **data.reading)]
-    if len(hashes) < 2:
-        raise Skip("two epochs are needed to compare their order")
-    rows = min(map(len, hashes))
-    if rows < FEWEST_ROWS:
-        raise Skip(f"an epoch of {rows} rows has too few orders (needs {FEWEST_ROWS} rows)")
-    same, expected, limit = 0.0, 0.0, 1.0
-    pair = (0, 1)
-    for number, (a, b) in enumerate(zip(hashes[:-1], hashes[1:], strict=True)):
-        equal = float((a[:rows] == b[:rows]).mean())
+def epoch_order(subject: Subject, epochs: Sequence[Any]) -> list[Measure]:
+    """Epochs hand out the rows in different orders."""
+    hashes = [s.row_hashes for s in read_all("epoch", epochs, subject.reading)]
+    rows = min(map(len, hashes), default=0)
+    if len(hashes) < 2 or rows < FEWEST_ROWS:
+        raise Skip(f"Orders are compared of two epochs of at least {FEWEST_ROWS} rows.", "epochs")
+    measures = []
+    for number, (a, b) in enumerate(itertools.pairwise(x[:rows] for x in hashes)):
         # Rows that occur several times agree by chance more often than one in all.
-        _, place = np.unique(np.concatenate([a[:rows], b[:rows]]), return_inverse=True)
-        counts = [
-            np.bincount(half, minlength=int(np.max(place)) + 1) for half in np.split(place, 2)
-        ]
+        _, place = np.unique(np.concatenate([a, b]), return_inverse=True)
+        counts = [np.bincount(half, minlength=2 * rows) for half in np.split(place, 2)]
         chance = float((counts[0] * counts[1]).sum()) / rows**2
         if chance > 0.5:
-            raise Skip(f"{chance:.0%} of rows agree in any order: most have the same content")
-        allowed = chance + ERRORS * math.sqrt(max(chance, 1 / rows) / rows)
-        if equal - allowed > same - limit:
-            same, expected, limit, pair = equal, chance, allowed, (number, number + 1)
-    return verdict(
-        same <= limit,
-        f"{same:.1%} of {rows:,} rows stand at the same place in epochs {pair[0]} and {pair[1]} "
-        f"({expected:.1%} in random orders; limit {limit:.1%}, {ERRORS} standard errors).",
-        same=same,
-        expected=expected,
-        epochs=pair,
-    )
+            raise Skip(f"{chance:.0%} of rows agree in any order: most have the same content.")
+        limit = numbers.share_limit(max(chance, 1 / rows), rows)
+        what = f"share of {rows:,} rows at the same place in epochs {number} and {number + 1}"
+        measures.append(at_most(what, float((a == b).mean()), limit, key=f"same_{number}"))
+    return measures
+
+
+@fixture
+def streams(subject: Subject, readers: Any) -> Streams:
+    """Row hashes of each reader, by the number of readers."""
+    made = readers
+    if callable(readers):
+        made = {n: call(f"readers({n})", readers, n) for n in subject.reader_counts}
+    found = {}
+    for number, given in made.items():
+        parts: list[Any] = call(f"readers of {number}", list, given)
+        if len(parts) != number:
+            raise Broken(f"{len(parts)} streams were given for {number} readers")
+        name = f"of {number} readers number"
+        found[number] = [s.row_hashes for s in read_all(name, parts, subject.reading)]
+    if set(found) <= {1}:
+        raise Skip("Only a single reader was given.", "reader_counts")
+    return found
+
+
+@fixture
+def corpus(streams: Streams, training: Sample | None = None) -> np.ndarray:
+    """Hashes of the rows that a single reader hands out, or of train."""
+    if 1 in streams:
+        return streams[1][0]
+    if training is None:
+        raise give("train")
+    if not training.complete:
+        raise Skip("Neither a single reader nor the whole of train is there to compare with.")
+    return training.row_hashes
 
 
 @check(
-    "data.coverage",
-    remedy="Shuffle once, with a seed that all workers and hosts share, and take the slice of a "
-    "worker after that; do not combine it with sharding by the library.",
+    "Shuffle once, with a seed that all workers and hosts share, and take the slice of a "
+    "worker after that; do not combine it with sharding by the library."
 )
-def coverage(data: Inputs) -> Verdict:
-    """The rows that all workers (or hosts) together hand out, against the corpus."""
-    counts = _reader_hashes(data)
-    reference = counts.pop(1, None)
-    if reference is None:
-        train = data.sample("train")
-        if not train.complete:
-            raise Skip("neither a single reader nor the whole of train was given to compare with")
-        reference = [train.row_hashes]
-    if not counts:
-        raise Skip("only a single reader was given")
-    known, expected = np.unique(np.concatenate(reference), return_counts=True)
-    worst = "pass"
-    evidence = []
-    values: dict[str, Any] = {}
-    for number, streams in counts.items():
-        rows = np.concatenate(streams)
+def coverage(streams: Streams, corpus: np.ndarray) -> list[Measure]:
+    """All workers (or hosts) together hand out each row of the corpus once.
+
+    Up to a hundredth that is never read may be a last incomplete batch.
+    """
+    known, expected = np.unique(corpus, return_counts=True)
+    measures = []
+    for number, parts in streams.items():
+        rows = np.concatenate(parts)
         given = rows[np.isin(rows, known)]
         times = np.bincount(np.searchsorted(known, given), minlength=len(known))
-        never = np.maximum(expected - times, 0).sum() / expected.sum()
-        again = np.maximum(times - expected, 0).sum() / expected.sum()
-        foreign = len(rows) - len(given)
-        if again or foreign or never > DROPPED:
-            worst = "fail"
-        elif never and worst == "pass":
-            worst = "warn"
-        evidence.append(
-            f"{number} readers: {never:.1%} of {expected.sum():,} rows never, {again:.1%} once too "
-            f"often or more, {foreign} rows that one reader does not give"
-        )
-        values[str(number)] = {"never": never, "again": again, "foreign": foreign}
-    return verdict(
-        worst == "pass",
-        "; ".join(evidence) + ". All must be 0; "
-        f"up to {DROPPED:.0%} never read may be a last incomplete batch.",
-        otherwise="warn" if worst == "warn" else "fail",
-        **values,
-    )
+        never = float(np.maximum(expected - times, 0).sum() / len(corpus))
+        again = float(np.maximum(times - expected, 0).sum() / len(corpus))
+        otherwise = "fail" if never > DROPPED else "warn"
+        what = f"{number} readers, share of {len(corpus):,} rows"
+        measures += [
+            equals(f"{what} never read", never, 0, otherwise=otherwise, key=f"{number}_never"),
+            equals(f"{what} read too often", again, 0, key=f"{number}_again"),
+            equals(f"{number} readers, foreign rows", len(rows) - len(given), 0),
+        ]
+    return measures
 
 
 @check(
-    "data.readers_differ",
-    remedy="Give every worker and host its own slice: pass its index and their number on to the "
-    "reader.",
+    "Give every worker and host its own slice: pass its index and their number on to the reader."
 )
-def readers_differ(data: Inputs) -> Verdict:
-    """Workers (or hosts) that read the same rows."""
-    counts = {number: s for number, s in _reader_hashes(data).items() if number > 1}
-    if not counts:
-        raise Skip("only a single reader was given")
-    ok, evidence = True, []
-    values: dict[str, Any] = {}
-    for number, streams in counts.items():
-        own = np.concatenate([np.unique(stream) for stream in streams])
-        kinds, times = np.unique(own, return_counts=True)
-        shared = float((times > 1).mean())
+def readers_differ(streams: Streams) -> list[Measure]:
+    """Workers (or hosts) read different rows."""
+    measures = []
+    for number, parts in streams.items():
+        own = np.concatenate([np.unique(stream) for stream in parts])
+        times = np.unique(own, return_counts=True)[1]
         # Rows of equal content: so many within a reader make so many between any two.
-        total = sum(map(len, streams))
+        total = sum(map(len, parts))
         repeated = (number - 1) * (1 - len(own) / max(total, 1))
         if repeated > 0.5:
-            raise Skip(f"{repeated:.0%} of rows equal others by chance, as within a reader")
-        limit = repeated + ERRORS * math.sqrt(max(repeated, (number - 1) / total) / total)
-        limit += DROPPED
-        bad = shared > limit
-        ok &= not bad
-        first = "; the first row is the same for all" * (len({int(s[0]) for s in streams}) == 1)
-        evidence.append(
-            f"{number} readers: {shared:.1%} of {len(kinds):,} different rows are read by more "
-            f"than one (limit {limit:.1%}){first}"
+            raise Skip(f"{repeated:.0%} of rows equal others by chance, as within a reader.")
+        limit = DROPPED + numbers.share_limit(max(repeated, (number - 1) / total), total)
+        first = len({int(stream[0]) for stream in parts}) == 1
+        measures.append(
+            at_most(
+                f"{number} readers, share of {len(times):,} rows that several read",
+                float((times > 1).mean()),
+                limit,
+                where="the first row is the same for all" if first else "",
+                key=f"{number}_shared",
+            )
         )
-        values[str(number)] = {"shared": shared, "limit": limit}
-    return verdict(ok, "; ".join(evidence) + ".", **values)
+    return measures
 
 
-def _reader_hashes(data: Inputs) -> dict[int, list[np.ndarray]]:
-    """Row hashes of each reader, by the number of readers."""
-    readers = data.readers
-    if readers is None:
-        raise Skip("no readers were given")
-    if callable(readers):
-        made = {n: findings.call(f"readers({n})", readers, n) for n in data.reader_counts}
-    else:
-        made = dict(readers)
-    result = {}
-    for number, streams in made.items():
-        streams = list(findings.call(f"readers of {number}", iter, streams))
-        if len(streams) != number:
-            raise Skip(f"{len(streams)} streams were given for {number} readers")
-        name = f"of {number} readers number"
-        result[number] = [s.row_hashes for s in read_all(name, streams, **data.reading)]
-    return result
-
-
-@check(
-    "data.resume",
-    remedy="Save the position in the data with the checkpoint and start the reader from it.",
-)
-def resume(data: Inputs) -> Verdict:
-    """Batches of a resumed run against those of a run without interruption."""
-    if data.resume is None:
-        raise Skip("no batches of a resumed run were given")
-    whole, resumed = ([_batch_hash(batch) for batch in run] for run in data.resume)
-    if not resumed or len(resumed) > len(whole):
-        raise Skip(
+@check("Save the position in the data with the checkpoint and start the reader from it.")
+def resume(subject: Subject) -> list[Measure]:
+    """A resumed run reads the batches that a run without interruption reads."""
+    if subject.resume is None:
+        raise give("resume")
+    whole, resumed = (
+        _hashes(*run) for run in zip(("whole", "resumed"), subject.resume, strict=True)
+    )
+    offset = len(whole) - len(resumed)
+    if not resumed or offset < 0:
+        raise Broken(
             f"{len(resumed)} batches of a resumed run cannot be compared with {len(whole)} of the "
             "uninterrupted one: both must end at the same step"
         )
-    expected = whole[len(whole) - len(resumed) :]
-    wrong = [i for i, (a, b) in enumerate(zip(expected, resumed, strict=True)) if a != b]
-    offset = len(whole) - len(resumed)
-    if not wrong:
-        evidence = f"All {len(resumed)} batches equal those of the uninterrupted run."
-        if len(set(whole)) <= len(whole) / 2:
-            raise Skip("most batches of the uninterrupted run are equal: any position would fit")
-        return verdict(True, evidence, batches=len(resumed))
-    at = wrong[0]
+    wrong = [i for i, (a, b) in enumerate(zip(whole[offset:], resumed, strict=True)) if a != b]
+    if not wrong and len(set(whole)) <= len(whole) / 2:
+        raise Skip("Most batches of the uninterrupted run are equal: any position would fit.")
+    at = wrong[0] if wrong else 0
     position = whole.index(resumed[at]) if resumed[at] in whole else None
-    where = f"is batch {position} of it" if position is not None else "does not occur in it"
-    if position == 0:
-        where += ": the data starts from the beginning"
-    return verdict(
-        False,
-        f"{len(wrong)} of {len(resumed)} batches differ from the uninterrupted run; the first, at "
-        f"its batch {offset + at}, {where}.",
-        first=offset + at,
-        found=position,
-        wrong=len(wrong),
-    )
+    where = f"the first, at batch {offset + at}, "
+    where += "does not occur in it" if position is None else f"is batch {position} of it"
+    where += ": the data starts from the beginning" if position == 0 else ""
+    what = f"batches of {len(resumed)} that differ from the uninterrupted run's"
+    found = [equals(what, len(wrong), 0, where=where, key="wrong")]
+    return found + [note("found at batch", position, key="found")] * bool(wrong)
 
 
-def _batch_hash(batch: Any) -> str:
+def _hashes(name: str, run: Iterable[Any]) -> list[str]:
     """A hash is taken as it is; of a batch the names and arrays are hashed."""
-    if isinstance(batch, str | int | bytes | np.integer):
-        return str(batch)
-    digest = hashlib.blake2b(digest_size=8)
-    parts = batch if isinstance(batch, Mapping) else {"tokens": batch}
-    for name in sorted(parts):
-        array = findings.call(f"{name} of a batch", np.asarray, parts[name])
-        digest.update(f"{name} {array.shape}".encode() + array.tobytes())
-    return digest.hexdigest()
+
+    def of_batch(batch: Any) -> str:
+        if isinstance(batch, str | int | bytes | np.integer):
+            return str(batch)
+        digest = hashlib.blake2b(digest_size=8)
+        arrays = isinstance(batch, tuple | list) and all(hasattr(x, "shape") for x in batch)
+        parts = dict(enumerate(batch)) if arrays else {"tokens": batch}
+        for key, part in sorted((batch if isinstance(batch, Mapping) else parts).items()):
+            array = trees.as_array(part)
+            array = array.astype(np.int64) if array.dtype.kind in "iu" else array
+            digest.update(f"{key} {array.shape}".encode() + array.tobytes())
+        return digest.hexdigest()
+
+    return call(f"Reading the {name} run", lambda: [of_batch(batch) for batch in run])
 
 
 @check(
-    "data.split_ids",
-    remedy="Assign documents to splits by a hash of their id or content; bounds of a stream must "
-    "hold over the whole budget, not only at its start.",
+    "Assign documents to splits by a hash of their id or content; bounds of a stream must "
+    "hold over the whole budget, not only at its start."
 )
-def split_ids(data: Inputs) -> Verdict:
-    """Documents that by their numbers belong to several splits."""
-    if data.split_ids is None:
-        raise Skip("no ids of documents were given")
-    names = list(data.split_ids)
+def split_ids(subject: Subject) -> Measure:
+    """No document belongs to two splits by its number."""
+    if subject.split_ids is None:
+        raise give("split_ids")
     common = []
-    for i, a in enumerate(names):
-        for b in names[i + 1 :]:
-            count, example = _intersection(data.split_ids[a], data.split_ids[b])
-            if count:
-                common.append(f"{count:,} documents are in {a} and in {b}, {example!r} for one")
-    sizes = ", ".join(f"{name} {_length(data.split_ids[name]):,}" for name in names)
-    return verdict(
-        not common,
-        ("; ".join(common) or "No document is in two splits") + f" (documents: {sizes}).",
-        common=common,
-    )
-
-
-def _length(ids: Iterable[Any]) -> int:
-    return len(ids) if isinstance(ids, Sequence | np.ndarray) else len(set(ids))
+    for (a, ids), (b, others) in itertools.combinations(subject.split_ids.items(), 2):
+        count, example = _intersection(ids, others)
+        text = f"{count:,} documents in {a} and {b}, {example!r} for one"
+        common += [text] * bool(count)
+    return none("pairs of splits with documents in common", common, key="common")
 
 
 def _intersection(a: Iterable[Any], b: Iterable[Any]) -> tuple[int, Any]:
@@ -237,36 +195,22 @@ def _intersection(a: Iterable[Any], b: Iterable[Any]) -> tuple[int, Any]:
     if isinstance(a, range) and isinstance(b, range) and a.step == b.step == 1:
         both = range(max(a.start, b.start), min(a.stop, b.stop))
         return len(both), both.start
-    common = {_key(x) for x in a} & {_key(x) for x in b}
+    kinds = ({x.item() if isinstance(x, np.generic) else x for x in ids} for ids in (a, b))
+    common = set.intersection(*kinds)
     return len(common), min(common, key=str) if common else None
 
 
-def _key(value: Any) -> Any:
-    return value.item() if isinstance(value, np.generic) else value
-
-
 @check(
-    "data.fingerprints",
-    remedy="Rebuild what differs from one corpus and one tokenizer, and store their hashes with "
-    "the checkpoint; refuse to fall back to other data.",
+    "Rebuild what differs from one corpus and one tokenizer, and store their hashes with "
+    "the checkpoint; refuse to fall back to other data."
 )
-def fingerprints(data: Inputs) -> Verdict:
-    """Hashes of one thing, such as the tokenizer of train and of a checkpoint, that differ."""
-    if not data.fingerprints:
-        raise Skip("no fingerprints were given")
-    differ = {
-        what: dict(by_place)
-        for what, by_place in data.fingerprints.items()
-        if len(set(by_place.values())) > 1
-    }
-    texts = [
-        f"{what} differs: " + ", ".join(f"{place} {value:.12}" for place, value in places.items())
-        for what, places in differ.items()
+def fingerprints(subject: Subject) -> Measure:
+    """The hashes of one thing, such as the tokenizer of train and of a checkpoint, are equal."""
+    if not subject.fingerprints:
+        raise give("fingerprints")
+    differ = [
+        f"{what} ({', '.join(f'{place} {value:.12}' for place, value in places.items())})"
+        for what, places in subject.fingerprints.items()
+        if len(set(places.values())) > 1
     ]
-    equal = ", ".join(f"{k} ({len(v)} places)" for k, v in data.fingerprints.items())
-    return verdict(
-        not differ, ("; ".join(texts) or f"Equal everywhere: {equal}") + ".", differ=differ
-    )
-
-
-CHECKS = (epoch_order, coverage, readers_differ, resume, split_ids, fingerprints)
+    return none("things that differ", differ, of=len(subject.fingerprints), key="differ")

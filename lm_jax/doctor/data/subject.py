@@ -1,205 +1,255 @@
-"""What `examine_data` was given, read once and shared by its checks."""
+"""What `examine_data` is given, and what its checks share."""
 
 import dataclasses
-import functools
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 
-from lm_jax.doctor import old as findings
-from lm_jax.doctor.data import grams
+from lm_jax.doctor import numbers
+from lm_jax.doctor.checks import fixture
+from lm_jax.doctor.data import grams, windows
+from lm_jax.doctor.data.reading import Options, read
 from lm_jax.doctor.data.sample import Sample
-from lm_jax.doctor.old import require
+from lm_jax.doctor.facts import Bound, Facts, annotations, give, real, require, whole
 
 COPIED_FAIL, COPIED_WARN = 0.10, 0.01  # share of train that stands earlier in train
-CONTAINED = 0.01  # share of an evaluation split that may stand in train for no reason
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Inputs:
-    """The arguments of `examine_data`, of which `splits` are read: a sample, or why there is none.
-
-    A split that was not given is absent.
-    """
-
-    splits: Mapping[str, Sample | findings.Skip]
-    reading: Mapping[str, Any]  # options of `sample.read`
-    vocab_size: int
-    table_rows: int | None
-    separator: int | None
-    end: int | None
-    unknown: int | None
-    epoch_tokens: int | None
-    tokenizer: tuple[Callable[[str], Any], Callable[[Any], str]] | None
-    texts: Sequence[str] | None
-    round_trip_loss: float
-    byte_counts: Mapping[str, int] | None
-    epochs: Sequence[Iterable[Any]] | None
-    readers: Callable[[int], Iterable[Any]] | Mapping[int, Iterable[Any]] | None
-    reader_counts: Sequence[int]
-    resume: tuple[Sequence[Any], Sequence[Any]] | None
-    split_ids: Mapping[str, Iterable[Any]] | None
-    fingerprints: Mapping[str, Mapping[str, str]] | None
-
-    def sample(self, name: str) -> Sample:
-        """The sample of a split; `Skip` if it was not given or cannot be read."""
-        found = self.splits.get(name, findings.Skip(f"no {name} split was given"))
-        if isinstance(found, findings.Skip):
-            raise found
-        return found
-
-    def samples(self) -> list[Sample]:
-        """The splits that were given; `Skip` if there is none."""
-        if not self.splits:
-            raise findings.Skip("no split was given")
-        return [self.sample(name) for name in self.splits]
-
-    def evaluation(self) -> list[Sample]:
-        """The valid and test splits that were given; `Skip` if there is none."""
-        names = [name for name in self.splits if name != "train"]
-        if not names:
-            raise findings.Skip("neither a valid nor a test split was given")
-        return [self.sample(name) for name in names]
-
-    @functools.cached_property
-    def first_epoch(self) -> Sample:
-        """What was read of train's first epoch."""
-        train = self.sample("train")
-        return train if self.epoch_tokens is None else train.head(self.epoch_tokens)
-
-    @property
-    def total(self) -> int:
-        """Tokens of all splits that could be read."""
-        return sum(len(s.tokens) for s in self.splits.values() if isinstance(s, Sample))
-
-    @functools.cached_property
-    def row_nats(self) -> np.ndarray:
-        """Information of each row of train's first epoch [R], also where no n-gram is telling."""
-        try:
-            return self.index.nats_of_rows
-        except findings.Skip:
-            return grams.row_nats(self.first_epoch, self.vocab_size)
-
-    @property
-    def index(self) -> grams.Index:
-        """Where the n-grams of train's first epoch occur; `Skip` where none rules out chance."""
-        if isinstance(self._index, findings.Skip):
-            raise self._index
-        return self._index
-
-    @functools.cached_property
-    def _index(self) -> grams.Index | findings.Skip:
-        try:
-            return grams.Index.build(self.first_epoch, self.total, self.vocab_size)
-        except findings.Skip as reason:
-            return reason
-
-    @functools.cached_property
-    def copied(self) -> tuple[float, float, int, int]:
-        """Of train: share of tokens in copied pieces, its limit, their distance, tokens read."""
-        index = self.index
-        sizes = np.bincount(index.sample.piece_of)
-        lags = index.lag[index.earlier & index.copied[index.sample.piece_of[index.positions]]]
-        distance = int(np.median(lags)) if len(lags) else 0
-        read = int(sizes.sum())
-        limit = grams.limit(COPIED_WARN, read**2 / float((sizes.astype(float) ** 2).sum()))
-        return float(sizes[index.copied].sum()) / read, limit, distance, read
-
-    @functools.cached_property
-    def train_repeats(self) -> bool:
-        """Whether train holds so many copies that it is no yardstick for others."""
-        share, limit, _, _ = self.copied
-        return share > max(COPIED_FAIL, limit) or self.windows_overlap
-
-    @property
-    def known_to_repeat(self) -> bool:
-        """`train_repeats`, where that can be told."""
-        return isinstance(self._index, grams.Index) and self.train_repeats
-
-    @property
-    def windows_overlap(self) -> bool:
-        """Whether train scores targets again in overlapping windows."""
-        share, _, _, rows = self.index.windows
-        return share > grams.limit(CONTAINED, rows)
-
-
-def require_sizes(vocab_size: Any, counts: Mapping[str, Any], ids: Mapping[str, Any]) -> None:
-    """Refuses numbers of the wrong type or range."""
-    require(_is_count(vocab_size, 2), f"vocab_size={vocab_size!r}", "give an integer from 2 on")
-    for name, count in counts.items():
-        ok = _is_count(count, 1) or (count is None and name != "max_tokens")
-        require(ok, f"{name}={count!r}", "give a positive integer or leave it out")
-    for name, number in ids.items():
-        ok = number is None or _is_count(number)
-        require(ok, f"{name}={number!r}", "give an integer id or leave it out")
-
-
-def require_text(tokenizer: Any, texts: Any, round_trip_loss: Any, byte_counts: Any) -> None:
-    """Refuses wrong types of what concerns the tokenizer."""
-    pair = isinstance(tokenizer, Sequence) and len(tokenizer) == 2 and all(map(callable, tokenizer))
-    require(tokenizer is None or pair, "tokenizer", "give the two functions (encode, decode)")
-    require(
-        texts is None or _is_stream(texts),
-        "texts",
-        "give an iterable of strings, a single one in a list",
-    )
-    share = isinstance(round_trip_loss, int | float | np.integer | np.floating)
-    share = share and not isinstance(round_trip_loss, bool) and 0 <= round_trip_loss < 1
-    require(share, f"round_trip_loss={round_trip_loss!r}", "give a share from 0 to below 1")
-    if byte_counts is not None:
-        ok = isinstance(byte_counts, Mapping)
-        ok = ok and all(_is_count(count, 0) for count in byte_counts.values())
-        require(ok, "byte_counts", "give a mapping from the name of a split to a number of bytes")
-
-
-def require_streams(
-    given: Mapping[str, Any], epochs: Any, readers: Any, reader_counts: Any, resume: Any
-) -> None:
-    """Refuses wrong types of what hands out items."""
-    for name, stream in given.items():
-        ok = _is_stream(stream) or isinstance(stream, Mapping)
-        require(ok, name, "give an iterable of token arrays or batches")
-    require(
-        epochs is None or _is_stream(epochs), "epochs", "give a list of the items of each epoch"
-    )
-    if isinstance(readers, Mapping):
-        ok = all(_is_count(number, 1) for number in readers)
-        require(ok, "readers", "give a mapping from a number of readers to their streams")
-    else:
-        ok = readers is None or callable(readers)
-        require(ok, "readers", "give a function of a number of readers, or their streams by number")
-    ok = isinstance(reader_counts, Sequence | np.ndarray)
-    ok = ok and all(_is_count(number, 1) for number in reader_counts)
-    require(ok, f"reader_counts={reader_counts!r}", "give a list of positive integers")
-    pair = isinstance(resume, Sequence) and len(resume) == 2 and all(map(_is_stream, resume or ()))
-    require(
-        resume is None or pair,
-        "resume",
-        "give two lists of batches or of their hashes, uninterrupted and resumed",
-    )
-
-
-def require_names(split_ids: Any, fingerprints: Any) -> None:
-    """Refuses wrong types of what is compared by name."""
-    if split_ids is not None:
-        ok = isinstance(split_ids, Mapping) and all(map(_is_stream, split_ids.values()))
-        require(ok, "split_ids", "give a mapping from the name of a split to its document numbers")
-    if fingerprints is not None:
-        ok = isinstance(fingerprints, Mapping) and all(
-            isinstance(places, Mapping) and all(isinstance(v, str) for v in places.values())
-            for places in fingerprints.values()
-        )
-        require(ok, "fingerprints", "give a mapping from a name to the hashes (strings) by place")
-
-
-def _is_count(value: Any, least: float = -math.inf) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        return False
-    return bool(value >= least)
+MOST_TEXT = 1_000_000  # characters of `texts` that are tried
 
 
 def _is_stream(value: Any) -> bool:
     """Whether it can be iterated over and is neither text nor a mapping."""
-    return hasattr(value, "__iter__") and not isinstance(value, str | bytes | Mapping)
+    listed = hasattr(value, "__iter__") or (hasattr(value, "__getitem__") and len(value) >= 0)
+    return listed and not isinstance(value, str | bytes | Mapping)
+
+
+def _pair(value: Any, holds: Callable[[Any], bool]) -> bool:
+    return isinstance(value, Sequence) and len(value) == 2 and all(map(holds, value))
+
+
+def _by_name(value: Any, holds: Callable[[Any], bool]) -> bool:
+    return isinstance(value, Mapping) and all(map(holds, value.values()))
+
+
+_number = Bound("give an integer id", lambda x: whole(0).holds(abs(x) if real(x) else x))
+_split = Bound(
+    "give an iterable of token arrays or batches",
+    lambda x: x is None or _is_stream(x) or isinstance(x, Mapping),
+)
+_streams = Bound("give a list of the items of each epoch", _is_stream)
+_share = Bound("give a share from 0 to below 1", lambda x: real(x) and 0 <= x < 1)
+_tokenizer = Bound("give the two functions (encode, decode)", lambda x: _pair(x, callable))
+_texts = Bound("give an iterable of strings, a single one in a list", _is_stream)
+_sizes = Bound(
+    "give a mapping from the name of a split to a number of bytes",
+    lambda x: _by_name(x, whole().holds),
+)
+_readers = Bound(
+    "give a function of a number of readers, or a mapping from that number to their streams",
+    lambda x: callable(x) or (isinstance(x, Mapping) and all(map(whole(1).holds, x))),
+)
+_counts = Bound(
+    "give a list of positive integers",
+    lambda x: isinstance(x, Sequence | np.ndarray) and all(map(whole(1).holds, x)),
+)
+_runs = Bound(
+    "give two lists of batches or of their hashes, uninterrupted and resumed",
+    lambda x: _pair(x, _is_stream),
+)
+_ids = Bound(
+    "give a mapping from the name of a split to its document numbers",
+    lambda x: _by_name(x, _is_stream),
+)
+_hashes = Bound(
+    "give a mapping from a name to the hashes (strings) by place",
+    lambda x: _by_name(x, lambda places: _by_name(places, lambda v: isinstance(v, str))),
+)
+
+
+@dataclasses.dataclass
+class Subject(Facts):
+    """Examine what a model is trained and evaluated on.
+
+    A split is an iterable of items. An item is a document or row of ids [T], a batch of rows
+    [..., B, T], a pair (inputs, targets) of one shape, where targets[b, t] is inputs[b, t + 1], or
+    a mapping with "tokens" (or "input_ids") and perhaps "targets" (or "labels"; negative ones are
+    not scored), "segment_ids" (or "attention_mask"; 0 is padding) and "weights" (whether
+    tokens[b, t] is scored as a target), all [..., B, T], of NumPy, JAX or PyTorch.
+    """
+
+    train: Annotated[Iterable[Any] | None, "one epoch.", _split] = None
+    valid: Annotated[Iterable[Any] | None, "an evaluation split.", _split] = None
+    test: Annotated[Iterable[Any] | None, "another.", _split] = None
+    _: dataclasses.KW_ONLY
+    vocab_size: Annotated[int, "number of ids that the tokenizer has.", whole(2)]
+    table_rows: Annotated[
+        int | None, "rows of the embedding table, where it is padded.", whole(1)
+    ] = None
+    separator: Annotated[int | None, "id that opens every document and is not learnt.", _number] = (
+        None
+    )
+    end: Annotated[
+        int | None, "id that ends every document and must be learnt as a target.", _number
+    ] = None
+    unknown: Annotated[
+        int | None, "id that stands for what the tokenizer has no id for.", _number
+    ] = None
+    padding: Annotated[
+        int | None, "id that fills up rows, for items without segment ids.", _number
+    ] = None
+    epoch_tokens: Annotated[
+        int | None,
+        "tokens that one epoch of train is declared to have. What train holds beyond is a "
+        "repetition by right and not compared; fewer are a failure.",
+        whole(1),
+    ] = None
+    tokenizer: Annotated[
+        tuple[Callable[[str], Any], Callable[[Any], str]] | None,
+        "the functions (encode, decode), text to ids and back.",
+        _tokenizer,
+    ] = None
+    texts: Annotated[
+        Iterable[str] | None, "raw texts of the corpus to try the tokenizer on.", _texts
+    ] = None
+    round_trip_loss: Annotated[
+        float, "share of the texts' bytes that may be lost, of a tokenizer meant to.", _share
+    ] = 0.0
+    byte_counts: Annotated[
+        Mapping[str, int] | None,
+        "UTF-8 bytes of the text of a split, by its name, where it is given whole.",
+        _sizes,
+    ] = None
+    epochs: Annotated[
+        Sequence[Iterable[Any]] | None, "the items of successive epochs.", _streams
+    ] = None
+    readers: Annotated[
+        Callable[[int], Iterable[Any]] | Mapping[int, Iterable[Any]] | None,
+        "function from a number of workers or hosts to their streams, called for `reader_counts`; "
+        "or the streams by number of readers. Streams of one epoch of a small corpus, of documents "
+        "or rows that do not depend on the reader.",
+        _readers,
+    ] = None
+    reader_counts: Annotated[
+        Sequence[int], "numbers of readers that `readers` is called with.", _counts
+    ] = (1, 2, 8)
+    resume: Annotated[
+        tuple[Sequence[Any], Sequence[Any]] | None,
+        "batches, or hashes of them, of a run without interruption and of a resumed run that ended "
+        "at the same step.",
+        _runs,
+    ] = None
+    split_ids: Annotated[
+        Mapping[str, Iterable[Any]] | None,
+        "document numbers of each split over the whole budget; ranges may be long.",
+        _ids,
+    ] = None
+    fingerprints: Annotated[
+        Mapping[str, Mapping[str, str]] | None,
+        'for "tokenizer", "corpus" and the like, hashes by the place they are from, such as '
+        '{"train": ..., "checkpoint": ...}, which must be equal.',
+        _hashes,
+    ] = None
+    max_tokens: Annotated[
+        int, "how much of each split is read; a finding says when there was more.", whole(1)
+    ] = 1 << 22
+
+    def __post_init__(self) -> None:
+        """Refuse what no check could use, and keep the first texts, cut between words."""
+        given = [(f, getattr(self, f.name)) for f in annotations(Subject)]
+        given = [(f, value) for f, value in given if value is not None or not f.optional]
+        if not all(bound.holds(value) for f, value in given for bound in f.bounds):
+            super().__post_init__()  # says what is amiss; costly where a value is a whole corpus
+        if self.texts is None:
+            return
+        kept: list[str] = []
+        for text in self.texts:
+            require(isinstance(text, str), f"texts holds {text!r:.60}", "give strings only")
+            whole_text = len(text) <= MOST_TEXT
+            kept.append(text if whole_text else text[:MOST_TEXT].rsplit(maxsplit=1)[0])
+            if sum(map(len, kept)) >= MOST_TEXT:
+                break
+        self.texts = kept
+
+    @property
+    def reading(self) -> Options:
+        """How streams are read."""
+        return Options(self.max_tokens, self.padding, self.separator, self.end)
+
+
+@fixture
+def training(subject: Subject, train: Any) -> Sample:
+    """What was read of train."""
+    return read("train", train, subject.reading)
+
+
+@fixture
+def evaluation(subject: Subject) -> list[Sample]:
+    """What was read of valid and test."""
+    given = {"valid": subject.valid, "test": subject.test}
+    if all(stream is None for stream in given.values()):
+        raise give("valid")
+    return [read(n, stream, subject.reading) for n, stream in given.items() if stream is not None]
+
+
+@fixture
+def samples(training: Sample | None = None, evaluation: Sequence[Sample] = ()) -> list[Sample]:
+    """The splits that were given."""
+    found = [*([training] if training else []), *evaluation]
+    if not found:
+        raise give("train")
+    return found
+
+
+@fixture
+def first_epoch(training: Sample, subject: Subject) -> Sample:
+    """What was read of train's first epoch."""
+    return training if subject.epoch_tokens is None else training.head(subject.epoch_tokens)
+
+
+@fixture
+def index(first_epoch: Sample, samples: list[Sample], vocab_size: int) -> grams.Index:
+    """Where the n-grams of train's first epoch occur; `Skip` where none rules out chance."""
+    return grams.Index.build(first_epoch, sum(len(s.tokens) for s in samples), vocab_size)
+
+
+@fixture
+def row_nats(first_epoch: Sample, vocab_size: int, index: grams.Index | None = None) -> np.ndarray:
+    """Information of each row of train's first epoch [R], also where no n-gram is telling."""
+    return index.nats_of_rows if index else grams.row_nats(first_epoch, vocab_size)
+
+
+class Copied(NamedTuple):
+    """Pieces of train that stand earlier in train."""
+
+    share: float  # of its tokens
+    limit: float
+    distance: int  # tokens, median
+    tokens: int  # read
+
+    @property
+    def much(self) -> bool:
+        """Whether it is more than a corpus may have."""
+        return self.share > max(COPIED_FAIL, self.limit)
+
+
+@fixture
+def copied(index: grams.Index) -> Copied:
+    """How much of train is copied."""
+    sizes = np.bincount(index.sample.piece_of)
+    lags = index.lag[index.earlier & index.copied[index.sample.piece_of[index.positions]]]
+    read = int(sizes.sum())
+    limit = numbers.share_limit(COPIED_WARN, read**2 / float((sizes.astype(float) ** 2).sum()))
+    distance = int(np.median(lags)) if len(lags) else 0
+    return Copied(float(sizes[index.copied].sum()) / read, limit, distance, read)
+
+
+@fixture
+def overlapping(first_epoch: Sample) -> windows.Overlap:
+    """How far rows of train begin inside others."""
+    return windows.overlap(first_epoch, first_epoch)
+
+
+@fixture
+def train_repeats(copied: Copied | None = None, overlapping: windows.Overlap | None = None) -> bool:
+    """Whether train holds so many copies that it is no yardstick for others."""
+    return bool((copied and copied.much) or (overlapping and overlapping.found))

@@ -2,16 +2,16 @@
 
 import collections
 import math
-from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
+from lm_jax.doctor import numbers, trees
+from lm_jax.doctor.checks import check, fixture
 from lm_jax.doctor.data.sample import Sample
-from lm_jax.doctor.data.subject import Inputs
-from lm_jax.doctor.old import Skip, Verdict, call, check, verdict
+from lm_jax.doctor.data.subject import Subject
+from lm_jax.doctor.facts import Broken, Skip, call, give
+from lm_jax.doctor.findings import Measure, at_least, at_most, holds, none, note
 
-ERRORS = 5  # standard errors
 UNKNOWN_FAIL, UNKNOWN_WARN = 0.5, 0.25  # share of tokens that are the unknown id
 DISTINCT = 0.01  # share of the table's ids that a text uses
 LEAST_TABLE = 1000  # below it, 1 % is less than ten ids and says nothing
@@ -22,99 +22,77 @@ MOST_WORDS = 400  # around an unseen one
 NEVER_SEEN = ("zqxjvkqz", "\u2042\u2042")  # a word of letters and one of a rare sign
 
 
-@check(
-    "data.unknown_share",
-    remedy="Encode with the tokenizer that was trained on this corpus, or enlarge its vocabulary.",
-)
-def unknown_share(data: Inputs) -> Verdict:
-    """Share of the unknown id among the tokens of each split."""
-    if data.unknown is None:
-        raise Skip("no unknown id was named")
-    shares = {s.name: float((s.tokens[s.real] == data.unknown).mean()) for s in data.samples()}
-    worst = max(shares.values())
-    return verdict(
-        worst <= UNKNOWN_WARN,
-        "Unknown tokens: "
-        + ", ".join(f"{share:.2%} of {name}" for name, share in shares.items())
-        + f" (limits {UNKNOWN_WARN:.0%} and {UNKNOWN_FAIL:.0%}).",
-        otherwise="fail" if worst > UNKNOWN_FAIL else "warn",
-        shares=shares,
-    )
+@check("Encode with the tokenizer that was trained on this corpus, or enlarge its vocabulary.")
+def unknown_share(samples: list[Sample], unknown: int) -> list[Measure]:
+    """At most a quarter of each split is the unknown id."""
+    shares = {s.name: float((s.tokens[s.real] == unknown).mean()) for s in samples}
+    return [
+        at_most(
+            f"share of {name} that is the unknown id",
+            share,
+            UNKNOWN_WARN,
+            otherwise="fail" if share > UNKNOWN_FAIL else "warn",
+            key=name,
+        )
+        for name, share in shares.items()
+    ]
 
 
-@check(
-    "data.vocabulary",
-    remedy="Check that the text was encoded by the intended tokenizer and is the intended text.",
-)
-def vocabulary(data: Inputs) -> Verdict:
-    """Distinct ids and their entropy."""
-    sample = data.sample("train")
-    counts = _histogram(sample, sample.real, data.vocab_size)[1:-1]
+@check("Check that the text was encoded by the intended tokenizer and is the intended text.")
+def vocabulary(training: Sample, vocab_size: int) -> list[Measure]:
+    """Train uses at least a hundredth of the vocabulary."""
+    counts = _histogram(training, training.real, vocab_size)[1:-1]
     total = int(counts.sum())
     if not total:
-        raise Skip(f"no id of train is from 0 to {data.vocab_size - 1}")
+        raise Skip(f"No id of train is from 0 to {vocab_size - 1}.")
     p: np.ndarray = counts[counts > 0] / total
-    entropy = float(-(p * np.log(p)).sum())
-    used = len(p) / data.vocab_size
-    powerless = data.vocab_size < LEAST_TABLE or total < data.vocab_size
-    evidence = (
-        f"{len(p):,} of {data.vocab_size:,} ids ({used:.1%}) occur among {total:,} tokens "
-        f"of train, with a unigram entropy of {entropy:.2f} nats; the most frequent is "
-        f"{np.argmax(counts)} with {np.max(p):.1%}"
-    )
-    if powerless:
-        evidence += ". Too few tokens or ids to expect more"
-    return verdict(
-        used >= DISTINCT or powerless,
-        f"{evidence} (limit {DISTINCT:.0%} of ids).",
-        distinct=len(p),
-        entropy=entropy,
-    )
+    # Too few tokens or ids say nothing.
+    powerless = vocab_size < LEAST_TABLE or total < vocab_size
+    least = 1 if powerless else math.ceil(DISTINCT * vocab_size)
+    return [
+        at_least(f"distinct ids of {vocab_size:,} in train", len(p), least, key="distinct"),
+        note("nats of their frequencies", float(-(p * np.log(p)).sum()), key="entropy"),
+        note(f"share of the most frequent, {np.argmax(counts)}", float(np.max(p))),
+    ]
 
 
-@check(
-    "data.id_distribution",
-    remedy="Encode all splits with the same tokenizer; compare the hashes of its files.",
-)
-def id_distribution(data: Inputs) -> Verdict:
-    """Do ids mean the same in valid and test as in train? By unigrams and by neighbours.
+@check("Encode all splits with the same tokenizer; compare the hashes of its files.")
+def id_distribution(training: Sample, evaluation: list[Sample], vocab_size: int) -> list[Measure]:
+    """Ids mean the same in valid and test as in train, by unigrams and by neighbours.
 
     Limits are half way between a part of train against its rest and texts without relation: total
     variation 1, and the pairs of the split's own tokens in random order (less standard errors).
     Where parts of train differ by more than 0.5, unigrams tell nothing.
     """
-    evaluation = data.evaluation()
-    train = data.sample("train")
-    pieces = int(train.piece_of[-1]) + 1
+    pieces = int(training.piece_of[-1]) + 1
     if pieces < FEWEST_PIECES:
-        raise Skip(f"{train.size} are too few to compare a part with the rest")
+        raise Skip(f"{training.size} are too few to compare a part with the rest.")
     rank = np.random.default_rng(0).permutation(pieces)
-    whole = np.unique(_pairs(train, train.real))
-    tenth = (rank < math.ceil(pieces / 10))[train.piece_of]
-    known_of_part = np.isin(_pairs(train, tenth), np.unique(_pairs(train, ~tenth)))
-    ok, evidence = True, []
-    values: dict[str, Any] = {}
+    whole = np.unique(_pairs(training, training.real))
+    tenth = (rank < math.ceil(pieces / 10))[training.piece_of]
+    known_of_part = np.isin(_pairs(training, tenth), np.unique(_pairs(training, ~tenth)))
+    measures = []
     for sample in evaluation:
-        share = min(0.5, int(sample.real.sum()) / int(train.real.sum()))
-        part = (rank < math.ceil(share * pieces))[train.piece_of]
-        usual = _distance(*(_histogram(train, p, data.vocab_size) for p in (part, ~part)))
-        found = _distance(*(_histogram(s, s.real, data.vocab_size) for s in (train, sample)))
+        name = sample.name
+        share = min(0.5, int(sample.real.sum()) / int(training.real.sum()))
+        part = (rank < math.ceil(share * pieces))[training.piece_of]
+        usual = _distance(*(_histogram(training, p, vocab_size) for p in (part, ~part)))
+        found = _distance(*(_histogram(s, s.real, vocab_size) for s in (training, sample)))
         limit = (1 + usual) / 2 if usual < 0.5 else 1.0
         known, by_chance = (_known_pairs(sample, whole, seed) for seed in (None, 0))
         error = math.sqrt(0.25 / len(known) + 0.25 / len(known_of_part))
-        between = (known_of_part.mean() + by_chance.mean()) / 2
-        least = between - ERRORS * error
-        powerful = by_chance.mean() < least
-        ok &= found <= limit and known.mean() >= least
-        values[sample.name] = {"distance": found, "known_pairs": float(known.mean())}
-        evidence.append(
-            f"{sample.name} differs from train by {found:.2f} in the total variation of unigrams "
-            f"({usual:.2f} within train, limit {limit:.2f}); {known.mean():.1%} of its pairs of "
-            f"neighbours occur in train ({known_of_part.mean():.1%} within train, "
-            f"{by_chance.mean():.1%} in random order, "
-            + (f"limit {least:.1%})." if powerful else "too close to tell them apart).")
-        )
-    return verdict(ok, " ".join(evidence), **values)
+        least = float(known_of_part.mean() + by_chance.mean()) / 2 - numbers.threshold() * error
+        measures += [
+            at_most(f"total variation of {name} from train", found, limit, key=f"{name}_distance"),
+            at_least(
+                f"share of neighbours of {name} that are neighbours in train",
+                float(known.mean()),
+                least,
+                key=f"{name}_known_pairs",
+            ),
+            note("of the same tokens in random order", float(by_chance.mean())),
+        ]
+    return measures
 
 
 def _histogram(sample: Sample, chosen: np.ndarray, vocab_size: int) -> np.ndarray:
@@ -150,149 +128,121 @@ def _known_pairs(sample: Sample, known: np.ndarray, seed: int | None) -> np.ndar
     return known[place] == pairs
 
 
-@check(
-    "data.bytes_per_token",
-    remedy="Compare the splits with their texts: look for text that is cut off, dropped or "
-    "replaced before it is encoded, and for the wrong tokenizer.",
-)
-def bytes_per_token(data: Inputs) -> Verdict:
-    """Bytes of the raw text per token, against what the tokenizer gives on the texts."""
-    if data.byte_counts is None:
-        raise Skip("byte_counts was not given")
-    if data.tokenizer is not None and data.texts:
-        expected, variance, tried = _fertility(data)
-        source = f"{expected:.3f} on the texts, {DEVIATION:.0%} and {ERRORS} standard errors"
-    else:
-        expected = 0.0
-        source = "of any tokenizer"
-    ok, evidence = True, []
-    values: dict[str, Any] = {}
-    for name, size in data.byte_counts.items():
-        sample = data.sample(name)
-        if not sample.complete:
-            raise Skip(f"only a part of {name} was read: raise max_tokens")
-        tokens = max(sample.targets, 1)
-        low, high = 1 - DEVIATION, float(LONGEST_TOKEN)
-        if expected:
-            margin = DEVIATION * expected
-            margin += ERRORS * math.sqrt(variance * (1 / tokens + 1 / tried))
-            low, high = expected - margin, expected + margin
-        ratio = size / tokens
-        ok &= low <= ratio <= high
-        values[name] = {"ratio": ratio, "low": low, "high": high}
-        evidence.append(f"{ratio:.3f} of {name} (allowed {low:.2f} to {high:.2f})")
-    return verdict(ok, f"Bytes of text per token: {', '.join(evidence)}; {source}.", **values)
+@fixture
+def tried_texts(texts: list[str]) -> list[str]:
+    """The texts that are not empty."""
+    found = [text for text in texts if text]
+    if not found:
+        raise Skip("No texts were given to try the tokenizer on.", "texts")
+    return found
 
 
-def _fertility(data: Inputs) -> tuple[float, float, int]:
-    """Bytes per token on the texts, the variance of that ratio over one token, and the tokens."""
-    texts = _texts(data)
-    sizes = np.array([len(text.encode()) for text in texts])
-    tokens = np.array([len(_encode(data, text)) for text in texts])
-    total = int(tokens.sum())
-    if not total:
-        raise Skip("encode gives no id for any of the texts")
-    ratio = float(sizes.sum()) / total
-    # Of a ratio of sums over texts (Cochran 1977, section 2.11).
-    return ratio, float(((sizes - ratio * tokens) ** 2).sum()) / total, total
-
-
-def _texts(data: Inputs) -> Sequence[str]:
-    texts = [text for text in data.texts or () if text]
-    if not texts:
-        raise Skip("no texts were given to try the tokenizer on")
-    return texts
-
-
-def _encode(data: Inputs, text: str) -> np.ndarray:
-    if data.tokenizer is None:
-        raise Skip("no tokenizer was given")
-    ids = np.asarray(call("encode", data.tokenizer[0], text))
+def _encode(subject: Subject, text: str) -> np.ndarray:
+    if subject.tokenizer is None:
+        raise give("tokenizer")
+    ids = call("encode's result", trees.as_array, call("encode", subject.tokenizer[0], text))
     if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
-        raise Skip(f"encode gives {ids.dtype} of shape {ids.shape}, not a sequence of ids")
+        raise Broken(f"encode gives {ids.dtype} of shape {ids.shape}, not a sequence of ids")
     return ids
 
 
 @check(
-    "data.round_trip",
-    remedy="Keep white space, newlines and case when text is cleaned, and map what has no id to an "
-    "unknown id. If the loss is intended, declare it (round_trip_loss) and report per byte.",
+    "Keep white space, newlines and case when text is cleaned, and map what has no id to an "
+    "unknown id. If the loss is intended, declare it (round_trip_loss) and report per byte."
 )
-def round_trip(data: Inputs) -> Verdict:
-    """decode(encode(text)) == text, or the bytes that are lost."""
-    if data.tokenizer is None:
-        raise Skip("no tokenizer was given")
-    total = lost = changed = 0
-    example = ""
-    texts = _texts(data)
-    for text in texts:
-        back: Any = call("decode", data.tokenizer[1], _encode(data, text))
+def round_trip(
+    subject: Subject, tried_texts: list[str], round_trip_loss: float, tokenizer: tuple
+) -> list[Measure]:
+    """decode(encode(text)) is the text, but for a declared share of its bytes."""
+    lost, examples = 0, []
+    for text in tried_texts:
+        back = call("decode", tokenizer[1], _encode(subject, text))
         if not isinstance(back, str):
-            raise Skip(f"decode gives {type(back).__name__}, not str")
-        total += len(text.encode())
+            raise Broken(f"decode gives {type(back).__name__}, not str")
         if back != text:
-            changed += 1
             lost += _lost(text, back)
-            example = example or _first_difference(text, back)
-    share = lost / total
-    return verdict(
-        share <= data.round_trip_loss if data.round_trip_loss else not changed,
-        f"{changed} of {len(texts)} texts do not come back; at least {lost:,} of {total:,} bytes "
-        f"({share:.2%}) are lost, {data.round_trip_loss:.2%} are declared." + example,
-        changed=changed,
-        lost=lost,
-        total=total,
-    )
+            examples.append(_first_difference(text, back))
+    total = sum(len(text.encode()) for text in tried_texts)
+    what = f"share of {total:,} bytes that do not come back"
+    return [
+        at_most(what, lost / total, round_trip_loss, where="".join(examples[:1]), key="share"),
+        note(f"changed of {len(tried_texts):,} texts", len(examples), key="changed"),
+        note("bytes lost", lost, key="lost"),
+        note("of", total, key="total"),
+    ]
 
 
 def _lost(text: str, back: str) -> int:
     """Bytes of the words and of the white space that do not come back, at least 1."""
     missing = collections.Counter(text.split()) - collections.Counter(back.split())
-    words = sum(len(word.encode()) * count for word, count in missing.items())
     space = collections.Counter(c for c in text if c.isspace())
-    space -= collections.Counter(c for c in back if c.isspace())
-    return max(1, words + sum(len(c.encode()) * count for c, count in space.items()))
+    missing += space - collections.Counter(c for c in back if c.isspace())
+    return max(1, sum(len(x.encode()) * count for x, count in missing.items()))
 
 
 def _first_difference(text: str, back: str) -> str:
     at = next((i for i, (a, b) in enumerate(zip(text, back, strict=False)) if a != b), None)
     at = min(len(text), len(back)) if at is None else at
     here = slice(max(at - 10, 0), at + 10)
-    return f" The first differs at character {at}: {text[here]!r} becomes {back[here]!r}."
+    return f"the first differs at character {at}: {text[here]!r} becomes {back[here]!r}"
+
+
+@check("Map what has no id to an unknown id that is scored, or refuse it; never drop it.")
+def unknown_words(subject: Subject, tried_texts: list[str]) -> Measure:
+    """A word that no text holds leaves a trace in the ids."""
+    words = " ".join(tried_texts).split()[:MOST_WORDS]
+    half = len(words) // 2
+    before, after = " ".join(words[:half]), " ".join(words[half:])
+    without = _encode(subject, f"{before}  {after}")
+    dropped = []
+    for unseen in NEVER_SEEN:
+        try:
+            ids = _encode(subject, f"{before} {unseen} {after}")
+        except Broken:  # a tokenizer may refuse what it does not know
+            continue
+        dropped += [repr(unseen)] * bool(np.array_equal(ids, without))
+    what = f"words between {len(words)} of the texts that are dropped without a trace"
+    return none(what, dropped, of=len(NEVER_SEEN), key="dropped")
 
 
 @check(
-    "data.unknown_words",
-    remedy="Map what has no id to an unknown id that is scored, or refuse it; never drop it.",
+    "Compare the splits with their texts: look for text that is cut off, dropped or "
+    "replaced before it is encoded, and for the wrong tokenizer."
 )
-def unknown_words(data: Inputs) -> Verdict:
-    """A word that no text holds must leave a trace in the ids."""
-    words = " ".join(_texts(data)).split()[:MOST_WORDS]
-    half = len(words) // 2
-    before, after = " ".join(words[:half]), " ".join(words[half:])
-    without = _encode(data, f"{before}  {after}")
-    outcome = {}
-    for unseen in NEVER_SEEN:
-        try:
-            ids = _encode(data, f"{before} {unseen} {after}")
-        except Skip as refused:
-            outcome[unseen] = f"refused ({refused})"
-            continue
-        dropped = np.array_equal(ids, without)
-        outcome[unseen] = "dropped without a trace" if dropped else "kept"
-    texts = ", ".join(f"{word!r} {what}" for word, what in outcome.items())
-    return verdict(
-        "dropped without a trace" not in outcome.values(),
-        f"Put between {half} and {len(words) - half} words of the texts: {texts}.",
-        outcome=outcome,
-    )
+def bytes_per_token(
+    subject: Subject,
+    samples: list[Sample],
+    byte_counts: dict[str, int],
+    tried_texts: list[str] | None = None,
+) -> list[Measure]:
+    """A split has as many bytes of text per token as the tokenizer gives on the texts."""
+    given = {sample.name: sample for sample in samples}
+    measures = []
+    for name, size in byte_counts.items():
+        if name not in given:
+            raise give(name)
+        if not given[name].complete:
+            raise Skip(f"Only a part of {name} was read: raise max_tokens.", "max_tokens")
+        tokens = max(int(given[name].learnt.sum()), 1)
+        low, high = 1 - DEVIATION, float(LONGEST_TOKEN)  # of any tokenizer
+        if tried_texts and subject.tokenizer is not None:
+            expected, variance, tried = _fertility(subject, tried_texts)
+            margin = DEVIATION * expected
+            margin += numbers.threshold() * math.sqrt(variance * (1 / tokens + 1 / tried))
+            low, high = expected - margin, expected + margin
+        what, ratio = f"bytes of text per token of {name}", size / tokens
+        limit = f"{low:.2f} to {high:.2f}"
+        measures.append(holds(low <= ratio <= high, what, ratio, limit=limit, key=name))
+    return measures
 
 
-CHECKS = (
-    unknown_share,
-    vocabulary,
-    id_distribution,
-    bytes_per_token,
-    round_trip,
-    unknown_words,
-)
+def _fertility(subject: Subject, tried_texts: list[str]) -> tuple[float, float, int]:
+    """Bytes per token on the texts, the variance of that ratio over one token, and the tokens."""
+    sizes = np.array([len(text.encode()) for text in tried_texts])
+    tokens = np.array([len(_encode(subject, text)) for text in tried_texts])
+    total = int(tokens.sum())
+    if not total:
+        raise Broken("encode gives no id for any of the texts")
+    ratio = float(sizes.sum()) / total
+    # Of a ratio of sums over texts (Cochran 1977, section 2.11).
+    return ratio, float(((sizes - ratio * tokens) ** 2).sum()) / total, total
