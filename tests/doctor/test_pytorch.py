@@ -88,7 +88,7 @@ CAUSAL = ("GPT2", "Llama", "Qwen3", "Mamba", "Rwkv")
 @pytest.mark.parametrize("kind", CAUSAL)
 def test_public_models_are_silent(kind):
     report = silent(examine(hugging_face(kind)))
-    passed = ["suffix_swap", "later_zeros", "truncation", "row_independence", "randomised"]
+    passed = ["suffix_swap", "id_zero", "truncation", "row_independence", "randomised"]
     assert {report[f"model.{name}"].status for name in passed} == {"pass"}
     assert report["model.dropout_on"].status == ("pass" if kind == "GPT2" else "skip")
 

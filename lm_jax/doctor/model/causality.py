@@ -6,7 +6,7 @@ import numpy as np
 
 from lm_jax.doctor.checks import check
 from lm_jax.doctor.facts import Broken, Skip, give
-from lm_jax.doctor.findings import Finding, Measure, Status, at_most, holds, note
+from lm_jax.doctor.findings import Measure, Status, at_most, holds, note
 from lm_jax.doctor.model.subject import Subject, Variant, change
 
 MOST_CALLS = 8  # of one check, where one call has a row for every cut
@@ -61,7 +61,7 @@ class Worst:
             self.found = dict(size=size, tolerance=tolerance, variant=variant, how=how)
             self.found |= {"at": {"row": row, "position": position, **at}}
 
-    def measures(self, otherwise: Status = "fail") -> list[Measure]:
+    def measures(self, otherwise: Status = "fail", key: str = "difference") -> list[Measure]:
         """The worst difference, and how many are too large."""
         if not self.made:
             raise Skip("Not judged: rounding alone may move every logit by half its size.")
@@ -73,7 +73,7 @@ class Worst:
                 f["tolerance"],
                 otherwise=otherwise,
                 where=f"{variant.name} parameters",
-                key="difference",
+                key=key,
             ),
             note("largest logit", variant.scale),
             note(f"comparisons of {self.made} beyond their limit", self.over, key="over"),
@@ -139,25 +139,29 @@ def token_swap(subject: Subject, causal: list[Variant]) -> list[Measure]:
 
 
 @check(
-    "Id 0 after a position changes what that predicts. If 0 is padding, and its mask is made of "
-    "all ids of the row, let it be made of earlier ones; else look for what treats 0 apart."
+    "With id 0 in the row a position sees later tokens. If 0 is padding, combine its mask with the "
+    "causal one (and), and make it of earlier ids alone; else look for what treats 0 apart."
 )
-def later_zeros(
-    subject: Subject, causal: list[Variant], suffix_swap: Finding
-) -> list[Measure] | Measure:
-    """Id 0, which the other checks leave out as it is often padding, is no exception to that."""
+def id_zero(subject: Subject, causal: list[Variant]) -> list[Measure]:
+    """Id 0, which is often padding, at the end of a row lets no position see later tokens."""
     if not subject.lowest:
         raise Skip("Id 0 is among the ids of all checks, as there are few.")
-    worst, half = Worst(), subject.seq_len // 2 | 1
+    swapped, added, end = Worst(), Worst(), 3 * subject.seq_len // 4
+    cut = end // 2
     for variant in causal:
         tokens = subject.tokens.copy()
-        tokens[:, half::2] = 0
+        tokens[:, end:] = 0
         try:
-            moved = variant.change(tokens)[:, :half]
+            base = variant.logits(tokens).copy()
+            tokens[:, cut:end] = subject.other_tokens(subject.rng(16), tokens[:, cut:end])
+            moved, limit = change(variant.logits(tokens), base)[:, :cut], variant.same_shape
         except Broken as broken:
-            return holds(False, "with id 0 in a row", str(broken), otherwise="warn")
-        worst.add(moved, variant.same_shape, variant, f"0 from {half} on at every other place")
-    return worst.measures(otherwise="warn")
+            return [holds(False, "with id 0 in a row", str(broken), otherwise="warn")]
+        swapped.add(moved, limit, variant, f"0 from {end} on, tokens from {cut} on replaced")
+        # A model may well count its padding, so this may be meant.
+        moved = change(base, variant.base)[:, :end]
+        added.add(moved, limit, variant, f"0 from {end} on in place of other ids")
+    return [*added.measures("warn", key="by_zeros"), *swapped.measures()]
 
 
 @check(

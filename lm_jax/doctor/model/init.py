@@ -86,7 +86,7 @@ def drawn(part: np.ndarray) -> bool:
     neighbours, with a variance of (16 n - 29) / 90. Decays, slopes, frequencies and sinusoids,
     which are equal in every layer by design, turn less often.
     """
-    if np.unique(part).size <= min(16, part.size // 2):
+    if part.size < 8 or np.unique(part).size <= min(16, part.size // 2):
         return False
     for axis in range(part.ndim):
         n = part.shape[axis]
@@ -112,7 +112,7 @@ def identical_leaves(leaves: trees.Arrays) -> Measure:
         # A leaf [L, ..., ...] of scanned layers is L matrices.
         stacked = leaf.ndim > 2
         for i, part in enumerate(leaf) if stacked else [(-1, leaf)]:
-            if part.size < 2 or not drawn(part):
+            if not drawn(part):
                 continue
             looked += 1
             label = f"{name}[{i}]" if stacked else name

@@ -290,13 +290,11 @@ def noisy(subject: Subject, params: Any) -> Variant:
     if not subject.leaves:
         raise Skip("params holds no floating-point array of NumPy, JAX or PyTorch.")
 
-    def keep(leaf: Any, noise: Any) -> Any:
-        mask = trees.is_float_leaf(leaf) and bool(
-            (np.abs(trees.as_array(leaf).astype(np.float32)) >= MASK_VALUE).any()
-        )
-        return leaf if mask else noise
-
-    noise = jax.tree.map(keep, params, trees.randomise(params, subject.seed))
+    noise = jax.tree.map(
+        lambda leaf, noise: leaf if _fixed(leaf) else noise,
+        params,
+        trees.randomise(params, subject.seed),
+    )
     made = Variant(subject, "randomised", noise)
     try:
         made.logits(subject.tokens)
@@ -319,6 +317,19 @@ def causal(objective: str, variants: list[Variant]) -> list[Variant]:
     if objective != CAUSAL:
         raise Skip(f"The objective is declared {objective}: later tokens may be seen.")
     return variants
+
+
+def _fixed(leaf: Any) -> bool:
+    """Whether a leaf is a constant that hides later positions: noise there would be a leak.
+
+    It holds numbers that stand for infinity, or is triangular.
+    """
+    if not trees.is_float_leaf(leaf):
+        return True
+    x = trees.as_array(leaf).astype(np.float32)
+    square = x.ndim > 1 and 1 < x.shape[-1] == x.shape[-2]
+    triangular = square and x.any() and not np.triu(x, 1).any()
+    return bool(triangular or (np.abs(x) >= MASK_VALUE).any())
 
 
 def _by_memory(leaves: trees.Arrays) -> list[str]:
