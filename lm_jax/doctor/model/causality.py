@@ -1,5 +1,6 @@
 """Does a position see what it must not: later tokens, other rows?"""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -7,7 +8,7 @@ import numpy as np
 from lm_jax.doctor.checks import check
 from lm_jax.doctor.facts import Broken, Skip, give
 from lm_jax.doctor.findings import Measure, Status, at_most, holds, note
-from lm_jax.doctor.model.subject import Subject, Variant, change
+from lm_jax.doctor.model.subject import Subject, Variant, change, moves
 
 MOST_CALLS = 8  # of one check, where one call has a row for every cut
 
@@ -85,6 +86,26 @@ class Worst:
         return rows
 
 
+def by_length(
+    variants: list[Variant],
+    lengths: list[int],
+    moved: Callable[[Variant, int], np.ndarray],
+    how: str,
+) -> list[Measure]:
+    """Compare at those lengths that the function takes; raises `Broken` if it takes none."""
+    worst, refused = Worst(), {}
+    for variant in variants:
+        for n in lengths:
+            try:
+                worst.add(moved(variant, n), variant.other_shape, variant, f"{how} {n} tokens")
+            except Broken as broken:
+                refused[n] = broken
+    if refused and not worst.made + worst.blind:
+        raise next(iter(refused.values()))
+    notes = [note(f"length {n} was refused", str(why)) for n, why in refused.items()]
+    return [*worst.measures(), *notes]
+
+
 @check(
     "A position sees later tokens. Look for a missing or shifted causal mask, a mean, convolution "
     "or normalisation over time, or input features built from the next token."
@@ -111,9 +132,7 @@ def suffix_swap(subject: Subject, causal: list[Variant]) -> list[Measure]:
                     worst.add(before, limit, variant, f"tokens from {cut} on replaced", cut=cut)
             # What a row sees may be another row: with one cut for all rows it is later tokens.
             for _, cut in sorted(seen)[-MOST_CALLS:]:
-                tokens = subject.tokens.copy()
-                tokens[:, cut:] = subject.other_tokens(rng, tokens[:, cut:])
-                moved = variant.change(tokens)[:, :cut]
+                moved = variant.change(subject.replaced(rng, np.s_[:, cut:]))[:, :cut]
                 worst.add(moved, limit, variant, f"tokens from {cut} on replaced", cut=cut)
     return worst.measures()
 
@@ -129,9 +148,8 @@ def token_swap(subject: Subject, causal: list[Variant]) -> list[Measure]:
     for variant in causal:
         rng = subject.rng(11)
         for place in sorted({1, last // 3 | 1, 2 * last // 3 | 1, last}):
-            tokens = subject.tokens.copy()
-            tokens[:, place] = subject.other_tokens(rng, tokens[:, place])
-            moved, limit = variant.change(tokens)[:, :place], variant.same_shape
+            moved = variant.change(subject.replaced(rng, np.s_[:, place]))[:, :place]
+            limit = variant.same_shape
             seen = np.flatnonzero(moved.max(0) > limit)
             reach = f"{place - seen[-1]} to {place - seen[0]}" if len(seen) else "none"
             worst.add(moved, limit, variant, f"token {place} alone replaced", distances=reach)
@@ -170,23 +188,11 @@ def id_zero(subject: Subject, causal: list[Variant]) -> list[Measure]:
 )
 def truncation(subject: Subject, causal: list[Variant]) -> list[Measure]:
     """The logits of the first n tokens are the first n logits of all tokens."""
-    worst, refused = Worst(), {}
-    for variant in causal:
-        for n in odd_lengths(subject.seq_len):
-            try:
-                moved = variant.change(subject.tokens[:, :n])
-            except Broken as broken:
-                refused[n] = str(broken)
-                continue
-            worst.add(
-                moved, variant.other_shape, variant, f"cut to {n} of {subject.seq_len} tokens"
-            )
-    if refused and not worst.made + worst.blind:
-        raise Skip(f"The model takes no shorter input: {next(iter(refused.values()))}.")
-    return [
-        *worst.measures(),
-        *(note(f"length {n} was refused", why) for n, why in refused.items()),
-    ]
+    lengths, tokens = odd_lengths(subject.seq_len), subject.tokens
+    try:
+        return by_length(causal, lengths, lambda v, n: v.change(tokens[:, :n]), "cut to")
+    except Broken as broken:
+        raise Skip(f"The model takes no shorter input: {broken}.") from broken
 
 
 @check(
@@ -200,18 +206,14 @@ def row_independence(subject: Subject, variants: list[Variant]) -> list[Measure]
     for variant in variants:
         rng, same, other = subject.rng(12), variant.same_shape, variant.other_shape
         for row in {0, rows - 1}:
-            others = np.arange(rows) != row
-            tokens = subject.tokens.copy()
-            tokens[others] = subject.other_tokens(rng, tokens[others])
+            tokens = subject.replaced(rng, np.arange(rows) != row)
             worst.add(variant.change(tokens)[[row]], same, variant, "the other rows replaced")
         order = np.roll(np.arange(rows), 1)
         moved = change(variant.logits(subject.tokens[order]), variant.base[order])
         worst.add(moved, other, variant, "rows permuted")
         wide, logits = variant.wide
         if len(wide) > rows:
-            moved = np.stack(
-                [change(z[None], variant.base[i % rows][None])[0] for i, z in enumerate(logits)]
-            )
+            moved = change(logits, variant.base[np.arange(len(wide)) % rows])
             worst.add(moved, other, variant, "more rows in the batch")
         try:
             for row in {0, rows - 1}:
@@ -236,27 +238,18 @@ def context_use(subject: Subject, variants: list[Variant]) -> list[Measure]:
         rng, moved = subject.rng(13), []
         # One row at a time: what comes from another row is no context.
         for row in range(subject.rows):
-            tokens = subject.tokens.copy()
-            tokens[row, :cut] = subject.other_tokens(rng, tokens[row, :cut])
+            tokens = subject.replaced(rng, np.s_[row, :cut])
             moved.append(float(variant.change(tokens)[row, cut:].max()))
         found.append((min(moved), variant))
         if min(moved) > variant.same_shape:
             break
     least, variant = max(found, key=lambda pair: pair[0] / pair[1].same_shape)
-    # Without params, a projection that starts at zero looks the same.
-    blind = subject.params is None
-    return [
-        holds(
-            least > variant.same_shape,
-            "change of later logits by earlier tokens, of the row with the least",
-            least,
-            limit=f"more than {variant.same_shape:.2g}",
-            otherwise="warn" if blind else "fail",
-            where="give params to tell this from a projection that starts at zero" if blind else "",
-            key="least_change",
-        ),
-        note("parameters", variant.name),
-    ]
+    what, more = "change of later logits by earlier tokens, of the row with the least", {}
+    if subject.params is None:
+        why = "a projection that starts at zero looks the same; give params to tell"
+        more = {"otherwise": "warn", "where": why}
+    found_by = note("parameters", variant.name)
+    return [moves(what, least, variant.same_shape, key="least_change", **more), found_by]
 
 
 @check(
@@ -267,17 +260,10 @@ def reference(subject: Subject, variants: list[Variant]) -> list[Measure]:
     """Another implementation of the same function gives the same logits at every length."""
     if subject.reference is None:
         raise give("reference")
-    worst, refused = Worst(), {}
-    for variant in variants:
-        for n in (*odd_lengths(subject.seq_len), subject.seq_len):
-            tokens = subject.tokens[:, :n]
-            try:
-                moved = change(variant.logits(tokens), variant.logits(tokens, subject.reference))
-            except Broken as broken:
-                refused[n] = broken
-                continue
-            worst.add(moved, variant.other_shape, variant, f"against the reference at {n} tokens")
-    if refused and not worst.made + worst.blind:
-        raise next(iter(refused.values()))
-    notes = [note(f"length {n} not compared", str(why)) for n, why in refused.items()]
-    return [*worst.measures(), *notes]
+
+    def moved(variant: Variant, n: int) -> np.ndarray:
+        tokens = subject.tokens[:, :n]
+        return change(variant.logits(tokens), variant.logits(tokens, subject.reference))
+
+    lengths = [*odd_lengths(subject.seq_len), subject.seq_len]
+    return by_length(variants, lengths, moved, "against the reference at")

@@ -3,8 +3,8 @@
 import numpy as np
 
 from lm_jax.doctor.checks import check
-from lm_jax.doctor.findings import Finding, Measure, at_least, at_most, equals, holds, note
-from lm_jax.doctor.model.subject import Subject, Variant, change
+from lm_jax.doctor.findings import Finding, Measure, at_most, equals, note
+from lm_jax.doctor.model.subject import Function, Subject, Variant, change, moves
 
 
 @check(
@@ -47,15 +47,10 @@ def eval_repeats(subject: Subject, output: Finding, noisy: Variant | None = None
 )
 def randomised(subject: Subject, noisy: Variant) -> list[Measure]:
     """Noise in place of all parameters, with which every check is repeated, changes the logits."""
-    moved = float(change(noisy.base, subject.given.base).max())
+    moved = change(noisy.base, subject.given.base).max()
+    what, ignored = "change of a logit by noise for parameters", "the function ignores parameters"
     return [
-        holds(
-            moved > 0,
-            "largest change of a logit with noise in place of all parameters",
-            moved,
-            otherwise="warn",
-            where="the function ignores its parameters",
-        ),
+        moves(what, moved, 0, otherwise="warn", where=ignored, key="change"),
         note("largest logit then", noisy.scale, key="scale"),
     ]
 
@@ -66,34 +61,25 @@ def _training(subject: Subject, tokens: np.ndarray, update: int) -> np.ndarray:
 
 
 @check("Dropout has no effect in training: hand the key (or train=True) down to every layer.")
-def dropout_on(subject: Subject, train_fn: object) -> Measure:
+def dropout_on(subject: Subject, train_fn: Function) -> Measure:
     """In training mode the logits differ from those of evaluation."""
-    gap = float(change(_training(subject, subject.tokens, 0), subject.given.base).max())
-    limit = np.nextafter(subject.given.same_shape, np.inf)
-    return at_least("difference of logits in training and in evaluation", gap, limit, key="change")
+    gap, given = change(_training(subject, subject.tokens, 0), subject.given.base), subject.given
+    return moves("change of a logit by dropout", gap.max(), given.same_shape, key="change")
 
 
 @check(
     "The dropout key is used again. Fold the number of the update into it, and draw the mask for "
     "the whole batch, not for one row."
 )
-def dropout_varies(subject: Subject, train_fn: object) -> list[Measure]:
+def dropout_varies(subject: Subject, train_fn: Function) -> list[Measure]:
     """Masks of dropout differ between updates and between rows."""
     tokens = np.tile(subject.tokens[:1], (subject.rows, 1))  # rows alike but for the mask
     first, second = (_training(subject, tokens, update) for update in (0, 1))
-    between = float(change(first[1:], np.roll(first, 1, 0)[1:]).max())
+    updates, rows = change(first, second).max(), change(first[1:], first[:-1]).max()
     given = subject.given
     return [
-        at_least(what, gap, np.nextafter(limit, np.inf), key=key)
-        for what, gap, limit, key in [
-            (
-                "difference of the logits of updates 0 and 1",
-                float(change(first, second).max()),
-                given.same_shape,
-                "updates",
-            ),
-            ("difference of equal rows", between, given.other_shape, "rows"),
-        ]
+        moves("difference of updates 0 and 1", updates, given.same_shape, key="updates"),
+        moves("difference of equal rows", rows, given.other_shape, key="rows"),
     ]
 
 
@@ -101,7 +87,7 @@ def dropout_varies(subject: Subject, train_fn: object) -> list[Measure]:
     "Derive the dropout key from the seed and the number of the update alone, so that a resumed "
     "run draws the same masks."
 )
-def dropout_repeats(subject: Subject, train_fn: object) -> Measure:
+def dropout_repeats(subject: Subject, train_fn: Function) -> Measure:
     """The same update draws the same masks of dropout when it is run again."""
     first, again = (_training(subject, subject.tokens, 1) for _ in range(2))
     gap = float(change(first, again).max())

@@ -1,6 +1,6 @@
 """Packed and padded rows: does a document see its neighbours, or padding?"""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ from lm_jax.doctor.checks import check
 from lm_jax.doctor.facts import Broken, call
 from lm_jax.doctor.findings import Measure, none, note
 from lm_jax.doctor.model.causality import Worst
-from lm_jax.doctor.model.subject import Subject, Variant, change
+from lm_jax.doctor.model.subject import Function, Subject, Variant, change
 
 
 def documents(subject: Subject, splits: Sequence[int] = ()) -> np.ndarray:
@@ -26,7 +26,7 @@ def documents(subject: Subject, splits: Sequence[int] = ()) -> np.ndarray:
     "segment[t] == segment[s] in every layer, or do not pack."
 )
 def segment_isolation(
-    subject: Subject, segmented: Callable[..., Any], variants: list[Variant]
+    subject: Subject, segmented: Function, variants: list[Variant]
 ) -> list[Measure]:
     """Replacing one document of a packed row leaves the logits of the others as they are."""
     ids = documents(subject, (subject.seq_len // 3 | 1, 2 * subject.seq_len // 3 | 1))
@@ -36,7 +36,7 @@ def segment_isolation(
         base = variant.logits(subject.tokens, segmented, ids).copy()
         for document in range(1, ids.max() + 1):
             inside = ids == document
-            tokens = np.where(inside, subject.other_tokens(rng, subject.tokens), subject.tokens)
+            tokens = subject.replaced(rng, inside)
             moved = change(variant.logits(tokens, segmented, ids), base)
             how = f"document {document} of {ids.max()} in a row replaced"
             worst.add(np.where(inside, 0, moved), variant.same_shape, variant, how)
@@ -48,7 +48,7 @@ def segment_isolation(
     "every segment."
 )
 def segment_restart(
-    subject: Subject, segmented: Callable[..., Any], variants: list[Variant]
+    subject: Subject, segmented: Function, variants: list[Variant]
 ) -> list[Measure]:
     """A document at the start of a row and the same one in its middle have the same logits."""
     # A power of two, so that the borders of blocks, if attention is local to them, move along.
@@ -71,9 +71,7 @@ def segment_restart(
     "With padding in the batch a position sees later tokens or the padding. The padding mask must "
     "be combined with the causal mask (and), not replace it."
 )
-def padding_mask(
-    subject: Subject, segmented: Callable[..., Any], causal: list[Variant]
-) -> list[Measure]:
+def padding_mask(subject: Subject, segmented: Function, causal: list[Variant]) -> list[Measure]:
     """With padding at the end of a row, neither it nor later tokens change a position's logits."""
     real = 2 * subject.seq_len // 3 | 1
     ids = documents(subject)
@@ -83,8 +81,7 @@ def padding_mask(
         rng = subject.rng(15)
         base = variant.logits(subject.tokens, segmented, ids).copy()
         for cut in sorted({1, real // 2 | 1, real - 1, real}):
-            tokens = subject.tokens.copy()
-            tokens[:, cut:] = subject.other_tokens(rng, tokens[:, cut:])
+            tokens = subject.replaced(rng, np.s_[:, cut:])
             moved = change(variant.logits(tokens, segmented, ids), base)[:, :cut]
             how = f"padding from {real} on, tokens from {cut} on replaced"
             worst.add(moved, variant.same_shape, variant, how)
@@ -95,9 +92,7 @@ def padding_mask(
     "A position without any key to attend to must give output 0 and gradient 0. Replace the scores "
     "before the softmax (and the result after it) with where, not only the result."
 )
-def masked_rows(
-    subject: Subject, segmented: Callable[..., Any], variants: list[Variant]
-) -> list[Measure]:
+def masked_rows(subject: Subject, segmented: Function, variants: list[Variant]) -> list[Measure]:
     """Padding at the start of a row, and a row of padding, give finite logits and gradients."""
     ids = documents(subject)
     ids[0, : subject.seq_len // 3 | 1] = 0

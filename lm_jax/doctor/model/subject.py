@@ -26,9 +26,10 @@ from lm_jax.doctor.facts import (
     real,
     whole,
 )
-from lm_jax.doctor.findings import Finding
+from lm_jax.doctor.findings import Finding, Measure, holds, shown
 from lm_jax.doctor.numbers import FLOAT32_EPS, resolution, roundoff
 
+Function = Callable[..., Any]
 CAUSAL = "causal"
 MOST_LOGITS = 1 << 24  # of one call, where more rows than two only make for fewer calls
 MASK_VALUE = 1e4  # numbers of this size stand for an infinity in a mask and are no parameters
@@ -44,9 +45,9 @@ class Subject(Facts):
     """
 
     fn: Annotated[
-        Callable[..., Any],
-        "(tokens int32 [B, T]) -> logits [B, T, V]; with `params`, (params, tokens). Attributes "
-        "`params` and `train_fn` of a function of two arguments are taken where none are given.",
+        Function,
+        "(tokens int32 [B, T]) -> logits [B, T, V]; with `params`, (params, tokens). Its own "
+        "attributes `params` and `train_fn`, as `torch_model` has them, need not be given.",
         function,
     ]
     _: dataclasses.KW_ONLY
@@ -62,35 +63,27 @@ class Subject(Facts):
         '"causal", "bidirectional" or "masked"; causal checks are skipped for the others.',
         one_of(CAUSAL, "bidirectional", "masked"),
     ] = CAUSAL
-    trained: Annotated[bool, "the parameters are trained: checks of fresh ones are skipped."] = (
-        False
-    )
+    trained: Annotated[bool, "checks of fresh parameters are skipped."] = False
     segmented: Annotated[
-        Callable[..., Any] | None,
-        "as `fn` with a further argument segment_ids int32 [B, T], 0 for padding.",
+        Function | None,
+        "as `fn`, and a last argument segment_ids int32 [B, T], 0 for padding.",
         function,
     ] = None
     train_fn: Annotated[
-        Callable[..., Any] | None,
-        "as `fn` with a further argument, the number of the update: the forward pass of that "
-        "update with dropout on. Leave it out where no dropout is used.",
+        Function | None,
+        "as `fn`, and a last argument, the number of the update: the forward pass of that update "
+        "with dropout on. Leave it out where no dropout is used.",
         function,
     ] = None
     attention: Annotated[
-        Callable[..., Any] | None,
-        "as `fn`, but returns attention probabilities [..., T, T].",
-        function,
+        Function | None, "as `fn`, but returns attention probabilities [..., T, T].", function
     ] = None
-    reference: Annotated[Callable[..., Any] | None, "another implementation of `fn`.", function] = (
-        None
-    )
+    reference: Annotated[Function | None, "another implementation of `fn`.", function] = None
     batch_size: Annotated[
         int | None, "rows of a batch; 3 if left out, and 2 where logits are large.", whole(2)
     ] = None
     seed: Annotated[int, "of the inputs and of the noise.", whole()] = 0
-    sample: Annotated[Any, "ids [N, T] of text like that which a trained model was trained on."] = (
-        None
-    )
+    sample: Annotated[Any, "ids [N, T] of text as a trained model was trained on."] = None
     token_table: Annotated[Any, "the token embedding, [V, D]."] = None
     position_table: Annotated[Any, "the position embedding, [T, D], if there is one."] = None
     tied: Annotated[bool, "`token_table` is declared to be the head as well."] = False
@@ -109,13 +102,17 @@ class Subject(Facts):
     def __post_init__(self) -> None:
         """Refuse what no check could use; copy what the function may change."""
         super().__post_init__()
-        if self.params is None and _arguments(self.fn) == 2:
-            self.params = getattr(self.fn, "params", None)
+        # What merely has an attribute of that name takes tokens alone.
+        owns = hasattr(self.fn, "params") and "params" in inspect.signature(self.fn).parameters
+        if self.params is None and owns:
+            self.params = self.fn.params  # type: ignore[attr-defined]
             self.train_fn = self.train_fn or getattr(self.fn, "train_fn", None)
-        names = _by_memory(trees.float_leaves(self.params))
+        # Leaves of one piece of memory are one parameter; it goes by the first of their names.
+        before = trees.float_leaves(self.params)
+        first = {(x.ctypes.data, x.size): name for name, x in reversed(before.items())}
         self.params = trees.copies(self.params)
         leaves = trees.float_leaves(self.params)
-        self.leaves = {name: leaves[name] for name in names}
+        self.leaves = {name: leaves[name] for name in before if name in first.values()}
         for name in ("token_table", "position_table"):
             if (table := getattr(self, name)) is not None:
                 setattr(self, name, np.array(trees.as_array(table)))
@@ -136,6 +133,12 @@ class Subject(Facts):
         step = rng.integers(1, span, tokens.shape, dtype=np.int32)
         return self.lowest + (tokens - self.lowest + step) % span
 
+    def replaced(self, rng: np.random.Generator, where: Any) -> np.ndarray:
+        """The subject's tokens with others at an index."""
+        tokens = self.tokens.copy()
+        tokens[where] = self.other_tokens(rng, tokens[where])
+        return tokens
+
     def restore(self) -> None:
         """Call what was last called with noise again: it may have put that into a module."""
         for fn, *more in list(self.altered.values()):
@@ -152,21 +155,20 @@ class Subject(Facts):
             return Precision(roundoff(self.compute_dtype), f"{self.compute_dtype}, declared")
         if (backend := jax.default_backend()) != "cpu":  # float32 products may be rounded more
             return Precision(roundoff(jnp.bfloat16), f"{backend} products")
-        narrow = [jnp.dtype(self.given.dtype), *(x.dtype for x in self.leaves.values())]
+        narrow = [self.given.dtype, *(x.dtype for x in self.leaves.values())]
+        how = "the narrowest dtype inside"
         try:
             text = str(jax.make_jaxpr(self.fn)(*self.given.leading, self.tokens))
+            inside = {"bf16": jnp.bfloat16, "f16": jnp.float16, "f32": jnp.float32}
+            narrow += [t for name, t in inside.items() if re.search(rf"\b{name}\[", text)]
         except Exception:  # of code that is not JAX's
             if not self.leaves:
                 return Precision(roundoff(jnp.bfloat16), "bfloat16, as the inside cannot be seen")
-            text, how = "", "the narrowest of parameters and logits"
-            few = self.given.base[0, :4]
-            if np.unique(few).size > few.size // 2 and resolution(few) == 2.0**-7:
-                narrow.append(jnp.dtype(jnp.bfloat16))
-        else:
-            how = "the narrowest dtype inside"
-        found = {"bf16": jnp.bfloat16, "f16": jnp.float16, "f32": jnp.float32}
-        narrow += [jnp.dtype(t) for name, t in found.items() if re.search(rf"\b{name}\[", text)]
-        dtype = max(narrow, key=roundoff)
+            how = "the narrowest of parameters and logits"
+            some = self.given.base[0, :4]
+            if np.unique(some).size > some.size // 2 and resolution(some) == 2.0**-7:
+                narrow.append(jnp.bfloat16)
+        dtype = max(map(jnp.dtype, narrow), key=roundoff)
         return Precision(roundoff(dtype), f"{dtype}, {how}")
 
 
@@ -186,7 +188,7 @@ class Variant:
         self.leading = () if params is None else (params,)
         self.dtype = np.dtype(np.float32)  # of the logits, known after the first call
 
-    def ask(self, name: str, fn: Callable[..., Any], tokens: np.ndarray, *more: Any) -> np.ndarray:
+    def ask(self, name: str, fn: Function, tokens: np.ndarray, *more: Any) -> np.ndarray:
         """What a function returns with these parameters, as an array."""
         if self is self.subject.given:
             self.subject.altered.pop(id(fn), None)
@@ -196,7 +198,7 @@ class Variant:
         raw = call(name, fn, *self.leading, tokens.copy(), *more)
         return call(f"numpy.asarray of what {name} returned", trees.as_array, raw)
 
-    def logits(self, tokens: np.ndarray, fn: Callable | None = None, *more: Any) -> np.ndarray:
+    def logits(self, tokens: np.ndarray, fn: Function | None = None, *more: Any) -> np.ndarray:
         """Logits [B, T, V] in float32 or wider.
 
         Args:
@@ -225,7 +227,7 @@ class Variant:
             )
         return values
 
-    def change(self, tokens: np.ndarray, fn: Callable | None = None, *more: Any) -> np.ndarray:
+    def change(self, tokens: np.ndarray, fn: Function | None = None, *more: Any) -> np.ndarray:
         """Largest change of a logit [B, T] from `base`, for as many rows and positions."""
         return change(self.logits(tokens, fn, *more), self.base)
 
@@ -270,8 +272,10 @@ class Variant:
         unit, subject = self.subject.precision.unit, self.subject
         response = 0.0
         if self.params is not None:
-            nudged = Variant(subject, self.name, trees.nudge(self.params, unit, subject.seed))
-            response = float(change(nudged.logits(subject.tokens), self.base).max())
+            with np.errstate(over="ignore"):  # of what stands for infinity
+                nudged = _but_masks(self.params, trees.nudge(self.params, unit, subject.seed))
+            logits = Variant(subject, self.name, nudged).logits(subject.tokens)
+            response = float(change(logits, self.base).max())
         return max(8 * unit * self.scale, 4 * response)
 
 
@@ -284,17 +288,18 @@ def change(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     )
 
 
+def moves(what: str, change: Any, rounding: float, **more: Any) -> Measure:
+    """A change that must be larger than rounding. See `findings.holds` for `more`."""
+    ok, limit = bool(change > rounding), f"more than {shown(rounding)}"
+    return holds(ok, what, float(change), limit=limit, **more)
+
+
 @fixture
 def noisy(subject: Subject, params: Any) -> Variant:
     """The box with noise in place of every parameter, if it bears that."""
     if not subject.leaves:
         raise Skip("params holds no floating-point array of NumPy, JAX or PyTorch.")
-
-    noise = jax.tree.map(
-        lambda leaf, noise: leaf if _fixed(leaf) else noise,
-        params,
-        trees.randomise(params, subject.seed),
-    )
+    noise = _but_masks(params, trees.randomise(params, subject.seed))
     made = Variant(subject, "randomised", noise)
     try:
         made.logits(subject.tokens)
@@ -319,34 +324,15 @@ def causal(objective: str, variants: list[Variant]) -> list[Variant]:
     return variants
 
 
-def _fixed(leaf: Any) -> bool:
-    """Whether a leaf is a constant that hides later positions: noise there would be a leak.
+def _but_masks(params: Any, changed: Any) -> Any:
+    """The changed parameters, but masks as given: noise in those would itself be a leak."""
 
-    It holds numbers that stand for infinity, or is triangular.
-    """
-    if not trees.is_float_leaf(leaf):
-        return True
-    x = trees.as_array(leaf).astype(np.float32)
-    square = x.ndim > 1 and 1 < x.shape[-1] == x.shape[-2]
-    triangular = square and x.any() and not np.triu(x, 1).any()
-    return bool(triangular or (np.abs(x) >= MASK_VALUE).any())
+    def fixed(leaf: Any) -> bool:
+        if not trees.is_float_leaf(leaf) or trees.is_mask(leaf):
+            return True
+        x = trees.as_array(leaf).astype(np.float32)
+        square = x.ndim > 1 and 1 < x.shape[-1] == x.shape[-2]
+        triangular = square and x.any() and not np.triu(x, 1).any()
+        return bool(triangular or (np.abs(x) >= MASK_VALUE).any())
 
-
-def _by_memory(leaves: trees.Arrays) -> list[str]:
-    """Names of the leaves, without those that are the memory of an earlier one."""
-    first: dict[Any, str] = {}
-    for name, leaf in leaves.items():
-        first.setdefault((leaf.__array_interface__["data"][0], leaf.size), name)
-    return list(first.values())
-
-
-def _arguments(function: Callable[..., Any]) -> int:
-    """How many arguments a function needs; 0 where Python cannot tell."""
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):
-        return 0
-    return sum(
-        p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-        for p in parameters
-    )
+    return jax.tree.map(lambda leaf, new: leaf if fixed(leaf) else new, params, changed)

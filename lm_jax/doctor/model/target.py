@@ -1,6 +1,5 @@
 """Which token do the logits of a position predict, and what do its attention weights sum to?"""
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -9,7 +8,7 @@ from lm_jax.doctor import numbers, trees
 from lm_jax.doctor.checks import check
 from lm_jax.doctor.facts import Broken, Skip
 from lm_jax.doctor.findings import Measure, at_most, equals, holds, note
-from lm_jax.doctor.model.subject import CAUSAL, Subject, Variant
+from lm_jax.doctor.model.subject import CAUSAL, Function, Subject, Variant, moves
 
 OFFSETS = (-2, -1, 0, 1, 2, 3)
 
@@ -61,13 +60,7 @@ def offset_scan(subject: Subject, sample: Any) -> list[Measure]:
             otherwise="fail" if clear else "warn",
             key="best",
         ),
-        holds(
-            clear,
-            f"nats more at {rival:+d} than at +1",
-            str(margin),
-            otherwise="warn",
-            where="not told apart",
-        ),
+        holds(clear, f"nats more at {rival:+d} than at +1", str(margin), otherwise="warn"),
         *(note(f"nats of token t{k:+d}", value, key=f"t{k:+d}") for k, value in means.items()),
     ]
 
@@ -77,7 +70,7 @@ def offset_scan(subject: Subject, sample: Any) -> list[Measure]:
     "and a softmax of probabilities is nearly flat."
 )
 def attention_softmax(
-    subject: Subject, attention: Callable[..., Any], variants: list[Variant]
+    subject: Subject, attention: Function, variants: list[Variant]
 ) -> list[Measure]:
     """Attention probabilities are those of one softmax over the visible keys.
 
@@ -93,17 +86,11 @@ def attention_softmax(
         error = max(error, numbers.gap(probs.sum(-1), 1))
         future = max(future, numbers.gap(np.triu(probs, 1))) if causal else 0.0
         excess = max(excess, float((probs.max(-1) - np.e / (np.e + visible - 1))[..., 1:].max()))
+    what, alone = "largest probability, above what a second softmax could give", len(variants) == 1
+    flat: Any = {"otherwise": "warn", "where": "flat scores look the same"} if alone else {}
     return [
         # Each of T probabilities is rounded once, and they sum to 1.
         at_most("a sum over keys less 1", error, 4 * subject.precision.unit, key="error"),
         at_most("largest probability of a later position", future, 0, key="future"),
-        holds(
-            excess > 0,
-            "largest probability, above what a second softmax could give",
-            excess,
-            limit="above 0",
-            otherwise="fail" if len(variants) > 1 else "warn",
-            where="flat scores look the same" if len(variants) == 1 else "",
-            key="excess",
-        ),
+        moves(what, excess, 0, key="excess", **flat),
     ]
