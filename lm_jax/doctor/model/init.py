@@ -23,14 +23,6 @@ def fresh(trained: bool) -> bool:
     return True
 
 
-@fixture
-def leaves(subject: Subject, params: Any) -> trees.Arrays:
-    """Floating-point leaves by path, as they were given."""
-    if not subject.leaves:
-        raise Skip("params holds no floating-point array of NumPy, JAX or PyTorch.")
-    return subject.leaves
-
-
 @check(
     "Lower the scale of the output layer or of the position table until the first loss is near "
     "ln V; a tied table needs a std near 1/sqrt(d) or less."

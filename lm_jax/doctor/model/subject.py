@@ -295,10 +295,16 @@ def moves(what: str, change: Any, rounding: float, **more: Any) -> Measure:
 
 
 @fixture
-def noisy(subject: Subject, params: Any) -> Variant:
-    """The box with noise in place of every parameter, if it bears that."""
+def leaves(subject: Subject, params: Any) -> trees.Arrays:
+    """Floating-point leaves by path, as they were given."""
     if not subject.leaves:
         raise Skip("params holds no floating-point array of NumPy, JAX or PyTorch.")
+    return subject.leaves
+
+
+@fixture
+def noisy(subject: Subject, params: Any, leaves: trees.Arrays) -> Variant:
+    """The box with noise in place of every parameter, if it bears that."""
     noise = _but_masks(params, trees.randomise(params, subject.seed))
     made = Variant(subject, "randomised", noise)
     try:
