@@ -1,6 +1,15 @@
 """Checks that find out why a language-model run went wrong, or will.
 
-Example:
+Examples:
+    A model written in PyTorch: does a position see later tokens, does a fresh model start at ln V?
+
+    ```python
+    report = doctor.examine_model(doctor.torch_model(module), vocab_size=65, seq_len=32)
+    report.show()
+    ```
+
+    The log of a run:
+
     ```python
     report = lm_jax.doctor.examine_log(lm_jax.open_run("runs/example").history())
     report.show()
@@ -17,6 +26,7 @@ from lm_jax.doctor.log import examine_log
 from lm_jax.doctor.loss import examine_loss
 from lm_jax.doctor.model import examine_model
 from lm_jax.doctor.optimiser import examine_optimiser
+from lm_jax.doctor.pytorch import torch_loss, torch_model
 from lm_jax.doctor.training import examine_training
 
 __all__ = [
@@ -33,4 +43,6 @@ __all__ = [
     "examine_model",
     "examine_optimiser",
     "examine_training",
+    "torch_loss",
+    "torch_model",
 ]

@@ -6,17 +6,17 @@ import numpy as np
 import optax
 
 LEAKS = {  # row of the catalogue, and the checks that see it in the forward pass
-    "bidirectional": (13, "causality.suffix_swap"),
-    "off_by_one": (14, "causality.token_swap"),
-    "chunk_mean": (15, "causality.suffix_swap"),
-    "circular": (16, "causality.suffix_swap"),
-    "time_mean": (16, "causality.truncation"),
-    "batch_time_norm": (16, "causality.row_independence"),
-    "pair": (17, "causality.suffix_swap"),
-    "gated": (18, "causality.suffix_swap"),
-    "row_zero": (21, "causality.row_independence"),
-    "batch_axis": (22, "causality.context_use"),
-    "reshape": (23, "causality.truncation"),
+    "bidirectional": (13, "model.suffix_swap"),
+    "off_by_one": (14, "model.token_swap"),
+    "chunk_mean": (15, "model.suffix_swap"),
+    "circular": (16, "model.suffix_swap"),
+    "time_mean": (16, "model.truncation"),
+    "batch_time_norm": (16, "model.row_independence"),
+    "pair": (17, "model.suffix_swap"),
+    "gated": (18, "model.suffix_swap"),
+    "row_zero": (21, "model.row_independence"),
+    "batch_axis": (22, "model.context_use"),
+    "reshape": (23, "model.truncation"),
 }
 HEALTHY = ("correct", "convolution", "window", "tied")
 D, LENGTHS = 32, 128

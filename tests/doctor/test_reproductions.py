@@ -171,12 +171,12 @@ def attends_rows(q, k, v):
     return right(q, k, v).transpose(2, 1, 0, 3)
 
 
-@fault(22, "causality.row_independence")
-@fault(22, "causality.context_use")
+@fault(22, "model.row_independence")
+@fault(22, "model.context_use")
 def test_tinker_attention():
     report = examine(attends_rows)
-    assert {"causality.row_independence", "causality.context_use"} <= set(report.failed)
-    assert "causality.suffix_swap" not in report.failed  # the future is not what leaks
+    assert {"model.row_independence", "model.context_use"} <= set(report.failed)
+    assert "model.suffix_swap" not in report.failed  # the future is not what leaks
 
 
 def test_tinker_loss_has_no_shift():
@@ -234,11 +234,11 @@ def musota(masked):
     return examine_model(apply, params=params, vocab_size=V, seq_len=T)
 
 
-@fault(13, "causality.suffix_swap")
+@fault(13, "model.suffix_swap")
 def test_musota_has_no_mask():
     assert silent(musota(masked=True))
     report = musota(masked=False)
-    assert "causality.suffix_swap" in report.failed
+    assert "model.suffix_swap" in report.failed
 
 
 # MLP-cuda: keys and values as one [T, C] matrix, and a hand-written backward.
@@ -250,18 +250,18 @@ def first_row_and_head(q, k, v):
     return jax.nn.softmax(q @ k.swapaxes(2, 3) * q.shape[-1] ** -0.5) @ v
 
 
-@fault(21, "causality.row_independence")
-@fault(13, "causality.suffix_swap")
+@fault(21, "model.row_independence")
+@fault(13, "model.suffix_swap")
 def test_mlp_cuda_attention():
     report = examine(first_row_and_head)
-    assert {"causality.row_independence", "causality.suffix_swap"} <= set(report.failed)
+    assert {"model.row_independence", "model.suffix_swap"} <= set(report.failed)
 
 
-@fault(59, "init.identical_leaves")
+@fault(59, "model.identical_leaves")
 def test_mlp_cuda_layers_of_one_seed():
     params = init(0, same_seed=True)
     report = examine_model(decode, params=params, vocab_size=V, seq_len=T)
-    assert "init.identical_leaves" in report.failed
+    assert "model.identical_leaves" in report.failed
 
 
 def written_backward(params, buffer):

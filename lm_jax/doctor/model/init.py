@@ -2,247 +2,207 @@
 
 import fnmatch
 import hashlib
+import math
 from typing import Any
 
 import jax
 import numpy as np
 
-from lm_jax.doctor.model.subject import Model, Variant, like, named_leaves
-from lm_jax.doctor.old import Skip, Status, Verdict, check, verdict
+from lm_jax.doctor import numbers, trees
+from lm_jax.doctor.checks import check, fixture
+from lm_jax.doctor.facts import Skip
+from lm_jax.doctor.findings import Measure, at_least, at_most, holds, none, note
+from lm_jax.doctor.model.subject import Subject, Variant, change, moves
 
 
-def fresh(model: Model) -> None:
-    """Skip a check of fresh parameters where they are declared trained."""
-    if model.trained:
-        raise Skip("the parameters are declared trained")
-
-
-def leaves_of(model: Model) -> dict[str, np.ndarray]:
-    """Floating-point leaves by path, or a skip."""
-    if model.params is None:
-        raise Skip("no parameters were given (params)")
-    return named_leaves(model.params)
+@fixture
+def fresh(trained: bool) -> bool:
+    """The parameters are not trained, or there is nothing to look at."""
+    if trained:
+        raise Skip("The parameters are declared trained.")
+    return True
 
 
 @check(
-    "init.loss",
-    remedy="Lower the scale of the output layer or of the position table until the first loss is "
-    "near ln V; a tied table needs a std near 1/sqrt(d) or less.",
+    "Lower the scale of the output layer or of the position table until the first loss is near "
+    "ln V; a tied table needs a std near 1/sqrt(d) or less."
 )
-def first_loss(model: Model) -> Verdict:
-    """The loss at the start must be ln V and half the variance of the logits, and not much.
+def loss(subject: Subject, fresh: bool) -> list[Measure]:
+    """The loss at the start is ln V and half the variance of the logits, and that is not much.
 
     The mean over v of -log softmax(z)_v is ln V + Var(z) / 2 for normal logits; the logit of the
     position's own token, which a tied table raises, is counted apart.
     """
-    fresh(model)
-    z = np.asarray(model.given.base, np.float64)
-    V = model.vocab_size
-    own = np.take_along_axis(z, model.tokens[..., None], -1)[..., 0]
-    rest_mean = (z.sum(-1) - own) / (V - 1)
-    rest_var = (np.square(z - rest_mean[..., None]).sum(-1) - np.square(own - rest_mean)) / (V - 1)
-    top = z.max(-1)
-    nats = top + np.log(np.exp(z - top[..., None]).sum(-1)) - z.mean(-1)
-    chance = float(np.log(V))
+    V = subject.vocab_size
+    base, ids = subject.given.base.reshape(-1, V), subject.tokens.ravel()
+    some = slice(None, None, 1 + (base.size >> 22))  # positions enough, of large logits
+    z = base[some].astype(np.float64)
+    own = np.take_along_axis(z, ids[some, None], -1)[:, 0]
+    mean = (z.sum(-1) - own) / (V - 1)
+    variance = (np.square(z - mean[:, None]).sum(-1) - np.square(own - mean)) / (V - 1)
+    nats = -numbers.log_softmax(z).mean(-1)
     # log of V - 1 others and the own token, each measured from the mean of the others.
-    lift = own - rest_mean
-    expected = np.logaddexp(np.log(V - 1) + rest_var / 2, lift) - lift / V
-    gap = float((nats - expected).mean())
-    variance = float(rest_var.mean())
+    lift = own - mean
+    expected = np.logaddexp(np.log(V - 1) + variance / 2, lift) - lift / V
+    half = float(variance.mean()) / 2
     # The second term is the bias of a log of a mean over V normal logits (delta method).
-    allowed = 0.1 + float(np.expm1(min(variance, 30.0))) / (2 * V)
-    evidence = (
-        f"First loss on uniform tokens {nats.mean():.3f} nats, expected {expected.mean():.3f}: "
-        f"ln V = {chance:.3f}, half the logit variance {variance / 2:.3f}, own token's logit "
-        f"{lift.mean():+.3f} above the mean; the difference is {gap:+.3f}, allowed {allowed:.2g}."
-    )
-    values: dict[str, Any] = {
-        "loss": float(nats.mean()),
-        "expected": float(expected.mean()),
-        "ln_v": chance,
-    }
-    if variance / 2 >= chance:
-        evidence += " The logits alone cost more than there is to learn."
-        return verdict(False, evidence, logit_variance=variance, **values)
-    return verdict(abs(gap) <= allowed, evidence, logit_variance=variance, **values)
+    allowed = 0.1 + math.expm1(min(2 * half, 30.0)) / (2 * V)
+    gap = float((nats - expected).mean())
+    return [
+        at_most("half the variance of the logits", half, math.nextafter(math.log(V), 0)),
+        at_most("distance of the first loss from what is expected of it", abs(gap), allowed),
+        note("first loss on uniform tokens, nats", float(nats.mean()), key="loss"),
+        note("expected", float(expected.mean())),
+        note("ln V", math.log(V), key="ln_v"),
+        note("own token's logit above the mean", float(lift.mean())),
+    ]
 
 
 @check(
-    "init.probabilities",
-    remedy="Return logits: the loss applies the softmax itself, and a second one leaves the "
-    "largest probability at e / (e + V - 1).",
+    "Return logits: the loss applies the softmax itself, and a second one leaves the largest "
+    "probability at e / (e + V - 1)."
 )
-def probabilities(model: Model) -> Verdict:
-    """What the model returns must not be probabilities already."""
-    worst = max(float(np.abs(v.base.sum(-1) - 1).max()) for v in model.variants)
-    lowest = min(float(v.base.min()) for v in model.variants)
-    are = lowest >= 0 and worst <= 4 * model.precision[0]
-    evidence = f"Sums over ids differ from 1 by up to {worst:.3g}; the lowest value is {lowest:.3g}"
-    return verdict(not are, evidence + (": these are probabilities." if are else "."), sums=worst)
+def probabilities(subject: Subject, variants: list[Variant]) -> Measure:
+    """What the model returns are no probabilities: it has negative values, or sums other than 1."""
+    sums = max(numbers.gap(v.base.sum(-1), 1) for v in variants)
+    lowest = min(float(v.base.min()) for v in variants)
+    ok = lowest < 0 or sums > 4 * subject.precision.unit
+    what = "distance of sums over ids from 1"
+    return holds(ok, what, sums, where="no value is negative: these are probabilities", key="sums")
+
+
+def drawn(part: np.ndarray) -> bool:
+    """Whether numbers look drawn at random: many values, that turn as often as noise does.
+
+    Along an axis of n independent numbers, 2 (n - 2) / 3 are larger or smaller than both their
+    neighbours, with a variance of (16 n - 29) / 90. Decays, slopes, frequencies and sinusoids,
+    which are equal in every layer by design, turn less often.
+    """
+    if (
+        part.size < 8
+        or not np.isfinite(part).all()
+        or np.unique(part).size <= min(16, part.size // 2)
+    ):
+        return False
+    for axis in (axis for axis, n in enumerate(part.shape) if n > 2):
+        steps = np.sign(np.diff(part.astype(np.float64), axis=axis))
+        turns = np.count_nonzero(np.diff(steps, axis=axis))
+        n, lines = part.shape[axis], part.size // part.shape[axis]
+        if turns < lines * 2 * (n - 2) / 3 - 3 * math.sqrt(lines * (16 * n - 29) / 90):
+            return False
+    return True
 
 
 @check(
-    "init.identical_leaves",
-    remedy="Draw every parameter from a key of its own (split or fold in the layer's number); a "
-    "table that is meant to be tied must be one leaf, not a copy.",
+    "Draw every parameter from a key of its own (split or fold in the layer's number); a table "
+    "that is meant to be tied must be one leaf, not a copy."
 )
-def identical_leaves(model: Model) -> Verdict:
-    """No two leaves, and no two layers of a stacked leaf, may hold the same random numbers."""
-    leaves = leaves_of(model)
+def identical_leaves(leaves: trees.Arrays) -> Measure:
+    """No two leaves, and no two layers of a stacked leaf, hold the same random numbers."""
     seen: dict[bytes, str] = {}
-    twins: list[tuple[str, str]] = []
+    twins, looked = [], 0
     for name, leaf in leaves.items():
         # A leaf [L, ..., ...] of scanned layers is L matrices.
         stacked = leaf.ndim > 2
         for i, part in enumerate(leaf) if stacked else [(-1, leaf)]:
-            if part.size < 2 or (part == part.flat[0]).all():
-                continue  # norms and biases start as constants
+            if not drawn(part):
+                continue
+            looked += 1
             label = f"{name}[{i}]" if stacked else name
-            forms = {digest(part), digest(part.T)} if part.ndim == 2 else {digest(part)}
-            earlier = next((seen[form] for form in forms if form in seen), None)
-            if earlier is None:
-                seen[digest(part)] = label
-            elif not shared(leaves[earlier.split("[")[0]], leaf) or stacked:
-                twins.append((earlier, label))
-    evidence = f"{len(seen) + len(twins)} parameters that are not constant, {len(twins)} of them "
-    evidence += "hold the numbers of another"
-    evidence += "".join(f"; {b} = {a}" for a, b in twins[:4])
-    return verdict(not twins, evidence + ".", twins=twins)
+            forms = {_digest(part), _digest(part.T)} if part.ndim == 2 else {_digest(part)}
+            if earlier := next((seen[form] for form in forms if form in seen), None):
+                twins.append(f"{label} = {earlier}")
+            seen[_digest(part)] = label
+    return none("parameters with the random numbers of another", twins, of=looked, key="twins")
 
 
-def digest(array: np.ndarray) -> bytes:
+def _digest(array: np.ndarray) -> bytes:
     """Hash of shape and contents."""
     array = np.ascontiguousarray(array)
     return hashlib.blake2b(array.tobytes(), person=str(array.shape).encode()[:16]).digest()
 
 
-def shared(a: np.ndarray, b: np.ndarray) -> bool:
-    """Whether both are views of the same memory: one parameter under two names."""
-    return np.may_share_memory(a, b)
+@check(
+    "Find the initialiser of the named parameters; a non-finite value spreads to all others at the "
+    "first update."
+)
+def norms(leaves: trees.Arrays) -> list[Measure]:
+    """All parameters are finite."""
+    bad = [name for name in trees.nonfinite(leaves) if not trees.is_mask(leaves[name])]
+    rms = {name: trees.rms(x) for name, x in leaves.items() if x.size and name not in bad}
+    ends = [f(rms, key=lambda name: rms[name]) for f in (min, max) if rms]
+    return [
+        none("parameters that are not finite", bad, of=len(leaves), key="non_finite"),
+        *(note(f"RMS of {name}", rms[name]) for name in ends),
+    ]
 
 
 @check(
-    "init.norms",
-    remedy="Find the initialiser of the named parameters; a non-finite value spreads to all "
-    "others at the first update.",
+    "Bring the two tables to one scale, so that a position neither drowns the token nor is drowned "
+    "by it."
 )
-def norms(model: Model) -> Verdict:
-    """All parameters must be finite."""
-    leaves = leaves_of(model)
-    rms = {name: root_mean_square(leaf) for name, leaf in leaves.items() if leaf.size}
-    bad = [name for name, value in rms.items() if not np.isfinite(value)]
-    evidence = f"{sum(leaf.size for leaf in leaves.values())} parameters in {len(rms)} leaves, "
-    if bad:
-        return verdict(False, evidence + f"not finite: {', '.join(bad[:4])}.", non_finite=bad)
-    if not rms:
-        raise Skip("params has no floating-point leaf")
-    low, high = min(rms, key=lambda k: rms[k]), max(rms, key=lambda k: rms[k])
-    evidence += f"all finite; RMS from {rms[low]:.3g} ({low}) to {rms[high]:.3g} ({high})."
-    return verdict(True, evidence, rms=rms)
-
-
-def root_mean_square(values: Any) -> float:
-    """Root of the mean square, in float64."""
-    return float(np.sqrt(np.square(np.asarray(values).astype(np.float64)).mean()))
-
-
-@check(
-    "init.position_scale",
-    remedy="Bring the two tables to one scale, so that a position neither drowns the token nor "
-    "is drowned by it.",
-)
-def position_scale(model: Model) -> Verdict:
-    """Neither the token nor its position may be drowned in the sum of the two tables."""
-    fresh(model)
-    if model.token_table is None or model.position_table is None:
-        raise Skip("no tables were given (token_table and position_table)")
-    token, position = root_mean_square(model.token_table), root_mean_square(model.position_table)
+def position_scale(
+    fresh: bool, token_table: np.ndarray, position_table: np.ndarray
+) -> list[Measure]:
+    """Neither the token nor its position drowns in the sum of the two tables."""
+    token, position = trees.rms(token_table), trees.rms(position_table)
     ratio = position / max(token, 1e-30)
     share = min(ratio, 1 / max(ratio, 1e-30)) ** 2
     share /= 1 + share
     weaker = "token" if ratio > 1 else "position"
-    evidence = (
-        f"RMS of the positions {position:.3g}, of the tokens {token:.3g}, ratio {ratio:.3g}: the "
-        f"{weaker} makes {100 * share:.2g} % of the variance of the input. A failure below 1 % "
-        "(a ratio of 10), a warning below 5 %."
-    )
-    status: Status = "fail" if share < 0.01 else "warn"
-    return verdict(share >= 0.05, evidence, otherwise=status, ratio=ratio, share=share)
+    what = f"share of the {weaker} in the variance of the input"
+    grave = "fail" if share < 0.01 else "warn"
+    return [
+        at_least(what, share, 0.05, otherwise=grave, key="share"),
+        note("RMS of positions over that of tokens", ratio, key="ratio"),
+    ]
 
 
 @check(
-    "init.declared_std",
-    remedy="The parameters are not drawn as declared. Check the initialiser and its fan-in, and "
-    "that the key in the config reaches it.",
+    "The parameters are not drawn as declared. Check the initialiser and its fan-in, and that the "
+    "key in the config reaches it."
 )
-def declared_std(model: Model) -> Verdict:
-    """The standard deviation of a leaf must be the declared one, within 5 standard errors."""
-    fresh(model)
-    leaves = leaves_of(model)
-    if not model.init_std:
-        raise Skip("no standard deviations were declared (init_std)")
-    wrong, compared, worst = [], 0, 0.0
-    for pattern, std in model.init_std.items():
-        names = fnmatch.filter(leaves, pattern)
-        if not names:
-            wrong.append(f"{pattern} matches no parameter")
-        for name in names:
-            values = leaves[name].astype(np.float64)
-            # Standard error of the standard deviation of n normal numbers.
-            z = (values.std() / std - 1) * (2 * values.size) ** 0.5
-            worst, compared = max(worst, abs(z)), compared + 1
-            if abs(z) > 5:
-                wrong.append(f"{name} has {values.std():.4g}, declared {std:.4g} ({z:+.0f} SE)")
-    evidence = f"{compared} leaves compared, the furthest {worst:.1f} SE from its declared value"
-    return verdict(not wrong, "; ".join([evidence, *wrong[:4]]) + ".", wrong=wrong)
+def declared_std(fresh: bool, leaves: trees.Arrays, init_std: dict[str, float]) -> Measure:
+    """The standard deviation of a leaf is the declared one, within 5 standard errors."""
+    matches = {pattern: fnmatch.filter(leaves, pattern) for pattern in init_std}
+    wrong = [f"{pattern} matches no parameter" for pattern, names in matches.items() if not names]
+    for name, std in ((name, init_std[p]) for p, names in matches.items() for name in names):
+        found = float(leaves[name].astype(np.float64).std())
+        # The standard error of the standard deviation of n normal numbers is this part of it.
+        if abs(found / std - 1) * (2 * leaves[name].size) ** 0.5 > 5:
+            wrong.append(f"{name} has {found:.4g}, declared {std:.4g}")
+    return none("leaves that are not as declared", wrong, key="wrong")
 
 
 @check(
-    "init.tied_table",
-    remedy="Use one leaf for the embedding and the head; a copy made at the start drifts away "
-    "and is counted twice.",
+    "Use one leaf for the embedding and the head; a copy made at the start drifts away and is "
+    "counted twice."
 )
-def tied_table(model: Model) -> Verdict:
-    """A table declared tied must move logits of ids that are not in the input."""
-    if not model.tied:
-        raise Skip("the table is not declared tied (tied=True)")
-    leaves = leaves_of(model)
-    if model.token_table is None:
-        raise Skip("no token table was given (token_table)")
-    table = np.asarray(model.token_table)
-    same = [n for n, leaf in leaves.items() if digest(leaf) == digest(table)]
+def tied_table(subject: Subject, leaves: trees.Arrays, token_table: np.ndarray) -> list[Measure]:
+    """A table declared tied moves the logits of ids that are not in the input."""
+    if not subject.tied:
+        raise Skip("The table is not declared tied.", "tied")
+    same = [name for name, leaf in leaves.items() if _digest(leaf) == _digest(token_table)]
+    absent = np.setdiff1d(np.arange(subject.vocab_size), subject.tokens)
     if not same:
-        raise Skip("token_table is no leaf of params")
-    absent = np.setdiff1d(np.arange(model.vocab_size), model.tokens)
+        raise Skip("token_table is no leaf of params.")
     if not len(absent):
-        raise Skip("every id is in the input; a larger vocabulary or fewer tokens are needed")
-    changed = table.astype(np.float64)
+        raise Skip("Every id is in the input; a larger vocabulary or fewer tokens are needed.")
+    changed = token_table.astype(np.float64)
     # Noise, not a constant: a layernorm before the head would take a constant away.
-    noise = model.rng(30).standard_normal((len(absent), table.shape[1]))
-    changed[absent] += max(root_mean_square(table), 1e-3) * noise
+    noise = subject.rng(30).standard_normal((len(absent), token_table.shape[1]))
+    changed[absent] += max(trees.rms(token_table), 1e-3) * noise
 
     def replace(path: Any, leaf: Any) -> Any:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return like(leaf, changed) if name == same[0] else leaf
+        return trees.like(leaf, changed) if trees.path_name(path) == same[0] else leaf
 
-    params = jax.tree.map_with_path(replace, model.params)
-    moved = Variant(model, "given", params).logits(model.tokens) - model.given.base
-    here = float(np.abs(moved[..., absent]).max())
-    copies = [n for n, leaf in leaves.items() if leaf.shape in (table.shape, table.shape[::-1])]
-    evidence = (
-        f"Rows of {same[0]} of {len(absent)} ids that are not in the input changed: logits of "
-        f"those ids move by {here:.3g} (rounding {model.given.same_shape:.2g}); leaves of the "
-        f"table's shape: {', '.join(copies)}."
-    )
-    return verdict(here > model.given.same_shape, evidence, change=here, leaves=copies)
-
-
-CHECKS = (
-    first_loss,
-    probabilities,
-    identical_leaves,
-    norms,
-    position_scale,
-    declared_std,
-    tied_table,
-)
+    params = jax.tree.map_with_path(replace, subject.params)
+    logits = Variant(subject, "given", params).logits(subject.tokens)
+    moved = change(logits[..., absent], subject.given.base[..., absent]).max()
+    table = token_table.shape
+    shaped = [name for name, leaf in leaves.items() if leaf.shape in (table, table[::-1])]
+    what, rounding = f"change of logits of {len(absent)} absent ids", subject.given.same_shape
+    return [
+        moves(what, moved, rounding, key="change"),
+        note(f"leaves of the table's shape: {', '.join(shaped)}", shaped, key="leaves"),
+    ]

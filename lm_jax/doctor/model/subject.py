@@ -1,188 +1,256 @@
 """A model as a black box: asked for logits, with the given and with randomised parameters."""
 
+import contextlib
 import dataclasses
 import functools
+import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm_jax.doctor.old import Skip, call, whole
+from lm_jax.doctor import trees
+from lm_jax.doctor.checks import fixture
+from lm_jax.doctor.facts import (
+    Bound,
+    Broken,
+    Facts,
+    Skip,
+    call,
+    function,
+    mapping,
+    one_of,
+    real,
+    whole,
+)
+from lm_jax.doctor.findings import Finding, Measure, holds, shown
+from lm_jax.doctor.numbers import FLOAT32_EPS, resolution, roundoff
 
+Function = Callable[..., Any]
 CAUSAL = "causal"
-OBJECTIVES = (CAUSAL, "bidirectional", "masked")
-MOST_LOGITS = 1 << 24  # of one call
-LEAF_STD = 0.3  # of randomised parameters up to a width of 32, as the leaks were measured
+MOST_LOGITS = 1 << 24  # of one call, where more rows than two only make for fewer calls
+MASK_VALUE = 1e4  # numbers of this size stand for an infinity in a mask and are no parameters
 
 
 @dataclasses.dataclass
-class Model:
-    """What the user handed in, and the inputs that the checks put to it.
+class Subject(Facts):
+    """Examine the forward pass of a language model.
 
-    The fields are the arguments of `examine_model`, which describes them.
+    NumPy goes in; what comes out may be of NumPy, JAX or PyTorch. The function is called about 50
+    times, twice that with parameters, and last with those that were given. `torch_model` makes
+    such a function of a PyTorch module.
     """
 
-    fn: Callable[..., Any]
-    vocab_size: int
-    seq_len: int
-    params: Any = None
-    objective: str = CAUSAL
-    trained: bool = False
-    segmented: Callable[..., Any] | None = None
-    train_fn: Callable[..., Any] | None = None
-    attention: Callable[..., Any] | None = None
-    reference: Callable[..., Any] | None = None
-    batch_size: int = 3
-    seed: int = 0
-    sample: Any = None
-    token_table: Any = None
-    position_table: Any = None
-    tied: bool = False
-    init_std: Mapping[str, float] | None = None
-    compute_dtype: str | None = None
+    fn: Annotated[
+        Function,
+        "(tokens int32 [B, T]) -> logits [B, T, V]; with `params`, (params, tokens). Its own "
+        "attributes `params` and `train_fn`, as `torch_model` has them, need not be given.",
+        function,
+    ]
+    _: dataclasses.KW_ONLY
+    vocab_size: Annotated[int, "V.", whole(2)]
+    seq_len: Annotated[int, "T of most calls; shorter ones are tried as well.", whole(4)]
+    params: Annotated[
+        Any,
+        "pytree of arrays. The checks are then repeated with noise in their place, which finds "
+        "what a zero at the start hides.",
+    ] = None
+    objective: Annotated[
+        str,
+        '"causal", "bidirectional" or "masked"; causal checks are skipped for the others.',
+        one_of(CAUSAL, "bidirectional", "masked"),
+    ] = CAUSAL
+    trained: Annotated[bool, "checks of fresh parameters are skipped."] = False
+    segmented: Annotated[
+        Function | None,
+        "as `fn`, and a last argument segment_ids int32 [B, T], 0 for padding.",
+        function,
+    ] = None
+    train_fn: Annotated[
+        Function | None,
+        "as `fn`, and a last argument, the number of the update: the forward pass of that update "
+        "with dropout on. Leave it out where no dropout is used.",
+        function,
+    ] = None
+    attention: Annotated[
+        Function | None, "as `fn`, but returns attention probabilities [..., T, T].", function
+    ] = None
+    reference: Annotated[Function | None, "another implementation of `fn`.", function] = None
+    batch_size: Annotated[
+        int | None, "rows of a batch; 3 if left out, and 2 where logits are large.", whole(2)
+    ] = None
+    seed: Annotated[int, "of the inputs and of the noise.", whole()] = 0
+    sample: Annotated[Any, "ids [N, T] of text as a trained model was trained on."] = None
+    token_table: Annotated[Any, "the token embedding, [V, D]."] = None
+    position_table: Annotated[Any, "the position embedding, [T, D], if there is one."] = None
+    tied: Annotated[bool, "`token_table` is declared to be the head as well."] = False
+    init_std: Annotated[
+        Mapping[str, float] | None,
+        'declared standard deviations, by pattern of the leaf\'s path, "blocks/*/kernel".',
+        mapping,
+        Bound("give numbers, by pattern", lambda stds: all(map(real, stds.values()))),
+    ] = None
+    compute_dtype: Annotated[
+        str | None,
+        "narrowest dtype inside, where tracing the function cannot show it.",
+        Bound("give a float dtype", trees.names_float),
+    ] = None
 
-    def __post_init__(self):
-        """Refuse arguments that no check could use."""
-        if not callable(self.fn):
-            raise ValueError(f"fn is a {type(self.fn).__name__}; give a function of tokens [B, T].")
-        for name in ("segmented", "train_fn", "attention", "reference"):
-            if getattr(self, name) is not None and not callable(getattr(self, name)):
-                raise ValueError(f"{name} is no function; give one, or leave it out.")
-        for name, least in (("vocab_size", 2), ("seq_len", 4), ("batch_size", 2), ("seed", 0)):
-            whole(getattr(self, name), name, least)
-        if self.objective not in OBJECTIVES:
-            raise ValueError(
-                f"objective is {self.objective!r}; give one of {', '.join(OBJECTIVES)}."
-            )
-        if self.compute_dtype is not None and not names_float(self.compute_dtype):
-            raise ValueError(f"compute_dtype is {self.compute_dtype!r}; give a float dtype.")
-        if self.init_std is not None and not (
-            isinstance(self.init_std, Mapping)
-            and all(isinstance(std, int | float) for std in self.init_std.values())
-        ):
-            raise ValueError(f"init_std is {self.init_std!r}; give a mapping of patterns to stds.")
-        # Id 0 stands for padding in many vocabularies, and a box may well act on it.
+    def __post_init__(self) -> None:
+        """Refuse what no check could use; copy what the function may change."""
+        super().__post_init__()
+        # What merely has an attribute of that name takes tokens alone.
+        owns = hasattr(self.fn, "params") and "params" in inspect.signature(self.fn).parameters
+        if self.params is None and owns:
+            self.params = self.fn.params  # type: ignore[attr-defined]
+            self.train_fn = self.train_fn or getattr(self.fn, "train_fn", None)
+        # Leaves of one piece of memory are one parameter; it goes by the first of their names.
+        before = trees.float_leaves(self.params)
+        first = {(x.ctypes.data, x.size): name for name, x in reversed(before.items())}
+        self.params = trees.copies(self.params)
+        leaves = trees.float_leaves(self.params)
+        self.leaves = {name: leaves[name] for name in before if name in first.values()}
+        for name in ("token_table", "position_table"):
+            if (table := getattr(self, name)) is not None:
+                setattr(self, name, np.array(trees.as_array(table)))
+        room = MOST_LOGITS // (self.seq_len * self.vocab_size)
+        self.rows = self.batch_size or (3 if room else 2)
+        # Id 0 stands for padding in many vocabularies, and a model may well act on it.
         self.lowest = 1 if self.vocab_size > 3 else 0
-        self.tokens = self.random_tokens(self.rng(0), self.batch_size)
-        rows = min(self.seq_len - 1, MOST_LOGITS // (self.seq_len * self.vocab_size))
+        size = (self.rows, self.seq_len)
+        self.tokens = self.rng(0).integers(self.lowest, self.vocab_size, size, dtype=np.int32)
         # The same rows again and again, for many comparisons in one call.
-        self.wide = self.tokens[np.arange(max(rows, self.batch_size)) % self.batch_size]
-        self.dropped = ""  # why the randomised parameters are not used
-
-    def rng(self, stream: int) -> np.random.Generator:
-        """Random numbers of their own for every check."""
-        return np.random.default_rng((self.seed, stream))
-
-    def random_tokens(self, rng: np.random.Generator, rows: int) -> np.ndarray:
-        """Independent uniform ids [rows, T], without 0 where the vocabulary allows."""
-        return rng.integers(self.lowest, self.vocab_size, (rows, self.seq_len), dtype=np.int32)
+        self.wide = self.tokens[np.arange(max(min(self.seq_len - 1, room), self.rows)) % self.rows]
+        self.given = Variant(self, "given", self.params)
+        self.altered: dict[int, tuple] = {}  # functions last called with other parameters
 
     def other_tokens(self, rng: np.random.Generator, tokens: np.ndarray) -> np.ndarray:
-        """Ids that differ from `tokens` in every place."""
+        """Ids that differ from `tokens` in every place, without 0 where the vocabulary allows."""
         span = self.vocab_size - self.lowest
         step = rng.integers(1, span, tokens.shape, dtype=np.int32)
         return self.lowest + (tokens - self.lowest + step) % span
 
-    @functools.cached_property
-    def given(self) -> "Variant":
-        """The box with the parameters as given."""
-        return Variant(self, "given", self.params)
+    def replaced(self, rng: np.random.Generator, where: Any) -> np.ndarray:
+        """The subject's tokens with others at an index."""
+        tokens = self.tokens.copy()
+        tokens[where] = self.other_tokens(rng, tokens[where])
+        return tokens
+
+    def restore(self) -> None:
+        """Call what was last called with noise again: it may have put that into a module."""
+        for fn, *more in list(self.altered.values()):
+            with contextlib.suppress(Broken):
+                self.given.ask("the function", fn, *more)
 
     @functools.cached_property
-    def randomised(self) -> "Variant":
-        """The box with noise in place of every parameter."""
-        return Variant(self, "randomised", randomise(self.params, self.seed))
-
-    @property
-    def variants(self) -> Iterator["Variant"]:
-        """The box with the given parameters and, where they can be had, with randomised ones."""
-        yield self.given
-        if self.params is not None and not self.dropped:
-            yield self.randomised
-
-    @functools.cached_property
-    def precision(self) -> tuple[float, str]:
-        """Unit roundoff of the narrowest arithmetic inside, and how it is known.
+    def precision(self) -> "Precision":
+        """The narrowest arithmetic inside.
 
         The logits alone do not tell: a bfloat16 model may well return float32.
         """
         if self.compute_dtype is not None:
-            return roundoff(self.compute_dtype), f"{self.compute_dtype}, declared"
-        narrow = [jnp.dtype(self.given.dtype)]
+            return Precision(roundoff(self.compute_dtype), f"{self.compute_dtype}, declared")
+        if (backend := jax.default_backend()) != "cpu":  # float32 products may be rounded more
+            return Precision(roundoff(jnp.bfloat16), f"{backend} products")
+        narrow = [self.given.dtype, *(x.dtype for x in self.leaves.values())]
+        how = "the narrowest dtype inside"
         try:
-            text = str(call("tracing", jax.make_jaxpr(self.fn), *self.given.leading, self.tokens))
-        except Skip:
-            return roundoff(jnp.bfloat16), "bfloat16, as the inside cannot be seen"
-        found = {"bf16": jnp.bfloat16, "f16": jnp.float16, "f32": jnp.float32}
-        narrow += [jnp.dtype(t) for name, t in found.items() if re.search(rf"\b{name}\[", text)]
-        if jax.default_backend() != "cpu":  # float32 products may be rounded to fewer bits there
-            return roundoff(jnp.bfloat16), f"{jax.default_backend()} products"
-        dtype = max(narrow, key=roundoff)
-        return roundoff(dtype), f"{dtype}, the narrowest dtype inside"
+            text = str(jax.make_jaxpr(self.fn)(*self.given.leading, self.tokens))
+            inside = {"bf16": jnp.bfloat16, "f16": jnp.float16, "f32": jnp.float32}
+            narrow += [t for name, t in inside.items() if re.search(rf"\b{name}\[", text)]
+        except Exception:  # of code that is not JAX's
+            if not self.leaves:
+                return Precision(roundoff(jnp.bfloat16), "bfloat16, as the inside cannot be seen")
+            how = "the narrowest of parameters and logits"
+            some = self.given.base[0, :4]
+            if np.unique(some).size > some.size // 2 and resolution(some) == 2.0**-7:
+                narrow.append(jnp.bfloat16)
+        dtype = max(map(jnp.dtype, narrow), key=roundoff)
+        return Precision(roundoff(dtype), f"{dtype}, {how}")
 
-    def causal_only(self) -> None:
-        """Skip a check that means nothing under the declared objective."""
-        if self.objective != CAUSAL:
-            raise Skip(f"the objective is declared {self.objective}: later tokens may be seen")
+
+class Precision(NamedTuple):
+    """Unit roundoff of an arithmetic, and how it is known."""
+
+    unit: float
+    how: str
 
 
 class Variant:
     """The black box with one set of parameters, and what rounding alone does to its logits."""
 
-    def __init__(self, model: Model, name: str, params: Any):
+    def __init__(self, subject: Subject, name: str, params: Any):
         """Nothing runs before it is asked for."""
-        self.model, self.name, self.params = model, name, params
+        self.subject, self.name, self.params = subject, name, params
         self.leading = () if params is None else (params,)
         self.dtype = np.dtype(np.float32)  # of the logits, known after the first call
 
-    def logits(self, tokens: np.ndarray, fn: Callable | None = None, *more: Any) -> np.ndarray:
-        """Logits [B, T, V] in float32 or wider; skips if the function fails or they are unfit.
+    def ask(self, name: str, fn: Function, tokens: np.ndarray, *more: Any) -> np.ndarray:
+        """What a function returns with these parameters, as an array."""
+        if self is self.subject.given:
+            self.subject.altered.pop(id(fn), None)
+        else:
+            self.subject.altered[id(fn)] = (fn, tokens, *more)
+        # A copy: a function that writes into its argument must not spoil the next comparison.
+        raw = call(name, fn, *self.leading, tokens.copy(), *more)
+        return call(f"numpy.asarray of what {name} returned", trees.as_array, raw)
+
+    def logits(self, tokens: np.ndarray, fn: Function | None = None, *more: Any) -> np.ndarray:
+        """Logits [B, T, V] in float32 or wider.
 
         Args:
             tokens: ids [B, T].
             fn: asked in place of the model's function, with the same leading parameters.
             more: further arguments of `fn`.
+
+        Raises:
+            Broken: if the function raises or returns no such logits, all finite.
         """
         name = "the model" if fn is None else getattr(fn, "__name__", "the function")
-        # A copy: a function that writes into its argument must not spoil the next comparison.
-        raw = call(name, fn or self.model.fn, *self.leading, tokens.copy(), *more)
-        values = call(f"numpy.asarray of what {name} returned", as_array, raw)
-        expected = (*tokens.shape, self.model.vocab_size)
+        values = self.ask(name, fn or self.subject.fn, tokens, *more)
+        expected = (*tokens.shape, self.subject.vocab_size)
         if values.shape != expected:
-            raise Skip(f"{name} returned shape {list(values.shape)}, expected {list(expected)}")
-        if not is_floating(values.dtype):
-            raise Skip(f"{name} returned {values.dtype}, expected floating-point logits")
+            raise Broken(f"{name} returned shape {list(values.shape)}, expected {list(expected)}")
+        if not trees.is_floating(values.dtype):
+            raise Broken(f"{name} returned {values.dtype}, expected floating-point logits")
         self.dtype = values.dtype
-        wide = values.astype(np.promote_types(np.float32, np.dtype(f"f{max(4, values.itemsize)}")))
-        if not np.isfinite(wide).all():
-            where = np.argwhere(~np.isfinite(wide))
-            raise Skip(
-                f"{name} returned {len(where)} non-finite of {wide.size} logits, the first at "
+        wide = np.promote_types(np.float32, np.dtype(f"f{max(4, values.itemsize)}"))
+        values = values.astype(wide, copy=False)
+        if not (finite := np.isfinite(values)).all():
+            where = np.argwhere(~finite)
+            raise Broken(
+                f"{name} returned {len(where)} non-finite of {values.size} logits, the first at "
                 f"[row, position, id] = {where[0].tolist()}, with the {self.name} parameters"
             )
-        return wide
+        return values
+
+    def change(self, tokens: np.ndarray, fn: Function | None = None, *more: Any) -> np.ndarray:
+        """Largest change of a logit [B, T] from `base`, for as many rows and positions."""
+        return change(self.logits(tokens, fn, *more), self.base)
 
     @functools.cached_property
     def base(self) -> np.ndarray:
-        """Logits of the model's own tokens."""
-        return self.logits(self.model.tokens)
+        """Logits of the subject's own tokens; a copy, for the function may use its memory again."""
+        return self.logits(self.subject.tokens).copy()
 
     @functools.cached_property
-    def wide(self) -> np.ndarray:
-        """Logits of the rows of `Model.wide`; no more rows than usual if the function refuses."""
+    def wide(self) -> tuple[np.ndarray, np.ndarray]:
+        """Many rows and their logits; no more rows than usual if the function refuses."""
+        tokens = self.subject.wide
         try:
-            return self.logits(self.model.wide)
-        except Skip:
-            self.model.wide = self.model.tokens
-            return self.base
+            if len(tokens) > self.subject.rows:
+                return tokens, self.logits(tokens).copy()
+        except Broken:
+            pass
+        return self.subject.tokens, self.base
 
     @functools.cached_property
     def scale(self) -> float:
         """Largest logit in magnitude."""
-        return max(float(np.abs(self.base).max()), 1e-30)
+        return max(float(self.base.max()), -float(self.base.min()), 1e-30)
 
     @functools.cached_property
     def same_shape(self) -> float:
@@ -191,7 +259,7 @@ class Variant:
         0 for most models. The bound is the rounding error of a transform over time in float32,
         which carries 2^-23 log2(T) of the largest value everywhere (Higham 2002, section 24.1).
         """
-        return 8 * 2.0**-23 * np.log2(2 * self.model.seq_len) * self.scale
+        return float(8 * FLOAT32_EPS * np.log2(2 * self.subject.seq_len) * self.scale)
 
     @functools.cached_property
     def other_shape(self) -> float:
@@ -201,99 +269,76 @@ class Variant:
         change of all parameters by one rounding does: a backward stable sum is exact for
         parameters that near.
         """
-        unit, _ = self.model.precision
+        unit, subject = self.subject.precision.unit, self.subject
         response = 0.0
         if self.params is not None:
-            moved = Variant(self.model, self.name, nudge(self.params, unit, self.model.seed))
-            response = float(np.abs(moved.logits(self.model.tokens) - self.base).max())
+            with np.errstate(over="ignore"):  # of what stands for infinity
+                nudged = _but_masks(self.params, trees.nudge(self.params, unit, subject.seed))
+            logits = Variant(subject, self.name, nudged).logits(subject.tokens)
+            response = float(change(logits, self.base).max())
         return max(8 * unit * self.scale, 4 * response)
 
 
-def roundoff(dtype: Any) -> float:
-    """Largest relative error of rounding to a dtype."""
-    return float(jnp.finfo(dtype).eps) / 2
+def change(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Largest difference over ids [B, T] of logits [B, T, V], as far as both reach."""
+    time = min(a.shape[1], b.shape[1])
+    # A row at a time: with a large vocabulary the logits of a batch take hundreds of megabytes.
+    return np.stack(
+        [np.abs(x[:time] - y[:time]).max(-1, initial=0) for x, y in zip(a, b, strict=False)]
+    )
 
 
-def is_floating(dtype: Any) -> bool:
-    """Whether the dtype is a float of any width, bfloat16 and the like included."""
-    return bool(jnp.issubdtype(dtype, jnp.floating))
+def moves(what: str, change: Any, rounding: float, **more: Any) -> Measure:
+    """A change that must be larger than rounding. See `findings.holds` for `more`."""
+    ok, limit = bool(change > rounding), f"more than {shown(rounding)}"
+    return holds(ok, what, float(change), limit=limit, **more)
 
 
-def as_array(value: Any) -> np.ndarray:
-    """A NumPy array of anything that has one inside, PyTorch tensors of every dtype included."""
-    if hasattr(value, "detach"):
-        value = value.detach().cpu()
-        value = value.float() if value.is_floating_point() and value.element_size() < 4 else value
-    return np.asarray(value)
+@fixture
+def leaves(subject: Subject, params: Any) -> trees.Arrays:
+    """Floating-point leaves by path, as they were given."""
+    if not subject.leaves:
+        raise Skip("params holds no floating-point array of NumPy, JAX or PyTorch.")
+    return subject.leaves
 
 
-def names_float(dtype: Any) -> bool:
-    """Whether this is, or is the name of, a float dtype."""
+@fixture
+def noisy(subject: Subject, params: Any, leaves: trees.Arrays) -> Variant:
+    """The box with noise in place of every parameter, if it bears that."""
+    noise = _but_masks(params, trees.randomise(params, subject.seed))
+    made = Variant(subject, "randomised", noise)
     try:
-        return is_floating(jnp.dtype(dtype))
-    except TypeError:
-        return False
+        made.logits(subject.tokens)
+    except Broken as broken:
+        raise Skip(f"{broken}: a leak behind a zero gate is not seen.") from broken
+    return made
 
 
-def named_leaves(params: Any) -> dict[str, np.ndarray]:
-    """Floating-point leaves by path, `a/b/0/c`; leaves that are the same object come once."""
-    found: dict[str, np.ndarray] = {}
-    seen: set[int] = set()
-    for path, leaf in jax.tree.leaves_with_path(params):
-        if is_float_leaf(leaf) and id(leaf) not in seen:
-            seen.add(id(leaf))
-            found[jax.tree_util.keystr(path, simple=True, separator="/")] = as_array(leaf)
-    return found
+@fixture
+def variants(
+    subject: Subject, eval_repeats: Finding, noisy: Variant | None = None
+) -> list[Variant]:
+    """The box with the given parameters and, where they can be had, with randomised ones."""
+    return [subject.given] if noisy is None else [subject.given, noisy]
 
 
-def is_float_leaf(leaf: Any) -> bool:
-    """Whether a leaf is an array of floats, of NumPy, JAX or PyTorch."""
-    if hasattr(leaf, "is_floating_point"):
-        return bool(leaf.is_floating_point())
-    try:
-        return hasattr(leaf, "dtype") and is_floating(leaf.dtype)
-    except TypeError:  # a dtype of another framework, or of random keys
-        return False
+@fixture
+def causal(objective: str, variants: list[Variant]) -> list[Variant]:
+    """The variants, where the objective does not let positions see later tokens."""
+    if objective != CAUSAL:
+        raise Skip(f"The objective is declared {objective}: later tokens may be seen.")
+    return variants
 
 
-def randomise(params: Any, seed: int) -> Any:
-    """Every floating-point leaf replaced by noise, so that nothing hides behind a zero or a one.
+def _but_masks(params: Any, changed: Any) -> Any:
+    """The changed parameters, but masks as given: noise in those would itself be a leak."""
 
-    N(0, 0.3^2), for matrices wider than 32 less by the root of the width, so that activations
-    keep their size. Leaves that hold just two values are masks, not parameters, and stay.
-    """
-    rng = np.random.default_rng((seed, 1))
+    def fixed(leaf: Any) -> bool:
+        if not trees.is_float_leaf(leaf) or trees.is_mask(leaf):
+            return True
+        x = trees.as_array(leaf).astype(np.float32)
+        square = x.ndim > 1 and 1 < x.shape[-1] == x.shape[-2]
+        triangular = square and x.any() and not np.triu(x, 1).any()
+        return bool(triangular or (np.abs(x) >= MASK_VALUE).any())
 
-    def noise(leaf: Any) -> Any:
-        if not is_float_leaf(leaf):
-            return leaf
-        values = as_array(leaf)
-        if values.ndim > 1 and np.unique(values).size == 2:
-            return leaf
-        width = sorted(values.shape)[-2] if values.ndim > 1 else 1
-        std = LEAF_STD * min(1.0, (32 / max(width, 1)) ** 0.5)
-        return like(leaf, std * rng.standard_normal(values.shape))
-
-    return jax.tree.map(noise, params)
-
-
-def nudge(params: Any, size: float, seed: int) -> Any:
-    """Every element of every floating-point leaf moved up or down by the relative `size`."""
-    rng = np.random.default_rng((seed, 2))
-
-    def move(leaf: Any) -> Any:
-        if not is_float_leaf(leaf):
-            return leaf
-        values = as_array(leaf).astype(np.float64)
-        return like(leaf, values * (1 + size * rng.choice([-1.0, 1.0], values.shape)))
-
-    return jax.tree.map(move, params)
-
-
-def like(leaf: Any, values: np.ndarray) -> Any:
-    """`values` in the dtype and the kind of array of `leaf`."""
-    if hasattr(leaf, "detach"):
-        return leaf.detach().new_tensor(values)
-    if isinstance(leaf, jax.Array):
-        return jnp.asarray(values, leaf.dtype)
-    return np.asarray(values).astype(leaf.dtype)
+    return jax.tree.map(lambda leaf, new: leaf if fixed(leaf) else new, params, changed)

@@ -1,105 +1,96 @@
-"""Which token do the logits of a position predict?"""
+"""Which token do the logits of a position predict, and what do its attention weights sum to?"""
 
 from typing import Any
 
 import numpy as np
 
-from lm_jax.doctor.model.subject import Model
-from lm_jax.doctor.old import Skip, Verdict, check, verdict
+from lm_jax.doctor import numbers, trees
+from lm_jax.doctor.checks import check
+from lm_jax.doctor.facts import Broken, Skip
+from lm_jax.doctor.findings import Measure, at_most, equals, holds, note
+from lm_jax.doctor.model.subject import CAUSAL, Function, Subject, Variant, moves
 
 OFFSETS = (-2, -1, 0, 1, 2, 3)
 
 
-def row_nats(logits: np.ndarray, tokens: np.ndarray, offset: int) -> np.ndarray:
-    """Mean nats of token[t + offset] under logits[t], one number a row [B]."""
-    T = tokens.shape[1]
-    first, last = max(0, -offset), T - max(0, offset)
-    z = logits[:, first:last]
-    targets = tokens[:, first + offset : last + offset, None]
-    top = z.max(-1)
-    normaliser = top + np.log(np.exp(z - top[..., None]).sum(-1))
-    return (normaliser - np.take_along_axis(z, targets, -1)[..., 0]).mean(-1)
-
-
-def scan(model: Model, tokens: np.ndarray) -> dict[int, np.ndarray]:
-    """Mean nats of every row at every offset, with the given parameters."""
-    rows: dict[int, list[np.ndarray]] = {offset: [] for offset in OFFSETS}
-    for start in range(0, len(tokens), model.batch_size):
-        part = tokens[start : start + model.batch_size]
-        logits = model.given.logits(part)
-        for offset in OFFSETS:
-            rows[offset].append(row_nats(logits, part, offset))
-    return {offset: np.concatenate(parts) for offset, parts in rows.items()}
+def nats_by_offset(subject: Subject, sample: np.ndarray) -> np.ndarray:
+    """Mean nats of token[t + offset] under logits[t] of every row [N, offsets]."""
+    found = []
+    for first in range(0, len(sample), subject.rows):
+        rows = sample[first : first + subject.rows]
+        for row, logits in zip(rows, subject.given.logits(rows), strict=True):
+            means = []
+            for offset in OFFSETS:
+                at = np.arange(max(0, -offset), len(row) - max(0, offset))
+                # A few positions at a time: the float64 of a row with a large vocabulary is large.
+                parts = np.array_split(at, 1 + (logits.size >> 22))
+                nats = [numbers.nats(logits[part], row[part + offset]) for part in parts]
+                means.append(np.concatenate(nats).mean())
+            found.append(means)
+    return np.array(found)
 
 
 @check(
-    "target.offset_scan",
-    remedy="Logits of position t must be trained on token t + 1. A minimum at 0 is a missing "
-    "shift, at 2 one shift too many (in the model and in the collator, say).",
+    "Logits of position t must be trained on token t + 1. A minimum at 0 is a missing shift, at 2 "
+    "one shift too many (in the model and in the collator, say)."
 )
-def offset_scan(model: Model) -> Verdict:
-    """On text of the kind it was trained on, a model must predict token t + 1 best."""
-    model.causal_only()
-    if not model.trained or model.sample is None:
-        raise Skip("a scan needs a trained model and text of its kind (trained=True and sample)")
-    sample = np.asarray(model.sample)
+def offset_scan(subject: Subject, sample: Any) -> list[Measure]:
+    """On text of the kind it was trained on, a model predicts token t + 1 best."""
+    if subject.objective != CAUSAL or not subject.trained:
+        raise Skip("A scan needs a trained causal model.", "trained")
+    sample = trees.as_array(sample)
     fits = sample.ndim == 2 and sample.dtype.kind in "iu" and sample.shape[1] > max(OFFSETS)
-    if not fits or len(sample) < 2 or sample.min() < 0 or sample.max() >= model.vocab_size:
-        raise Skip(
+    if not fits or len(sample) < 2 or sample.min() < 0 or sample.max() >= subject.vocab_size:
+        raise Broken(
             f"sample is {sample.dtype} {list(sample.shape)}; two or more rows of ids [N, T] in "
-            f"[0, {model.vocab_size}) are needed"
+            f"[0, {subject.vocab_size}) are needed"
         )
-    nats = scan(model, sample.astype(np.int32))
-    means = {offset: float(rows.mean()) for offset, rows in nats.items()}
-    best = min(means, key=lambda offset: means[offset])
+    nats = nats_by_offset(subject, sample.astype(np.int32))
+    means = dict(zip(OFFSETS, nats.mean(0).tolist(), strict=True))
+    best = min(OFFSETS, key=lambda k: means[k])
     # Rows are independent, so the error of a difference comes from its spread over rows.
     rival = best if best != 1 else min((k for k in OFFSETS if k != 1), key=lambda k: means[k])
-    gap = nats[rival] - nats[1]
-    margin, error = float(gap.mean()), float(gap.std(ddof=1) / len(gap) ** 0.5)
-    table = ", ".join(f"{offset:+d}: {value:.3f}" for offset, value in means.items())
-    evidence = (
-        f"Nats of token[t + k] under logits[t] over {len(sample)} rows, by k: {table}. The minimum "
-        f"is at k = {best:+d}; k = {rival:+d} against +1: {margin:+.3f} ± {error:.3f}."
-    )
-    values: dict[str, Any] = {
-        "nats": {str(k): v for k, v in means.items()},
-        "best": best,
-        "margin": margin,
-    }
-    if abs(margin) < 3 * error:
-        return verdict(False, evidence + " That is within 3 SE.", otherwise="warn", **values)
-    return verdict(best == 1, evidence, **values)
+    margin = numbers.mean(nats[:, OFFSETS.index(rival)] - nats[:, OFFSETS.index(1)])
+    clear = abs(margin.value) >= numbers.threshold() * margin.error
+    return [
+        equals(
+            "offset that is predicted best",
+            best,
+            1,
+            otherwise="fail" if clear else "warn",
+            key="best",
+        ),
+        holds(clear, f"nats more at {rival:+d} than at +1", str(margin), otherwise="warn"),
+        *(note(f"nats of token t{k:+d}", value, key=f"t{k:+d}") for k, value in means.items()),
+    ]
 
 
 @check(
-    "target.future_known",
-    remedy="The model predicts tokens drawn at random better than chance, so it sees them. The "
-    "causality checks say from where.",
+    "Return the probabilities of one softmax, before dropout: after it they no longer sum to 1, "
+    "and a softmax of probabilities is nearly flat."
 )
-def future_known(model: Model) -> Verdict:
-    """No predictor is better than ln V on fresh uniform tokens: the Gibbs inequality."""
-    model.causal_only()
-    rng = model.rng(20)
-    size = (max(16, 4 * model.batch_size), model.seq_len)
-    # All ids, 0 included: the bound is that of the distribution drawn from.
-    tokens = rng.integers(0, model.vocab_size, size, dtype=np.int32)
-    nats = scan(model, tokens)
-    chance = float(np.log(model.vocab_size))
-    lines, ok = [], True
-    values: dict[str, Any] = {}
-    for offset in (1, 2, 3):
-        rows = nats[offset]
-        error = float(rows.std(ddof=1) / len(rows) ** 0.5)
-        excess = float(rows.mean()) - chance
-        # 4 SE and not 3: three offsets, and the error is itself estimated from a few rows.
-        ok &= excess > -4 * error - 1e-5
-        lines.append(f"{excess:+.4f} ± {error:.4f} at t{offset:+d}")
-        values[f"t{offset:+d}"] = {"excess": excess, "error": error}
-    evidence = (
-        f"Nats above ln V = {chance:.4f} on {size[0]} rows of uniform tokens: {', '.join(lines)}; "
-        "less than -4 SE would be a leak that these parameters use."
-    )
-    return verdict(ok, evidence, **values)
+def attention_softmax(
+    subject: Subject, attention: Function, variants: list[Variant]
+) -> list[Measure]:
+    """Attention probabilities are those of one softmax over the visible keys.
 
-
-CHECKS = (offset_scan, future_known)
+    Of n numbers in [0, 1] a second softmax gives at most e / (e + n - 1).
+    """
+    T, causal = subject.seq_len, subject.objective == CAUSAL
+    visible = np.arange(1, T + 1) if causal else np.full(T, T)
+    error, future, excess = 0.0, 0.0, -1.0
+    for variant in variants:
+        probs = variant.ask("attention", attention, subject.tokens).astype(np.float64)
+        if probs.shape[-2:] != (T, T):
+            raise Broken(f"attention returned shape {list(probs.shape)}, expected [..., {T}, {T}]")
+        error = max(error, numbers.gap(probs.sum(-1), 1))
+        future = max(future, numbers.gap(np.triu(probs, 1))) if causal else 0.0
+        excess = max(excess, float((probs.max(-1) - np.e / (np.e + visible - 1))[..., 1:].max()))
+    what, alone = "largest probability, above what a second softmax could give", len(variants) == 1
+    flat: Any = {"otherwise": "warn", "where": "flat scores look the same"} if alone else {}
+    return [
+        # Each of T probabilities is rounded once, and they sum to 1.
+        at_most("a sum over keys less 1", error, 4 * subject.precision.unit, key="error"),
+        at_most("largest probability of a later position", future, 0, key="future"),
+        moves(what, excess, 0, key="excess", **flat),
+    ]

@@ -1,0 +1,96 @@
+"""Forward passes made twice: evaluation must repeat itself, dropout must not."""
+
+import numpy as np
+
+from lm_jax.doctor.checks import check
+from lm_jax.doctor.findings import Finding, Measure, at_most, equals, note
+from lm_jax.doctor.model.subject import Function, Subject, Variant, change, moves
+
+
+@check(
+    "Hand in a function of int32 ids [B, T] that returns finite floating-point logits [B, T, V]; "
+    "a PyTorch module goes through doctor.torch_model. Nothing else was examined.",
+    gate=True,
+)
+def output(subject: Subject) -> list[Measure]:
+    """The function returns finite logits of the right shape."""
+    given = subject.given
+    return [
+        note("largest logit", given.scale, key="scale"),
+        note("dtype of the logits", str(given.dtype)),
+        note("arithmetic", subject.precision.how),
+    ]
+
+
+@check(
+    "Switch dropout and every other source of randomness off in evaluation (train=False, "
+    "model.eval(), no key), and keep nothing between calls."
+)
+def eval_repeats(subject: Subject, output: Finding, noisy: Variant | None = None) -> Measure:
+    """Without dropout, two calls of the same input give the same logits, bit by bit."""
+    found = [(v.change(subject.tokens).max(), v) for v in (subject.given, noisy) if v is not None]
+    gap, variant = max(found, key=lambda pair: pair[0] / pair[1].same_shape)
+    # Kernels that add in random order differ by roundings; dropout by far more.
+    return equals(
+        "difference of two calls of the same input",
+        float(gap),
+        0,
+        otherwise="fail" if gap > variant.same_shape else "warn",
+        where="as dropout left on makes it",
+        key="change",
+    )
+
+
+@check(
+    "The function takes params and computes with others, of a closure or a module, so that its "
+    "checks with noise are worth nothing. Use what is handed in (torch.func.functional_call)."
+)
+def randomised(subject: Subject, noisy: Variant) -> list[Measure]:
+    """Noise in place of all parameters, with which every check is repeated, changes the logits."""
+    moved = change(noisy.base, subject.given.base).max()
+    what, ignored = "change of a logit by noise for parameters", "the function ignores parameters"
+    return [
+        moves(what, moved, 0, otherwise="warn", where=ignored, key="change"),
+        note("largest logit then", noisy.scale, key="scale"),
+    ]
+
+
+def _training(subject: Subject, tokens: np.ndarray, update: int) -> np.ndarray:
+    """Logits of an update, with dropout on and the given parameters."""
+    return subject.given.logits(tokens, subject.train_fn, update).copy()
+
+
+@check("Dropout has no effect in training: hand the key (or train=True) down to every layer.")
+def dropout_on(subject: Subject, train_fn: Function) -> Measure:
+    """In training mode the logits differ from those of evaluation."""
+    gap, given = change(_training(subject, subject.tokens, 0), subject.given.base), subject.given
+    return moves("change of a logit by dropout", gap.max(), given.same_shape, key="change")
+
+
+@check(
+    "The dropout key is used again. Fold the number of the update into it, and draw the mask for "
+    "the whole batch, not for one row."
+)
+def dropout_varies(subject: Subject, train_fn: Function) -> list[Measure]:
+    """Masks of dropout differ between updates and between rows."""
+    tokens = np.tile(subject.tokens[:1], (subject.rows, 1))  # rows alike but for the mask
+    first, second = (_training(subject, tokens, update) for update in (0, 1))
+    updates, rows = change(first, second).max(), change(first[1:], first[:-1]).max()
+    given = subject.given
+    # In low precision the bound of rounding can be as large as what a little dropout does.
+    rounding = max(given.same_shape, min(given.other_shape, float(updates) / 4))
+    return [
+        moves("difference of updates 0 and 1", updates, given.same_shape, key="updates"),
+        moves("difference of equal rows", rows, rounding, key="rows"),
+    ]
+
+
+@check(
+    "Derive the dropout key from the seed and the number of the update alone, so that a resumed "
+    "run draws the same masks."
+)
+def dropout_repeats(subject: Subject, train_fn: Function) -> Measure:
+    """The same update draws the same masks of dropout when it is run again."""
+    first, again = (_training(subject, subject.tokens, 1) for _ in range(2))
+    gap = float(change(first, again).max())
+    return at_most("difference of update 1 run twice", gap, 0, key="change")

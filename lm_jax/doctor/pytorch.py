@@ -1,0 +1,177 @@
+"""PyTorch modules and losses in the form in which the doctor examines models and losses."""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from lm_jax.doctor import trees
+
+
+def torch_model(module: Any) -> "TorchModel":
+    """Make the function that `examine_model` takes of a PyTorch module.
+
+    The module's weights, buffers and modes are as before after every call.
+
+    Args:
+        module: a `torch.nn.Module` whose forward takes ids [B, T] and returns logits [B, T, V],
+            alone, as `.logits`, or in a tuple or dictionary. One that returns those of the last
+            position alone is also handed `targets`, as nanoGPT's wants.
+
+    Returns:
+        `(params, tokens) -> logits` with copies of the parameters and buffers as `params` and,
+        if there is dropout, `train_fn(params, tokens, update)`.
+    """
+    return TorchModel(module)
+
+
+class TorchModel:
+    """A module as a function of parameters and ids."""
+
+    def __init__(self, module: Any):
+        """Copy what may be replaced: floating-point tensors, tied ones once."""
+        self.module = module
+        named = [*module.named_parameters(), *((n, b) for n, b in module.named_buffers() if b.ndim)]
+        self.params = {n: x.detach().clone() for n, x in named if x.is_floating_point()}
+        rates = [
+            getattr(part, "p", 0)
+            for part in module.modules()
+            if "Dropout" in type(part).__name__ and isinstance(getattr(part, "p", 0), float)
+        ]
+        self.train_fn = self._train if any(rates) else None
+        accepted = inspect.signature(module.forward).parameters
+        self._more = {"use_cache": False} if "use_cache" in accepted else {}
+        self._takes_targets = "targets" in accepted
+        self._wants_targets = False
+
+    def __call__(self, params: Mapping[str, Any], tokens: Any) -> np.ndarray:
+        """Logits [B, T, V] of ids [B, T] in evaluation, float32 or wider."""
+        with _mode(self.module, training=False):
+            return self._logits(params, tokens)
+
+    def _train(self, params: Mapping[str, Any], tokens: Any, update: int) -> np.ndarray:
+        """Logits with dropout, whose masks are those of the update."""
+        import torch
+
+        device = self._device()
+        with _mode(self.module, training=True):
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                torch.manual_seed(int(update))
+                return self._logits(params, tokens)
+
+    def _device(self) -> Any:
+        import torch
+
+        tensors = [*self.module.parameters(), *self.module.buffers()]
+        return tensors[0].device if tensors else torch.device("cpu")
+
+    def _logits(self, params: Mapping[str, Any], tokens: Any) -> np.ndarray:
+        import torch
+
+        own = dict(self.module.named_parameters()) | dict(self.module.named_buffers())
+        # Buffers may be written to in the forward pass: copies of all are handed over.
+        state = {name: x.clone() for name, x in self.module.named_buffers()}
+        for name, value in params.items():
+            state[name] = _tensor(value).to(own[name], copy=name in state)
+        ids = torch.as_tensor(np.asarray(tokens), dtype=torch.int64, device=self._device())
+
+        def forward(**more: Any) -> Any:
+            out = torch.func.functional_call(self.module, state, (ids,), self._more | more)
+            return _logits_of(out, *ids.shape)
+
+        with torch.no_grad():
+            logits = forward(targets=ids) if self._wants_targets else forward()
+            if logits.shape[1] == 1 < ids.shape[1]:
+                if not self._takes_targets:
+                    raise ValueError(
+                        "forward returns logits of the last position alone; let it return those "
+                        "of all positions"
+                    )
+                self._wants_targets = True
+                logits = forward(targets=ids)
+        return trees.as_array(logits.float() if logits.element_size() < 4 else logits)
+
+
+def torch_loss(function: Callable[..., Any]) -> "TorchLoss":
+    """Make the function that `examine_loss` takes of a PyTorch loss.
+
+    Args:
+        function: (logits [B, T, V], ids int64 [B, T], weights [B, T]) -> (sum of nats, count), in
+            tensors.
+
+    Returns:
+        The same of NumPy arrays, with `gradient(logits, tokens, weights)`: that of the sum by the
+        logits, by autograd.
+    """
+    return TorchLoss(function)
+
+
+class TorchLoss:
+    """A loss of tensors as a function of arrays."""
+
+    def __init__(self, function: Callable[..., Any]):
+        """Nothing runs yet."""
+        self.function = function
+
+    def __call__(self, logits: Any, tokens: Any, weights: Any) -> tuple[float, float]:
+        """Sum of nats and count."""
+        import torch
+
+        with torch.no_grad():
+            total, count = self.function(*_loss_inputs(logits, tokens, weights))
+        return float(total), float(count)
+
+    def gradient(self, logits: Any, tokens: Any, weights: Any) -> np.ndarray:
+        """Gradient of the sum by the logits [B, T, V]."""
+        import torch
+
+        z, ids, w = _loss_inputs(logits, tokens, weights)
+        total, _ = self.function(z.requires_grad_(), ids, w)
+        (gradient,) = torch.autograd.grad(total, z)
+        return trees.as_array(gradient)
+
+
+def _loss_inputs(logits: Any, tokens: Any, weights: Any) -> tuple[Any, Any, Any]:
+    return _tensor(logits), _tensor(tokens).long(), _tensor(weights)
+
+
+def _tensor(value: Any) -> Any:
+    """A tensor of an array of NumPy, JAX or PyTorch; bfloat16 stays bfloat16."""
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        return value.detach()
+    value = np.asarray(value)
+    if value.dtype.name == "bfloat16":
+        return torch.tensor(value.astype(np.float32)).to(torch.bfloat16)
+    return torch.tensor(value)
+
+
+def _logits_of(out: Any, rows: int, time: int) -> Any:
+    """The logits [B, T, V] in what a forward pass returned."""
+    if hasattr(out, "logits"):
+        out = out.logits
+    elif isinstance(out, Mapping):
+        out = out["logits"] if "logits" in out else tuple(out.values())
+    if isinstance(out, tuple | list):
+        tensors = [x for x in out if hasattr(x, "ndim")]
+        wide = [x for x in tensors if x.ndim == 3]
+        flat = [x for x in tensors if x.ndim == 2 and len(x) == rows * time]
+        if not wide + flat:
+            raise ValueError("forward returns no tensor of logits [B, T, V]; let it return that")
+        out = (wide + flat)[0]
+    return out.reshape(rows, time, -1) if out.ndim == 2 and len(out) == rows * time else out
+
+
+@contextmanager
+def _mode(module: Any, *, training: bool) -> Iterator[None]:
+    """Put the whole module into a mode, and every part back into its own."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.train(training)
+    try:
+        yield
+    finally:
+        for part, was in modes:
+            part.training = was
