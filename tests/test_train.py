@@ -328,7 +328,7 @@ def test_divergence_stops_with_the_reason(text, tmp_path, capsys):
     ("changes", "told"),
     [
         ({}, []),
-        (dict(optim__peak_lr=1e-30), ["log.updates (fail)", "eval.identical (fail)"]),
+        (dict(optim__peak_lr=1e-30), ["log.updates (fail)", "log.identical (fail)"]),
         (dict(optim__clip_norm=1e-3), ["log.clipping (note)"]),
     ],
 )

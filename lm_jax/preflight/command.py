@@ -7,7 +7,9 @@
 
 A log is a CSV, JSON or JSONL file, what a trainer printed, events of TensorBoard, or a folder.
 
-Exit code 0: no check failed; 1: a check failed; 2: the command cannot be followed.
+--all adds a table of all findings, --json prints them for programs.
+Exit code 0: nothing failed; 1: a check failed or nothing could be looked at; 2: the command cannot
+be followed.
 """
 
 import json
@@ -17,27 +19,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from absl import flags
-from rich.console import Console
 
 from lm_jax import doctor, preflight
 from lm_jax.config.flags import define_config, misuse, parse_flags
-from lm_jax.doctor.facts import require
+from lm_jax.doctor.facts import annotations, require
 from lm_jax.doctor.log.read import LogFile, number, read_log
+from lm_jax.doctor.log.subject import Subject
 
-# Facts of a log that its reader knows, named as the arguments of `examine_log`.
-_WHOLE = {
-    "vocab_size": "Ids that the model of --log predicts.",
-    "split_tokens": "Tokens of the valid split of --log.",
-    "steps": "Configured updates of the run of --log.",
-}
-_REAL = {
-    "parameters": "Parameters of the model of --log.",
-    "peak_flops": "FLOP/s of all devices of --log.",
-    "train_tokens": "Tokens of the train split of --log.",
-    "tokens_per_step": "Tokens an update of --log consumes.",
-    "lr_peak": "Configured peak learning rate of --log.",
-    "lr_end": "Configured last learning rate of --log.",
-}
+# Facts of a log that are numbers; their help is that of `examine_log`.
+_WHOLE = ("vocab_size", "split_tokens", "steps")
+_REAL = ("parameters", "peak_flops", "train_tokens", "tokens_per_step", "lr_peak", "lr_end")
+_REFERENCES = ("unigram", "kn2", "entropy_rate")
 
 
 def _define(given: flags.FlagValues) -> None:
@@ -45,28 +37,33 @@ def _define(given: flags.FlagValues) -> None:
     flags.DEFINE_string("log", None, "Log of any trainer: a file or a folder.", given)
     flags.DEFINE_list("map", [], "Columns of --log by metric: loss=train_loss,lr=rate.", given)
     flags.DEFINE_enum("level", "fast", ["fast", "full"], "Checks of --config.", given)
-    flags.DEFINE_bool("json", False, "Print JSON instead of a table.", given)
+    flags.DEFINE_bool("json", False, "Print JSON.", given)
+    flags.DEFINE_bool("all", False, "Print a table of all findings.", given)
     flags.DEFINE_bool("overfit", False, "--log overfits a batch on purpose.", given)
     references = "Perplexities of the tokens evaluated in --log: unigram=760,kn2=250."
     flags.DEFINE_list("references", [], references, given)
-    for name, what in _WHOLE.items():
-        flags.DEFINE_integer(name, None, what, flag_values=given)
-    for name, what in _REAL.items():
-        flags.DEFINE_float(name, None, what, flag_values=given)
+    what = {fact.name: f"Of --log: {fact.help}" for fact in annotations(Subject)}
+    for name in _WHOLE:
+        flags.DEFINE_integer(name, None, what[name], flag_values=given)
+    for name in _REAL:
+        flags.DEFINE_float(name, None, what[name], flag_values=given)
 
 
 def examine_file(given: flags.FlagValues) -> tuple[LogFile, doctor.Report]:
     """Any trainer's log and its post-mortem, as the flags describe it."""
     log = read_log(given.log, _pairs("map", given.map))
     references = _pairs("references", given.references)
-    known = ("unigram", "kn2", "entropy_rate")
     for name, value in references.items():
-        require(name in known, f"--references: {name}", f"choose from {', '.join(known)}")
+        require(
+            name in _REFERENCES, f"--references: {name}", f"choose from {', '.join(_REFERENCES)}"
+        )
         require(number(value) is not None, f"--references: {name}={value}", "give a number")
-    facts: dict[str, Any] = {name: given[name].value for name in [*_WHOLE, *_REAL]}
+    facts: dict[str, Any] = {name: given[name].value for name in (*_WHOLE, *_REAL)}
     report = doctor.examine_log(
         log.records,
         problems=log.problems,
+        columns=log.columns,
+        ignored=log.ignored,
         overfit=given.overfit,
         references={name: float(value) for name, value in references.items()},
         **facts,
@@ -112,5 +109,5 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         if log:
             print(log.summary)
-        report.show(Console())
-    sys.exit(1 if report.failed else 0)
+        report.show(everything=given.all)
+    sys.exit(0 if report.clean else 1)

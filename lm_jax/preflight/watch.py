@@ -3,16 +3,20 @@
 import json
 import pathlib
 from collections.abc import Mapping
+from typing import Any
 
 from lm_jax import metrics
 from lm_jax.doctor.facts import require
 from lm_jax.doctor.findings import Finding, Report
 from lm_jax.doctor.log import examine_log
 from lm_jax.doctor.log.read import read_log
+from lm_jax.doctor.log.series import Records
 from lm_jax.files import write_text
-from lm_jax.workdir import METRICS, SCORES, WATCH, read_record
+from lm_jax.workdir import METRICS, SCORES, WATCH, Record, read_record
 
 _SATURATED = 0.9  # of the updates
+_MOST = 10_000  # rows of a metric that a watch keeps
+_AT_ONCE = 1 << 20  # bytes read at once
 
 
 def examine_workdir(
@@ -33,15 +37,18 @@ def examine_workdir(
     metrics_file = workdir / METRICS
     if not metrics_file.exists():
         raise FileNotFoundError(f"{metrics_file}: no such file; give the workdir of a run.")
-    cfg, devices = record.cfg, record.devices
-    split_tokens = {name: split["tokens"] for name, split in record.data["splits"].items()}
     scored = workdir / SCORES.format("valid")
     if references is None and scored.exists():
         references = _references(scored)
     log = read_log(metrics_file, null_is_nan=True)
-    return examine_log(
-        log.records,
-        problems=log.problems,
+    return examine_log(log.records, problems=log.problems, references=references, **_facts(record))
+
+
+def _facts(record: Record) -> dict[str, Any]:
+    """What the config and the data of a run say about its metrics."""
+    cfg, devices = record.cfg, record.devices
+    split_tokens = {name: split["tokens"] for name, split in record.data["splits"].items()}
+    return dict(
         vocab_size=record.data["vocab_size"],
         split_tokens=split_tokens,
         train_tokens=split_tokens["train"],
@@ -51,7 +58,6 @@ def examine_workdir(
         lr_peak=cfg.optim.peak_lr,
         lr_end=cfg.optim.peak_lr * (1 if cfg.optim.schedule == "constant" else cfg.optim.end_lr),
         steps=int(cfg.train.steps),
-        references=references,
     )
 
 
@@ -67,12 +73,17 @@ def _references(scored: pathlib.Path) -> dict[str, float]:
 
 
 class Watch:
-    """Examines the metrics of a run while it goes on, and reports each finding once."""
+    """Examines the metrics of a run while it goes on, and reports each finding once.
+
+    It reads what was written since it last looked, and keeps at most `_MOST` rows of a metric.
+    """
 
     def __init__(self, workdir: pathlib.Path):
         """Watch the run in `workdir`."""
         self._workdir = workdir
         self._said: set[tuple[str, str]] = set()
+        self._records = Records(most=_MOST)
+        self._read = 0  # bytes of the metrics
 
     def look(self, references: Mapping[str, float]) -> list[str]:
         """Examine the metrics so far, write all findings to `watch.json`, return the new ones.
@@ -80,7 +91,14 @@ class Watch:
         Args:
             references: see `examine_workdir`.
         """
-        report = examine_workdir(self._workdir, references=references)
+        with (self._workdir / METRICS).open("rb") as file:
+            file.seek(self._read)
+            while lines := file.readlines(_AT_ONCE):
+                whole = [line for line in lines if line.endswith(b"\n")]  # a row may come late
+                self._records.extend(map(json.loads, whole))
+                self._read += sum(map(len, whole))
+        record = read_record(self._workdir)
+        report = examine_log(self._records, references=references, **_facts(record))
         write_text(self._workdir / WATCH, report.to_json() + "\n")
         new = [f for f in report if _notable(f) and (f.check, f.status) not in self._said]
         self._said |= {(f.check, f.status) for f in new}

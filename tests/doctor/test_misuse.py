@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from lm_jax import doctor
-from lm_jax.doctor.old import check, verdict
 
 RNG = np.random.default_rng(0)
 
@@ -68,19 +67,6 @@ def test_arguments_that_mean_nothing_are_named(examine, args, kwargs, said):
     with pytest.raises(ValueError) as refusal:
         examine(*args, **kwargs)
     assert said in str(refusal.value)
-
-
-def test_what_a_check_did_not_foresee_is_said_and_is_no_pass():
-    @check("a.b", remedy="")
-    def broken(_):
-        raise KeyError("x")
-
-    @check("a.c", remedy="")
-    def fine(_):
-        return verdict(True, "fine")
-
-    assert broken(None).status == "skip" and "KeyError: 'x'" in broken(None).evidence
-    assert fine(None).status == "pass"
 
 
 def test_losses_of_seeds_may_be_an_array():

@@ -62,7 +62,7 @@ def finite(subject: Subject) -> Measure:
     for name in names:
         if scaled and name.startswith(("optim/", "grad_norm/")):
             continue
-        series = subject.series(name, every=True)
+        series = subject.series(name)
         bad = ~np.isfinite(series.values)
         if name == "optim/skipped_updates":
             bad |= series.values > 0
@@ -92,7 +92,7 @@ def negative(subject: Subject) -> list[Measure]:
     rounding = 100 * FLOAT32_EPS  # of logits of 100
     found: dict[bool, dict[str, dict[str, float]]] = {True: {}, False: {}}
     for name in subject.losses:
-        series = subject.series(name, every=True).finite()
+        series = subject.series(name).finite()
         below = np.flatnonzero(series.values < -rounding)
         if len(below):
             found[is_known(name)][name] = {
@@ -127,7 +127,7 @@ def imputed(subject: Subject) -> list[Measure]:
     steps: dict[str, list[int]] = {}
     texts: dict[bool, dict[str, str]] = {True: {}, False: {}}
     for name in subject.losses:
-        series = subject.series(name, every=True).finite()
+        series = subject.series(name).finite()
         value, at = _replaced(series, name)
         if at:
             steps[name] = at

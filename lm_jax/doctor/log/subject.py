@@ -158,16 +158,11 @@ class Subject(Facts):
         """Whether any row holds the column."""
         return name in self.rows.names
 
-    def series(self, name: str, *, every: bool = False) -> Series:
-        """The rows of a column, losses in nats; Skip if there is none.
-
-        Args:
-            name: of the column.
-            every: all rows, where `Records` gives out fewer.
-        """
+    def series(self, name: str) -> Series:
+        """The rows of a column, losses in nats; Skip if there is none."""
         if not self.has(name):
             raise Skip(f"The log has no {name}.")
-        found = self.rows.whole(name) if every else self.rows.series(name)
+        found = self.rows.series(name)
         return Series(found.steps, found.values * math.log(2)) if self.in_bits(name) else found
 
     def finite(self, name: str, least: int = 1) -> Series:
