@@ -252,7 +252,7 @@ class Report:
         needs = collections.Counter(
             " and ".join(f.needs) for f in self.findings if f.status == "skip" and f.needs
         )
-        rows = [f"{name} ({n})" for name, n in needs.most_common()]
+        rows = [f"{name} ({n})" for name, n in needs.most_common(4)]
         return f"To look further, give {', '.join(rows)}." if rows else ""
 
     def _table(self) -> Table:
