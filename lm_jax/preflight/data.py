@@ -73,6 +73,13 @@ def examine_splits(cfg: Config, store: Store, windows: int, *, level: str = "fas
         byte_counts={
             name: split.bytes for name, split in splits.items() if len(split.tokens) < _MOST
         },
+        epoch_tokens=min(len(splits["train"].tokens), _MOST),
+        fingerprints={
+            "tokenizer": {
+                "the store": store.manifest["tokenizer_hash"],
+                "as loaded": tokenizer.content_hash,
+            }
+        },
         epochs=[epoch(0), epoch(1)],
         readers=readers if full and few is not None else None,
         reader_counts=(1, 2, _READERS),

@@ -31,6 +31,8 @@ from lm_jax.models.families import choose_attention, create_model, family
 from lm_jax.objective import NextToken
 from lm_jax.preflight import data, distill, evaluation
 
+_TABLES = ("embedding", "position_embedding")  # drawn with `model.init_std` in every family
+
 
 class Unfit(ValueError):
     """A run that a check refuses."""
@@ -60,7 +62,7 @@ def examine_config(cfg: Config, *, level: str = "fast", store: Store | None = No
     cfg = resolve(cfg, windows=windows)
     report = data.examine_splits(cfg, store, windows, level=level)
     small = Small(cfg, store)
-    report += small.model() + small.loss() + small.optimiser()
+    report += small.model(level) + small.loss() + small.optimiser()
     if cfg.distill.taught:
         report += distill.examine_teaching(cfg, small.cfg, store)
     if level == "full":
@@ -116,9 +118,21 @@ class Small:
         """Names of parameters that the model does not read."""
         return [name for name in self.params if name.endswith(self.family.unused)]
 
-    def logits(self, params: Any, tokens_BT: Any, segment_ids_BT: Any, key: Any = None):
-        """Logits of the model, as evaluation computes them."""
-        model = nnx.merge(self.graphdef, optim.stacked(params))
+    @functools.cached_property
+    def plain(self) -> Any:
+        """The model with the plain attention."""
+        return create_model(self.cfg, self.vocab_size, "reference")[0]
+
+    def logits(
+        self,
+        params: Any,
+        tokens_BT: Any,
+        segment_ids_BT: Any,
+        key: Any = None,
+        graphdef: Any = None,
+    ) -> jax.Array:
+        """Logits of the model, as evaluation computes them, or of another of its kind."""
+        model = nnx.merge(graphdef or self.graphdef, optim.stacked(params))
         ids = jnp.pad(jnp.asarray(segment_ids_BT), ((0, 0), (0, 1)))
         tokens = jnp.pad(jnp.asarray(tokens_BT), ((0, 0), (0, 1)))
         b = losses.shift({"tokens": tokens, "segment_ids": ids, "weights": tokens * 0.0})
@@ -126,9 +140,14 @@ class Small:
             x_BTD = model(b.inputs, b.segment_ids, b.positions, dtype=self.dtype, key=key)
             return model.logits(x_BTD)
 
-    def model(self) -> Report:
-        """Causality, alignment and initialisation."""
+    def model(self, level: str = "fast") -> Report:
+        """Causality, alignment and initialisation; at level full against the plain attention."""
         logits = jax.jit(self.logits)
+
+        @jax.jit
+        def plain(params: Any, tokens: Any) -> jax.Array:
+            return self.logits(params, tokens, jnp.ones_like(tokens), graphdef=self.plain)
+
         cfg = self.cfg.model
         rates = (cfg.dropout, cfg.attention_dropout, cfg.embedding_dropout)
 
@@ -141,6 +160,8 @@ class Small:
             params=self.params,
             segmented=logits if self.cfg.data.document_mask else None,
             train_fn=jax.jit(of_update) if any(rates) else None,
+            reference=plain if level == "full" else None,
+            init_std={name: cfg.init_std for name in self.params if name in _TABLES},
             vocab_size=self.vocab_size,
             seq_len=self.cfg.data.seq_len,
             token_table=self.params["embedding"],
@@ -262,8 +283,7 @@ class Small:
 
     def gradients(self) -> Report:
         """The gradient of the whole loss, in float64, which not every attention can compute."""
-        graphdef, _ = create_model(self.cfg, self.vocab_size, "reference")
-        of_run = NextToken.of(self.cfg, graphdef)
+        of_run = NextToken.of(self.cfg, self.plain)
         exact = dataclasses.replace(of_run, dtype=jnp.dtype("float64"))
         batch = {name: jnp.asarray(x) for name, x in self.batch().items()}
         leaves, tree = jax.tree.flatten(self.params)
