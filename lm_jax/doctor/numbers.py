@@ -83,14 +83,6 @@ def share_limit(share: float, count: float) -> float:
     return share + 5 * math.sqrt(share * (1 - share) / max(count, 1))
 
 
-def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Correlation of average ranks, which outliers cannot make; 0 where one side is constant."""
-    ranks = [scipy.stats.rankdata(x) for x in (a, b)]
-    if any(np.ptp(r) == 0 for r in ranks):
-        return 0.0
-    return float(np.corrcoef(*ranks)[0, 1])
-
-
 def tied(values: np.ndarray) -> float:
     """Share of values that occur more than once."""
     _, counts = np.unique(values, return_counts=True)
