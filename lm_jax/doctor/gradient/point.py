@@ -45,9 +45,8 @@ def repeated(subject: Subject, point: Point) -> list[Measure]:
         del junk  # free memory, which new buffers of these sizes are likely to get
         again = subject.gradient(point.leaves)
         losses.append(subject.value(point.leaves, as_given=True))
-        for name, a in first.items():
-            if not np.array_equal(a, again[name], equal_nan=True):
-                changed[name] = max(changed.get(name, 0.0), numbers.gap(a, again[name]))
+        differ = [n for n, a in first.items() if not np.array_equal(a, again[n], equal_nan=True)]
+        changed |= {name: numbers.gap(first[name], again[name]) for name in differ}
     most = max(changed, key=lambda name: changed[name], default="")
     where = f"most {most} by {changed.get(most, 0):.3g}"
     return [
@@ -64,11 +63,11 @@ def precision(point: Point) -> list[Measure]:
     """Rounding of the loss leaves differences of a float64 function enough to decide."""
     c = max(point.sweeps, key=lambda c: c.bound)
     errors = np.abs(c.slope.values - c.given) / c.scale
-    pairs = list(zip(differences.STEPS, errors, strict=True))[::2]
+    pairs = zip(differences.STEPS[::2], errors[::2], strict=True)
     curve = ", ".join(f"{step:.0e}: {error:.1e}" for step, error in pairs)
-    rounding, what = point.relative_noise, "rounding of the loss, of its value"
+    what, share = "rounding of the loss, of its value", point.relative_noise
     return [
-        at_most(what, rounding, 1e-12, otherwise="warn", key="relative_noise"),
+        at_most(what, share, 1e-12, otherwise="warn", key="relative_noise"),
         note(f"relative error by step: {curve}", errors.tolist(), key="errors"),
         note("best step", c.slope.step, key="best_step"),
         note("there differences decide down to", c.bound, key="attainable"),

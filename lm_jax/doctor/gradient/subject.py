@@ -243,16 +243,14 @@ class Point:
         wrong.sort(key=lambda c: -c.error)
         worst = wrong[0] if wrong else max(right, key=lambda c: c.error / (c.bound + 1e-9))
         difference = f"difference {worst.slope.value:.6g} with step {worst.slope.step:.1g}"
+        errors = {c.name: c.error for c in comparisons}
+        bounds = {c.name: c.bound for c in comparisons}
         at, limit = f"gradient {worst.given:.6g}, {difference}", worst.bound + TOLERANCE
         return [
             none(f"wrong {what}", [c.name for c in wrong], of=len(comparisons), key="wrong"),
             at_most(f"relative error of {worst.name}", worst.error, limit, where=at, key="error"),
-            note(
-                f"of {len(comparisons)} {what}",
-                {c.name: c.error for c in comparisons},
-                key="errors",
-            ),
-            note(f"{len(vague)} undecided", {c.name: c.bound for c in comparisons}, key="bounds"),
+            note(f"{len(comparisons)} {what}", errors, key="errors"),
+            note(f"{len(vague)} undecided", bounds, key="bounds"),
         ]
 
 
