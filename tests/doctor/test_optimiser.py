@@ -12,7 +12,7 @@ import pytest
 from lm_jax import optim, step
 from lm_jax.doctor.optimiser import examine_optimiser
 from lm_jax.models.families import create_model
-from lm_jax.objective import NextToken
+from lm_jax.objective import NextToken, Summary
 from tests.doctor import toy_loop
 from tests.doctor.toy_loop import adam, init, matrices
 from tests.helpers import random_batch, tiny_config
@@ -61,6 +61,12 @@ def whole_step(name, dtype):
         objective = NextToken(graphdef, jnp.dtype(dtype))
         return step.gradients(objective, params, batch, accumulation=micro_batches, key=None)[0]
 
+    update, found = jax.jit(step.make_update(cfg)), Summary(1, jnp.ones(()), jnp.ones(()))
+
+    def update_fn(params, grads, state, count):
+        state, metrics = update(state, grads, found)
+        return state.params, state, metrics
+
     def given(seed):
         params = build(jax.random.key(seed))
         batch = random_batch(np.random.default_rng(seed), (6, 12), VOCABULARY)
@@ -72,6 +78,7 @@ def whole_step(name, dtype):
             params=params,
             init_fn=init_fn,
             step_fn=step_fn,
+            update_fn=update_fn,
             params_of=lambda state: state.params,
             updates_of=lambda state: state.step,
             batch=batch,
@@ -98,7 +105,7 @@ def whole_step(name, dtype):
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_silent_on_the_step_of_this_package(name, dtype):
     for seed in range(3):
-        silent(examine_optimiser(**whole_step(name, dtype)(seed)), {"optimiser.clip"})
+        silent(examine_optimiser(**whole_step(name, dtype)(seed)))
 
 
 @functools.lru_cache
