@@ -5,19 +5,19 @@ the noise is what rounding adds to the function. The first is read off neighbour
 second from high differences of the function on a line: a smooth function has next to none.
 """
 
-import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
+from lm_jax.doctor.numbers import resolution
+
 STEPS = 10.0 ** -np.arange(1, 7.5, 0.5)
-GRID = 2.0 ** -np.array([8.0, 11.0, 24.0])  # half a spacing of bfloat16, float16, float32
 POINTS = 13
 ORDER = 6
 
 
-@dataclasses.dataclass(frozen=True)
-class Slope:
+class Slope(NamedTuple):
     """A derivative along a line, by central differences."""
 
     value: float  # at the step with the least error bound
@@ -69,7 +69,7 @@ def rounding(along: Callable[[float], float], centre: float) -> float:
     if len(set(fine)) == POINTS and 1e3 * _noise(fine) < noise:
         noise = _noise(fine)
     size = np.abs(values).max(initial=abs(centre))
-    return float(max(noise, _grid(values) * size / np.sqrt(3), 2.0**-53 * size))
+    return float(max(noise, resolution(values) / 12**0.5 * size, 2.0**-53 * size))
 
 
 def _line(along: Callable[[float], float], spacing: float) -> np.ndarray:
@@ -81,13 +81,3 @@ def _noise(values: np.ndarray) -> float:
     pascal = np.prod(np.arange(ORDER + 1, 2 * ORDER + 1) / np.arange(1, ORDER + 1))
     with np.errstate(invalid="ignore", over="ignore"):
         return float(np.sqrt((np.diff(values, ORDER) ** 2).mean() / pascal))
-
-
-def _grid(values: np.ndarray) -> float:
-    """Half the relative spacing of the shortest float type that holds all values, else 0."""
-    mantissa, _ = np.frexp(values)
-    for half in GRID:
-        scaled = mantissa / half
-        if np.array_equal(scaled, np.round(scaled)):
-            return float(half)
-    return 0.0

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +12,14 @@ import numpy as np
 from lm_jax.doctor import trees
 from lm_jax.doctor.checks import fixture
 from lm_jax.doctor.facts import Bound, Broken, Facts, Skip, call, function, require, whole
-from lm_jax.doctor.findings import Measure, at_most, listed, none, note
+from lm_jax.doctor.findings import Measure, at_most, none, note
 from lm_jax.doctor.gradient import differences
 from lm_jax.doctor.gradient.differences import Slope, slope
 
 TOLERANCE = 1e-6  # relative error that float64 is far below
 DECISIVE = 0.1  # a difference whose bound exceeds this share of the gradient decides nothing
 DIRECTIONS = 5
+Function = Annotated[Callable[..., Any], function]
 _NAMES = Bound(
     "give a list of names of leaves", lambda x: isinstance(x, Iterable) and not isinstance(x, str)
 )
@@ -28,28 +29,17 @@ _NAMES = Bound(
 class Subject(Facts):
     """Examine the gradient of a scalar loss with respect to a pytree of parameters."""
 
-    loss_fn: Annotated[
-        Callable[..., Any],
-        "parameters -> scalar. It gets float64 parameters and must not depend on chance.",
-        function,
-    ]
-    params: Annotated[
-        Any,
-        "pytree; its floating-point leaves are taken as float64, the others stay as they are. Use "
-        "values without structure (not zeros or ones) to see everything.",
-    ]
+    loss_fn: Annotated[Function, "float64 parameters -> scalar; must not depend on chance."]
+    params: Annotated[Any, "pytree of floats without structure (not zeros or ones), and others."]
     _: dataclasses.KW_ONLY
     grad_fn: Annotated[
         Callable[..., Any] | None,
-        "parameters -> pytree of gradients, for those that do not come from jax.grad. Both "
-        "functions then get NumPy arrays.",
+        "parameters -> pytree of gradients, if not by jax.grad. Both then get NumPy arrays.",
         function,
     ] = None
     seed: Annotated[int, "of directions and coordinates.", whole()] = 0
     unused: Annotated[
-        Iterable[str],
-        'names of leaves, or of what holds them ("block/gate"), that need no gradient.',
-        _NAMES,
+        Iterable[str], 'leaves, or what holds them ("block/gate"), without a gradient.', _NAMES
     ] = ()
 
     def __post_init__(self) -> None:
@@ -57,7 +47,7 @@ class Subject(Facts):
         super().__post_init__()
         self.unused = tuple(self.unused)
         paths, self.tree = jax.tree.flatten_with_path(self.params)
-        names = [trees.path_name(path) or "parameters" for path, _ in paths]
+        names = [trees.path_name(path) for path, _ in paths]
         if len(set(names)) < len(names):  # a key with a slash
             names = [jax.tree_util.keystr(path) for path, _ in paths]
         self.all = {name: leaf for name, (_, leaf) in zip(names, paths, strict=True)}
@@ -96,8 +86,7 @@ class Subject(Facts):
         """The loss; never compiled if `as_given`."""
         with jax.enable_x64(True):
             function = self.loss if as_given else self.functions[0]
-            result = call("loss_fn", function, self.arguments(leaves))
-        array = call("an array of the loss", trees.as_array, result)
+            array = call("loss_fn", lambda: trees.as_array(function(self.arguments(leaves))))
         if array.shape:
             raise Broken(f"the loss has shape {array.shape} and is no scalar")
         return call("the loss as a number", float, array)
@@ -106,22 +95,23 @@ class Subject(Facts):
         """Gradient of every floating-point leaf, evaluated afresh; zeros where it is None."""
         with jax.enable_x64(True):
             tree = call("the gradient", self.functions[1], self.arguments(leaves))
-        found: Any
-        grads, found = jax.tree.flatten(tree, is_leaf=lambda x: x is None)
-        if self.grad_fn and found != self.tree:
-            raise Broken(f"the gradient has the structure {found}, the parameters {self.tree}")
-        given = dict(zip(self.all if self.grad_fn else sorted(leaves), grads, strict=True))
+        if self.grad_fn:
+            found: Any
+            grads, found = jax.tree.flatten(tree, is_leaf=lambda x: x is None)
+            if found != self.tree:
+                raise Broken(f"the gradient has the structure {found}, the parameters {self.tree}")
+            tree = dict(zip(self.all, grads, strict=True))
         arrays = {}
         for name, leaf in leaves.items():
-            grad = np.zeros(leaf.shape) if given[name] is None else given[name]
-            array = np.array(call("the gradient as an array", trees.as_array, grad))
-            if array.shape != leaf.shape:
-                raise Broken(f"the gradient of {name} has shape {array.shape}, not {leaf.shape}")
-            arrays[name] = array.astype(np.float64)
+            grad = np.zeros(leaf.shape) if tree[name] is None else tree[name]
+            arrays[name] = call("the gradient", lambda x: np.array(trees.as_array(x), float), grad)
+            if (shape := arrays[name].shape) != leaf.shape:
+                raise Broken(f"the gradient of {name} has shape {shape}, not {leaf.shape}")
         return arrays
 
 
-class Comparison(NamedTuple):
+@dataclasses.dataclass(eq=False)
+class Comparison:
     """A directional derivative by the gradient and by central differences."""
 
     name: str
@@ -241,32 +231,26 @@ class Point:
 
     def judged(self, comparisons: list[Comparison], what: str) -> list[Measure]:
         """What comparisons say; a `Skip` if differences decide too few to call it a pass."""
-        wrong: list[Comparison] = []
-        vague: list[Comparison] = []
-        right: list[Comparison] = []
-        for c in comparisons:
-            if c.wrong:
-                (wrong if self.confirmed(c) else vague).append(c)
-            else:
-                (vague if c.bound > DECISIVE else right).append(c)
-        wrong.sort(key=lambda c: -c.error)
+        wrong = [c for c in comparisons if c.wrong and self.confirmed(c)]
+        right = [c for c in comparisons if not c.wrong and c.bound <= DECISIVE]
+        vague = [c for c in comparisons if c not in wrong and c not in right]
         if not wrong and 2 * len(vague) > len(comparisons):
             raise Skip(
                 f"{len(vague)} of {len(comparisons)} differences along {what} cannot decide: "
                 f"rounding of the loss is {self.relative_noise:.1g} of its value, which leaves "
                 f"relative errors of {min(c.bound for c in vague):.1g} or more."
             )
+        wrong.sort(key=lambda c: -c.error)
         worst = wrong[0] if wrong else max(right, key=lambda c: c.error / (c.bound + 1e-9))
         difference = f"difference {worst.slope.value:.6g} with step {worst.slope.step:.1g}"
-        at, limit = f"gradient {worst.given:.6g}, {difference}", worst.bound + TOLERANCE
         errors = {c.name: c.error for c in comparisons}
         bounds = {c.name: c.bound for c in comparisons}
-        undecided = f"{len(vague)} undecided" + f", {listed(c.name for c in vague)}" * bool(vague)
+        at, limit = f"gradient {worst.given:.6g}, {difference}", worst.bound + TOLERANCE
         return [
             none(f"wrong {what}", [c.name for c in wrong], of=len(comparisons), key="wrong"),
             at_most(f"relative error of {worst.name}", worst.error, limit, where=at, key="error"),
             note(f"{len(comparisons)} {what}", errors, key="errors"),
-            note(undecided, bounds, key="bounds"),
+            note(f"{len(vague)} undecided", bounds, key="bounds"),
         ]
 
 

@@ -36,9 +36,8 @@ Plan = tuple[np.ndarray, np.ndarray]  # updates of the run and their learning ra
 
 @fixture
 def plan(rate: Callable[[int], float], steps: int) -> Plan:
-    """Ask for the learning rate all along the run, at the last two updates as well."""
-    at = np.linspace(0, steps - 1, _LOOKS).astype(int)
-    at = np.unique(np.append(at, max(0, steps - 2)))
+    """The learning rate all along the run, at the last two updates as well."""
+    at = np.unique([*np.linspace(0, steps - 1, _LOOKS).astype(int), max(0, steps - 2)])
     rates = np.array([rate(int(i)) for i in at])
     if not np.isfinite(rates).all():
         raise Broken(f"learning_rate({at[~np.isfinite(rates)][0]}) is not finite")
@@ -59,16 +58,15 @@ def last_lr(plan: Plan, steps: int, end_lr: float) -> list[Measure]:
     last, peak = float(rates[-1]), float(rates.max())
     # One update's change beside 5 %: schedules differ on whether the end is reached at the last
     # update or would be at the one after it.
-    limit = 0.05 * end_lr + (abs(last - rates[-2]) if len(rates) > 1 else 0.0) + 1e-6 * peak
+    limit = 0.05 * end_lr + float(np.abs(np.diff(rates[-2:])).sum()) + 1e-6 * peak
     above = at[np.abs(rates - end_lr) > limit]
     idle = float(1 - (above[-1] + 1) / steps) if len(above) else 0.0
     off = f"distance of the last learning rate from {end_lr:.3g}"
-    share = f"it is {last / peak if peak else 0.0:.2f} of the peak, at update {steps - 1}"
     # At 0 nothing is learned from there on; a floor above 0 may be meant.
     early = "warn" if end_lr else "fail"
     return [
         at_most(off, abs(last - end_lr), limit, key="off"),
-        note(share, last, key="last"),
+        note(f"peak {peak:.3g}, last", last, key="last"),
         at_most("share of the run left when it is reached", idle, 0.2, otherwise=early, key="idle"),
     ]
 
@@ -88,13 +86,10 @@ def warmup(plan: Plan, steps: int) -> Measure:
 
 
 @check("Feed the schedule the counter of updates, the same that the run's length is given in.")
-def executed_lr(first_rates: list[float], good: list[Point]) -> list[Measure]:
+def executed_lr(first_rates: list[float], good: list[Point]) -> Measure:
     """The logged learning rates are the schedule's at the updates made."""
     made = logged(good, "optim/lr")
     scale = np.maximum(np.abs(first_rates), 1e-30)
+    pairs = f"logged {listed(map(shown, made))}, scheduled {listed(map(shown, first_rates))}"
     what = "relative difference of logged and scheduled learning rates"
-    return [
-        at_most(what, gap(made / scale, first_rates / scale), 1e-4, key="gap"),
-        note(f"logged {listed(map(shown, made))}", made, key="logged"),
-        note(f"scheduled {listed(map(shown, first_rates))}", first_rates, key="planned"),
-    ]
+    return at_most(what, gap(made / scale, first_rates / scale), 1e-4, where=pairs, key="gap")

@@ -4,10 +4,8 @@ import dataclasses
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Annotated, Any
 
-import numpy as np
-
 from lm_jax.doctor import trees
-from lm_jax.doctor.facts import Bound, Broken, Facts, above, call, function, require, whole
+from lm_jax.doctor.facts import Bound, Facts, above, function, require, whole
 
 UPDATES = 3  # made from every start
 _names = Bound("give a list of names", lambda x: isinstance(x, Collection) and type(x) is not str)
@@ -24,16 +22,13 @@ Number = Annotated[float | None, above(0, or_equal=True)]
 class Subject(Facts):
     """Examine how a loop updates its parameters; what is not given is skipped by name.
 
-    The loop is a whole step or only its second half, from gradients on. It is called nine
-    times per call that an update takes, or sixteen times as `update_fn`, always from fresh copies
-    of `params`, so that it may donate or overwrite what it is given. The host holds a few copies
-    of the state meanwhile. States may hold modules and optimisers of PyTorch.
+    The loop is a whole step or only its second half, from gradients on. It always starts from
+    fresh copies of `params`, so that it may donate or overwrite what it is given; the host holds a
+    few copies of the state meanwhile. States may hold modules and optimisers of PyTorch.
     """
 
     params: Annotated[Any, "tree of arrays to start from; of a module its named_parameters."] = None
-    init_fn: Annotated[
-        Function, "`(params) -> state` of the whole step, or `-> opt_state` for `update_fn`."
-    ] = None
+    init_fn: Annotated[Function, "`(params) -> state`, or `-> opt_state` without `step_fn`."] = None
     step_fn: Annotated[
         Function,
         "`(state, batch) -> state` or `(state, metrics)`; metrics are read under `optim/lr`, "
@@ -47,36 +42,30 @@ class Subject(Facts):
     ] = None
     empty_batch: Annotated[Any, "one without a scored token, so that its gradient is 0."] = None
     bad_batch: Annotated[Any, "one whose gradient is not finite."] = None
-    calls_per_update: Annotated[
-        int, "calls of `step_fn` that make one update, if each is a micro-batch.", whole(1)
-    ] = 1
+    calls_per_update: Annotated[int, "calls of `step_fn` that make one update.", whole(1)] = 1
     updates_of: Annotated[Function, "`(state) -> int`, the loop's own count of updates."] = None
     first_update: Annotated[int, "number of the update a fresh state makes first.", whole()] = 0
     update_fn: Annotated[
         Function,
         "`(params, grads, opt_state, update) -> (params, opt_state)` or with metrics as a third; "
-        "instead of `step_fn`. It is fed noise, zeros and non-finite gradients.",
+        "fed noise, zeros and non-finite gradients. Beside `step_fn` only the clipping is seen by "
+        "it, and `opt_state` is the whole state of `init_fn`.",
     ] = None
     gradient_fn: Annotated[
         Function,
-        "`(params, batch, micro_batches) -> grads`, the gradient of the mean over the scored "
-        "tokens of the batch, computed in so many micro-batches; without dropout, and then "
-        "`step_fn` too.",
+        "`(params, batch, micro_batches) -> grads` of the mean over the scored tokens, in so many "
+        "micro-batches; without dropout, and then `step_fn` too.",
     ] = None
     micro_batches: Annotated[
         Sequence[int] | None, "the numbers of micro-batches to compare with one.", _counts
     ] = None
-    compute_dtype: Annotated[
-        str, "of the forward and backward pass, which sets rounding errors.", _dtype
-    ] = "float32"
+    compute_dtype: Annotated[str, "of the passes, which sets rounding.", _dtype] = "float32"
     learning_rate: Annotated[Function, "`(update) -> float`."] = None
     steps: Annotated[int | None, "updates of the run.", whole(1)] = None
     end_lr: Annotated[Number, "learning rate declared for the last update."] = None
     weight_decay: Annotated[Number, "decoupled, in params -= lr weight_decay params."] = None
     decayed: Annotated[
-        Any,
-        "tree like `params`, true where a leaf decays; None: only leaves of fewer than two axes "
-        "are judged, which should not.",
+        Any, "tree like `params`, true where a leaf decays; None: no vector or scalar should."
     ] = None
     clip_norm: Annotated[Number, "largest norm of the whole gradient; None or 0: any."] = None
     ema_of: Annotated[Function, "`(state) -> average of params`, as evaluation uses it."] = None
@@ -87,26 +76,14 @@ class Subject(Facts):
     def __post_init__(self) -> None:
         """Refuse arguments that do not fit together."""
         super().__post_init__()
-        loop = [name for name in ("step_fn", "update_fn") if getattr(self, name) is not None]
-        require(len(loop) < 2, "step_fn", "give it or update_fn, not both")
         needed = {"step_fn": ("params", "init_fn", "params_of", "batch")}
-        for name in needed.get(loop[0], ("params", "init_fn")) if loop else ():
-            require(getattr(self, name) is not None, name, f"give it with {loop[0]}")
-        micro = self.update_fn is None or self.calls_per_update == 1
-        require(micro, "calls_per_update", "leave it at 1, since every update_fn is an update")
+        for loop in ("step_fn", "update_fn"):
+            for name in needed.get(loop, ("params", "init_fn")):
+                fit = getattr(self, loop) is None or getattr(self, name) is not None
+                require(fit, name, f"give it with {loop}")
         module = isinstance(self.params, Iterator) or hasattr(self.params, "named_parameters")
         remedy = "give dict(module.named_parameters()), and load it into a module in init_fn"
         require(not module, "params", remedy)
-        sizes = map(np.size, trees.float_leaves(self.params).values())
+        floats = any(x.size for x in trees.float_leaves(self.params).values())
         remedy = "give a pytree that holds floating-point arrays"
-        require(self.params is None or any(sizes), "params", remedy)
-
-    def gradient(self, micro_batches: int) -> trees.Arrays:
-        """The gradient of the batch in so many pieces, in float64."""
-        gradient_fn: Any = self.gradient_fn
-        given = trees.copies(self.params), trees.copies(self.batch)
-        made = call("gradient_fn", gradient_fn, *given, micro_batches)
-        found = {name: x.astype(np.float64) for name, x in trees.named(made).items()}
-        if trees.shapes(found) != trees.shapes(trees.named(self.params)):
-            raise Broken("gradient_fn returned other names or shapes than those of params")
-        return found
+        require(self.params is None or floats, "params", remedy)

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 
+from lm_jax.doctor import numbers
 from lm_jax.doctor.checks import check
 from lm_jax.doctor.facts import Skip
 from lm_jax.doctor.findings import Measure, at_least, at_most, equals, holds, none, note
@@ -23,9 +24,8 @@ PAIRS = 4  # batches whose halves are exchanged
 def run(subject: Subject, course: Course) -> list[Measure]:
     """The loop runs on uniform tokens with finite scores."""
     return [
-        note("nats a token before", course.nats[0], key="before"),
+        note(f"nats a token before, where ln V is {subject.chance:.4f}", course.nats[0]),
         note(f"after {subject.steps} updates", course.nats[-1], key="after"),
-        note("ln V", subject.chance),
     ]
 
 
@@ -41,10 +41,9 @@ def gibbs(subject: Subject, course: Course) -> list[Measure]:
     for block in range(min(MOST_BLOCKS, max(1, MOST_LOGITS // logits))):
         for i in range(BLOCK):
             nats, count = subject.score(course.state, subject.batch(2, block, i))
-            means.append(nats / count)
+            means.append(nats / count - subject.chance)
             counts.add(count)
-        n = len(means)
-        error = float(np.std(means, ddof=1) / n**0.5)
+        n, (excess, error) = len(means), numbers.mean(means)
         # Without a leak the nats of random tokens are uncorrelated, so this is their variance,
         # that of the logits; half of it is what the noise of the parameters adds to the loss.
         noise = error**2 * n * min(counts) / 2
@@ -57,57 +56,44 @@ def gibbs(subject: Subject, course: Course) -> list[Measure]:
             f"score_fn scores {min(counts):g} to {max(counts):g} tokens of batches of one shape: "
             "it leaves tokens out by their value, and ln V is no bound then."
         )
-    excess = float(np.mean(means)) - subject.chance
     # Float32 sums carry an error of their own, about eps times the value.
     bound = -3 * error - 2.0**-22 * subject.chance
-    # Far from uniform, half the variance is not what noise adds, and all the excess may hide one.
-    visible = 5 * either if noise < 0.05 else abs(excess) + 5 * error
+    untrained = course.nats[0] < 0.999 * subject.chance
+    where = "so it was before any training: look at score_fn's sum and count" if untrained else ""
+    what = f"nats above ln V = {subject.chance:.4f} on {n} batches of random tokens"
     found = [
-        at_least(
-            f"nats above ln V = {subject.chance:.4f} on {n} batches of random tokens",
-            excess,
-            bound,
-            where="look at score_fn's sum and count too: it was below that before any training"
-            if course.nats[0] < 0.999 * subject.chance
-            else "",
-            key="excess",
-        ),
+        at_least(what, excess, bound, where=where, key="excess"),
         note("standard error", error, key="error"),
         note("of the excess, noise of the parameters", noise, key="noise"),
     ]
     if excess < bound:
         return found
-    if noise < 0.05 and noise - excess > 3 * either:
-        found.append(
-            at_most("nats less than that noise adds", noise - excess, 3 * either, otherwise="warn")
-        )
-    undecided = "not decided: train longer, or with a rate that comes nearer to ln V"
-    return [
-        *found,
-        at_most(
-            "smallest leak that would have been seen, nats",
-            visible,
-            subject.smallest_leak,
-            otherwise="warn",
-            where=undecided,
-            key="visible",
-        ),
-    ]
+    # Far from uniform, half the variance is not what noise adds, and all the excess may hide one.
+    near = noise < 0.05
+    lacking, visible = noise - excess, 5 * either if near else abs(excess) + 5 * error
+    if near and lacking > 3 * either:
+        found.append(at_most("nats less than noise adds", lacking, 3 * either, otherwise="warn"))
+    where = "not decided: train longer, or with a rate that comes nearer to ln V"
+    what, most = "smallest leak that would have been seen, nats", subject.smallest_leak
+    return [*found, at_most(what, visible, most, otherwise="warn", where=where, key="visible")]
 
 
 @check(
-    "The named parameters are not trained: see that they are handed to the optimiser, that "
-    "no stop_gradient or detach stands before them, and that the schedule is not 0."
+    "See that these parameters are handed to the optimiser, that no stop_gradient or detach stands "
+    "before them, and that the schedule is not 0; clip gradients if they are not finite."
 )
-def updates(subject: Subject, course: Course) -> Measure:
-    """Every parameter leaf changes in the first updates."""
+def updates(subject: Subject, course: Course) -> list[Measure]:
+    """Every parameter leaf changes in the first updates, and is finite at the end."""
     leaves, still = course.leaves, course.unmoved
     if not leaves:
         raise Skip("The state has no floating-point arrays; give params_of.", "params_of")
     # Without params_of the state is more than parameters, and some of it may well stay.
     if subject.params_of is None and len(still) < leaves:
-        return note(f"leaves of the state that changed in {EARLY} updates", leaves - len(still))
-    return none(f"leaves unchanged after {EARLY} updates", still, of=leaves, key="unchanged")
+        still = []
+    return [
+        none(f"leaves unchanged after {EARLY} updates", still, of=leaves, key="unchanged"),
+        none("leaves not finite at the end", course.nonfinite, of=leaves, key="nonfinite"),
+    ]
 
 
 @check(
@@ -139,13 +125,9 @@ def reproducible(subject: Subject, course: Course, probe: np.ndarray) -> Measure
     again, first = subject.mean(state, probe), course.nats[1]
     gap = abs(again - first) / max(abs(first), 1e-30)
     # Kernels that add in random order differ by roundings, not by half the digits of float32.
-    return equals(
-        f"relative difference after {REPEATED} updates from one seed",
-        gap,
-        0,
-        otherwise="fail" if gap > 2.0**-11.5 else "warn",
-        key="gap",
-    )
+    otherwise = "fail" if gap > 2.0**-11.5 else "warn"
+    what = f"relative difference after {REPEATED} updates from one seed"
+    return equals(what, gap, 0, otherwise=otherwise, key="gap")
 
 
 @check(
@@ -177,27 +159,6 @@ def overfit(overfitted: Overfitted) -> Measure:
     shares = np.unique(rows[:, 1:], return_counts=True)[1] / rows[:, 1:].size
     entropy = -float((shares * np.log(shares)).sum())
     falling = end < late - 0.01 * entropy
-    return at_most(
-        "nats of two rows seen again and again",
-        end,
-        math.nextafter(entropy, 0),
-        otherwise="warn" if falling else "fail",
-        where="still falling" if falling else "no longer falling",
-        key="end",
-    )
-
-
-@check(
-    "Find the first update at which the named parameters are not finite; clip gradients, "
-    "lower the rate, or skip non-finite updates."
-)
-def finite(course: Course) -> list[Measure]:
-    """All parameters are finite after training."""
-    if not course.leaves:
-        raise Skip("The state has no floating-point arrays; give params_of.", "params_of")
-    start, end = course.norms
-    return [
-        none("leaves that are not finite", course.nonfinite, of=course.leaves, key="non_finite"),
-        note("norm of all leaves before", start, key="before"),
-        note("after", end),
-    ]
+    status, where = ("warn", "still falling") if falling else ("fail", "no longer falling")
+    what, most = "nats of two rows seen again and again", math.nextafter(entropy, 0)
+    return at_most(what, end, most, otherwise=status, where=where, key="end")

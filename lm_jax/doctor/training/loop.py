@@ -13,24 +13,16 @@ from lm_jax.doctor.facts import Broken
 
 def kind(state: Any) -> Any:
     """What a step leaves as it is: the structure of the state, and the types of its objects."""
-
-    def object_type(leaf: Any) -> type | None:
-        plain = leaf is None or isinstance(leaf, numbers.Number) or hasattr(leaf, "dtype")
-        return None if plain else type(leaf)
-
     leaves, structure = jax.tree.flatten(state, is_leaf=lambda x: x is None)
-    return structure, [object_type(leaf) for leaf in leaves]
+    plain = (numbers.Number, type(None))
+    objects = [not (isinstance(x, plain) or hasattr(x, "dtype")) and type(x) for x in leaves]
+    return structure, objects
 
 
 def stepped(before: Any, out: Any) -> tuple[Any, Any]:
-    """State and metrics from what `step_fn` returned; metrics are None without any.
+    """State and metrics, or None, from what `step_fn` returned.
 
-    Args:
-        before: `kind` of the state that it was given.
-        out: a state, or a pair of a state and metrics.
-
-    Raises:
-        Broken: if it is neither.
+    `before` is the `kind` of the state that it was given.
     """
     if kind(out) == before:
         return out, None

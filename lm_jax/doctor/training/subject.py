@@ -15,6 +15,7 @@ from lm_jax.doctor.training.loop import kind, opened, stepped, unmoved
 EARLY = 20  # updates after which every parameter must have moved
 REPEATED = 3  # updates that are made twice
 LOGITS = 2**26  # of a batch if its size is not given: 256 MiB in float32
+Function = Annotated[Callable[..., Any], function]
 
 
 @dataclasses.dataclass
@@ -25,35 +26,19 @@ class Subject(Facts):
     `step_fn` is never used again: its buffers may be donated.
     """
 
-    init_fn: Annotated[Callable[..., Any], "(seed) -> state.", function]
-    step_fn: Annotated[
-        Callable[..., Any],
-        "(state, tokens int32 [B, T]) -> state or (state, metrics): one update.",
-        function,
-    ]
-    score_fn: Annotated[
-        Callable[..., Any],
-        "(state, tokens) -> (sum of nats, number of scored tokens), without dropout.",
-        function,
-    ]
+    init_fn: Annotated[Function, "(seed) -> state."]
+    step_fn: Annotated[Function, "(state, tokens int32 [B, T]) -> state or (state, metrics)."]
+    score_fn: Annotated[Function, "(state, tokens) -> (sum of nats, count), without dropout."]
     _: dataclasses.KW_ONLY
     vocab_size: Annotated[int, "V.", whole(2)]
     seq_len: Annotated[int, "T.", whole(4)]
-    batch_size: Annotated[
-        int | None, "B, of all calls; None: 16, or what keeps the logits below 256 MiB.", whole(2)
-    ] = None
-    steps: Annotated[
-        int, "updates on fresh tokens; half as many more are made on one batch.", whole(EARLY)
-    ] = 400
+    batch_size: Annotated[int | None, "B; None: up to 16 in 256 MiB of logits.", whole(2)] = None
+    steps: Annotated[int, "updates on fresh ids; half as many on one batch.", whole(EARLY)] = 400
     seed: Annotated[int, "of the state and the tokens.", whole()] = 0
     params_of: Annotated[
-        Callable[[Any], Any] | None,
-        "(state) -> pytree of the parameters, to judge them one by one.",
-        function,
+        Callable[..., Any] | None, "(state) -> parameters, to judge one by one.", function
     ] = None
-    smallest_leak: Annotated[
-        float, "nats a token that the Gibbs test is asked to see; else it warns.", above(0)
-    ] = 0.003
+    smallest_leak: Annotated[float, "nats a token that must be seen.", above(0)] = 0.003
 
     def batch(self, *stream: int) -> np.ndarray:
         """Fresh independent uniform ids [B, T], over the whole vocabulary."""
@@ -86,8 +71,7 @@ class Subject(Facts):
             nats, count = (float(trees.as_array(x)) for x in out)
         except (TypeError, ValueError) as error:
             raise Broken(f"score_fn returned no (sum, count): {error}") from error
-        fit = math.isfinite(nats) and nats >= -1e-3 * count and len(tokens) <= count <= tokens.size
-        if not fit:
+        if not (-1e-3 * count <= nats < math.inf and len(tokens) <= count <= tokens.size):
             raise Broken(
                 f"score_fn returned a sum of {nats:.6g} over a count of {count:.6g}: let it return "
                 f"the nats of all scored tokens of {tokens.shape}, summed, and how many they are"
@@ -113,7 +97,6 @@ class Course(NamedTuple):
     leaves: int  # of floating-point numbers
     unmoved: list[str]  # after `EARLY` updates
     nonfinite: list[str]  # at the end
-    norms: tuple[float, float]  # of all leaves at the start and at the end
 
 
 @fixture
@@ -133,7 +116,7 @@ def course(subject: Subject, probe: np.ndarray) -> Course:
         raise Broken(
             f"score_fn returned {first:.4g} nats for {count:g} tokens: not a sum but a mean"
         )
-    nats, norm, leaves = [first / count], trees.norm(start.values()), len(start)
+    nats, leaves = [first / count], len(start)
     for i in range(subject.steps):
         state = subject.step(state, subject.batch(1, i))
         if i + 1 in (REPEATED, EARLY):
@@ -141,11 +124,8 @@ def course(subject: Subject, probe: np.ndarray) -> Course:
         if i + 1 == EARLY:
             still = unmoved(start, subject.parameters(state))
             start.clear()  # of a large model each copy is gigabytes
-    end = subject.parameters(state)
     nats.append(subject.mean(state, probe))
-    return Course(
-        state, nats, leaves, still, trees.nonfinite(end), (norm, trees.norm(end.values()))
-    )
+    return Course(state, nats, leaves, still, trees.nonfinite(subject.parameters(state)))
 
 
 class Overfitted(NamedTuple):
