@@ -37,7 +37,7 @@ def call(what: str, function: Callable[..., T], *args: Any) -> T:
     """
     try:
         return function(*args)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise Broken(f"{what} raised {described(error)}") from error
 
 

@@ -28,7 +28,7 @@ from lm_jax.doctor.optimiser import examine_optimiser
 from lm_jax.doctor.training import examine_training
 from lm_jax.kernels import attention
 from lm_jax.models.families import choose_attention, create_model, family
-from lm_jax.objective import NextToken
+from lm_jax.objective import NextToken, Summary
 from lm_jax.preflight import data, distill, evaluation
 
 _TABLES = ("embedding", "position_embedding")  # drawn with `model.init_std` in every family
@@ -62,7 +62,7 @@ def examine_config(cfg: Config, *, level: str = "fast", store: Store | None = No
     cfg = resolve(cfg, windows=windows)
     report = data.examine_splits(cfg, store, windows, level=level)
     small = Small(cfg, store)
-    report += small.model(level) + small.loss() + small.optimiser()
+    report += small.model(level) + small.loss() + small.optimiser(level)
     if cfg.distill.taught:
         report += distill.examine_teaching(cfg, small.cfg, store)
     if level == "full":
@@ -215,8 +215,8 @@ class Small:
             state, {k: jnp.asarray(v)[None] for k, v in batch.items()}
         )
 
-    def optimiser(self) -> Report:
-        """Updates, decay, clipping, accumulation and schedule."""
+    def optimiser(self, level: str = "fast") -> Report:
+        """Updates, decay, accumulation, schedule and, at level full, clipping."""
         cfg, full = self.cfg.optim, self.full.optim
         batch, steps = self.batch(), int(self.full.train.steps)
         bad = {**batch, "weights": batch["weights"].copy()}
@@ -229,10 +229,17 @@ class Small:
             )
             return optim.by_layer(found)
 
+        @jax.jit
+        def update(params: Any, grads: Any, state: step.TrainState, count: Any) -> Any:
+            found = Summary(1, jnp.ones(()), jnp.ones(()))
+            new, metrics = step.make_update(self.cfg)(state, optim.stacked(grads), found)
+            return optim.by_layer(new.params), new, metrics
+
         return examine_optimiser(
             params=self.params,
             init_fn=jax.jit(lambda params: step.init_state(self.cfg, optim.stacked(params))),
             step_fn=self.train_step,
+            update_fn=update if level == "full" else None,
             params_of=lambda state: optim.by_layer(state.params),
             updates_of=lambda state: state.step,
             batch=batch,
