@@ -511,6 +511,12 @@ def test_a_header_that_is_repeated_after_a_resume(tmp_path):
     assert column(log, "train/loss")[-1] == (30, 8.0) and not log.problems
 
 
+def test_steps_that_begin_anew_in_every_epoch_count_on(tmp_path):
+    rows = [f"{epoch},{step},{3 - epoch - step / 99}" for epoch in (1, 2) for step in (10, 20, 30)]
+    log = read_log(write(tmp_path, "\n".join(["epoch,step,loss", *rows]), "log.csv"))
+    assert [step for step, _ in column(log, "train/loss")] == [10, 20, 30, 40, 50, 60]
+
+
 @pytest.mark.parametrize(
     "name, metric",
     [
@@ -801,7 +807,8 @@ def test_the_command_says_what_it_read(tmp_path, capsys):
     assert out.startswith("read 6 rows of console text: step, iter -> step, loss -> train/loss")
     code, out, _ = run(f"--log={tmp_path}", "--json", "--map=loss=train loss")
     found = json.loads(out)
-    assert code == 0 and found["log"]["columns"]["train loss"] == "train/loss" and found["findings"]
+    assert code == 1  # of the same column, which stays under its own name
+    assert found["log"]["columns"]["train loss"] == "train/loss" and found["findings"]
     code, _, err = run(f"--log={write(tmp_path, 'no log', 'other.txt')}")
     assert code == 2 and "other.txt looks like console text" in err
 
