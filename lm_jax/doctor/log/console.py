@@ -10,7 +10,8 @@ _NUMBER = (
     r"[-+]?(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d*)?|\.\d+)(?:e[-+]?\d+)?"
     r"|[-+]?(?:nan|inf(?:inity)?)"
 )
-_WORD = r"(?:(?!(?:info|debug|warning|error|at|of)\b)[a-z_][\w/.\-]*|\(\w+\))"
+_APART = r"(?:info|debug|warning|error|at|after|end of|(?<=end )of)\b"  # words between names
+_WORD = rf"(?:(?!{_APART})[a-z_][\w/.\-]*|\(\w+\))"
 # "train loss 3.2", "lr: 1e-4", "iteration   10/ 500", "time=135.2ms"
 _PAIR = re.compile(
     rf"(?<![\w/.\-])({_WORD}(?: {_WORD}){{0,5}})(?:\s*[:=]\s*|\s+)({_NUMBER})(?:\s*/\s*\d+)?"

@@ -19,7 +19,8 @@ PREFIXES = ("distill/", "grad_norm/")
 # Words of a name joined by "_", the surest first.
 _ALIASES = {
     "step": "step global_step trainer_global_step iteration iterations iter iters it num_updates "
-    "current_step current_steps optimizer_step update_step num_steps steps s batch batch_idx",
+    "current_step current_steps completed_step optimizer_step update_step num_steps steps s batch "
+    "batch_idx",
     "optim/lr": "lr learning_rate last_lr",
     "optim/grad_norm": "grad_norm gnorm gradient_norm global_grad_norm gradnorm grad_norm_total "
     "total_norm norm",
@@ -35,7 +36,8 @@ _ALIASES = {
 }
 _OF_A_SPLIT = {  # a perplexity is that of the likelihood, so `nll_loss` comes before `loss`
     "loss": "nll_loss nll loss lm_loss lm_loss_value ce_loss cross_entropy_loss cross_entropy ce "
-    "xent loss_step batch_loss loss_epoch epoch_loss avg_loss loss_avg mean_loss loss_mean",
+    "xent language_cross_entropy reduced_loss loss_step batch_loss loss_epoch epoch_loss avg_loss "
+    "loss_avg mean_loss loss_mean",
     "token_ppl": "token_ppl ppl perplexity lm_loss_ppl lm_loss_ppl_value",
     "accuracy": "accuracy token_accuracy acc token_acc epoch_accuracy",
 }
