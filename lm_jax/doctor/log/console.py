@@ -55,7 +55,7 @@ def _line(line: str) -> _Line:
     found = list(zip(parts[::4], parts[1::4], parts[2::4], strict=True))
     rest = " | ".join([between, *parts[3::4]])
     found += [(name, value, unit) for value, unit, name in _BEHIND.findall(rest)]
-    bars = (_SPLIT.fullmatch(name) for name, _, unit in found if unit == "%")  # "Evaluating: 50%|"
+    bars = [_SPLIT.fullmatch(name) for name, _, unit in found if unit == "%"]  # "Evaluating: 50%|"
     split = _SPLIT.search(rest) or next(filter(None, bars), None)
     row = {}
     for name, value, unit in found:
@@ -89,7 +89,8 @@ def _placed(lines: list[_Line], given: Collection[str]) -> list[Row]:
         elif position and not at:
             row["step"] = batch
         if whole and within and not position:  # means over the epoch beside rows of it
-            row = {(f"whole {n}" if _implied(n) else n): x for n, x in row.items()}
+            implied = {n for n in row if (known := meaning(n)) and known.implied}
+            row = {(f"whole {n}" if n in implied else n): x for n, x in row.items()}
         told = {metric_of(name) for name in row} - {""}
         sure = bool(at) and words(at)[-1] in ("step", "iter", "iteration")  # no "max steps"
         if sure:
@@ -100,7 +101,3 @@ def _placed(lines: list[_Line], given: Collection[str]) -> list[Row]:
         if (kept or (sure and told - {"step", "data/epoch"})) and rows[-1:] != [row]:
             rows.append(row)
     return rows
-
-
-def _implied(name: str) -> bool:
-    return (known := meaning(name)) is not None and known.implied
