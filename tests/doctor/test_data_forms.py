@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -60,6 +61,15 @@ def test_inputs_and_targets_are_read_as_windows(form):
     rows = len(ROWS) if form in ("plain lists", "one pair", "rows", "by number") else None
     rows = rows or len(batches(ROWS)) * 8
     assert f"{rows * (T + 1):,} tokens" in report["data.items"].evidence
+
+
+def test_rows_of_a_data_set_of_one_tensor_and_weights_in_low_precision():
+    rows = [b["tokens"] for b in batches(ROWS)]
+    weights = np.ones(rows[0].shape, jnp.bfloat16)
+    for train in ([[part] for part in rows], [{"tokens": x, "weights": weights} for x in rows]):
+        report = examine(train, separator=0)
+        silent(report, "data.items", "data.ids", "data.repetition")
+        assert f"{len(rows) * 8 * (T + 1):,} tokens" in report["data.items"].evidence
 
 
 def test_torch_tensors():

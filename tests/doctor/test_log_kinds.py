@@ -360,7 +360,7 @@ def test_rows_may_be_added_to_records():
 
 
 def test_old_rows_of_a_long_log_are_thinned_for_a_watcher():
-    kept, rows = Records(most=2000), long_rows()
+    kept, rows = Records(most=2000), long_rows()[:]
     rows[5000] = rows[5000] | {"train/loss": None}
     for start in range(0, len(rows), 500):
         kept.extend(rows[start : start + 500])

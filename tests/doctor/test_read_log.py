@@ -232,7 +232,22 @@ steps: 20 loss: 8.2500 iter time (s): 1.210 samples/sec: 12.345
  validation results at iteration 20 | lm_loss value: 8.300000E+00 | lm_loss_ppl value: 4.02E+03 |
 """
 
+MAXTEXT = """\
+completed step: 10, seconds: 36.1, TFLOP/s/device: 2.1, total_weights: 65536, loss: 10.875
+eval metrics after step: 10, loss=10.750, total_weights=1000.0
+completed step: 11, seconds: 6.1, TFLOP/s/device: 2.1, total_weights: 65536, loss: 10.625
+"""
+
+NEMO = """\
+Training epoch 0, iteration 0/99 | lr: 1.5e-05 | global_batch_size: 8 | global_step: 0 | \
+reduced_train_loss: 11.03 | train_step_timing in s: 12.3
+Training epoch 0, iteration 1/99 | lr: 3e-05 | global_batch_size: 8 | global_step: 1 | \
+reduced_train_loss: 10.91 | train_step_timing in s: 1.3 | val_loss: 10.8
+"""
+
 CONSOLE = {
+    "maxtext": (MAXTEXT, [(10, 10.875), (11, 10.625)], [(10, 10.75)], []),
+    "nemo": (NEMO, [(0, 11.03), (1, 10.91)], [(1, 10.8)], [(0, 1.5e-5), (1, 3e-5)]),
     "evaluating": (EVALUATING, [(10, 9.5), (20, 8.5)], [(10, 9.75)], []),
     "nanochat": (NANOCHAT, [(100, 5.123), (300, 4.5)], [], []),
     "torchtitan": (TORCHTITAN, [(10, 8.1234), (20, 7.25)], [], []),
@@ -511,6 +526,12 @@ def test_a_header_that_is_repeated_after_a_resume(tmp_path):
     assert column(log, "train/loss")[-1] == (30, 8.0) and not log.problems
 
 
+def test_steps_that_begin_anew_in_every_epoch_count_on(tmp_path):
+    rows = [f"{epoch},{step},{3 - epoch - step / 99}" for epoch in (1, 2) for step in (10, 20, 30)]
+    log = read_log(write(tmp_path, "\n".join(["epoch,step,loss", *rows]), "log.csv"))
+    assert [step for step, _ in column(log, "train/loss")] == [10, 20, 30, 40, 50, 60]
+
+
 @pytest.mark.parametrize(
     "name, metric",
     [
@@ -587,6 +608,7 @@ def test_of_several_runs_the_longest_is_taken(tmp_path):
         ("lm loss", "train/loss"),
         ("tr_loss", "train/loss"),
         ("trl", "train/loss"),
+        ("metrics/train/LanguageCrossEntropy", "train/loss"),
         ("trainLoss", "train/loss"),
         ("metrics/loss", "train/loss"),
         ("val_loss", "valid/loss"),

@@ -29,17 +29,16 @@ class Options(NamedTuple):
 
     max_tokens: int
     padding: int | None
-    separator: int | None
-    end: int | None
+    boundaries: tuple[int, ...]  # ids that open or end a document
 
 
 class Item(NamedTuple):
-    """One document, row or batch; all arrays [..., T] but `shifts`."""
+    """One document, row or batch [..., T]."""
 
     tokens: np.ndarray
-    segments: np.ndarray | None = None
-    weights: np.ndarray | None = None
-    shifts: np.ndarray | None = None  # [2, LAGS]
+    segments: Any = None  # array or None
+    weights: Any = None
+    shifts: Any = None  # [2, LAGS]
     lags: tuple[int, ...] = ()
 
 
@@ -49,55 +48,48 @@ def read(name: str, stream: Any, options: Options) -> Sample:
     Raises:
         Broken: it raises, or holds something else than ids.
     """
-    columns: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-    widths: list[np.ndarray] = []
-    batches: list[np.ndarray] = []
-    shifts: list[np.ndarray] = []
-    total = batch = 0
-    slots = options.padding is not None
-    lags: tuple[int, ...] = ()
+    parts: list[Item] = []
+    total, slots = 0, options.padding is not None
     items = call(f"Reading {name}", iter, _items(stream))
     while (item := call(f"Reading {name}", next, items, _END)) is not _END:
         if total >= options.max_tokens:
             break
-        found = _parse(item, f"item {len(columns)} of {name}")
-        tokens, segments, weights = found.tokens, found.segments, found.weights
-        slots |= tokens.ndim > 1 or isinstance(item, Mapping) or found.shifts is not None
-        if found.shifts is not None:
-            shifts.append(found.shifts)
-            lags = found.lags
-        if segments is None:
-            segments = _without_padding(tokens, options)
-        if weights is None:
-            weights = np.full(tokens.shape, np.nan, np.float32)
-        columns.append((tokens.ravel(), segments.ravel(), weights.ravel()))
-        count = math.prod(tokens.shape[:-1])
-        widths.append(np.full(count, tokens.shape[-1]))
-        per_batch = max(tokens.shape[-2], 1) if tokens.ndim > 1 else 0
-        batches.append(batch + np.arange(count) // per_batch if per_batch else np.full(1, -1))
-        batch += count // per_batch if per_batch else 0
-        total += tokens.size
+        parts.append(part := _parse(item, f"item {len(parts)} of {name}", options))
+        total += part.tokens.size
+        slots |= part.tokens.ndim > 1 or isinstance(item, Mapping) or part.shifts is not None
     if not total:
-        raise Broken(f"{name} holds no token in {len(columns)} items")
-    lengths = np.concatenate(widths)
+        raise Broken(f"{name} holds no token in {len(parts)} items")
+    columns = zip(*([x.ravel() for x in part[:3]] for part in parts), strict=True)
+    tokens, segments, weights = map(np.concatenate, columns)
+    lengths, batches = _rows([part.tokens.shape for part in parts])
     starts = np.concatenate([[0], np.cumsum(lengths)])
-    flat, segments, weights = (np.concatenate(column) for column in zip(*columns, strict=True))
     # Where no weights are given, whatever follows text and is text is scored.
     scored = np.where(np.isnan(weights), (segments > 0) & (np.roll(segments, 1) > 0), weights > 0)
     scored[starts[:-1][lengths > 0]] = False
+    shifted = [part for part in parts if part.shifts is not None]
     return Sample(
         name=name,
-        tokens=flat,
+        tokens=tokens,
         starts=starts,
         segments=segments,
         scored=scored,
-        batches=np.concatenate(batches),
-        boundaries=tuple(i for i in (options.separator, options.end) if i is not None),
+        batches=batches,
+        boundaries=options.boundaries,
         complete=item is _END,
         slots=slots,
-        shifts=sum(shifts) if shifts else None,  # type: ignore[arg-type]
-        lags=lags,
+        shifts=sum(part.shifts for part in shifted) if shifted else None,
+        lags=shifted[-1].lags if shifted else (),
     )
+
+
+def _rows(shapes: list[tuple[int, ...]]) -> tuple[np.ndarray, np.ndarray]:
+    """Length of each row and number of its batch, -1 for rows that came alone."""
+    counts = np.array([math.prod(shape[:-1]) for shape in shapes])
+    lengths = np.repeat([shape[-1] for shape in shapes], counts)
+    heights = np.repeat([shape[-2] if len(shape) > 1 else 0 for shape in shapes], counts)
+    number = np.arange(len(lengths))
+    place = number - np.repeat(np.cumsum(counts) - counts, counts)
+    return lengths, np.where(heights, number - place % np.maximum(heights, 1), -1)
 
 
 def read_all(name: str, streams: Iterable[Any], options: Options) -> Iterator[Sample]:
@@ -116,44 +108,41 @@ def _items(stream: Any) -> Iterable[Any]:
     """The items of a stream; a single document, batch or pair is a stream of one."""
     if isinstance(stream, Mapping) or getattr(stream, "ndim", None) == 1:
         return [stream]
-    if isinstance(stream, tuple | list) and len(stream) == 2 and all(map(_is_array, stream)):
-        x, y = map(trees.as_array, stream)
-        if x.shape == y.shape and x.ndim and _fits(_shifts(x, y), 1):
-            return [(x, y)]
+    if isinstance(stream, tuple | list) and len(stream) == 2 and _are_arrays(stream):
+        if _follow(*map(trees.as_array, stream)):
+            return [tuple(stream)]
     if not hasattr(stream, "__iter__"):  # a data set that is read by number
         return (stream[i] for i in range(len(stream)))
     return stream  # type: ignore[no-any-return]
 
 
-def _is_array(value: Any) -> bool:
-    return hasattr(value, "shape") and len(value.shape) > 0
+def _are_arrays(parts: Any) -> bool:
+    listed = isinstance(parts, list | tuple) and len(parts) > 0
+    return listed and all(hasattr(x, "shape") and len(x.shape) > 0 for x in parts)
 
 
-def _parse(item: Any, where: str) -> Item:
+def _parse(item: Any, where: str, options: Options) -> Item:
     """An item as arrays; `Broken` if it is none."""
-    arrays = {name: _array(name, part, where) for name, part in _parts(item, where).items()}
+    item = item._asdict() if hasattr(item, "_asdict") else item
+    arrays = _parts(item, where)
     tokens, targets = arrays["tokens"], arrays.get("targets")
-    for name in ("tokens", "targets"):
-        ids = arrays.get(name, tokens)
-        if ids.ndim == 0 or (ids.size and ids.dtype.kind not in "iu"):
-            raise Broken(
-                f"{where} is {ids.dtype} of shape {ids.shape}, not an array of integer ids"
-            )
     for name, array in arrays.items():
         if array.shape != tokens.shape:
             raise Broken(f"{where}: {name} {array.shape} for tokens {tokens.shape}; {FORMS}")
-    tokens, weights = tokens.astype(np.int64), arrays.get("weights")
-    found = Item(tokens, arrays.get("segment_ids"), weights)
-    if targets is None or not tokens.size:
-        return found
-    # Trainers that shift inside the model hand the inputs along as labels.
-    unshifted = isinstance(item, Mapping) and any(name in item for name in ("labels", "label"))
-    return _joined(found, targets.astype(np.int64), (0, 1) if unshifted else (1,))
+    found = Item(tokens, arrays.get("segment_ids"), arrays.get("weights"))
+    if targets is not None and tokens.size:
+        # Trainers that shift inside the model hand the inputs along as labels.
+        unshifted = isinstance(item, Mapping) and not {"labels", "label"}.isdisjoint(item)
+        found = _joined(found, targets, (0, 1) if unshifted else (1,))
+    if found.segments is None:
+        found = found._replace(segments=_without_padding(found.tokens, options))
+    if found.weights is None:
+        found = found._replace(weights=np.full(found.tokens.shape, np.nan, np.float32))
+    return found
 
 
-def _parts(item: Any, where: str) -> Mapping[str, Any]:
-    """The parts of an item by their names here."""
-    item = item._asdict() if hasattr(item, "_asdict") else item
+def _parts(item: Any, where: str) -> dict[str, np.ndarray]:
+    """The arrays of an item by their names here."""
     if isinstance(item, Mapping):
         known = {
             name: next((item[other] for other in others if item.get(other) is not None), None)
@@ -161,30 +150,35 @@ def _parts(item: Any, where: str) -> Mapping[str, Any]:
         }
         if known["tokens"] is None:
             raise Broken(f"{where} has the keys {sorted(map(str, item))} and no 'tokens'; {FORMS}")
-        return {name: part for name, part in known.items() if part is not None}
-    if isinstance(item, tuple | list) and item and all(map(_is_array, item)):
-        shapes = [tuple(part.shape) for part in item]
-        several = len(shapes[0]) > 1 or isinstance(item, tuple)
-        if len(item) == 2 and shapes[0] == shapes[1]:
-            if several or _fits(_shifts(*map(trees.as_array, item)), 1):
-                return {"tokens": item[0], "targets": item[1]}
-        elif several and len(shapes[0]) > 1 or len(set(shapes)) > 1:
-            raise Broken(f"{where} has arrays of shapes {shapes}, not inputs and targets; {FORMS}")
-    if isinstance(item, tuple) and len(item) == 2 and all(isinstance(x, list) for x in item):
+        return {name: _array(name, x, where) for name, x in known.items() if x is not None}
+    arrays = _are_arrays(item)
+    lists = isinstance(item, tuple) and all(isinstance(x, list) for x in item)
+    if (arrays or lists) and len(item) == 2:
         x, y = (_array("tokens", part, where) for part in item)
-        if x.shape == y.shape and _fits(_shifts(x, y), 1):
+        told = x.ndim > 1 or (arrays and isinstance(item, tuple))
+        if x.shape == y.shape and (told or _follow(x, y)):
             return {"tokens": x, "targets": y}
-    return {"tokens": item}
+    if arrays:
+        shapes = [tuple(part.shape) for part in item]
+        if len(item) == 1 and len(shapes[0]) > 1:  # of a data set of one tensor
+            return {"tokens": _array("tokens", item[0], where)}
+        if len(shapes[0]) > 1 or len(set(shapes)) > 1:
+            raise Broken(f"{where} has arrays of shapes {shapes}, not inputs and targets; {FORMS}")
+    return {"tokens": _array("tokens", item, where)}
 
 
 def _array(name: str, part: Any, where: str) -> np.ndarray:
-    if isinstance(part, list | tuple) and part and all(map(_is_array, part)):
-        array = call(f"{name} of {where}", lambda: np.stack([*map(trees.as_array, part)]))
-    else:
-        array = call(f"{name} of {where}", trees.as_array, part)
-    if name in ("segment_ids", "weights") and (
-        array.dtype.kind not in "iufb" or not np.isfinite(array).all()
-    ):
+    """A part of an item: ids in int64, others in float64; `Broken` if they are none."""
+    listed = _are_arrays(part)
+    read = (lambda x: np.stack([*map(trees.as_array, x)])) if listed else trees.as_array
+    array = call(f"{name} of {where}", read, part)
+    if name in ("tokens", "targets"):
+        if array.ndim == 0 or (array.size and array.dtype.kind not in "iu"):
+            what = f"{array.dtype} of shape {array.shape}"
+            raise Broken(f"{where} is {what}, not an array of integer ids")
+        return array.astype(np.int64)
+    array = call(f"{name} of {where}", array.astype, np.float64)
+    if not np.isfinite(array).all():
         raise Broken(f"{where}: {name} holds values that are not finite numbers")
     return array
 
@@ -203,6 +197,11 @@ def _shifts(inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
 def _fits(shifts: np.ndarray, lag: int) -> bool:
     equal, compared = shifts[:, LAGS.index(lag)]
     return bool(compared and equal >= FITS * compared)
+
+
+def _follow(inputs: np.ndarray, targets: np.ndarray) -> bool:
+    """Whether the targets are the inputs one place on."""
+    return inputs.shape == targets.shape and _fits(_shifts(inputs, targets), 1)
 
 
 def _joined(item: Item, targets: np.ndarray, lags: tuple[int, ...]) -> Item:
@@ -232,11 +231,11 @@ def _without_padding(tokens: np.ndarray, options: Options) -> np.ndarray:
 
     Where padding doubles as the id that ends a document, the first of the run is that end.
     """
-    padding = options.padding
-    if padding is None:
+    if options.padding is None:
         return np.ones(tokens.shape, np.int32)
-    run = np.logical_and.accumulate((tokens == padding)[..., ::-1], axis=-1)[..., ::-1]
-    if padding in (options.separator, options.end):
+    is_padding = tokens == options.padding
+    run = np.logical_and.accumulate(is_padding[..., ::-1], axis=-1)[..., ::-1]
+    if options.padding in options.boundaries:
         run[..., 1:] &= run[..., :-1].copy()
         run[..., :1] &= run.all(-1, keepdims=True)
     return (~run).astype(np.int32)

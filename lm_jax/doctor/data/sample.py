@@ -12,32 +12,19 @@ LAGS = (-1, 0, 1, 2)  # places between an input and the target that might be it
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Sample:
-    """Rows (or documents) end to end.
+    """Rows (or documents) end to end."""
 
-    Attributes:
-        name: what is read, for evidence.
-        tokens: ids [N], int64.
-        starts: first position of each row and the end of the last [R + 1].
-        segments: number of the document within its row, 0 at padding [N].
-        scored: whether the position is scored as a target [N]; never the first of a row.
-        batches: number of the batch of each row, -1 for rows that came alone [R].
-        boundaries: ids that open a document within a row.
-        complete: whether the stream came to its end before `max_tokens`.
-        slots: whether rows have a fixed width, so that padding takes room.
-        shifts: of targets that were handed along, how many equal the input so many places on, and
-            how many were compared [2, LAGS]; None if there were none.
-        lags: the lags that those targets may have.
-    """
-
-    name: str
-    tokens: np.ndarray
-    starts: np.ndarray
-    segments: np.ndarray
-    scored: np.ndarray
-    batches: np.ndarray
-    boundaries: tuple[int, ...]
-    complete: bool
-    slots: bool
+    name: str  # what is read, for evidence
+    tokens: np.ndarray  # ids [N], int64
+    starts: np.ndarray  # first position of each row and the end of the last [R + 1]
+    segments: np.ndarray  # number of the document within its row, 0 at padding [N]
+    scored: np.ndarray  # whether the position is a scored target [N]; never the first of a row
+    batches: np.ndarray  # number of the batch of each row, -1 for rows that came alone [R]
+    boundaries: tuple[int, ...]  # ids that open or end a document within a row
+    complete: bool  # whether the stream came to its end before `max_tokens`
+    slots: bool  # whether rows have a fixed width, so that padding takes room
+    # Of targets that were handed along, how many equal the input so many places on, and how many
+    # were compared [2, LAGS]; None if there were none. And the lags that they may have.
     shifts: np.ndarray | None = None
     lags: tuple[int, ...] = ()
 
@@ -67,15 +54,9 @@ class Sample:
             return self
         rows = max(rows, 1)
         end = int(self.starts[rows])
-        return dataclasses.replace(
-            self,
-            tokens=self.tokens[:end],
-            starts=self.starts[: rows + 1],
-            segments=self.segments[:end],
-            scored=self.scored[:end],
-            batches=self.batches[:rows],
-            complete=False,
-        )
+        cut = {name: getattr(self, name)[:end] for name in ("tokens", "segments", "scored")}
+        cut |= {"starts": self.starts[: rows + 1], "batches": self.batches[:rows]}
+        return dataclasses.replace(self, **cut, complete=False)
 
     @functools.cached_property
     def lengths(self) -> np.ndarray:

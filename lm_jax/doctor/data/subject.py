@@ -11,7 +11,7 @@ from lm_jax.doctor.checks import fixture
 from lm_jax.doctor.data import grams, windows
 from lm_jax.doctor.data.reading import Options, read
 from lm_jax.doctor.data.sample import Sample
-from lm_jax.doctor.facts import Bound, Facts, annotations, give, real, require, whole
+from lm_jax.doctor.facts import Bound, Facts, give, instance, real, require, whole
 
 COPIED_FAIL, COPIED_WARN = 0.10, 0.01  # share of train that stands earlier in train
 MOST_TEXT = 1_000_000  # characters of `texts` that are tried
@@ -23,47 +23,34 @@ def _is_stream(value: Any) -> bool:
     return listed and not isinstance(value, str | bytes | Mapping)
 
 
-def _pair(value: Any, holds: Callable[[Any], bool]) -> bool:
-    return isinstance(value, Sequence) and len(value) == 2 and all(map(holds, value))
+def _pair(what: str, holds: Callable[[Any], bool]) -> Bound:
+    return Bound(
+        f"give two {what}",
+        lambda x: isinstance(x, Sequence) and len(x) == 2 and all(map(holds, x)),
+    )
 
 
-def _by_name(value: Any, holds: Callable[[Any], bool]) -> bool:
-    return isinstance(value, Mapping) and all(map(holds, value.values()))
+def _by_name(what: str, holds: Callable[[Any], bool]) -> Bound:
+    return Bound(
+        f"give a mapping from names to {what}",
+        lambda x: isinstance(x, Mapping) and all(map(holds, x.values())),
+    )
 
 
-_number = Bound("give an integer id", lambda x: whole(0).holds(abs(x) if real(x) else x))
+_number = instance(int | np.integer, "give an integer id")
+_stream = Bound("give an iterable, a single item in a list", _is_stream)
 _split = Bound(
-    "give an iterable of token arrays or batches",
-    lambda x: x is None or _is_stream(x) or isinstance(x, Mapping),
+    "give an iterable of token arrays or batches", lambda x: isinstance(x, Mapping) or _is_stream(x)
 )
-_streams = Bound("give a list of the items of each epoch", _is_stream)
 _share = Bound("give a share from 0 to below 1", lambda x: real(x) and 0 <= x < 1)
-_tokenizer = Bound("give the two functions (encode, decode)", lambda x: _pair(x, callable))
-_texts = Bound("give an iterable of strings, a single one in a list", _is_stream)
-_sizes = Bound(
-    "give a mapping from the name of a split to a number of bytes",
-    lambda x: _by_name(x, whole().holds),
-)
 _readers = Bound(
     "give a function of a number of readers, or a mapping from that number to their streams",
     lambda x: callable(x) or (isinstance(x, Mapping) and all(map(whole(1).holds, x))),
 )
-_counts = Bound(
-    "give a list of positive integers",
-    lambda x: isinstance(x, Sequence | np.ndarray) and all(map(whole(1).holds, x)),
-)
-_runs = Bound(
-    "give two lists of batches or of their hashes, uninterrupted and resumed",
-    lambda x: _pair(x, _is_stream),
-)
-_ids = Bound(
-    "give a mapping from the name of a split to its document numbers",
-    lambda x: _by_name(x, _is_stream),
-)
-_hashes = Bound(
-    "give a mapping from a name to the hashes (strings) by place",
-    lambda x: _by_name(x, lambda places: _by_name(places, lambda v: isinstance(v, str))),
-)
+_counts = Bound("give positive integers", lambda x: _is_stream(x) and all(map(whole(1).holds, x)))
+_hashes = _by_name("hashes by place", _by_name("", lambda x: isinstance(x, str)).holds)
+Stream = Iterable[Any]
+Number = int | None
 
 
 @dataclasses.dataclass
@@ -77,95 +64,68 @@ class Subject(Facts):
     tokens[b, t] is scored as a target), all [..., B, T], of NumPy, JAX or PyTorch.
     """
 
-    train: Annotated[Iterable[Any] | None, "one epoch.", _split] = None
-    valid: Annotated[Iterable[Any] | None, "an evaluation split.", _split] = None
-    test: Annotated[Iterable[Any] | None, "another.", _split] = None
+    train: Annotated[Stream | None, "one epoch.", _split] = None
+    valid: Annotated[Stream | None, "an evaluation split.", _split] = None
+    test: Annotated[Stream | None, "another.", _split] = None
     _: dataclasses.KW_ONLY
     vocab_size: Annotated[int, "number of ids that the tokenizer has.", whole(2)]
-    table_rows: Annotated[
-        int | None, "rows of the embedding table, where it is padded.", whole(1)
-    ] = None
-    separator: Annotated[int | None, "id that opens every document and is not learnt.", _number] = (
-        None
-    )
-    end: Annotated[
-        int | None, "id that ends every document and must be learnt as a target.", _number
-    ] = None
-    unknown: Annotated[
-        int | None, "id that stands for what the tokenizer has no id for.", _number
-    ] = None
-    padding: Annotated[
-        int | None, "id that fills up rows, for items without segment ids.", _number
-    ] = None
+    table_rows: Annotated[Number, "of the embedding, where it is padded.", whole(1)] = None
+    separator: Annotated[Number, "id that opens documents and is not learnt.", _number] = None
+    end: Annotated[Number, "id that ends documents and must be learnt.", _number] = None
+    unknown: Annotated[Number, "id of what the tokenizer has no id for.", _number] = None
+    padding: Annotated[Number, "id that fills rows without segment ids.", _number] = None
     epoch_tokens: Annotated[
-        int | None,
-        "tokens that one epoch of train is declared to have. What train holds beyond is a "
-        "repetition by right and not compared; fewer are a failure.",
-        whole(1),
+        Number, "declared size of an epoch of train; what comes later is not compared.", whole(1)
     ] = None
     tokenizer: Annotated[
         tuple[Callable[[str], Any], Callable[[Any], str]] | None,
         "the functions (encode, decode), text to ids and back.",
-        _tokenizer,
+        _pair("functions (encode, decode)", callable),
     ] = None
-    texts: Annotated[
-        Iterable[str] | None, "raw texts of the corpus to try the tokenizer on.", _texts
-    ] = None
+    texts: Annotated[Iterable[str] | None, "raw text to try the tokenizer on.", _stream] = None
     round_trip_loss: Annotated[
-        float, "share of the texts' bytes that may be lost, of a tokenizer meant to.", _share
+        float, "share of the texts' bytes that the tokenizer is meant to lose.", _share
     ] = 0.0
     byte_counts: Annotated[
         Mapping[str, int] | None,
-        "UTF-8 bytes of the text of a split, by its name, where it is given whole.",
-        _sizes,
+        "UTF-8 bytes of the text of splits that are given whole, by name.",
+        _by_name("numbers of bytes", whole().holds),
     ] = None
-    epochs: Annotated[
-        Sequence[Iterable[Any]] | None, "the items of successive epochs.", _streams
-    ] = None
+    epochs: Annotated[Sequence[Stream] | None, "items of successive epochs.", _stream] = None
     readers: Annotated[
-        Callable[[int], Iterable[Any]] | Mapping[int, Iterable[Any]] | None,
-        "function from a number of workers or hosts to their streams, called for `reader_counts`; "
-        "or the streams by number of readers. Streams of one epoch of a small corpus, of documents "
-        "or rows that do not depend on the reader.",
+        Callable[[int], Stream] | Mapping[int, Stream] | None,
+        "function from a number of workers or hosts to their streams, or the streams by that "
+        "number: one epoch of a small corpus, of rows that do not depend on the reader.",
         _readers,
     ] = None
-    reader_counts: Annotated[
-        Sequence[int], "numbers of readers that `readers` is called with.", _counts
-    ] = (1, 2, 8)
+    reader_counts: Annotated[Sequence[int], "with which `readers` is called.", _counts] = (1, 2, 8)
     resume: Annotated[
         tuple[Sequence[Any], Sequence[Any]] | None,
-        "batches, or hashes of them, of a run without interruption and of a resumed run that ended "
-        "at the same step.",
-        _runs,
+        "batches, or their hashes, of an uninterrupted and a resumed run that end at one step.",
+        _pair("lists of batches or of their hashes, uninterrupted and resumed", _is_stream),
     ] = None
     split_ids: Annotated[
-        Mapping[str, Iterable[Any]] | None,
+        Mapping[str, Stream] | None,
         "document numbers of each split over the whole budget; ranges may be long.",
-        _ids,
+        _by_name("document numbers", _is_stream),
     ] = None
     fingerprints: Annotated[
         Mapping[str, Mapping[str, str]] | None,
-        'for "tokenizer", "corpus" and the like, hashes by the place they are from, such as '
-        '{"train": ..., "checkpoint": ...}, which must be equal.',
+        'hashes that must be equal, as {"tokenizer": {"train": ..., "checkpoint": ...}}.',
         _hashes,
     ] = None
-    max_tokens: Annotated[
-        int, "how much of each split is read; a finding says when there was more.", whole(1)
-    ] = 1 << 22
+    max_tokens: Annotated[int, "of each split that are read.", whole(1)] = 1 << 22
 
     def __post_init__(self) -> None:
         """Refuse what no check could use, and keep the first texts, cut between words."""
-        given = [(f, getattr(self, f.name)) for f in annotations(Subject)]
-        given = [(f, value) for f, value in given if value is not None or not f.optional]
-        if not all(bound.holds(value) for f, value in given for bound in f.bounds):
-            super().__post_init__()  # says what is amiss; costly where a value is a whole corpus
+        super().__post_init__()
         if self.texts is None:
             return
         kept: list[str] = []
         for text in self.texts:
             require(isinstance(text, str), f"texts holds {text!r:.60}", "give strings only")
-            whole_text = len(text) <= MOST_TEXT
-            kept.append(text if whole_text else text[:MOST_TEXT].rsplit(maxsplit=1)[0])
+            short = len(text) <= MOST_TEXT
+            kept.append(text if short else text[:MOST_TEXT].rsplit(maxsplit=1)[0])
             if sum(map(len, kept)) >= MOST_TEXT:
                 break
         self.texts = kept
@@ -173,7 +133,8 @@ class Subject(Facts):
     @property
     def reading(self) -> Options:
         """How streams are read."""
-        return Options(self.max_tokens, self.padding, self.separator, self.end)
+        ends = tuple(x for x in (self.separator, self.end) if x is not None)
+        return Options(self.max_tokens, self.padding, ends)
 
 
 @fixture

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import numpy as np
+import scipy.stats
 
 from lm_jax.doctor import numbers
 from lm_jax.doctor.data.grams import SHORTEST
@@ -103,11 +104,8 @@ def _times(keys: np.ndarray, rows: Sample, at: np.ndarray, length: int) -> np.nd
 
 def _nats(sample: Sample) -> float:
     """Entropy of a token given the one before, as counted."""
-    before, after = sample.tokens[:MOST_PAIRS], sample.tokens[1 : MOST_PAIRS + 1]
-    before = before[: len(after)]
-
-    def entropy(values: np.ndarray) -> float:
-        p = np.unique(values, return_counts=True)[1] / len(values)
-        return -float((p * np.log(p)).sum())
-
-    return entropy((before << 32) + (after & 0xFFFFFFFF)) - entropy(before) if len(after) else 0.0
+    tokens = sample.tokens[: MOST_PAIRS + 1]
+    pairs = (tokens[:-1] << 32) + (tokens[1:] & 0xFFFFFFFF)
+    counts = (np.unique(x, return_counts=True)[1] for x in (pairs, tokens[:-1]))
+    joint, before = map(scipy.stats.entropy, counts)
+    return float(joint - before)

@@ -2,16 +2,16 @@
 
 import re
 from collections.abc import Collection
-from typing import Any
 
-from lm_jax.doctor.log.names import METRICS, is_result, meaning, words
-from lm_jax.doctor.log.tables import Table
+from lm_jax.doctor.log.formats import Row, Table
+from lm_jax.doctor.log.names import METRICS, is_result, meaning, metric_of, words
 
 _NUMBER = (
     r"[-+]?(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d*)?|\.\d+)(?:e[-+]?\d+)?"
     r"|[-+]?(?:nan|inf(?:inity)?)"
 )
-_WORD = r"(?:[a-z_][\w/.\-]*|\(\w+\))"
+_APART = r"(?:info|debug|warning|error|at|after|end of|(?<=end )of)\b"  # words between names
+_WORD = rf"(?:(?!{_APART})[a-z_][\w/.\-]*|\(\w+\))"
 # "train loss 3.2", "lr: 1e-4", "iteration   10/ 500", "time=135.2ms"
 _PAIR = re.compile(
     rf"(?<![\w/.\-])({_WORD}(?: {_WORD}){{0,5}})(?:\s*[:=]\s*|\s+)({_NUMBER})(?:\s*/\s*\d+)?"
@@ -27,13 +27,13 @@ _POSITION = re.compile(r"(?<![\d/.:])(\d{1,12})\s*/\s*(\d{1,12})(?![\d/.:])")  #
 _SPLIT = re.compile(
     r"(?<![\w./-])(val|eval|test|dev)(?:id|idation|idating|uation|uating|ing)?(?![\w./-])", re.I
 )
-_FIRST = re.compile(rf"(\d+)(?:\s*[|:]\s+| (?=[a-z]+ (?:{_NUMBER})$))", re.I)  # "250 val 6.1"
-_NOISE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|['\"]")
-_SEPARATOR = re.compile(r"[\[\]{}<>]|\b(?:INFO|DEBUG|WARNING|ERROR|at|end of)\b")
+_FIRST = re.compile(rf"^(\d+)(?:\s*[|:]\s+| (?=[a-z]+ (?:{_NUMBER})$))", re.I)  # "250 val 6.1"
+_COLOUR = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+_BRACKETS = str.maketrans(dict.fromkeys("'\"", "") | dict.fromkeys("[]{}<>", "  "))
 _FACTORS = {"%": 0.01, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9}
 _LONGEST = 5000  # characters of a line
 _RESULTS = {name for name in METRICS if name.startswith(("train/", "valid/", "test/"))}
-_Line = tuple[dict[str, Any], tuple[int, int] | None]
+_Line = tuple[Row, tuple[int, int] | None]
 
 
 def read_console(text: str, given: Collection[str] = ()) -> Table | None:
@@ -42,22 +42,20 @@ def read_console(text: str, given: Collection[str] = ()) -> Table | None:
     Lines with a value whose name is `given` count as well. Batches are counted on over the epochs.
     A line without a step has that of the line before it.
     """
-    lines = [_line(line[:_LONGEST]) for line in text.splitlines()]
-    lines = [line for line in lines if line[0]]
-    rows = _placed(lines, given)
-    found = {known.metric for row in rows for name in row if (known := meaning(name))}
-    placed = given or found & {"step", "data/epoch"}
+    text = _COLOUR.sub("", text).translate(_BRACKETS)
+    lines = [_line(line[:_LONGEST].strip()) for line in text.splitlines()]
+    rows = _placed([line for line in lines if line[0]], given)
+    placed = given or {"step", "data/epoch"} & {metric_of(name) for row in rows for name in row}
     return Table("console text", rows, []) if rows and placed else None
 
 
 def _line(line: str) -> _Line:
     """The names and values of a line, and its (batch, batches) of the epoch."""
-    line = _SEPARATOR.sub("  ", _NOISE.sub("", line)).strip()
-    line = _FIRST.sub(r"step \1 | ", line, count=1) if _FIRST.match(line) else line
-    rest = _PAIR.sub(" | ", line)
-    found = _PAIR.findall(line)
+    between, *parts = _PAIR.split(_FIRST.sub(r"step \1 | ", line))
+    found = list(zip(parts[::4], parts[1::4], parts[2::4], strict=True))
+    rest = " | ".join([between, *parts[3::4]])
     found += [(name, value, unit) for value, unit, name in _BEHIND.findall(rest)]
-    bars = (_SPLIT.fullmatch(name) for name, *_ in found)  # "Evaluating:  50%|"
+    bars = [_SPLIT.fullmatch(name) for name, _, unit in found if unit == "%"]  # "Evaluating: 50%|"
     split = _SPLIT.search(rest) or next(filter(None, bars), None)
     row = {}
     for name, value, unit in found:
@@ -65,7 +63,7 @@ def _line(line: str) -> _Line:
         if split and known and known.implied:
             name = f"{split[1].lower()} {name}"
         value = value.replace(",", "")
-        if factor := _FACTORS.get(unit.strip().lower()):
+        if unit and (factor := _FACTORS.get(unit.strip().lower())):
             value = f"{float(value) * factor:.10g}"
         if not (known and known.metric == "perf/mfu" and float(value) < 0):  # not measured yet
             row[name] = value
@@ -73,16 +71,17 @@ def _line(line: str) -> _Line:
     return row, next(((batch, of) for batch, of in batches if batch <= of), None)
 
 
-def _placed(lines: list[_Line], given: Collection[str]) -> list[dict[str, Any]]:
+def _placed(lines: list[_Line], given: Collection[str]) -> list[Row]:
     """The rows that hold a result, with steps where they can be known."""
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     epochs = {row[name] for row, _ in lines for name in row if name.lower() == "epoch"}
     first = 0 if any(re.fullmatch("0+", epoch) for epoch in epochs) else 1
     within = any(position for _, position in lines)
     step, batches = "", 0
     for row, position in lines:
-        at, epoch = _of(row, "step"), _of(row, "data/epoch")
-        whole = bool(epoch) and re.fullmatch(r"\d{1,9}", row[epoch])
+        names = {metric_of(name): name for name in reversed(row)}
+        at, epoch = names.get("step", ""), names.get("data/epoch", "")
+        whole = epoch and re.fullmatch(r"\d{1,9}", row[epoch])
         batch, batches = position or (batches, batches)
         if whole and batches:
             row[epoch] = int(row[epoch]) - first + batch / batches
@@ -90,8 +89,9 @@ def _placed(lines: list[_Line], given: Collection[str]) -> list[dict[str, Any]]:
         elif position and not at:
             row["step"] = batch
         if whole and within and not position:  # means over the epoch beside rows of it
-            row = {(f"whole {n}" if _implied(n) else n): x for n, x in row.items()}
-        told = {known.metric for name in row if (known := meaning(name))}
+            implied = {n for n in row if (known := meaning(n)) and known.implied}
+            row = {(f"whole {n}" if n in implied else n): x for n, x in row.items()}
+        told = {metric_of(name) for name in row} - {""}
         sure = bool(at) and words(at)[-1] in ("step", "iter", "iteration")  # no "max steps"
         if sure:
             step = row[at]
@@ -101,12 +101,3 @@ def _placed(lines: list[_Line], given: Collection[str]) -> list[dict[str, Any]]:
         if (kept or (sure and told - {"step", "data/epoch"})) and rows[-1:] != [row]:
             rows.append(row)
     return rows
-
-
-def _of(row: dict[str, Any], metric: str) -> str:
-    """The column of a row that is this metric."""
-    return next((n for n in row if (known := meaning(n)) and known.metric == metric), "")
-
-
-def _implied(name: str) -> bool:
-    return (known := meaning(name)) is not None and known.implied

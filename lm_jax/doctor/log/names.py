@@ -7,37 +7,19 @@ import re
 from typing import Any, NamedTuple
 
 # Names that the checks read, in the order in which a short form ("loss", "lr") stands for one.
-METRICS = (
-    "step",
-    "train/loss",
-    "train/token_ppl",
-    *(
-        f"{split}/{name}"
-        for split in ("valid", "test")
-        for name in ("loss", "token_ppl", "accuracy", "token_count", "lm_ce")
-    ),
-    "optim/lr",
-    "optim/grad_norm",
-    "optim/clip_rate",
-    "optim/update_norm",
-    "optim/param_norm",
-    "optim/skipped_updates",
-    "optim/loss_scale",
-    "data/tokens",
-    "data/epoch",
-    "perf/tokens_per_second",
-    "perf/mfu",
-    "distill/objective",
-    "distill/lm_ce",
-    "distill/kd_kl",
-    "distill/kd_kl_t2",
+METRICS = tuple(
+    "step train/loss train/token_ppl valid/loss valid/token_ppl valid/accuracy valid/token_count "
+    "valid/lm_ce test/loss test/token_ppl test/accuracy test/token_count test/lm_ce optim/lr "
+    "optim/grad_norm optim/clip_rate optim/update_norm optim/param_norm optim/skipped_updates "
+    "optim/loss_scale data/tokens data/epoch perf/tokens_per_second perf/mfu distill/objective "
+    "distill/lm_ce distill/kd_kl distill/kd_kl_t2".split()
 )
 PREFIXES = ("distill/", "grad_norm/")
 
 # Words of a name joined by "_", the surest first.
 _ALIASES = {
     "step": "step global_step trainer_global_step iteration iterations iter iters it num_updates "
-    "current_step current_steps optimizer_step update_step num_steps steps s batch "
+    "current_step current_steps completed_step optimizer_step update_step num_steps steps s batch "
     "batch_idx",
     "optim/lr": "lr learning_rate last_lr",
     "optim/grad_norm": "grad_norm gnorm gradient_norm global_grad_norm gradnorm grad_norm_total "
@@ -54,7 +36,8 @@ _ALIASES = {
 }
 _OF_A_SPLIT = {  # a perplexity is that of the likelihood, so `nll_loss` comes before `loss`
     "loss": "nll_loss nll loss lm_loss lm_loss_value ce_loss cross_entropy_loss cross_entropy ce "
-    "xent loss_step batch_loss loss_epoch epoch_loss avg_loss loss_avg mean_loss loss_mean",
+    "xent language_cross_entropy reduced_loss loss_step batch_loss loss_epoch epoch_loss avg_loss "
+    "loss_avg mean_loss loss_mean",
     "token_ppl": "token_ppl ppl perplexity lm_loss_ppl lm_loss_ppl_value",
     "accuracy": "accuracy token_accuracy acc token_acc epoch_accuracy",
 }
@@ -133,10 +116,11 @@ def meaning(name: str) -> Meaning | None:
         return Meaning(metric, int(metric != name))
     rest = "_".join(word for word in found if word not in _SPLITS)
     metric, rank = _KNOWN.get(rest, ("", 0))
+    of_train = split in (None, "train")
     if metric in _OF_A_SPLIT:
         metric = f"{split or 'train'}/{metric}"
         return Meaning(metric, rank + 100 * (not split), not split) if metric in METRICS else None
-    if metric and (split in (None, "train") or metric == "step"):
+    if metric and (of_train or metric == "step"):
         return Meaning(metric, rank)
     if name.lower() in ("train", "val", "valid"):
         return Meaning(f"{split}/loss", 80)
@@ -147,12 +131,18 @@ def meaning(name: str) -> Meaning | None:
         return None
     if last.implied and split:
         last = Meaning(f"{split}/{last.metric.split('/')[1]}", last.rank)
-    fits = split in (None, "train") or last.metric.startswith(f"{split}/")
+    fits = of_train or last.metric.startswith(f"{split}/")
     return last._replace(rank=last.rank + 200) if fits and last.metric in METRICS else None
 
 
+def metric_of(name: str) -> str:
+    """The metric that a column of this name may be, or nothing."""
+    known = meaning(name)
+    return known.metric if known else ""
+
+
+@functools.cache
 def is_result(name: str) -> bool:
     """Whether a column tells how good a model is."""
-    known = meaning(name)
     results = ("train/", "valid/", "test/", "distill/")
-    return looks_like_a_loss(name) or (known is not None and known.metric.startswith(results))
+    return looks_like_a_loss(name) or metric_of(name).startswith(results)

@@ -49,9 +49,9 @@ class Records:
     A step that comes again replaces what its column had logged from it on: a run that was killed
     goes on from an older checkpoint and appends to its log.
 
-    With `most`, no column holds more rows: when one does, every other row of its older half goes,
-    so that whoever watches a long run has bounded memory, all that is new, and fewer and fewer of
-    the rows that were new once. Of two rows, one that is not finite stays.
+    With `most`, no column holds more rows: the newest half are all there, of the older ones every
+    2nd, 4th, 8th ... as they become more; of a group, a row that is not finite stays. Whoever
+    watches a long run judges it so with bounded memory.
     """
 
     def __init__(self, rows: Iterable[Mapping[str, Any]] = (), *, most: int | None = None):
@@ -65,6 +65,7 @@ class Records:
         self.back: dict[str, list[int]] = {}  # by column: steps to which it went back
         self._columns: dict[str, Series] = {}  # views of the rooms
         self._rooms: dict[str, np.ndarray] = {}
+        self._old: dict[str, tuple[int, int]] = {}  # by column: rows that are thinned, of how many
         self._most = most
         self.extend(rows)
 
@@ -115,19 +116,37 @@ class Records:
             room[:, :start] = kept.where(slice(start))
         room[:, start:stop] = new
         if self._most and stop > self._most:
-            half = self._most // 4
-            pairs = room[:, : 2 * half].reshape(2, half, 2)
-            kept_first = ~np.isfinite(pairs[1, :, 0])
-            if name == "optim/skipped_updates":
-                kept_first |= pairs[1, :, 0] > pairs[1, :, 1]
-            thin = np.where(kept_first, pairs[..., 0], pairs[..., 1])
-            room = np.concatenate([thin, room[:, 2 * half : stop]], axis=1)
+            room = self._thinned(name, room[:, :stop], start)
             stop = room.shape[1]
         self._rooms[name], self._columns[name] = room, Series(*room[:, :stop])
+
+    def _thinned(self, name: str, room: np.ndarray, unchanged: int) -> np.ndarray:
+        assert self._most is not None
+        half = self._most // 2
+        old, group = self._old.get(name, (0, 1))
+        old = min(old, unchanged)
+        late = old + (room.shape[1] - half - old) // group * group
+        kept = np.concatenate([room[:, :old], _one_of(group, room[:, old:late], name)], axis=1)
+        while kept.shape[1] > half:
+            even = kept.shape[1] // 2 * 2
+            kept = np.concatenate([_one_of(2, kept[:, :even], name), kept[:, even:]], axis=1)
+            group *= 2
+        self._old[name] = kept.shape[1], group
+        return np.concatenate([kept, room[:, late:]], axis=1)
 
     def series(self, name: str) -> Series:
         """The rows of a column, as a view; KeyError if there is none of that name."""
         return self._columns[name]
+
+
+def _one_of(size: int, room: np.ndarray, name: str) -> np.ndarray:
+    """One row of each group of `size`: the first that is not finite, else the last."""
+    groups = room.reshape(2, -1, size)
+    odd = ~np.isfinite(groups[1])
+    if name == "optim/skipped_updates":
+        odd |= groups[1] > 0
+    chosen = np.where(odd.any(1), odd.argmax(1), size - 1)
+    return np.take_along_axis(groups, chosen[None, :, None], 2)[..., 0]
 
 
 def _checked(rows: Any) -> list[Mapping[str, Any]]:

@@ -1,0 +1,200 @@
+"""The rows of a file, under its own names: tables, JSON, event files of TensorBoard."""
+
+import csv
+import importlib.util
+import json
+import logging
+import pathlib
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from lm_jax.doctor.facts import require
+from lm_jax.doctor.log.names import is_result, metric_of, number, split_of
+
+EVENTS = "*tfevents*"
+_MISSING = {"", "null", "none", "na", "n/a", "-"}
+_GROUPED = re.compile(r"[-+]?\d{1,3}([.,])\d{3}(\1\d{3})*")
+Row = dict[str, Any]
+
+
+class Problem(NamedTuple):
+    """A line of a log that could not be used."""
+
+    line: int
+    what: str
+    last: bool  # it is the last line, which a killed process may leave cut off
+
+
+class Table(NamedTuple):
+    """Rows as a file has them, under its own names."""
+
+    kind: str
+    rows: list[Row]
+    problems: list[Problem]
+
+
+def read_table(text: str) -> Table | None:
+    """The rows below a header, or None if the text is no table of numbers."""
+    lines = text.splitlines()
+    first = next((line for line in lines if line.strip()), "")
+    mark = next((mark for mark in "\t;," if mark in first), " ")
+    reader = csv.reader(
+        (line.strip(" ") for line in lines), delimiter=mark, skipinitialspace=mark == " "
+    )
+    header: list[str] = []
+    rows, problems = [], []
+    try:
+        for row in reader:
+            fields = [field.strip() for field in row]
+            if not any(fields):
+                continue
+            if not header or (fields[0] == header[0] and not any(map(_is_number, fields))):
+                header = fields  # a resumed run may write another one
+                if any(map(_is_number, header)):
+                    return None
+            elif len(fields) == len(header):
+                rows.append(dict(zip(header, fields, strict=True)))
+            else:
+                what = f"not {len(header)} fields as the header has"
+                problems.append(Problem(reader.line_num, what, reader.line_num == len(lines)))
+    except csv.Error:
+        return None
+    comma = mark != "," and _decimal_comma([x for row in rows for x in row.values()])
+    rows = [
+        {name: _value(x, comma) for name, x in row.items() if x.lower() not in _MISSING}
+        for row in rows
+    ]
+    if not any(_is_number(x) for row in rows for x in row.values()):
+        return None
+    return Table({"\t": "TSV", " ": "a table"}.get(mark, "CSV"), rows, problems)
+
+
+def _is_number(text: str) -> bool:
+    return number(text) is not None
+
+
+def _decimal_comma(fields: list[str]) -> bool:
+    """Whether the numbers are written 3,25: some have a comma, and none a point but in groups."""
+    points = any("." in x and _is_number(x) and not _GROUPED.fullmatch(x) for x in fields)
+    return not points and any("," in x and _is_number(x.replace(",", ".")) for x in fields)
+
+
+def _value(text: str, comma: bool) -> str:
+    """A number as Python reads it, and other text as it is."""
+    if comma and ("," in text or _GROUPED.fullmatch(text)):
+        return text.replace(".", "").replace(",", ".")
+    if text[-1] == "%" and _is_number(text[:-1]):
+        return f"{float(text[:-1]) / 100:.10g}"
+    if "," in text and re.fullmatch(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?", text):
+        return text.replace(",", "")
+    return text
+
+
+def read_json(text: str) -> Table | None:
+    """The rows of a JSON document or of JSON lines, or None if there are none."""
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError):
+        return _read_lines(text.splitlines())
+    rows = [row for rows in _tables(document) if _known(rows) for row in rows]
+    if not rows and isinstance(document, dict):
+        rows = [_flat(document)]
+    return Table("JSON", rows, []) if any(rows) else None
+
+
+def _known(rows: list[Row]) -> bool:
+    """Whether a list of rows holds more than steps."""
+    return any(is_result(n) or metric_of(n) not in ("", "step") for n in set().union(*rows))
+
+
+def _read_lines(lines: list[str]) -> Table | None:
+    rows, problems = [], []
+    for at, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):  # of digits or brackets there can be too many
+            record = None
+        if isinstance(record, dict):
+            rows.append(_flat(record))
+        elif line.strip():
+            problems.append(Problem(at, "no JSON object", at == len(lines)))
+    return Table("JSON lines", rows, problems) if rows else None
+
+
+def _flat(record: Row, prefix: str = "") -> Row:
+    """The scalars of nested objects, named by their path."""
+    found: Row = {}
+    for name, value in record.items():
+        if isinstance(value, dict):
+            found |= _flat(value, f"{prefix}{name}/")
+        elif not isinstance(value, list):
+            found[prefix + name] = value
+    return found
+
+
+def _tables(document: Any) -> Iterator[list[Row]]:
+    """Lists of rows, and lists of equal length under several names as columns."""
+    columns: dict[int, dict[str, list[Any]]] = {}
+    for path, values in _lists(document, ()):
+        splits = [part for part in path[:-1] if split_of(part)]
+        name = "/".join([*splits, *path[-1:]])
+        if all(isinstance(x, dict) for x in values):
+            yield [_of_split(_flat(row), path) for row in values]
+        elif all(isinstance(x, list) and len(x) in (2, 3) for x in values):
+            yield [dict(zip(("step", name), x[-2:], strict=True)) for x in values]
+        elif all(number(x) is not None for x in values):
+            columns.setdefault(len(values), {})[name] = values
+    longest = max(columns, key=lambda n: (any(map(is_result, columns[n])), n), default=0)
+    for length, group in columns.items():
+        if length == longest or "step" in map(metric_of, group):  # others cannot be placed
+            yield [dict(zip(group, row, strict=True)) for row in zip(*group.values(), strict=True)]
+
+
+def _of_split(row: Row, path: tuple[str, ...]) -> Row:
+    """The row with the split that its list is named after."""
+    prefix = next((f"{part}/" for part in reversed(path) if split_of(part)), "")
+    return {(name if split_of(name) else prefix + name): x for name, x in row.items()}
+
+
+def _lists(node: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], list[Any]]]:
+    """All lists with their paths; objects whose keys are numbers are lists."""
+    if isinstance(node, dict) and node and all(key.isdigit() for key in node):
+        node = [{"step": key} | x if isinstance(x, dict) else x for key, x in node.items()]
+    if isinstance(node, list) and node:
+        yield path, node
+    elif isinstance(node, dict):
+        for key, value in node.items():
+            yield from _lists(value, (*path, key))
+
+
+def read_events(path: pathlib.Path) -> Table | None:
+    """The scalars of an event file, or of a folder's and those below it, in order of time.
+
+    Raises:
+        ValueError: if TensorBoard is not installed.
+    """
+    require(
+        importlib.util.find_spec("tensorboard") is not None,
+        f"{path} holds events of TensorBoard",
+        "install tensorboard to read them, or export the scalars as CSV",
+    )
+    from tensorboard.backend.event_processing import event_file_loader
+    from tensorboard.util import tensor_util
+
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)
+    scalars: list[tuple[float, int, str, float]] = []
+    for file in sorted(path.rglob(EVENTS)) if path.is_dir() else [path]:
+        folder = file.parent.name if file.parent != path and path.is_dir() else ""
+        for event in event_file_loader.EventFileLoader(str(file)).Load():
+            for value in event.summary.value:
+                x, name = tensor_util.make_ndarray(value.tensor), value.tag
+                if x.size == 1 and x.dtype.kind == "f":
+                    name = f"{folder}/{name}" if split_of(folder) and not split_of(name) else name
+                    scalars.append((event.wall_time, event.step, name, float(x.item())))
+    rows: list[Row] = []
+    for _, step, name, scalar in sorted(scalars, key=lambda found: found[0]):
+        if not rows or rows[-1]["step"] != step or name in rows[-1]:
+            rows.append({"step": step})
+        rows[-1][name] = scalar
+    return Table("TensorBoard events", rows, []) if rows else None
