@@ -20,6 +20,7 @@ def init(seed, width):
     }
 
 
+@jax.jit
 def states(params, tokens, drop=None):
     x = params["embedding"][tokens]
     before = jnp.pad(x, ((0, 0), (1, 0), (0, 0)))[:, :-1]
@@ -27,6 +28,7 @@ def states(params, tokens, drop=None):
     return h if drop is None else h * jax.random.bernoulli(drop, 0.8, h.shape) / 0.8
 
 
+@jax.jit
 def forward(params, tokens, drop=None):
     return states(params, tokens, drop) @ params["head"]
 
@@ -43,6 +45,7 @@ def draw(seed):
     return {"tokens": tokens, "weights": weights, "ids": np.arange(ROWS)}
 
 
+@jax.jit
 def cross_entropy(logits, batch):
     nats = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], batch["tokens"][:, 1:])
     return (nats * batch["weights"][:, 1:]).sum() / batch["weights"][:, 1:].sum()
@@ -66,6 +69,7 @@ def trained_teacher():
     return run((params, tx.init(params)))[0]
 
 
+@functools.partial(jax.jit, static_argnames="power")
 def kl(student, teacher, weights, temperature, *, power=2):
     """Forward divergence times temperature^power."""
     log_q = jax.nn.log_softmax(student.astype(jnp.float32) / temperature)
