@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from lm_jax.doctor import trees
 from lm_jax.doctor.checks import check, fixture
@@ -60,15 +59,7 @@ def _by_torch(name: str, total: Callable[..., Any], *params: Any) -> Any:
 @check("Feed the teacher's logits to the divergence; let total be alpha kd + (1 - alpha) lm.")
 def present(subject: Subject, objective: Objective) -> list[Measure]:
     """Other teacher weights change the distillation, and alpha = 0, 1 are the pure losses."""
-    rng = subject.rng(5)
-
-    def other(leaf: Any) -> Any:
-        if not trees.is_float_leaf(leaf):
-            return leaf
-        values = trees.as_array(leaf).astype(np.float64)
-        return trees.like(leaf, values + (0.3 + values.std()) * rng.standard_normal(values.shape))
-
-    perturbed, found = jax.tree.map(other, subject.teacher_params), []
+    perturbed, found = trees.nudge(subject.teacher_params, 0.5, subject.seed), []
     what = "change by other teacher weights at alpha"
     for name, alpha in (("kd_kl_t2", 1.0), ("lm_ce", 0.0)):
         total, parts = objective(subject.teacher_params, alpha)
@@ -78,9 +69,8 @@ def present(subject: Subject, objective: Objective) -> list[Measure]:
         else:
             found.append(at_most(f"{what} = 0", change, size * subject.eps, key="kept"))
         if name in parts:
-            off = gap(total, parts[name])
-            what_off = f"|total - {name}| at alpha = {alpha:g}"
-            found.append(at_most(what_off, off, size * subject.eps, key=name))
+            off, sides = gap(total, parts[name]), f"|total - {name}| at alpha = {alpha:g}"
+            found.append(at_most(sides, off, size * subject.eps, key=name))
     return found
 
 
