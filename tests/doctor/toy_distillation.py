@@ -12,11 +12,11 @@ TEMPERATURE, PEAK, ALPHA = 2.0, 3e-2, 0.7
 
 
 def init(seed, width):
-    a, b, c = jax.random.split(jax.random.key(seed), 3)
+    rng = np.random.default_rng(seed)
+    shapes = dict(embedding=(V, width), earlier=(width, width), head=(width, V))
     return {
-        "embedding": jax.random.normal(a, (V, width)),
-        "earlier": 0.3 * jax.random.normal(b, (width, width)),
-        "head": 0.3 * jax.random.normal(c, (width, V)),
+        name: jnp.asarray(rng.normal(0, 1.0 if name == "embedding" else 0.3, shape), jnp.float32)
+        for name, shape in shapes.items()
     }
 
 
