@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 from flax import nnx
 
 from lm_jax import config, evaluate, generate, loss, metrics, sharding
@@ -125,6 +126,7 @@ def package_model(dtype, name="adamw"):
         x_BTD, cache = model.extend(tokens_BT, cache, dtype=dtype)
         return model.logits(x_BTD), cache
 
+    @functools.cache
     def given(seed, std=None):
         params = init(jax.random.key(seed))
         params = params if std is None else randomise(params, seed, std)
@@ -158,19 +160,17 @@ def package_sampler(logits, seed, temperature=1.0, top_k=0, top_p=1.0):
     return package_sample(jnp.asarray(logits), keys, temperature, top_k, top_p)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_silent_on_the_decoding_of_this_package(dtype):
-    for seed in range(3):
-        for std in (None, 0.3):
-            report = examine_evaluation(**package_model(dtype)(seed, std))
-            silent(report)
-            passed = {f.check for f in report if f.status == "pass"}
-            assert passed == {
-                f"eval.{name}" for name in ("deterministic", "cached_decode", "generation")
-            }
+    for std in (None, 0.3):
+        report = examine_evaluation(**package_model(dtype)(0, std))
+        silent(report)
+        passed = {f.check for f in report if f.status == "pass"}
+        names = ("deterministic", "cached_decode", "generation")
+        assert passed == {f"eval.{name}" for name in names}
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 1])
 def test_silent_on_the_evaluation_and_the_sampler_of_this_package(seed):
     split = make_split(seed)
     report = examine_evaluation(
@@ -191,7 +191,7 @@ def test_silent_on_the_evaluation_and_the_sampler_of_this_package(seed):
     silent(report, {f"eval.{name}" for name in skipped})
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 def test_silent_on_a_healthy_toy(seed):
     params = toy_decoder.init(seed)
     forward = functools.partial(toy_decoder.forward, params)
@@ -320,8 +320,8 @@ def score(split, predict, batch_size, stride=None, how="sums", fault="", cap=Non
             weights = np.float32(batch["tokens"][:, 1:] != 0)
         if fault == "pads":
             weights[:] = 1
-        log_p = jax.nn.log_softmax(predict(batch["tokens"][:, :-1]))
-        picked = np.take_along_axis(np.asarray(log_p), batch["tokens"][:, 1:, None], 2)[..., 0]
+        log_p = scipy.special.log_softmax(np.asarray(predict(batch["tokens"][:, :-1])), axis=-1)
+        picked = np.take_along_axis(log_p, batch["tokens"][:, 1:, None], 2)[..., 0]
         nats_B, count_B = -(picked * weights).sum(1), weights.sum(1)
         means.append(nats_B.sum() / count_B.sum())
         rows.extend((nats_B / np.maximum(count_B, 1)).tolist())

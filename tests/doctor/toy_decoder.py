@@ -1,18 +1,21 @@
 """A one-layer decoder with rotary positions, dropout and a cache, a sampler, and their faults."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.special
 
 V, C, SLOTS = 23, 16, 40
 
 
 def init(seed):
-    keys = jax.random.split(jax.random.key(seed), 4)
+    rng = np.random.default_rng(seed)
     shapes = dict(embedding=(V, C), qkv=(C, 3 * C), out=(C, C), head=(C, V))
     return {
-        name: jax.random.normal(key, shape) * (1.0 if name == "embedding" else C**-0.5)
-        for key, (name, shape) in zip(keys, shapes.items(), strict=True)
+        name: np.float32(rng.normal(0, 1.0 if name == "embedding" else C**-0.5, shape))
+        for name, shape in shapes.items()
     }
 
 
@@ -24,6 +27,7 @@ def rotary(x_BTC, positions_T):
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
 
 
+@functools.partial(jax.jit, static_argnames=("causal", "mixing"))
 def layer(params, tokens_BT, positions_T, cache, start, *, causal=True, key=None, mixing=False):
     """Logits of tokens that stand at the slots from `start` on, and the filled cache."""
     x_BTC = params["embedding"][tokens_BT]
@@ -47,26 +51,26 @@ def layer(params, tokens_BT, positions_T, cache, start, *, causal=True, key=None
 
 
 def empty(rows):
-    return (jnp.zeros((rows, SLOTS, C)),) * 2
+    return (np.zeros((rows, SLOTS, C), np.float32),) * 2
 
 
 def forward(params, tokens_BT, **how):
-    tokens_BT = jnp.asarray(tokens_BT)
-    return layer(
-        params, tokens_BT, jnp.arange(tokens_BT.shape[1]), empty(len(tokens_BT)), 0, **how
-    )[0]
+    tokens_BT = np.asarray(tokens_BT)
+    return layer(params, tokens_BT, np.arange(tokens_BT.shape[1]), empty(len(tokens_BT)), 0, **how)[
+        0
+    ]
 
 
 def extender(params, fault=""):
     """`(tokens, cache) -> (logits, cache)`; the cache also holds its length."""
 
     def extend(tokens_BT, state):
-        tokens_BT = jnp.asarray(tokens_BT)
+        tokens_BT = np.asarray(tokens_BT)
         cache, start = state or (empty(len(tokens_BT)), 0)
         size = tokens_BT.shape[1]
-        positions_T = start + jnp.arange(size)
+        positions_T = start + np.arange(size)
         if fault == "positions restart":
-            positions_T = jnp.arange(size)
+            positions_T = np.arange(size)
         if fault == "off by one after the prompt" and start:
             positions_T = positions_T + 1
         logits, cache = layer(params, tokens_BT, positions_T, cache, start)
@@ -77,17 +81,13 @@ def extender(params, fault=""):
     return extend
 
 
-def generate(params, context, tokens, extend, temperature=0.0, seed=0):
-    """Ids that continue the context, and their log-probabilities."""
+def generate(params, context, tokens, extend):
+    """Most likely ids that continue the context, and their log-probabilities."""
     part, state, ids, log_probs = np.asarray(context)[None], None, [], []
-    for i in range(tokens):
+    for _ in range(tokens):
         logits, state = extend(part, state)
-        log_p = jax.nn.log_softmax(logits[0, -1])
-        chosen = log_p.argmax()
-        if temperature:
-            key = jax.random.fold_in(jax.random.key(seed), i)
-            chosen = jax.random.categorical(key, log_p / temperature)
-        ids.append(int(chosen))
+        log_p = scipy.special.log_softmax(np.asarray(logits)[0, -1])
+        ids.append(int(log_p.argmax()))
         log_probs.append(float(log_p[ids[-1]]))
         part = np.array([[ids[-1]]])
     return ids, log_probs

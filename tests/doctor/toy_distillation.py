@@ -12,14 +12,15 @@ TEMPERATURE, PEAK, ALPHA = 2.0, 3e-2, 0.7
 
 
 def init(seed, width):
-    a, b, c = jax.random.split(jax.random.key(seed), 3)
+    rng = np.random.default_rng(seed)
+    shapes = dict(embedding=(V, width), earlier=(width, width), head=(width, V))
     return {
-        "embedding": jax.random.normal(a, (V, width)),
-        "earlier": 0.3 * jax.random.normal(b, (width, width)),
-        "head": 0.3 * jax.random.normal(c, (width, V)),
+        name: jnp.asarray(rng.normal(0, 1.0 if name == "embedding" else 0.3, shape), jnp.float32)
+        for name, shape in shapes.items()
     }
 
 
+@jax.jit
 def states(params, tokens, drop=None):
     x = params["embedding"][tokens]
     before = jnp.pad(x, ((0, 0), (1, 0), (0, 0)))[:, :-1]
@@ -27,6 +28,7 @@ def states(params, tokens, drop=None):
     return h if drop is None else h * jax.random.bernoulli(drop, 0.8, h.shape) / 0.8
 
 
+@jax.jit
 def forward(params, tokens, drop=None):
     return states(params, tokens, drop) @ params["head"]
 
@@ -43,6 +45,7 @@ def draw(seed):
     return {"tokens": tokens, "weights": weights, "ids": np.arange(ROWS)}
 
 
+@jax.jit
 def cross_entropy(logits, batch):
     nats = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], batch["tokens"][:, 1:])
     return (nats * batch["weights"][:, 1:]).sum() / batch["weights"][:, 1:].sum()
@@ -66,6 +69,7 @@ def trained_teacher():
     return run((params, tx.init(params)))[0]
 
 
+@functools.partial(jax.jit, static_argnames="power")
 def kl(student, teacher, weights, temperature, *, power=2):
     """Forward divergence times temperature^power."""
     log_q = jax.nn.log_softmax(student.astype(jnp.float32) / temperature)

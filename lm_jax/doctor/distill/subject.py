@@ -27,48 +27,38 @@ Objective = Callable[[Any, float], tuple[float, dict[str, float]]]
 class Subject(Facts):
     """Examine a distillation of any framework; what is not given is skipped by name.
 
-    Logits at position t are about token t + 1. Gradients come from JAX, and from PyTorch for the
-    parameters of an objective; without either the checks that need one are skipped, but for
-    `distill.temperature`, which then uses differences.
+    Tokens are [B, T], logits [B, T, V], those at position t about token t + 1. Gradients come from
+    JAX, and from PyTorch for the parameters of an objective; checks that need others are skipped.
+    The divergence is KL(teacher || student) if forward, KL(student || teacher) if reverse; jsd and
+    skew, KL(teacher || mixture), are from a mixture of both.
     """
 
     _: dataclasses.KW_ONLY
     kd_fn: Annotated[
         Function,
-        "(student_logits [B, T, V], teacher_logits [B, T, V], weights [B, T], temperature) -> "
-        "(sum, count), the divergence; it gets arrays of NumPy where JAX cannot trace it.",
+        "(student's logits, teacher's logits, weights [B, T], temperature) -> (sum, count), the "
+        "divergence; it gets arrays of NumPy where JAX cannot trace it.",
     ] = None
-    kind: Annotated[
-        str,
-        "forward, KL(teacher || student); reverse; jsd; or skew, KL(teacher || mixture).",
-        one_of(*KINDS),
-    ] = "forward"
+    kind: Annotated[str, "forward, reverse, jsd or skew.", one_of(*KINDS)] = "forward"
     beta: Annotated[float, "weight of the teacher in jsd's and skew's mixture.", SHARE] = 0.5
-    t2: Annotated[bool, "whether the values of kd_fn and topk_fn contain temperature^2."] = True
-    topk_fn: Annotated[
-        Function, "like kd_fn with a further argument k: over the k most likely tokens only."
-    ] = None
+    t2: Annotated[bool, "whether kd_fn and topk_fn multiply by temperature^2."] = True
+    topk_fn: Annotated[Function, "kd_fn with an argument k more: of the k likeliest tokens."] = None
     topk_union: Annotated[bool, "whether those are of teacher and student, k of each."] = True
     vocab_size: Annotated[int, "V of the logits made for kd_fn and topk_fn.", whole(4)] = 32
-    teacher_fn: Annotated[
-        Function,
-        "(teacher_params, tokens [B, T]) -> logits [B, T, V] by itself, as it is evaluated.",
-    ] = None
+    teacher_fn: Annotated[Function, "(teacher_params, tokens) -> logits, as evaluated."] = None
     teacher_params: Annotated[Any, "all that the targets are made of, projections included."] = None
     targets_fn: Annotated[
-        Function,
-        "(teacher_params, batch) -> logits [B, T, V], the whole pipeline up to what the student's "
-        "loss reads at the student's positions.",
+        Function, "(teacher_params, batch) -> logits that the student's loss reads."
     ] = None
     batch: Annotated[
         Mapping[str, Any] | None,
-        "what the pipeline reads: tokens [B, T] of the student, weights [B, T] (above 0 where a "
-        "token is scored as a target; default all), and whatever else.",
+        "the student's tokens, weights [B, T] (above 0 where a token is scored as a target; "
+        "default all), and whatever else the pipeline reads.",
         mapping,
         TOKENS,
     ] = None
     unigram_nats: Annotated[
-        float | None, "nats of a token by the corpus's frequencies; default from batch.", above(0)
+        float | None, "of a token by the corpus's frequencies; default from batch.", above(0)
     ] = None
     suffix_fn: Annotated[
         Function,
@@ -79,17 +69,15 @@ class Subject(Facts):
     student_params: Annotated[Any, "tree of what is trained."] = None
     objective_fn: Annotated[
         Function,
-        "(student_params, teacher_params, batch, alpha) -> (total, parts) with total = alpha "
-        "kd_kl_t2 + (1 - alpha) lm_ce and raw parts of these names; no dropout.",
+        "(student_params, teacher_params, batch, alpha) -> (total, parts) without dropout, total "
+        "= alpha kd_kl_t2 + (1 - alpha) lm_ce of the raw parts of these names.",
     ] = None
     whole_fn: Annotated[
         Function,
         "(student_params, teacher_params, batch) -> total, all that is differentiated, where "
         "there are other terms; default objective_fn with alpha 1/2.",
     ] = None
-    eval_fn: Annotated[
-        Function, "(student_params, teacher_params, batch, update) -> components."
-    ] = None
+    eval_fn: Annotated[Function, "(student_params, teacher_params, batch, update) -> parts."] = None
     init_fn: Annotated[Function, "(seed) -> state of the loop."] = None
     step_fn: Annotated[Function, "(state, batch) -> state or (state, metrics)."] = None
     student_of: Annotated[Function, "(state) -> student_params."] = None
@@ -99,14 +87,12 @@ class Subject(Facts):
     teacher_parameters: Annotated[Number, "the same of the teacher."] = None
     records: Annotated[
         Sequence[Mapping[str, Any]] | None,
-        "log with step, distill/objective, raw terms distill/<name>, weighted terms "
-        "distill/weighted/<name>, distill/temperature.",
+        "log with step, distill/objective, distill/temperature, raw terms distill/NAME and "
+        "weighted ones distill/weighted/NAME.",
     ] = None
     weights_fn: Annotated[Function, "(update) -> {name: weight}, also of temperature."] = None
     steps: Annotated[Number, "updates of the run."] = None
-    contrastive_candidates: Annotated[
-        Number, "embeddings that each is contrasted with, itself included: of batch and queue."
-    ] = None
+    contrastive_candidates: Annotated[Number, "embeddings that each is told from."] = None
     seed: Annotated[int, "of what is drawn.", whole()] = 0
 
     @property
@@ -208,10 +194,9 @@ def loop(
     """Student, teacher and targets before and after some calls of the loop."""
 
     def held(name: str, state: Any) -> trees.Arrays:
-        found = trees.named(call(name, getattr(subject, name), state))
-        if not found:
-            raise Broken(f"{name} returned no arrays")
-        return found
+        if found := trees.named(call(name, getattr(subject, name), state)):
+            return found
+        raise Broken(f"{name} returned no arrays")
 
     def point(state: Any) -> Point:
         student, teacher, targets = held("student_of", state), {}, None

@@ -1,6 +1,5 @@
 """Checks of the teacher of a distillation and of the targets made of it."""
 
-import math
 from typing import Any
 
 import numpy as np
@@ -9,11 +8,10 @@ from lm_jax.doctor import trees
 from lm_jax.doctor.checks import check
 from lm_jax.doctor.distill.subject import Point, Subject
 from lm_jax.doctor.facts import Broken, Skip, call, give
-from lm_jax.doctor.findings import Measure, at_most, equals, holds, none, note
-from lm_jax.doctor.numbers import log_softmax, mean, nats, resolution
+from lm_jax.doctor.findings import Measure, at_least, at_most, equals, holds, none, note
+from lm_jax.doctor.numbers import gap, log_softmax, mean, nats, resolution
 
-MOST = 2**23  # logits that are compared in float64, all at once
-CHUNK = 2**21  # the same where they are compared piece by piece
+MOST = 2**23  # logits that are taken to float64 at once
 FLOOR = 50  # nats; logits further below the largest of their position say nothing
 Loop = tuple[Point, Point]
 
@@ -24,23 +22,16 @@ def floored(logits: np.ndarray) -> np.ndarray:
     return np.maximum(wide, wide.max(-1, keepdims=True) - FLOOR)
 
 
-def pieces(logits: np.ndarray) -> list[np.ndarray]:
-    """Logits [B, T, V] as lists of positions, few enough for float64."""
-    return np.array_split(logits.reshape(-1, logits.shape[-1]), 1 + logits.size // CHUNK)
-
-
 def change(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Largest difference of two logits at every position, [B, T]."""
-    both = zip(pieces(a), pieces(b), strict=True)
-    found = [np.abs(floored(x) - floored(y)).max(-1) for x, y in both]
-    return np.concatenate(found).reshape(a.shape[:2])
+    """Largest difference of two logits [B, T, V] at every position, [B, T]."""
+    pairs = zip(*(x.reshape(-1, x.shape[-1]) for x in (a, b)), strict=True)
+    return np.reshape([gap(floored(x), floored(y)) for x, y in pairs], a.shape[:2])
 
 
 def thinned(places: np.ndarray, vocab_size: int) -> np.ndarray:
     """As many of the places [2, N], evenly, as fit into memory with their logits."""
     n = places.shape[1]
-    kept = min(n, max(64, MOST // vocab_size))
-    return places[:, np.linspace(0, n - 1, kept).astype(int)]
+    return places[:, np.linspace(0, n - 1, min(n, max(64, MOST // vocab_size))).astype(int)]
 
 
 def nats_apart(a: np.ndarray, b: np.ndarray) -> float:
@@ -70,11 +61,12 @@ def teacher_fixed(subject: Subject, teacher_of: Any, loop: Loop) -> list[Measure
 def roles(subject: Subject, loop: Loop) -> list[Measure]:
     """The student's leaves move, and parameters are as many as declared."""
     before, after = loop
-    students, all_of_them = moved(before.student, after.student), len(before.student)
-    what = f"leaves of the student, of {all_of_them}, moved by {subject.calls} calls"
-    found = [holds(bool(students), what, len(students), limit="at least 1", key="moved")]
-    for name, leaves in {"student": before.student, "teacher": before.teacher}.items():
-        if leaves and (declared := getattr(subject, f"{name}_parameters")) is not None:
+    students = moved(before.student, after.student)
+    what = f"leaves of the student, of {len(before.student)}, moved by {subject.calls} calls"
+    found = [at_least(what, len(students), 1, key="moved")]
+    for name in ("student", "teacher"):
+        leaves, declared = getattr(before, name), getattr(subject, f"{name}_parameters")
+        if leaves and declared is not None:
             size = sum(x.size for x in leaves.values())
             found.append(equals(f"parameters of the {name}", size, declared))
     return found
@@ -83,26 +75,26 @@ def roles(subject: Subject, loop: Loop) -> list[Measure]:
 @check("Run the teacher without dropout and with frozen statistics, as it is evaluated.")
 def teacher_eval(subject: Subject, batch: Any, alone: Any = None, taught: Any = None) -> list:
     """The same batch gives bit-identical targets, twice."""
-    if alone is None and taught is None:
-        raise give("targets_fn", "teacher_params")
-    reads, found = {"targets_fn": (taught, batch), "teacher_fn": (alone, batch["tokens"])}, []
-    for name, (first, read) in reads.items():
+    found = []
+    for name, first, read in (
+        ("targets_fn", taught, batch),
+        ("teacher_fn", alone, batch["tokens"]),
+    ):
         if first is not None:
-            gap = change(first, subject.logits(name, subject.teacher_params, read)).max()
-            found.append(equals(f"change of what {name} returns", float(gap), 0, key=name))
+            drift = change(first, subject.logits(name, subject.teacher_params, read)).max()
+            found.append(equals(f"change of what {name} returns", float(drift), 0, key=name))
+    if not found:
+        raise give("targets_fn", "teacher_params")
     return found
 
 
 @check("Compute the teacher on the student's batch, or look up what is stored by row and offset.")
-def alignment(
-    subject: Subject, alone: np.ndarray, taught: np.ndarray, scored: Any, tokens: np.ndarray
-) -> list[Measure]:
+def alignment(subject: Subject, alone: np.ndarray, taught: np.ndarray, scored: Any) -> Measure:
     """The targets are the teacher's own predictions of the batch's next tokens."""
     if alone.shape != taught.shape:
         raise Skip(f"The teacher has logits {alone.shape}, targets are {taught.shape}.")
-    T = tokens.shape[1]
     rows, columns = thinned(scored, alone.shape[-1])
-    z, y, ahead = alone[rows, columns], taught[rows, columns], tokens[rows, columns + 1]
+    T, z, y = alone.shape[1], alone[rows, columns], taught[rows, columns]
     inner = np.clip(columns, 2, T - 3)
 
     def shifted(targets: np.ndarray, shift: int) -> float:
@@ -113,20 +105,14 @@ def alignment(
     limit = max(1e-6, 0.5 * (8 * eps * float(np.nanstd(used))) ** 2)
     found, hint = nats_apart(z, y), ""
     if not found <= limit:
-        apart = {shift: shifted(taught, shift) for shift in (-2, -1, 1, 2)}
-        best = min(apart, key=lambda shift: apart[shift])
-        if apart[best] <= limit:
-            many = "s" * (abs(best) > 1)
-            hint = f"they are {abs(best)} position{many} too {'late' if best < 0 else 'early'}"
+        best = min((-2, -1, 1, 2), key=lambda shift: shifted(taught, shift))
+        if shifted(taught, best) <= limit:
+            many = ("1 position", "2 positions")[abs(best) - 1]
+            hint = f"they are {many} too {'late' if best < 0 else 'early'}"
     elif shifted(alone, 1) <= limit:
         raise Skip("The teacher says the same at neighbouring positions: a shift would not show.")
-    right, hit = (float((x.argmax(-1) == ahead).mean()) for x in (z, y))
     what = "nats from the teacher to the targets"
-    return [
-        at_most(what, found, limit, where=hint, key="divergence"),
-        note(f"share of {len(ahead)} next tokens that the teacher chooses", right, key="alone"),
-        note("that the targets choose", hit, key="piped"),
-    ]
+    return at_most(what, found, limit, where=hint, key="divergence")
 
 
 @check("Give both one tokenizer or align their texts: an untrained projection predicts nothing.")
@@ -136,21 +122,18 @@ def information(taught: Any, scored: Any, tokens: Any, unigram_nats: Any = None)
     ahead, others = tokens[rows, columns + 1], tokens[scored[0], scored[1] + 1]
     if not 0 <= ahead.min() <= ahead.max() < taught.shape[-1]:
         raise Broken(f"tokens reach {ahead.max()}, targets have {taught.shape[-1]} entries")
-    cost = nats(taught[rows, columns], ahead)
     if unigram_nats is None:
         if len(others) < 100:
             why = f"{len(others)} scored tokens are too few for frequencies; give unigram_nats."
             raise Skip(why, "unigram_nats")
         # Frequencies among the other tokens of the batch, with a pseudo-count of 1 for all.
         counts = np.bincount(others)
-        share = (counts[ahead] - 1 + 1 / np.count_nonzero(counts)) / len(others)
-        unigram_nats = -np.log(share)
-    excess = mean(cost - unigram_nats)
+        unigram_nats = -np.log((counts[ahead] - 1 + 1 / np.count_nonzero(counts)) / len(others))
+    excess = mean(nats(taught[rows, columns], ahead) - unigram_nats)
     above: Any = "warn" if excess.value <= 3 * excess.error else "fail"  # NaN fails
+    what = "nats of next tokens under the targets less those under their frequencies"
     return [
-        note("nats of next tokens under the targets", float(cost.mean()), key="nats"),
-        note("under their frequencies", float(np.mean(unigram_nats)), key="unigram"),
-        holds(excess.value < 0, "difference", excess.value, limit="below 0", otherwise=above),
+        holds(excess.value < 0, what, excess.value, limit="below 0", otherwise=above, key="excess"),
         note("its standard error", excess.error),
     ]
 
@@ -158,11 +141,10 @@ def information(taught: Any, scored: Any, tokens: Any, unigram_nats: Any = None)
 @check("Let a position read the teacher up to its own text: no interpolation or pooling in time.")
 def future(
     subject: Subject, taught: np.ndarray, tokens: np.ndarray, batch: Any, suffix_fn: Any = None
-) -> list[Measure]:
+) -> Measure:
     """Another suffix of the text leaves the targets before it as they were."""
-    limit = 8 * subject.eps * max(float(np.abs(floored(x)).max()) for x in pieces(taught))
-    earlier: dict[int, np.ndarray] = {}
-    length, later = tokens.shape[1], 0.0
+    limit = 8 * subject.eps * max(gap(floored(x)) for row in taught for x in row)
+    length, worst, later, where = tokens.shape[1], 0.0, 0.0, ""
     for cut in sorted({max(1, length // 3), length // 2, length - 1}):
         if suffix_fn is not None:
             changed = call("suffix_fn", suffix_fn, batch, cut)
@@ -171,15 +153,12 @@ def future(
             # Tokens of the batch itself, moved by a row and a column, are surely in vocabulary.
             other[:, cut:] = np.roll(tokens, (1, 1), (0, 1))[:, cut:]
             changed = {**batch, "tokens": trees.like(batch["tokens"], other)}
-        made = change(taught, subject.logits("targets_fn", subject.teacher_params, changed))
-        later = max(later, float(made[:, cut:].max()))
-        earlier[cut] = made[:, :cut].max(0)
-    cut = max(earlier, key=lambda cut: np.nan_to_num(earlier[cut].max(), nan=math.inf))
-    worst = float(earlier[cut].max())
-    if later <= limit and worst <= limit:
+        made = change(taught, subject.logits("targets_fn", subject.teacher_params, changed)).max(0)
+        made = np.nan_to_num(made, nan=np.inf)
+        later = max(later, float(made[cut:].max()))
+        if made[:cut].max() > worst:
+            worst = float(made[:cut].max())
+            where = f"tokens from {cut} on change the target at {np.argmax(made[:cut])}"
+    if max(later, worst) <= limit:
         raise Skip("Targets do not change with the tokens (a cache?): nothing was tested.")
-    where = f"tokens from {cut} on change the target at {np.argmax(earlier[cut])}"
-    return [
-        at_most("change before another suffix", worst, limit, where=where, key="earlier"),
-        note("after it", later, key="later"),
-    ]
+    return at_most("change before another suffix", worst, limit, where=where, key="earlier")

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from lm_jax.doctor import numbers, trees
-from lm_jax.doctor.checks import check
+from lm_jax.doctor.checks import check, fixture
 from lm_jax.doctor.eval.subject import Subject, apart, fit
 from lm_jax.doctor.facts import Broken, Skip, call
 from lm_jax.doctor.findings import Measure, at_most
@@ -13,9 +13,10 @@ from lm_jax.doctor.findings import Measure, at_most
 ROUNDING = 0.25  # of the spread of the logits, the most that any dtype may explain
 
 
-def _spread(logits: np.ndarray) -> float:
+@fixture
+def spread(logits_BTV: np.ndarray) -> float:
     """Root mean square of the logits about their mean at each position; -inf is left out."""
-    finite = np.where(np.isfinite(logits), logits, np.nan)
+    finite = np.where(np.isfinite(logits_BTV), logits_BTV, np.nan)
     spread = float(np.nanstd(finite - np.nanmean(finite, -1, keepdims=True)))
     if not spread:
         raise Skip("All logits of logits_fn are equal: give a model that is not at zero.")
@@ -24,28 +25,20 @@ def _spread(logits: np.ndarray) -> float:
 
 def _near(what: str, gap_T: Any, limit: float) -> Measure:
     """Gaps within a limit at every position."""
-    gap_T = np.asarray(gap_T)
-    first = int(np.argmax(gap_T > limit))
+    where = f"first at position {np.argmax(np.asarray(gap_T) > limit)}"
     what = f"{what}, largest at {len(gap_T)} positions"
-    return at_most(what, float(gap_T.max()), limit, where=f"first at position {first}")
+    return at_most(what, float(np.max(gap_T)), limit, where=where)
 
 
-@check(
-    "Give a token that is decoded the position it has in the whole text, and let it attend to all "
-    "slots filled before and to no other."
-)
+@check("Give a decoded token its position in the whole text; let it attend to all filled slots.")
 def cached_decode(
-    subject: Subject, extend_fn: Any, tokens_BT: np.ndarray, logits_BTV: np.ndarray
+    subject: Subject, extend_fn: Any, tokens_BT: np.ndarray, logits_BTV: np.ndarray, spread: float
 ) -> list[Measure]:
     """Token by token through the cache, the logits are those of the full forward pass."""
-    T, spread = subject.seq_len, _spread(logits_BTV)
-    prompt, found = T // 3 | 1, []
-    for way, sizes in (
-        ("single tokens", [1] * T),
-        (f"a prompt of {prompt}", [prompt] + [1] * (T - prompt)),
-    ):
+    T, found = subject.seq_len, []
+    for prompt in (1, T // 3 | 1):
         cache, gap_T = None, list[float]()
-        for size in sizes:
+        for size in [prompt] + [1] * (T - prompt):
             span = slice(len(gap_T), len(gap_T) + size)
             made = call("extend_fn", extend_fn, tokens_BT[:, span].copy(), cache)
             if not isinstance(made, tuple | list) or len(made) != 2:
@@ -55,15 +48,12 @@ def cached_decode(
             gap_T.extend(np.sqrt(np.square(gap_BTV).mean((0, 2))) / spread)
         # Two ways to compute one layer differ by a few eps, and deep models multiply that.
         limit = min(1000 * subject.eps, ROUNDING)
-        what = f"share of their spread by which logits after {way} differ from the full forward's"
+        what = f"distance from the full forward's logits over their spread, prompt of {prompt}"
         found.append(_near(what, gap_T, limit))
     return found
 
 
-@check(
-    "Compare positions, cache, dropout and batch size of the two paths: the model that generates "
-    "is not the one that is scored."
-)
+@check("Compare positions, cache, dropout and batch size of generation with those of scoring.")
 def generation(subject: Subject, forward: Any, continuation: tuple) -> Measure:
     """A free continuation scored by the evaluation path has its log-probabilities."""
     context, ids = (trees.as_array(x).astype(np.int32).ravel() for x in continuation[:2])
@@ -80,4 +70,4 @@ def generation(subject: Subject, forward: Any, continuation: tuple) -> Measure:
         what = "nats by which a generated token differs from the same token scored"
         given_T = fit("continuation", continuation[2], ids.shape)
         gap_T = apart(given_T, -numbers.nats(logits_TV, ids))
-    return _near(what, gap_T, min(4000 * subject.eps, ROUNDING) * _spread(logits_TV))
+    return _near(what, gap_T, min(4000 * subject.eps, ROUNDING) * spread(logits_TV))

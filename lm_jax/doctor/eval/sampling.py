@@ -38,13 +38,13 @@ def draw(subject: Subject, sampler: Any) -> Draw:
     return counts
 
 
-def _spaced(subject: Subject, low: float = -2.0, high: float = 1.0) -> np.ndarray:
-    """Distinct logits in random order, evenly spaced."""
-    return np.linspace(low, high, IDS)[subject.rng().permutation(IDS)].astype(np.float32)
+def _spaced(subject: Subject, low: float = -2, high: float = 1) -> tuple[np.ndarray, np.ndarray]:
+    """Distinct logits in random order, and the probabilities of ids that may be sampled."""
+    logits_V = np.linspace(low, high, IDS)[subject.rng().permutation(IDS)].astype(np.float32)
+    return logits_V, _chances(subject, logits_V)
 
 
 def _chances(subject: Subject, logits_V: np.ndarray) -> np.ndarray:
-    """The softmax over ids that may be sampled."""
     excluded_V = np.isin(np.arange(IDS), list(subject.never_sampled))
     return np.asarray(scipy.special.softmax(np.where(excluded_V, -np.inf, logits_V.astype(float))))
 
@@ -70,10 +70,16 @@ def _follows(draw: Draw, logits_V: np.ndarray, option: str, shares: Shares) -> M
     return at_most(what, z, threshold(2 * IDS * len(shares)), where=where, key="z")
 
 
+def _best(p_V: np.ndarray, n: int) -> np.ndarray:
+    """Probabilities of the n most likely ids alone."""
+    kept_V = np.where(p_V >= np.sort(p_V)[-n], p_V, 0)
+    return np.asarray(kept_V / kept_V.sum())
+
+
 @check("Divide the logits by the temperature once, and take the argmax at temperature 0.")
 def temperature(subject: Subject, draw: Draw) -> Measure:
     """Draws follow softmax(logits / T), and as T goes to 0 the argmax."""
-    logits_V, values = _spaced(subject), [1e-6, 0.5, 1.0, 2.0]
+    logits_V, values = _spaced(subject)[0], [1e-6, 0.5, 1.0, 2.0]
     try:
         draw(logits_V, "temperature", 0.0)
         values.append(0.0)
@@ -87,40 +93,25 @@ def temperature(subject: Subject, draw: Draw) -> Measure:
 @check("Keep exactly the k largest logits.")
 def top_k(subject: Subject, draw: Draw) -> Measure:
     """Draws come from the k most likely ids and from all of them."""
-    logits_V = _spaced(subject)
-    p_V = _chances(subject, logits_V)
+    logits_V, p_V = _spaced(subject)
     return _follows(draw, logits_V, "top_k", {k: _best(p_V, k) for k in (1, 5)})
 
 
-@check(
-    "Keep ids from the most likely on until their mass reaches p, the one that reaches it "
-    "included, and so always the first."
-)
+@check("Keep ids from the most likely on until their mass reaches p, the one that reaches it too.")
 def top_p(subject: Subject, draw: Draw) -> Measure:
     """Draws come from the fewest most likely ids whose mass reaches p, never from none."""
-    logits_V = _spaced(subject)
-    p_V = _chances(subject, logits_V)
+    logits_V, p_V = _spaced(subject)
     mass = np.cumsum(np.sort(p_V)[::-1])
     halfway = float(mass[3] + mass[4]) / 2  # between two sums, so that no rounding decides
     return _follows(draw, logits_V, "top_p", {1e-6: _best(p_V, 1), halfway: _best(p_V, 5)})
 
 
-def _best(p_V: np.ndarray, n: int) -> np.ndarray:
-    """Probabilities of the n most likely ids alone."""
-    kept_V = np.where(p_V >= np.sort(p_V)[-n], p_V, 0)
-    return np.asarray(kept_V / kept_V.sum())
-
-
-@check(
-    "Divide positive logits of seen tokens by the penalty and multiply negative ones, or subtract "
-    "from the log-probability."
-)
+@check("Divide positive logits of seen tokens by the penalty and multiply negative ones.")
 def repetition_penalty(subject: Subject, draw: Draw) -> Measure:
     """A penalty never makes a token that was seen more likely, whatever the logits' sign."""
     raised, looks = [], 2 * 8
     for low, high in ((-4.0, -1.0), (-1.5, 1.5)):
-        logits_V = _spaced(subject, low, high)
-        p_V = _chances(subject, logits_V)
+        logits_V, p_V = _spaced(subject, low, high)
         for id in np.argsort(-p_V)[: looks // 2].tolist():
             seen = np.full((DRAWS, 1), id, np.int32)
             count_V = draw(logits_V, "repetition_penalty", 2.0, seen=seen)

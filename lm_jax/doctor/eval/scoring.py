@@ -13,9 +13,10 @@ from lm_jax.doctor.checks import check, fixture
 from lm_jax.doctor.eval.subject import Subject, apart, fit
 from lm_jax.doctor.facts import Broken, Skip, call, give
 from lm_jax.doctor.findings import Measure, at_least, at_most, equals, holds, listed, none, note
+from lm_jax.doctor.numbers import gap
 
 Row = dict[str, float]  # what an evaluation reports
-Rows = dict[str, Row]
+Rows = dict[str, Row]  # by the way it was made
 Batches = list[tuple[np.ndarray, np.ndarray]]  # tokens and weights of each
 READ = ("loss", "token_ppl", "token_count")
 EXACT = 1e-4  # relative error of a sum in float32
@@ -99,18 +100,13 @@ def _against(name: str, rows: Rows, truth: float, limit: float) -> list[Measure]
     found = {way: row[name] for way, row in rows.items() if name in row}
     if not found:
         raise Skip(f"evaluate_fn does not report {name}.")
-    worst = float(np.max([_error(value, truth) for value in found.values()]))
+    worst = gap(list(found.values()), truth) / abs(truth)
     told = listed(f"{value:.6g} at {way}" for way, value in found.items())
     return [
         at_most(f"largest relative error of {name}", worst, limit, key=f"error of {name}"),
         note(f"true {name}", truth),
         note(f"reported {told}", found, key=name),
     ]
-
-
-def _error(found: float, truth: float) -> float:
-    """Relative difference."""
-    return abs(found - truth) / abs(truth)
 
 
 @check("Report nats, and perplexity without a cap; where a float overflows write inf.")
@@ -121,12 +117,12 @@ def cap(subject: Subject, evaluate: Any, counts_V: np.ndarray) -> Measure:
         # It is sure of the rarest id, so that every other target costs as much.
         planted = plant(np.eye(len(counts_V))[np.argmin(counts_V)] * cost, counts_V)
         found, truth = evaluate(planted, subject.batch_sizes[0]), planted.nats
-        ppl = found.get("token_ppl", math.exp(truth))  # nats alone are enough
-        if not _error(found["loss"], truth) <= EXACT:
-            wrong.append(f"{truth:.6g} nats reported as loss {found['loss']:.6g}")
+        loss, ppl = found["loss"], found.get("token_ppl", math.exp(truth))  # nats alone are enough
+        if not abs(loss / truth - 1) <= EXACT:
+            wrong.append(f"{truth:.6g} nats reported as loss {loss:.6g}")
         elif ppl == math.inf and truth > FLOAT32_NATS:
             continue
-        elif not _error(ppl, math.exp(truth)) <= EXACT * truth:
+        elif not abs(ppl / math.exp(truth) - 1) <= EXACT * truth:
             nats = math.log(ppl) if ppl > 0 else math.nan
             wrong.append(f"{truth:.6g} nats reported as perplexity {ppl:.10g} = exp({nats:.4g})")
     return none("planted losses reported as others", wrong, of=len(COSTS), key="wrong")
@@ -166,61 +162,46 @@ def read(batches_fn: Any, vocab_size: int) -> Callable[[int, int], Batches]:
 
 
 @check(
-    "Evaluate on one fixed list of windows, in order, in which each token is a target once, in the "
-    "last, short window too; give every process rows of its own and add up those of all."
+    "Evaluate on one fixed list of windows that has each token once as a target, the last, short "
+    "window too; give every process rows of its own and add up all."
 )
 def coverage(subject: Subject, read: Any, counts_V: np.ndarray | None = None) -> list[Measure]:
     """The batches score each target once, on any number of processes and at every reading."""
     n, alone = subject.processes, read(0, 1)
     if not alone:
         raise Broken("batches_fn(0, 1) yields no batch")
-    alone_V = _scored(alone, subject.vocab_size)
-    found = [] if counts_V is None else _compared(alone_V, counts_V, "")
-    if n > 1:
-        together = [batch for process in range(n) for batch in read(process, n)]
-        found += _compared(_scored(together, subject.vocab_size), alone_V, f" by {n} processes")
+
+    def scored(batches: Batches) -> np.ndarray:
+        ids = [tokens[weights > 0].astype(int) for tokens, weights in batches]
+        return np.bincount(np.concatenate([np.zeros(0, int), *ids]), minlength=subject.vocab_size)
+
+    together = [batch for process in range(n) for batch in read(process, n)]
+    alone_V, found = scored(alone), []
+    rows: Any = ("", alone_V, counts_V), (f" by {n} processes", scored(together), alone_V)
+    for how, found_V, right_V in rows if counts_V is not None else rows[1:]:
+        of, extra_V = f"of {right_V.sum():,} targets those", found_V - right_V
+        missing, extra = (int(x.clip(0).sum()) for x in (-extra_V, extra_V))
+        found.append(equals(f"{of} not scored{how}", missing, 0, key=f"missing{how}"))
+        found.append(equals(f"{of} scored too often{how}", extra, 0, key=f"extra{how}"))
     pairs = enumerate(itertools.zip_longest(alone, read(0, 1), fillvalue=()))
     changed = [i for i, (a, b) in pairs if len(a) != len(b) or not all(map(np.array_equal, a, b))]
     return [*found, none("batches that differ when read again", changed, of=len(alone))]
 
 
-def _scored(batches: Batches, V: int) -> np.ndarray:
-    """How often each id is scored."""
-    ids = [np.zeros(0, int), *(tokens[weights > 0].astype(int) for tokens, weights in batches)]
-    return np.bincount(np.concatenate(ids), minlength=V)
-
-
-def _compared(found_V: np.ndarray, expected_V: np.ndarray, how: str) -> list[Measure]:
-    """How often each id is scored, against how often it must be."""
-    missing, extra = (int(x.clip(0).sum()) for x in (expected_V - found_V, found_V - expected_V))
-    of = f"of {expected_V.sum():,} targets those"
-    return [
-        equals(f"{of} not scored{how}", missing, 0, key=f"missing{how}"),
-        equals(f"{of} scored too often{how}", extra, 0, key=f"extra{how}"),
-    ]
-
-
 @check("Hand the training flag or the dropout key to every layer that drops, in training alone.")
 def deterministic(
-    subject: Subject,
-    forward: Any,
-    tokens_BT: np.ndarray,
-    logits_BTV: np.ndarray,
-    train_logits_fn: Any = None,
+    subject: Subject, forward: Any, tokens_BT: Any, logits_BTV: Any, train_logits_fn: Any = None
 ) -> list[Measure]:
     """Evaluation repeats itself bit by bit, and training, where it drops, differs from it."""
-    gap_BTV = apart(logits_BTV, forward(tokens_BT))
-    found = [
-        equals("share of logits that change in evaluation", float((gap_BTV > 0).mean()), 0),
-        note("largest change", float(gap_BTV.max())),
-    ]
+    drift = float(apart(logits_BTV, forward(tokens_BT)).max())
+    found = [equals("largest change of a logit in evaluation", drift, 0)]
     if train_logits_fn is not None:
         made = call("train_logits_fn", train_logits_fn, tokens_BT.copy(), subject.seed)
-        gap = float(apart(fit("train_logits_fn", made, logits_BTV.shape), logits_BTV).max())
+        moved = float(apart(fit("train_logits_fn", made, logits_BTV.shape), logits_BTV).max())
         # The same function compiled twice may round differently.
         limit = 8 * subject.eps * float(np.abs(logits_BTV[np.isfinite(logits_BTV)]).max())
         what = "largest difference between logits of training and evaluation"
-        found.append(holds(gap > limit, what, gap, limit=f"above {limit:.1g}", key="training"))
+        found.append(holds(moved > limit, what, moved, limit=f"above {limit:.1g}", key="training"))
     return found
 
 
@@ -235,12 +216,14 @@ def references(subject: Subject) -> list[Measure]:
         raise give("loss")
     worse = [b for a, b in itertools.pairwise(ppl) if not ppl[a] >= ppl[b]]
     # A small train split may fit a bigram that is worse than the unigram: no proof.
-    found = [none("references worse than a simpler one", worse, otherwise="warn", key="worse")]
-    found.append(note(f"perplexities {listed(f'{n} {x:.4g}' for n, x in ppl.items())}", ppl))
+    found = [
+        none("references worse than a simpler one", worse, otherwise="warn", key="worse"),
+        note(f"perplexities {listed(f'{n} {x:.4g}' for n, x in ppl.items())}", ppl),
+    ]
     if loss is not None:
-        floor = float(given.get("entropy_rate", 0))
-        found.append(at_least("nats of the model, against the entropy rate", float(loss), floor))
-    if loss is not None and "unigram" in ppl:
-        what, limit = "nats of the model, against the unigram", math.log(ppl["unigram"])
-        found.append(at_most(what, float(loss), limit, otherwise="warn"))
+        what, floor = "nats of the model, against the", float(given.get("entropy_rate", 0))
+        found.append(at_least(f"{what} entropy rate", float(loss), floor))
+        if "unigram" in ppl:
+            limit = math.log(ppl["unigram"])
+            found.append(at_most(f"{what} unigram", float(loss), limit, otherwise="warn"))
     return found

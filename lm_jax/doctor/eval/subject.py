@@ -1,7 +1,7 @@
 """An evaluation and a generator as black boxes, and predictors planted in place of the model."""
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Annotated, Any
 
 import jax.numpy as jnp
@@ -13,80 +13,69 @@ from lm_jax.doctor.facts import Bound, Broken, Facts, call, function, mapping, r
 
 OPTIONS = ("temperature", "top_k", "top_p", "repetition_penalty")
 
-_sizes = Bound(
+SIZES = Bound(
     "give a list of whole numbers of 1 or more",
     lambda x: isinstance(x, Sequence) and all(map(whole(1).holds, x)),
 )
-_options = Bound(
+NAMES = Bound(
     f"give names among {', '.join(OPTIONS)}",
     lambda x: isinstance(x, Collection) and not isinstance(x, str) and set(x) <= set(OPTIONS),
 )
+FLOAT = Bound("give the name of a float type, such as bfloat16", trees.names_float)
+TRIPLE = Bound("give context, continued ids and log-probabilities or None", lambda x: len(x) == 3)
+Function = Annotated[Callable[..., Any] | None, function]
 
 
 @dataclasses.dataclass
 class Subject(Facts):
     """Examine how a model is evaluated and sampled; what is not given is skipped by name.
 
-    Functions get NumPy arrays and may return arrays of NumPy, JAX or PyTorch.
+    Functions get NumPy arrays and may return arrays of NumPy, JAX or PyTorch. Tokens are [B, T],
+    logits [B, T, V].
     """
 
     _: dataclasses.KW_ONLY
     vocab_size: Annotated[int, "V.", whole(2)]
     seq_len: Annotated[int, "T of the random tokens that the model is fed.", whole(2)] = 64
     seed: Annotated[int, "of tokens and planted predictors.", whole()] = 0
-    compute_dtype: Annotated[
-        str,
-        "dtype of the forward pass, which sets rounding errors.",
-        Bound("give the name of a float type, such as bfloat16", trees.names_float),
-    ] = "float32"
+    compute_dtype: Annotated[str, "of the forward pass, for rounding.", FLOAT] = "float32"
     evaluate_fn: Annotated[
-        Callable[..., Mapping[str, Any]] | None,
-        "(predict, batch_size) -> {'loss', 'token_ppl', 'token_count'}, the whole evaluation of a "
-        "small split (the first entry, in nats per target, is required), with the model replaced "
-        "by predict(tokens [B, T]) -> logits [B, T, V], which JAX can trace and which answers "
-        "tensors of PyTorch in kind. With strides it is called as (predict, batch_size, stride).",
-        function,
+        Function,
+        "(predict, batch_size[, stride]) -> {'loss', 'token_ppl', 'token_count'}, the whole "
+        "evaluation of a small split (the first entry, in nats per target, is required), with the "
+        "model replaced by predict(tokens) -> logits, which JAX can trace and which answers "
+        "tensors of PyTorch in kind.",
     ] = None
     targets: Annotated[Any, "ids of all targets of that split, in any order."] = None
     batch_sizes: Annotated[
-        Sequence[int], "sequences at a time.", _sizes, Bound("give one or more", bool)
+        Sequence[int], "sequences at a time.", SIZES, Bound("give one or more", bool)
     ] = (1, 7, 64)
-    strides: Annotated[Sequence[int], "targets scored per window.", _sizes] = ()
+    strides: Annotated[Sequence[int], "targets scored per window.", SIZES] = ()
     batches_fn: Annotated[
-        Callable[[int, int], Iterable[Mapping[str, Any]]] | None,
+        Function,
         "(process, processes) -> batches of that split, with 'tokens' and 'weights' [B, ...], "
         "where a weight above 0 marks a target.",
-        function,
     ] = None
-    processes: Annotated[int, "number of processes to divide the batches among.", whole(1)] = 2
-    logits_fn: Annotated[
-        Callable[..., Any] | None, "(tokens [B, T]) -> logits [B, T, V] as in evaluation.", function
-    ] = None
+    processes: Annotated[int, "to divide the batches among.", whole(1)] = 2
+    logits_fn: Annotated[Function, "(tokens) -> logits as in evaluation."] = None
     train_logits_fn: Annotated[
-        Callable[..., Any] | None,
-        "(tokens [B, T], seed) -> logits as in training; only for a model that drops.",
-        function,
+        Function, "(tokens, seed) -> logits as in training; only for a model that drops."
     ] = None
     extend_fn: Annotated[
-        Callable[..., Any] | None,
-        "(tokens [B, n], cache) -> (logits [B, n, V], cache), cached decoding; the cache is None "
-        "at the start.",
-        function,
+        Function, "(tokens, cache) -> (logits, cache), cached decoding; first, the cache is None."
     ] = None
     continuation: Annotated[
         tuple[Any, Any, Any] | None,
-        "(context ids, continued ids, log-probabilities or None) of a free generation; without "
-        "log-probabilities it was greedy.",
-        Bound("give a context, continued ids and log-probabilities or None", lambda x: len(x) == 3),
+        "(context ids, continued ids, log-probabilities) of a free generation; None for the last "
+        "if it was greedy.",
+        TRIPLE,
     ] = None
-    sampler: Annotated[
-        Callable[..., Any] | None, "(logits [B, 16], seed, **options) -> ids [B].", function
-    ] = None
+    sampler: Annotated[Function, "(logits [B, 16], seed, **options) -> ids [B]."] = None
     sampler_options: Annotated[
         Collection[str],
         "those it has of temperature, top_k, top_p and repetition_penalty; the last comes with "
         "'seen', ids [B, S].",
-        _options,
+        NAMES,
     ] = ()
     never_sampled: Annotated[Collection[int], "ids that it never returns."] = ()
     loss: Annotated[float | None, "nats per token of the model."] = None
