@@ -33,7 +33,7 @@ def test_ids_outside_the_table(wrong):
     assert f"({wrong}) in row 7 at 5" in report["data.ids"].evidence
     assert "data.ids" in examine(TRAIN, [np.array([1, wrong])]).failed
     alone = examine([rows], rows[:9])  # the other checks are made all the same
-    for name in ("vocabulary", "id_distribution", "near_identical_rows"):
+    for name in ("vocabulary", "id_distribution"):
         assert alone[f"data.{name}"].status == "pass", alone[f"data.{name}"].evidence
     assert "data.ids" in examine(TRAIN, table_rows=VOCAB - 1).failed
     silent(examine(TRAIN, table_rows=VOCAB), "data.ids")
@@ -189,6 +189,14 @@ def test_overlapping_windows(stride):
     once = [{"tokens": rows[order], "weights": weights[order]}]
     assert examine(once)["data.target_overlap"].status == "pass"
     silent(examine(batches(shuffled(cut(stream(TRAIN))))), "data.target_overlap")
+
+
+def test_equal_rows_that_hide_an_overlap_are_said():
+    rows = shuffled(cut(stream(TRAIN[:60]), T + 1, T // 2))[:576]  # whole batches
+    found = examine(batches(rows) + batches(shuffled(rows, 1)))["data.target_overlap"]
+    assert found.status == "skip" and found.needs == ("epoch_tokens",)
+    declared = examine(batches(rows) + batches(shuffled(rows, 1)), epoch_tokens=len(rows) * T)
+    assert "data.target_overlap" in declared.failed
 
 
 @pytest.mark.fault(37, "data.near_identical_rows")

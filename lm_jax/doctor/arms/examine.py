@@ -1,4 +1,4 @@
-"""The arms of an experiment: do they differ, are they what they claim, can they be ranked?"""
+"""The checks of arms."""
 
 import math
 import os
@@ -10,29 +10,24 @@ from lm_jax.doctor.arms.noise import Noise, as_noise, noise_of_gap
 from lm_jax.doctor.arms.subject import Subject, identities
 from lm_jax.doctor.checks import check
 from lm_jax.doctor.facts import Broken, Skip
-from lm_jax.doctor.findings import Measure, at_most, holds, none, note
+from lm_jax.doctor.findings import Measure, Status, at_most, holds, none, note
 from lm_jax.doctor.numbers import products
 
 MATCH = 0.005  # parameter counts within this share are the same
 
 
 @check(
-    "Compare what was built, not what was written: look for keys read at another nesting level or "
-    "under another name, and print the resolved config of every run."
+    "Print the resolved config of every run; look for keys read at another nesting level or "
+    "under another name."
 )
 def same(subject: Subject) -> Measure:
     """No two arms are the same run."""
     if len(subject.arms) < 2:
         raise Skip("One arm has nothing to be compared with.")
     by, marks = identities(subject)
-    decides = by == "resolved config"
-    return none(
-        f"groups of arms with one {by}",
-        _alike(marks),
-        otherwise="fail" if decides else "warn",
-        where="" if decides else "and may still differ in what has no parameters",
-        key="same",
-    )
+    unsure = "" if by == "resolved config" else "and may still differ in what has no parameters"
+    what, otherwise = f"groups of arms with one {by}", "warn" if unsure else "fail"
+    return none(what, _alike(marks), otherwise=otherwise, where=unsure, key="same")
 
 
 @check("Give every run a folder of its own, named by the hash of its config.")
@@ -86,23 +81,18 @@ def ranking(subject: Subject) -> list[Measure]:
     margins = {n: gaps[n] - x.needed * x.error if x else -math.inf for n, x in noises.items()}
     rival = min(margins, key=lambda name: (margins[name], gaps[name]))
     noise = noises[rival]
-    limit = f"more than {noise.needed:.3g} SE of {noise.error:.3g}" if noise else "no SE is known"
-    found = [
-        holds(
-            margins[rival] > 0,
-            f"nats by which {best} is ahead of {rival}",
-            gaps[rival],
-            limit=limit,
-            otherwise="fail" if subject.winner else "warn",
-            where="" if noise else "with one seed in either there is no estimate of the noise",
-            key="gap",
-        )
+    what = f"nats by which {best} is ahead of {rival}"
+    otherwise: Status = "fail" if subject.winner else "warn"
+    if noise is None:
+        where = "with one seed in either there is no estimate of the noise"
+        return [holds(False, what, gaps[rival], otherwise=otherwise, where=where, key="gap")]
+    limit = f"more than {noise.needed:.3g} SE of {noise.error:.3g}"
+    ahead, between = margins[rival] > 0, "arms that are the same run" if repeats else "seeds"
+    return [
+        holds(ahead, what, gaps[rival], limit=limit, otherwise=otherwise, key="gap"),
+        note(f"standard error, between {between}", noise.error, key="error"),
+        note("its degrees of freedom", noise.freedom, key="freedom"),
     ]
-    if noise:
-        between = "arms that are the same run" if repeats else "seeds"
-        found.append(note(f"standard error, between {between}", noise.error, key="error"))
-        found.append(note("its degrees of freedom", noise.freedom, key="freedom"))
-    return found
 
 
 @check("State the count of the parameter tree, tables and the rest apart.")
@@ -114,10 +104,9 @@ def parameters(subject: Subject) -> Measure:
         if total is None:
             continue
         seen += 1
-        if abs(claim / total - 1) > MATCH:
+        if abs(claim - total) > MATCH * total:
             text = f"{name}: {claim:,} claimed, {total:,} counted"
-            if table is not None:
-                text += f" ({table:,} in tables, {total - table:,} elsewhere)"
+            text += f" ({table:,} in tables)" if table is not None else ""
             if table and abs(abs(claim - total) - table) < 0.01 * table:
                 text += ", different by the tables, as if a tied one counted twice"
             wrong.append(text)
@@ -126,23 +115,20 @@ def parameters(subject: Subject) -> Measure:
     return none("claims that are not the count", wrong, of=seen, key="wrong")
 
 
-@check(
-    "Match what the question is about, non-table parameters and FLOPs per token as well as the "
-    "total, and say which."
-)
+@check("Match non-table parameters and FLOPs per token as well as the total, and say which.")
 def matched(subject: Subject) -> list[Measure]:
     """Arms that are meant to have equally many parameters have, in tables and elsewhere."""
-    if not subject.matched or len(subject.arms) < 2:
+    if not subject.matched:
         raise Skip("The arms are not declared to be matched.", "matched")
     sizes = [subject.size(name) for name in subject.arms]
     totals = [total for total, _, _ in sizes if total]
     rests = [total - table for total, table, _ in sizes if total and table]
     if len(totals) < 2:
         raise Skip("Fewer than two arms have a count of parameters.", "tree")
-    least, most = min(totals), max(totals)
+    excess = max(totals) / min(totals) - 1
     found = [
-        at_most("excess of the largest total over the least", most / least - 1, MATCH, key="total"),
-        note(f"totals from {least:,} to {most:,}"),
+        at_most("excess of the largest total over the least", excess, MATCH, key="total"),
+        note(f"totals from {min(totals):,} to {max(totals):,}"),
     ]
     if len(rests) > 1 and min(rests) > 0:
         what, ratio = "ratio of the most and the least outside tables", max(rests) / min(rests)
@@ -150,10 +136,7 @@ def matched(subject: Subject) -> list[Measure]:
     return found
 
 
-@check(
-    "Use one leaf in both places: a copy made at initialisation is another parameter after the "
-    "first update."
-)
+@check("Use one leaf in both places: a copy is another parameter after the first update.")
 def tied(subject: Subject) -> Measure:
     """A tied model has one leaf of table size, an untied one two."""
     if subject.vocab_size is None:
@@ -165,8 +148,7 @@ def tied(subject: Subject) -> Measure:
             continue  # other matrices have a side of that length too
         seen += 1
         if len(tables) != (1 if is_tied else 2):
-            kind = "tied" if is_tied else "untied"
-            wrong.append(f"{name} ({kind}) has {', '.join(tables) or 'none'}")
+            wrong.append(f"{'' if is_tied else 'un'}tied {name} has {', '.join(tables) or 'none'}")
     if not seen:
         raise Skip("No arm has tied, tree and at most two matrices that can be tables.", "tree")
     return none("arms with other leaves of vocabulary size", wrong, of=seen, key="wrong")

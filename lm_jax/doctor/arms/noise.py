@@ -23,10 +23,9 @@ def noise_of_gap(a: np.ndarray, b: np.ndarray, *, known: float = 0.0) -> Noise |
     from Welch-Satterthwaite. The gap must exceed t standard errors, and never fewer than 2.
 
     Args:
-        a: the losses of one arm, one per seed.
-        b: those of the other one.
-        known: a further standard error of the gap, which is known rather than estimated from the
-            seeds.
+        a: the losses of one arm, one per seed [S].
+        b: those of the other one [S'].
+        known: a further standard error of the gap, which is known rather than estimated.
     """
     sizes = np.array([len(a), len(b)])
     if sizes.min() < 2:

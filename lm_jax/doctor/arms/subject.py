@@ -18,6 +18,7 @@ KEYS = (
     "config resolved tree tables parameters table_parameters claimed_parameters tied losses "
     "run_dir budget"
 ).split()
+Resolve = Callable[[Any], Any]
 IGNORED = ("name", "description", "run_dir", "workdir")
 
 
@@ -35,14 +36,8 @@ class Subject(Facts):
         "nats; 'run_dir'; 'budget', as in examine_log.",
     ]
     _: dataclasses.KW_ONLY
-    resolve: Annotated[
-        Callable[[Any], Any] | None,
-        "config -> what is built from it (dicts, dataclasses, arrays, shapes), to tell arms apart.",
-        function,
-    ] = None
-    vocab_size: Annotated[
-        int | None, "rows of the tables, to tell tables from other parameters.", whole(1)
-    ] = None
+    resolve: Annotated[Resolve | None, "config -> what is built from it.", function] = None
+    vocab_size: Annotated[int | None, "rows of the tables.", whole(1)] = None
     matched: Annotated[bool, "the arms are meant to have equally many parameters."] = False
     winner: Annotated[str | None, "the arm that is said to be best."] = None
     ignore: Annotated[Sequence[str], "keys of a config that do not tell arms apart."] = IGNORED
@@ -79,11 +74,9 @@ class Subject(Facts):
     def size(self, name: str) -> tuple[int | None, int | None, list[str]]:
         """Parameters of an arm in all and in tables, None if not known, and paths of the tables."""
         arm, V = self.arms[name], self.vocab_size
-        if "tree" not in arm:
-            return arm.get("parameters"), arm.get("table_parameters"), []
-        found = shapes(arm["tree"])
-        total = sum(map(math.prod, found.values()))
-        if V is None and "tables" not in arm:
+        found = shapes(arm.get("tree"))
+        total = sum(map(math.prod, found.values())) if found else arm.get("parameters")
+        if not found or (V is None and "tables" not in arm):
             return total, arm.get("table_parameters"), []
         with_ids = (path for path, shape in found.items() if len(shape) > 1 and V in shape)
         tables = [path for path in arm.get("tables", with_ids) if path in found]
@@ -127,15 +120,15 @@ def identities(subject: Subject) -> tuple[str, dict[str, str]]:
             raise Broken("resolve gives another result each time; name what changes in ignore")
         return made[0]
 
-    ways: dict[str, tuple[str, Callable[[Any], Any]]] = {
-        "resolved": ("resolved config", lambda config: config),
-        "config": ("resolved config", resolved),
-        "tree": ("parameter tree", shapes),
-        "parameters": ("parameter count", int),
-    }
-    if subject.resolve is None:
-        del ways["config"]
-    for key, (by, value) in ways.items():
+    ways: list[tuple[str, str, Callable[[Any], Any]]] = [
+        ("resolved", "resolved config", lambda config: config),
+        ("config", "resolved config", resolved),
+        ("tree", "parameter tree", shapes),
+        ("parameters", "parameter count", int),
+    ]
+    for key, by, value in ways:
+        if key == "config" and subject.resolve is None:
+            continue
         if all(arm.get(key) is not None for arm in subject.arms.values()):
             return by, {n: subject.fingerprint(value(x[key])) for n, x in subject.arms.items()}
     needs = "resolved, config and resolve, tree or parameters"

@@ -26,13 +26,13 @@ def rate(hits: np.ndarray, n: int) -> Mean:
     """Share of n-grams; the error is the larger of that of block means and of independent runs."""
     if not len(hits):
         return Mean(0.0, 0.0)
-    mean = float(hits.mean())
-    error = math.sqrt(mean * (1 - mean) * n / len(hits))
+    share = float(hits.mean())
+    error = math.sqrt(share * (1 - share) * n / len(hits))
     blocks = len(hits) // BLOCK
     if blocks > 1:
-        of_block = numbers.mean(hits[: blocks * BLOCK].reshape(blocks, BLOCK).mean(-1))
-        error = max(error, of_block.error)
-    return Mean(mean, error)
+        of_block = hits[: blocks * BLOCK].reshape(blocks, BLOCK).mean(-1)
+        error = max(error, numbers.mean(of_block).error)
+    return Mean(share, error)
 
 
 def token_nats(
@@ -45,11 +45,19 @@ def token_nats(
     is predicted from the counts of the others (leave one out, smoothed by one uniform observation)
     given up to six tokens before it; the context that predicts it best decides, so that no more
     nats are claimed than the text has.
+
+    Raises:
+        Skip: few tokens are counted.
     """
     _, first, number = np.unique(kind, return_index=True, return_inverse=True)
     # Of a large text, pieces spread over all of it.
     every = -(-len(first) // MOST_COUNTED) or 1
     chosen = sample.piece_of[counted_at[first]] % every == 0
+    if chosen.sum() < FEWEST:
+        raise Skip(
+            f"{sample.size} hold only {chosen.sum():,} distinct n-grams or tokens in distinct "
+            "rows: too little text to tell copies from coincidence"
+        )
     counted, own = np.zeros((2, len(sample.tokens)), bool)
     counted[counted_at[first[chosen]]] = True
     own[counted_at] = chosen[number]
@@ -58,19 +66,17 @@ def token_nats(
     new = np.diff(sample.units, prepend=-1) != 0
     depth = place - np.maximum.accumulate(np.where(new, place, 0))
     probability, cautious = np.full((2, len(sample.tokens)), 1 / vocab_size)
+    of_context = np.zeros(len(sample.tokens), np.uint64)
     for context in range(min(LONGEST_CONTEXT + 1, len(sample.tokens))):
         ends = slice(context, None)
         of_gram = sample.gram_hashes(context + 1)
-        if context:
-            of_context = sample.gram_hashes(context)[:-1]
-        else:
-            of_context = np.zeros(len(of_gram), np.uint64)
-        seen, before = (_others(x, counted[ends], own[ends]) for x in (of_gram, of_context))
-        here = (seen + 1 / vocab_size) / (before + 1)
+        before = _others(of_context[: len(of_gram)], counted[ends], own[ends])
+        here = (_others(of_gram, counted[ends], own[ends]) + 1 / vocab_size) / (before + 1)
         within = depth[ends] >= context
         np.maximum(probability[ends], here, out=probability[ends], where=within)
         within &= before >= SEEN
         np.maximum(cautious[ends], here, out=cautious[ends], where=within)
+        of_context = of_gram
     return -np.log(probability), -np.log(cautious), counted
 
 
@@ -93,7 +99,7 @@ def independent_nats(
     while True:
         positions, hashes = sample.grams(n)
         nats, cautious, counted = token_nats(sample, vocab_size, positions + n - 1, hashes)
-        if n >= longest or not counted.any():
+        if n >= longest:
             return nats, counted
         number = np.bincount(sample.piece_of[counted])
         total = np.bincount(sample.piece_of[counted], cautious[counted])
@@ -107,13 +113,7 @@ def row_nats(sample: Sample, vocab_size: int) -> np.ndarray:
     """Information of each row [R], rows that occur several times counted once."""
     place = np.flatnonzero(sample.real)
     kind = mix(sample.row_hashes[sample.row_of[place]] + mix(sample.offset_of[place]))
-    nats, _, counted = token_nats(sample, vocab_size, place, kind)
-    if counted.sum() < FEWEST:
-        raise Skip(
-            f"{sample.size} hold only {counted.sum():,} tokens in distinct rows: too little text "
-            f"to tell copies from coincidence (needs {FEWEST:,})"
-        )
-    return sample.by_row(nats * sample.real)
+    return sample.by_row(token_nats(sample, vocab_size, place, kind)[0] * sample.real)
 
 
 def _others(hashes: np.ndarray, counted: np.ndarray, own: np.ndarray) -> np.ndarray:
@@ -133,28 +133,18 @@ class Index:
     Attributes:
         sample: whose grams.
         n: how many tokens they have.
-        least_nats: information from which text is telling, 2 ln(tokens). The longest repeat that
-            chance gives among N tokens has about as much (Karlin and Ost 1987).
         nats: those of all tokens up to a position, summed [N + 1].
         share: telling grams among all n-grams.
         positions: where each gram begins [G].
-        known: the distinct hashes, sorted [K], and their first positions `first_position` [K].
-        earlier: whether the gram stands in an earlier piece of text as well [G].
-        elsewhere: whether it stands in any other piece [G].
-        lag: tokens since its last occurrence, 0 at the first [G].
+        hashes: of each gram [G].
     """
 
     sample: Sample
     n: int
-    least_nats: float
     nats: np.ndarray
     share: float
     positions: np.ndarray
-    known: np.ndarray
-    first_position: np.ndarray
-    earlier: np.ndarray
-    elsewhere: np.ndarray
-    lag: np.ndarray
+    hashes: np.ndarray
 
     @staticmethod
     def build(sample: Sample, total: int, vocab_size: int) -> "Index":
@@ -162,60 +152,53 @@ class Index:
         least_nats = least_of(total)
         width = int(np.median(np.repeat(sample.lengths, sample.lengths)))  # of the median token
         longest = max(SHORTEST, min(width, PIECE) // 2)
-        token_nats_N, counted = independent_nats(sample, vocab_size, least_nats, longest)
-        if counted.sum() < FEWEST:
-            raise Skip(
-                f"{sample.size} hold only {counted.sum():,} distinct n-grams: too little "
-                f"text, or too predictable, to tell copies from coincidence (needs {FEWEST:,})"
-            )
-        mean = float(token_nats_N[counted].mean())
+        of_token, counted = independent_nats(sample, vocab_size, least_nats, longest)
+        mean = float(of_token[counted].mean())
         n = max(SHORTEST, math.ceil(1.5 * least_nats / max(mean, 1e-9)))
-        if n > width / 2:
-            raise Skip(
-                f"{sample.name} has about {mean:.2f} nats a token, so only {n}-grams are no "
-                f"coincidence among {total:,} tokens: too long for rows of {width}"
-            )
-        nats = np.concatenate([[0.0], np.cumsum(token_nats_N)])
+        nats = np.concatenate([[0.0], np.cumsum(of_token)])
         positions, hashes = sample.grams(n)
         telling = nats[positions + n] - nats[positions] >= least_nats
-        if telling.sum() < FEWEST:
+        if n > width / 2 or telling.sum() < FEWEST:
             raise Skip(
-                f"only {telling.sum():,} of {len(telling):,} {n}-grams of {sample.name} carry the "
-                f"{least_nats:.0f} nats that rule out coincidence: the text is too predictable"
+                f"{sample.name} has about {mean:.2f} nats a token, so only {n}-grams are no "
+                f"coincidence among {total:,} tokens: too long or too few in rows of {width}"
             )
-        positions, hashes = positions[telling], hashes[telling]
+        share = float(telling.mean())
+        return Index(sample, n, nats, share, positions[telling], hashes[telling])
 
-        order = np.argsort(hashes, kind="stable")
-        in_order = hashes[order]
-        new = np.ones(len(order), bool)
-        new[1:] = in_order[1:] != in_order[:-1]
-        group = np.cumsum(new) - 1
-        at = positions[order]
-        piece = sample.piece_of[at]
-        first_position, last_position = at[new], at[np.flatnonzero(np.roll(new, -1))]
-        earlier, elsewhere = np.empty((2, len(order)), bool)
+    @functools.cached_property
+    def _known(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The distinct hashes in order [K], the first gram of each [K], the number of each [G]."""
+        return np.unique(self.hashes, return_index=True, return_inverse=True)
+
+    @functools.cached_property
+    def _piece(self) -> np.ndarray:
+        """Piece in which each gram begins [G]."""
+        return self.sample.piece_of[self.positions]
+
+    @functools.cached_property
+    def earlier(self) -> np.ndarray:
+        """Whether the gram stands in an earlier piece of text as well [G]."""
+        _, first, number = self._known
+        return self._piece[first][number] < self._piece
+
+    @property
+    def lag(self) -> np.ndarray:
+        """Tokens since its last occurrence, 0 at the first [G]."""
+        number = self._known[2]
+        order = np.argsort(number, kind="stable")
+        again = np.diff(number[order], prepend=-1) == 0
         lag = np.zeros(len(order), np.int64)
-        earlier[order] = sample.piece_of[first_position][group] < piece
-        elsewhere[order] = earlier[order] | (sample.piece_of[last_position][group] > piece)
-        lag[order[1:]] = np.where(new[1:], 0, at[1:] - at[:-1])
-        return Index(
-            sample=sample,
-            n=n,
-            least_nats=least_nats,
-            nats=nats,
-            share=float(telling.mean()),
-            positions=positions,
-            known=in_order[new],
-            first_position=first_position,
-            earlier=earlier,
-            elsewhere=elsewhere,
-            lag=lag,
-        )
+        lag[order] = again * np.diff(self.positions[order], prepend=0)
+        return lag
 
     @property
     def usual(self) -> Mean:
         """Share of all n-grams that are telling and recur in another piece of the sample."""
-        found = rate(self.elsewhere, self.n)
+        known, _, number = self._known
+        last = np.zeros(len(known), self._piece.dtype)
+        last[number] = self._piece
+        found = rate(self.earlier | (last[number] > self._piece), self.n)
         return Mean(self.share * found.value, self.share * found.error)
 
     @property
@@ -225,19 +208,17 @@ class Index:
 
     def find(self, hashes: np.ndarray) -> np.ndarray:
         """First position of each gram in this sample, -1 where it does not occur."""
-        place = np.minimum(np.searchsorted(self.known, hashes), len(self.known) - 1)
-        return np.where(self.known[place] == hashes, self.first_position[place], -1)
+        known, first, _ = self._known
+        place = np.minimum(np.searchsorted(known, hashes), len(known) - 1)
+        return np.where(known[place] == hashes, self.positions[first[place]], -1)
 
     @functools.cached_property
     def copied(self) -> np.ndarray:
         """Whether three quarters of a piece's text stand in earlier pieces [P]."""
-        sample = self.sample
         begins = self.positions[self.earlier]
-        depth = np.zeros(len(sample.tokens) + 1, np.int32)
-        np.add.at(depth, begins, 1)
-        np.add.at(depth, begins + self.n, -1)
-        covered = np.cumsum(depth)[:-1] > 0
-        pieces = int(sample.piece_of[-1]) + 1
-        text = np.bincount(sample.piece_of[sample.real], minlength=pieces)
-        copies = np.bincount(sample.piece_of[covered], minlength=pieces)
+        depth = np.zeros(len(self.sample.tokens) + 1, np.int32)
+        depth[begins] += 1
+        depth[begins + self.n] -= 1
+        text = np.bincount(self.sample.piece_of, self.sample.real)
+        copies = np.bincount(self.sample.piece_of, np.cumsum(depth)[:-1] > 0)
         return (text > 0) & (copies >= SAME_PIECE * text)

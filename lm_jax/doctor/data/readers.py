@@ -20,10 +20,7 @@ DROPPED = 0.01  # share of rows that may be missing or shared where batches are 
 Streams = dict[int, list[np.ndarray]]
 
 
-@check(
-    "Make the order a function of (seed, epoch): pass the epoch on to the sampler, also "
-    "where workers persist between epochs."
-)
+@check("Pass the epoch on to the sampler, also where workers persist between epochs.")
 def epoch_order(subject: Subject, epochs: Sequence[Any]) -> list[Measure]:
     """Epochs hand out the rows in different orders."""
     hashes = [s.row_hashes for s in read_all("epoch", epochs, subject.reading)]
@@ -47,16 +44,15 @@ def epoch_order(subject: Subject, epochs: Sequence[Any]) -> list[Measure]:
 @fixture
 def streams(subject: Subject, readers: Any) -> Streams:
     """Row hashes of each reader, by the number of readers."""
-    made = readers
     if callable(readers):
-        made = {n: call(f"readers({n})", readers, n) for n in subject.reader_counts}
+        readers = {n: call(f"readers({n})", readers, n) for n in subject.reader_counts}
     found = {}
-    for number, given in made.items():
+    for number, given in readers.items():
         parts: list[Any] = call(f"readers of {number}", list, given)
         if len(parts) != number:
             raise Broken(f"{len(parts)} streams were given for {number} readers")
-        name = f"of {number} readers number"
-        found[number] = [s.row_hashes for s in read_all(name, parts, subject.reading)]
+        samples = read_all(f"of {number} readers number", parts, subject.reading)
+        found[number] = [s.row_hashes for s in samples]
     if set(found) <= {1}:
         raise Skip("Only a single reader was given.", "reader_counts")
     return found
@@ -75,8 +71,7 @@ def corpus(streams: Streams, training: Sample | None = None) -> np.ndarray:
 
 
 @check(
-    "Shuffle once, with a seed that all workers and hosts share, and take the slice of a "
-    "worker after that; do not combine it with sharding by the library."
+    "Shuffle once, with a seed that all workers and hosts share; slice after that, and only once."
 )
 def coverage(streams: Streams, corpus: np.ndarray) -> list[Measure]:
     """All workers (or hosts) together hand out each row of the corpus once.
@@ -101,9 +96,7 @@ def coverage(streams: Streams, corpus: np.ndarray) -> list[Measure]:
     return measures
 
 
-@check(
-    "Give every worker and host its own slice: pass its index and their number on to the reader."
-)
+@check("Pass the index of a worker or host, and their number, on to the reader.")
 def readers_differ(streams: Streams) -> list[Measure]:
     """Workers (or hosts) read different rows."""
     measures = []
@@ -116,27 +109,18 @@ def readers_differ(streams: Streams) -> list[Measure]:
         if repeated > 0.5:
             raise Skip(f"{repeated:.0%} of rows equal others by chance, as within a reader.")
         limit = DROPPED + numbers.share_limit(max(repeated, (number - 1) / total), total)
-        first = len({int(stream[0]) for stream in parts}) == 1
-        measures.append(
-            at_most(
-                f"{number} readers, share of {len(times):,} rows that several read",
-                float((times > 1).mean()),
-                limit,
-                where="the first row is the same for all" if first else "",
-                key=f"{number}_shared",
-            )
-        )
+        one_first = len({int(stream[0]) for stream in parts}) == 1
+        where = "the first row is the same for all" if one_first else ""
+        what = f"{number} readers, share of {len(times):,} rows that several read"
+        share = float((times > 1).mean())
+        measures.append(at_most(what, share, limit, where=where, key=f"{number}_shared"))
     return measures
 
 
 @check("Save the position in the data with the checkpoint and start the reader from it.")
-def resume(subject: Subject) -> list[Measure]:
+def resume(resume: tuple) -> list[Measure]:
     """A resumed run reads the batches that a run without interruption reads."""
-    if subject.resume is None:
-        raise give("resume")
-    whole, resumed = (
-        _hashes(*run) for run in zip(("whole", "resumed"), subject.resume, strict=True)
-    )
+    whole, resumed = map(_hashes, ("whole", "resumed"), resume)
     offset = len(whole) - len(resumed)
     if not resumed or offset < 0:
         raise Broken(
@@ -146,14 +130,16 @@ def resume(subject: Subject) -> list[Measure]:
     wrong = [i for i, (a, b) in enumerate(zip(whole[offset:], resumed, strict=True)) if a != b]
     if not wrong and len(set(whole)) <= len(whole) / 2:
         raise Skip("Most batches of the uninterrupted run are equal: any position would fit.")
-    at = wrong[0] if wrong else 0
-    position = whole.index(resumed[at]) if resumed[at] in whole else None
-    where = f"the first, at batch {offset + at}, "
-    where += "does not occur in it" if position is None else f"is batch {position} of it"
-    where += ": the data starts from the beginning" if position == 0 else ""
     what = f"batches of {len(resumed)} that differ from the uninterrupted run's"
-    found = [equals(what, len(wrong), 0, where=where, key="wrong")]
-    return found + [note("found at batch", position, key="found")] * bool(wrong)
+    if not wrong:
+        return [equals(what, 0, 0, key="wrong")]
+    at = wrong[0]
+    position = whole.index(resumed[at]) if resumed[at] in whole else None
+    place = "does not occur in it" if position is None else f"is batch {position} of it"
+    where = f"the first, at batch {offset + at}, {place}"
+    where += ": the data starts from the beginning" if position == 0 else ""
+    found = equals(what, len(wrong), 0, where=where, key="wrong")
+    return [found, note("found at batch", position, key="found")]
 
 
 def _hashes(name: str, run: Iterable[Any]) -> list[str]:
@@ -162,10 +148,11 @@ def _hashes(name: str, run: Iterable[Any]) -> list[str]:
     def of_batch(batch: Any) -> str:
         if isinstance(batch, str | int | bytes | np.integer):
             return str(batch)
+        if not isinstance(batch, Mapping):
+            several = isinstance(batch, tuple | list) and all(hasattr(x, "shape") for x in batch)
+            batch = dict(enumerate(batch)) if several else {"tokens": batch}
         digest = hashlib.blake2b(digest_size=8)
-        arrays = isinstance(batch, tuple | list) and all(hasattr(x, "shape") for x in batch)
-        parts = dict(enumerate(batch)) if arrays else {"tokens": batch}
-        for key, part in sorted((batch if isinstance(batch, Mapping) else parts).items()):
+        for key, part in sorted(batch.items()):
             array = trees.as_array(part)
             array = array.astype(np.int64) if array.dtype.kind in "iu" else array
             digest.update(f"{key} {array.shape}".encode() + array.tobytes())
@@ -174,43 +161,32 @@ def _hashes(name: str, run: Iterable[Any]) -> list[str]:
     return call(f"Reading the {name} run", lambda: [of_batch(batch) for batch in run])
 
 
-@check(
-    "Assign documents to splits by a hash of their id or content; bounds of a stream must "
-    "hold over the whole budget, not only at its start."
-)
-def split_ids(subject: Subject) -> Measure:
+@check("Assign documents to splits by a hash; bounds of a stream must hold over the whole budget.")
+def split_ids(split_ids: Mapping[str, Iterable[Any]]) -> Measure:
     """No document belongs to two splits by its number."""
-    if subject.split_ids is None:
-        raise give("split_ids")
     common = []
-    for (a, ids), (b, others) in itertools.combinations(subject.split_ids.items(), 2):
-        count, example = _intersection(ids, others)
-        text = f"{count:,} documents in {a} and {b}, {example!r} for one"
-        common += [text] * bool(count)
+    for (a, ids), (b, others) in itertools.combinations(split_ids.items(), 2):
+        both = _common(ids, others)
+        common += [f"{len(both):,} documents in {a} and {b}, {both[0]!r} for one"] if both else []
     return none("pairs of splits with documents in common", common, key="common")
 
 
-def _intersection(a: Iterable[Any], b: Iterable[Any]) -> tuple[int, Any]:
-    """Number of common ids and the smallest; long ranges of step 1 are not unrolled."""
+def _common(a: Iterable[Any], b: Iterable[Any]) -> Sequence[Any]:
+    """The common ids in order; long ranges of step 1 are not unrolled."""
     if isinstance(a, range) and isinstance(b, range) and a.step == b.step == 1:
-        both = range(max(a.start, b.start), min(a.stop, b.stop))
-        return len(both), both.start
+        return range(max(a.start, b.start), min(a.stop, b.stop))
     kinds = ({x.item() if isinstance(x, np.generic) else x for x in ids} for ids in (a, b))
-    common = set.intersection(*kinds)
-    return len(common), min(common, key=str) if common else None
+    return sorted(set.intersection(*kinds), key=str)
 
 
-@check(
-    "Rebuild what differs from one corpus and one tokenizer, and store their hashes with "
-    "the checkpoint; refuse to fall back to other data."
-)
-def fingerprints(subject: Subject) -> Measure:
+@check("Rebuild what differs from one corpus and one tokenizer; refuse to fall back to others.")
+def fingerprints(fingerprints: Mapping[str, Mapping[str, str]]) -> Measure:
     """The hashes of one thing, such as the tokenizer of train and of a checkpoint, are equal."""
-    if not subject.fingerprints:
+    if not fingerprints:
         raise give("fingerprints")
     differ = [
         f"{what} ({', '.join(f'{place} {value:.12}' for place, value in places.items())})"
-        for what, places in subject.fingerprints.items()
+        for what, places in fingerprints.items()
         if len(set(places.values())) > 1
     ]
-    return none("things that differ", differ, of=len(subject.fingerprints), key="differ")
+    return none("things that differ", differ, of=len(fingerprints), key="differ")

@@ -25,8 +25,8 @@ def items(samples: list[Sample]) -> list[Measure]:
 
 
 @check(
-    "Hand along as target of each place the token that comes next: inputs = ids[:-1], targets = "
-    "ids[1:], of the same rows; shift either in the data or in the model, not in both."
+    "Let inputs = ids[:-1] and targets = ids[1:] of the same rows; shift either in the data or in "
+    "the model, not in both."
 )
 def targets(samples: list[Sample]) -> list[Measure]:
     """Targets that are handed along are the inputs, one place on."""
@@ -52,30 +52,24 @@ def targets(samples: list[Sample]) -> list[Measure]:
 )
 def ids(samples: list[Sample], vocab_size: int, table_rows: int | None = None) -> list[Measure]:
     """Every id is at least 0 and below vocab_size, which is at most table_rows."""
-    outside, ranges = [], []
-    for sample in samples:
-        wrong = (sample.tokens < 0) | (sample.tokens >= vocab_size)
-        at = int(np.argmax(wrong))
-        place = f"row {sample.row_of[at]} at {sample.offset_of[at]}"
-        first = f"the first ({sample.tokens[at]}) in {place}"
-        outside += [f"{wrong.sum():,} of {sample.name}, {first}"] * bool(wrong.any())
-        ranges.append(note(f"{sample.name} {sample.tokens.min()} to {sample.tokens.max()}"))
+    outside = []
+    for s in samples:
+        wrong = np.flatnonzero((s.tokens < 0) | (s.tokens >= vocab_size))
+        if len(wrong):
+            first = f"the first ({s.tokens[wrong[0]]}) in row {s.row_of[wrong[0]]}"
+            outside.append(f"{len(wrong):,} of {s.name}, {first} at {s.offset_of[wrong[0]]}")
     found = [none(f"splits with ids outside 0 to {vocab_size - 1}", outside, of=len(samples))]
     if table_rows is not None:
         found.append(at_least("rows of the table", table_rows, vocab_size))
-    return found + ranges
+    return found + [note(f"{s.name} {s.tokens.min()} to {s.tokens.max()}") for s in samples]
 
 
-@check(
-    "Check that the download and the preparation are complete and that nothing fell back to "
-    "a small replacement."
-)
+@check("Look for a download that is incomplete and for a fallback to a small replacement.")
 def size(training: Sample, epoch_tokens: int) -> Measure:
     """Train has as many tokens as an epoch is declared to have, but for a last row or batch."""
     found = int(training.real.sum())
     if not training.complete and found < epoch_tokens:
-        why = f"Only {found:,} of {epoch_tokens:,} tokens were read: raise max_tokens."
-        raise Skip(why, "max_tokens")
+        raise Skip(f"Only {found:,} of {epoch_tokens:,} tokens were read.", "max_tokens")
     return at_least("tokens of train", found, epoch_tokens - training.largest_item, key="tokens")
 
 
@@ -84,21 +78,15 @@ def empty_rows(training: Sample) -> list[Measure]:
     """Hardly any row of train is without a target."""
     targets = training.by_row(training.scored) if training.slots else training.lengths
     share = float((targets == 0).mean())
+    what = f"share of {len(targets):,} rows of train without a target"
+    otherwise = "fail" if share > EMPTY_FAIL else "warn"
     return [
-        at_most(
-            f"share of {len(targets):,} rows of train without a target",
-            share,
-            EMPTY_WARN,
-            otherwise="fail" if share > EMPTY_FAIL else "warn",
-            key="share",
-        ),
+        at_most(what, share, EMPTY_WARN, otherwise=otherwise, key="share"),
         note("targets of a row on average", float(targets.mean()), key="mean_targets"),
     ]
 
 
-@check(
-    "Pack documents end to end into rows instead of one a row, or sort rows by length into batches."
-)
+@check("Pack documents end to end into rows, or sort rows by length into batches.")
 def slots(training: Sample) -> list[Measure]:
     """At least half of a batch's places hold text."""
     if not training.slots:
@@ -110,10 +98,7 @@ def slots(training: Sample) -> list[Measure]:
     ]
 
 
-@check(
-    "Mask padding by its position, not by its id: use an id of its own for padding, so that "
-    "the end of a document stays a target."
-)
+@check("Mask padding by its position, or use an id of its own for it, so that ends stay targets.")
 def document_end(training: Sample, end: int) -> list[Measure]:
     """The id that ends documents is learnt as a target."""
     is_end = training.real & (training.tokens == end)
