@@ -81,24 +81,24 @@ def _overlap(name: str, found: windows.Overlap) -> list[Measure]:
 
 
 @check("Shuffle windows over the whole corpus before they are batched; look for copies of a row.")
-def near_identical_rows(training: Sample) -> list[Measure]:
+def near_identical_rows(batched: Sample) -> list[Measure]:
     """Rows of a batch are no more alike than rows of other batches, by n-grams and by place."""
-    number, counts = np.unique(training.batches[training.batches >= 0], return_counts=True)
+    number, counts = np.unique(batched.batches[batched.batches >= 0], return_counts=True)
     batches = number[counts > 1]
     if len(batches) < 2:
         raise Skip("Train is not given in several batches of several rows.")
-    width = int(training.lengths[training.batches == batches[0]][0])
+    width = int(batched.lengths[batched.batches == batches[0]][0])
     n = min(grams.SHORTEST, max(width // 2, 1))
-    positions, hashes = training.grams(n)
+    positions, hashes = batched.grams(n)
 
     def of_batch(number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
         """Its n-grams, the row of each, its ids with their places, and how many rows it has."""
-        rows = np.flatnonzero(training.batches == number)
-        here = slice(training.starts[rows[0]], training.starts[rows[-1] + 1])
+        rows = np.flatnonzero(batched.batches == number)
+        here = slice(batched.starts[rows[0]], batched.starts[rows[-1] + 1])
         inside = slice(*np.searchsorted(positions, [here.start, here.stop]).tolist())
-        cells = (training.offset_of[here] << 32) + (training.tokens[here] & 0xFFFFFFFF)
-        row_of = training.row_of[positions[inside]]
-        return hashes[inside], row_of, cells[training.real[here]], len(rows)
+        cells = (batched.offset_of[here] << 32) + (batched.tokens[here] & 0xFFFFFFFF)
+        row_of = batched.row_of[positions[inside]]
+        return hashes[inside], row_of, cells[batched.real[here]], len(rows)
 
     chosen = batches[:: -(-len(batches) // BATCHES)]
     share, agree = np.zeros((2, len(chosen), 2))

@@ -87,14 +87,14 @@ def empty_rows(training: Sample) -> list[Measure]:
 
 
 @check("Pack documents end to end into rows, or sort rows by length into batches.")
-def slots(training: Sample) -> list[Measure]:
+def slots(batched: Sample) -> list[Measure]:
     """At least half of a batch's places hold text."""
-    if not training.slots:
+    if not batched.slots:
         raise Skip("Train is given as documents, not as rows of batches.")
-    what = f"share of {len(training.tokens):,} places of train that hold text"
+    what = f"share of {len(batched.tokens):,} places of train that hold text"
     return [
-        at_least(what, float(training.real.mean()), USED_SLOTS, key="used"),
-        note("that are scored targets", float(training.scored.mean()), key="scored"),
+        at_least(what, float(batched.real.mean()), USED_SLOTS, key="used"),
+        note("that are scored targets", float(batched.scored.mean()), key="scored"),
     ]
 
 

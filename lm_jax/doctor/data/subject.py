@@ -162,6 +162,15 @@ def samples(training: Sample | None = None, evaluation: Sequence[Sample] = ()) -
 
 
 @fixture
+def batched(training: Sample, subject: Subject) -> Sample:
+    """Train in rows of batches: as it was given, else as its first epoch begins."""
+    first = next(iter(subject.epochs or ()), None)
+    if training.slots or not isinstance(first, Sequence):
+        return training
+    return read("train", first, subject.reading)
+
+
+@fixture
 def first_epoch(training: Sample, subject: Subject) -> Sample:
     """What was read of train's first epoch."""
     return training if subject.epoch_tokens is None else training.head(subject.epoch_tokens)

@@ -179,7 +179,10 @@ def unknown_words(tried_texts: list[str], encode: Encode) -> Measure:
     """A word that no text holds leaves a trace in the ids."""
     words = " ".join(tried_texts).split()[:MOST_WORDS]
     before, after = (" ".join(x) for x in np.array_split(words, 2))
-    without = encode(f"{before}  {after}")
+    try:
+        without = encode(f"{before}  {after}")
+    except Broken as refusal:
+        raise Skip(f"The texts have no spaces between words: {refusal}.") from refusal
     dropped = []
     for unseen in NEVER_SEEN:
         try:
