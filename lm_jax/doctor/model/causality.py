@@ -29,20 +29,19 @@ def probe_cuts(seq_len: int, most: int, seed: int) -> list[int]:
 
 
 def odd_lengths(seq_len: int) -> list[int]:
-    """Lengths to which inputs are cut: 1, about two thirds, odd, and T - 1.
-
-    Every length is a shape to compile, so they are few.
-    """
+    """Lengths to which inputs are cut; few, for every length is a shape to compile."""
     return sorted({1, min(2 * seq_len // 3 | 1, seq_len - 1), seq_len - 1})
 
 
 class Worst:
     """Keeps the comparison that exceeds its tolerance by most."""
 
-    def __init__(self) -> None:
-        """Nothing compared so far."""
+    def __init__(self, **more: Any):
+        """Nothing compared so far; see `findings.holds` for `more`."""
+        self.more = {"key": "difference"} | more
         self.ratio, self.made, self.over, self.blind = -1.0, 0, 0, 0
-        self.found: dict[str, Any] = {}
+        self.found: list[Measure] = []
+        self.at: list[Measure] = []
         self.refused: dict[str, Broken] = {}
 
     def add(
@@ -61,8 +60,10 @@ class Worst:
         self.over += size > tolerance
         if size / tolerance > self.ratio:
             self.ratio = size / tolerance
-            self.found = dict(size=size, tolerance=tolerance, variant=variant, how=how)
-            self.found |= {"at": {"row": row, "position": position, **at}}
+            what, where = f"largest change of a logit, {how}", f"{variant.name} parameters"
+            worst = at_most(what, size, tolerance, where=where, **self.more)
+            self.found = [worst, note("largest logit", variant.scale)]
+            self.at = [note(*x) for x in {"row": row, "position": position, **at}.items()]
 
     @contextlib.contextmanager
     def refusal(self, what: str) -> Iterator[None]:
@@ -72,26 +73,18 @@ class Worst:
         except Broken as broken:
             self.refused[what] = broken
 
-    def measures(self, **more: Any) -> list[Measure]:
-        """The worst difference, and how many are too large. See `findings.holds` for `more`."""
+    def measures(self) -> list[Measure]:
+        """The worst difference, and how many are too large."""
+        if self.refused and not self.made + self.blind:
+            raise next(iter(self.refused.values()))
         if not self.made:
-            for broken in self.refused.values() if not self.blind else ():
-                raise broken
             raise Skip("Not judged: rounding alone may move every logit by half its size.")
-        f, variant = self.found, self.found["variant"]
-        what, where = f"largest change of a logit, {f['how']}", f"{variant.name} parameters"
-        more = {"key": "difference", "where": where} | more
-        rows = [
-            at_most(what, f["size"], f["tolerance"], **more),
-            note("largest logit", variant.scale),
+        return [
+            *self.found,
             note(f"comparisons of {self.made} beyond their limit", self.over, key="over"),
             *(note(f"{what} was refused", str(why)) for what, why in self.refused.items()),
+            *(self.at if self.over else ()),
         ]
-        if self.blind:
-            rows.append(note("not judged, as rounding may be as large", self.blind, key="blind"))
-        if self.over:
-            rows += [note(name, value) for name, value in f["at"].items()]
-        return rows
 
 
 @check(
@@ -136,7 +129,8 @@ def id_zero(subject: Subject, causal: list[Variant]) -> list[Measure]:
     """Id 0, which is often padding, at the end of a row lets no position see later tokens."""
     if not subject.lowest:
         raise Skip("Id 0 is among the ids of all checks, as there are few.")
-    swapped, added, end = Worst(), Worst(), 3 * subject.seq_len // 4
+    swapped, added = Worst(), Worst(otherwise="warn", key="by_zeros")
+    end = 3 * subject.seq_len // 4
     cut = end // 2
     for variant in causal:
         tokens = subject.tokens.copy()
@@ -151,7 +145,7 @@ def id_zero(subject: Subject, causal: list[Variant]) -> list[Measure]:
         # A model may well count its padding, so this may be meant.
         moved = change(base, variant.base)[:, :end]
         added.add(moved, limit, variant, f"0 from {end} on in place of other ids")
-    return [*added.measures(otherwise="warn", key="by_zeros"), *swapped.measures()]
+    return [*added.measures(), *swapped.measures()]
 
 
 @check(

@@ -36,10 +36,10 @@ def loss(subject: Subject, fresh: bool) -> list[Measure]:
     V = subject.vocab_size
     base, ids = subject.given.base.reshape(-1, V), subject.tokens.ravel()
     some = slice(None, None, 1 + (base.size >> 22))  # positions enough, of large logits
-    z = base[some].astype(np.float64)
-    own = np.take_along_axis(z, ids[some, None], -1)[:, 0]
-    mean = (z.sum(-1) - own) / (V - 1)
-    variance = (np.square(z - mean[:, None]).sum(-1) - np.square(own - mean)) / (V - 1)
+    z, own_id = base[some].astype(np.float64), ids[some, None]
+    own, others = np.take_along_axis(z, own_id, -1)[:, 0], z.copy()
+    np.put_along_axis(others, own_id, np.nan, -1)
+    mean, variance = np.nanmean(others, -1), np.nanvar(others, -1)
     nats = -numbers.log_softmax(z).mean(-1)
     # log of V - 1 others and the own token, each measured from the mean of the others.
     lift = own - mean
