@@ -45,9 +45,9 @@ def row_crossing(subject: Subject) -> list[Measure]:
         logits.logits[:, -1] *= -1
         changed = {"weight of the first token": weight, "first token": token, "last logits": logits}
         total, limit = subject(batch), subject.rounding(batch)
-        for name, after in changed.items():
+        for name, case in changed.items():
             what = f"change of sum or count with the {name}"
-            off.add(what, subject(after), total, limit)
+            off.add(what, subject(case), total, limit)
     batch.weights[:, [0, -1]] = 1
     row = subject.rows // 2
     others = np.arange(subject.rows) != row
