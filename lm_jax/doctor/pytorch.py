@@ -35,12 +35,9 @@ class TorchModel:
         self.module = module
         named = [*module.named_parameters(), *((n, b) for n, b in module.named_buffers() if b.ndim)]
         self.params = {n: x.detach().clone() for n, x in named if x.is_floating_point()}
-        rates = [
-            getattr(part, "p", 0)
-            for part in module.modules()
-            if "Dropout" in type(part).__name__ and isinstance(getattr(part, "p", 0), float)
-        ]
-        self.train_fn = self._train if any(rates) else None
+        drops = [part for part in module.modules() if "Dropout" in type(part).__name__]
+        dropout = any(part.p for part in drops if isinstance(getattr(part, "p", 0), float))
+        self.train_fn = self._train if dropout else None
         accepted = inspect.signature(module.forward).parameters
         self._more = {"use_cache": False} if "use_cache" in accepted else {}
         self._takes_targets = "targets" in accepted
@@ -56,16 +53,18 @@ class TorchModel:
         import torch
 
         device = self._device()
-        with _mode(self.module, training=True):
-            with torch.random.fork_rng([device] if device.type == "cuda" else []):
-                torch.manual_seed(int(update))
-                return self._logits(params, tokens)
+        with (
+            _mode(self.module, training=True),
+            torch.random.fork_rng([device] if device.type == "cuda" else []),
+        ):
+            torch.manual_seed(int(update))
+            return self._logits(params, tokens)
 
     def _device(self) -> Any:
         import torch
 
-        tensors = [*self.module.parameters(), *self.module.buffers()]
-        return tensors[0].device if tensors else torch.device("cpu")
+        tensors = [*self.module.parameters(), *self.module.buffers(), torch.empty(0)]
+        return tensors[0].device
 
     def _logits(self, params: Mapping[str, Any], tokens: Any) -> np.ndarray:
         import torch
@@ -77,24 +76,22 @@ class TorchModel:
             state[name] = _tensor(value).to(own[name], copy=name in state)
         ids = torch.as_tensor(np.asarray(tokens), dtype=torch.int64, device=self._device())
 
-        def forward(**more: Any) -> Any:
-            out = torch.func.functional_call(self.module, state, (ids,), self._more | more)
+        def forward() -> Any:
+            more = self._more | ({"targets": ids} if self._wants_targets else {})
+            out = torch.func.functional_call(self.module, state, (ids,), more)
             return _logits_of(out, *ids.shape)
 
         with torch.no_grad():
-            logits = forward(targets=ids) if self._wants_targets else forward()
-            if logits.shape[1] == 1 < ids.shape[1]:
-                if not self._takes_targets:
-                    raise ValueError(
-                        "forward returns logits of the last position alone; let it return those "
-                        "of all positions"
-                    )
+            logits = forward()
+            if logits.shape[1] == 1 < ids.shape[1] and self._takes_targets:
                 self._wants_targets = True
-                logits = forward(targets=ids)
+                logits = forward()
+        if logits.shape[1] == 1 < ids.shape[1]:
+            raise ValueError("forward returns logits of the last position alone, not of all")
         return trees.as_array(logits.float() if logits.element_size() < 4 else logits)
 
 
-def torch_loss(function: Callable[..., Any]) -> "TorchLoss":
+def torch_loss(function: Callable[..., Any]) -> Callable[..., tuple[float, float]]:
     """Make the function that `examine_loss` takes of a PyTorch loss.
 
     Args:
@@ -105,36 +102,23 @@ def torch_loss(function: Callable[..., Any]) -> "TorchLoss":
         The same of NumPy arrays, with `gradient(logits, tokens, weights)`: that of the sum by the
         logits, by autograd.
     """
-    return TorchLoss(function)
+    import torch
 
+    def tensors(logits: Any, tokens: Any, weights: Any) -> tuple[Any, Any, Any]:
+        return _tensor(logits), _tensor(tokens).long(), _tensor(weights)
 
-class TorchLoss:
-    """A loss of tensors as a function of arrays."""
-
-    def __init__(self, function: Callable[..., Any]):
-        """Nothing runs yet."""
-        self.function = function
-
-    def __call__(self, logits: Any, tokens: Any, weights: Any) -> tuple[float, float]:
-        """Sum of nats and count."""
-        import torch
-
+    def loss(*arrays: Any) -> tuple[float, float]:
         with torch.no_grad():
-            total, count = self.function(*_loss_inputs(logits, tokens, weights))
+            total, count = function(*tensors(*arrays))
         return float(total), float(count)
 
-    def gradient(self, logits: Any, tokens: Any, weights: Any) -> np.ndarray:
-        """Gradient of the sum by the logits [B, T, V]."""
-        import torch
+    def gradient(*arrays: Any) -> np.ndarray:
+        z, *labels = tensors(*arrays)
+        total, _ = function(z.requires_grad_(), *labels)
+        return trees.as_array(torch.autograd.grad(total, z)[0])
 
-        z, ids, w = _loss_inputs(logits, tokens, weights)
-        total, _ = self.function(z.requires_grad_(), ids, w)
-        (gradient,) = torch.autograd.grad(total, z)
-        return trees.as_array(gradient)
-
-
-def _loss_inputs(logits: Any, tokens: Any, weights: Any) -> tuple[Any, Any, Any]:
-    return _tensor(logits), _tensor(tokens).long(), _tensor(weights)
+    loss.gradient = gradient  # type: ignore[attr-defined]
+    return loss
 
 
 def _tensor(value: Any) -> Any:
@@ -157,11 +141,11 @@ def _logits_of(out: Any, rows: int, time: int) -> Any:
         out = out["logits"] if "logits" in out else tuple(out.values())
     if isinstance(out, tuple | list):
         tensors = [x for x in out if hasattr(x, "ndim")]
-        wide = [x for x in tensors if x.ndim == 3]
-        flat = [x for x in tensors if x.ndim == 2 and len(x) == rows * time]
-        if not wide + flat:
+        found = [x for x in tensors if x.ndim == 3]
+        found += [x for x in tensors if x.ndim == 2 and len(x) == rows * time]
+        if not found:
             raise ValueError("forward returns no tensor of logits [B, T, V]; let it return that")
-        out = (wide + flat)[0]
+        out = found[0]
     return out.reshape(rows, time, -1) if out.ndim == 2 and len(out) == rows * time else out
 
 

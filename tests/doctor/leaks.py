@@ -7,7 +7,7 @@ import optax
 
 LEAKS = {  # row of the catalogue, and the checks that see it in the forward pass
     "bidirectional": (13, "model.suffix_swap"),
-    "off_by_one": (14, "model.token_swap"),
+    "off_by_one": (14, "model.suffix_swap"),
     "chunk_mean": (15, "model.suffix_swap"),
     "circular": (16, "model.suffix_swap"),
     "time_mean": (16, "model.truncation"),

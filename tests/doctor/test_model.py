@@ -76,10 +76,10 @@ def test_every_leak_is_seen(check, kind):
     assert report["model.loss"].status == "pass"
 
 
-@pytest.mark.parametrize("T, chunk", [(37, 5), (100, 24), (100, 50)])
+@pytest.mark.parametrize("T, chunk", [(37, 5), (100, 24)])
 def test_leaks_inside_chunks_of_any_length(T, chunk):
     report = examine("chunk_mean", T=T, chunk=chunk)
-    assert {"model.suffix_swap", "model.token_swap"} <= set(report.failed)
+    assert "model.suffix_swap" in report.failed
 
 
 @pytest.mark.parametrize("kind", sorted(set(leaks.LEAKS) - {"gated"}))
@@ -104,21 +104,22 @@ def test_cuts_lie_inside_chunks_of_every_length():
     assert len(cuts) < 240
 
 
-@pytest.mark.parametrize("chunk, T", [(12, 64), (20, 64), (24, 64), (48, 64), (16, 100), (7, 33)])
-def test_a_leak_across_the_borders_of_chunks(chunk, T):
+@jax.jit
+def border(params, tokens):
     """Where a chunk ends, and nowhere else, the next token is seen."""
-    apply = leaks.forward("correct")
+    T = tokens.shape[1]
+    logits = leaks.forward("correct")(params, tokens)
+    ahead = 0.1 * params["embedding"][jnp.roll(tokens, -1, 1)] @ params["head"]
+    ends = jnp.arange(T) % params["chunk"] == params["chunk"] - 1
+    ends = ends.at[-1].set(False)
+    return logits + jnp.where(ends[None, :, None], ahead, 0)
 
-    def border(params, tokens):
-        logits = apply(params, tokens)
-        ahead = 0.1 * params["embedding"][jnp.roll(tokens, -1, 1)] @ params["head"]
-        ends = jnp.arange(T) % chunk == chunk - 1
-        ends = ends.at[-1].set(False)
-        return logits + jnp.where(ends[None, :, None], ahead, 0)
 
-    for seed in range(3):
-        params = leaks.init("correct", V, seed)
-        report = examine_model(jax.jit(border), params=params, vocab_size=V, seq_len=T, seed=seed)
+@pytest.mark.parametrize("chunk, T", [(12, 64), (20, 64), (24, 64), (48, 64), (16, 33), (7, 33)])
+def test_a_leak_across_the_borders_of_chunks(chunk, T):
+    for seed in range(2):
+        params = leaks.init("correct", V, seed) | {"chunk": jnp.int32(chunk)}
+        report = examine_model(border, params=params, vocab_size=V, seq_len=T, seed=seed)
         assert "model.suffix_swap" in report.failed
 
 
@@ -147,16 +148,16 @@ def test_weak_leak_and_position_of_it():
     assert report["model.suffix_swap"].status == "fail"
 
 
-@pytest.mark.fault(14, "model.token_swap")
+@pytest.mark.fault(14, "model.suffix_swap")
 def test_off_by_one_is_named_as_distance_one():
     report = examine("off_by_one")
-    assert report["model.token_swap"].values["distances"] == "1 to 1"
+    assert report["model.suffix_swap"].values["distances"] == "1 to 1"
 
 
 @pytest.mark.parametrize("objective", ["bidirectional", "masked"])
 def test_declared_objective_skips_the_causal_checks(objective):
     report = silent(examine("bidirectional", objective=objective))
-    for name in ("suffix_swap", "token_swap", "truncation"):
+    for name in ("suffix_swap", "truncation"):
         assert report[f"model.{name}"].status == "skip"
         assert objective in report[f"model.{name}"].evidence
     assert report["model.row_independence"].status == "pass"
@@ -182,7 +183,6 @@ def test_no_pass_where_rounding_hides_everything():
         assert "rounding alone may move every logit" in report[f"model.{name}"].evidence
     # Calls of one shape are compared all the same.
     assert report["model.suffix_swap"].status == "pass"
-    assert "blind" not in report["model.suffix_swap"].values
 
 
 @pytest.mark.parametrize(
@@ -211,7 +211,7 @@ def test_packed_rows(check, name):
     [
         pytest.param(
             "model.reference",
-            dict(block=16, clamped=True),
+            dict(block=12, clamped=True),
             marks=pytest.mark.fault(19, "model.reference"),
         ),
         pytest.param(
@@ -223,9 +223,9 @@ def test_packed_rows(check, name):
 )
 def test_second_implementation(check, change):
     params = leaks.init("correct", V)
-    kwargs = dict(params=params, vocab_size=V, seq_len=50, reference=grouped())
+    kwargs = dict(params=params, vocab_size=V, seq_len=20, reference=grouped())
     assert check in examine_model(grouped(**change), **kwargs).failed
-    healthy = examine_model(grouped(block=16), **kwargs)
+    healthy = examine_model(grouped(block=12), **kwargs)
     assert silent(healthy)[check].status == "pass"
 
 
@@ -327,7 +327,7 @@ def test_positions_drown_tokens():
         return examine("correct", params=params, **tables)
 
     finding = report_of(5.0)["model.position_scale"]
-    assert finding.status == "fail" and finding.values["ratio"] > 10
+    assert finding.status == "fail" and finding.values["share"] < 0.01
     assert report_of(2.0)["model.position_scale"].status == "warn"
     assert silent(report_of(0.2))["model.position_scale"].status == "pass"
 
@@ -400,10 +400,10 @@ def dropped(how):
 @pytest.mark.parametrize(
     "check, how",
     fault(
-        (57, "model.dropout_varies", "same_key"),
-        (57, "model.dropout_varies", "same_rows"),
-        (57, "model.dropout_repeats", "clock"),
-        (58, "model.dropout_on", "off"),
+        (57, "model.dropout", "same_key"),
+        (57, "model.dropout", "same_rows"),
+        (57, "model.dropout", "clock"),
+        (58, "model.dropout", "off"),
     ),
 )
 def test_dropout(check, how):
@@ -473,6 +473,7 @@ def test_transformers_of_the_package_are_silent(family):
 def torch_model(torch, causal, dtype):
     """A small model written for PyTorch, as a function of numpy arrays."""
     torch.manual_seed(0)
+    torch.set_num_threads(1)
     embed, place = torch.nn.Embedding(V, 32), torch.nn.Embedding(64, 32)
     layer = torch.nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True)
     head = torch.nn.Linear(32, V)
@@ -525,9 +526,9 @@ def test_pytorch_parameters_are_randomised():
 
 @pytest.mark.parametrize("params", [{}, {"a": object()}])
 def test_parameters_that_hold_nothing_are_said(params):
-    apply, real = leaks.forward("correct"), leaks.init("correct", V)
+    apply, real = jitted("correct"), leaks.init("correct", V)
     report = examine_model(
-        lambda params, tokens: apply(real, tokens), params=params, vocab_size=V, seq_len=33
+        lambda params, tokens: apply(real, tokens), params=params, vocab_size=V, seq_len=48
     )
     assert report["model.randomised"].status == "skip"
 

@@ -8,6 +8,7 @@ import pytest
 from lm_jax import doctor
 
 torch: Any = pytest.importorskip("torch", reason="torch is not installed")
+torch.set_num_threads(1)  # of models as small as these more threads only wait for each other
 V, T = 47, 12
 
 
@@ -92,7 +93,7 @@ def test_public_models_are_silent(kind):
     report = silent(examine(hugging_face(kind)))
     passed = ["suffix_swap", "id_zero", "truncation", "row_independence", "randomised"]
     assert {report[f"model.{name}"].status for name in passed} == {"pass"}
-    assert report["model.dropout_on"].status == ("pass" if kind == "GPT2" else "skip")
+    assert report["model.dropout"].status == ("pass" if kind == "GPT2" else "skip")
 
 
 @pytest.mark.parametrize("kind", CAUSAL)
@@ -122,7 +123,8 @@ def test_nanogpt(every_position):
     module = nano(every_position=every_position)
     tables = dict(token_table=module.wte.weight, position_table=module.wpe.weight, tied=True)
     report = silent(examine(module, **tables))
-    passed = ["suffix_swap", "randomised", "dropout_varies", "tied_table", "position_scale"]
+    assert "float32" in report["model.output"].evidence
+    passed = ["suffix_swap", "randomised", "dropout", "tied_table", "position_scale"]
     assert {report[f"model.{name}"].status for name in passed} == {"pass"}
     assert "model.suffix_swap" in examine(nano(masked=False)).failed
 
@@ -203,8 +205,6 @@ def test_low_precision_is_known_from_the_parameters():
     module = nano(every_position=True).bfloat16()
     report = silent(examine(module))
     assert "bfloat16" in report["model.output"].evidence
-    report = silent(examine(nano()))
-    assert "float32" in report["model.output"].evidence
 
 
 def cross_entropy(logits, tokens, weights):

@@ -18,7 +18,7 @@ from lm_jax.doctor.numbers import FLOAT32_EPS as EPS
 
 SPREAD = 3.0  # standard deviation of random logits
 NUMBERS = 2**21  # logits of an ordinary call, about; no call has more than eight times as many
-WIDEST = 2**19  # largest V
+NARROW = Bound("give at most 524,288", lambda v: v <= 2**19)  # V
 COARSE = 0.25  # a gradient of weight x (softmax - one-hot) that is known no better is not judged
 
 Places = tuple[np.ndarray, np.ndarray, np.ndarray]  # row, position and vocabulary entry of logits
@@ -52,15 +52,8 @@ class Subject(Facts):
         function,
     ]
     _: dataclasses.KW_ONLY
-    vocab_size: Annotated[
-        int, "V.", whole(2), Bound(f"give at most {WIDEST:,}", lambda v: v <= WIDEST)
-    ]
-    seq_len: Annotated[
-        int,
-        "T of the longest call, of one row and of about 2^21 logits at most. Ordinary calls are "
-        "shorter, 64 at most; other lengths and batch sizes are tried as well.",
-        whole(4),
-    ]
+    vocab_size: Annotated[int, "V, at most 2^19.", whole(2), NARROW]
+    seq_len: Annotated[int, "T of the longest call, less where V x T exceeds 2^21.", whole(4)]
     batch_size: Annotated[int, "B of ordinary calls; fewer rows if V is large.", whole(2)] = 4
     seed: Annotated[int, "of the random logits, tokens and weights.", whole()] = 0
     objective: Annotated[
@@ -69,25 +62,16 @@ class Subject(Facts):
         one_of("causal", "bidirectional"),
     ] = "causal"
 
-    @property
-    def ahead(self) -> int:
-        """logits[:, t] are scored on tokens[:, t + ahead]."""
-        return 1 if self.objective == "causal" else 0
-
-    @property
-    def rows(self) -> int:
-        """B of ordinary calls."""
-        return min(self.batch_size, max(2, NUMBERS // (4 * self.vocab_size)))
-
-    @property
-    def length(self) -> int:
-        """T of ordinary calls."""
-        return max(4, min(self.seq_len, 64, NUMBERS // (self.rows * self.vocab_size)))
-
-    @property
-    def full_length(self) -> int:
-        """T of the longest call, of a single row."""
-        return max(self.length, min(self.seq_len, NUMBERS // self.vocab_size))
+    def __post_init__(self) -> None:
+        """Sizes of calls."""
+        super().__post_init__()
+        V = self.vocab_size
+        # logits[:, t] are scored on tokens[:, t + ahead].
+        self.ahead = 1 if self.objective == "causal" else 0
+        # B and T of ordinary calls, and T of the longest, of a single row.
+        self.rows = min(self.batch_size, max(2, NUMBERS // (4 * V)))
+        self.length = max(4, min(self.seq_len, 64, NUMBERS // (self.rows * V)))
+        self.full_length = max(self.length, min(self.seq_len, NUMBERS // V))
 
     def batch(self, rows: int | None = None, *, draw: int = 0, length: int | None = None) -> Batch:
         """Random logits and tokens; ragged rows with holes, at least two scored tokens in each.
@@ -116,14 +100,14 @@ class Subject(Facts):
             return self.loss_fn, hook, "loss_fn.gradient"
         gradient = jax.grad(lambda *arrays: self.loss_fn(*arrays)[0])
         compiled = jax.jit(self.loss_fn), jax.jit(gradient), "JAX, compiled"
+        how = ""
         for found in (compiled, (self.loss_fn, gradient, "JAX, not compiled")):
             try:
                 found[1](*map(jnp.asarray, self.batch()))
-            except Exception as error:  # reported: gradients then come from central differences
-                refusal = type(error).__name__
-            else:
                 return found
-        return self.loss_fn, None, f"central differences, as JAX cannot trace it ({refusal})"
+            except Exception as error:  # reported: gradients then come from central differences
+                how = f"central differences, as JAX cannot trace it ({type(error).__name__})"
+        return self.loss_fn, None, how
 
     @property
     def by_jax(self) -> bool:
@@ -141,8 +125,7 @@ class Subject(Facts):
         if not isinstance(result, tuple | list) or len(result) != 2:
             raise Broken(f"loss_fn returned a {type(result).__name__} instead of (sum, count)")
         arrays = [call("an array of what loss_fn returned", trees.as_array, x) for x in result]
-        if any(x.shape for x in arrays):
-            shapes = [x.shape for x in arrays]
+        if shapes := [x.shape for x in arrays if x.shape]:
             raise Broken(f"loss_fn returned shapes {shapes} instead of two scalars (sum, count)")
         return arrays
 
@@ -230,12 +213,12 @@ class Errors(dict[str, tuple[float, float]]):
 
         What is called a gradient is not judged if its limit allows anything.
         """
-        vague = {what: x for what, (_, x) in self.items() if "gradient" in what and x > COARSE}
+        vague = [what for what, (_, x) in self.items() if "gradient" in what and x > COARSE]
         found = {w: at_most(w, *pair, **more) for w, pair in self.items() if w not in vague}
         told = [measure for measure in found.values() if measure.status != "pass"]
         if found and not told:
             told = [found[max(found, key=lambda what: self[what][0] / (self[what][1] or 1))]]
-        return told + [note(f"{w}: not judged, known to {x:.2g} only") for w, x in vague.items()]
+        return told + [note(f"{w}: not judged, known to {self[w][1]:.2g} only") for w in vague]
 
 
 @check(

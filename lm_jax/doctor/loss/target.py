@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 from lm_jax.doctor.checks import check
-from lm_jax.doctor.facts import Broken, Skip
+from lm_jax.doctor.facts import Broken
 from lm_jax.doctor.findings import Measure, at_least, at_most, equals, holds, note
 from lm_jax.doctor.loss.subject import Batch, Errors, Subject
 from lm_jax.doctor.numbers import gap
@@ -23,42 +23,31 @@ def oracle(subject: Subject) -> list[Measure]:
     for k in (-1, 0, 1, 2, 3):
         known = subject.oracle(batch, k, MARGIN)
         (total, count), (exact, scored) = subject(known), subject.expected(known)
-        mean = total / count if count else math.nan
+        mean, least = total / count if count else math.nan, exact / scored / 2
+        judge, limit = (at_most, MARGIN / 4) if k == subject.ahead else (at_least, least)
         what = f"nats a token of logits that know token[t{k:+d}]"
-        if k == subject.ahead:
-            found.append(at_most(what, mean, MARGIN / 4, key=f"{k:+d}"))
-        else:
-            least = math.nextafter(exact / scored / 2, math.inf)
-            found.append(at_least(what, mean, least, key=f"{k:+d}"))
+        found.append(judge(what, mean, limit, key=f"{k:+d}"))
     return found
 
 
-@check("Drop the last logits and the first token of every row; do not roll tokens around.")
-def edges(subject: Subject) -> list[Measure]:
-    """Nothing predicts the first token, and the last logits predict nothing."""
-    if subject.ahead == 0:
-        raise Skip("The objective is bidirectional: every position has its own target.")
-    batch = subject.batch()
-    batch.weights[:, -1] = 1
-    weight, token, logits = (batch.copy() for _ in range(3))
-    weight.weights[:, 0] = 1 - weight.weights[:, 0]
-    token.tokens[:, 0] = (token.tokens[:, 0] + 1) % subject.vocab_size
-    logits.logits[:, -1] *= -1
-    changed = {"weight of the first token": weight, "first token": token, "last logits": logits}
-    before, off = subject(batch), Errors()
-    for name, after in changed.items():
-        what = f"change of sum or count with the {name}"
-        off.add(what, subject(after), before, subject.rounding(batch))
-    return off.measures()
-
-
 @check(
-    "Shift along the time axis before flattening, so that the last position of a row is "
-    "never scored on the first token of the next."
+    "Shift along the time axis before flattening: drop the last logits and the first token of "
+    "every row, and do not roll tokens around."
 )
 def row_crossing(subject: Subject) -> list[Measure]:
-    """Rows do not see each other's labels, neither in the gradient nor in the value."""
-    batch = subject.batch()
+    """The last logits of a row predict nothing: no label of another row, and not its own first."""
+    batch, off = subject.batch(), Errors()
+    if subject.ahead:
+        batch.weights[:, -1] = 1
+        weight, token, logits = (batch.copy() for _ in range(3))
+        weight.weights[:, 0] = 1 - weight.weights[:, 0]
+        token.tokens[:, 0] = (token.tokens[:, 0] + 1) % subject.vocab_size
+        logits.logits[:, -1] *= -1
+        changed = {"weight of the first token": weight, "first token": token, "last logits": logits}
+        total, limit = subject(batch), subject.rounding(batch)
+        for name, case in changed.items():
+            what = f"change of sum or count with the {name}"
+            off.add(what, subject(case), total, limit)
     batch.weights[:, [0, -1]] = 1
     row = subject.rows // 2
     others = np.arange(subject.rows) != row
@@ -74,8 +63,7 @@ def row_crossing(subject: Subject) -> list[Measure]:
     (before, rounding), (after, _) = (subject.slopes(b, places) for b in (batch, relabelled))
     # The same program on other labels: JAX rounds alike, so nothing at all may change.
     limit = 0 if subject.by_jax else rounding
-    other, off = "with the labels of other rows", Errors()
-    first, second = map(subject, alone)
+    other, (first, second) = "with the labels of other rows", map(subject, alone)
     off.add(f"change of the sum {other}", first, second, subject.rounding(alone[0]))
     off.add(f"change of the gradient {other}", before, after, limit)
     return off.measures()
@@ -155,10 +143,8 @@ def nothing_scored(subject: Subject) -> list[Measure]:
         total, count = subject(none)
         slopes, _ = subject.slopes(none, subject.places(none))
     except Broken as refusal:
-        return [
-            *off.measures(),
-            holds(False, "if all weights are 0", str(refusal), otherwise="warn"),
-        ]
+        refused = holds(False, "if all weights are 0", str(refusal), otherwise="warn")
+        return [*off.measures(), refused]
     amounts = {"sum": total, "count": count, "largest gradient": gap(slopes)}
     found = [equals(f"{n} if all weights are 0", x, 0, key=n) for n, x in amounts.items()]
     return found + off.measures()
@@ -199,10 +185,11 @@ def label_range(subject: Subject) -> list[Measure]:
                 return f"scored as token {token}"
         return "counted at no cost" if gap(result[0], without[0]) <= limit else "scored as no token"
 
-    found = []
-    for label in (-1, -100, subject.vocab_size, subject.vocab_size + 7):
-        said = answer(label)
-        ok = said in ("refused", "not a number", "left out")
-        what = f"label {label} with weight 1"
-        found.append(holds(ok, what, said, otherwise="warn", key=str(label)))
-    return found
+    found = {
+        label: answer(label) for label in (-1, -100, subject.vocab_size, subject.vocab_size + 7)
+    }
+    fine = "refused", "not a number", "left out"
+    return [
+        holds(said in fine, f"label {x} with weight 1", said, otherwise="warn", key=str(x))
+        for x, said in found.items()
+    ]

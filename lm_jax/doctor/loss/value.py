@@ -28,19 +28,18 @@ def definition(subject: Subject) -> list[Measure]:
     Equal logits cost ln V whatever the padding, and perfect predictions nothing: sum and count are
     of the same tokens, and nothing is added to the reported number.
     """
-    batch = subject.batch()
-    index = np.arange(subject.length)
-    lengths = np.linspace(2, subject.length, subject.rows).astype(int)[:, None]
+    batch, (rows, length) = subject.batch(), (subject.rows, subject.length)
+    index, lengths = np.arange(length), np.linspace(2, length, rows).astype(int)[:, None]
     patterns = {
         "no padding": np.ones_like(batch.weights),
         "padding on the right": index < lengths,
-        "padding on the left": index >= subject.length - lengths,
+        "padding on the left": index >= length - lengths,
         "holes": batch.weights,
-        "one token": (np.arange(subject.rows)[:, None] == 0) & (index == 1),
+        "one token": (np.arange(rows)[:, None] == 0) & (index == 1),
     }
-    flat = batch._replace(logits=np.zeros_like(batch.logits))
+    flat = np.zeros_like(batch.logits)
     cases = {
-        f"equal logits, {name}": flat._replace(weights=weights.astype(np.float32))
+        f"equal logits, {name}": Batch(flat, batch.tokens, weights.astype(np.float32))
         for name, weights in patterns.items()
     }
     for margin in (20.0, MARGIN):
@@ -48,9 +47,8 @@ def definition(subject: Subject) -> list[Measure]:
         cases[f"target preferred by {margin:.0f} nats"] = known
     cases["random logits"] = random = subject.weighted(subject.batch(draw=1), 1)
     row = subject.batch(1, draw=2, length=subject.full_length)
-    cases[f"one row of {subject.full_length} tokens"] = row._replace(
-        weights=np.ones_like(row.weights)
-    )
+    row.weights[:] = 1
+    cases[f"one row of {subject.full_length} tokens"] = row
     off = Errors()
     for name, case in cases.items():
         (total, count), (exact, scored) = subject(case), subject.expected(case)
@@ -58,12 +56,10 @@ def definition(subject: Subject) -> list[Measure]:
         of = f"of {name} ({mean:.6g} for {right:.6g})"
         off.add(f"error of the mean {of}", mean, right, subject.rounding(case) / scored)
         limit = FLOAT32_EPS * case.weights.size / 2 * scored
-        off.add(
-            f"error of the count of {name} ({count:.6g} for {scored:.6g})", count, scored, limit
-        )
+        of = f"of {name} ({count:.6g} for {scored:.6g})"
+        off.add(f"error of the count {of}", count, scored, limit)
     b, t, v = subject.places(random)
-    keep = t < subject.length - subject.ahead
-    b, t, v = b[keep], t[keep], v[keep]
+    b, t, v = (x[t < length - subject.ahead] for x in (b, t, v))
     slopes, rounding = subject.slopes(random, (b, t, v))
     target, weights = (a[b, t + subject.ahead] for a in (random.tokens, random.weights))
     exact_slopes = weights * (np.exp(-nats(random.logits[b, t], v)) - (v == target))

@@ -1,14 +1,15 @@
 """Does a position see what it must not: later tokens, other rows?"""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from lm_jax.doctor.checks import check
-from lm_jax.doctor.facts import Broken, Skip, give
-from lm_jax.doctor.findings import Measure, Status, at_most, holds, note
-from lm_jax.doctor.model.subject import Subject, Variant, change, moves
+from lm_jax.doctor.facts import Broken, Skip
+from lm_jax.doctor.findings import Measure, at_most, holds, note
+from lm_jax.doctor.model.subject import Function, Subject, Variant, change, moves
 
 MOST_CALLS = 8  # of one check, where one call has a row for every cut
 
@@ -28,20 +29,20 @@ def probe_cuts(seq_len: int, most: int, seed: int) -> list[int]:
 
 
 def odd_lengths(seq_len: int) -> list[int]:
-    """Lengths to which inputs are cut: 1, about two thirds, odd, and T - 1.
-
-    Every length is a shape to compile, so they are few.
-    """
+    """Lengths to which inputs are cut; few, for every length is a shape to compile."""
     return sorted({1, min(2 * seq_len // 3 | 1, seq_len - 1), seq_len - 1})
 
 
 class Worst:
     """Keeps the comparison that exceeds its tolerance by most."""
 
-    def __init__(self) -> None:
-        """Nothing compared so far."""
+    def __init__(self, **more: Any):
+        """Nothing compared so far; see `findings.holds` for `more`."""
+        self.more = {"key": "difference"} | more
         self.ratio, self.made, self.over, self.blind = -1.0, 0, 0, 0
-        self.found: dict[str, Any] = {}
+        self.found: list[Measure] = []
+        self.at: list[Measure] = []
+        self.refused: dict[str, Broken] = {}
 
     def add(
         self, moved: np.ndarray, tolerance: float, variant: Variant, how: str, **at: Any
@@ -59,100 +60,64 @@ class Worst:
         self.over += size > tolerance
         if size / tolerance > self.ratio:
             self.ratio = size / tolerance
-            self.found = dict(size=size, tolerance=tolerance, variant=variant, how=how)
-            self.found |= {"at": {"row": row, "position": position, **at}}
+            what, where = f"largest change of a logit, {how}", f"{variant.name} parameters"
+            worst = at_most(what, size, tolerance, where=where, **self.more)
+            self.found = [worst, note("largest logit", variant.scale)]
+            self.at = [note(*x) for x in {"row": row, "position": position, **at}.items()]
 
-    def measures(self, otherwise: Status = "fail", key: str = "difference") -> list[Measure]:
+    @contextlib.contextmanager
+    def refusal(self, what: str) -> Iterator[None]:
+        """Let the function refuse a shape; `measures` raises that if nothing was compared."""
+        try:
+            yield
+        except Broken as broken:
+            self.refused[what] = broken
+
+    def measures(self) -> list[Measure]:
         """The worst difference, and how many are too large."""
+        if self.refused and not self.made + self.blind:
+            raise next(iter(self.refused.values()))
         if not self.made:
             raise Skip("Not judged: rounding alone may move every logit by half its size.")
-        f, variant = self.found, self.found["variant"]
-        rows = [
-            at_most(
-                f"largest change of a logit, {f['how']}",
-                f["size"],
-                f["tolerance"],
-                otherwise=otherwise,
-                where=f"{variant.name} parameters",
-                key=key,
-            ),
-            note("largest logit", variant.scale),
+        return [
+            *self.found,
             note(f"comparisons of {self.made} beyond their limit", self.over, key="over"),
+            *(note(f"{what} was refused", str(why)) for what, why in self.refused.items()),
+            *(self.at if self.over else ()),
         ]
-        if self.blind:
-            rows.append(note("not judged, as rounding may be as large", self.blind, key="blind"))
-        if self.over:
-            rows += [note(name, value) for name, value in f["at"].items()]
-        return rows
-
-
-def by_length(
-    variants: list[Variant],
-    lengths: list[int],
-    moved: Callable[[Variant, int], np.ndarray],
-    how: str,
-) -> list[Measure]:
-    """Compare at those lengths that the function takes; raises `Broken` if it takes none."""
-    worst, refused = Worst(), {}
-    for variant in variants:
-        for n in lengths:
-            try:
-                worst.add(moved(variant, n), variant.other_shape, variant, f"{how} {n} tokens")
-            except Broken as broken:
-                refused[n] = broken
-    if refused and not worst.made + worst.blind:
-        raise next(iter(refused.values()))
-    notes = [note(f"length {n} was refused", str(why)) for n, why in refused.items()]
-    return [*worst.measures(), *notes]
 
 
 @check(
-    "A position sees later tokens. Look for a missing or shifted causal mask, a mean, convolution "
-    "or normalisation over time, or input features built from the next token."
+    "A position sees later tokens; the distance says how far ahead. Look for a missing mask or, at "
+    "1, one shifted by one, a mean, convolution or normalisation over time, or input features "
+    "built from the next token."
 )
 def suffix_swap(subject: Subject, causal: list[Variant]) -> list[Measure]:
     """Replacing all tokens from a cut on leaves the logits before it as they are."""
     worst = Worst()
     for variant in causal:
         wide, base = variant.wide
-        rng, rows = subject.rng(10), len(wide)
+        rng, rows, limit = subject.rng(10), len(wide), variant.same_shape
         cuts = probe_cuts(subject.seq_len, MOST_CALLS * rows, subject.seed)
         for first in range(0, len(cuts), rows):
             part = cuts[first : first + rows]
             tokens = wide.copy()
             for row, cut in enumerate(part):
                 tokens[row, cut:] = subject.other_tokens(rng, tokens[row, cut:])
-            moved, limit = change(variant.logits(tokens), base), variant.same_shape
+            moved = change(variant.logits(tokens), base)
             seen = []
             for row, cut in enumerate(part):
-                before = moved[row : row + 1, :cut]
+                before, how = moved[[row], :cut], f"tokens from {cut} on replaced"
                 if before.max() > limit:
-                    seen.append((before.max(), cut))
+                    seen.append((before.max(), cut, how))
                 else:
-                    worst.add(before, limit, variant, f"tokens from {cut} on replaced", cut=cut)
+                    worst.add(before, limit, variant, how, cut=cut)
             # What a row sees may be another row: with one cut for all rows it is later tokens.
-            for _, cut in sorted(seen)[-MOST_CALLS:]:
-                moved = variant.change(subject.replaced(rng, np.s_[:, cut:]))[:, :cut]
-                worst.add(moved, limit, variant, f"tokens from {cut} on replaced", cut=cut)
-    return worst.measures()
-
-
-@check(
-    "A position sees a later token; the distance says how far ahead. Distance 1 is a mask shifted "
-    "by one, or a label that is part of the input."
-)
-def token_swap(subject: Subject, causal: list[Variant]) -> list[Measure]:
-    """Replacing one token leaves the logits before it as they are."""
-    worst = Worst()
-    last = subject.seq_len - 1
-    for variant in causal:
-        rng = subject.rng(11)
-        for place in sorted({1, last // 3 | 1, 2 * last // 3 | 1, last}):
-            moved = variant.change(subject.replaced(rng, np.s_[:, place]))[:, :place]
-            limit = variant.same_shape
-            seen = np.flatnonzero(moved.max(0) > limit)
-            reach = f"{place - seen[-1]} to {place - seen[0]}" if len(seen) else "none"
-            worst.add(moved, limit, variant, f"token {place} alone replaced", distances=reach)
+            for _, cut, how in sorted(seen)[-MOST_CALLS:]:
+                before = variant.change(subject.replaced(rng, np.s_[:, cut:]))[:, :cut]
+                ahead = cut - np.flatnonzero(before.max(0) > limit)
+                reach = f"{ahead[-1]} to {ahead[0]}" if len(ahead) else "none"
+                worst.add(before, limit, variant, how, cut=cut, distances=reach)
     return worst.measures()
 
 
@@ -164,7 +129,8 @@ def id_zero(subject: Subject, causal: list[Variant]) -> list[Measure]:
     """Id 0, which is often padding, at the end of a row lets no position see later tokens."""
     if not subject.lowest:
         raise Skip("Id 0 is among the ids of all checks, as there are few.")
-    swapped, added, end = Worst(), Worst(), 3 * subject.seq_len // 4
+    swapped, added = Worst(), Worst(otherwise="warn", key="by_zeros")
+    end = 3 * subject.seq_len // 4
     cut = end // 2
     for variant in causal:
         tokens = subject.tokens.copy()
@@ -179,7 +145,7 @@ def id_zero(subject: Subject, causal: list[Variant]) -> list[Measure]:
         # A model may well count its padding, so this may be meant.
         moved = change(base, variant.base)[:, :end]
         added.add(moved, limit, variant, f"0 from {end} on in place of other ids")
-    return [*added.measures("warn", key="by_zeros"), *swapped.measures()]
+    return [*added.measures(), *swapped.measures()]
 
 
 @check(
@@ -188,9 +154,14 @@ def id_zero(subject: Subject, causal: list[Variant]) -> list[Measure]:
 )
 def truncation(subject: Subject, causal: list[Variant]) -> list[Measure]:
     """The logits of the first n tokens are the first n logits of all tokens."""
-    lengths, tokens = odd_lengths(subject.seq_len), subject.tokens
+    worst = Worst()
+    for variant in causal:
+        for n in odd_lengths(subject.seq_len):
+            with worst.refusal(f"length {n}"):
+                moved = variant.change(subject.tokens[:, :n])
+                worst.add(moved, variant.other_shape, variant, f"cut to {n} tokens")
     try:
-        return by_length(causal, lengths, lambda v, n: v.change(tokens[:, :n]), "cut to")
+        return worst.measures()
     except Broken as broken:
         raise Skip(f"The model takes no shorter input: {broken}.") from broken
 
@@ -201,13 +172,15 @@ def truncation(subject: Subject, causal: list[Variant]) -> list[Measure]:
 )
 def row_independence(subject: Subject, variants: list[Variant]) -> list[Measure]:
     """Replacing, permuting or leaving out the other rows leaves a row's logits as they are."""
-    worst, refused = Worst(), []
-    rows = subject.rows
+    worst, rows = Worst(), subject.rows
     for variant in variants:
         rng, same, other = subject.rng(12), variant.same_shape, variant.other_shape
         for row in {0, rows - 1}:
             tokens = subject.replaced(rng, np.arange(rows) != row)
             worst.add(variant.change(tokens)[[row]], same, variant, "the other rows replaced")
+            with worst.refusal("a batch of one"):
+                moved = change(variant.logits(subject.tokens[[row]]), variant.base[[row]])
+                worst.add(moved, other, variant, "the row alone in the batch")
         order = np.roll(np.arange(rows), 1)
         moved = change(variant.logits(subject.tokens[order]), variant.base[order])
         worst.add(moved, other, variant, "rows permuted")
@@ -215,13 +188,7 @@ def row_independence(subject: Subject, variants: list[Variant]) -> list[Measure]
         if len(wide) > rows:
             moved = change(logits, variant.base[np.arange(len(wide)) % rows])
             worst.add(moved, other, variant, "more rows in the batch")
-        try:
-            for row in {0, rows - 1}:
-                moved = change(variant.logits(subject.tokens[[row]]), variant.base[[row]])
-                worst.add(moved, other, variant, "the row alone in the batch")
-        except Broken as broken:
-            refused = [note("a batch of one was refused", str(broken))]
-    return [*worst.measures(), *refused]
+    return worst.measures()
 
 
 @check(
@@ -231,17 +198,15 @@ def row_independence(subject: Subject, variants: list[Variant]) -> list[Measure]
 )
 def context_use(subject: Subject, variants: list[Variant]) -> list[Measure]:
     """Replacing all earlier tokens changes the logits of every row."""
-    half = subject.seq_len // 2
-    found = []
+    half, found = subject.seq_len // 2, []
     # Where attention is local to blocks a cut may be a border; the next one is none then.
     for variant, cut in [(v, cut) for v in variants for cut in (half, half + 1)]:
-        rng, moved = subject.rng(13), []
+        rng = subject.rng(13)
         # One row at a time: what comes from another row is no context.
-        for row in range(subject.rows):
-            tokens = subject.replaced(rng, np.s_[row, :cut])
-            moved.append(float(variant.change(tokens)[row, cut:].max()))
-        found.append((min(moved), variant))
-        if min(moved) > variant.same_shape:
+        tokens = [subject.replaced(rng, np.s_[row, :cut]) for row in range(subject.rows)]
+        moved = min(variant.change(t)[row, cut:].max() for row, t in enumerate(tokens))
+        found.append((float(moved), variant))
+        if moved > variant.same_shape:
             break
     least, variant = max(found, key=lambda pair: pair[0] / pair[1].same_shape)
     what, more = "change of later logits by earlier tokens, of the row with the least", {}
@@ -256,14 +221,14 @@ def context_use(subject: Subject, variants: list[Variant]) -> list[Measure]:
     "The two implementations do not compute the same function. Compare head by head: the mask, the "
     "mapping of query to key heads (repeat, not tile), the window and the last block."
 )
-def reference(subject: Subject, variants: list[Variant]) -> list[Measure]:
+def reference(subject: Subject, variants: list[Variant], reference: Function) -> list[Measure]:
     """Another implementation of the same function gives the same logits at every length."""
-    if subject.reference is None:
-        raise give("reference")
-
-    def moved(variant: Variant, n: int) -> np.ndarray:
-        tokens = subject.tokens[:, :n]
-        return change(variant.logits(tokens), variant.logits(tokens, subject.reference))
-
-    lengths = [*odd_lengths(subject.seq_len), subject.seq_len]
-    return by_length(variants, lengths, moved, "against the reference at")
+    worst = Worst()
+    for variant in variants:
+        for n in (*odd_lengths(subject.seq_len), subject.seq_len):
+            with worst.refusal(f"length {n}"):
+                tokens = subject.tokens[:, :n]
+                moved = change(variant.logits(tokens), variant.logits(tokens, reference))
+                how = f"against the reference at {n} tokens"
+                worst.add(moved, variant.other_shape, variant, how)
+    return worst.measures()

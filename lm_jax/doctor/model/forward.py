@@ -55,42 +55,21 @@ def randomised(subject: Subject, noisy: Variant) -> list[Measure]:
     ]
 
 
-def _training(subject: Subject, tokens: np.ndarray, update: int) -> np.ndarray:
-    """Logits of an update, with dropout on and the given parameters."""
-    return subject.given.logits(tokens, subject.train_fn, update).copy()
-
-
-@check("Dropout has no effect in training: hand the key (or train=True) down to every layer.")
-def dropout_on(subject: Subject, train_fn: Function) -> Measure:
-    """In training mode the logits differ from those of evaluation."""
-    gap, given = change(_training(subject, subject.tokens, 0), subject.given.base), subject.given
-    return moves("change of a logit by dropout", gap.max(), given.same_shape, key="change")
-
-
 @check(
-    "The dropout key is used again. Fold the number of the update into it, and draw the mask for "
-    "the whole batch, not for one row."
+    "Hand the dropout key (or train=True) down to every layer. Draw it from the seed and the "
+    "number of the update alone, and the mask for the whole batch, not for one row."
 )
-def dropout_varies(subject: Subject, train_fn: Function) -> list[Measure]:
-    """Masks of dropout differ between updates and between rows."""
-    tokens = np.tile(subject.tokens[:1], (subject.rows, 1))  # rows alike but for the mask
-    first, second = (_training(subject, tokens, update) for update in (0, 1))
+def dropout(subject: Subject, train_fn: Function) -> list[Measure]:
+    """Masks of dropout change the logits, differ by update and row, and come again when rerun."""
+    given, tokens = subject.given, np.tile(subject.tokens[:1], (subject.rows, 1))
+    off = given.logits(tokens).copy()
+    first, again, second = (given.logits(tokens, train_fn, i).copy() for i in (0, 0, 1))
     updates, rows = change(first, second).max(), change(first[1:], first[:-1]).max()
-    given = subject.given
     # In low precision the bound of rounding can be as large as what a little dropout does.
     rounding = max(given.same_shape, min(given.other_shape, float(updates) / 4))
     return [
-        moves("difference of updates 0 and 1", updates, given.same_shape, key="updates"),
-        moves("difference of equal rows", rows, rounding, key="rows"),
+        moves("change of a logit by dropout", change(first, off).max(), given.same_shape),
+        moves("difference of updates 0 and 1", updates, given.same_shape),
+        moves("difference of equal rows", rows, rounding),
+        at_most("difference of update 0 run twice", float(change(first, again).max()), 0),
     ]
-
-
-@check(
-    "Derive the dropout key from the seed and the number of the update alone, so that a resumed "
-    "run draws the same masks."
-)
-def dropout_repeats(subject: Subject, train_fn: Function) -> Measure:
-    """The same update draws the same masks of dropout when it is run again."""
-    first, again = (_training(subject, subject.tokens, 1) for _ in range(2))
-    gap = float(change(first, again).max())
-    return at_most("difference of update 1 run twice", gap, 0, key="change")

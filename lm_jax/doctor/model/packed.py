@@ -21,6 +21,21 @@ def documents(subject: Subject, splits: Sequence[int] = ()) -> np.ndarray:
     return np.tile(ids.astype(np.int32), (subject.rows, 1))
 
 
+def outside(
+    parts: trees.Arrays, segmented: Function, ids: np.ndarray, variants: list[Variant]
+) -> list[Measure]:
+    """Replace the tokens of each part, a mask [B, T], and compare all logits outside it."""
+    subject = variants[0].subject
+    worst = Worst()
+    for variant in variants:
+        rng = subject.rng(14)
+        base = variant.logits(subject.tokens, segmented, ids).copy()
+        for how, inside in parts.items():
+            moved = change(variant.logits(subject.replaced(rng, inside), segmented, ids), base)
+            worst.add(np.where(inside, 0, moved), variant.same_shape, variant, f"{how} replaced")
+    return worst.measures()
+
+
 @check(
     "A document sees its neighbours in the packed row. Combine the causal mask with "
     "segment[t] == segment[s] in every layer, or do not pack."
@@ -30,17 +45,8 @@ def segment_isolation(
 ) -> list[Measure]:
     """Replacing one document of a packed row leaves the logits of the others as they are."""
     ids = documents(subject, (subject.seq_len // 3 | 1, 2 * subject.seq_len // 3 | 1))
-    worst = Worst()
-    for variant in variants:
-        rng = subject.rng(14)
-        base = variant.logits(subject.tokens, segmented, ids).copy()
-        for document in range(1, ids.max() + 1):
-            inside = ids == document
-            tokens = subject.replaced(rng, inside)
-            moved = change(variant.logits(tokens, segmented, ids), base)
-            how = f"document {document} of {ids.max()} in a row replaced"
-            worst.add(np.where(inside, 0, moved), variant.same_shape, variant, how)
-    return worst.measures()
+    parts = {f"document {i} of {ids.max()} in a row": ids == i for i in range(1, ids.max() + 1)}
+    return outside(parts, segmented, ids, variants)
 
 
 @check(
@@ -73,19 +79,14 @@ def segment_restart(
 )
 def padding_mask(subject: Subject, segmented: Function, causal: list[Variant]) -> list[Measure]:
     """With padding at the end of a row, neither it nor later tokens change a position's logits."""
-    real = 2 * subject.seq_len // 3 | 1
-    ids = documents(subject)
+    real, ids = 2 * subject.seq_len // 3 | 1, documents(subject)
     ids[:, real:] = 0
-    worst = Worst()
-    for variant in causal:
-        rng = subject.rng(15)
-        base = variant.logits(subject.tokens, segmented, ids).copy()
-        for cut in sorted({1, real // 2 | 1, real - 1, real}):
-            tokens = subject.replaced(rng, np.s_[:, cut:])
-            moved = change(variant.logits(tokens, segmented, ids), base)[:, :cut]
-            how = f"padding from {real} on, tokens from {cut} on replaced"
-            worst.add(moved, variant.same_shape, variant, how)
-    return worst.measures()
+    place = np.tile(np.arange(subject.seq_len), (subject.rows, 1))
+    parts = {
+        f"padding from {real} on, tokens from {cut} on": place >= cut
+        for cut in sorted({1, real // 2 | 1, real - 1, real})
+    }
+    return outside(parts, segmented, ids, causal)
 
 
 @check(
@@ -95,23 +96,23 @@ def padding_mask(subject: Subject, segmented: Function, causal: list[Variant]) -
 def masked_rows(subject: Subject, segmented: Function, variants: list[Variant]) -> list[Measure]:
     """Padding at the start of a row, and a row of padding, give finite logits and gradients."""
     ids = documents(subject)
-    ids[0, : subject.seq_len // 3 | 1] = 0
-    ids[-1] = 0
     for variant in variants:
-        variant.logits(subject.tokens, segmented, documents(subject))  # raises if that is at fault
-        try:
+        variant.logits(subject.tokens, segmented, ids)  # raises if that is at fault
+    ids[0, : subject.seq_len // 3 | 1] = ids[-1] = 0
+    try:
+        for variant in variants:
             variant.logits(subject.tokens, segmented, ids)
-        except Broken as broken:
-            return [none("variants with unfit logits", [broken], of=len(variants))]
+    except Broken as broken:
+        return [none("variants with unfit logits", [broken], of=len(variants))]
     judged = note("variants with finite logits", len(variants))
-    if subject.params is None:
-        return [judged, note("gradients", "not taken, for params were not given")]
 
     def total(params: Any) -> jax.Array:
         logits = segmented(params, jnp.asarray(subject.tokens), jnp.asarray(ids))
         return jnp.where((ids > 0)[..., None], logits, 0).sum()
 
     try:
+        if subject.params is None:
+            raise Broken("params were not given")
         grads = call("the gradient", jax.grad(total, allow_int=True), subject.params)
     except Broken as broken:
         return [judged, note("gradients were not taken", str(broken))]

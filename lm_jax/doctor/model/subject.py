@@ -14,22 +14,12 @@ import numpy as np
 
 from lm_jax.doctor import trees
 from lm_jax.doctor.checks import fixture
-from lm_jax.doctor.facts import (
-    Bound,
-    Broken,
-    Facts,
-    Skip,
-    call,
-    function,
-    mapping,
-    one_of,
-    real,
-    whole,
-)
+from lm_jax.doctor.facts import Bound, Broken, Facts, Skip, call, function, one_of, real, whole
 from lm_jax.doctor.findings import Finding, Measure, holds, shown
 from lm_jax.doctor.numbers import FLOAT32_EPS, resolution, roundoff
 
 Function = Callable[..., Any]
+Maybe = Annotated[Function | None, function]
 CAUSAL = "causal"
 MOST_LOGITS = 1 << 24  # of one call, where more rows than two only make for fewer calls
 MASK_VALUE = 1e4  # numbers of this size stand for an infinity in a mask and are no parameters
@@ -53,35 +43,20 @@ class Subject(Facts):
     _: dataclasses.KW_ONLY
     vocab_size: Annotated[int, "V.", whole(2)]
     seq_len: Annotated[int, "T of most calls; shorter ones are tried as well.", whole(4)]
-    params: Annotated[
-        Any,
-        "pytree of arrays. The checks are then repeated with noise in their place, which finds "
-        "what a zero at the start hides.",
-    ] = None
+    params: Annotated[Any, "pytree of arrays; checks are repeated with noise in its place."] = None
     objective: Annotated[
         str,
-        '"causal", "bidirectional" or "masked"; causal checks are skipped for the others.',
+        "causal; bidirectional and masked skip the causal checks.",
         one_of(CAUSAL, "bidirectional", "masked"),
     ] = CAUSAL
     trained: Annotated[bool, "checks of fresh parameters are skipped."] = False
-    segmented: Annotated[
-        Function | None,
-        "as `fn`, and a last argument segment_ids int32 [B, T], 0 for padding.",
-        function,
-    ] = None
+    segmented: Annotated[Maybe, "`fn` with segment_ids int32 [B, T] added, 0 for padding."] = None
     train_fn: Annotated[
-        Function | None,
-        "as `fn`, and a last argument, the number of the update: the forward pass of that update "
-        "with dropout on. Leave it out where no dropout is used.",
-        function,
+        Maybe, "`fn` with dropout on and the number of the update added; None without dropout."
     ] = None
-    attention: Annotated[
-        Function | None, "as `fn`, but returns attention probabilities [..., T, T].", function
-    ] = None
-    reference: Annotated[Function | None, "another implementation of `fn`.", function] = None
-    batch_size: Annotated[
-        int | None, "rows of a batch; 3 if left out, and 2 where logits are large.", whole(2)
-    ] = None
+    attention: Annotated[Maybe, "as `fn`, returns attention probabilities [..., T, T]."] = None
+    reference: Annotated[Maybe, "another implementation of `fn`."] = None
+    batch_size: Annotated[int | None, "rows of a batch; 3, or 2 of large logits.", whole(2)] = None
     seed: Annotated[int, "of the inputs and of the noise.", whole()] = 0
     sample: Annotated[Any, "ids [N, T] of text as a trained model was trained on."] = None
     token_table: Annotated[Any, "the token embedding, [V, D]."] = None
@@ -90,8 +65,10 @@ class Subject(Facts):
     init_std: Annotated[
         Mapping[str, float] | None,
         'declared standard deviations, by pattern of the leaf\'s path, "blocks/*/kernel".',
-        mapping,
-        Bound("give numbers, by pattern", lambda stds: all(map(real, stds.values()))),
+        Bound(
+            "give numbers, by pattern",
+            lambda x: all(map(real, dict(x).values())),
+        ),
     ] = None
     compute_dtype: Annotated[
         str | None,
@@ -125,7 +102,7 @@ class Subject(Facts):
         # The same rows again and again, for many comparisons in one call.
         self.wide = self.tokens[np.arange(max(min(self.seq_len - 1, room), self.rows)) % self.rows]
         self.given = Variant(self, "given", self.params)
-        self.altered: dict[int, tuple] = {}  # functions last called with other parameters
+        self.last: dict[int, tuple] = {}  # call of every function, and the variant it was of
 
     def other_tokens(self, rng: np.random.Generator, tokens: np.ndarray) -> np.ndarray:
         """Ids that differ from `tokens` in every place, without 0 where the vocabulary allows."""
@@ -141,16 +118,14 @@ class Subject(Facts):
 
     def restore(self) -> None:
         """Call what was last called with noise again: it may have put that into a module."""
-        for fn, *more in list(self.altered.values()):
-            with contextlib.suppress(Broken):
-                self.given.ask("the function", fn, *more)
+        for variant, fn, *arguments in list(self.last.values()):
+            if variant is not self.given:
+                with contextlib.suppress(Broken):
+                    self.given.ask("the function", fn, *arguments)
 
     @functools.cached_property
     def precision(self) -> "Precision":
-        """The narrowest arithmetic inside.
-
-        The logits alone do not tell: a bfloat16 model may well return float32.
-        """
+        """The narrowest arithmetic inside; a bfloat16 model may well return float32 logits."""
         if self.compute_dtype is not None:
             return Precision(roundoff(self.compute_dtype), f"{self.compute_dtype}, declared")
         if (backend := jax.default_backend()) != "cpu":  # float32 products may be rounded more
@@ -190,10 +165,7 @@ class Variant:
 
     def ask(self, name: str, fn: Function, tokens: np.ndarray, *more: Any) -> np.ndarray:
         """What a function returns with these parameters, as an array."""
-        if self is self.subject.given:
-            self.subject.altered.pop(id(fn), None)
-        else:
-            self.subject.altered[id(fn)] = (fn, tokens, *more)
+        self.subject.last[id(fn)] = (self, fn, tokens, *more)
         # A copy: a function that writes into its argument must not spoil the next comparison.
         raw = call(name, fn, *self.leading, tokens.copy(), *more)
         return call(f"numpy.asarray of what {name} returned", trees.as_array, raw)
@@ -217,8 +189,7 @@ class Variant:
         if not trees.is_floating(values.dtype):
             raise Broken(f"{name} returned {values.dtype}, expected floating-point logits")
         self.dtype = values.dtype
-        wide = np.promote_types(np.float32, np.dtype(f"f{max(4, values.itemsize)}"))
-        values = values.astype(wide, copy=False)
+        values = values.astype(np.float64 if values.itemsize > 4 else np.float32, copy=False)
         if not (finite := np.isfinite(values)).all():
             where = np.argwhere(~finite)
             raise Broken(
@@ -305,8 +276,8 @@ def leaves(subject: Subject, params: Any) -> trees.Arrays:
 @fixture
 def noisy(subject: Subject, params: Any, leaves: trees.Arrays) -> Variant:
     """The box with noise in place of every parameter, if it bears that."""
-    noise = _but_masks(params, trees.randomise(params, subject.seed))
-    made = Variant(subject, "randomised", noise)
+    noise = trees.randomise(params, subject.seed)
+    made = Variant(subject, "randomised", _but_masks(params, noise))
     try:
         made.logits(subject.tokens)
     except Broken as broken:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+from scipy.special import logsumexp
 
 from lm_jax.doctor import numbers, trees
 from lm_jax.doctor.checks import check
@@ -15,18 +16,16 @@ OFFSETS = (-2, -1, 0, 1, 2, 3)
 
 def nats_by_offset(subject: Subject, sample: np.ndarray) -> np.ndarray:
     """Mean nats of token[t + offset] under logits[t] of every row [N, offsets]."""
-    found = []
+    found, t = [], np.arange(sample.shape[1])
+    places = [t[max(0, -k) : len(t) - max(0, k)] for k in OFFSETS]
     for first in range(0, len(sample), subject.rows):
         rows = sample[first : first + subject.rows]
-        for row, logits in zip(rows, subject.given.logits(rows), strict=True):
-            means = []
-            for offset in OFFSETS:
-                at = np.arange(max(0, -offset), len(row) - max(0, offset))
-                # A few positions at a time: the float64 of a row with a large vocabulary is large.
-                parts = np.array_split(at, 1 + (logits.size >> 22))
-                nats = [numbers.nats(logits[part], row[part + offset]) for part in parts]
-                means.append(np.concatenate(nats).mean())
-            found.append(means)
+        for row, z in zip(rows, subject.given.logits(rows), strict=True):
+            # A few positions at a time: the float64 of a row with a large vocabulary is large.
+            parts = np.array_split(z, 1 + (z.size >> 22))
+            norm = np.concatenate([logsumexp(x.astype(np.float64), axis=-1) for x in parts])
+            pairs = zip(places, OFFSETS, strict=True)
+            found.append([(norm[at] - z[at, row[at + k]]).mean() for at, k in pairs])
     return np.array(found)
 
 
@@ -52,14 +51,9 @@ def offset_scan(subject: Subject, sample: Any) -> list[Measure]:
     rival = best if best != 1 else min((k for k in OFFSETS if k != 1), key=lambda k: means[k])
     margin = numbers.mean(nats[:, OFFSETS.index(rival)] - nats[:, OFFSETS.index(1)])
     clear = abs(margin.value) >= numbers.threshold() * margin.error
+    said, grave = "offset that is predicted best", "fail" if clear else "warn"
     return [
-        equals(
-            "offset that is predicted best",
-            best,
-            1,
-            otherwise="fail" if clear else "warn",
-            key="best",
-        ),
+        equals(said, best, 1, otherwise=grave, key="best"),
         holds(clear, f"nats more at {rival:+d} than at +1", str(margin), otherwise="warn"),
         *(note(f"nats of token t{k:+d}", value, key=f"t{k:+d}") for k, value in means.items()),
     ]
