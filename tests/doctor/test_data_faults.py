@@ -23,6 +23,16 @@ from tests.doctor.data_models import (
 )
 
 
+@pytest.mark.fault(9, "data.ids")
+@pytest.mark.parametrize("wrong", [VOCAB, VOCAB + 7])
+def test_a_label_outside_the_vocabulary(wrong):
+    rows = cut(stream(TRAIN))
+    targets = rows[:, 1:].copy()
+    targets[7, 5] = wrong
+    pairs = [(rows[i : i + 8, :-1], targets[i : i + 8]) for i in range(0, 64, 8)]
+    assert "data.ids" in examine(pairs).failed
+
+
 @pytest.mark.fault(10, "data.ids")
 @pytest.mark.parametrize("wrong", [-1, -100, VOCAB, 2**62])
 def test_ids_outside_the_table(wrong):
