@@ -237,10 +237,11 @@ def test_a_divergence_is_no_frozen_model():
     report = examine_log(rows, vocab_size=50_000)
     (found,) = failing(report, "log.divergence")
     assert report["log.trend"].status == "skip" and "divergence" in report["log.trend"].evidence
-    assert found.values["lowest"] == pytest.approx(3.2, abs=0.1)
-    assert found.values["end"] == pytest.approx(6.2, abs=0.1)
-    assert "last good row: step 4" in found.evidence  # half of the rise
-    assert found.values["step"] == pytest.approx(300, abs=20)
+    course = found.values["course"]
+    assert course["lowest"] == pytest.approx(3.2, abs=0.1)
+    assert course["end"] == pytest.approx(6.2, abs=0.1)
+    assert "last good row is step 4" in found.evidence  # half of the rise
+    assert course["step"] == pytest.approx(300, abs=20)
     rows = curve((1, 10.8), (600, 14.0))
     report = examine_log(rows, vocab_size=50_000)
     assert "log.divergence" in report.failed and report["log.trend"].status == "skip"
@@ -352,7 +353,7 @@ def test_spikes_are_named_with_the_gradient_norm():
     for i in range(1200, 1206):
         rows[i] = rows[i] | {"train/loss": 4.0, "optim/grad_norm": 60.0}
     found = examine_log(rows)["log.spikes"]
-    assert found.status == "warn" and found.values["step"] == 1201
+    assert found.status == "warn" and found.values["places"] == ["step 1201"]
     assert "gradient norm" in found.evidence
 
 
@@ -536,10 +537,10 @@ def test_a_capped_perplexity():
 
 def test_a_perplexity_that_is_infinite_too_soon():
     rows = [{"step": 200, "valid/loss": 10.5, "valid/token_ppl": math.inf}]
-    assert "log.capped" in examine_log(rows).failed
+    assert "log.ppl_of_loss" in examine_log(rows).failed
     for nats in (103.0, 800.0):  # float32 ends at 88.7
         rows = [{"step": 200, "valid/loss": nats, "valid/token_ppl": math.inf}]
-        assert "log.capped" not in examine_log(rows).failed
+        assert "log.ppl_of_loss" not in examine_log(rows).failed
 
 
 def test_overfitting_is_named():

@@ -268,8 +268,8 @@ def test_one_cause_is_named_where_a_run_diverged(rows):
     turn = rows * 6 // 10
     values[turn:] = 270 * 0.99 ** np.arange(rows - turn)
     finding = found("divergence", rows_of(values), vocab_size=V)
-    assert f"last good row: step {10 * (turn - 1)} " in finding.evidence
-    assert f"next row: step {10 * turn} with 270" in finding.evidence
+    assert f"last good row is step {10 * (turn - 1)} " in finding.evidence
+    assert f"next one step {10 * turn} with 270" in finding.evidence
     report = examine_log(rows_of(values), vocab_size=V, references={"unigram": 900.0})
     for name in ("trend", "above_uniform", "baseline", "spikes"):
         assert "log.divergence" in report[f"log.{name}"].evidence

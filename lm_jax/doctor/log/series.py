@@ -13,7 +13,7 @@ from lm_jax.doctor.facts import Skip, require
 from lm_jax.doctor.log.read import METRICS, number
 
 _HUGE = 1e100  # counts as infinite, so that squares and sums of the rest are finite
-_STRIDES = (1, 2, 4, 8, 16, 32)
+STRIDES = (1, 2, 4, 8, 16, 32)  # for rows that may be alike because they are running means
 
 
 class Series(NamedTuple):
@@ -49,9 +49,9 @@ class Records:
     A step that comes again replaces what its column had logged from it on: a run that was killed
     goes on from an older checkpoint and appends to its log.
 
-    With `most`, no column holds more rows: when one does, every other row of its older half goes,
-    so that whoever watches a long run has bounded memory, all that is new, and fewer and fewer of
-    the rows that were new once. Of two rows, one that is not finite stays.
+    With `most`, no column holds more rows: the older half is then thinned, evenly in steps from
+    its first row on, so that whoever watches a long run has bounded memory, all that is new and the
+    course since the start. A row that is not finite outlives its neighbours.
     """
 
     def __init__(self, rows: Iterable[Mapping[str, Any]] = (), *, most: int | None = None):
@@ -115,13 +115,8 @@ class Records:
             room[:, :start] = kept.where(slice(start))
         room[:, start:stop] = new
         if self._most and stop > self._most:
-            half = self._most // 4
-            pairs = room[:, : 2 * half].reshape(2, half, 2)
-            kept_first = ~np.isfinite(pairs[1, :, 0])
-            if name == "optim/skipped_updates":
-                kept_first |= pairs[1, :, 0] > pairs[1, :, 1]
-            thin = np.where(kept_first, pairs[..., 0], pairs[..., 1])
-            room = np.concatenate([thin, room[:, 2 * half : stop]], axis=1)
+            keep = _thin(room[:, : stop - self._most // 2], self._most // 4, name)
+            room = np.concatenate([keep, room[:, stop - self._most // 2 : stop]], axis=1)
             stop = room.shape[1]
         self._rooms[name], self._columns[name] = room, Series(*room[:, :stop])
 
@@ -130,18 +125,24 @@ class Records:
         return self._columns[name]
 
 
+def _thin(room: np.ndarray, most: int, name: str) -> np.ndarray:
+    """Up to `most` of the rows [2, n], one of each stretch of steps: the worst, else the first."""
+    steps, values = room
+    good = np.isfinite(values)
+    badness = np.where(good, values if name == "optim/skipped_updates" else 0, np.inf)
+    stretch = np.digitize(steps, np.linspace(steps[0], steps[-1], most))
+    order = np.lexsort((-badness, stretch))
+    return room[:, order[np.unique(stretch[order], return_index=True)[1]]]
+
+
 def _checked(rows: Any) -> list[Mapping[str, Any]]:
     """The rows as a list; ValueError if they are none."""
     iterable = isinstance(rows, Iterable) and not isinstance(rows, Mapping | str | bytes)
     found = list(rows) if iterable else [rows]
-    for row in found:
-        if not iterable or not isinstance(row, Mapping):
-            raise ValueError(
-                f"records: {type(row).__name__} instead of a mapping like "
-                '{"step": 1, "train/loss": 9.7}; give a list of such rows, or use read_log.'
-            )
-    for key in {key for row in found for key in row}:
-        require(isinstance(key, str), f"records: {key!r} names a metric", "give a string")
+    mappings = iterable and all(isinstance(row, Mapping) for row in found)
+    like = 'rows like {"step": 1, "train/loss": 9.7}'
+    require(mappings, "records", f"give a list of {like}, or use read_log")
+    require(all(isinstance(key, str) for row in found for key in row), "records", f"give {like}")
     return found
 
 
@@ -164,27 +165,21 @@ def pairs(a: Series, b: Series) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return steps, a.values[i], b.values[j]
 
 
-def noise(values: np.ndarray) -> float:
-    """Standard deviation of one row about its neighbours, robust and blind to a trend."""
-    if len(values) < 4:
-        raise Skip(f"{len(values)} rows are too few to estimate their noise.")
-    return _noise(values, 1)
+def noise(values: np.ndarray, strides: Iterable[int] = (1,)) -> float:
+    """Standard deviation of one row about its neighbours, robust and blind to a trend.
 
-
-def wander(values: np.ndarray) -> float:
-    """Like `noise`, for rows that may be alike because they are running means.
-
-    What neighbours share, rows further apart do not: the largest over several distances counts.
+    What neighbours share, rows further apart do not: the largest over all strides counts.
     """
-    noise(values)
-    return max(_noise(values, k) for k in _STRIDES if len(values) >= 8 * k or k == 1)
-
-
-def _noise(values: np.ndarray, stride: int) -> float:
-    # Second differences x_i - 2 x_(i+k) + x_(i+2k) have 6 times the variance of the noise.
-    second = values[: -2 * stride] - 2 * values[stride:-stride] + values[2 * stride :]
-    middle = 1.4826 * float(np.median(np.abs(second)))
-    return (middle or float(np.std(second))) / math.sqrt(6)
+    n, found = len(values), []
+    if n < 4:
+        raise Skip(f"{n} rows are too few to estimate their noise.")
+    for k in strides:
+        if k == 1 or n >= 8 * k:
+            # These have 6 times the variance of the noise.
+            second = values[: -2 * k] - 2 * values[k:-k] + values[2 * k :]
+            middle = 1.4826 * float(np.median(np.abs(second)))
+            found.append((middle or float(np.std(second))) / math.sqrt(6))
+    return max(found)
 
 
 def mean_error(values: np.ndarray, count: int) -> float:
@@ -208,11 +203,6 @@ def blocks(values: np.ndarray, most: int) -> np.ndarray:
     return np.add.reduceat(values, edges[:-1]) / np.diff(edges)
 
 
-def residuals(values: np.ndarray, width: int = 9) -> np.ndarray:
-    """What a running median over `width` rows leaves."""
-    return values - scipy.ndimage.median_filter(values, width, mode="nearest")
-
-
 class Echo(NamedTuple):
     """How far a series repeats itself: the distance in rows at which it does so most."""
 
@@ -223,16 +213,16 @@ class Echo(NamedTuple):
     rows: int
 
 
-def echo(left: np.ndarray, lags: np.ndarray) -> Echo:
-    """The lag of `lags` at which noise repeats itself most.
+def echo(values: np.ndarray, lags: np.ndarray) -> Echo:
+    """The lag of `lags` at which the noise about a running median repeats itself most.
 
     Its correlation is held against those at all other distances, which show how far rows are alike
-    anyway, and not against a fixed number; the limit allows for the number of lags looked at, so
-    that noise alarms three times in a hundred thousand.
+    anyway; the limit allows for the number of lags looked at.
 
     Raises:
         Skip: where most values are tied: a smooth curve leaves no noise that could repeat.
     """
+    left = values - scipy.ndimage.median_filter(values, 9, mode="nearest")
     if numbers.tied(left) > 0.5 or not np.ptp(left):
         raise Skip("The loss is too smooth or printed with too few digits to tell batches apart.")
     n = len(left)
