@@ -9,7 +9,7 @@ import scipy.ndimage
 from lm_jax.doctor.checks import check, fixture
 from lm_jax.doctor.facts import Skip
 from lm_jax.doctor.findings import Measure, at_least, holds, none, note
-from lm_jax.doctor.log.series import STRIDES, blocks, fall_at_once, noise
+from lm_jax.doctor.log.series import STRIDES, blocks, falls_at_once, noise
 from lm_jax.doctor.log.subject import Subject
 
 _FEW = 16  # rows
@@ -68,7 +68,7 @@ def rise(subject: Subject) -> Rise:
     good = int(np.flatnonzero(smooth <= max((least + end) / 2, smooth.min()))[-1])
     where = f"the last good row is step {loss.steps[good]:g} with {x[good]:.4g}"
     if good + 1 < n:
-        where += f", the next one step {loss.steps[good + 1]:g} with {x[good + 1]:.4g}"
+        where += f" and step {loss.steps[good + 1]:g} has {x[good + 1]:.4g}"
     return Rise(float(x[0]), least, end, int(loss.steps[parts[low][-1]]), allowed, where)
 
 
@@ -90,7 +90,7 @@ def divergence(subject: Subject, rise: Rise) -> Measure:
     certain = rise.certain and len(subject.finite(subject.objective)) >= 8
     return holds(
         not rise.diverged,
-        f"{subject.objective} began at {rise.start:.4g}, was down to {rise.least:.4g} by step "
+        f"{subject.objective} began at {rise.start:.4g}, was lowest with {rise.least:.4g} by step "
         f"{rise.step} and ends at {rise.end:.4g}, {rise.end - rise.least:.4g} nats above that",
         {"start": rise.start, "lowest": rise.least, "step": rise.step, "end": rise.end},
         limit=f"noise explains {rise.allowed:.3g}",
@@ -114,9 +114,8 @@ def trend(subject: Subject, steady: bool, uniform: float | None = None) -> list[
         raise Skip(f"The log ends at step {last_step:g}, too early for this check.")
     if start < (0.7 * uniform if uniform else _UNLEARNT):
         raise Skip("The log does not begin with an untrained model.")
-    fell, needed = fall_at_once(loss.values)
-    if fell > needed:
-        return [at_least("first row above the median of the later ones", fell, needed)]
+    if falls_at_once(loss.values):
+        return [note(f"{name} falls from {start:.4g} at once")]
     x = blocks(loss.values, 200)
     n = len(x)
     falls = np.sign(x[:, None] - x[None, :])[np.triu_indices(n, 1)].sum()

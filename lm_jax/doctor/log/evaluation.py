@@ -38,11 +38,13 @@ def overfit(subject: Subject) -> list[Measure]:
         if course is None:
             found.append(note(f"{split} loses less than half of what was gained"))
             continue
-        _, low, step, end = course
-        text = f"{split} overfits: lowest at step {step} with {low:.4g}, ends at {end:.4g} nats"
-        status = "fail" if end > min(course.start, guess) else "warn"
-        where = "while the training loss falls"
-        found.append(holds(False, text, end - low, otherwise=status, where=where, key=split))
+        text = (
+            f"{split} overfits: lowest at step {course.step} with {course.low:.4g}, it ends at "
+            f"{course.end:.4g} nats while the training loss falls"
+        )
+        lost = course.end > min(course.start, guess)
+        told = holds(False, text, course._asdict(), otherwise="fail" if lost else "warn", key=split)
+        found.append(told)
     return found
 
 
@@ -50,22 +52,17 @@ def overfit(subject: Subject) -> list[Measure]:
     "Score each token of the split once: count the targets that are real next tokens, not slots, "
     "padding or batches x length, and look for repeated or sampled-over data."
 )
-def logged_tokens(subject: Subject) -> list[Measure]:
+def logged_tokens(subject: Subject) -> Measure:
     """No evaluation scores more tokens than its split holds."""
-    found = [
-        at_most(
-            f"tokens of {split} scored",
-            float(subject.finite(f"{split}/token_count").values.max()),
-            size,
-            key=split,
-        )
+    shares = {
+        split: float(subject.finite(f"{split}/token_count").values.max() / size)
         for split, size in subject.sizes.items()
         if subject.has(f"{split}/token_count")
-    ]
-    if not found:
+    }
+    if not shares:
         raise Skip("Token counts are not logged, or split_tokens is not given.", "split_tokens")
-    shares = [m.value / subject.sizes[m.key] for m in found]
-    return [*found, note("times the split", max(shares), key="share")]
+    most = max(shares, key=lambda split: shares[split])
+    return at_most(f"tokens of {most} scored, times those it holds", shares[most], 1, key="share")
 
 
 @check(

@@ -9,7 +9,7 @@ from lm_jax.doctor import numbers
 from lm_jax.doctor.checks import check, fixture
 from lm_jax.doctor.facts import Skip, give
 from lm_jax.doctor.findings import Measure, at_least, at_most, holds, none, note
-from lm_jax.doctor.log.series import Series, fall_at_once
+from lm_jax.doctor.log.series import Series, falls_at_once
 from lm_jax.doctor.log.subject import Subject
 from lm_jax.doctor.numbers import half_unit
 
@@ -47,22 +47,25 @@ def updates(subject: Subject) -> list[Measure]:
     found = []
     lr = subject.finite("optim/lr") if subject.has("optim/lr") else None
     if lr is not None and len(lr) > 1:
-        above = np.sum(lr.values > 0)
+        above = int(np.sum(lr.values > 0))
         found.append(holds(above > 0, "rows with a learning rate above 0", above))
-    norm = _while_learning(subject, "optim/param_norm", lr)
-    if len(norm) > 2 and half_unit(norm[0]) < 1e-6 * abs(norm[0]):
-        text = f"spread of the parameter norm in {len(norm)} rows"
-        found.append(holds(np.ptp(norm) > 0, text, np.ptp(norm), limit="above 0"))
-    for name in ("optim/update_norm", "optim/grad_norm"):
-        norm = _while_learning(subject, name, lr)
-        if len(norm) <= 2:
+    names = ("optim/param_norm", "optim/update_norm", "optim/grad_norm")
+    norms = {name: _while_learning(subject, name, lr) for name in names}
+    has_loss = subject.has("train/loss")
+    loss = subject.series("train/loss").finite().values if has_loss else np.zeros(0)
+    for name, norm in norms.items():
+        if len(norm) < 3:
             continue
-        if name == "optim/grad_norm" and not norm.any() and _learns(subject):
+        if name == "optim/param_norm":
+            if half_unit(norm[0]) < 1e-6 * abs(norm[0]):
+                spread = float(np.ptp(norm))
+                found.append(holds(spread > 0, f"spread of {name}", spread, limit="above 0"))
+        elif name == "optim/grad_norm" and not norm.any() and len(loss) > 3 and falls_at_once(loss):
             found.append(note("gradient norm not measured: 0 in all rows while the loss falls"))
-            continue
-        zero = float(np.mean(norm == 0))
-        found.append(at_most(f"share of rows where {name} is 0", zero, 0.5))
-        found += _stale(norm) if name == "optim/grad_norm" else []
+        else:
+            zero = float(np.mean(norm == 0))
+            found.append(at_most(f"share of rows where {name} is 0", zero, 0.5))
+    found += _stale(norms["optim/grad_norm"])
     if not found:
         raise Skip("No learning rate, parameter norm, update norm or gradient norm is logged.")
     return found
@@ -80,17 +83,6 @@ def _while_learning(subject: Subject, name: str, lr: Series | None) -> np.ndarra
         skipped = subject.series("optim/skipped_updates")
         use &= ~np.isin(series.steps, skipped.steps[skipped.values > 0])
     return series.values[use]
-
-
-def _learns(subject: Subject) -> bool:
-    """Whether the training loss falls at once."""
-    if not subject.has("train/loss"):
-        return False
-    x = subject.series("train/loss").finite().values
-    if len(x) < 4:
-        return len(x) > 1 and bool(x[-1] < 0.95 * x[0])
-    fell, needed = fall_at_once(x)
-    return fell > needed
 
 
 def _stale(norm: np.ndarray) -> list[Measure]:
@@ -146,7 +138,7 @@ def lr_zero(rates: Series) -> list[Measure]:
 
 
 @check("Shorten the warm-up to at most a tenth of the run, counted in updates.")
-def warmup(subject: Subject, schedule: Series) -> list[Measure]:
+def warmup(subject: Subject, schedule: Series) -> Measure:
     """The learning rate reaches its peak within the first three tenths of the run."""
     steps, lr = schedule
     place = int(np.argmax(lr))
@@ -159,10 +151,7 @@ def warmup(subject: Subject, schedule: Series) -> list[Measure]:
             "steps",
         )
     what = f"share of the run before the peak rate of {lr[place]:.3g}, at step {steps[place]:g}"
-    found = [at_most(what, share, _WARMUP, otherwise="fail" if rises else "warn", key="share")]
-    if subject.lr_peak and rises and lr[place] < 0.99 * subject.lr_peak:
-        found.append(note("configured peak", subject.lr_peak))
-    return found
+    return at_most(what, share, _WARMUP, otherwise="fail" if rises else "warn", key="share")
 
 
 @check(

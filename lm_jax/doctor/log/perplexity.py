@@ -6,48 +6,22 @@ import numpy as np
 
 from lm_jax.doctor.checks import check
 from lm_jax.doctor.facts import Skip
-from lm_jax.doctor.findings import Measure, at_least, listed, none, note
+from lm_jax.doctor.findings import Measure, at_least, none, note
 from lm_jax.doctor.log.series import pairs
 from lm_jax.doctor.log.subject import Subject
 from lm_jax.doctor.numbers import half_unit
 
-# Where trainers cut perplexities off: exp of these, and powers of ten.
-_CAPPED_LOSSES = (5, 7, 10, 12, 15, 20, 30, 50, 80, 88, 100)
-_CAPS = {math.exp(x): f"e^{x}" for x in _CAPPED_LOSSES} | {10.0**x: f"1e{x}" for x in range(3, 13)}
+# Where trainers cut perplexities off.
+_CAPS = {f"e^{x}": math.exp(x) for x in (5, 7, 10, 12, 15, 20, 30, 50, 80, 88, 100)}
 _OVERFLOW = math.floor(math.log(np.finfo(np.float32).max))  # nats, of a float32 perplexity
 _UNKNOWN = "not stated"
 _MOST = 1000  # rows whose printed digits are looked at
 
 
 @check(
-    "Remove the cap: it hides divergence and makes unequal runs look equal. Report nats and, "
-    "above what a float holds, inf."
-)
-def capped(subject: Subject) -> Measure:
-    """No perplexity or loss sits on a constant at which trainers cut them off."""
-    found: list[str] = []
-    names = [n for n in subject.rows.names if n.endswith(("/token_ppl", "/loss"))]
-    columns = {name: subject.series(name).finite() for name in names}
-    if not any(map(len, columns.values())):
-        raise Skip("The log has no finite perplexity and no finite loss.")
-    for name, (steps, x) in columns.items():
-        top = np.max(x, initial=0.0)
-        if name.endswith("/loss"):
-            if top in (10.0, 20.0, 50.0, 100.0) and np.sum(x == top) > 1:
-                found.append(f"{name} is exactly {top:g} in {np.sum(x == top)} rows")
-            continue
-        for cap, label in _CAPS.items():
-            near = np.flatnonzero(np.abs(x / cap - 1) < 1e-7)
-            at = [f"{steps[i]:g}" for i in near[:_MOST] if half_unit(x[i]) < 1e-7 * cap]
-            if at:
-                found.append(f"{name} = {cap:.10g} = {label} at step {listed(at)}")
-    return none("values at a known cap", found, key="found")
-
-
-@check(
     "Perplexity must be exp(sum of nats / number of scored tokens), of unsmoothed next-token nats "
-    "(lm_ce) alone and not of a total objective. Above it: exponentials were averaged. Below it: a "
-    "cap, or another loss."
+    "(lm_ce) alone and not of a total objective. Above it: exponentials were averaged. Below it: "
+    "another loss, or a cap, which hides divergence: remove it."
 )
 def ppl_of_loss(subject: Subject) -> list[Measure]:
     """Each perplexity is exp of the next-token loss of its row, to the digits printed."""
@@ -100,8 +74,9 @@ def _wrong(
     for step, p, x, off in zip(*columns, strict=True):
         digits = (0.0 if math.isinf(p) else half_unit(p) / p) + unit * half_unit(x)
         if abs(off) > digits + 2e-6 * unit * max(1.0, abs(x)):  # float32 arithmetic
-            text = f"step {step:g}: ln {p:.8g} is {off:+.4g} from the {of} of {x * unit:.6g}"
-            found.append((off, text))
+            cap = next((f" = {cap}" for cap, at in _CAPS.items() if math.isclose(p, at)), "")
+            ln = f"ln {p:.10g}{cap} is {math.log(p):.6g}"
+            found.append((off, f"step {step:g}: {ln} and the {of} {x * unit:.6g} nats"))
     return int(use.sum()), found
 
 

@@ -191,10 +191,10 @@ def mean_error(values: np.ndarray, count: int) -> float:
     return error
 
 
-def fall_at_once(values: np.ndarray) -> tuple[float, float]:
-    """How far later rows lie below the first one, and how far they must, to be no accident."""
-    fell = float(values[0] - np.median(values[1:]))
-    return fell, max(6 * noise(values), 0.05 * abs(float(values[0])))
+def falls_at_once(values: np.ndarray) -> bool:
+    """Whether later rows lie further below the first one than noise explains."""
+    fell = values[0] - np.median(values[1:])
+    return bool(fell > max(6 * noise(values), 0.05 * abs(values[0])))
 
 
 def blocks(values: np.ndarray, most: int) -> np.ndarray:
