@@ -10,7 +10,7 @@ import scipy.stats
 from lm_jax.doctor import numbers
 from lm_jax.doctor.checks import check
 from lm_jax.doctor.facts import Skip, give
-from lm_jax.doctor.findings import Measure, at_least, at_most, holds, none, note
+from lm_jax.doctor.findings import Measure, Status, at_least, at_most, holds, none, note
 from lm_jax.doctor.log.series import Series, mean_error, noise, pairs
 from lm_jax.doctor.log.subject import SUBWORDS, Subject
 from lm_jax.doctor.numbers import half_unit
@@ -186,9 +186,7 @@ def floor(subject: Subject) -> list[Measure]:
     if not found and subject.vocab_size is None:
         raise give("vocab_size")
     if not found:
-        raise Skip(
-            "Low losses are ordinary for under 1000 ids or data of unknown age.", "references"
-        )
+        raise Skip("Low losses are ordinary for under 1000 ids or unknown data.", "references")
     return found
 
 
@@ -258,18 +256,11 @@ def baseline(subject: Subject, steady: bool, references: dict[str, float]) -> li
     name = name if name in reference else next(iter(reference))
     falls = len(loss) > 1 and loss.values[-1] < loss.values[0] - 0.05 * abs(loss.values[0])
     falls &= subject.vocab_size is None or nats < math.log(subject.vocab_size)
-    over_unigram = nats > reference.get("unigram", math.inf) and not falls
-    return [
-        holds(
-            nats <= reference[name] or (name == "unigram" and falls),
-            f"{split} at the end, nats",
-            nats,
-            limit=f"at most {reference[name]:.4g} ({name})",
-            otherwise="fail" if over_unigram else "warn",
-            key="loss",
-        ),
-        *(note(f"perplexity of the {k} model", references[k]) for k in reference),
-    ]
+    status: Status = "fail" if nats > reference.get("unigram", math.inf) and not falls else "warn"
+    ok = nats <= reference[name] or (name == "unigram" and falls)
+    what, limit = f"{split} at the end, nats", f"at most {reference[name]:.4g} ({name})"
+    found = holds(ok, what, nats, limit=limit, otherwise=status, key="loss")
+    return [found, *(note(f"perplexity of the {k} model", references[k]) for k in reference)]
 
 
 def _best(subject: Subject) -> tuple[str, float, float] | None:

@@ -8,7 +8,7 @@ import numpy as np
 from lm_jax.doctor import numbers
 from lm_jax.doctor.checks import check, fixture
 from lm_jax.doctor.facts import Skip, give
-from lm_jax.doctor.findings import Measure, at_least, at_most, holds, none, note
+from lm_jax.doctor.findings import Measure, Status, at_least, at_most, holds, none, note
 from lm_jax.doctor.log.series import Series, falls_at_once
 from lm_jax.doctor.log.subject import Subject
 from lm_jax.doctor.numbers import half_unit
@@ -164,24 +164,20 @@ def lr_end(subject: Subject, schedule: Series, lr_end: float) -> list[Measure]:
     known, peak, last = subject.steps is not None, subject.lr_peak or lr.max(), float(lr[-1])
     # What the rate still falls by after the last row, which may not be the last update.
     gap = steps[-1] - steps[-2]
-    missing = max(0, (subject.steps or 0) - steps[-1]) if known else gap
+    missing = gap if subject.steps is None else max(0, subject.steps - steps[-1])
     slack = 0.05 * lr_end + 0.01 * peak + float(abs(last - lr[-2]) / gap * missing)
     ok, falls = abs(last - lr_end) <= slack, last < lr.max()
     if not (ok or known or falls):
         raise Skip("The log ends at the peak of the learning rate and steps is not given.", "steps")
-    found = holds(
-        ok,
-        "last learning rate",
-        last,
-        limit=f"configured {lr_end:.4g} ± {slack:.2g}",
-        otherwise="fail" if known else "warn",
-        where="" if known else "unless the run ended early: steps is not given",
-    )
+    limit = f"configured {lr_end:.4g} ± {slack:.2g}"
+    where = "" if known else "unless the run ended early: steps is not given"
+    status: Status = "fail" if known else "warn"
+    found = [holds(ok, "last rate", last, limit=limit, otherwise=status, where=where)]
     many = _accumulation(schedule, last / peak) if not ok and falls and last > lr_end else None
-    if not many:
-        return [found]
-    text = f"micro-batches to an update if the {many[1]} schedule was sized in them"
-    return [found, note(text, many[0], key="accumulation")]
+    if many:
+        text = f"micro-batches to an update if the {many[1]} schedule was sized in them"
+        found.append(note(text, many[0], key="accumulation"))
+    return found
 
 
 def _accumulation(lr: Series, ratio: float) -> tuple[int, str] | None:

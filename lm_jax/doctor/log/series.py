@@ -63,8 +63,7 @@ class Records:
         self.count = 0
         self.odd: set[str] = set()  # metrics with something in them that is no number
         self.back: dict[str, list[int]] = {}  # by column: steps to which it went back
-        self._columns: dict[str, Series] = {}  # views of the rooms
-        self._rooms: dict[str, np.ndarray] = {}
+        self._columns: dict[str, Series] = {}
         self._most = most
         self.extend(rows)
 
@@ -107,32 +106,27 @@ class Records:
         self.back.setdefault(name, []).extend(int(step) - 1 for step in went_back)
         later = np.append(np.minimum.accumulate(steps[::-1])[::-1][1:], np.inf)
         new = Series(steps, values).where(steps < later)
-        start = int(np.searchsorted(kept.steps, steps.min()))
-        stop = start + len(new)
-        room = self._rooms.get(name, np.zeros((2, 0)))
-        if stop > room.shape[1]:  # grows by half, so that few rows cost no copy of all
-            room = np.zeros((2, stop + stop // 2))
-            room[:, :start] = kept.where(slice(start))
-        room[:, start:stop] = new
-        if self._most and stop > self._most:
-            keep = _thin(room[:, : stop - self._most // 2], self._most // 4, name)
-            room = np.concatenate([keep, room[:, stop - self._most // 2 : stop]], axis=1)
-            stop = room.shape[1]
-        self._rooms[name], self._columns[name] = room, Series(*room[:, :stop])
+        old = kept.where(slice(int(np.searchsorted(kept.steps, steps.min()))))
+        rows = np.concatenate([old, new], axis=1)
+        if self._most and rows.shape[1] > self._most:
+            cut = rows.shape[1] - self._most // 2
+            thin = _thin(rows[:, :cut], self._most // 4, name)
+            rows = np.concatenate([thin, rows[:, cut:]], axis=1)
+        self._columns[name] = Series(*rows)
 
     def series(self, name: str) -> Series:
-        """The rows of a column, as a view; KeyError if there is none of that name."""
+        """The rows of a column; KeyError if there is none of that name."""
         return self._columns[name]
 
 
-def _thin(room: np.ndarray, most: int, name: str) -> np.ndarray:
+def _thin(rows: np.ndarray, most: int, name: str) -> np.ndarray:
     """Up to `most` of the rows [2, n], one of each stretch of steps: the worst, else the first."""
-    steps, values = room
+    steps, values = rows
     good = np.isfinite(values)
     badness = np.where(good, values if name == "optim/skipped_updates" else 0, np.inf)
     stretch = np.digitize(steps, np.linspace(steps[0], steps[-1], most))
     order = np.lexsort((-badness, stretch))
-    return room[:, order[np.unique(stretch[order], return_index=True)[1]]]
+    return rows[:, order[np.unique(stretch[order], return_index=True)[1]]]
 
 
 def _checked(rows: Any) -> list[Mapping[str, Any]]:

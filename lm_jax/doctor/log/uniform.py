@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -107,15 +108,10 @@ def first_loss(loss: Series, uniform: float) -> Measure:
     # pre-trained one may begin anywhere, but does not fall as far.
     near = (0.97 if step <= 1 else 0.85) <= first * parts / uniform <= 1.06
     falls = loss.tail(0.1).values.mean() < 0.6 * first
-    return holds(
-        not (2 <= parts <= 1024 and near and falls),
-        f"first loss, at step {step:g}",
-        first,
-        limit=f"ln V = {uniform:.4g}",
-        otherwise="warn",
-        where=f"ln V / {parts} = {uniform / parts:.4g}",
-        key="first",
-    )
+    ok = not (2 <= parts <= 1024 and near and falls)
+    what, limit = f"first loss, at step {step:g}", f"ln V = {uniform:.4g}"
+    where = f"ln V / {parts} = {uniform / parts:.4g}"
+    return holds(ok, what, first, limit=limit, otherwise="warn", where=where, key="first")
 
 
 @check(
@@ -153,7 +149,7 @@ def fall(subject: Subject, uniform: float) -> Measure:
     best, ends = Mean(-math.inf, 0.0), (0, 0)
     for b in np.flatnonzero((half > L) & (L > 0)).tolist():
         a = int(np.searchsorted(D, D[b] / 2, "right")) - 1
-        if a < 0:
+        if a < 0 or L[a] <= 0:
             continue
         span = math.log(D[b] / D[a])
         relative = math.hypot(*(spread / L[i] / math.sqrt(count[i]) for i in (a, b)))
@@ -168,15 +164,10 @@ def fall(subject: Subject, uniform: float) -> Measure:
     known_text = "kn2" in (subject.references or {})
     sure = epochs is not None and (known_text or uniform >= math.log(_LARGE_VOCABULARY))
     course += "" if known_text else "; a corpus of near-zero entropy would look alike"
-    return holds(
-        _surely(best) <= 1,
-        f"exponent of the fall of the loss with the tokens seen (± {best.error:.2g})",
-        best.value,
-        limit="text: below 0.5, copying: above 1",
-        otherwise="fail" if sure else "warn",
-        where=course,
-        key="exponent",
-    )
+    what = f"exponent of the fall of the loss with the tokens seen (± {best.error:.2g})"
+    more: dict[str, Any] = {"otherwise": "fail" if sure else "warn", "where": course}
+    limit = "text: below 0.5, copying: above 1"
+    return holds(_surely(best) <= 1, what, best.value, limit=limit, key="exponent", **more)
 
 
 def _surely(slope: Mean) -> float:
