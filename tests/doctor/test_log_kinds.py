@@ -268,8 +268,8 @@ def test_one_cause_is_named_where_a_run_diverged(rows):
     turn = rows * 6 // 10
     values[turn:] = 270 * 0.99 ** np.arange(rows - turn)
     finding = found("divergence", rows_of(values), vocab_size=V)
-    assert f"last good row: step {10 * (turn - 1)} " in finding.evidence
-    assert f"next row: step {10 * turn} with 270" in finding.evidence
+    assert f"last good row is step {10 * (turn - 1)} " in finding.evidence
+    assert f"and step {10 * turn} has 270" in finding.evidence
     report = examine_log(rows_of(values), vocab_size=V, references={"unigram": 900.0})
     for name in ("trend", "above_uniform", "baseline", "spikes"):
         assert "log.divergence" in report[f"log.{name}"].evidence
@@ -370,6 +370,7 @@ def test_old_rows_of_a_long_log_are_thinned_for_a_watcher():
     assert short.steps[~np.isfinite(short.values)].tolist() == [5001]
     assert short.steps[0] < 200  # some of the beginning stay
     assert len(kept) == 30_000
+    assert len(Records(rows, most=2000).series("train/loss")) <= 2000  # all at once
     kept.extend([{"step": 25_000, "train/loss": 7.0}])  # resumed from there
     assert kept.series("train/loss").steps[-1] == 25_000
 

@@ -8,8 +8,8 @@ import scipy.ndimage
 
 from lm_jax.doctor.checks import check, fixture
 from lm_jax.doctor.facts import Skip
-from lm_jax.doctor.findings import Measure, at_least, at_most, holds, none, note
-from lm_jax.doctor.log.series import blocks, fall_at_once, noise, wander
+from lm_jax.doctor.findings import Measure, at_least, holds, none, note
+from lm_jax.doctor.log.series import STRIDES, blocks, falls_at_once, noise
 from lm_jax.doctor.log.subject import Subject
 
 _FEW = 16  # rows
@@ -19,7 +19,6 @@ _UNLEARNT = 5.0  # nats; a trained model of words or their parts has less
 class Rise(NamedTuple):
     """The end of the objective against the lowest that it had reached, medians of blocks."""
 
-    name: str
     start: float
     least: float
     end: float
@@ -46,8 +45,7 @@ def rise(subject: Subject) -> Rise:
     leave more than 4. Of few rows, means of two are compared; their noise is badly known, so that
     a quarter of the first row must be lost, and more where they are fewer than 8.
     """
-    name = subject.objective
-    loss = subject.finite(name, 3)
+    loss = subject.finite(subject.objective, 3)
     x, n, start = loss.values, len(loss), abs(float(loss.values[0]))
     if n < _FEW:
         parts = [np.array([i, i + 1]) for i in range(n - 1)]
@@ -68,11 +66,10 @@ def rise(subject: Subject) -> Rise:
     least, end = float(level[low]), float(level[-1])
     smooth = scipy.ndimage.median_filter(x, 9, mode="nearest") if n >= 60 else x
     good = int(np.flatnonzero(smooth <= max((least + end) / 2, smooth.min()))[-1])
-    where = f"last good row: step {loss.steps[good]:g} with {x[good]:.4g}"
+    where = f"the last good row is step {loss.steps[good]:g} with {x[good]:.4g}"
     if good + 1 < n:
-        where += f", next row: step {loss.steps[good + 1]:g} with {x[good + 1]:.4g}"
-    step = int(loss.steps[parts[low][-1]])
-    return Rise(name, float(x[0]), least, end, step, allowed, where)
+        where += f" and step {loss.steps[good + 1]:g} has {x[good + 1]:.4g}"
+    return Rise(float(x[0]), least, end, int(loss.steps[parts[low][-1]]), allowed, where)
 
 
 @fixture
@@ -88,23 +85,19 @@ def steady(rise: Rise | None = None) -> bool:
     "batches and the gradient norm at the step named; parameters from before it are still good. "
     "If the data change there, log the losses of both apart."
 )
-def divergence(subject: Subject, rise: Rise) -> list[Measure]:
+def divergence(subject: Subject, rise: Rise) -> Measure:
     """The loss does not end far above the lowest that it had reached."""
-    certain = rise.certain and len(subject.finite(rise.name)) >= 8
-    return [
-        at_most(
-            f"rise of {rise.name} above its lowest, nats",
-            rise.end - rise.least,
-            rise.allowed,
-            otherwise="fail" if certain else "warn",
-            where=rise.where,
-            key="rise",
-        ),
-        note("it began at", rise.start, key="start"),
-        note("was lowest with", rise.least, key="lowest"),
-        note("by step", rise.step, key="step"),
-        note("and ends at", rise.end, key="end"),
-    ]
+    certain = rise.certain and len(subject.finite(subject.objective)) >= 8
+    return holds(
+        not rise.diverged,
+        f"{subject.objective} began at {rise.start:.4g}, was lowest with {rise.least:.4g} by step "
+        f"{rise.step} and ends at {rise.end:.4g}, {rise.end - rise.least:.4g} nats above that",
+        {"start": rise.start, "lowest": rise.least, "step": rise.step, "end": rise.end},
+        limit=f"noise explains {rise.allowed:.3g}",
+        otherwise="fail" if certain else "warn",
+        where=rise.where,
+        key="course",
+    )
 
 
 @check(
@@ -121,9 +114,8 @@ def trend(subject: Subject, steady: bool, uniform: float | None = None) -> list[
         raise Skip(f"The log ends at step {last_step:g}, too early for this check.")
     if start < (0.7 * uniform if uniform else _UNLEARNT):
         raise Skip("The log does not begin with an untrained model.")
-    fell, needed = fall_at_once(loss.values)
-    if fell > needed:
-        return [at_least("first row above the median of the later ones", fell, needed)]
+    if falls_at_once(loss.values):
+        return [note(f"{name} falls from {start:.4g} at once")]
     x = blocks(loss.values, 200)
     n = len(x)
     falls = np.sign(x[:, None] - x[None, :])[np.triu_indices(n, 1)].sum()
@@ -134,24 +126,15 @@ def trend(subject: Subject, steady: bool, uniform: float | None = None) -> list[
     if drop + 3 * error < 0 and -drop > 0.05 * start:
         raise Skip(f"{name} rises from {start:.4g}; log.divergence judges that.")
     tiny = drop + 3 * error < 0.05 * start
-    found = [
-        # A frozen model falls by this much once in a hundred logs.
-        at_least(
-            f"z of the Mann-Kendall test for a fall of {name}",
-            z,
-            2.33,
-            otherwise="fail" if tiny and uniform else "warn",
-            key="z",
-        ),
-        note("fall from the first to the last third", drop, key="drop"),
-        note("standard error", error, key="error"),
-    ]
+    what = f"z of the Mann-Kendall test for a fall of {name}"
+    status = "fail" if tiny and uniform else "warn"
+    # A frozen model falls by this much once in a hundred logs.
+    found = [at_least(what, z, 2.33, otherwise=status, key="z")]
     if last_step >= 1000:
         text = f"share of {start:.4g} nats that {last_step:g} updates took off"
-        found.append(
-            holds(not tiny, text, drop / start, limit="at least 0.05", otherwise="warn", key="fell")
-        )
-    return found
+        limit = "at least 0.05"
+        found.append(holds(not tiny, text, drop / start, limit=limit, otherwise="warn", key="fell"))
+    return [*found, note(f"{name} of the last third is {drop:.3g} ± {error:.2g} below the first")]
 
 
 @check(
@@ -162,13 +145,12 @@ def spikes(subject: Subject, steady: bool) -> list[Measure]:
     """The loss does not jump above its recent past and stay there for several updates.
 
     Three rows in a row must lie 6 sd above the median of the rows before; where there are fewer
-    than 60, one row that is 10 sd and a quarter above it is enough. Rows that are running means are
-    alike, so the sd is that of rows further apart.
+    than 60, one row that is 10 sd and a quarter above it is enough.
     """
     loss = subject.finite("train/loss", 8)
     few = len(loss) < 60
     width = 3 if few else 50
-    x, sd = loss.values, wander(loss.values)
+    x, sd = loss.values, noise(loss.values, STRIDES)
     if not sd:
         raise Skip("The loss has no noise.")
     past = scipy.ndimage.median_filter(x, width, mode="nearest")[width // 2 : -width + width // 2]
@@ -178,19 +160,19 @@ def spikes(subject: Subject, steady: bool) -> list[Measure]:
     else:
         over = above > 6 * sd
         starts = np.flatnonzero(over[2:] & over[1:-1] & over[:-2])
-    places = [f"step {step:g}" for step in loss.steps[starts + width]]
+        starts = starts[np.diff(starts, prepend=-2) > 1]
+    steps = loss.steps[starts + width]
     limit = "rows 10 sd" if few else "runs of 3 rows over 6 sd"
     what = f"{limit} above the median of {width} before (sd {sd:.3g} nats)"
+    places = [f"step {step:g}" for step in steps]
     found = [none(what, places, otherwise="warn", key="places")]
     if not len(starts):
         return found
-    first = int(starts[0])
-    step = int(loss.steps[first + width])
-    found += [note("height of the first", float(above[first])), note("its step", step, key="step")]
+    found.append(note(f"height of the first, at step {steps[0]:g}", float(above[starts[0]])))
     if subject.has("optim/grad_norm"):
         norms = subject.finite("optim/grad_norm")
-        near = norms.values[(norms.steps >= loss.steps[first]) & (norms.steps <= step)]
-        if len(near) and np.median(near):
-            times = float(near.max() / np.median(near))
+        near = (norms.steps >= loss.steps[starts[0]]) & (norms.steps <= steps[0])
+        if near.any() and np.median(norms.values[near]):
+            times = float(norms.values[near].max() / np.median(norms.values[near]))
             found.append(note("gradient norm there, times its median before", times))
     return found

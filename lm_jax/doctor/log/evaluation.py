@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import scipy.stats
@@ -9,7 +10,7 @@ import scipy.stats
 from lm_jax.doctor import numbers
 from lm_jax.doctor.checks import check
 from lm_jax.doctor.facts import Skip, give
-from lm_jax.doctor.findings import Measure, at_least, at_most, holds, none, note
+from lm_jax.doctor.findings import Measure, Status, at_least, at_most, holds, none, note
 from lm_jax.doctor.log.series import Series, mean_error, noise, pairs
 from lm_jax.doctor.log.subject import SUBWORDS, Subject
 from lm_jax.doctor.numbers import half_unit
@@ -30,22 +31,20 @@ def overfit(subject: Subject) -> list[Measure]:
     if not splits or not subject.has("train/loss"):
         raise Skip("The log has no two evaluations beside a training loss.")
     found = []
+    # Worse than the model that training began with, or than a guess: nothing is left.
+    guess = math.log(subject.vocab_size) if subject.vocab_size else math.inf
     for split in splits:
         course = subject.overfitted(split)
-        # Worse than the model that training began with, or than a guess: nothing is left.
-        guess = math.log(subject.vocab_size) if subject.vocab_size else math.inf
-        lost = course is not None and course.end > min(course.start, guess)
-        found.append(
-            holds(
-                course is None,
-                f"{split} loses less than half of what was gained" if course is None else split,
-                otherwise="fail" if lost else "warn",
-                where=f"{course}, while the training loss falls: it overfits",
-                key=split,
-            )
+        if course is None:
+            found.append(note(f"{split} loses less than half of what was gained"))
+            continue
+        text = (
+            f"{split} overfits: lowest at step {course.step} with {course.low:.4g}, it ends at "
+            f"{course.end:.4g} nats while the training loss falls"
         )
-        if course is not None:
-            found.append(note(f"nats of {split} lost again", course.end - course.low))
+        lost = course.end > min(course.start, guess)
+        told = holds(False, text, course._asdict(), otherwise="fail" if lost else "warn", key=split)
+        found.append(told)
     return found
 
 
@@ -53,22 +52,17 @@ def overfit(subject: Subject) -> list[Measure]:
     "Score each token of the split once: count the targets that are real next tokens, not slots, "
     "padding or batches x length, and look for repeated or sampled-over data."
 )
-def logged_tokens(subject: Subject) -> list[Measure]:
+def logged_tokens(subject: Subject) -> Measure:
     """No evaluation scores more tokens than its split holds."""
-    found = [
-        at_most(
-            f"tokens of {split} scored",
-            float(subject.finite(f"{split}/token_count").values.max()),
-            size,
-            key=split,
-        )
+    shares = {
+        split: float(subject.finite(f"{split}/token_count").values.max() / size)
         for split, size in subject.sizes.items()
         if subject.has(f"{split}/token_count")
-    ]
-    if not found:
+    }
+    if not shares:
         raise Skip("Token counts are not logged, or split_tokens is not given.", "split_tokens")
-    shares = [m.value / subject.sizes[m.key] for m in found]
-    return [*found, note("times the split", max(shares), key="share")]
+    most = max(shares, key=lambda split: shares[split])
+    return at_most(f"tokens of {most} scored, times those it holds", shares[most], 1, key="share")
 
 
 @check(
@@ -111,7 +105,7 @@ def identical(subject: Subject) -> list[Measure]:
     found, seen = [], 0
     for split in splits:
         loss = subject.finite(f"{split}/loss")
-        chances, same = _ties(subject, loss)
+        chances, same = _ties(subject, loss.where(slice(-1000, None)))
         seen += len(chances)
         # Ties here and there, or the rarest run of them.
         runs = itertools.groupby(zip(chances, same, strict=True), lambda pair: bool(pair[1]))
@@ -121,29 +115,25 @@ def identical(subject: Subject) -> list[Measure]:
             what = f"evaluations of {split} that repeat"
             found.append(none(what, filter(None, same), of=len(chances), key=split))
     for a, b in [*(("train", split) for split in splits), *itertools.pairwise(splits)]:
-        if not subject.has(f"{a}/loss") or (a == "train" and subject.overfit):
+        of_train = a == "train"
+        if not subject.has(f"{a}/loss") or (of_train and subject.overfit):
             continue
         steps, x, y = pairs(subject.finite(f"{a}/loss"), subject.finite(f"{b}/loss"))
-        same = (x == y) & (x != 0)
-        digits = np.array([half_unit(v) < 2e-4 * abs(v) for v in x[same][:1000]], bool)
-        least = 3 if a == "train" else 1
-        seen += len(x) >= least
-        if np.sum(digits) >= least and same.mean() > 0.9 or (a != "train" and _exact(x[same])):
-            what = f"rows where {a} and {b} loss are equal: one split is used for both"
-            found.append(none(what, [f"step {s:g}" for s in steps[same]], of=len(x), key=b))
+        same_at = (x == y) & (x != 0)
+        digits = np.array([half_unit(v) / abs(v) for v in x[same_at][:1000]])
+        often = np.sum(digits < 2e-4) >= (3 if of_train else 1) and same_at.mean() > 0.9
+        seen += len(x) >= (3 if of_train else 1)
+        if often or (not of_train and np.any(digits <= 1e-5)):
+            what = f"rows where {a} and {b} have the same loss, so that one is the other"
+            places = [f"step {s:g}" for s in steps[same_at]]
+            found.append(none(what, places, of=len(x), key=b))
     if not seen:
         raise Skip("No two evaluations have a learning rate above 0 between them.")
     return found or [note("pairs of evaluations that differ", seen)]
 
 
-def _exact(values: np.ndarray) -> bool:
-    """Whether one of the values is printed to five digits or more."""
-    return any(half_unit(x) <= 1e-5 * abs(x) for x in values[:1000])
-
-
 def _ties(subject: Subject, loss: Series) -> tuple[list[float], list[str]]:
     """For each evaluation but the last, the chance that the next one is equal; where it is."""
-    loss = loss.where(slice(-1000, None))
     x, gaps = loss.values, np.diff(loss.steps)
     change, halves = np.abs(np.diff(x)), np.array([half_unit(value) for value in x])
     speed = np.where(change > 0, change / gaps, np.inf)
@@ -188,47 +178,51 @@ def floor(subject: Subject) -> list[Measure]:
     """
     subject.skip_if_overfit()
     best, references = _best(subject), subject.references or {}
-    found = [] if best and "entropy_rate" in references else _memory(subject, bool(best))
-    if best and "entropy_rate" in references:
-        name, nats, count = best
+    found = []
+    if not (best and "entropy_rate" in references):
+        found += _memory(subject, references, bool(best))
+    if best:
+        found += _held_out(subject, references, *best)
+    if not found and subject.vocab_size is None:
+        raise give("vocab_size")
+    if not found:
+        raise Skip("Low losses are ordinary for under 1000 ids or unknown data.", "references")
+    return found
+
+
+def _held_out(
+    subject: Subject, references: Mapping[str, float], name: str, nats: float, count: float
+) -> Iterator[Measure]:
+    """The lowest loss on held-out or new data, a mean of `count` tokens, against what is known."""
+    if "entropy_rate" in references:
         rate = references["entropy_rate"]
         error = _token_sd(subject) / math.sqrt(count) if count else math.nan
         if not math.isfinite(error):
             raise Skip("The number of scored tokens is not known.", "split_tokens")
         what = f"{name}, against the entropy rate of the source of {rate:.5g} nats"
-        found.append(at_least(what, nats, math.nextafter(rate - 3 * error, math.inf), key="loss"))
-        found.append(note("standard error at most", error, key="error"))
-    elif best and "kn2" in references:
-        name, nats, _ = best
+        yield at_least(what, nats, math.nextafter(rate - 3 * error, math.inf), key="loss")
+        yield note("standard error at most", error, key="error")
+    elif "kn2" in references:
         status = "warn" if (subject.parameters or 0) >= 1e9 else "fail"
         what = f"{name}, nats, against a tenth of the perplexity of a bigram model"
         limit = math.log(references["kn2"] / 10)
-        found.append(at_least(what, nats, limit, otherwise=status, key="loss"))
-    elif best and (subject.vocab_size or 0) >= SUBWORDS:
-        name, nats, _ = best
+        yield at_least(what, nats, limit, otherwise=status, key="loss")
+    elif (subject.vocab_size or 0) >= SUBWORDS:
         what = f"{name}, nats (perplexity {numbers.exp(nats):.4g} over {subject.vocab_size} ids)"
-        found.append(at_least(what, nats, _LOW, otherwise="warn", key="loss"))
-    if not found and subject.vocab_size is None:
-        raise give("vocab_size")
-    if not found:
-        raise Skip(
-            "Low losses are ordinary for under 1000 ids or data of unknown age.", "references"
-        )
-    return found
+        yield at_least(what, nats, _LOW, otherwise="warn", key="loss")
 
 
-def _memory(subject: Subject, evaluated: bool) -> list[Measure]:
+def _memory(subject: Subject, references: Mapping[str, float], held_out: bool) -> list[Measure]:
     """Whether the training loss is that of text known by heart, or too low for unknown data."""
     if not subject.has("train/loss") or (subject.vocab_size or 0) < SUBWORDS:
         return []
     loss = subject.finite("train/loss")
     epochs = subject.epochs(loss.steps[-1:])
-    if evaluated if epochs is None else epochs[0] <= 1:
+    if held_out if epochs is None else epochs[0] <= 1:
         return []
     if epochs is None:
-        what, references = "over data that may be new or not", subject.references or {}
-        limit = min(_LOW, references.get("entropy_rate", _LOW))
-        limit = min(limit, math.log(references.get("kn2", math.inf) / 10))
+        what, bigram = "over data that may be new or not", references.get("kn2", math.inf)
+        limit = min(_LOW, references.get("entropy_rate", _LOW), math.log(bigram / 10))
     else:
         what, limit = f"of {epochs[0]:.3g} epochs", _BY_HEART
     last = loss.tail(0.1).values
@@ -249,33 +243,24 @@ def baseline(subject: Subject, steady: bool, references: dict[str, float]) -> li
     if not reference:
         raise Skip("No reference lines are given.", "references")
     split = next(iter(subject.scored()), "train")
-    if split == "train":
-        loss = subject.finite("train/loss")
-    else:
+    if split != "train":
         subject.skip_if_overfit()
-        loss = subject.nats(split)
-        if course := subject.overfitted(split):
-            raise Skip(f"{split} overfits (log.overfit): {course}.")
+        if subject.overfitted(split):
+            raise Skip(f"{split} overfits (log.overfit).")
+    loss = subject.finite("train/loss") if split == "train" else subject.nats(split)
     if not subject.settled(loss.steps):
         raise Skip(f"The log ends at step {loss.steps[-1]:g}, too early for this check.")
     nats = float(loss.tail(0.25 if split == "train" else 0).values.mean())
     epochs = subject.epochs(loss.steps[-1:])
     name = "kn2" if epochs is not None and epochs[0] >= 3 else "unigram"
     name = name if name in reference else next(iter(reference))
-    falling = len(loss) > 1 and loss.values[-1] < loss.values[0] - 0.05 * abs(loss.values[0])
-    falling &= subject.vocab_size is None or nats < math.log(subject.vocab_size)
-    over_unigram = nats > reference.get("unigram", math.inf) and not falling
-    return [
-        holds(
-            nats <= reference[name] or (name == "unigram" and falling),
-            f"{split} at the end, nats",
-            nats,
-            limit=f"at most {reference[name]:.4g} ({name})",
-            otherwise="fail" if over_unigram else "warn",
-            key="loss",
-        ),
-        *(note(f"perplexity of the {k} model", references[k]) for k in reference),
-    ]
+    falls = len(loss) > 1 and loss.values[-1] < loss.values[0] - 0.05 * abs(loss.values[0])
+    falls &= subject.vocab_size is None or nats < math.log(subject.vocab_size)
+    status: Status = "fail" if nats > reference.get("unigram", math.inf) and not falls else "warn"
+    ok = nats <= reference[name] or (name == "unigram" and falls)
+    what, limit = f"{split} at the end, nats", f"at most {reference[name]:.4g} ({name})"
+    found = holds(ok, what, nats, limit=limit, otherwise=status, key="loss")
+    return [found, *(note(f"perplexity of the {k} model", references[k]) for k in reference)]
 
 
 def _best(subject: Subject) -> tuple[str, float, float] | None:

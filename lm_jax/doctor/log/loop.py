@@ -8,8 +8,8 @@ import numpy as np
 from lm_jax.doctor import numbers
 from lm_jax.doctor.checks import check, fixture
 from lm_jax.doctor.facts import Skip, give
-from lm_jax.doctor.findings import Measure, at_least, at_most, holds, none, note
-from lm_jax.doctor.log.series import Series, fall_at_once
+from lm_jax.doctor.findings import Measure, Status, at_least, at_most, holds, none, note
+from lm_jax.doctor.log.series import Series, falls_at_once
 from lm_jax.doctor.log.subject import Subject
 from lm_jax.doctor.numbers import half_unit
 
@@ -47,23 +47,25 @@ def updates(subject: Subject) -> list[Measure]:
     found = []
     lr = subject.finite("optim/lr") if subject.has("optim/lr") else None
     if lr is not None and len(lr) > 1:
-        zero = np.sum(lr.values == 0)
-        found.append(holds(zero < len(lr), "rows with a learning rate above 0", len(lr) - zero))
-    for name in ("optim/param_norm", "optim/update_norm", "optim/grad_norm"):
-        norm = _while_learning(subject, name, lr)
-        if len(norm) <= 2:
+        above = int(np.sum(lr.values > 0))
+        found.append(holds(above > 0, "rows with a learning rate above 0", above))
+    names = ("optim/param_norm", "optim/update_norm", "optim/grad_norm")
+    norms = {name: _while_learning(subject, name, lr) for name in names}
+    has_loss = subject.has("train/loss")
+    loss = subject.series("train/loss").finite().values if has_loss else np.zeros(0)
+    for name, norm in norms.items():
+        if len(norm) < 3:
             continue
         if name == "optim/param_norm":
             if half_unit(norm[0]) < 1e-6 * abs(norm[0]):
-                text = f"spread of the parameter norm in {len(norm)} rows"
-                found.append(holds(np.ptp(norm) > 0, text, np.ptp(norm), limit="above 0"))
-            continue
-        zero = np.mean(norm == 0)
-        if zero == 1 and name == "optim/grad_norm" and _learns(subject):
+                spread = float(np.ptp(norm))
+                found.append(holds(spread > 0, f"spread of {name}", spread, limit="above 0"))
+        elif name == "optim/grad_norm" and not norm.any() and len(loss) > 3 and falls_at_once(loss):
             found.append(note("gradient norm not measured: 0 in all rows while the loss falls"))
-            continue
-        found.append(at_most(f"share of rows where {name} is 0", float(zero), 0.5))
-        found += _stale(norm) if name == "optim/grad_norm" else []
+        else:
+            zero = float(np.mean(norm == 0))
+            found.append(at_most(f"share of rows where {name} is 0", zero, 0.5))
+    found += _stale(norms["optim/grad_norm"])
     if not found:
         raise Skip("No learning rate, parameter norm, update norm or gradient norm is logged.")
     return found
@@ -81,17 +83,6 @@ def _while_learning(subject: Subject, name: str, lr: Series | None) -> np.ndarra
         skipped = subject.series("optim/skipped_updates")
         use &= ~np.isin(series.steps, skipped.steps[skipped.values > 0])
     return series.values[use]
-
-
-def _learns(subject: Subject) -> bool:
-    """Whether the training loss falls at once."""
-    if not subject.has("train/loss"):
-        return False
-    x = subject.series("train/loss").finite().values
-    if len(x) < 4:
-        return len(x) > 1 and bool(x[-1] < 0.95 * x[0])
-    fell, needed = fall_at_once(x)
-    return fell > needed
 
 
 def _stale(norm: np.ndarray) -> list[Measure]:
@@ -147,7 +138,7 @@ def lr_zero(rates: Series) -> list[Measure]:
 
 
 @check("Shorten the warm-up to at most a tenth of the run, counted in updates.")
-def warmup(subject: Subject, schedule: Series) -> list[Measure]:
+def warmup(subject: Subject, schedule: Series) -> Measure:
     """The learning rate reaches its peak within the first three tenths of the run."""
     steps, lr = schedule
     place = int(np.argmax(lr))
@@ -160,53 +151,33 @@ def warmup(subject: Subject, schedule: Series) -> list[Measure]:
             "steps",
         )
     what = f"share of the run before the peak rate of {lr[place]:.3g}, at step {steps[place]:g}"
-    found = [at_most(what, share, _WARMUP, otherwise="fail" if rises else "warn", key="share")]
-    if subject.lr_peak and rises and lr[place] < 0.99 * subject.lr_peak:
-        found.append(note("configured peak", subject.lr_peak))
-    return found
+    return at_most(what, share, _WARMUP, otherwise="fail" if rises else "warn", key="share")
 
 
 @check(
     "Size the schedule in updates if it is stepped once per update; a schedule sized in "
     "micro-batches never comes to its end. examine_optimiser (optimiser.executed_lr) decides."
 )
-def lr_end(subject: Subject, schedule: Series) -> list[Measure]:
+def lr_end(subject: Subject, schedule: Series, lr_end: float) -> list[Measure]:
     """The last learning rate is the configured one, to 5 % and 1 % of the peak."""
-    end = subject.lr_end
-    if end is None:
-        raise give("lr_end")
     steps, lr = schedule
-    peak = subject.lr_peak or float(lr.max())
-    last, highest = float(lr[-1]), lr[-1] == lr.max()
-    slack = 0.05 * end + 0.01 * peak
+    known, peak, last = subject.steps is not None, subject.lr_peak or lr.max(), float(lr[-1])
     # What the rate still falls by after the last row, which may not be the last update.
     gap = steps[-1] - steps[-2]
     missing = gap if subject.steps is None else max(0, subject.steps - steps[-1])
-    slack += float(abs(lr[-1] - lr[-2]) / gap * missing)
-    off = abs(last - end) > slack
-    if off and subject.steps is None and highest:
+    slack = 0.05 * lr_end + 0.01 * peak + float(abs(last - lr[-2]) / gap * missing)
+    ok, falls = abs(last - lr_end) <= slack, last < lr.max()
+    if not (ok or known or falls):
         raise Skip("The log ends at the peak of the learning rate and steps is not given.", "steps")
-    many = _accumulation(schedule, last / peak) if last - end > slack and not highest else None
-    where = []
+    limit = f"configured {lr_end:.4g} ± {slack:.2g}"
+    where = "" if known else "unless the run ended early: steps is not given"
+    status: Status = "fail" if known else "warn"
+    found = [holds(ok, "last rate", last, limit=limit, otherwise=status, where=where)]
+    many = _accumulation(schedule, last / peak) if not ok and falls and last > lr_end else None
     if many:
-        where.append(
-            f"a {many[1]} schedule sized in micro-batches with {many[0]} of them to an update ends "
-            "there"
-        )
-    if subject.steps is None:
-        where.append("the run may have ended early: steps is not given")
-    return [
-        holds(
-            not off,
-            "last learning rate",
-            last,
-            limit=f"configured {end:.4g} ± {slack:.2g}",
-            otherwise="warn" if subject.steps is None else "fail",
-            where="; ".join(where),
-        ),
-        note("share of the peak", last / peak, key="ratio"),
-        *([note("micro-batches to an update", many[0], key="accumulation")] if many else []),
-    ]
+        text = f"micro-batches to an update if the {many[1]} schedule was sized in them"
+        found.append(note(text, many[0], key="accumulation"))
+    return found
 
 
 def _accumulation(lr: Series, ratio: float) -> tuple[int, str] | None:
@@ -215,8 +186,7 @@ def _accumulation(lr: Series, ratio: float) -> tuple[int, str] | None:
     A schedule sized in micro-batches is executed up to 1/a of its length, of which the first part
     was warm-up.
     """
-    ends = lr.steps[-1]
-    warm = lr.steps[int(np.argmax(lr.values))]
+    ends, warm = lr.steps[-1], lr.steps[int(np.argmax(lr.values))]
     for count in (2, 3, 4, 6, 8, 12, 16, 24, 32, 64):
         done = (ends - warm) / (count * ends - warm)
         kinds = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done}
@@ -232,9 +202,8 @@ def clipping(subject: Subject) -> list[Measure]:
     late = float(subject.finite("optim/clip_rate").tail(0.5).values.mean())
     text = (
         "clipping keeps the direction, and Adam divides a constant factor out again, so this alone "
-        "explains no bad loss; small batches keep norms high by their noise; under plain SGD it "
-        "fixes the length of every step; a loss summed instead of averaged over tokens does this "
-        "from the first update on (loss.repetition)"
+        "explains no bad loss; a loss summed over tokens does this from the first update on "
+        "(loss.repetition)"
     )
     rate = note("share of updates clipped in the second half", late, key="rate")
     return [rate, note(text)] if late > 0.9 else [rate]
@@ -258,18 +227,11 @@ def throughput(subject: Subject) -> Measure:
     if not len(measured):
         raise Skip("perf/mfu is negative: not measured.")
     mfu = float(np.median(measured))
-    percent = mfu > 1 or logged.min() < -1
-    unsure = not percent and mfu > _MAX_MFU  # a percent of a small model, or a share
-    mfu = mfu / 100 if percent and mfu <= 100 else mfu
-    what = "logged share of the peak" + (", in percent" if percent else "")
-    return at_most(
-        what,
-        mfu,
-        _MAX_MFU,
-        otherwise="warn" if unsure else "fail",
-        where="no model reaches that" if not unsure else "unless it is in percent",
-        key="mfu",
-    )
+    if mfu > 1 or logged.min() < -1:
+        return at_most("logged percent of the peak", mfu / 100, _MAX_MFU, key="mfu")
+    unless = "unless it is a percent"  # of a small model
+    what = "logged share of the peak"
+    return at_most(what, mfu, _MAX_MFU, otherwise="warn", where=unless, key="mfu")
 
 
 @check(
@@ -298,7 +260,7 @@ def budget(subject: Subject) -> Measure:
     "Log raw values, weights and weighted values under names of their own, and let the objective "
     "be their sum."
 )
-def components(subject: Subject) -> list[Measure]:
+def components(subject: Subject) -> Measure:
     """Weighted terms add up to the objective, to 1e-5 and the digits printed."""
     parts = [name for name in subject.rows.names if name.startswith("distill/weighted/")]
     if not parts:
@@ -308,15 +270,8 @@ def components(subject: Subject) -> list[Measure]:
     if not len(steps):
         raise Skip("No row has all weighted terms and the objective.")
     x = np.stack([c.values[np.searchsorted(c.steps, steps)] for c in columns])
-    gap = np.abs(x[1:].sum(0) - x[0])
-    allowed = 1e-5 * np.maximum(1.0, np.abs(x[1:]).sum(0))
-    for row in np.argsort(-gap / allowed)[:_MOST]:
-        allowed[row] += sum(half_unit(value) for value in x[:, row])
-    row = int(np.argmax(gap / allowed))
-    what = f"gap of the {len(parts)} terms' sum to the objective, at step {steps[row]:g}"
-    return [
-        at_most(what, float(gap[row]), float(allowed[row]), key="gap"),
-        note("sum", float(x[1:, row].sum()), key="sum"),
-        note("objective", float(x[0, row]), key="objective"),
-        note("rows", len(steps)),
-    ]
+    sums = [(numbers.excess_of_sum(row[1:], row[0]), row) for row in x.T.tolist()]
+    step, (excess, row) = max(zip(steps, sums, strict=True), key=lambda pair: pair[1][0])
+    text = f"objective {row[0]:.6g} and sum {sum(row[1:]):.6g} of {len(parts)} terms at step"
+    what = f"{text} {step:g}, difference over what digits and rounding allow"
+    return at_most(what, excess, 1, key="excess")

@@ -1,18 +1,52 @@
 """What the values of losses and norms say by themselves."""
 
+import dataclasses
 import math
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
 from lm_jax.doctor.checks import check
 from lm_jax.doctor.facts import Skip
-from lm_jax.doctor.findings import Measure, holds, listed, none, note
+from lm_jax.doctor.findings import Measure, Status, holds, listed, none, note
 from lm_jax.doctor.log.series import Series
-from lm_jax.doctor.log.subject import Subject, is_known, listing
+from lm_jax.doctor.log.subject import Subject, is_known
 from lm_jax.doctor.numbers import FLOAT32_EPS, half_unit
 
 _MAIN = ("train/loss", "valid/loss", "test/loss", "distill/lm_ce", "distill/kd_kl")
-_MOST_RUNS = 1000  # of zeros that are looked at
+_MOST = 1000  # values whose digits are looked at, and runs of one value
+_ROUNDING = 100 * FLOAT32_EPS  # of logits of 100
+
+Told = tuple[str, Any]  # a text for the evidence, and what goes into `Finding.values`
+
+
+def _listing(what: str, found: Mapping[Any, Told], *, of: int, **more: Any) -> Measure:
+    """Offenders with a text for each."""
+    made = none(what, [text for text, _ in found.values()], of=of, **more)
+    return dataclasses.replace(made, value={name: value for name, (_, value) in found.items()})
+
+
+def _losses(
+    subject: Subject,
+    what: str,
+    look: Callable[[str, Series], Told | None],
+    main: Callable[[str], bool],
+    key: str,
+) -> list[Measure]:
+    """What `look` finds in the losses: it fails for the main ones, and warns for the others."""
+    names = subject.losses
+    if not names:
+        raise Skip("The log has no loss.")
+    kinds: dict[Status, dict[str, Told]] = {"fail": {}, "warn": {}}
+    for name in names:
+        if told := look(name, subject.series(name).finite()):
+            kinds["fail" if main(name) else "warn"][name] = told
+    return [
+        _listing(what, found, of=len(names), otherwise=status, key=key)
+        for status, found in kinds.items()
+        if found
+    ] or [none(what, (), of=len(names), key=key)]
 
 
 @check(
@@ -23,26 +57,23 @@ def readable(subject: Subject) -> list[Measure]:
     """Rows can be read and hold metrics that are known."""
     rows, problems = subject.rows, subject.problems
     known = [name for name in rows.names if is_known(name)]
-    cut_off = all(p.last for p in problems)  # what a kill leaves
+    cut_off = all(p.last for p in problems) and known  # what a kill leaves
     columns = [f"{column} -> {metric}" for column, metric in (subject.columns or {}).items()]
-    found = [
+    bad = none(
+        "lines that could not be used",
+        [f"line {p.line}: {p.what}" for p in problems],
+        of=len(rows) + len(problems),
+        otherwise="warn" if cut_off else "fail",
+        key="lines",
+    )
+    return [
         holds(len(rows) > 0, "records", len(rows)),
         holds(bool(known), f"metrics that are known: {listed(known, 20) or 'none'}"),
-        listing(
-            "lines that could not be used",
-            {str(p.line): f"line {p.line}: {p.what}" for p in problems},
-            [p.line for p in problems],
-            of=len(rows) + len(problems),
-            otherwise="warn" if cut_off and known else "fail",
-            key="lines",
-        ),
+        dataclasses.replace(bad, value=[p.line for p in problems]),
         none("metrics with something that is no number in some rows", sorted(rows.odd)),
+        *([note(f"read {listed(columns, 20)}")] if columns else []),
+        *([note(f"columns not used: {listed(subject.ignored, 20)}")] if subject.ignored else []),
     ]
-    if columns:
-        found.append(note(f"read {listed(columns, 20)}"))
-    if subject.ignored:
-        found.append(note(f"columns not used: {listed(subject.ignored, 20)}"))
-    return found
 
 
 @check(
@@ -53,15 +84,14 @@ def readable(subject: Subject) -> list[Measure]:
 )
 def finite(subject: Subject) -> Measure:
     """No loss or norm is NaN or infinite, and no update was skipped for it."""
-    scaled = subject.has("optim/loss_scale")  # float16: gradients overflow while it is sought
     names = [n for n in subject.rows.names if is_known(n) or n in subject.losses]
     names = [n for n in names if not n.endswith("ppl")]
+    if subject.has("optim/loss_scale"):  # float16: gradients overflow while it is sought
+        names = [n for n in names if not n.startswith(("optim/", "grad_norm/"))]
     if not names:
         raise Skip("The log has no loss and no norm.")
-    texts, values = {}, {}
+    found = {}
     for name in names:
-        if scaled and name.startswith(("optim/", "grad_norm/")):
-            continue
         series = subject.series(name)
         bad = ~np.isfinite(series.values)
         if name == "optim/skipped_updates":
@@ -71,48 +101,35 @@ def finite(subject: Subject) -> Measure:
         first, count = int(np.argmax(bad)), int(bad.sum())
         stays = bool(bad[first:].all() and first + 1 < len(bad))
         step = int(series.steps[first])
-        course = "and in every later row" if stays else f"in {count} of {len(bad)} rows"
-        texts[name] = f"{name} at step {step}, {course}"
+        text = (
+            f"{name} at step {step} and in every later row"
+            if stays
+            else (f"{name} in {count} of {len(bad)} rows from step {step}")
+        )
         if first and stays:
-            texts[name] += f" (last good row: step {series.steps[first - 1]:g})"
-        values[name] = {"first_step": step, "count": count, "stays": stays}
-    what = "columns with updates skipped or values that are not finite"
-    return listing(what, texts, values, of=len(names), key="found")
+            text += f" (last good row: step {series.steps[first - 1]:g})"
+        found[name] = text, {"first_step": step, "count": count, "stays": stays}
+    what = "columns with values that are not finite, or with updates skipped"
+    return _listing(what, found, of=len(names), key="found")
 
 
 @check(
-    "A cross-entropy or a KL divergence is a mean of -log p or of log ratios under one "
-    "distribution and never below 0: look for logits used as log-probabilities, a sign, negative "
-    "weights, or a term that is subtracted (examine_loss: loss.definition)."
+    "A cross-entropy or a KL divergence is never below 0: look for logits used as "
+    "log-probabilities, a sign, negative weights, or a term that is subtracted (examine_loss: "
+    "loss.definition)."
 )
 def negative(subject: Subject) -> list[Measure]:
     """No cross-entropy and no KL divergence is below 0 by more than rounding."""
-    if not subject.losses:
-        raise Skip("The log has no loss.")
-    rounding = 100 * FLOAT32_EPS  # of logits of 100
-    found: dict[bool, dict[str, dict[str, float]]] = {True: {}, False: {}}
-    for name in subject.losses:
-        series = subject.series(name).finite()
-        below = np.flatnonzero(series.values < -rounding)
-        if len(below):
-            found[is_known(name)][name] = {
-                "first_step": int(series.steps[below[0]]),
-                "count": len(below),
-                "lowest": float(series.values.min()),
-            }
-    texts = {
-        name: f"{name} in {x['count']} rows from step {x['first_step']}, {x['lowest']:.4g} at least"
-        for rows in found.values()
-        for name, x in rows.items()
-    }
-    of = len(subject.losses)
+
+    def look(name: str, series: Series) -> Told | None:
+        below = series.where(series.values < -_ROUNDING)
+        if not len(below):
+            return None
+        first, lowest = int(below.steps[0]), below.values.min()
+        return f"{name} in {len(below)} rows from step {first}, down to {lowest:.4g}", first
+
     # A column of an unknown name may be an objective that is allowed to be negative.
-    others = {n: texts[n] for n in found[False]}
-    known = {n: texts[n] for n in found[True]}
-    return [
-        listing("losses below 0", known, found[True], of=of, key="found"),
-        listing("other losses below 0", others, found[False], of=of, otherwise="warn"),
-    ]
+    return _losses(subject, "losses below 0", look, is_known, "found")
 
 
 @check(
@@ -122,49 +139,40 @@ def negative(subject: Subject) -> list[Measure]:
 )
 def imputed(subject: Subject) -> list[Measure]:
     """No loss is exactly 0 beside values far above 0, and none jumps to one constant again."""
-    if not subject.losses:
-        raise Skip("The log has no loss.")
-    steps: dict[str, list[int]] = {}
-    texts: dict[bool, dict[str, str]] = {True: {}, False: {}}
-    for name in subject.losses:
-        series = subject.series(name).finite()
+
+    def look(name: str, series: Series) -> Told | None:
         value, at = _replaced(series, name)
-        if at:
-            steps[name] = at
-            where = f"steps {listed(at)}" if len(at) < len(series) else f"all {len(at)} rows"
-            texts[name in _MAIN][name] = f"{name} is exactly {value:g} at {where}"
-    of = len(subject.losses)
-    return [
-        listing("losses that were replaced", texts[True], steps, of=of, key="steps"),
-        listing("other losses that were replaced", texts[False], steps, of=of, otherwise="warn"),
-    ]
+        where = f"steps {listed(at)}" if len(at) < len(series) else f"all {len(at)} rows"
+        return (f"{name} is exactly {value:g} at {where}", at) if at else None
+
+    return _losses(subject, "losses that were replaced", look, _MAIN.__contains__, "steps")
 
 
 def _replaced(series: Series, name: str) -> tuple[float, list[int]]:
     """The constant that stands for lost values, and the steps at which it does."""
     x = series.values
     if name == "train/loss" and len(x) > 1 and not x.any():
-        return 0.0, [int(step) for step in series.steps]
-    printed = min((half_unit(v) for v in x[x != 0][:1000]), default=0.0)
+        return 0.0, series.steps.astype(int).tolist()
+    printed = min((half_unit(v) for v in x[x != 0][:_MOST]), default=0.0)
     kinds, counts = np.unique(x, return_counts=True)
     # Ordinary losses of many digits seldom meet the same value three times, and never far out.
-    far = np.flatnonzero(counts >= 3)
-    outer = [k for k in kinds[far[[0, -1]]] if k] if len(far) else []
-    for value in (0.0, *outer):
+    often = kinds[counts >= 3]
+    for value in (0.0, *(k for k in (*often[:1], *often[-1:]) if k)):
         steps: list[int] = []
         runs = np.flatnonzero(np.diff(np.concatenate([[False], x == value, [False]]).astype(int)))
-        for start, stop in runs.reshape(-1, 2)[:_MOST_RUNS].tolist():
+        for start, stop in runs.reshape(-1, 2)[:_MOST].tolist():
             before, after = x[max(0, start - 5) : start], x[stop : stop + 5]
             # A term may be switched on late or off early; the loss of the model may not.
             if not len(before) or (not len(after) and (name not in _MAIN or value)):
                 continue
             near = np.concatenate([before, after])
             near = near[near != value]
-            gap = abs(near.mean() - value) if len(near) else 0.0
-            if gap > 6 * math.hypot(near.std() if len(near) else 0.0, printed) and (
-                value == 0 or gap > 0.25 * abs(near.mean())
-            ):
-                steps += [int(step) for step in series.steps[start:stop]]
+            if not len(near):
+                continue
+            gap = abs(near.mean() - value)
+            far = value == 0 or gap > 0.25 * abs(near.mean())
+            if far and gap > 6 * math.hypot(near.std(), printed):
+                steps += series.steps[start:stop].astype(int).tolist()
         if len(steps) >= (1 if value == 0 else 3):
             return value, steps
     return 0.0, []
@@ -187,10 +195,5 @@ def quantised(subject: Subject) -> Measure:
     chance = float(np.log(np.minimum(1, 2 * printed / step)).sum())
     if chance > math.log(1e-6):
         raise Skip("The losses are printed with too few digits, or too few differ.")
-    return holds(
-        not hits.all(),
-        f"share of {len(x)} different losses that are bfloat16 numbers to their last digit",
-        float(hits.mean()),
-        limit="below 1",
-        key="share",
-    )
+    what = f"share of {len(x)} different losses that are bfloat16 numbers to their last digit"
+    return holds(not hits.all(), what, float(hits.mean()), limit="below 1", key="share")

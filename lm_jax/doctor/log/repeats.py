@@ -7,7 +7,7 @@ import numpy as np
 from lm_jax.doctor.checks import check
 from lm_jax.doctor.facts import Skip
 from lm_jax.doctor.findings import Measure, at_most, note
-from lm_jax.doctor.log.series import echo, residuals, wander
+from lm_jax.doctor.log.series import STRIDES, echo, noise
 from lm_jax.doctor.log.subject import Subject
 
 _ROWS = 30  # that must come again
@@ -22,16 +22,18 @@ _SLACK = 0.1  # by how much the length of an epoch may be stated wrong
 )
 def resume(subject: Subject) -> list[Measure]:
     """The loss does not jump, and batches do not repeat, where the run was resumed."""
-    restarts = subject.restarts()
+    logged = subject.finite("resumed").values.astype(int) if subject.has("resumed") else ()
+    restarts = sorted({*subject.resumes, *logged, *subject.rows.back.get("train/loss", ())})
     if not restarts:
         raise Skip("No resume is declared or seen.", "resumes")
     loss = subject.finite("train/loss")
-    spread, found = wander(loss.values), []
+    spread, found, judged = noise(loss.values, STRIDES), [], 0
     for at in restarts:
         split = int(np.searchsorted(loss.steps, at, side="right"))
         size = min(32, split // 6, len(loss) - split)
         if size < 4:
             continue
+        judged += 1
         jump = _jump(loss.values, split, size)
         # Where nothing was resumed the same fit shows what curvature and drift amount to.
         near = range(max(size, split // 2), min(len(loss) - size, 2 * split) + 1, size // 2)
@@ -44,18 +46,17 @@ def resume(subject: Subject) -> list[Measure]:
         found.append(
             at_most(change, abs(jump), 4.5 * error, where=f"{jump:+.3g}", key=f"jump {at}")
         )
-        rows = min(len(loss) - split, split)
-        if rows >= _ROWS:
+        if min(len(loss) - split, split) >= _ROWS:
             found += _again(loss.values[: 2 * split], split, at)
     if not found:
         raise Skip("Fewer than 4 rows stand before or after every resume.")
-    return [*found, note("resumes judged", sum(m.key.startswith("jump") for m in found))]
+    return [*found, note("resumes judged", judged)]
 
 
 def _again(values: np.ndarray, split: int, at: int) -> list[Measure]:
     """Whether the rows after `split` have the noise of the first rows of the log."""
     try:
-        found = echo(residuals(values), np.array([split]))
+        found = echo(values, np.array([split]))
     except Skip:
         return []
     what = f"likeness of the noise after step {at} to that of the first rows, sd"
@@ -74,26 +75,20 @@ def epoch_order(subject: Subject) -> list[Measure]:
     """
     subject.skip_if_overfit()
     loss = subject.finite("train/loss", 2 * _ROWS)
-    n = len(loss)
+    n, period = len(loss), len(loss)
     epochs = subject.epochs(loss.steps)
-    period = n
     if epochs is not None and epochs[-1] > epochs[0]:
         period = round((n - 1) / (epochs[-1] - epochs[0]))
     if period < _LEAST:
         raise Skip(f"An epoch has {period} rows and this check needs {_LEAST}.")
     lags = np.arange(_LEAST, n - _ROWS)
     implied = lags[np.abs(lags - period) <= max(2, _SLACK * period)]
-    found = echo(residuals(loss.values), implied if len(implied) else lags)
+    found = echo(loss.values, implied if len(implied) else lags)
+    what = f"likeness of the noise of {found.rows} pairs of rows {found.lag} apart, sd"
+    status = "fail" if len(implied) else "warn"
     return [
-        at_most(
-            f"likeness of the noise of rows {found.lag} apart, sd",
-            found.z,
-            found.allowed,
-            otherwise="fail" if len(implied) else "warn",
-            key="z",
-        ),
+        at_most(what, found.z, found.allowed, otherwise=status, key="z"),
         note("correlation of their ranks", found.correlation, key="correlation"),
-        note("rows compared", found.rows),
         note("rows of an epoch", period) if period < n else note("length of an epoch not reached"),
     ]
 

@@ -13,7 +13,7 @@ from lm_jax.doctor.facts import Skip, require
 from lm_jax.doctor.log.read import METRICS, number
 
 _HUGE = 1e100  # counts as infinite, so that squares and sums of the rest are finite
-_STRIDES = (1, 2, 4, 8, 16, 32)
+STRIDES = (1, 2, 4, 8, 16, 32)  # for rows that may be alike because they are running means
 
 
 class Series(NamedTuple):
@@ -49,9 +49,9 @@ class Records:
     A step that comes again replaces what its column had logged from it on: a run that was killed
     goes on from an older checkpoint and appends to its log.
 
-    With `most`, no column holds more rows: the newest half are all there, of the older ones every
-    2nd, 4th, 8th ... as they become more; of a group, a row that is not finite stays. Whoever
-    watches a long run judges it so with bounded memory.
+    With `most`, no column holds more rows: the older half is then thinned, evenly in steps from
+    its first row on, so that whoever watches a long run has bounded memory, all that is new and the
+    course since the start. A row that is not finite outlives its neighbours.
     """
 
     def __init__(self, rows: Iterable[Mapping[str, Any]] = (), *, most: int | None = None):
@@ -63,9 +63,7 @@ class Records:
         self.count = 0
         self.odd: set[str] = set()  # metrics with something in them that is no number
         self.back: dict[str, list[int]] = {}  # by column: steps to which it went back
-        self._columns: dict[str, Series] = {}  # views of the rooms
-        self._rooms: dict[str, np.ndarray] = {}
-        self._old: dict[str, tuple[int, int]] = {}  # by column: rows that are thinned, of how many
+        self._columns: dict[str, Series] = {}
         self._most = most
         self.extend(rows)
 
@@ -108,59 +106,37 @@ class Records:
         self.back.setdefault(name, []).extend(int(step) - 1 for step in went_back)
         later = np.append(np.minimum.accumulate(steps[::-1])[::-1][1:], np.inf)
         new = Series(steps, values).where(steps < later)
-        start = int(np.searchsorted(kept.steps, steps.min()))
-        stop = start + len(new)
-        room = self._rooms.get(name, np.zeros((2, 0)))
-        if stop > room.shape[1]:  # grows by half, so that few rows cost no copy of all
-            room = np.zeros((2, stop + stop // 2))
-            room[:, :start] = kept.where(slice(start))
-        room[:, start:stop] = new
-        if self._most and stop > self._most:
-            room = self._thinned(name, room[:, :stop], start)
-            stop = room.shape[1]
-        self._rooms[name], self._columns[name] = room, Series(*room[:, :stop])
-
-    def _thinned(self, name: str, room: np.ndarray, unchanged: int) -> np.ndarray:
-        assert self._most is not None
-        half = self._most // 2
-        old, group = self._old.get(name, (0, 1))
-        old = min(old, unchanged)
-        late = old + (room.shape[1] - half - old) // group * group
-        kept = np.concatenate([room[:, :old], _one_of(group, room[:, old:late], name)], axis=1)
-        while kept.shape[1] > half:
-            even = kept.shape[1] // 2 * 2
-            kept = np.concatenate([_one_of(2, kept[:, :even], name), kept[:, even:]], axis=1)
-            group *= 2
-        self._old[name] = kept.shape[1], group
-        return np.concatenate([kept, room[:, late:]], axis=1)
+        old = kept.where(slice(int(np.searchsorted(kept.steps, steps.min()))))
+        rows = np.concatenate([old, new], axis=1)
+        if self._most and rows.shape[1] > self._most:
+            cut = rows.shape[1] - self._most // 2
+            thin = _thin(rows[:, :cut], self._most // 4, name)
+            rows = np.concatenate([thin, rows[:, cut:]], axis=1)
+        self._columns[name] = Series(*rows)
 
     def series(self, name: str) -> Series:
-        """The rows of a column, as a view; KeyError if there is none of that name."""
+        """The rows of a column; KeyError if there is none of that name."""
         return self._columns[name]
 
 
-def _one_of(size: int, room: np.ndarray, name: str) -> np.ndarray:
-    """One row of each group of `size`: the first that is not finite, else the last."""
-    groups = room.reshape(2, -1, size)
-    odd = ~np.isfinite(groups[1])
-    if name == "optim/skipped_updates":
-        odd |= groups[1] > 0
-    chosen = np.where(odd.any(1), odd.argmax(1), size - 1)
-    return np.take_along_axis(groups, chosen[None, :, None], 2)[..., 0]
+def _thin(rows: np.ndarray, most: int, name: str) -> np.ndarray:
+    """Up to `most` of the rows [2, n], one of each stretch of steps: the worst, else the first."""
+    steps, values = rows
+    good = np.isfinite(values)
+    badness = np.where(good, values if name == "optim/skipped_updates" else 0, np.inf)
+    stretch = np.digitize(steps, np.linspace(steps[0], steps[-1], most))
+    order = np.lexsort((-badness, stretch))
+    return rows[:, order[np.unique(stretch[order], return_index=True)[1]]]
 
 
 def _checked(rows: Any) -> list[Mapping[str, Any]]:
     """The rows as a list; ValueError if they are none."""
     iterable = isinstance(rows, Iterable) and not isinstance(rows, Mapping | str | bytes)
     found = list(rows) if iterable else [rows]
-    for row in found:
-        if not iterable or not isinstance(row, Mapping):
-            raise ValueError(
-                f"records: {type(row).__name__} instead of a mapping like "
-                '{"step": 1, "train/loss": 9.7}; give a list of such rows, or use read_log.'
-            )
-    for key in {key for row in found for key in row}:
-        require(isinstance(key, str), f"records: {key!r} names a metric", "give a string")
+    mappings = iterable and all(isinstance(row, Mapping) for row in found)
+    like = 'rows like {"step": 1, "train/loss": 9.7}'
+    require(mappings, "records", f"give a list of {like}, or use read_log")
+    require(all(isinstance(key, str) for row in found for key in row), "records", f"give {like}")
     return found
 
 
@@ -183,27 +159,21 @@ def pairs(a: Series, b: Series) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return steps, a.values[i], b.values[j]
 
 
-def noise(values: np.ndarray) -> float:
-    """Standard deviation of one row about its neighbours, robust and blind to a trend."""
-    if len(values) < 4:
-        raise Skip(f"{len(values)} rows are too few to estimate their noise.")
-    return _noise(values, 1)
+def noise(values: np.ndarray, strides: Iterable[int] = (1,)) -> float:
+    """Standard deviation of one row about its neighbours, robust and blind to a trend.
 
-
-def wander(values: np.ndarray) -> float:
-    """Like `noise`, for rows that may be alike because they are running means.
-
-    What neighbours share, rows further apart do not: the largest over several distances counts.
+    What neighbours share, rows further apart do not: the largest over all strides counts.
     """
-    noise(values)
-    return max(_noise(values, k) for k in _STRIDES if len(values) >= 8 * k or k == 1)
-
-
-def _noise(values: np.ndarray, stride: int) -> float:
-    # Second differences x_i - 2 x_(i+k) + x_(i+2k) have 6 times the variance of the noise.
-    second = values[: -2 * stride] - 2 * values[stride:-stride] + values[2 * stride :]
-    middle = 1.4826 * float(np.median(np.abs(second)))
-    return (middle or float(np.std(second))) / math.sqrt(6)
+    n, found = len(values), []
+    if n < 4:
+        raise Skip(f"{n} rows are too few to estimate their noise.")
+    for k in strides:
+        if k == 1 or n >= 8 * k:
+            # These have 6 times the variance of the noise.
+            second = values[: -2 * k] - 2 * values[k:-k] + values[2 * k :]
+            middle = 1.4826 * float(np.median(np.abs(second)))
+            found.append((middle or float(np.std(second))) / math.sqrt(6))
+    return max(found)
 
 
 def mean_error(values: np.ndarray, count: int) -> float:
@@ -215,21 +185,16 @@ def mean_error(values: np.ndarray, count: int) -> float:
     return error
 
 
-def fall_at_once(values: np.ndarray) -> tuple[float, float]:
-    """How far later rows lie below the first one, and how far they must, to be no accident."""
-    fell = float(values[0] - np.median(values[1:]))
-    return fell, max(6 * noise(values), 0.05 * abs(float(values[0])))
+def falls_at_once(values: np.ndarray) -> bool:
+    """Whether later rows lie further below the first one than noise explains."""
+    fell = values[0] - np.median(values[1:])
+    return bool(fell > max(6 * noise(values), 0.05 * abs(values[0])))
 
 
 def blocks(values: np.ndarray, most: int) -> np.ndarray:
     """Means of at most `most` consecutive blocks of nearly equal length."""
     edges = np.linspace(0, len(values), min(most, len(values)) + 1).astype(int)
     return np.add.reduceat(values, edges[:-1]) / np.diff(edges)
-
-
-def residuals(values: np.ndarray, width: int = 9) -> np.ndarray:
-    """What a running median over `width` rows leaves."""
-    return values - scipy.ndimage.median_filter(values, width, mode="nearest")
 
 
 class Echo(NamedTuple):
@@ -242,16 +207,16 @@ class Echo(NamedTuple):
     rows: int
 
 
-def echo(left: np.ndarray, lags: np.ndarray) -> Echo:
-    """The lag of `lags` at which noise repeats itself most.
+def echo(values: np.ndarray, lags: np.ndarray) -> Echo:
+    """The lag of `lags` at which the noise about a running median repeats itself most.
 
     Its correlation is held against those at all other distances, which show how far rows are alike
-    anyway, and not against a fixed number; the limit allows for the number of lags looked at, so
-    that noise alarms three times in a hundred thousand.
+    anyway; the limit allows for the number of lags looked at.
 
     Raises:
         Skip: where most values are tied: a smooth curve leaves no noise that could repeat.
     """
+    left = values - scipy.ndimage.median_filter(values, 9, mode="nearest")
     if numbers.tied(left) > 0.5 or not np.ptp(left):
         raise Skip("The loss is too smooth or printed with too few digits to tell batches apart.")
     n = len(left)

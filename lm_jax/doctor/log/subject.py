@@ -11,7 +11,6 @@ import numpy as np
 
 from lm_jax.doctor.checks import fixture
 from lm_jax.doctor.facts import Bound, Facts, Skip, above, mapping, real, whole
-from lm_jax.doctor.findings import Measure, none
 from lm_jax.doctor.log.read import METRICS, PREFIXES, Problem
 from lm_jax.doctor.log.series import Records, Series, noise, pairs
 
@@ -19,8 +18,8 @@ SUBWORDS = 1000  # ids; with fewer, low perplexities are ordinary: characters, m
 _LOSS_WORDS = {"nll", "ce", "kl", "xent", "bpb", "bpc"}
 _NO_LOSS = re.compile(r"scale|weight|coef|count|lambda|best|delta")
 
-
-Positive = Annotated[float | None, above(0)]
+Amount = Annotated[float | None, above(0)]
+Texts = Mapping[str, Any]
 
 
 def _list_of(remedy: str, holds: Callable[[Any], bool]) -> Bound:
@@ -39,18 +38,17 @@ def _amounts(x: Any) -> bool:
     )
 
 
+def _is_budget(x: Any) -> bool:
+    return isinstance(x, Mapping) and "stated" in x and len(x) > 1 and all(map(real, x.values()))
+
+
 _SIZES = Bound(
     "give a number above 0, or one for each split by name",
     lambda x: _amounts(x if isinstance(x, Mapping) else {"valid": x}),
 )
 _REFERENCES = Bound('give a mapping like {"unigram": 760.0}', _amounts)
 _RESUMES = _list_of("give a list of updates", whole().holds)
-_BUDGETS = _list_of(
-    'give rows with "stated" and at least one factor, all numbers',
-    lambda x: (
-        isinstance(x, Mapping) and "stated" in x and len(x) > 1 and all(map(real, x.values()))
-    ),
-)
+_BUDGETS = _list_of('give rows with "stated" and at least one factor, all numbers', _is_budget)
 _COMPARISONS = _list_of(
     'give rows with "name", "tokenizer", "corpus" and "unit"',
     lambda x: isinstance(x, Mapping) and "name" in x,
@@ -67,10 +65,6 @@ class Overfit(NamedTuple):
     step: int
     end: float
 
-    def __str__(self) -> str:
-        """The course in words."""
-        return f"lowest at step {self.step} with {self.low:.4g}, ends at {self.end:.4g}"
-
 
 @dataclasses.dataclass
 class Subject(Facts):
@@ -83,34 +77,23 @@ class Subject(Facts):
 
     records: Annotated[
         Iterable[Mapping[str, Any]] | Records,
-        'rows like {"step": 10, "train/loss": 9.5} in the order of the log, with the names of '
-        "`read.METRICS`; a missing key was not logged, None is a non-finite value. Whoever watches "
-        "a run keeps a `Records` and adds its new rows.",
+        'rows like {"step": 10, "train/loss": 9.5} in the order of the log, named as '
+        "`read.METRICS`; None is a non-finite value. A `Records` may be added to.",
     ]
     _: dataclasses.KW_ONLY
     vocab_size: Annotated[int | None, "number of ids the model can predict.", whole(2)] = None
     split_tokens: Annotated[
-        int | Mapping[str, int] | None,
-        "tokens in the valid split, or in each split by name.",
-        _SIZES,
+        int | Mapping[str, int] | None, "tokens in valid, or in each split by name.", _SIZES
     ] = None
-    train_tokens: Annotated[Positive, "tokens in the training split."] = None
-    tokens_per_step: Annotated[
-        Positive, "tokens an update consumes, where data/tokens is not logged."
-    ] = None
-    parameters: Annotated[
-        Positive, "parameters that enter a product for every token (not tables only looked up)."
-    ] = None
-    peak_flops: Annotated[Positive, "FLOP/s of all devices together."] = None
-    lr_peak: Annotated[Positive, "configured peak learning rate."] = None
+    train_tokens: Annotated[Amount, "tokens in the training split."] = None
+    tokens_per_step: Annotated[Amount, "tokens of an update, if data/tokens is not logged."] = None
+    parameters: Annotated[Amount, "parameters, without tables only looked up."] = None
+    peak_flops: Annotated[Amount, "FLOP/s of all devices together."] = None
+    lr_peak: Annotated[Amount, "configured peak learning rate."] = None
     lr_end: Annotated[
-        float | None,
-        "configured learning rate of the last update, as a rate.",
-        above(0, or_equal=True),
+        float | None, "configured learning rate of the last update.", above(0, or_equal=True)
     ] = None
-    steps: Annotated[
-        Positive, "configured length of the run in updates; a shorter log is not judged by its end."
-    ] = None
+    steps: Annotated[Amount, "configured updates; a shorter log is not judged by its end."] = None
     resumes: Annotated[Sequence[int], "updates after which the run was resumed.", _RESUMES] = ()
     overfit: Annotated[bool, "the run overfits a batch on purpose."] = False
     references: Annotated[
@@ -121,30 +104,21 @@ class Subject(Facts):
     ] = None
     budgets: Annotated[
         Sequence[Mapping[str, float]],
-        'rows like {"stated": 6e9, "steps": 30000, "tokens": 131072}: `stated` must be the product '
-        "of the rest.",
+        'rows like {"stated": 6e9, "steps": 30000, "tokens": 131072}, a product and its factors.',
         _BUDGETS,
     ] = ()
     comparisons: Annotated[
-        Sequence[Mapping[str, Any]],
+        Sequence[Texts],
         "perplexities this run is held against, each with `name`, `tokenizer`, `corpus` and `unit` "
         "(token, word or byte).",
         _COMPARISONS,
     ] = ()
     measured_on: Annotated[
-        Mapping[str, Any] | None,
-        "`tokenizer`, `corpus` and `unit` of this run's perplexities.",
-        mapping,
+        Texts | None, "`tokenizer`, `corpus` and `unit` of this run's perplexities.", mapping
     ] = None
-    problems: Annotated[
-        Sequence[Problem], "lines that could not be read, from `read_log`.", _PROBLEMS
-    ] = ()
-    columns: Annotated[
-        Mapping[str, str] | None, "column of the file -> metric, from `read_log`.", mapping
-    ] = None
-    ignored: Annotated[
-        Sequence[str], "columns of the file that are not used, from `read_log`.", _NAMES
-    ] = ()
+    problems: Annotated[Sequence[Problem], "unread lines, from `read_log`.", _PROBLEMS] = ()
+    columns: Annotated[Texts | None, "column -> metric, from `read_log`.", mapping] = None
+    ignored: Annotated[Sequence[str], "columns not used, from `read_log`.", _NAMES] = ()
 
     def __post_init__(self) -> None:
         """Sort the rows by column; see `Facts` and `Records` for the errors."""
@@ -186,9 +160,8 @@ class Subject(Facts):
             if name.endswith("/token_ppl") and self.has(loss):
                 _, ppl, x = pairs(self.rows.series(name), self.rows.series(loss))
                 use = (ppl > 0) & np.isfinite(ppl) & (x > 0.1) & np.isfinite(x)
-                ppl, x = ppl[use][:1000], x[use][:1000]
                 # Printed to two digits or more; e^loss is off by at least 0.03.
-                seen += (np.abs(np.log2(ppl) / x - 1) < 0.01).tolist()
+                seen += (np.abs(np.log2(ppl[use]) / x[use] - 1) < 0.01).tolist()
         return bool(seen) and all(seen)
 
     def in_bits(self, name: str) -> bool:
@@ -213,38 +186,38 @@ class Subject(Facts):
             raise Skip(f"{split}/token_ppl is not positive (log.ppl_of_loss).")
         return Series(ppl.steps, np.log(ppl.values))
 
+    # ---- What is declared or follows ------------------------------------------------------
+
     @property
     def sizes(self) -> Mapping[str, int]:
         """Tokens of the splits by name."""
         given = self.split_tokens
         return given if isinstance(given, Mapping) else {"valid": given} if given else {}
 
-    # ---- What is declared or follows ------------------------------------------------------
-
     @property
     def objective(self) -> str:
         """The column that training lowers: the objective of a distillation, else the loss."""
         return "distill/objective" if self.has("distill/objective") else "train/loss"
 
-    def restarts(self) -> list[int]:
-        """Updates after which the run was resumed: declared, logged or seen in the log."""
-        logged = self.finite("resumed").values.astype(int).tolist() if self.has("resumed") else ()
-        return sorted({*self.resumes, *logged, *self.rows.back.get("train/loss", ())})
-
     def tokens(self, steps: np.ndarray) -> np.ndarray | None:
         """Training tokens seen at the given steps, or None if it is not known."""
-        if self.has("data/tokens"):
-            known = self.finite("data/tokens")
-            return np.interp(steps, known.steps, known.values)
-        return None if self.tokens_per_step is None else steps * self.tokens_per_step
+        if self.has("data/tokens") or self.tokens_per_step is None:
+            return self._between("data/tokens", steps)
+        return steps * self.tokens_per_step
 
     def epochs(self, steps: np.ndarray) -> np.ndarray | None:
         """Passes over the training data at the given steps, or None if it is not known."""
-        if self.has("data/epoch"):
-            known = self.finite("data/epoch")
-            return np.interp(steps, known.steps, known.values)
+        if self.has("data/epoch") or not self.train_tokens:
+            return self._between("data/epoch", steps)
         tokens = self.tokens(steps)
-        return None if tokens is None or not self.train_tokens else tokens / self.train_tokens
+        return None if tokens is None else tokens / self.train_tokens
+
+    def _between(self, name: str, steps: np.ndarray) -> np.ndarray | None:
+        """A column at any steps, or None if it is not logged."""
+        if not self.has(name):
+            return None
+        known = self.finite(name)
+        return np.interp(steps, known.steps, known.values)
 
     def overfitted(self, split: str) -> Overfit | None:
         """How a split's loss rose while the training loss fell, or None.
@@ -301,8 +274,3 @@ def loss(subject: Subject) -> Series:
 def uniform(vocab_size: int) -> float:
     """Nats of a uniform guess, ln V."""
     return math.log(vocab_size)
-
-
-def listing(what: str, found: Mapping[str, str], values: Any, *, of: int, **more: Any) -> Measure:
-    """Offenders with a text for each, of which `values` go into `Finding.values`."""
-    return dataclasses.replace(none(what, found.values(), of=of, **more), value=values)

@@ -1,6 +1,8 @@
 """What the loss says beside ln V, the nats of a uniform guess."""
 
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -9,6 +11,7 @@ from lm_jax.doctor.facts import Skip, give
 from lm_jax.doctor.findings import Measure, at_most, holds, note
 from lm_jax.doctor.log.series import Series, mean_error, noise
 from lm_jax.doctor.log.subject import SUBWORDS, Subject
+from lm_jax.doctor.numbers import Mean
 
 LARGEST = 15.0  # nats; ln V of a million ids is 13.8
 _LARGE_VOCABULARY = 8000  # SentencePiece's default; made-up tasks have fewer ids
@@ -26,42 +29,46 @@ def above_uniform(subject: Subject, steady: bool, uniform: float | None = None) 
 
     Where V is not given, `LARGEST` is held against the loss: no vocabulary in use has so many ids.
     """
-    found = _train_above(subject, uniform or LARGEST)
-    # A perplexity of the sum of all terms of a distillation is wrong even while it falls.
-    others = [n for n in subject.rows.names if n.startswith("distill/") and "lm_ce" not in n]
-    start = subject.finite("train/loss").values[0] if subject.has("train/loss") else math.inf
-    for split in () if subject.overfit else subject.scored():
-        for name in ("loss", "token_ppl") if uniform else ("loss",):
-            if not subject.has(f"{split}/{name}"):
-                continue
-            series = subject.series(f"{split}/{name}")
-            x = series.values[~np.isnan(series.values)]
-            limit = uniform or LARGEST if name == "loss" else float(subject.vocab_size or 0)
-            if not len(x) or not subject.settled(series.steps) or subject.overfitted(split):
-                continue
-            nats = x[-1] if name == "loss" else np.log(max(x[-1], 1e-9))
-            falls = len(x) > 1 and x[-1] < x[0] and nats < start
-            falls = falls and not (others and nats > (uniform or LARGEST) + 0.5)
-            status = "warn" if falls else "fail"
-            found.append(at_most(f"last {split}/{name}", x[-1], limit, otherwise=status))
+    limit = uniform or LARGEST
+    found = [*_train_above(subject, limit), *_splits_above(subject, limit)]
     if not found:
         raise Skip("The log has no loss after the first 100 updates or the first epoch.")
     return [*found, *([note("ln V", uniform)] if uniform else [])]
 
 
-def _train_above(subject: Subject, limit: float) -> list[Measure]:
-    """`above_uniform` of the training loss."""
+def _splits_above(subject: Subject, limit: float) -> Iterator[Measure]:
+    """The last loss and perplexity of each split."""
+    # A perplexity of the sum of all terms of a distillation is wrong even while it falls.
+    others = any(n.startswith("distill/") and "lm_ce" not in n for n in subject.rows.names)
+    start = subject.finite("train/loss").values[0] if subject.has("train/loss") else math.inf
+    for split in () if subject.overfit else subject.scored():
+        for name in ("loss", "token_ppl") if subject.vocab_size else ("loss",):
+            if not subject.has(f"{split}/{name}"):
+                continue
+            series = subject.series(f"{split}/{name}")
+            x = series.values[~np.isnan(series.values)]
+            if not len(x) or not subject.settled(series.steps) or subject.overfitted(split):
+                continue
+            nats = x[-1] if name == "loss" else np.log(max(x[-1], 1e-9))
+            falls = len(x) > 1 and x[-1] < x[0] and nats < start
+            falls = falls and not (others and nats > limit + 0.5)
+            most = limit if name == "loss" else float(subject.vocab_size or 0)
+            status = "warn" if falls else "fail"
+            yield at_most(f"last {split}/{name}", x[-1], most, otherwise=status)
+
+
+def _train_above(subject: Subject, limit: float) -> Iterator[Measure]:
+    """The training loss: of few rows the lowest, else the mean of the last quarter."""
     name = "distill/lm_ce" if subject.has("distill/lm_ce") else "train/loss"
-    if not subject.has(name) or not len(subject.series(name).finite()):
-        return []
-    loss = subject.finite(name)
-    if not subject.settled(loss.steps):
-        return []
+    loss = subject.series(name).finite() if subject.has(name) else None
+    if not loss or not subject.settled(loss.steps):
+        return
     x = loss.values
     if len(x) < 8:
         falls = len(x) > 1 and x[-1] <= x.min()
         status = "warn" if falls else "fail"
-        return [at_most(f"lowest {name}", float(x.min()), limit, otherwise=status, key="lowest")]
+        yield at_most(f"lowest {name}", float(x.min()), limit, otherwise=status, key="lowest")
+        return
     last = loss.tail(0.25).values
     error = mean_error(x, len(last))
     # Falling: less in the last quarter than in the one before, and within the last quarter too,
@@ -72,20 +79,19 @@ def _train_above(subject: Subject, limit: float) -> list[Measure]:
     late = last[:half].mean() - last[-half:].mean()
     falls = fell > 3 * math.sqrt(2) * error and late + 6 * error > fell / 4
     falls = falls and last.mean() < x[0]  # and is not on its way back from a divergence
-    text = f"share of rows with {name} above {limit:.4g}"
-    over = float(np.mean(x[loss.steps > 0.05 * loss.steps[-1]] > limit))
-    return [
-        holds(
-            last.mean() - limit <= 3 * error,
-            f"{name} over the last quarter",
-            float(last.mean()),
-            limit=f"at most {limit:.4g} ± {error:.2g}",
-            otherwise="warn" if falls else "fail",
-            where="still falling" if falls else "no longer falling",
-            key="mean",
-        ),
-        *([at_most(text, over, 0.25, otherwise="warn")] if len(x) >= 20 else []),
-    ]
+    yield holds(
+        last.mean() - limit <= 3 * error,
+        f"{name} over the last quarter",
+        float(last.mean()),
+        limit=f"at most {limit:.4g} ± {error:.2g}",
+        otherwise="warn" if falls else "fail",
+        where="still falling" if falls else "no longer falling",
+        key="mean",
+    )
+    if len(x) >= 20:
+        text = f"share of rows with {name} above {limit:.4g}"
+        over = float(np.mean(x[loss.steps > 0.05 * loss.steps[-1]] > limit))
+        yield at_most(text, over, 0.25, otherwise="warn")
 
 
 @check(
@@ -102,15 +108,10 @@ def first_loss(loss: Series, uniform: float) -> Measure:
     # pre-trained one may begin anywhere, but does not fall as far.
     near = (0.97 if step <= 1 else 0.85) <= first * parts / uniform <= 1.06
     falls = loss.tail(0.1).values.mean() < 0.6 * first
-    return holds(
-        not (2 <= parts <= 1024 and near and falls),
-        f"first loss, at step {step:g}",
-        first,
-        limit=f"ln V = {uniform:.4g}",
-        otherwise="warn",
-        where=f"ln V / {parts} = {uniform / parts:.4g}",
-        key="first",
-    )
+    ok = not (2 <= parts <= 1024 and near and falls)
+    what, limit = f"first loss, at step {step:g}", f"ln V = {uniform:.4g}"
+    where = f"ln V / {parts} = {uniform / parts:.4g}"
+    return holds(ok, what, first, limit=limit, otherwise="warn", where=where, key="first")
 
 
 @check(
@@ -118,7 +119,7 @@ def first_loss(loss: Series, uniform: float) -> Measure:
     "mask. examine_loss (loss.oracle), examine_model (model.suffix_swap) and examine_training "
     "(training.gibbs) decide."
 )
-def fall(subject: Subject, uniform: float) -> list[Measure]:
+def fall(subject: Subject, uniform: float) -> Measure:
     """The loss falls no faster than learning from new text goes.
 
     Below half of ln V a model must learn from the data. Where the data are new, its loss then
@@ -145,19 +146,33 @@ def fall(subject: Subject, uniform: float) -> list[Measure]:
     bins = np.unique((np.log(tokens) / math.log(1.05)).astype(int), return_inverse=True)[1]
     count = np.bincount(bins)
     D, L = (np.bincount(bins, x) / count for x in (tokens, values))
-    steepest, where, error = -math.inf, (0, 0), 0.0
-    for b in np.flatnonzero(half > L).tolist():
-        earlier = np.flatnonzero(D <= D[b] / 2).tolist()
-        if not earlier or L[b] <= 0:
+    best, ends = Mean(-math.inf, 0.0), (0, 0)
+    for b in np.flatnonzero((half > L) & (L > 0)).tolist():
+        a = int(np.searchsorted(D, D[b] / 2, "right")) - 1
+        if a < 0 or L[a] <= 0:
             continue
-        a = earlier[-1]
         span = math.log(D[b] / D[a])
         relative = math.hypot(*(spread / L[i] / math.sqrt(count[i]) for i in (a, b)))
-        if math.log(L[a] / L[b]) / span - 3 * relative / span > steepest - 3 * error:
-            steepest, where, error = math.log(L[a] / L[b]) / span, (a, b), relative / span
-    if steepest == -math.inf:
-        return [note(f"the loss stays above {half:.3g} nats while the data are new")]
-    return _exponent(subject, uniform, steepest, error, [(L[i], D[i]) for i in where])
+        here = Mean(math.log(L[a] / L[b]) / span, relative / span)
+        if _surely(here) > _surely(best):
+            best, ends = here, (a, b)
+    if best.value == -math.inf:
+        return note(f"the loss stays above {half:.3g} nats while the data are new")
+    (high, few), (low, many) = ((L[i], D[i]) for i in ends)
+    new = "data new" if epochs is not None else "whether the data are new is not known"
+    course = f"from {high:.3g} to {low:.3g} nats between {few:.3g} and {many:.3g} tokens, {new}"
+    known_text = "kn2" in (subject.references or {})
+    sure = epochs is not None and (known_text or uniform >= math.log(_LARGE_VOCABULARY))
+    course += "" if known_text else "; a corpus of near-zero entropy would look alike"
+    what = f"exponent of the fall of the loss with the tokens seen (± {best.error:.2g})"
+    more: dict[str, Any] = {"otherwise": "fail" if sure else "warn", "where": course}
+    limit = "text: below 0.5, copying: above 1"
+    return holds(_surely(best) <= 1, what, best.value, limit=limit, key="exponent", **more)
+
+
+def _surely(slope: Mean) -> float:
+    """What it is at least."""
+    return slope.value - 3 * slope.error
 
 
 def _learned(subject: Subject, uniform: float) -> float:
@@ -167,37 +182,10 @@ def _learned(subject: Subject, uniform: float) -> float:
         raise Skip("With fewer than 1000 ids, text can be learned too fast for this check.")
     if "entropy_rate" in references:
         raise Skip("The entropy of the source is known, which decides more (log.floor).")
-    if "kn2" not in references:
-        return uniform / 2
-    half = min(uniform / 2, math.log(references["kn2"] / 10))
-    if half <= 0:
+    bigram = references.get("kn2", math.inf)
+    if bigram <= 10:
         raise Skip(
-            f"A bigram model reaches perplexity {references['kn2']:.4g}, so the text can be "
-            "learned too fast for this check."
+            f"A bigram model reaches perplexity {bigram:.4g}, so the text can be learned too fast "
+            "for this check."
         )
-    return half
-
-
-def _exponent(
-    subject: Subject, uniform: float, exponent: float, error: float, ends: list[tuple[float, float]]
-) -> list[Measure]:
-    """The measures of `fall`; `ends` are (nats, tokens)."""
-    are_new = subject.epochs(np.zeros(1)) is not None
-    known_text = "kn2" in (subject.references or {})
-    decisive = are_new and (known_text or uniform >= math.log(_LARGE_VOCABULARY))
-    (high, few), (low, many) = ends
-    course = f"from {high:.3g} to {low:.3g} nats between {few:.3g} and {many:.3g} tokens"
-    data = "data new" if are_new else "whether the data are new is not known"
-    also = "" if known_text else "; a corpus of near-zero entropy would look alike"
-    return [
-        holds(
-            exponent - 3 * error <= 1,
-            "exponent of the fall of the loss with the tokens seen",
-            exponent,
-            limit="text: below 0.5, copying: above 1",
-            otherwise="fail" if decisive else "warn",
-            where=f"{course}, {data}{also}",
-            key="exponent",
-        ),
-        note("standard error", error, key="error"),
-    ]
+    return min(uniform / 2, math.log(bigram / 10))
