@@ -40,6 +40,7 @@ class Item(NamedTuple):
     weights: Any = None
     shifts: Any = None  # [2, LAGS]
     lags: tuple[int, ...] = ()
+    top: int = -1  # largest target
 
 
 def read(name: str, stream: Any, options: Options) -> Sample:
@@ -79,6 +80,7 @@ def read(name: str, stream: Any, options: Options) -> Sample:
         slots=slots,
         shifts=sum(part.shifts for part in shifted) if shifted else None,
         lags=shifted[-1].lags if shifted else (),
+        top=max((part.top for part in shifted), default=-1),
     )
 
 
@@ -207,11 +209,11 @@ def _follow(inputs: np.ndarray, targets: np.ndarray) -> bool:
 def _joined(item: Item, targets: np.ndarray, lags: tuple[int, ...]) -> Item:
     """Inputs and targets as one window; a negative target, such as -100, is not scored."""
     tokens, segments, weights, *_ = item
-    shifts = _shifts(tokens, targets)
+    shifts, top = _shifts(tokens, targets), int(targets.max(initial=-1))
     known = targets >= 0
     lag = next((lag for lag in lags if _fits(shifts, lag)), None)
     if lag is None:
-        return item._replace(shifts=shifts, lags=lags)
+        return item._replace(shifts=shifts, lags=lags, top=top)
     scored = known.astype(float) if weights is None else known * weights
     # Nothing is predicted after the last target, so without a mask that is padding.
     text = np.logical_or.accumulate(known[..., ::-1], -1)[..., ::-1].astype(np.int32)
@@ -223,7 +225,7 @@ def _joined(item: Item, targets: np.ndarray, lags: tuple[int, ...]) -> Item:
             segments = np.concatenate([segments, segments[..., -1:] * known[..., -1:]], -1)
     if segments is None and not known.all():
         segments = text
-    return Item(tokens, segments, scored, shifts, lags)
+    return Item(tokens, segments, scored, shifts, lags, top)
 
 
 def _without_padding(tokens: np.ndarray, options: Options) -> np.ndarray:

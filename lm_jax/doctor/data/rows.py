@@ -58,6 +58,8 @@ def ids(samples: list[Sample], vocab_size: int, table_rows: int | None = None) -
         if len(wrong):
             first = f"the first ({s.tokens[wrong[0]]}) in row {s.row_of[wrong[0]]}"
             outside.append(f"{len(wrong):,} of {s.name}, {first} at {s.offset_of[wrong[0]]}")
+        if s.top >= vocab_size:
+            outside.append(f"targets of {s.name}, up to {s.top}")
     found = [none(f"splits with ids outside 0 to {vocab_size - 1}", outside, of=len(samples))]
     if table_rows is not None:
         found.append(at_least("rows of the table", table_rows, vocab_size))

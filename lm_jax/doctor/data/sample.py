@@ -27,6 +27,7 @@ class Sample:
     # were compared [2, LAGS]; None if there were none. And the lags that they may have.
     shifts: np.ndarray | None = None
     lags: tuple[int, ...] = ()
+    top: int = -1  # largest of these targets
 
     @property
     def size(self) -> str:
