@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -29,8 +29,7 @@ def examine_splits(cfg: Config, store: Store, windows: int, *, level: str = "fas
         level: fast or full.
     """
     splits = {name: store.split(name) for name in ("train", *_SPLITS) if name in _names(store)}
-    tokenizer = store.tokenizer
-    texts = [tokenizer.decode(document) for document in _first(splits["valid"], 20)]
+    tokenizer, train = store.tokenizer, splits["train"]
     batches = functools.partial(
         pipeline.train_batches,
         seq_len=cfg.data.seq_len,
@@ -38,54 +37,49 @@ def examine_splits(cfg: Config, store: Store, windows: int, *, level: str = "fas
         seed=cfg.seed,
         threads=0,
     )
-    of_run = functools.partial(
-        batches, splits["train"], batch_size=cfg.data.batch_size, movable=cfg.data.window_offset
-    )
 
-    def epoch(number: int) -> list[Batch]:
-        first = number * -(-windows // cfg.data.batch_size)
-        return list(of_run(calls=[range(first + i, first + i + 1) for i in range(2)]))
+    def of_run(numbers: range) -> list[Batch]:
+        return list(
+            batches(
+                train,
+                batch_size=cfg.data.batch_size,
+                movable=cfg.data.window_offset,
+                calls=[range(i, i + 1) for i in numbers],
+            )
+        )
 
-    few = _beginning(splits["train"], cfg.data.seq_len)
-
-    def readers(count: int) -> list[Iterator[Batch]]:
-        """One epoch of the beginning of the train split, as so many processes read it."""
-        assert few is not None
-        calls = [range(i, i + 1) for i in range(_FEW // _READERS)]
-        return [
-            batches(few, batch_size=_READERS, calls=calls, process_index=i, process_count=count)
-            for i in range(count)
-        ]
-
-    def resumed() -> tuple[list[Batch], list[Batch]]:
-        """Batches of a run without interruption, and of one that starts in the middle."""
-        calls = [range(i, i + 1) for i in range(4)]
-        return list(of_run(calls=calls)), list(of_run(calls=calls[2:]))
-
-    full = level == "full"
+    second = -(-windows // cfg.data.batch_size)  # epoch, where it begins
+    few = _beginning(train, cfg.data.seq_len) if level == "full" else None
     return examine_data(
-        _documents(splits["train"]),
+        _documents(train),
         *(_documents(splits[name]) if name in splits else None for name in _SPLITS),
         vocab_size=tokenizer.vocab_size,
         separator=tokenizer.separator,
         tokenizer=(tokenizer.encode, tokenizer.decode),
-        texts=texts,
-        byte_counts={
-            name: split.bytes for name, split in splits.items() if len(split.tokens) < _MOST
-        },
-        epoch_tokens=min(len(splits["train"].tokens), _MOST),
+        texts=[tokenizer.decode(document) for document in _first(splits["valid"], 20)],
+        byte_counts={n: split.bytes for n, split in splits.items() if len(split.tokens) < _MOST},
+        epoch_tokens=min(len(train.tokens), _MOST),
         fingerprints={
             "tokenizer": {
                 "the store": store.manifest["tokenizer_hash"],
                 "as loaded": tokenizer.content_hash,
             }
         },
-        epochs=[epoch(0), epoch(1)],
-        readers=readers if full and few is not None else None,
+        epochs=[of_run(range(first, first + 2)) for first in (0, second)],
+        readers=few and functools.partial(_readers, functools.partial(batches, few)),
         reader_counts=(1, 2, _READERS),
-        resume=resumed() if full else None,
+        resume=(of_run(range(4)), of_run(range(2, 4))) if level == "full" else None,
         max_tokens=_MOST,
     )
+
+
+def _readers(batches: Callable[..., Iterator[Batch]], count: int) -> list[Iterator[Batch]]:
+    """One epoch of a few windows, as so many processes read it."""
+    calls = [range(i, i + 1) for i in range(_FEW // _READERS)]
+    return [
+        batches(batch_size=_READERS, calls=calls, process_index=i, process_count=count)
+        for i in range(count)
+    ]
 
 
 def _beginning(split: Split, seq_len: int) -> Split | None:
