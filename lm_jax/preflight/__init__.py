@@ -1,6 +1,10 @@
-"""A run examined with what the trainer has, before it starts and while it goes on."""
+"""The doctor on a run of this trainer: before it starts, while it goes on, after its end."""
 
-from lm_jax.preflight.run import Unfit, examine_config
+from lm_jax.preflight.run import examine_config
 from lm_jax.preflight.watch import Watch, examine_workdir
 
 __all__ = ["Unfit", "Watch", "examine_config", "examine_workdir"]
+
+
+class Unfit(ValueError):
+    """A run that a check refuses."""

@@ -66,18 +66,20 @@ def examine_splits(cfg: Config, store: Store, windows: int, *, level: str = "fas
             }
         },
         epochs=[of_run(range(first, first + 2)) for first in (0, second)],
-        readers=few and functools.partial(_readers, functools.partial(batches, few)),
+        readers=None if few is None else functools.partial(_readers, batches, few),
         reader_counts=(1, 2, _READERS),
         resume=(of_run(range(4)), of_run(range(2, 4))) if level == "full" else None,
         max_tokens=_MOST,
     )
 
 
-def _readers(batches: Callable[..., Iterator[Batch]], count: int) -> list[Iterator[Batch]]:
+def _readers(
+    batches: Callable[..., Iterator[Batch]], few: Split, count: int
+) -> list[Iterator[Batch]]:
     """One epoch of a few windows, as so many processes read it."""
     calls = [range(i, i + 1) for i in range(_FEW // _READERS)]
     return [
-        batches(batch_size=_READERS, calls=calls, process_index=i, process_count=count)
+        batches(few, batch_size=_READERS, calls=calls, process_index=i, process_count=count)
         for i in range(count)
     ]
 

@@ -34,10 +34,6 @@ from lm_jax.preflight import data, distill, evaluation
 _TABLES = ("embedding", "position_embedding")  # drawn with `model.init_std` in every family
 
 
-class Unfit(ValueError):
-    """A run that a check refuses."""
-
-
 def examine_config(cfg: Config, *, level: str = "fast", store: Store | None = None) -> Report:
     """Examine the run that a config describes, before it starts.
 
