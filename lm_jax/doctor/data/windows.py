@@ -48,7 +48,7 @@ def overlap(probes: Sample, rows: Sample) -> Overlap:
     own = at if probes is rows else _beginnings(probes, width)[0]
     least = max(LEAST, min(width // 4, SHORTEST))
     if width <= least:
-        raise Skip(f"Rows of {width} tokens are too short to tell whether they overlap.")
+        raise Skip(f"The commonest rows are of {width} tokens, too short to tell if they overlap.")
     own = own[_unlike(probes, own, least)]
     own = own[:: -(-len(own) // PROBES) or 1]
     if min(len(own), len(at)) < FEWEST:
