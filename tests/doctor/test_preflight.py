@@ -1,6 +1,7 @@
 """The checks before a run, and the command line."""
 
 import json
+import pathlib
 import subprocess
 import sys
 
@@ -204,3 +205,20 @@ def test_a_run_is_examined_from_its_folder(text, tmp_path):
     assert result.returncode == 0, result.stdout
     passed = {f["check"] for f in findings if f["status"] == "pass"}
     assert {"log.updates", "log.logged_tokens", "log.ppl_of_loss"} <= passed
+
+
+def test_a_watch_reads_only_what_is_new(tmp_path):
+    watch = preflight.Watch(pathlib.Path(folder(tmp_path)))
+    metrics = tmp_path / "metrics.jsonl"
+    assert watch.look({}) == []
+    nan, late = '{"step": 2, "train/loss": null}\n', '{"step": 3, "train/loss": 6.8}\n'
+    with metrics.open("a") as file:
+        file.write(nan + late[:9])  # the rest of a row may come later
+    (told,) = watch.look({})
+    assert told.startswith("doctor: log.finite (fail): ") and "step 2" in told
+    first = metrics.read_text().splitlines()[0]
+    metrics.write_text(metrics.read_text().replace(first, " " * len(first)) + late[9:])
+    assert watch.look({}) == []  # what was read once is not read again, and told once
+    assert (
+        "train/loss" in json.loads((tmp_path / "watch.json").read_text())["findings"][0]["evidence"]
+    )
