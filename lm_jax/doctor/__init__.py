@@ -1,15 +1,10 @@
 """Checks that find out why a language-model run went wrong, or will.
 
-Examples:
-    A model written in PyTorch: does a position see later tokens, does a fresh model start at ln V?
+A model written in PyTorch (does a position see later tokens? does a fresh model start at ln V?):
 
-    ```python
-    report = doctor.examine_model(doctor.torch_model(module), vocab_size=65, seq_len=32)
-    report.show()
-    ```
+    doctor.examine_model(doctor.torch_model(module), vocab_size=65, seq_len=32).show()
 
-    The log of a run:
-
+Example, the metrics of a run:
     ```python
     report = lm_jax.doctor.examine_log(lm_jax.open_run("runs/example").history())
     report.show()

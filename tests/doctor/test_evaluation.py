@@ -229,8 +229,12 @@ def test_the_preflight_examines_evaluation_generation_and_sampler(text):
 @pytest.mark.fault(79, "eval.coverage")
 def test_the_preflight_finds_faults_of_this_package(text, monkeypatch):
     """Its evaluator, generator and sampler are those of the trainer, so what breaks one is seen."""
-    right, extend, exp = pipeline._process_rows, Decoder.extend, metrics.exp
-    monkeypatch.setattr(pipeline, "_process_rows", lambda size, index, n: right(size, 0, n))
+    batches, extend, exp = pipeline.eval_batches, Decoder.extend, metrics.exp
+
+    def same_for_all(split, **how):
+        return batches(split, **how | {"process_index": 0})
+
+    monkeypatch.setattr(pipeline, "eval_batches", same_for_all)
     monkeypatch.setattr(metrics, "exp", lambda nats: exp(min(nats, 20.0)))
 
     def one_ahead(model, tokens, cache, **how):
