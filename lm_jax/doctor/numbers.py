@@ -1,4 +1,4 @@
-"""Numbers that several families need: rounding, nats, significance, ranks, printed digits."""
+"""Numbers that several families need: rounding, nats, significance, ties, printed digits."""
 
 import decimal
 import math

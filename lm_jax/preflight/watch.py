@@ -1,5 +1,6 @@
 """Examination of a run of this trainer, while it goes on or after its end."""
 
+import functools
 import json
 import pathlib
 from collections.abc import Mapping
@@ -85,6 +86,10 @@ class Watch:
         self._records = Records(most=_MOST)
         self._read = 0  # bytes of the metrics
 
+    @functools.cached_property
+    def _facts(self) -> dict[str, Any]:
+        return _facts(read_record(self._workdir))
+
     def look(self, references: Mapping[str, float]) -> list[str]:
         """Examine the metrics so far, write all findings to `watch.json`, return the new ones.
 
@@ -97,8 +102,7 @@ class Watch:
                 whole = [line for line in lines if line.endswith(b"\n")]  # a row may come late
                 self._records.extend(map(json.loads, whole))
                 self._read += sum(map(len, whole))
-        record = read_record(self._workdir)
-        report = examine_log(self._records, references=references, **_facts(record))
+        report = examine_log(self._records, references=references, **self._facts)
         write_text(self._workdir / WATCH, report.to_json() + "\n")
         new = [f for f in report if _notable(f) and (f.check, f.status) not in self._said]
         self._said |= {(f.check, f.status) for f in new}
