@@ -130,11 +130,11 @@ class Subject(Facts):
             return Precision(roundoff(self.compute_dtype), f"{self.compute_dtype}, declared")
         if (backend := jax.default_backend()) != "cpu":  # float32 products may be rounded more
             return Precision(roundoff(jnp.bfloat16), f"{backend} products")
-        narrow = [self.given.dtype, *(x.dtype for x in self.leaves.values())]
+        narrow: list[Any] = [self.given.dtype, *(x.dtype for x in self.leaves.values())]
         how = "the narrowest dtype inside"
         try:
             text = str(jax.make_jaxpr(self.fn)(*self.given.leading, self.tokens))
-            inside = {"bf16": jnp.bfloat16, "f16": jnp.float16, "f32": jnp.float32}
+            inside: dict[str, Any] = {"bf16": jnp.bfloat16, "f16": jnp.float16, "f32": jnp.float32}
             narrow += [t for name, t in inside.items() if re.search(rf"\b{name}\[", text)]
         except Exception:  # of code that is not JAX's
             if not self.leaves:
