@@ -215,12 +215,11 @@ class Report:
 
     @property
     def _rest(self) -> str:
-        """How much passed, how much had nothing to look at, and how long it took."""
+        """How much passed, and how much had nothing to look at."""
         passed, skipped = len(self._with("pass")), len(self._with("skip"))
         text = f"{passed} passed" if self._with("pass", "warn", "fail", "error") else ""
         text = text or "nothing was examined"
-        text += f", {skipped} had nothing to look at" if skipped else ""
-        return f"{text} ({sum(f.seconds for f in self.findings):.0f} s)"
+        return text + (f", {skipped} had nothing to look at" if skipped else "")
 
     def show(self, console: Console | None = None, *, everything: bool = False) -> None:
         """Print the verdict, then failures, errors and warnings with evidence and remedy.

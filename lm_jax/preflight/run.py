@@ -1,5 +1,6 @@
 """The checks made before a run, on the run's own code and data."""
 
+import concurrent.futures
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -56,9 +57,11 @@ def examine_config(cfg: Config, *, level: str = "fast", store: Store | None = No
     split = store.split("train")
     windows = pipeline.count_windows(split, cfg.data.seq_len, cfg.data.window_offset)
     cfg = resolve(cfg, windows=windows)
-    report = data.examine_splits(cfg, store, windows, level=level)
-    small = Small(cfg, store)
-    report += small.model(level) + small.loss() + small.optimiser(level)
+    with concurrent.futures.ThreadPoolExecutor(1) as beside:  # NumPy counts while XLA compiles
+        of_data = beside.submit(data.examine_splits, cfg, store, windows, level=level)
+        small = Small(cfg, store)
+        of_code = small.model(level) + small.loss() + small.optimiser(level)
+    report = of_data.result() + of_code
     if cfg.distill.taught:
         report += distill.examine_teaching(cfg, small.cfg, store)
     if level == "full":
@@ -170,6 +173,7 @@ class Small:
     def loss(self) -> Report:
         """The loss of the run; a fused one gets logits as hidden states, with an identity head."""
 
+        @jax.jit
         def sums(logits_BTV: Any, tokens_BT: Any, weights_BT: Any) -> tuple[Any, Any]:
             ids = jnp.ones_like(tokens_BT)
             b = losses.shift({"tokens": tokens_BT, "segment_ids": ids, "weights": weights_BT})

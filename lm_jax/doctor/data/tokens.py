@@ -68,8 +68,8 @@ def id_distribution(training: Sample, evaluation: list[Sample], vocab_size: int)
         raise Skip(f"{training.size} are too few to compare a part with the rest.")
     rank = np.random.default_rng(0).permutation(pieces)[training.piece_of]
     tenth = rank < pieces / 10
-    of_part = np.isin(_pairs(training, tenth), np.unique(_pairs(training, ~tenth)))
-    measures = []
+    of_part = _among(_pairs(training, tenth), _pairs(training, ~tenth))
+    measures, whole = [], _pairs(training, training.real)
     for sample in evaluation:
         name = sample.name
         part = rank < pieces * min(0.5, float(sample.real.sum()) / float(training.real.sum()))
@@ -78,9 +78,8 @@ def id_distribution(training: Sample, evaluation: list[Sample], vocab_size: int)
         limit = (1 + usual) / 2 if usual < 0.5 else 1.0
         mixed = sample.tokens.copy()
         mixed[sample.real] = np.random.default_rng(0).permutation(mixed[sample.real])
-        whole = np.unique(_pairs(training, training.real))
         known, by_chance = (
-            np.isin(_pairs(dataclasses.replace(sample, tokens=tokens), sample.real), whole)
+            _among(_pairs(dataclasses.replace(sample, tokens=tokens), sample.real), whole)
             for tokens in (sample.tokens, mixed)
         )
         what = f"total variation of {name} from train"
@@ -113,6 +112,14 @@ def _pairs(sample: Sample, chosen: np.ndarray) -> np.ndarray:
     """Neighbours within a document, both among the chosen, as one number each."""
     both = chosen[1:] & chosen[:-1] & (sample.units[1:] == sample.units[:-1])
     return (sample.tokens[:-1][both] << 32) + (sample.tokens[1:][both] & 0xFFFFFFFF)
+
+
+def _among(pairs: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Which pairs are known; for millions this is several times as fast as np.isin."""
+    if not len(known):
+        return np.zeros(len(pairs), bool)
+    known = np.sort(known)
+    return known[np.minimum(np.searchsorted(known, pairs), len(known) - 1)] == pairs
 
 
 @fixture
