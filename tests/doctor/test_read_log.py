@@ -289,6 +289,7 @@ COMPOSER = """\
 SECTIONS = """\
 epoch=0 step=10 | train: loss=9.5 acc=0.1
 epoch=0 step=20 | train: loss=8.5 acc=0.1 | val: loss=8.75 acc=0.1
+step=30 | loss=8.0 acc=10% | val_acc=12%
 """
 
 TENSORS = """\
@@ -321,7 +322,7 @@ CONSOLE = {
     "torchtitan_validates": (TITAN_VALIDATES, *WANTED[:2], []),
     "fairseq2": (FAIRSEQ2, *WANTED),
     "composer": (COMPOSER, *WANTED),
-    "sections": (SECTIONS, *WANTED[:2], []),
+    "sections": (SECTIONS, [*BAR, (30, 8.0)], WANTED[1], []),
     "tensors": (TENSORS, *WANTED),
     "bars": (BARS, *WANTED[:2], []),
     "accelerate": (ACCELERATE, WANTED[0], [], WANTED[2]),
@@ -535,7 +536,7 @@ LINES = {
     "split.jsonl": [
         {"split": "train", "step": 10, "loss": 9.5, "lr": [1e-4, 1e-4]},
         {"split": "train", "step": 20, "loss": 8.5, "lr": [2e-4, 2e-4]},
-        {"split": "val", "step": 20, "loss": 8.75},
+        {"context": {"split": "val"}, "step": 20, "loss": 8.75},
     ],
     "structured.jsonl": [
         {"level": "INFO", "data": {"global_step": 10, "loss": 9.5, "lr": "1e-4"}},

@@ -62,7 +62,7 @@ def _line(line: str) -> _Line:
     said = _SPLIT.findall(rest) or [  # "Evaluating: 50%|", "validate step: 20"
         name
         for _, name, _, unit in found
-        if split_of(name) and (unit == "%" or metric_of(name) == "step")
+        if split_of(name) and (_SPLIT.fullmatch(name) if unit == "%" else metric_of(name) == "step")
     ]
     split = said[0] if said else ""  # that of the line, until another one is said
     row = {}

@@ -18,7 +18,7 @@ _MISSING = {"", "null", "none", "na", "n/a", "-", "no log"}
 _RULER = re.compile(r"\W*|sep=.")  # a line of a table without a value
 _PYTHON = {"'": '"', "None": "null", "True": "true", "False": "false", "nan": "NaN"}
 _SPLIT_COLUMNS = {"split", "phase", "mode", "stage", "set", "subset", "type", "event"}
-_NAME_COLUMNS = {"name", "metric", "key", "tag"}
+_NAME_COLUMNS = {"name", "metric", "metricname", "key", "tag"}
 _GROUPED = re.compile(r"[-+]?\d{1,3}([.,])\d{3}(\1\d{3})*")
 Row = dict[str, Any]
 
@@ -185,7 +185,7 @@ def _of_split(row: Row, path: tuple[str, ...]) -> Row:
 def tidy(rows: list[Row]) -> list[Row]:
     """The rows with the name or the split in their columns' names that stood in a column."""
     names = sorted(set().union(*rows))
-    of_split = [name for name in names if name.lower() in _SPLIT_COLUMNS]
+    of_split = [name for name in names if re.split("[./]", name.lower())[-1] in _SPLIT_COLUMNS]
     of_name = next((name for name in names if name.lower() in _NAME_COLUMNS), "")
     if of_name and "value" in names:
         named = [row for row in rows if {of_name, "value"} <= row.keys()]
