@@ -903,6 +903,8 @@ def test_a_wrong_mapping_is_named(tmp_path):
         read_log(path, {"loss": "train_loss"})
     with pytest.raises(ValueError, match="did you mean 'valid/loss'"):
         read_log(path, {"val/loss": "loss"})
+    with pytest.raises(ValueError, match="did you mean 'loss'"):
+        read_log(path, {"los": "loss"})
 
 
 # Folders

@@ -80,7 +80,8 @@ def metric_name(name: str) -> str:
             return candidate
     if name.startswith(PREFIXES):
         return name
-    near = difflib.get_close_matches(name, METRICS, n=1, cutoff=0.0)[0]
+    choices = [*METRICS, *(metric.split("/")[-1] for metric in METRICS)]
+    near = difflib.get_close_matches(name, choices, n=1, cutoff=0.0)[0]
     raise ValueError(f"mapping: {name!r} is no metric; did you mean {near!r}?")
 
 
