@@ -1,8 +1,10 @@
 """Logs as trainers write them are read without a word on what their columns are."""
 
+import gzip
 import json
 import math
 import random
+from math import nan
 
 import pytest
 from tensorboardX import SummaryWriter
@@ -10,6 +12,9 @@ from tensorboardX import SummaryWriter
 from lm_jax.doctor.log import examine_log
 from lm_jax.doctor.log.read import number, read_log
 from lm_jax.preflight.command import main
+
+BAR = [(10, 9.5), (20, 8.5)]
+WANTED = BAR, [(20, 8.75)], [(10, 1e-4), (20, 2e-4)]
 
 
 def write(folder, text, name="log.txt", encoding="utf-8"):
@@ -245,7 +250,84 @@ Training epoch 0, iteration 1/99 | lr: 3e-05 | global_batch_size: 8 | global_ste
 reduced_train_loss: 10.91 | train_step_timing in s: 1.3 | val_loss: 10.8
 """
 
+LOGURU = """\
+2026-01-01 10:00:00.123 | INFO     | __main__:train:123 - step=10 loss=9.5 lr=1e-4
+2026-01-01 10:00:01.123 | INFO     | __main__:train:123 - step=20 loss=8.5 lr=2e-4
+2026-01-01 10:00:02.123 | INFO     | my.loop:evaluate:45 - step=20 val loss=8.75
+"""
+
+CLU = """\
+I0101 10:00:00.123456 140012 logging_writer.py:48] [10] learning_rate=0.0001, loss=9.5
+I0101 10:00:01.123456 140012 logging_writer.py:48] [20] learning_rate=0.0002, loss=8.5
+I0101 10:00:02.123456 140012 logging_writer.py:48] [20] eval_loss=8.75
+"""
+
+TITAN_VALIDATES = """\
+[titan] 2026-01-01 10:00:00,123 - root - INFO - step: 10  loss:  9.5000  grad_norm:  1.2
+[titan] 2026-01-01 10:00:01,123 - root - INFO - step: 20  loss:  8.5000  grad_norm:  1.1
+[titan] 2026-01-01 10:00:02,123 - root - INFO - validate step: 20  loss:  8.7500  tps: 22,345
+"""
+
+FAIRSEQ2 = """\
+[Rank 0] INFO fairseq2 - Train Metrics (step 10) - Negative Log-Likelihood (NLL) Loss: 9.5 | \
+Gradient Norm: 1.2 | Learning Rate: 1e-04 | Elapsed Time: 10s
+[Rank 0] INFO fairseq2 - Train Metrics (step 20) - Negative Log-Likelihood (NLL) Loss: 8.5 | \
+Gradient Norm: 1.2 | Learning Rate: 2e-04 | Elapsed Time: 10s
+[Rank 0] INFO fairseq2 - Validation Metrics (step 20) - Negative Log-Likelihood (NLL) Loss: 8.75
+"""
+
+COMPOSER = """\
+[batch=10/600]:
+\t Train metrics/train/LanguageCrossEntropy: 9.5000
+\t Train lr-DecoupledAdamW/group0: 0.0001
+[batch=20/600]:
+\t Train metrics/train/LanguageCrossEntropy: 8.5000
+\t Train lr-DecoupledAdamW/group0: 0.0002
+\t Eval metrics/eval/LanguageCrossEntropy: 8.7500
+"""
+
+SECTIONS = """\
+epoch=0 step=10 | train: loss=9.5 acc=0.1
+epoch=0 step=20 | train: loss=8.5 acc=0.1 | val: loss=8.75 acc=0.1
+step=30 | loss=8.0 acc=10% | val_acc=12%
+"""
+
+TENSORS = """\
+step 10, loss: tensor(9.5, device='cuda:0', grad_fn=<NllLossBackward0>), lr [np.float64(0.0001)]
+step 20, loss: Array(8.5, dtype=float32), lr [np.float64(0.0002)]
+step 20, val_loss: np.float32(8.75)
+"""
+
+BARS = (
+    "\r".join(f"train:  {i}%|#  | {i}/100 [00:10<00:10,  1.2it/s, loss={x}]" for i, x in BAR)
+    + "\nvalidating:  50%|#  | 1/2 [00:10<00:10,  1.2it/s, loss=8.75]\n"
+)
+
+ACCELERATE = "\n".join(
+    f"Steps:   {i}%|#  | {i}/100 [00:10<00:10,  1.2it/s, lr={i}e-5, step_loss={x}]" for i, x in BAR
+)
+
+KERAS = """\
+Epoch 1/2
+\x1b[1m100/100\x1b[0m \x1b[32m━━━━\x1b[0m 8ms/step - loss: 9.5 - val_loss: 9.0
+Epoch 2/2
+ 50/100 [===>...] - ETA: 4s - loss: 8.6\b\b\b\b\b\b100/100 [====] - loss: 8.5 - val_loss: 8.75
+"""
+
+NO_STEPS = "Loading data 3 of 4\n" + "".join(f"loss: {x}\n" for x in (9.5, 9.25, 9.0, 8.5))
+
 CONSOLE = {
+    "loguru": (LOGURU, *WANTED),
+    "clu": (CLU, *WANTED),
+    "torchtitan_validates": (TITAN_VALIDATES, *WANTED[:2], []),
+    "fairseq2": (FAIRSEQ2, *WANTED),
+    "composer": (COMPOSER, *WANTED),
+    "sections": (SECTIONS, [*BAR, (30, 8.0)], WANTED[1], []),
+    "tensors": (TENSORS, *WANTED),
+    "bars": (BARS, *WANTED[:2], []),
+    "accelerate": (ACCELERATE, WANTED[0], [], WANTED[2]),
+    "keras": (KERAS, [(100, 9.5), (150, 8.6), (200, 8.5)], [(100, 9.0), (200, 8.75)], []),
+    "no_steps": (NO_STEPS, [(None, 9.5), (None, 9.25), (None, 9.0), (None, 8.5)], [], []),
     "maxtext": (MAXTEXT, [(10, 10.875), (11, 10.625)], [(10, 10.75)], []),
     "nemo": (NEMO, [(0, 11.03), (1, 10.91)], [(1, 10.8)], [(0, 1.5e-5), (1, 3e-5)]),
     "evaluating": (EVALUATING, [(10, 9.5), (20, 8.5)], [(10, 9.75)], []),
@@ -434,6 +516,8 @@ DOCUMENTS = {
         "10": {"loss": 9.5, "lr": 1e-4},
         "20": {"loss": 8.5, "lr": 2e-4, "val_loss": 8.75},
     },
+    "plural.json": {"iters": [10, 20], "train_losses": [9.5, 8.5], "lrs": [1e-4, 2e-4]}
+    | {"val": {"iters": [20], "losses": [8.75]}},
     "pairs.json": {
         "loss": [[10, 9.5], [20, 8.5]],
         "lr": [[1.7e9, 10, 1e-4], [1.7e9, 20, 2e-4]],
@@ -449,8 +533,17 @@ LINES = {
         {"_step": 1, "trainer/global_step": 20, "_runtime": 4.5, "_timestamp": 1.7e9} | ROWS[1],
         {"_step": 2, "trainer/global_step": 20, "_runtime": 4.5, "eval/loss": 8.75},
     ],
+    "split.jsonl": [
+        {"split": "train", "step": 10, "loss": 9.5, "lr": [1e-4, 1e-4]},
+        {"split": "train", "step": 20, "loss": 8.5, "lr": [2e-4, 2e-4]},
+        {"context": {"split": "val"}, "step": 20, "loss": 8.75},
+    ],
+    "structured.jsonl": [
+        {"level": "INFO", "data": {"global_step": 10, "loss": 9.5, "lr": "1e-4"}},
+        {"level": "INFO", "data": {"global_step": 20, "loss": 8.5, "lr": "2e-4"}},
+        {"level": "INFO", "data": {"global_step": 20, "eval_loss": 8.75}},
+    ],
 }
-WANTED = [(10, 9.5), (20, 8.5)], [(20, 8.75)], [(10, 1e-4), (20, 2e-4)]
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
@@ -467,6 +560,11 @@ def test_json_lines(tmp_path, name):
     expect(log, *WANTED)
     assert log.kind == "JSON lines"
     assert not {"_runtime", "_timestamp", "total_steps", "elapsed_time"} & set(log.columns)
+
+
+def test_what_python_prints_of_a_list(tmp_path):
+    for document in (ROWS, BY_NAME, {"log_history": [*ROWS[:2], {**ROWS[2], "x": None, "y": nan}]}):
+        expect(read_log(write(tmp_path, str(document))), *WANTED)
 
 
 def test_the_history_of_keras(tmp_path):
@@ -495,6 +593,21 @@ TABLES = {
     "wandb.csv": '"Step","brisk-sun-7 - train/loss","brisk-sun-7 - train/loss__MIN",'
     '"brisk-sun-7 - train/loss__MAX","brisk-sun-7 - eval/loss","brisk-sun-7 - train/learning_rate"'
     '\n"10","9.5","9.4","9.6","","1e-4"\n"20","8.5","8.4","8.6","8.75","2e-4"\n',
+    "sep.csv": "sep=;\nstep;loss;val_loss;lr\n10;9,5;;0,0001\n20;8,5;8,75;0,0002\n",
+    "pipes.csv": "step|loss|val_loss|lr\n10|9.5||1e-4\n20|8.5|8.75|2e-4\n",
+    "card.md": "| Step | Training Loss | Validation Loss | lr |\n|:---:|:---:|:---:|:---:|\n"
+    "| 10 | 9.5 | No log | 1e-4 |\n| 20 | 8.5 | 8.75 | 2e-4 |\n",
+    "rich.txt": "┏━━━━┳━━━━┓\n┃ step ┃ loss ┃ val_loss ┃ lr ┃\n┡━━━━╇━━━━┩\n"
+    "│ 10 │ 9.5 │ - │ 1e-4 │\n│ 20 │ 8.5 │ 8.75 │ 2e-4 │\n└────┴────┘\n",
+    "notebook.txt": "Step Training Loss Validation Loss lr\n10 9.5 null 1e-4\n20 8.5 8.75 2e-4\n",
+    "pandas.txt": "   step  loss  val_loss      lr\n0    10   9.5      None  0.0001\n"
+    "1    20   8.5      8.75  0.0002\n",
+    "trailing.csv": "step,loss,val_loss,lr\n10,9.5,,1e-4,\n20,8.5,8.75,2e-4,\n",
+    "savetxt.txt": "# step loss val_loss lr\n10 9.5 null 1e-4\n20 8.5 8.75 2e-4\n",
+    "units.csv": "step,loss,val_loss,lr\n0.01k,9.5,,1e-4\n0.02k,8.5,8.75,2e-4\n",
+    "long.csv": "step,metric,value\n10,loss,9.5\n10,lr,1e-4\n20,loss,8.5\n20,lr,2e-4\n"
+    "20,val_loss,8.75\n",
+    "split.csv": "split,step,loss,lr\ntrain,10,9.5,1e-4\ntrain,20,8.5,2e-4\nval,20,8.75,\n",
     "history.csv": "_runtime,_step,_timestamp,loss,eval_loss,learning_rate\n"
     "3.5,10,1700000000,9.5,,1e-4\n4.5,20,1700000001,8.5,,2e-4\n4.6,20,1700000001,,8.75,\n",
 }
@@ -545,6 +658,33 @@ def test_a_table_of_tensorboard(tmp_path, name, metric):
     text = "Wall time,Step,Value\n1700000000.5,10,9.5\n1700000001.5,20,8.5\n"
     log = read_log(write(tmp_path, text, name))
     assert column(log, metric) == WANTED[0] and log.ignored == ["Wall time"]
+
+
+def test_one_file_for_every_metric(tmp_path):
+    names = ("train_loss", "val_loss", "lr", "epoch_time")
+    for run, length in (("a", 2), ("b", 1)):
+        for name, rows in zip(names, [*WANTED, BAR], strict=True):
+            text = "".join(f"1700000000.5,{step},{x}\n" for step, x in rows[:length])
+            write(tmp_path, f"Wall time,Step,Value\n{text}", f"csv/run-{run}_tag-{name}.csv")
+    expect(log := read_log(tmp_path / "csv"), *WANTED)
+    assert log.columns["run-a_tag-val_loss.csv"] == "valid/loss" and "csv: a, not b" in log.summary
+    with pytest.raises(ValueError, match="names no loss"):
+        read_log(tmp_path / "csv" / "run-a_tag-epoch_time.csv")
+    for name, rows in zip(names, WANTED, strict=False):
+        text = "".join(f"1700000000500 {x} {step}\n" for step, x in rows)
+        write(tmp_path, text, f"mlruns/0/metrics/{name}")
+    expect(read_log(tmp_path / "mlruns"), *WANTED)
+
+
+def test_of_several_runs_of_tensorboard_one_is_taken(tmp_path):
+    for run, rows in (("a", BAR), ("b", BAR[:1])):
+        for split, name in (("train", "loss"), ("validation", "loss")):
+            with SummaryWriter(str(tmp_path / run / split)) as writer:
+                for step, x in rows:
+                    writer.add_scalar(name, x + (split == "validation"), step)
+    log = read_log(tmp_path)
+    expect(log, BAR, [(10, 10.5), (20, 9.5)], [])
+    assert f"taken of {tmp_path}: a, not b" in log.summary
 
 
 def test_events_of_tensorboard(tmp_path):
@@ -664,6 +804,17 @@ def test_names_that_are_no_metric(tmp_path, name):
 # Lines that are broken, nulls, --map
 
 
+def test_nan_that_pandas_writes_is_not_logged(tmp_path):
+    rows = [{"step": i, "loss": 9 - i, "val_loss": 9 - i if i % 3 == 0 else nan} for i in range(9)]
+    for text in (json.dumps(rows), "\n".join(map(json.dumps, rows))):
+        log = read_log(write(tmp_path, text))
+        assert len(column(log, "valid/loss")) == 3 and len(column(log, "train/loss")) == 9
+    rows = [{"step": i, "loss": 9.0 if i % 4 == 0 else nan, "val_loss": 9.0} for i in range(12)]
+    printed = "".join(f"step {row['step']} loss {row['loss']}\n" for row in rows)
+    for text in (json.dumps(rows), printed):  # poisoned batches
+        assert len(column(read_log(write(tmp_path, text)), "train/loss")) == 12
+
+
 def test_a_jsonl_file_with_broken_lines(tmp_path):
     path = tmp_path / "log.jsonl"
     path.write_text(
@@ -752,6 +903,8 @@ def test_a_wrong_mapping_is_named(tmp_path):
         read_log(path, {"loss": "train_loss"})
     with pytest.raises(ValueError, match="did you mean 'valid/loss'"):
         read_log(path, {"val/loss": "loss"})
+    with pytest.raises(ValueError, match="did you mean 'loss'"):
+        read_log(path, {"los": "loss"})
 
 
 # Folders
@@ -795,7 +948,9 @@ UNREADABLE = {
     "names.csv": (b"name,colour\na,red\nb,blue\n", "console text without"),
     "others.csv": (b"width,height\n3,4\n5,6\n", r"names no loss among.*\(width, height\).*--map"),
     "header.csv": (b"step,loss\n", "console text without"),
-    "bare.csv": (b"1,3.5\n2,3.25\n", "console text without"),
+    "bare.csv": (b"1,3.5\n2,3.25\n", "numbers without names"),
+    "bits.csv": (b"step,bpb\n1,3.5\n2,3.25\n", "names no loss among"),
+    "bracket.log": (b"[2026-01-01 10:00:00] done\n" * 3, "console text without"),
     "steps.txt": (b"step 1 done\nstep 2 done\n", "console text without a step and a loss"),
 }
 
@@ -879,3 +1034,13 @@ def test_a_mutilated_log_is_read_or_refused(tmp_path):
 def test_text_of_another_system(tmp_path):
     path = write(tmp_path, NANOGPT.replace("\n", "\r\n"), encoding="utf-16")
     assert len(column(read_log(path), "train/loss")) == 4
+    path = write(tmp_path, NANOGPT.replace(", time", ", durée"), encoding="latin-1")
+    assert len(column(read_log(path), "train/loss")) == 4
+
+
+def test_a_packed_log_is_read_as_far_as_it_goes(tmp_path):
+    packed = gzip.compress("".join(f"step {i} loss {9 - i / 1e3}\n" for i in range(1000)).encode())
+    path = tmp_path / "log.gz"
+    for share, least in ((1.0, 1000), (0.7, 500)):
+        path.write_bytes(packed[: int(len(packed) * share)])
+        assert len(column(read_log(path), "train/loss")) >= least

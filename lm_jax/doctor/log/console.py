@@ -4,14 +4,14 @@ import re
 from collections.abc import Collection
 
 from lm_jax.doctor.log.formats import Row, Table
-from lm_jax.doctor.log.names import METRICS, is_result, meaning, metric_of, words
+from lm_jax.doctor.log.names import FACTORS, METRICS, is_result, meaning, metric_of, split_of, words
 
 _NUMBER = (
     r"[-+]?(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d*)?|\.\d+)(?:e[-+]?\d+)?"
     r"|[-+]?(?:nan|inf(?:inity)?)"
 )
 _APART = r"(?:info|debug|warning|error|at|after|end of|(?<=end )of)\b"  # words between names
-_WORD = rf"(?:(?!{_APART})[a-z_][\w/.\-]*|\(\w+\))"
+_WORD = rf"(?:(?!{_APART})[^\W\d][\w/.\-]*|\(\w+\))"
 # "train loss 3.2", "lr: 1e-4", "iteration   10/ 500", "time=135.2ms"
 _PAIR = re.compile(
     rf"(?<![\w/.\-])({_WORD}(?: {_WORD}){{0,5}})(?:\s*[:=]\s*|\s+)({_NUMBER})(?:\s*/\s*\d+)?"
@@ -25,49 +25,61 @@ _BEHIND = re.compile(
 )
 _POSITION = re.compile(r"(?<![\d/.:])(\d{1,12})\s*/\s*(\d{1,12})(?![\d/.:])")  # in an epoch
 _SPLIT = re.compile(
-    r"(?<![\w./-])(val|eval|test|dev)(?:id|idation|idating|uation|uating|ing)?(?![\w./-])", re.I
+    r"(?<![\w./-])(train|val|eval|test|dev)(?:id|idat(?:e|ion|ing)|uat(?:e|ion|ing)|ing)?(?![\w./-])",
+    re.IGNORECASE,
 )
+_PLACE = re.compile(r"\b[a-z_][\w.]*:[a-z_<][\w<>.]*:\d+ -", re.I)  # "__main__:train:12 -"
 _FIRST = re.compile(rf"^(\d+)(?:\s*[|:]\s+| (?=[a-z]+ (?:{_NUMBER})$))", re.I)  # "250 val 6.1"
+_STEP = re.compile(r"\[(\d+)\] (?!step|iter|epoch)(?=\w+=)", re.IGNORECASE)  # "[10] loss=3.2"
 _COLOUR = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
-_BRACKETS = str.maketrans(dict.fromkeys("'\"", "") | dict.fromkeys("[]{}<>", "  "))
-_FACTORS = {"%": 0.01, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9}
+_QUOTES, _BRACKETS = re.compile("['\"]"), re.compile(r"[\[\]{}<>]")
+_FEW = 4  # rows that are no accident, though no step stands in them
 _LONGEST = 5000  # characters of a line
 _RESULTS = {name for name in METRICS if name.startswith(("train/", "valid/", "test/"))}
 _Line = tuple[Row, tuple[int, int] | None]
 
 
 def read_console(text: str, given: Collection[str] = ()) -> Table | None:
-    """The lines that say how good the model is, or None if no line has a step or an epoch too.
+    """The lines that say how good the model is, or None if few have, and no step or epoch.
 
     Lines with a value whose name is `given` count as well. Batches are counted on over the epochs.
     A line without a step has that of the line before it.
     """
-    text = _COLOUR.sub("", text).translate(_BRACKETS)
-    lines = [_line(line[:_LONGEST].strip()) for line in text.splitlines()]
+    text = _STEP.sub(r"step=\1 ", text)
+    text = _PLACE.sub("", _BRACKETS.sub("  ", _QUOTES.sub("", _COLOUR.sub("", text))))
+    lines = [_line(line[:_LONGEST].strip()) for line in text.splitlines() if re.search(r"\d", line)]
     rows = _placed([line for line in lines if line[0]], given)
     placed = given or {"step", "data/epoch"} & {metric_of(name) for row in rows for name in row}
-    return Table("console text", rows, []) if rows and placed else None
+    return Table("console text", rows, []) if (rows and placed) or len(rows) >= _FEW else None
 
 
 def _line(line: str) -> _Line:
     """The names and values of a line, and its (batch, batches) of the epoch."""
-    between, *parts = _PAIR.split(_FIRST.sub(r"step \1 | ", line))
-    found = list(zip(parts[::4], parts[1::4], parts[2::4], strict=True))
-    rest = " | ".join([between, *parts[3::4]])
-    found += [(name, value, unit) for value, unit, name in _BEHIND.findall(rest)]
-    bars = [_SPLIT.fullmatch(name) for name, _, unit in found if unit == "%"]  # "Evaluating: 50%|"
-    split = _SPLIT.search(rest) or next(filter(None, bars), None)
+    parts = _PAIR.split(_FIRST.sub(r"step \1 | ", line))
+    found = list(zip(parts[::4], parts[1::4], parts[2::4], parts[3::4], strict=False))
+    rest = " | ".join(parts[::4])
+    found += [(parts[-1], name, value, unit) for value, unit, name in _BEHIND.findall(rest)]
+    said = _SPLIT.findall(rest) or [  # "Evaluating: 50%|", "validate step: 20"
+        name
+        for _, name, _, unit in found
+        if split_of(name) and (_SPLIT.fullmatch(name) if unit == "%" else metric_of(name) == "step")
+    ]
+    split = said[0] if said else ""  # that of the line, until another one is said
     row = {}
-    for name, value, unit in found:
+    for between, name, value, unit in found:
         known = meaning(name)
-        if split and known and known.implied:
-            name = f"{split[1].lower()} {name}"
+        split = next(reversed(_SPLIT.findall(between)), split)
+        if known and known.implied and split_of(split) not in (None, "train"):
+            name = f"{split.lower()} {name}"
         value = value.replace(",", "")
-        if unit and (factor := _FACTORS.get(unit.strip().lower())):
+        if unit and (factor := FACTORS.get(unit.strip().lower())):
             value = f"{float(value) * factor:.10g}"
-        if not (known and known.metric == "perf/mfu" and float(value) < 0):  # not measured yet
+        share = unit == "%" and metric_of(name).endswith(("step", "epoch", "loss", "ppl"))
+        unknown = known and known.metric == "perf/mfu" and float(value) < 0  # not measured yet
+        if not share and not unknown:
             row[name] = value
-    batches = [(int(batch), int(of)) for batch, of in _POSITION.findall(rest) if not split]
+    ahead = all(split_of(name) == "train" for name in said)
+    batches = [(int(batch), int(of)) for batch, of in _POSITION.findall(rest) if ahead]
     return row, next(((batch, of) for batch, of in batches if batch <= of), None)
 
 
@@ -78,9 +90,15 @@ def _placed(lines: list[_Line], given: Collection[str]) -> list[Row]:
     first = 0 if any(re.fullmatch("0+", epoch) for epoch in epochs) else 1
     within = any(position for _, position in lines)
     step, batches = "", 0
+    heading: Row = {}
     for row, position in lines:
         names = {metric_of(name): name for name in reversed(row)}
         at, epoch = names.get("step", ""), names.get("data/epoch", "")
+        if {metric_of(name) for name in row} == {"data/epoch"} and not position:
+            heading = dict(row)  # "Epoch 1/6" above the lines of the epoch
+        elif heading and not at and not epoch:
+            row |= heading
+            epoch = next(iter(heading))
         whole = epoch and re.fullmatch(r"\d{1,9}", row[epoch])
         batch, batches = position or (batches, batches)
         if whole and batches:
@@ -92,12 +110,13 @@ def _placed(lines: list[_Line], given: Collection[str]) -> list[Row]:
             implied = {n for n in row if (known := meaning(n)) and known.implied}
             row = {(f"whole {n}" if n in implied else n): x for n, x in row.items()}
         told = {metric_of(name) for name in row} - {""}
-        sure = bool(at) and words(at)[-1] in ("step", "iter", "iteration")  # no "max steps"
+        last = words(at)[-1] if at else ""  # no "max steps"
+        sure = last in ("step", "iter", "iteration") or (last == "batch" and not epochs)
         if sure:
             step = row[at]
         elif step and "step" not in told:
             row["step"] = step
         kept = told & _RESULTS or (at and any(map(is_result, row))) or set(given) & row.keys()
-        if (kept or (sure and told - {"step", "data/epoch"})) and rows[-1:] != [row]:
+        if (kept or (step and told - {"step", "data/epoch", "data/tokens"})) and rows[-1:] != [row]:
             rows.append(row)
     return rows

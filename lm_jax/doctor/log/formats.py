@@ -10,10 +10,15 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from lm_jax.doctor.facts import require
-from lm_jax.doctor.log.names import is_result, metric_of, number, split_of
+from lm_jax.doctor.log.names import FACTORS, is_result, metric_of, number, split_of
 
 EVENTS = "*tfevents*"
-_MISSING = {"", "null", "none", "na", "n/a", "-"}
+_PLACES = ("step", "data/epoch")
+_MISSING = {"", "null", "none", "na", "n/a", "-", "no log"}
+_RULER = re.compile(r"\W*|sep=.")  # a line of a table without a value
+_PYTHON = {"'": '"', "None": "null", "True": "true", "False": "false", "nan": "NaN"}
+_SPLIT_COLUMNS = {"split", "phase", "mode", "stage", "set", "subset", "type", "event"}
+_NAME_COLUMNS = {"name", "metric", "metricname", "key", "tag"}
 _GROUPED = re.compile(r"[-+]?\d{1,3}([.,])\d{3}(\1\d{3})*")
 Row = dict[str, Any]
 
@@ -36,14 +41,18 @@ class Table(NamedTuple):
 
 def read_table(text: str) -> Table | None:
     """The rows below a header, or None if the text is no table of numbers."""
-    lines = text.splitlines()
-    first = next((line for line in lines if line.strip()), "")
-    mark = next((mark for mark in "\t;," if mark in first), " ")
+    lines = text.replace("│", "|").replace("┃", "|").splitlines()
+    first = next((line for line in lines if not _RULER.fullmatch(line)), "")
+    mark = next((mark for mark in "\t;,|" if mark in first), " ")
+    edge = " |" if mark == "|" else " "
     reader = csv.reader(
-        (line.strip(" ") for line in lines), delimiter=mark, skipinitialspace=mark == " "
+        ("" if _RULER.fullmatch(line) else line.strip(edge) for line in lines),
+        delimiter=mark,
+        skipinitialspace=mark == " ",
     )
-    header: list[str] = []
-    rows, problems = [], []
+    header = ["Wall time", "Value", "Step"] if re.match(r"\d{13} \S+ \d+$", first) else []  # MLflow
+    rows: list[Row] = []
+    problems = []
     try:
         for row in reader:
             fields = [field.strip() for field in row]
@@ -53,7 +62,14 @@ def read_table(text: str) -> Table | None:
                 header = fields  # a resumed run may write another one
                 if any(map(_is_number, header)):
                     return None
-            elif len(fields) == len(header):
+                if mark == " ":  # as a notebook shows it
+                    header = re.sub(r"(?i)\b((?:train|val)\w*) (loss)", r"\1_\2", first).split()
+                continue
+            while len(fields) > len(header) and not fields[-1]:
+                fields.pop()
+            if mark == " " and not rows and len(fields) == len(header) + 1:
+                header.insert(0, "")  # pandas prints its index without a name
+            if len(fields) == len(header):
                 rows.append(dict(zip(header, fields, strict=True)))
             else:
                 what = f"not {len(header)} fields as the header has"
@@ -84,8 +100,8 @@ def _value(text: str, comma: bool) -> str:
     """A number as Python reads it, and other text as it is."""
     if comma and ("," in text or _GROUPED.fullmatch(text)):
         return text.replace(".", "").replace(",", ".")
-    if text[-1] == "%" and _is_number(text[:-1]):
-        return f"{float(text[:-1]) / 100:.10g}"
+    if (factor := FACTORS.get(text[-1].lower())) and _is_number(text[:-1]):
+        return f"{float(text[:-1]) * factor:.10g}"
     if "," in text and re.fullmatch(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?", text):
         return text.replace(",", "")
     return text
@@ -96,7 +112,11 @@ def read_json(text: str) -> Table | None:
     try:
         document = json.loads(text)
     except (ValueError, RecursionError):
-        return _read_lines(text.splitlines())
+        try:
+            python = re.sub(r"'|\b(?:None|True|False|nan)\b", lambda m: _PYTHON[m[0]], text)
+            document = json.loads(python)
+        except (ValueError, RecursionError):
+            return _read_lines(text.splitlines())
     rows = [row for rows in _tables(document) if _known(rows) for row in rows]
     if not rows and isinstance(document, dict):
         rows = [_flat(document)]
@@ -130,6 +150,8 @@ def _flat(record: Row, prefix: str = "") -> Row:
             found |= _flat(value, f"{prefix}{name}/")
         elif not isinstance(value, list):
             found[prefix + name] = value
+        elif len(value) == 1 or (value and metric_of(name) == "optim/lr"):  # one for each group
+            found |= _flat({name: value[0]}, prefix)
     return found
 
 
@@ -154,7 +176,23 @@ def _tables(document: Any) -> Iterator[list[Row]]:
 def _of_split(row: Row, path: tuple[str, ...]) -> Row:
     """The row with the split that its list is named after."""
     prefix = next((f"{part}/" for part in reversed(path) if split_of(part)), "")
-    return {(name if split_of(name) else prefix + name): x for name, x in row.items()}
+    return {
+        (name if split_of(name) or metric_of(name) in _PLACES else prefix + name): x
+        for name, x in row.items()
+    }
+
+
+def tidy(rows: list[Row]) -> list[Row]:
+    """The rows with the name or the split in their columns' names that stood in a column."""
+    names = sorted(set().union(*rows))
+    of_split = [name for name in names if re.split("[./]", name.lower())[-1] in _SPLIT_COLUMNS]
+    of_name = next((name for name in names if name.lower() in _NAME_COLUMNS), "")
+    if of_name and "value" in names:
+        named = [row for row in rows if {of_name, "value"} <= row.keys()]
+        rows = [row | {str(row[of_name]): row["value"]} for row in named]
+    if of_split:
+        rows = [_of_split(row, tuple(str(row.get(n, "")) for n in of_split)) for row in rows]
+    return rows
 
 
 def _lists(node: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], list[Any]]]:
@@ -168,8 +206,14 @@ def _lists(node: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], 
             yield from _lists(value, (*path, key))
 
 
+def run_of(file: pathlib.Path, top: pathlib.Path) -> pathlib.Path:
+    """The folder of the run that an event file belongs to; its splits may lie below it."""
+    folder = file.parent
+    return folder.parent if folder != top and split_of(folder.name) else folder
+
+
 def read_events(path: pathlib.Path) -> Table | None:
-    """The scalars of an event file, or of a folder's and those below it, in order of time.
+    """The scalars of an event file, or of the folder of a run, in order of time.
 
     Raises:
         ValueError: if TensorBoard is not installed.
@@ -184,7 +228,8 @@ def read_events(path: pathlib.Path) -> Table | None:
 
     logging.getLogger("tensorboard").setLevel(logging.ERROR)
     scalars: list[tuple[float, int, str, float]] = []
-    for file in sorted(path.rglob(EVENTS)) if path.is_dir() else [path]:
+    files = sorted(f for f in path.rglob(EVENTS) if run_of(f, path) == path)
+    for file in files if path.is_dir() else [path]:
         folder = file.parent.name if file.parent != path and path.is_dir() else ""
         for event in event_file_loader.EventFileLoader(str(file)).Load():
             for value in event.summary.value:

@@ -36,15 +36,25 @@ _ALIASES = {
 }
 _OF_A_SPLIT = {  # a perplexity is that of the likelihood, so `nll_loss` comes before `loss`
     "loss": "nll_loss nll loss lm_loss lm_loss_value ce_loss cross_entropy_loss cross_entropy ce "
-    "xent language_cross_entropy reduced_loss loss_step batch_loss loss_epoch epoch_loss avg_loss "
+    "xent language_cross_entropy negative_likelihood negative_likelihood_loss "
+    "reduced_loss loss_step step_loss batch_loss loss_epoch epoch_loss avg_loss "
     "loss_avg mean_loss loss_mean",
     "token_ppl": "token_ppl ppl perplexity lm_loss_ppl lm_loss_ppl_value",
     "accuracy": "accuracy token_accuracy acc token_acc epoch_accuracy",
 }
 _SPLITS = {"train": "train", "training": "train", "tr": "train", "test": "test"} | dict.fromkeys(
-    ("valid", "val", "validation", "eval", "evaluation", "dev"), "valid"
+    "valid val validation validate validating eval evaluation evaluate evaluating dev".split(),
+    "valid",
 )
-_SHORT = {"trl": "train loss", "tel": "valid loss"}  # of llm.c
+_SHORT = {"trl": "train loss", "tel": "valid loss"} | {  # of llm.c; lists are named in the plural
+    "losses": "loss",
+    "lrs": "lr",
+    "ppls": "ppl",
+    "perplexities": "perplexity",
+    "accs": "acc",
+    "accuracies": "accuracy",
+}
+FACTORS = {"%": 0.01, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9}  # of units behind numbers
 _FILLERS = {"metrics", "metric", "history", "log", "logs", "scalars", "nats"}
 _LOSSES = {"nll", "ce", "kl", "bpb", "bpc", "xent", "objective"}
 _EXACT = {name.replace("/", "_"): name for name in METRICS}
@@ -70,7 +80,8 @@ def metric_name(name: str) -> str:
             return candidate
     if name.startswith(PREFIXES):
         return name
-    near = difflib.get_close_matches(name, METRICS, n=1, cutoff=0.0)[0]
+    choices = [*METRICS, *(metric.split("/")[-1] for metric in METRICS)]
+    near = difflib.get_close_matches(name, choices, n=1, cutoff=0.0)[0]
     raise ValueError(f"mapping: {name!r} is no metric; did you mean {near!r}?")
 
 
@@ -124,10 +135,11 @@ def meaning(name: str) -> Meaning | None:
         return Meaning(metric, rank)
     if name.lower() in ("train", "val", "valid"):
         return Meaning(f"{split}/loss", 80)
-    if rest.startswith("lr_") and len(found) < 4:  # lr-AdamW/pg1
+    if rest.startswith("lr_") and (len(found) < 4 or "lr-" in name):  # lr-AdamW/pg1
         return Meaning("optim/lr", 90)
-    last = meaning(name.rsplit("/", 1)[1]) if "/" in name else None  # run_3/loss
-    if last is None or last.metric == "step":
+    tail = name.rsplit("/", 1)[-1]
+    last = meaning(tail) if tail != name else None  # run_3/loss
+    if last is None or (last.metric == "step" and len(words(tail)) == 1):  # ms/step
         return None
     if last.implied and split:
         last = Meaning(f"{split}/{last.metric.split('/')[1]}", last.rank)

@@ -1,12 +1,14 @@
 """Logs of any trainer as records with the names of metrics that the checks know."""
 
 import codecs
+import contextlib
 import functools
 import pathlib
 import re
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,7 +23,11 @@ __all__ = ["METRICS", "PREFIXES", "LogFile", "Problem", "number", "read_log"]
 _SUFFIXES = {".jsonl", ".json", ".csv", ".tsv", ".txt", ".log", ".out", ".err", ""}
 _LARGEST, _MOST = 2**28, 300  # bytes of a file of a folder, and files
 _NAME_THEM = "name its columns with --map=loss=COLUMN,step=COLUMN"
-_TENSORBOARD_CSV = {"Wall time", "Step", "Value"}
+_HELP = f"give a CSV, JSON or JSONL file, or {_NAME_THEM}"
+_ONE_METRIC = {"Wall time", "Step", "Value"}  # in a file, as TensorBoard and MLflow write it
+_WRAPPED = re.compile(  # "tensor(3.2, device='cuda:0')", "np.float32(3.2)"
+    r"(?:(?:np|jnp|numpy)\.)?(?:tensor|Array|float\d\d)\(\[*([-+.\w]+)\]*(?:,[^()\n]*)?\)"
+)
 
 
 class LogFile(NamedTuple):
@@ -81,33 +87,57 @@ def _read_folder(folder: pathlib.Path, given: dict[str, str], null_is_nan: bool)
     texts = [p for p in files if p.suffix in _SUFFIXES and p.stat().st_size < _LARGEST]
     found: dict[str, LogFile] = {}
     refusal = f"{folder} holds no log; give the file with the steps and losses of the run."
-    for path in [folder] * any(p.match(formats.EVENTS) for p in files) + texts[:_MOST]:
+    events = {formats.run_of(p, folder): None for p in files if p.match(formats.EVENTS)}
+    for path in [*events, *texts[:_MOST]]:
         try:
             found[str(path.relative_to(folder))] = _read_file(path, given, null_is_nan)
         except (ValueError, OSError) as error:
-            refusal = str(error) if path == folder else refusal
+            refusal = str(error) if path in events else refusal
     if not found:
         raise ValueError(refusal)
+    found = _joined(found)
     best = max(found, key=lambda name: sum("train/loss" in row for row in found[name].records))
     others = ", ".join(name for name in found if name != best)
     note = f"taken of {folder}: {best}" + f", not {others}" * bool(others)
-    return found[best]._replace(notes=[note, *found[best].notes])
+    return found[best]._replace(notes=[note] * (best != ".") + found[best].notes)
+
+
+def _joined(found: dict[str, LogFile]) -> dict[str, LogFile]:
+    """The logs, of which those that hold one metric each are put together for every run."""
+    runs: dict[str, LogFile] = {}
+    for name, log in sorted(found.items(), key=lambda item: -len(item[1].records)):
+        metric = log.columns.get("Value")
+        if metric is None:
+            runs[name] = log
+            continue
+        run = names.words(_run_and_tag(pathlib.Path(name))[0])
+        of_run = pathlib.Path(name).parent / " ".join(w for w in run if not names.split_of(w))
+        known = runs.get(str(of_run), log._replace(records=[], columns={"Step": "step"}))
+        if metric not in known.columns.values():
+            columns = known.columns | {name: metric}
+            runs[str(of_run)] = known._replace(records=known.records + log.records, columns=columns)
+    return runs
+
+
+def _run_and_tag(path: pathlib.Path) -> tuple[str, str]:
+    """The run and the metric that a file of TensorBoard is named after."""
+    run, _, tag = path.stem.removeprefix("run-").replace("_tag-", "-tag-").rpartition("-tag-")
+    return run, f"{run}/{tag}" if names.split_of(run) and not names.split_of(tag) else tag
 
 
 def _read_file(path: pathlib.Path, given: dict[str, str], null_is_nan: bool) -> LogFile:
     """The rows of the first reader that finds metrics in the file."""
     refusal = ""
     for looks, table in _tables(path, given):
-        refusal = refusal or (
-            f"{path} looks like {looks}; give a CSV, JSON or JSONL file, or {_NAME_THEM}."
-        )
+        refusal = refusal or f"{path} looks like {looks}."
         if table is None or len(table.problems) > 3 * len(table.rows) + 3:
             continue
         rows, known = table.rows, given
-        if set(rows[0]) == _TENSORBOARD_CSV and not given:
-            tag = names.metric_of(path.stem.removeprefix("run-").replace("-tag-", "/"))
-            known = {"Step": "step", "Value": tag or "train/loss"}
-        table = table._replace(rows=rows if null_is_nan else _without_gaps(rows))
+        if set(rows[0]) == _ONE_METRIC and not given:
+            run, tag = _run_and_tag(path)
+            metric = names.metric_of(tag) or ("" if run else "train/loss")
+            known = {"Step": "step"} | ({"Value": metric} if metric else {})
+        table = table._replace(rows=rows if null_is_nan else _without_gaps(formats.tidy(rows)))
         try:
             return _named(table, known, path)
         except ValueError as error:
@@ -118,12 +148,16 @@ def _read_file(path: pathlib.Path, given: dict[str, str], null_is_nan: bool) -> 
 def _tables(path: pathlib.Path, given: dict[str, str]) -> Iterator[tuple[str, Table | None]]:
     """What a file looks like, and its rows if it is that."""
     if path.is_dir() or path.match(formats.EVENTS):
-        yield "events of TensorBoard without a scalar", formats.read_events(path)
+        looks = "events of TensorBoard without a scalar; give the folder of another run"
+        yield looks, formats.read_events(path)
         return
     text = _text(path)
-    if re.match(r"\s*[{\[]", text):
-        yield "JSON without a list of steps and losses", formats.read_json(text)
-    looks = "console text without a step and a loss in any line"
+    if re.match(r"\s*[{\[]\s*([\"'{}\[]|[-+.e\d]+\s*,)", text):
+        yield f"JSON without a list of steps and losses; {_HELP}", formats.read_json(text)
+    if re.match(r"\s*([-+.,;:/e\d \t]*\d[-+.,;:/e\d \t]*(\n|\Z)){2}", text):
+        looks = "numbers without names; name them in a first line like step,loss or in every line"
+    else:
+        looks = f"console text without a step and a loss in any line; {_HELP}"
     yield looks, formats.read_table(text)
     yield looks, read_console(text, given)
 
@@ -135,16 +169,21 @@ def _text(path: pathlib.Path) -> str:
         ValueError: if it is empty or no text.
     """
     raw = path.read_bytes()
+    if raw.startswith(b"\x1f\x8b"):
+        with contextlib.suppress(zlib.error):
+            raw = zlib.decompressobj(31).decompress(raw)  # as far as it goes; 31 is gzip
     utf16 = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     text = raw.decode("utf-16" if utf16 else "utf-8-sig", errors="replace")
     require(bool(text.strip()), f"{path} is empty", "give the log of a run that has begun")
     strange = re.findall("[\0-\x07\x0e-\x1a\ufffd]", text[:4096])
     require(
-        "\0" not in strange and len(strange) <= len(text[:4096]) / 50,
+        "\0" not in strange and len(strange) <= len(text[:4096]) / 10,
         f"{path} is a binary file",
         "give a CSV, JSON or JSONL file, what the trainer printed, or a folder of events",
     )
-    return re.sub(r"(?m)^[ \t]*#.*$", "", text.replace("\r\n", "\n").replace("\r", "\n"))
+    text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\b", "\n")
+    text = re.sub(r"\A# *(?=.*\n[-+.\d])", "", text)  # a comment above numbers is their header
+    return _WRAPPED.sub(r"\1", re.sub(r"(?m)^[ \t]*#.*$", "", text))
 
 
 def _named(table: Table, given: Mapping[str, str], path: pathlib.Path) -> LogFile:
@@ -179,8 +218,10 @@ def _named(table: Table, given: Mapping[str, str], path: pathlib.Path) -> LogFil
         if count[name] and name not in columns and name not in METRICS
         if name.startswith(PREFIXES) or name == "resumed" or names.looks_like_a_loss(name)
     }
-    known = set(columns.values()) - {"step", "data/epoch"}
-    if not known or (len(rows) == 1 and not any(map(names.is_result, columns))):
+    known = [m for m in columns.values() if m in METRICS[1:] or m.startswith(PREFIXES)]
+    if known in ([], ["data/epoch"]) or (
+        len(rows) == 1 and not any(map(names.is_result, columns.values()))
+    ):
         raise ValueError(
             f"{path} names no loss among its columns ({', '.join(present[:8])}); {_NAME_THEM}."
         )
@@ -229,17 +270,27 @@ def _count_on(rows: list[Row]) -> None:
 
 
 def _without_gaps(rows: list[Row]) -> list[Row]:
-    """The rows without the nulls that stand for "not logged"."""
-    unsure = {name for row in rows for name, x in row.items() if x is None}
+    """The rows without the nulls, and NaN of pandas, that stand for "not logged"."""
+    unsure = {name for row in rows for name, x in row.items() if _is_null(x)}
     null, logged = (
-        {n: frozenset(i for i, row in enumerate(rows) if n in row and test(row[n])) for n in unsure}
-        for test in (lambda x: x is None, lambda x: x is not None)
+        {
+            n: frozenset(
+                i for i, row in enumerate(rows) if n in row and _is_null(row[n]) == is_null
+            )
+            for n in unsure
+        }
+        for is_null in (True, False)
     )
     others = set(logged.values())
-    gaps = {
-        name
-        for name in unsure
-        if (at := logged[name])
-        and (null[name] in others or (len(null[name]) > len(at) and min(null[name]) < max(at)))
-    }
-    return [{k: x for k, x in row.items() if x is not None or k not in gaps} for row in rows]
+    gaps = set()
+    for name in unsure:
+        # Of a training loss, NaN in most rows is what it says.
+        sure = names.metric_of(name) != "train/loss" or rows[min(null[name])][name] is None
+        between = len(null[name]) > len(logged[name]) > 0 and min(null[name]) < max(logged[name])
+        if logged[name] and (null[name] in others or (between and sure)):
+            gaps.add(name)
+    return [{k: x for k, x in row.items() if k not in gaps or not _is_null(x)} for row in rows]
+
+
+def _is_null(x: Any) -> bool:
+    return x is None or x in ("nan", "NaN") or x != x
