@@ -38,6 +38,21 @@ def as_array(value: Any) -> np.ndarray:
     return np.asarray(value.numpy())
 
 
+def logits_of(out: Any, rows: int, time: int) -> Any:
+    """The logits [B, T, V] in what a forward pass returned: alone, flat, or among other things."""
+    if hasattr(out, "logits"):
+        out = out.logits
+    elif isinstance(out, Mapping):
+        out = out["logits"] if "logits" in out else tuple(out.values())
+    if isinstance(out, tuple | list):
+        arrays = [x for x in out if hasattr(x, "ndim")]
+        found = [x for x in arrays if x.ndim == 3]
+        found += [x for x in arrays if x.ndim == 2 and len(x) == rows * time]
+        out = found[0] if found else out
+    flat = getattr(out, "ndim", 0) == 2 and len(out) == rows * time
+    return out.reshape(rows, time, -1) if flat else out
+
+
 def is_float_leaf(leaf: Any) -> bool:
     """Whether a leaf is an array of floats, of NumPy, JAX or PyTorch."""
     if hasattr(leaf, "is_floating_point"):

@@ -136,7 +136,7 @@ def id_zero(subject: Subject, causal: list[Variant]) -> list[Measure]:
         tokens = subject.tokens.copy()
         tokens[:, end:] = 0
         try:
-            base = variant.logits(tokens).copy()
+            base = variant.logits(tokens)
             tokens[:, cut:end] = subject.other_tokens(subject.rng(16), tokens[:, cut:end])
             moved, limit = change(variant.logits(tokens), base)[:, :cut], variant.same_shape
         except Broken as broken:

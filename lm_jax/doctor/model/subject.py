@@ -21,7 +21,7 @@ from lm_jax.doctor.numbers import FLOAT32_EPS, resolution, roundoff
 Function = Callable[..., Any]
 Maybe = Annotated[Function | None, function]
 CAUSAL = "causal"
-MOST_LOGITS = 1 << 24  # of one call, where more rows than two only make for fewer calls
+MOST_LOGITS = 1 << 24  # kept of one call: beyond it there are fewer rows, then fewer of the ids
 MASK_VALUE = 1e4  # numbers of this size stand for an infinity in a mask and are no parameters
 
 
@@ -101,6 +101,7 @@ class Subject(Facts):
         self.tokens = self.rng(0).integers(self.lowest, self.vocab_size, size, dtype=np.int32)
         # The same rows again and again, for many comparisons in one call.
         self.wide = self.tokens[np.arange(max(min(self.seq_len - 1, room), self.rows)) % self.rows]
+        self.step = 1 + self.tokens.size * self.vocab_size // MOST_LOGITS  # from id to id compared
         self.given = Variant(self, "given", self.params)
         self.last: dict[int, tuple] = {}  # call of every function, and the variant it was of
 
@@ -163,15 +164,18 @@ class Variant:
         self.leading = () if params is None else (params,)
         self.dtype = np.dtype(np.float32)  # of the logits, known after the first call
 
-    def ask(self, name: str, fn: Function, tokens: np.ndarray, *more: Any) -> np.ndarray:
-        """What a function returns with these parameters, as an array."""
+    def ask(self, name: str, fn: Function, tokens: np.ndarray, *more: Any) -> Any:
+        """What a function returns with these parameters."""
         self.subject.last[id(fn)] = (self, fn, tokens, *more)
         # A copy: a function that writes into its argument must not spoil the next comparison.
-        raw = call(name, fn, *self.leading, tokens.copy(), *more)
-        return call(f"numpy.asarray of what {name} returned", trees.as_array, raw)
+        return call(name, fn, *self.leading, tokens.copy(), *more)
 
     def logits(self, tokens: np.ndarray, fn: Function | None = None, *more: Any) -> np.ndarray:
-        """Logits [B, T, V] in float32 or wider.
+        """A copy of the logits to compare; see `all_logits`."""
+        return self.all_logits(tokens, fn, *more)[..., :: self.subject.step].copy()
+
+    def all_logits(self, tokens: np.ndarray, fn: Function | None = None, *more: Any) -> np.ndarray:
+        """Logits [B, T, V] in float32 or wider, 0 for ids that are masked at every position.
 
         Args:
             tokens: ids [B, T].
@@ -182,7 +186,9 @@ class Variant:
             Broken: if the function raises or returns no such logits, all finite.
         """
         name = "the model" if fn is None else getattr(fn, "__name__", "the function")
-        values = self.ask(name, fn or self.subject.fn, tokens, *more)
+        raw = self.ask(name, fn or self.subject.fn, tokens, *more)
+        raw = trees.logits_of(raw, *tokens.shape)
+        values = call(f"numpy.asarray of what {name} returned", trees.as_array, raw)
         expected = (*tokens.shape, self.subject.vocab_size)
         if values.shape != expected:
             raise Broken(f"{name} returned shape {list(values.shape)}, expected {list(expected)}")
@@ -190,7 +196,10 @@ class Variant:
             raise Broken(f"{name} returned {values.dtype}, expected floating-point logits")
         self.dtype = values.dtype
         values = values.astype(np.float64 if values.itemsize > 4 else np.float32, copy=False)
-        if not (finite := np.isfinite(values)).all():
+        if values.min() <= -MASK_VALUE:  # a vocabulary that is padded to a round number, perhaps
+            padding = (values <= -MASK_VALUE).all((0, 1))
+            values = values if padding.all() else np.where(padding, 0, values)
+        if not np.isfinite(values.sum()) and not (finite := np.isfinite(values)).all():
             where = np.argwhere(~finite)
             raise Broken(
                 f"{name} returned {len(where)} non-finite of {values.size} logits, the first at "
@@ -204,8 +213,8 @@ class Variant:
 
     @functools.cached_property
     def base(self) -> np.ndarray:
-        """Logits of the subject's own tokens; a copy, for the function may use its memory again."""
-        return self.logits(self.subject.tokens).copy()
+        """Logits of the subject's own tokens."""
+        return self.logits(self.subject.tokens)
 
     @functools.cached_property
     def wide(self) -> tuple[np.ndarray, np.ndarray]:
@@ -213,7 +222,7 @@ class Variant:
         tokens = self.subject.wide
         try:
             if len(tokens) > self.subject.rows:
-                return tokens, self.logits(tokens).copy()
+                return tokens, self.logits(tokens)
         except Broken:
             pass
         return self.subject.tokens, self.base
