@@ -9,7 +9,12 @@ import numpy as np
 
 from lm_jax.doctor import trees
 
-_TARGETS = ("targets", "target", "labels", "y")  # names of the argument of targets
+_TARGETS = ("targets", "target", "labels", "y")
+_MORE: dict[str, Callable[[Any], Any]] = {  # what a forward pass is given of the ids, by name
+    "use_cache": lambda ids: False,
+    "attention_mask": lambda ids: ids.new_ones(ids.shape),
+    **dict.fromkeys(_TARGETS, lambda ids: ids),
+}
 
 
 def torch_model(module: Any) -> "TorchModel":
@@ -42,11 +47,9 @@ class TorchModel:
         dropout = any(part.p for part in drops if isinstance(getattr(part, "p", 0), float))
         self.train_fn = self._train if dropout else None
         accepted = inspect.signature(module.forward).parameters
-        needed = {name for name, p in accepted.items() if p.default is p.empty}
-        self._more: dict[str, Any] = {"use_cache": False} if "use_cache" in accepted else {}
-        self._wants_mask = "attention_mask" in needed
-        self._targets = next((name for name in _TARGETS if name in accepted), "")
-        self._wants_targets = self._targets in needed
+        needed = {name for name, p in accepted.items() if p.default is p.empty} | {"use_cache"}
+        self._more = {name for name in _MORE if name in accepted and name in needed}
+        self._targets = {name for name in _TARGETS if name in accepted}
 
     def __call__(self, params: Mapping[str, Any], tokens: Any) -> np.ndarray:
         """Logits [B, T, V] of ids [B, T] in evaluation, float32 or wider.
@@ -78,29 +81,22 @@ class TorchModel:
     def _logits(self, params: Mapping[str, Any], tokens: Any) -> np.ndarray:
         import torch
 
-        own = dict(self.module.named_parameters()) | dict(self.module.named_buffers())
         # Buffers may be written to in the forward pass: copies of all are handed over.
         state = {name: x.clone() for name, x in self.module.named_buffers()}
         for name, value in params.items():
-            state[name] = _tensor(value).to(own[name], copy=name in state)
+            state[name] = _tensor(value).to(self.params[name], copy=name in state)
         ids = torch.as_tensor(np.asarray(tokens), dtype=torch.int64, device=self._device())
-
-        def forward() -> Any:
-            more = self._more | ({self._targets: ids} if self._wants_targets else {})
-            more |= {"attention_mask": torch.ones_like(ids)} if self._wants_mask else {}
-            out = torch.func.functional_call(self.module, state, (ids,), more)
-            logits = trees.logits_of(out, *ids.shape)
-            if not isinstance(logits, torch.Tensor):
-                raise ValueError("forward returns no tensor of logits [B, T, V]; let it do so")
-            return logits
-
+        more = {name: _MORE[name](ids) for name in self._more}
         with torch.no_grad():
-            logits = forward()
-            if logits.shape[1] == 1 < ids.shape[1] and self._targets:
-                self._wants_targets = True
-                logits = forward()
+            out = torch.func.functional_call(self.module, state, (ids,), more)
+        logits = trees.logits_of(out, *ids.shape)
+        if not isinstance(logits, torch.Tensor):
+            raise ValueError("forward returns no tensor of logits [B, T, V]; let it do so")
         if logits.shape[1] == 1 < ids.shape[1]:
-            raise ValueError("forward returns logits of the last position alone, not of all")
+            if self._targets <= self._more:
+                raise ValueError("forward returns logits of the last position alone, not of all")
+            self._more |= self._targets
+            return self._logits(params, tokens)
         return trees.as_array(logits.float() if logits.element_size() < 4 else logits)
 
 
