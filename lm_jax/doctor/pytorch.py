@@ -52,11 +52,7 @@ class TorchModel:
         self._targets = {name for name in _TARGETS if name in accepted}
 
     def __call__(self, params: Mapping[str, Any], tokens: Any) -> np.ndarray:
-        """Logits [B, T, V] of ids [B, T] in evaluation, float32 or wider.
-
-        A batch norm takes the statistics of the batch, as in training, where it sees what it must
-        not.
-        """
+        """Logits [B, T, V] in evaluation; batch norms run as in training, for there they leak."""
         with _mode(self.module, training=False):
             return self._logits(params, tokens)
 

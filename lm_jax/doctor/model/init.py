@@ -60,10 +60,9 @@ def loss(subject: Subject, fresh: bool) -> list[Measure]:
 )
 def probabilities(subject: Subject, variants: list[Variant]) -> Measure:
     """What the model returns are no probabilities: it has negative values, or sums other than 1."""
-    logits = [v.all_logits(subject.tokens) for v in variants]
-    sums = max(numbers.gap(z.sum(-1), 1) for z in logits)
-    lowest = min(float(z.min()) for z in logits)
-    ok = lowest < 0 or sums > 4 * subject.precision.unit
+    found = [v.all_logits(subject.tokens) for v in variants]
+    sums = max(numbers.gap(z.sum(-1), 1) for z in found)
+    ok = bool(min(z.min() for z in found) < 0) or sums > 4 * subject.precision.unit
     what = "distance of sums over ids from 1"
     return holds(ok, what, sums, where="no value is negative: these are probabilities", key="sums")
 
