@@ -49,8 +49,12 @@ def trace(function: Callable[..., Any], **arguments: Any) -> Origin | None:
         None if all outputs are finite.
     """
     closed = jax.make_jaxpr(lambda arguments: function(**arguments))(arguments)
-    leaves = jax.tree.leaves_with_path(arguments)
-    outputs = _Replay().closed(closed, [_argument(path_name(path), leaf) for path, leaf in leaves])
+    inputs = []
+    for path, leaf in jax.tree.leaves_with_path(arguments):
+        (nan, inf), name = _state(leaf), path_name(path)
+        origin = Origin("input", name, "nan" if nan else "inf", _range(leaf), name, None)
+        inputs.append(_Value(leaf, origin if nan else None, origin if inf else None, name))
+    outputs = _Replay().closed(closed, inputs)
     return next((found for v in outputs if (found := v.nan or v.inf)), None)
 
 
@@ -62,12 +66,6 @@ def describe(origin: Origin | None) -> str:
     text += f"inputs {origin.inputs}, last parameter before it {origin.parameter}"
     cause = origin.infinity
     return text if cause is None else f"{text}; made of infinity: {describe(cause)}"
-
-
-def _argument(name: str, leaf: Any) -> _Value:
-    nan, inf = _state(leaf)
-    origin = Origin("input", name, "nan" if nan else "inf", _range(leaf), name, None)
-    return _Value(leaf, origin if nan else None, origin if inf else None, name)
 
 
 class _Replay:
@@ -126,17 +124,16 @@ class _Replay:
     def enter(self, eqn: core.JaxprEqn, inputs: list[_Value]) -> list[_Value] | None:
         """The same equation, run from the inside; None if it has no inside."""
         name, params = eqn.primitive.name, eqn.params
-        if name == "scan":
-            return self.scan(params, inputs)
-        if name == "while":
-            return self.loop(params, inputs)
+        if name in ("scan", "while"):
+            return (self.scan if name == "scan" else self.loop)(params, inputs)
         if name == "cond":
             return self.closed(params["branches"][int(inputs[0].array)], inputs[1:])
-        bodies = (params.get(key) for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"))
-        body = next((b for b in bodies if isinstance(b, core.ClosedJaxpr | core.Jaxpr)), None)
-        if isinstance(body, core.Jaxpr):
-            return self.run(body, [], inputs)
-        return None if body is None else self.closed(body, inputs)
+        for body in (params.get(key) for key in ("jaxpr", "call_jaxpr", "fun_jaxpr")):
+            if isinstance(body, core.Jaxpr):
+                return self.run(body, [], inputs)
+            if isinstance(body, core.ClosedJaxpr):
+                return self.closed(body, inputs)
+        return None
 
     def scan(self, params: dict[str, Any], inputs: list[_Value]) -> list[_Value]:
         body = params["jaxpr"]

@@ -9,6 +9,13 @@ import numpy as np
 
 from lm_jax.doctor import trees
 
+_TARGETS = ("targets", "target", "labels", "y")
+_MORE: dict[str, Callable[[Any], Any]] = {  # what a forward pass is given of the ids, by name
+    "use_cache": lambda ids: False,
+    "attention_mask": lambda ids: ids.new_ones(ids.shape),
+    **dict.fromkeys(_TARGETS, lambda ids: ids),
+}
+
 
 def torch_model(module: Any) -> "TorchModel":
     """Make the function that `examine_model` takes of a PyTorch module.
@@ -17,8 +24,9 @@ def torch_model(module: Any) -> "TorchModel":
 
     Args:
         module: a `torch.nn.Module` whose forward takes ids [B, T] and returns logits [B, T, V],
-            alone, as `.logits`, or in a tuple or dictionary. One that returns those of the last
-            position alone is also handed `targets`, as nanoGPT's wants.
+            alone, as `.logits`, or in a tuple or dictionary. One that needs targets, or returns
+            logits of the last position alone without them, as nanoGPT's does, is handed the ids;
+            one that needs an `attention_mask`, ones.
 
     Returns:
         `(params, tokens) -> logits` with copies of the parameters and buffers as `params` and,
@@ -39,12 +47,12 @@ class TorchModel:
         dropout = any(part.p for part in drops if isinstance(getattr(part, "p", 0), float))
         self.train_fn = self._train if dropout else None
         accepted = inspect.signature(module.forward).parameters
-        self._more = {"use_cache": False} if "use_cache" in accepted else {}
-        self._takes_targets = "targets" in accepted
-        self._wants_targets = False
+        needed = {name for name, p in accepted.items() if p.default is p.empty} | {"use_cache"}
+        self._more = {name for name in _MORE if name in accepted and name in needed}
+        self._targets = {name for name in _TARGETS if name in accepted}
 
     def __call__(self, params: Mapping[str, Any], tokens: Any) -> np.ndarray:
-        """Logits [B, T, V] of ids [B, T] in evaluation, float32 or wider."""
+        """Logits [B, T, V] in evaluation; batch norms run as in training, for there they leak."""
         with _mode(self.module, training=False):
             return self._logits(params, tokens)
 
@@ -69,25 +77,22 @@ class TorchModel:
     def _logits(self, params: Mapping[str, Any], tokens: Any) -> np.ndarray:
         import torch
 
-        own = dict(self.module.named_parameters()) | dict(self.module.named_buffers())
         # Buffers may be written to in the forward pass: copies of all are handed over.
         state = {name: x.clone() for name, x in self.module.named_buffers()}
         for name, value in params.items():
-            state[name] = _tensor(value).to(own[name], copy=name in state)
+            state[name] = _tensor(value).to(self.params[name], copy=name in state)
         ids = torch.as_tensor(np.asarray(tokens), dtype=torch.int64, device=self._device())
-
-        def forward() -> Any:
-            more = self._more | ({"targets": ids} if self._wants_targets else {})
-            out = torch.func.functional_call(self.module, state, (ids,), more)
-            return _logits_of(out, *ids.shape)
-
+        more = {name: _MORE[name](ids) for name in self._more}
         with torch.no_grad():
-            logits = forward()
-            if logits.shape[1] == 1 < ids.shape[1] and self._takes_targets:
-                self._wants_targets = True
-                logits = forward()
+            out = torch.func.functional_call(self.module, state, (ids,), more)
+        logits = trees.logits_of(out, *ids.shape)
+        if not isinstance(logits, torch.Tensor):
+            raise ValueError("forward returns no tensor of logits [B, T, V]; let it do so")
         if logits.shape[1] == 1 < ids.shape[1]:
-            raise ValueError("forward returns logits of the last position alone, not of all")
+            if self._targets <= self._more:
+                raise ValueError("forward returns logits of the last position alone, not of all")
+            self._more |= self._targets
+            return self._logits(params, tokens)
         return trees.as_array(logits.float() if logits.element_size() < 4 else logits)
 
 
@@ -133,27 +138,16 @@ def _tensor(value: Any) -> Any:
     return torch.tensor(value)
 
 
-def _logits_of(out: Any, rows: int, time: int) -> Any:
-    """The logits [B, T, V] in what a forward pass returned."""
-    if hasattr(out, "logits"):
-        out = out.logits
-    elif isinstance(out, Mapping):
-        out = out["logits"] if "logits" in out else tuple(out.values())
-    if isinstance(out, tuple | list):
-        tensors = [x for x in out if hasattr(x, "ndim")]
-        found = [x for x in tensors if x.ndim == 3]
-        found += [x for x in tensors if x.ndim == 2 and len(x) == rows * time]
-        if not found:
-            raise ValueError("forward returns no tensor of logits [B, T, V]; let it return that")
-        out = found[0]
-    return out.reshape(rows, time, -1) if out.ndim == 2 and len(out) == rows * time else out
-
-
 @contextmanager
 def _mode(module: Any, *, training: bool) -> Iterator[None]:
-    """Put the whole module into a mode, and every part back into its own."""
+    """Put the whole module into a mode, batch norms into training, and every part back."""
+    import torch
+
     modes = [(part, part.training) for part in module.modules()]
     module.train(training)
+    for part, _ in modes:
+        if isinstance(part, torch.nn.modules.batchnorm._BatchNorm):
+            part.training = True
     try:
         yield
     finally:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 Arrays = dict[str, np.ndarray]
+MASK_VALUE = 1e4  # numbers of this size stand for an infinity in a mask and are no parameters
 LEAF_STD = 0.3  # of randomised parameters up to a width of 32, as the leaks were measured
 
 
@@ -36,6 +37,21 @@ def as_array(value: Any) -> np.ndarray:
     if str(value.dtype) == "torch.bfloat16":
         return np.asarray(value.float().numpy().astype(jnp.bfloat16))
     return np.asarray(value.numpy())
+
+
+def logits_of(out: Any, rows: int, time: int) -> Any:
+    """The logits [B, T, V] in what a forward pass returned: alone, flat, or among other things."""
+    if hasattr(out, "logits"):
+        out = out.logits
+    elif isinstance(out, Mapping):
+        out = out["logits"] if "logits" in out else tuple(out.values())
+    if isinstance(out, tuple | list):
+        arrays = [x for x in out if hasattr(x, "ndim")]
+        found = [x for x in arrays if x.ndim == 3]
+        found += [x for x in arrays if x.ndim == 2 and len(x) == rows * time]
+        out = found[0] if found else out
+    flat = getattr(out, "ndim", 0) == 2 and len(out) == rows * time
+    return out.reshape(rows, time, -1) if flat else out
 
 
 def is_float_leaf(leaf: Any) -> bool:
@@ -127,13 +143,17 @@ def like(leaf: Any, values: np.ndarray) -> Any:
 
 
 def is_mask(leaf: Any) -> bool:
-    """Whether an array is a mask and no parameter: it holds just two values, or an infinity."""
+    """Whether an array is a mask: triangular, of just two values, or with as good as infinities.
+
+    It is no parameter then: noise in it would itself be a leak.
+    """
     values: np.ndarray = np.asarray(as_array(leaf), np.float64)
-    if not values.size:
-        return False
-    low, high = np.min(values), np.max(values)
-    two = values.ndim > 1 and low < high and bool(((values == low) | (values == high)).all())
-    return two or bool(np.isinf(values).any())
+    low, high = np.min(values, initial=np.inf), np.max(values, initial=-np.inf)
+    if values.ndim > 1 and low < high:
+        square = values.shape[-1] == values.shape[-2]
+        if ((values == low) | (values == high)).all() or (square and not np.triu(values, 1).any()):
+            return True
+    return bool(np.maximum(-low, high) >= MASK_VALUE)
 
 
 def randomise(params: Any, seed: int) -> Any:
@@ -156,11 +176,11 @@ def randomise(params: Any, seed: int) -> Any:
 
 
 def nudge(params: Any, size: float, seed: int) -> Any:
-    """Every element of every floating-point leaf moved up or down by the relative `size`."""
+    """Every element of every floating-point leaf but masks moved by the relative `size`."""
     rng = np.random.default_rng((seed, 2))
 
     def move(leaf: Any) -> Any:
-        if not is_float_leaf(leaf):
+        if not is_float_leaf(leaf) or is_mask(leaf):
             return leaf
         values = as_array(leaf).astype(np.float64)
         return like(leaf, values * (1 + size * rng.choice([-1.0, 1.0], values.shape)))

@@ -1,10 +1,12 @@
 """Models in the forms in which people hand them in: plain NumPy functions, masks, blocks, id 0."""
 
+import types
+
 import numpy as np
 import pytest
 
 from lm_jax.doctor import examine_model
-from lm_jax.doctor.model.subject import Subject
+from lm_jax.doctor.model.subject import MOST_LOGITS, Subject
 
 V, T = 65, 32
 RNG = np.random.default_rng(0)
@@ -205,6 +207,41 @@ def test_float32_is_assumed_of_float32():
     silent(examine())
 
 
+@pytest.mark.parametrize(
+    "how",
+    [
+        lambda z: (z, None),
+        lambda z: (z, {"keys": np.zeros((2, 3))}),
+        lambda z: {"logits": z, "loss": 0.0},
+        lambda z: types.SimpleNamespace(logits=z),
+        lambda z: z.reshape(-1, V),
+        lambda z: z.tolist(),
+    ],
+)
+def test_logits_among_other_things(how):
+    silent(examine(lambda params, tokens: how(apply(params, tokens))))
+
+    def leak(params, tokens):
+        return how(apply(params, tokens) + apply(params, tokens[:, ::-1])[:, ::-1])
+
+    assert "model.suffix_swap" in examine(leak).failed
+
+
+@pytest.mark.parametrize("low", [-np.inf, np.finfo(np.float32).min, -1e9])
+def test_a_vocabulary_that_is_padded(low):
+    def masked(logits):
+        return np.where(np.arange(V) < V - 5, logits, np.float32(low))
+
+    silent(examine(lambda params, tokens: masked(apply(params, tokens))))
+
+    def leak(params, tokens):
+        return masked(apply(params, tokens) + 0.1 * apply(params, tokens).mean(1, keepdims=True))
+
+    assert "model.suffix_swap" in examine(leak).failed
+    everything = examine(lambda params, tokens: apply(params, tokens) + np.float32(low))
+    assert everything.failed
+
+
 def test_low_precision_shows_in_the_logits():
     def low(params, tokens):  # as under autocast
         from ml_dtypes import bfloat16
@@ -215,14 +252,19 @@ def test_low_precision_shows_in_the_logits():
 
 
 def test_memory_is_bounded_by_rows():
-    large = Subject(apply, vocab_size=50_257, seq_len=1024)
+    def zeros(tokens):
+        return np.broadcast_to(np.float32(0), (*tokens.shape, 50_257))
+
+    large = Subject(zeros, vocab_size=50_257, seq_len=1024)
     assert large.tokens.shape == large.wide.shape == (2, 1024)
+    assert large.given.base.size <= MOST_LOGITS
     small = Subject(apply, vocab_size=V, seq_len=T)
     assert small.tokens.shape == (3, T) and small.wide.shape == (T - 1, T)
     declared = Subject(apply, vocab_size=50_257, seq_len=1024, batch_size=4)
     assert declared.tokens.shape == (4, 1024)  # a function may take that number alone
 
 
+@pytest.mark.fault(58, "model.eval_repeats")
 def test_dropout_is_named_and_the_rest_waits():
     rng = np.random.default_rng(0)
 

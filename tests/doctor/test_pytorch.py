@@ -1,5 +1,6 @@
 """Public models and losses of PyTorch, as a user has them: healthy ones silent, leaks seen."""
 
+import types
 from typing import Any
 
 import numpy as np
@@ -173,6 +174,7 @@ class Returns(torch.nn.Module):
     [
         lambda z: (torch.tensor(0.0), z),
         lambda z: [None, z],
+        lambda z: types.SimpleNamespace(logits=z),
         lambda z: {"loss": None, "logits": z},
         lambda z: {"x": z},
         lambda z: (z.flatten(0, 1), None),
@@ -193,6 +195,54 @@ def test_forms_of_output(how):
 def test_what_cannot_be_used_is_said(how, said):
     report = examine(Returns(how))
     assert report.failed == ["model.output"] and said in report["model.output"].evidence
+
+
+class Asks(torch.nn.Module):
+    """Has a forward pass that asks for more than ids."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.inner = nano(every_position=True)
+        if how == "labels":
+            self.forward = lambda ids, labels=None: self.logits(ids, labels is not None)
+        if how == "y":
+            self.forward = lambda ids, y: self.logits(ids, y.shape == ids.shape)
+        if how == "attention_mask":
+            self.forward = lambda ids, attention_mask: self.logits(ids, attention_mask.all())
+
+    def logits(self, ids, every):
+        z = self.inner(ids)[0]
+        return z if every else z[:, [-1]]
+
+
+@pytest.mark.parametrize("how", ["labels", "y", "attention_mask"])
+def test_targets_and_masks_are_given_where_asked_for(how):
+    silent(examine(Asks(how)))
+
+
+def test_dropout_behind_a_head_of_zeros():
+    module = nano(every_position=True)
+    module.head.weight = torch.nn.Parameter(torch.zeros(V, 32))
+    assert silent(examine(module))["model.dropout"].status == "pass"
+
+
+class Normed(torch.nn.Module):
+    def __init__(self, norm):
+        super().__init__()
+        self.inner, self.norm = nano(every_position=True, dropout=0.0), norm
+
+    def forward(self, ids):
+        x = self.inner.wte(ids)
+        x = torch.cumsum(self.norm(x.transpose(1, 2)).transpose(1, 2), 1)
+        return self.inner.head(x) * 0.1
+
+
+@pytest.mark.fault(16, "model.suffix_swap")
+def test_a_batch_norm_over_time_is_seen_in_evaluation():
+    module = Normed(torch.nn.BatchNorm1d(32)).eval()
+    assert {"model.suffix_swap", "model.row_independence"} <= set(examine(module).failed)
+    assert (module.norm.running_mean == 0).all() and not module.norm.training
+    silent(examine(Normed(torch.nn.Identity())))
 
 
 def test_a_module_itself_is_referred_to_its_function():

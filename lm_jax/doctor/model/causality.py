@@ -41,7 +41,6 @@ class Worst:
         self.more = {"key": "difference"} | more
         self.ratio, self.made, self.over, self.blind = -1.0, 0, 0, 0
         self.found: list[Measure] = []
-        self.at: list[Measure] = []
         self.refused: dict[str, Broken] = {}
 
     def add(
@@ -61,9 +60,9 @@ class Worst:
         if size / tolerance > self.ratio:
             self.ratio = size / tolerance
             what, where = f"largest change of a logit, {how}", f"{variant.name} parameters"
+            at = {"row": row, "position": position, **at} if size > tolerance else {}
             worst = at_most(what, size, tolerance, where=where, **self.more)
-            self.found = [worst, note("largest logit", variant.scale)]
-            self.at = [note(*x) for x in {"row": row, "position": position, **at}.items()]
+            self.found = [worst, *(note(*x) for x in at.items())]
 
     @contextlib.contextmanager
     def refusal(self, what: str) -> Iterator[None]:
@@ -83,7 +82,6 @@ class Worst:
             *self.found,
             note(f"comparisons of {self.made} beyond their limit", self.over, key="over"),
             *(note(f"{what} was refused", str(why)) for what, why in self.refused.items()),
-            *(self.at if self.over else ()),
         ]
 
 
@@ -136,7 +134,7 @@ def id_zero(subject: Subject, causal: list[Variant]) -> list[Measure]:
         tokens = subject.tokens.copy()
         tokens[:, end:] = 0
         try:
-            base = variant.logits(tokens).copy()
+            base = variant.logits(tokens)
             tokens[:, cut:end] = subject.other_tokens(subject.rng(16), tokens[:, cut:end])
             moved, limit = change(variant.logits(tokens), base)[:, :cut], variant.same_shape
         except Broken as broken:

@@ -8,7 +8,7 @@ from lm_jax.doctor.model.subject import Function, Subject, Variant, change, move
 
 
 @check(
-    "Hand in a function of int32 ids [B, T] that returns finite floating-point logits [B, T, V]; "
+    "Hand in a function of NumPy's int32 ids [B, T] that returns finite float logits [B, T, V]; "
     "a PyTorch module goes through doctor.torch_model. Nothing else was examined.",
     gate=True,
 )
@@ -45,31 +45,29 @@ def eval_repeats(subject: Subject, output: Finding, noisy: Variant | None = None
     "The function takes params and computes with others, of a closure or a module, so that its "
     "checks with noise are worth nothing. Use what is handed in (torch.func.functional_call)."
 )
-def randomised(subject: Subject, noisy: Variant) -> list[Measure]:
+def randomised(subject: Subject, noisy: Variant) -> Measure:
     """Noise in place of all parameters, with which every check is repeated, changes the logits."""
     moved = change(noisy.base, subject.given.base).max()
     what, ignored = "change of a logit by noise for parameters", "the function ignores parameters"
-    return [
-        moves(what, moved, 0, otherwise="warn", where=ignored, key="change"),
-        note("largest logit then", noisy.scale, key="scale"),
-    ]
+    return moves(what, moved, 0, otherwise="warn", where=ignored, key="change")
 
 
 @check(
     "Hand the dropout key (or train=True) down to every layer. Draw it from the seed and the "
     "number of the update alone, and the mask for the whole batch, not for one row."
 )
-def dropout(subject: Subject, train_fn: Function) -> list[Measure]:
+def dropout(subject: Subject, train_fn: Function, noisy: Variant | None = None) -> list[Measure]:
     """Masks of dropout change the logits, differ by update and row, and come again when rerun."""
-    given, tokens = subject.given, np.tile(subject.tokens[:1], (subject.rows, 1))
-    off = given.logits(tokens).copy()
-    first, again, second = (given.logits(tokens, train_fn, i).copy() for i in (0, 0, 1))
+    # A head or a branch that starts at zero hides what is dropped before it.
+    variant, tokens = noisy or subject.given, np.tile(subject.tokens[:1], (subject.rows, 1))
+    off = variant.logits(tokens)
+    first, again, second = (variant.logits(tokens, train_fn, i) for i in (0, 0, 1))
     updates, rows = change(first, second).max(), change(first[1:], first[:-1]).max()
     # In low precision the bound of rounding can be as large as what a little dropout does.
-    rounding = max(given.same_shape, min(given.other_shape, float(updates) / 4))
+    rounding = max(variant.same_shape, min(variant.other_shape, float(updates) / 4))
     return [
-        moves("change of a logit by dropout", change(first, off).max(), given.same_shape),
-        moves("difference of updates 0 and 1", updates, given.same_shape),
+        moves("change of a logit by dropout", change(first, off).max(), variant.same_shape),
+        moves("difference of updates 0 and 1", updates, variant.same_shape),
         moves("difference of equal rows", rows, rounding),
         at_most("difference of update 0 run twice", float(change(first, again).max()), 0),
     ]

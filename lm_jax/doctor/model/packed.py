@@ -29,7 +29,7 @@ def outside(
     worst = Worst()
     for variant in variants:
         rng = subject.rng(14)
-        base = variant.logits(subject.tokens, segmented, ids).copy()
+        base = variant.logits(subject.tokens, segmented, ids)
         for how, inside in parts.items():
             moved = change(variant.logits(subject.replaced(rng, inside), segmented, ids), base)
             worst.add(np.where(inside, 0, moved), variant.same_shape, variant, f"{how} replaced")
@@ -63,7 +63,7 @@ def segment_restart(
     moved = np.roll(subject.tokens, -start, axis=1)  # the second document first
     worst = Worst()
     for variant in variants:
-        packed = variant.logits(subject.tokens, segmented, documents(subject, (start,))).copy()
+        packed = variant.logits(subject.tokens, segmented, documents(subject, (start,)))
         alone = variant.logits(moved, segmented, documents(subject, (length,)))
         # An angle of up to T radians is off by T roundings of float32 before it is rotated by.
         angles = 1 + subject.seq_len * 2.0**-24 / subject.precision.unit

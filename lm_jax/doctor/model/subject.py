@@ -21,8 +21,7 @@ from lm_jax.doctor.numbers import FLOAT32_EPS, resolution, roundoff
 Function = Callable[..., Any]
 Maybe = Annotated[Function | None, function]
 CAUSAL = "causal"
-MOST_LOGITS = 1 << 24  # of one call, where more rows than two only make for fewer calls
-MASK_VALUE = 1e4  # numbers of this size stand for an infinity in a mask and are no parameters
+MOST_LOGITS = 1 << 24  # kept of one call: beyond it there are fewer rows, then fewer of the ids
 
 
 @dataclasses.dataclass
@@ -43,7 +42,14 @@ class Subject(Facts):
     _: dataclasses.KW_ONLY
     vocab_size: Annotated[int, "V.", whole(2)]
     seq_len: Annotated[int, "T of most calls; shorter ones are tried as well.", whole(4)]
-    params: Annotated[Any, "pytree of arrays; checks are repeated with noise in its place."] = None
+    params: Annotated[
+        Any,
+        "pytree of arrays; checks are repeated with noise in its place.",
+        Bound(
+            "give a tree of arrays; a class of your own must be a pytree of JAX",
+            lambda tree: any(hasattr(x, "dtype") for x in jax.tree.leaves(tree) or [np.array(0)]),
+        ),
+    ] = None
     objective: Annotated[
         str,
         "causal; bidirectional and masked skip the causal checks.",
@@ -65,10 +71,7 @@ class Subject(Facts):
     init_std: Annotated[
         Mapping[str, float] | None,
         'declared standard deviations, by pattern of the leaf\'s path, "blocks/*/kernel".',
-        Bound(
-            "give numbers, by pattern",
-            lambda x: all(map(real, dict(x).values())),
-        ),
+        Bound("give numbers, by pattern", lambda x: all(map(real, dict(x).values()))),
     ] = None
     compute_dtype: Annotated[
         str | None,
@@ -101,6 +104,7 @@ class Subject(Facts):
         self.tokens = self.rng(0).integers(self.lowest, self.vocab_size, size, dtype=np.int32)
         # The same rows again and again, for many comparisons in one call.
         self.wide = self.tokens[np.arange(max(min(self.seq_len - 1, room), self.rows)) % self.rows]
+        self.step = 1 + self.tokens.size * self.vocab_size // MOST_LOGITS  # from id to id compared
         self.given = Variant(self, "given", self.params)
         self.last: dict[int, tuple] = {}  # call of every function, and the variant it was of
 
@@ -163,15 +167,18 @@ class Variant:
         self.leading = () if params is None else (params,)
         self.dtype = np.dtype(np.float32)  # of the logits, known after the first call
 
-    def ask(self, name: str, fn: Function, tokens: np.ndarray, *more: Any) -> np.ndarray:
-        """What a function returns with these parameters, as an array."""
+    def ask(self, name: str, fn: Function, tokens: np.ndarray, *more: Any) -> Any:
+        """What a function returns with these parameters."""
         self.subject.last[id(fn)] = (self, fn, tokens, *more)
         # A copy: a function that writes into its argument must not spoil the next comparison.
-        raw = call(name, fn, *self.leading, tokens.copy(), *more)
-        return call(f"numpy.asarray of what {name} returned", trees.as_array, raw)
+        return call(name, fn, *self.leading, tokens.copy(), *more)
 
     def logits(self, tokens: np.ndarray, fn: Function | None = None, *more: Any) -> np.ndarray:
-        """Logits [B, T, V] in float32 or wider.
+        """A copy of the logits to compare; see `all_logits`."""
+        return self.all_logits(tokens, fn, *more)[..., :: self.subject.step].copy()
+
+    def all_logits(self, tokens: np.ndarray, fn: Function | None = None, *more: Any) -> np.ndarray:
+        """Logits [B, T, V] in float32 or wider, 0 for ids that are masked at every position.
 
         Args:
             tokens: ids [B, T].
@@ -182,7 +189,9 @@ class Variant:
             Broken: if the function raises or returns no such logits, all finite.
         """
         name = "the model" if fn is None else getattr(fn, "__name__", "the function")
-        values = self.ask(name, fn or self.subject.fn, tokens, *more)
+        raw = self.ask(name, fn or self.subject.fn, tokens, *more)
+        raw = trees.logits_of(raw, *tokens.shape)
+        values = call(f"numpy.asarray of what {name} returned", trees.as_array, raw)
         expected = (*tokens.shape, self.subject.vocab_size)
         if values.shape != expected:
             raise Broken(f"{name} returned shape {list(values.shape)}, expected {list(expected)}")
@@ -190,7 +199,10 @@ class Variant:
             raise Broken(f"{name} returned {values.dtype}, expected floating-point logits")
         self.dtype = values.dtype
         values = values.astype(np.float64 if values.itemsize > 4 else np.float32, copy=False)
-        if not (finite := np.isfinite(values)).all():
+        if values.min() <= -trees.MASK_VALUE:  # a padded vocabulary, perhaps
+            padding = (values <= -trees.MASK_VALUE).all((0, 1))
+            values = values if padding.all() else np.where(padding, 0, values)
+        if not np.isfinite(values.sum()) and not (finite := np.isfinite(values)).all():
             where = np.argwhere(~finite)
             raise Broken(
                 f"{name} returned {len(where)} non-finite of {values.size} logits, the first at "
@@ -198,24 +210,22 @@ class Variant:
             )
         return values
 
-    def change(self, tokens: np.ndarray, fn: Function | None = None, *more: Any) -> np.ndarray:
+    def change(self, tokens: np.ndarray) -> np.ndarray:
         """Largest change of a logit [B, T] from `base`, for as many rows and positions."""
-        return change(self.logits(tokens, fn, *more), self.base)
+        return change(self.logits(tokens), self.base)
 
     @functools.cached_property
     def base(self) -> np.ndarray:
-        """Logits of the subject's own tokens; a copy, for the function may use its memory again."""
-        return self.logits(self.subject.tokens).copy()
+        """Logits of the subject's own tokens."""
+        return self.logits(self.subject.tokens)
 
     @functools.cached_property
     def wide(self) -> tuple[np.ndarray, np.ndarray]:
         """Many rows and their logits; no more rows than usual if the function refuses."""
         tokens = self.subject.wide
-        try:
+        with contextlib.suppress(Broken):
             if len(tokens) > self.subject.rows:
-                return tokens, self.logits(tokens).copy()
-        except Broken:
-            pass
+                return tokens, self.logits(tokens)
         return self.subject.tokens, self.base
 
     @functools.cached_property
@@ -243,10 +253,8 @@ class Variant:
         unit, subject = self.subject.precision.unit, self.subject
         response = 0.0
         if self.params is not None:
-            with np.errstate(over="ignore"):  # of what stands for infinity
-                nudged = _but_masks(self.params, trees.nudge(self.params, unit, subject.seed))
-            logits = Variant(subject, self.name, nudged).logits(subject.tokens)
-            response = float(change(logits, self.base).max())
+            nudged = Variant(subject, self.name, trees.nudge(self.params, unit, subject.seed))
+            response = float(change(nudged.base, self.base).max())
         return max(8 * unit * self.scale, 4 * response)
 
 
@@ -276,10 +284,9 @@ def leaves(subject: Subject, params: Any) -> trees.Arrays:
 @fixture
 def noisy(subject: Subject, params: Any, leaves: trees.Arrays) -> Variant:
     """The box with noise in place of every parameter, if it bears that."""
-    noise = trees.randomise(params, subject.seed)
-    made = Variant(subject, "randomised", _but_masks(params, noise))
+    made = Variant(subject, "randomised", trees.randomise(params, subject.seed))
     try:
-        made.logits(subject.tokens)
+        made.scale  # noqa: B018
     except Broken as broken:
         raise Skip(f"{broken}: a leak behind a zero gate is not seen.") from broken
     return made
@@ -299,17 +306,3 @@ def causal(objective: str, variants: list[Variant]) -> list[Variant]:
     if objective != CAUSAL:
         raise Skip(f"The objective is declared {objective}: later tokens may be seen.")
     return variants
-
-
-def _but_masks(params: Any, changed: Any) -> Any:
-    """The changed parameters, but masks as given: noise in those would itself be a leak."""
-
-    def fixed(leaf: Any) -> bool:
-        if not trees.is_float_leaf(leaf) or trees.is_mask(leaf):
-            return True
-        x = trees.as_array(leaf).astype(np.float32)
-        square = x.ndim > 1 and 1 < x.shape[-1] == x.shape[-2]
-        triangular = square and x.any() and not np.triu(x, 1).any()
-        return bool(triangular or (np.abs(x) >= MASK_VALUE).any())
-
-    return jax.tree.map(lambda leaf, new: leaf if fixed(leaf) else new, params, changed)

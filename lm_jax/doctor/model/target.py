@@ -7,7 +7,7 @@ from scipy.special import logsumexp
 
 from lm_jax.doctor import numbers, trees
 from lm_jax.doctor.checks import check
-from lm_jax.doctor.facts import Broken, Skip
+from lm_jax.doctor.facts import Broken, Skip, call
 from lm_jax.doctor.findings import Measure, at_most, equals, holds, note
 from lm_jax.doctor.model.subject import CAUSAL, Function, Subject, Variant, moves
 
@@ -20,7 +20,7 @@ def nats_by_offset(subject: Subject, sample: np.ndarray) -> np.ndarray:
     places = [t[max(0, -k) : len(t) - max(0, k)] for k in OFFSETS]
     for first in range(0, len(sample), subject.rows):
         rows = sample[first : first + subject.rows]
-        for row, z in zip(rows, subject.given.logits(rows), strict=True):
+        for row, z in zip(rows, subject.given.all_logits(rows), strict=True):
             # A few positions at a time: the float64 of a row with a large vocabulary is large.
             parts = np.array_split(z, 1 + (z.size >> 22))
             norm = np.concatenate([logsumexp(x.astype(np.float64), axis=-1) for x in parts])
@@ -74,7 +74,8 @@ def attention_softmax(
     visible = np.arange(1, T + 1) if causal else np.full(T, T)
     error, future, excess = 0.0, 0.0, -1.0
     for variant in variants:
-        probs = variant.ask("attention", attention, subject.tokens).astype(np.float64)
+        raw = variant.ask("attention", attention, subject.tokens)
+        probs = call("numpy.asarray of attention", trees.as_array, raw).astype(np.float64)
         if probs.shape[-2:] != (T, T):
             raise Broken(f"attention returned shape {list(probs.shape)}, expected [..., {T}, {T}]")
         error = max(error, numbers.gap(probs.sum(-1), 1))
