@@ -121,8 +121,10 @@ def identical(subject: Subject) -> list[Measure]:
         steps, x, y = pairs(subject.finite(f"{a}/loss"), subject.finite(f"{b}/loss"))
         same_at = (x == y) & (x != 0)
         digits = np.array([half_unit(v) / abs(v) for v in x[same_at][:1000]])
-        often = np.sum(digits < 2e-4) >= (3 if of_train else 1) and same_at.mean() > 0.9
-        seen += len(x) >= (3 if of_train else 1)
+        # A row is equal by chance as often as its last digit goes into 1 %.
+        chance = math.prod(np.minimum(1, 200 * digits))
+        often = chance < (1e-4 if of_train else 0.05) and same_at.mean() > 0.9
+        seen += len(x)
         if often or (not of_train and np.any(digits <= 1e-5)):
             what = f"rows where {a} and {b} have the same loss, so that one is the other"
             places = [f"step {s:g}" for s in steps[same_at]]
@@ -136,15 +138,16 @@ def _ties(subject: Subject, loss: Series) -> tuple[list[float], list[str]]:
     """For each evaluation but the last, the chance that the next one is equal; where it is."""
     x, gaps = loss.values, np.diff(loss.steps)
     change, halves = np.abs(np.diff(x)), np.array([half_unit(value) for value in x])
-    speed = np.where(change > 0, change / gaps, np.inf)
+    speed = change / gaps
     chances, same = [], []
     for i in np.flatnonzero(_learning(subject, loss.steps)).tolist():
         near = slice(max(0, i - 4), i + 5)
-        slowest = float(speed[near].min()) * gaps[i]
+        moves = speed[near][change[near] > 0]
         # Without evaluations that differ, 1 % in 100 updates is taken for their usual change.
-        usual = slowest if slowest < math.inf else 0.01 * abs(x[i]) * min(1.0, gaps[i] / 100)
+        usual = 0.01 * abs(x[i]) * min(1.0, gaps[i] / 100)
+        usual = float(np.median(moves)) * gaps[i] if len(moves) else usual
         half = halves[near].min()
-        exact = usual > 0 and half <= 2e-5 * abs(x[i])  # four decimals or more
+        exact = usual > 0 and half <= 1e-4 * abs(x[i])  # four decimals, as a rule
         chances.append(min(1.0, 2 * half / usual) if exact else 1.0)
         where = f"{x[i]:.10g} at steps {loss.steps[i]:g} and {loss.steps[i + 1]:g}"
         same.append("" if change[i] else where)

@@ -91,8 +91,8 @@ def _stale(norm: np.ndarray) -> list[Measure]:
     if len(norm) < 20 or not len(kinds):
         return []
     often = float(kinds[np.argmax(counts)])
-    # A norm that was clipped is a round number in many rows.
-    if abs(often - float(f"{often:.2g}")) < 1e-5 * often:
+    # A norm that was clipped is a round number in many rows, and none is above it.
+    if abs(often - float(f"{often:.2g}")) < 1e-5 * often and often > 0.9999 * kinds[-1]:
         return []
     unit = 2 * min(half_unit(x) for x in kinds[:_MOST])
     # Norms of a healthy run differ from row to row by 5 % at the least.
@@ -142,7 +142,8 @@ def warmup(subject: Subject, schedule: Series) -> Measure:
     """The learning rate reaches its peak within the first three tenths of the run."""
     steps, lr = schedule
     place = int(np.argmax(lr))
-    share = float((steps[place] - steps[0]) / (steps[-1] - steps[0]))
+    # The peak may have been reached at any time after the row before.
+    share = float((steps[max(0, place - 1)] - steps[0]) / (steps[-1] - steps[0]))
     rises = place == len(lr) - 1 and lr[-1] > lr[-2]
     if subject.steps is None and share > _WARMUP and lr[-1] > 0.5 * lr[place]:
         raise Skip(

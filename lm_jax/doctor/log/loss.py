@@ -171,7 +171,8 @@ def _replaced(series: Series, name: str) -> tuple[float, list[int]]:
                 continue
             gap = abs(near.mean() - value)
             far = value == 0 or gap > 0.25 * abs(near.mean())
-            if far and gap > 6 * math.hypot(near.std(), printed):
+            sudden = value == 0 and near.min() > 1  # amid a steep fall too
+            if sudden or (far and gap > 6 * math.hypot(near.std(), printed)):
                 steps += series.steps[start:stop].astype(int).tolist()
         if len(steps) >= (1 if value == 0 else 3):
             return value, steps
@@ -190,7 +191,7 @@ def quantised(subject: Subject) -> Measure:
         x = x / math.log(2)
     step = 2.0 ** (np.floor(np.log2(np.abs(x))) - 7)
     printed = np.array([half_unit(value) for value in x])
-    hits = np.abs(x - np.round(x / step) * step) <= printed
+    hits = np.abs(x - np.round(x / step) * step) <= printed * (1 + 1e-6)  # half a unit exactly
     # The logarithm of the chance that printed numbers all fall beside a bfloat16 number.
     chance = float(np.log(np.minimum(1, 2 * printed / step)).sum())
     if chance > math.log(1e-6):
