@@ -330,15 +330,15 @@ def test_divergence_in_a_few_rows(rows):
     quiet(rows_of([6.41, 6.44, 6.38, 6.4, 6.3, 6.5, 6.6][-rows:]), vocab_size=V)
 
 
-@pytest.mark.parametrize("rows", [19, 200])
-def test_one_cause_is_named_where_a_run_diverged(rows):
+@pytest.mark.parametrize(("rows", "every"), [(19, 10), (200, 100_003)])
+def test_one_cause_is_named_where_a_run_diverged(rows, every):
     values = course(rows)
     turn = rows * 6 // 10
     values[turn:] = 270 * 0.99 ** np.arange(rows - turn)
-    finding = found("divergence", rows_of(values), vocab_size=V)
-    assert f"last good row is step {10 * (turn - 1)} " in finding.evidence
-    assert f"and step {10 * turn} has 270" in finding.evidence
-    report = examine_log(rows_of(values), vocab_size=V, references={"unigram": 900.0})
+    finding = found("divergence", rows_of(values, every), vocab_size=V)
+    assert f"last good row is step {every * (turn - 1)} " in finding.evidence
+    assert f"and step {every * turn} has 270" in finding.evidence
+    report = examine_log(rows_of(values, every), vocab_size=V, references={"unigram": 900.0})
     for name in ("trend", "above_uniform", "baseline", "spikes"):
         assert "log.divergence" in report[f"log.{name}"].evidence
 

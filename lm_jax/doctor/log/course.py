@@ -69,9 +69,9 @@ def rise(subject: Subject) -> Rise:
     least, end = float(level[low]), float(level[-1])
     smooth = scipy.ndimage.median_filter(x, 9, mode="nearest") if n >= 60 else x
     good = int(np.flatnonzero(smooth <= max((least + end) / 2, smooth.min()))[-1])
-    where = f"the last good row is step {loss.steps[good]:g} with {x[good]:.4g}"
+    where = f"the last good row is step {loss.steps[good]:.10g} with {x[good]:.4g}"
     if good + 1 < n:
-        where += f" and step {loss.steps[good + 1]:g} has {x[good + 1]:.4g}"
+        where += f" and step {loss.steps[good + 1]:.10g} has {x[good + 1]:.4g}"
     return Rise(float(x[0]), least, end, int(loss.steps[parts[low][-1]]), allowed, where)
 
 
@@ -116,7 +116,7 @@ def trend(subject: Subject, steady: bool, uniform: float | None = None) -> list[
     loss = subject.finite(name, 6)
     start, last_step = float(loss.values[0]), float(loss.steps[-1])
     if last_step < (99 if uniform else 1000):
-        raise Skip(f"The log ends at step {last_step:g}, too early for this check.")
+        raise Skip(f"The log ends at step {last_step:.10g}, too early for this check.")
     if start < (min(0.7 * uniform, _FREQUENCIES) if uniform else _UNLEARNT):
         raise Skip("The log does not begin with an untrained model.")
     at_once, found = falls_at_once(loss.values), []
@@ -138,7 +138,7 @@ def trend(subject: Subject, steady: bool, uniform: float | None = None) -> list[
         # A frozen model falls by this much once in a hundred logs.
         found.append(at_least(what, _mann_kendall(x), 2.33, otherwise=status, key="z"))
     if last_step >= 1000:
-        text = f"share of {x[0]:.4g} nats that the updates after step {loss.steps[0]:g} took off"
+        text = f"share of {x[0]:.4g} nats that the updates after step {loss.steps[0]:.10g} took off"
         fell, limit = drop / x[0], "at least 0.05"
         found.append(holds(not tiny, text, fell, limit=limit, otherwise="warn", key="fell"))
     return [*found, note(f"{name} of the last third is {drop:.3g} ± {error:.2g} below the first")]
@@ -181,11 +181,11 @@ def spikes(subject: Subject, rise: Rise, steady: bool) -> list[Measure]:
     steps = loss.steps[starts + width]
     limit = "rows 10 sd" if few else "runs of 3 rows over 6 sd"
     what = f"{limit} above the median of {width} before (sd {sd:.3g} nats)"
-    places = [f"step {step:g}" for step in steps]
+    places = [f"step {step:.10g}" for step in steps]
     found = [none(what, places, otherwise="warn", key="places")]
     if not len(starts):
         return found
-    found.append(note(f"height of the first, at step {steps[0]:g}", float(above[starts[0]])))
+    found.append(note(f"height of the first, at step {steps[0]:.10g}", float(above[starts[0]])))
     if subject.has("optim/grad_norm"):
         norms = subject.finite("optim/grad_norm")
         near = (norms.steps >= loss.steps[starts[0]]) & (norms.steps <= steps[0])

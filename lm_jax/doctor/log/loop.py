@@ -33,7 +33,7 @@ def schedule(subject: Subject, rates: Series) -> Series:
     # Steps may be counted from 0, and not every one is logged.
     gap = max(1.0, float(np.median(np.diff(rates.steps))))
     if subject.steps is not None and rates.steps[-1] < subject.steps - gap:
-        raise Skip(f"The log ends at step {rates.steps[-1]:g} of {subject.steps}.")
+        raise Skip(f"The log ends at step {rates.steps[-1]:.10g} of {subject.steps}.")
     return rates
 
 
@@ -49,11 +49,10 @@ def updates(subject: Subject) -> list[Measure]:
     if lr is not None and len(lr) > 1:
         above = int(np.sum(lr.values > 0))
         found.append(holds(above > 0, "rows with a learning rate above 0", above))
-    names = ("optim/param_norm", "optim/update_norm", "optim/grad_norm")
-    norms = {name: _while_learning(subject, name, lr) for name in names}
     has_loss = subject.has("train/loss")
     loss = subject.series("train/loss").finite().values if has_loss else np.zeros(0)
-    for name, norm in norms.items():
+    for name in ("optim/param_norm", "optim/update_norm", "optim/grad_norm"):
+        norm = _while_learning(subject, name, lr)
         if len(norm) < 3:
             continue
         if name == "optim/param_norm":
@@ -65,7 +64,7 @@ def updates(subject: Subject) -> list[Measure]:
         else:
             zero = float(np.mean(norm == 0))
             found.append(at_most(f"share of rows where {name} is 0", zero, 0.5))
-    found += _stale(norms["optim/grad_norm"])
+            found += _stale(norm) if name == "optim/grad_norm" else []
     if not found:
         raise Skip("No learning rate, parameter norm, update norm or gradient norm is logged.")
     return found
@@ -129,7 +128,7 @@ def lr_zero(rates: Series) -> list[Measure]:
     zero = rates.values <= 1e-9 * peak
     idle = np.flatnonzero(zero[1:]) + 1
     share = len(idle) / len(rates) if len(idle) > 1 else 0.0
-    where = f"from step {rates.steps[idle[0]]:g} on" if len(idle) else ""
+    where = f"from step {rates.steps[idle[0]]:.10g} on" if len(idle) else ""
     first = bool(zero[0]) and rates.steps[0] <= 1
     return [
         at_most("share of later rows with a rate of 0", share, 0.05, where=where, key="idle"),
@@ -146,12 +145,8 @@ def warmup(subject: Subject, schedule: Series) -> Measure:
     share = float((steps[max(0, place - 1)] - steps[0]) / (steps[-1] - steps[0]))
     rises = place == len(lr) - 1 and lr[-1] > lr[-2]
     if subject.steps is None and share > _WARMUP and lr[-1] > 0.5 * lr[place]:
-        raise Skip(
-            f"The log ends at {lr[-1] / lr[place]:.0%} of the peak of the learning rate, in the "
-            "middle of a schedule, and steps is not given.",
-            "steps",
-        )
-    what = f"share of the run before the peak rate of {lr[place]:.3g}, at step {steps[place]:g}"
+        raise Skip("The log ends near the peak rate and steps is not given.", "steps")
+    what = f"share of the run before the peak rate of {lr[place]:.3g}, at step {steps[place]:.10g}"
     return at_most(what, share, _WARMUP, otherwise="fail" if rises else "warn", key="share")
 
 
@@ -201,12 +196,10 @@ def _accumulation(lr: Series, ratio: float) -> tuple[int, str] | None:
 def clipping(subject: Subject) -> list[Measure]:
     """How often gradients were clipped; a fact, not a fault."""
     late = float(subject.finite("optim/clip_rate").tail(0.5).values.mean())
-    text = (
-        "clipping keeps the direction, and Adam divides a constant factor out again, so this alone "
-        "explains no bad loss; a loss summed over tokens does this from the first update on "
-        "(loss.repetition)"
-    )
     rate = note("share of updates clipped in the second half", late, key="rate")
+    text = (
+        "this alone explains no bad loss; a loss summed over tokens does it (loss.repetition)"
+    )
     return [rate, note(text)] if late > 0.9 else [rate]
 
 
@@ -249,7 +242,7 @@ def budget(subject: Subject) -> Measure:
         # Fewer: padding is not counted. One more step: they are counted from 0.
         if tokens.values[-1] > 1.005 * expected + subject.tokens_per_step:
             wrong.append(
-                f"{tokens.steps[-1]:g} steps x {subject.tokens_per_step:g} tokens = "
+                f"{tokens.steps[-1]:.10g} steps x {subject.tokens_per_step:g} tokens = "
                 f"{expected:.4g}, but data/tokens is {tokens.values[-1]:.4g}"
             )
     if not seen:
@@ -274,5 +267,5 @@ def components(subject: Subject) -> Measure:
     sums = [(numbers.excess_of_sum(row[1:], row[0]), row) for row in x.T.tolist()]
     step, (excess, row) = max(zip(steps, sums, strict=True), key=lambda pair: pair[1][0])
     text = f"objective {row[0]:.6g} and sum {sum(row[1:]):.6g} of {len(parts)} terms at step"
-    what = f"{text} {step:g}, difference over what digits and rounding allow"
+    what = f"{text} {step:.10g}, difference over what digits and rounding allow"
     return at_most(what, excess, 1, key="excess")

@@ -76,7 +76,7 @@ def _wrong(
         if abs(off) > digits + 2e-6 * unit * max(1.0, abs(x)):  # float32 arithmetic
             cap = next((f" = {cap}" for cap, at in _CAPS.items() if math.isclose(p, at)), "")
             ln = f"ln {p:.10g}{cap} is {math.log(p):.6g}"
-            found.append((off, f"step {step:g}: {ln} and the {of} {x * unit:.6g} nats"))
+            found.append((off, f"step {step:.10g}: {ln} and the {of} {x * unit:.6g} nats"))
     return int(use.sum()), found
 
 

@@ -112,14 +112,15 @@ def first_loss(subject: Subject, loss: Series, uniform: float) -> Measure:
     # pre-trained one may begin anywhere, but does not fall as far.
     power = parts & (parts - 1) == 0
     low, high = (0.97 if step <= 1 else 0.85, 1.06) if power else (0.98, 1.05)
+    near = low <= first * parts / uniform <= high and (power or step <= 1)
     falls = loss.tail(0.1).values.mean() < (0.6 if power else 0.5) * first
     # Evaluations are not divided: one that is no larger says that the model was trained before.
     same = any(
         held_out.values[0] < 1.5 * np.interp(held_out.steps[0], *loss)
         for held_out in map(subject.nats, subject.scored())
     )
-    ok = not (parts > 1 and low <= first * parts / uniform <= high and falls and not same)
-    what, limit = f"first loss, at step {step:g}", f"ln V = {uniform:.4g}"
+    ok = not (parts > 1 and near and falls and not same)
+    what, limit = f"first loss, at step {step:.10g}", f"ln V = {uniform:.4g}"
     where = f"ln V / {parts} = {uniform / parts:.4g}"
     return holds(ok, what, first, limit=limit, otherwise="warn", where=where, key="first")
 
@@ -132,11 +133,10 @@ def first_loss(subject: Subject, loss: Series, uniform: float) -> Measure:
 def fall(subject: Subject, uniform: float) -> Measure:
     """The loss falls no faster than learning from new text goes.
 
-    Below half of ln V a model must learn from the data. Where the data are new, its loss then
-    falls as a power of the tokens seen with an exponent below 0.5 (Hestness et al. 2017,
-    arXiv 1712.00409: 0.5 in theory, below 0.35 as measured). A copied target falls with the speed
-    of the optimiser, and so does a corpus of near-zero entropy: where a bigram model is known, only
-    a tenth of its perplexity is judged, as in log.floor.
+    Below half of ln V the loss on new data falls as a power of the tokens seen with an exponent
+    below 0.5 (Hestness et al. 2017, arXiv 1712.00409: below 0.35 as measured). A copied target
+    falls with the speed of the optimiser, and so does a corpus of near-zero entropy: where a bigram
+    model is known, only a tenth of its perplexity is judged, as in log.floor.
     """
     subject.skip_if_overfit()
     half = _learned(subject, uniform)
