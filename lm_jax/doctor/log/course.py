@@ -138,9 +138,8 @@ def trend(subject: Subject, steady: bool, uniform: float | None = None) -> list[
         # A frozen model falls by this much once in a hundred logs.
         found.append(at_least(what, _mann_kendall(x), 2.33, otherwise=status, key="z"))
     if last_step >= 1000:
-        text = f"share of {x[0]:.4g} nats that the updates after step {loss.steps[0]:.10g} took off"
-        fell, limit = drop / x[0], "at least 0.05"
-        found.append(holds(not tiny, text, fell, limit=limit, otherwise="warn", key="fell"))
+        text = f"share of {x[0]:.4g} nats gained after step {loss.steps[0]:.10g} (at least 0.05)"
+        found.append(holds(not tiny, text, drop / x[0], otherwise="warn", key="fell"))
     return [*found, note(f"{name} of the last third is {drop:.3g} ± {error:.2g} below the first")]
 
 

@@ -9,7 +9,7 @@ import scipy.stats
 
 from lm_jax.doctor import numbers
 from lm_jax.doctor.checks import check
-from lm_jax.doctor.facts import Skip, give
+from lm_jax.doctor.facts import Skip
 from lm_jax.doctor.findings import Measure, Status, at_least, at_most, holds, none, note
 from lm_jax.doctor.log.series import Series, mean_error, noise, pairs
 from lm_jax.doctor.log.subject import SUBWORDS, Subject
@@ -38,13 +38,10 @@ def overfit(subject: Subject) -> list[Measure]:
         if course is None:
             found.append(note(f"{split} loses less than half of what was gained"))
             continue
-        text = (
-            f"{split} overfits: lowest at step {course.step} with {course.low:.4g}, it ends at "
-            f"{course.end:.4g} nats while the training loss falls"
-        )
-        lost = course.end > min(course.start, guess)
-        told = holds(False, text, course._asdict(), otherwise="fail" if lost else "warn", key=split)
-        found.append(told)
+        low, end = f"{course.low:.4g} at step {course.step}", f"{course.end:.4g}"
+        text = f"{split} overfits: from {low} it rises to {end} while the training loss falls"
+        status: Status = "fail" if course.end > min(course.start, guess) else "warn"
+        found.append(holds(False, text, course._asdict(), otherwise=status, key=split))
     return found
 
 
@@ -186,10 +183,9 @@ def floor(subject: Subject) -> list[Measure]:
         found += _memory(subject, references, bool(best))
     if best:
         found += _held_out(subject, references, *best)
-    if not found and subject.vocab_size is None:
-        raise give("vocab_size")
     if not found:
-        raise Skip("Low losses are ordinary for under 1000 ids or unknown data.", "references")
+        needs = "vocab_size" if subject.vocab_size is None else "references"
+        raise Skip("Low losses are ordinary for under 1000 ids or unknown data.", needs)
     return found
 
 
@@ -208,8 +204,7 @@ def _held_out(
     elif "kn2" in references:
         status = "warn" if (subject.parameters or 0) >= 1e9 else "fail"
         what = f"{name}, nats, against a tenth of the perplexity of a bigram model"
-        limit = math.log(references["kn2"] / 10)
-        yield at_least(what, nats, limit, otherwise=status, key="loss")
+        yield at_least(what, nats, math.log(references["kn2"] / 10), otherwise=status, key="loss")
     elif (subject.vocab_size or 0) >= SUBWORDS:
         what = f"{name}, nats (perplexity {numbers.exp(nats):.4g} over {subject.vocab_size} ids)"
         yield at_least(what, nats, _LOW, otherwise="warn", key="loss")

@@ -96,9 +96,10 @@ def _stale(norm: np.ndarray) -> list[Measure]:
     unit = 2 * min(half_unit(x) for x in kinds[:_MOST])
     # Norms of a healthy run differ from row to row by 5 % at the least.
     chance = min(1.0, max(unit / (0.05 * often), 0.02))
-    limit = numbers.share_limit(chance, len(norm))
-    share = float(np.max(counts) / len(norm))
-    return [at_most(f"share of rows with a gradient norm of exactly {often:g}", share, limit)]
+    what = f"share of rows with a gradient norm of exactly {often:g}"
+    return [
+        at_most(what, float(np.max(counts)) / len(norm), numbers.share_limit(chance, len(norm)))
+    ]
 
 
 @check(
@@ -196,10 +197,8 @@ def _accumulation(lr: Series, ratio: float) -> tuple[int, str] | None:
 def clipping(subject: Subject) -> list[Measure]:
     """How often gradients were clipped; a fact, not a fault."""
     late = float(subject.finite("optim/clip_rate").tail(0.5).values.mean())
+    text = "this alone explains no bad loss; a loss summed over tokens does it (loss.repetition)"
     rate = note("share of updates clipped in the second half", late, key="rate")
-    text = (
-        "this alone explains no bad loss; a loss summed over tokens does it (loss.repetition)"
-    )
     return [rate, note(text)] if late > 0.9 else [rate]
 
 
@@ -223,9 +222,8 @@ def throughput(subject: Subject) -> Measure:
     mfu = float(np.median(measured))
     if mfu > 1 or logged.min() < -1:
         return at_most("logged percent of the peak", mfu / 100, _MAX_MFU, key="mfu")
-    unless = "unless it is a percent"  # of a small model
-    what = "logged share of the peak"
-    return at_most(what, mfu, _MAX_MFU, otherwise="warn", where=unless, key="mfu")
+    unless = dict(otherwise="warn", where="unless it is a percent")  # of a small model
+    return at_most("logged share of the peak", mfu, _MAX_MFU, key="mfu", **unless)
 
 
 @check(

@@ -53,6 +53,7 @@ def readable(subject: Subject) -> list[Measure]:
     known = [name for name in rows.names if is_known(name)]
     cut_off = all(p.last for p in problems) and known  # what a kill leaves
     columns = [f"{column} -> {metric}" for column, metric in (subject.columns or {}).items()]
+    told = ("read", columns), ("columns not used:", subject.ignored)
     bad = none(
         "lines that could not be used",
         [f"line {p.line}: {p.what}" for p in problems],
@@ -65,8 +66,7 @@ def readable(subject: Subject) -> list[Measure]:
         holds(bool(known), f"metrics that are known: {listed(known, 20) or 'none'}"),
         dataclasses.replace(bad, value=[p.line for p in problems]),
         none("metrics with something that is no number in some rows", sorted(rows.odd)),
-        *([note(f"read {listed(columns, 20)}")] if columns else []),
-        *([note(f"columns not used: {listed(subject.ignored, 20)}")] if subject.ignored else []),
+        *(note(f"{what} {listed(names, 20)}") for what, names in told if names),
     ]
 
 

@@ -1,5 +1,6 @@
 """Noise of the loss that comes again: at a resume, and with every epoch."""
 
+import contextlib
 import math
 
 import numpy as np
@@ -52,20 +53,14 @@ def resume(subject: Subject, restarts: list[int]) -> list[Measure]:
             at_most(change, abs(jump), 4.5 * error, where=f"{jump:+.3g}", key=f"jump {at}")
         )
         if min(len(loss) - split, split) >= _ROWS:
-            found += _again(loss.values[: 2 * split], split, at)
+            with contextlib.suppress(Skip):  # a smooth curve
+                again = echo(loss.values[: 2 * split], np.array([split]))
+                what = f"likeness of the noise after step {at} to that of the first rows, sd"
+                where = f"the {again.rows} rows repeat the noise"
+                found.append(at_most(what, again.z, again.allowed, where=where))
     if not found:
         raise Skip("Fewer than 4 rows stand before or after every resume.")
     return [*found, note("resumes judged", judged)]
-
-
-def _again(values: np.ndarray, split: int, at: int) -> list[Measure]:
-    """Whether the rows after `split` have the noise of the first rows of the log."""
-    try:
-        found = echo(values, np.array([split]))
-    except Skip:
-        return []
-    what = f"likeness of the noise after step {at} to that of the first rows, sd"
-    return [at_most(what, found.z, found.allowed, where=f"the {found.rows} rows repeat the noise")]
 
 
 @check(

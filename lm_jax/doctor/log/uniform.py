@@ -67,8 +67,7 @@ def _train_above(subject: Subject, limit: float) -> Iterator[Measure]:
         return
     x = loss.values
     if len(x) < 8:
-        falls = len(x) > 1 and x[-1] <= x.min()
-        status = "warn" if falls else "fail"
+        status = "warn" if len(x) > 1 and x[-1] <= x.min() else "fail"
         yield at_most(f"lowest {name}", float(x.min()), limit, otherwise=status, key="lowest")
         return
     last = loss.tail(0.25).values
@@ -115,10 +114,8 @@ def first_loss(subject: Subject, loss: Series, uniform: float) -> Measure:
     near = low <= first * parts / uniform <= high and (power or step <= 1)
     falls = loss.tail(0.1).values.mean() < (0.6 if power else 0.5) * first
     # Evaluations are not divided: one that is no larger says that the model was trained before.
-    same = any(
-        held_out.values[0] < 1.5 * np.interp(held_out.steps[0], *loss)
-        for held_out in map(subject.nats, subject.scored())
-    )
+    firsts = [subject.nats(split).where(slice(1)) for split in subject.scored()]
+    same = any(y < 1.5 * np.interp(at, *loss) for at, y in firsts)
     ok = not (parts > 1 and near and falls and not same)
     what, limit = f"first loss, at step {step:.10g}", f"ln V = {uniform:.4g}"
     where = f"ln V / {parts} = {uniform / parts:.4g}"
@@ -194,8 +191,5 @@ def _learned(subject: Subject, uniform: float) -> float:
         raise Skip("The entropy of the source is known, which decides more (log.floor).")
     bigram = references.get("kn2", math.inf)
     if bigram <= 10:
-        raise Skip(
-            f"A bigram model reaches perplexity {bigram:.4g}, so the text can be learned too fast "
-            "for this check."
-        )
+        raise Skip(f"A bigram model reaches perplexity {bigram:.4g}: the text is learned too fast.")
     return min(uniform / 2, math.log(bigram / 10))
