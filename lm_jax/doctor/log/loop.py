@@ -89,7 +89,7 @@ def _stale(norm: np.ndarray) -> list[Measure]:
     kinds, counts = np.unique(norm[norm > 0], return_counts=True)
     if len(norm) < 20 or not len(kinds):
         return []
-    often = float(kinds[np.argmax(counts)])
+    often, share = float(kinds[np.argmax(counts)]), float(np.max(counts)) / len(norm)
     # A norm that was clipped is a round number in many rows, and none is above it.
     if abs(often - float(f"{often:.2g}")) < 1e-5 * often and often > 0.9999 * kinds[-1]:
         return []
@@ -98,7 +98,7 @@ def _stale(norm: np.ndarray) -> list[Measure]:
     chance = min(1.0, max(unit / (0.05 * often), 0.02))
     what = f"share of rows with a gradient norm of exactly {often:g}"
     return [
-        at_most(what, float(np.max(counts)) / len(norm), numbers.share_limit(chance, len(norm)))
+        at_most(what, share, numbers.share_limit(chance, len(norm)))
     ]
 
 
