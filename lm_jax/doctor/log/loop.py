@@ -97,9 +97,7 @@ def _stale(norm: np.ndarray) -> list[Measure]:
     # Norms of a healthy run differ from row to row by 5 % at the least.
     chance = min(1.0, max(unit / (0.05 * often), 0.02))
     what = f"share of rows with a gradient norm of exactly {often:g}"
-    return [
-        at_most(what, share, numbers.share_limit(chance, len(norm)))
-    ]
+    return [at_most(what, share, numbers.share_limit(chance, len(norm)))]
 
 
 @check(
