@@ -66,6 +66,27 @@ def test_same_batches_although_the_length_of_an_epoch_is_stated_wrong(stated):
     quiet(rows_of(epochs(100, reshuffle=True)), **facts)
 
 
+@pytest.mark.parametrize(("rows", "period"), [(600, 150), (2000, 700)])
+def test_same_batches_without_an_epoch_in_long_logs(rows, period):
+    assert f"{period} apart" in found("epoch_order", rows_of(epochs(period, rows)), "warn").evidence
+
+
+def test_same_batches_through_printed_digits():
+    """Most values are tied: the noise is that of 20 units of the last digit."""
+    values = epochs(500, 2000, sd=0.002, digits=4)
+    assert "500 apart" in found("epoch_order", rows_of(values), "warn").evidence
+    # At the end hardly a row differs from its neighbours.
+    size = np.where(np.arange(2000) < 1500, 0.02, 0.0004)
+    quiet(rows_of(np.round(course(2000, sd=0) + size * noise(2000), 3)))
+
+
+@pytest.mark.parametrize("window", [20, 50])
+def test_a_mean_over_a_window_is_no_repetition(window):
+    for seed in range(5):
+        values = course(2000, sd=0.1, seed=seed)
+        quiet(rows_of(np.convolve(values, np.ones(window) / window, "valid")))
+
+
 def test_same_batches_are_seen_in_the_first_half_of_the_second_epoch():
     facts = {"train_tokens": 100.0, "tokens_per_step": 0.1}
     found("epoch_order", rows_of(epochs(100, rows=145)), **facts)
@@ -90,6 +111,18 @@ def test_running_means_are_no_spikes_and_no_repetition(seed):
     assert "log.spikes" in notable(examine_log(rows, vocab_size=V))
 
 
+def test_a_rise_of_two_percent_is_no_spike():
+    """As where means since the start of an epoch begin again."""
+    values = 3.3 + 0.005 * noise(300)
+    values[150:160] += 0.07
+    quiet(rows_of(values))
+
+
+def test_noise_that_shrinks_with_the_loss_is_no_spike():
+    values = np.maximum(10.8 * np.exp(-np.arange(3000) / 400), 0.02) * (1 + 0.08 * noise(3000))
+    quiet(rows_of(values))
+
+
 # ---- Evaluations ----------------------------------------------------------------------------
 
 
@@ -108,13 +141,21 @@ def test_evaluations_may_be_equal_where_ties_are_likely():
     assert len(found("identical", rows).values["valid"]) == 7
 
 
-@pytest.mark.parametrize("digits", [4, 6])
+def test_an_evaluation_that_is_not_run_again_near_small_changes():
+    losses = np.round(2.2 + np.exp(-np.arange(30) / 6), 4)
+    losses[8] = losses[7] - 1e-4
+    losses[24:] = losses[24]
+    rows = [{"step": 500 * i, "valid/loss": float(x)} for i, x in enumerate(losses)]
+    assert len(found("identical", rows).values["valid"]) == 5
+
+
+@pytest.mark.parametrize("digits", [3, 4, 6])
 def test_the_validation_loss_is_the_training_loss(digits):
-    train, valid = np.round(course(), digits), np.round(course(seed=1), digits)
-    finding = found("identical", rows_of(train, valid__loss=train), vocab_size=V)
+    train, valid = (np.round(course(start=2.4, end=1.4, seed=i), digits) for i in (0, 1))
+    finding = found("identical", rows_of(train, valid__loss=train), vocab_size=65)
     assert "train and valid" in finding.evidence
-    quiet(rows_of(train, valid__loss=valid), vocab_size=V)
-    quiet(rows_of(train, valid__loss=train), vocab_size=V, overfit=True)
+    quiet(rows_of(train, valid__loss=valid), vocab_size=65)
+    quiet(rows_of(train, valid__loss=train), vocab_size=65, overfit=True)
 
 
 def test_overfitting_past_a_guess_fails():
@@ -142,6 +183,14 @@ def test_flat_above_a_guess_fails_and_falling_does_not(turn):
     quiet(rows_of(8 - 5 * np.minimum(at, turn) / turn + 0.03 * noise(200)), vocab_size=3000)
 
 
+def test_falling_too_slowly_to_get_below_a_guess_fails():
+    slow = 12 - 0.4 * np.arange(20_000) / 20_000 + 0.03 * noise(20_000)
+    assert (
+        "no longer falling"
+        in examine_log(rows_of(slow), vocab_size=V)["log.above_uniform"].evidence
+    )
+
+
 def test_half_of_the_run_above_a_guess_warns():
     values = np.where(np.arange(180) < 80, 17.7 + 0.3 * noise(180), 5.5 + 0.1 * noise(180))
     finding = found("above_uniform", rows_of(values), "warn", vocab_size=V)
@@ -154,12 +203,16 @@ def test_no_vocabulary_has_such_a_loss():
     quiet(rows_of(course(80, start=12.4, end=9.0)))
 
 
-@pytest.mark.parametrize("parts", [2, 4, 8, 16])
+@pytest.mark.parametrize("parts", [2, 3, 4, 5, 6, 8, 12, 16, 40])
 def test_a_first_loss_that_is_divided(parts):
     finding = examine_log(rows_of(course() / parts), vocab_size=V)["log.first_loss"]
     assert finding.status == "warn" and f"ln V / {parts} =" in finding.evidence
     pretrained = 2.7 - 0.3 * np.arange(200) / 200 + 0.05 * noise(200)
     quiet(rows_of(pretrained), vocab_size=V)
+    tuned = course(start=2.7, end=1.0)
+    quiet(
+        rows_of(tuned, valid__loss=tuned + 0.1 + 0.01 * noise(200, 1)), vocab_size=V, overfit=True
+    )
 
 
 def test_text_that_is_known_by_heart():
@@ -182,13 +235,26 @@ def test_stuck_without_a_vocabulary():
     quiet(rows_of(3.3 - 0.03 * at / 200 + 0.08 * noise(200), every=50))  # goes on from a checkpoint
 
 
+@pytest.mark.parametrize("start", [7.6, 10.9])
+@pytest.mark.parametrize("facts", [{}, {"vocab_size": 128_256}])
+def test_stuck_at_the_frequencies_of_ids(start, facts):
+    values = 7.55 + 0.05 * noise(200) + (start - 7.55) * (np.arange(200) < 3)
+    assert examine_log(rows_of(values, every=50), **facts)["log.trend"].status != "pass"
+    late = np.where(np.arange(200) < 60, values, 3.5 + 0.05 * noise(200))
+    quiet(rows_of(late, every=50), **facts)
+
+
 # ---- Values that were put in ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("start", [[], [2.31], [2.31, 2.2, 2.15]])
+@pytest.mark.parametrize("start", [[], [2.31], [2.31, 2.2, 2.15], [13.2, 5.4]])
 def test_a_loss_that_is_zero_from_some_row_on(start):
     assert "log.imputed" in examine_log(rows_of([*start, *np.zeros(9)])).failed
     quiet(rows_of([2.3, 1.1, 0.5, 0.21, 0.1, 0.05, 0.02, 0.01, 0.0, 0.0]))  # printed to 2 digits
+
+
+def test_a_sign_is_the_one_cause():
+    found("negative", rows_of(-course(300)))
 
 
 def test_components_are_looked_at():
@@ -241,6 +307,8 @@ def test_gradient_norms_that_repeat():
     norm = scales(1.0)["optim__grad_norm"]
     stale = np.where(np.arange(200) < 120, norm, 2.265)
     assert "2.265" in found("updates", rows_of(course(), optim__grad_norm=stale)).evidence
+    stale = np.where(np.arange(200) < 100, np.round(norm, 2), 0.95)
+    assert "0.95" in found("updates", rows_of(course(), optim__grad_norm=stale)).evidence
     quiet(rows_of(course(), optim__grad_norm=np.minimum(norm, 1.0)))  # of clipped gradients
     quiet(rows_of(course(), optim__grad_norm=np.round(norm / 10, 2)))  # two digits
 
@@ -262,17 +330,24 @@ def test_divergence_in_a_few_rows(rows):
     quiet(rows_of([6.41, 6.44, 6.38, 6.4, 6.3, 6.5, 6.6][-rows:]), vocab_size=V)
 
 
-@pytest.mark.parametrize("rows", [19, 200])
-def test_one_cause_is_named_where_a_run_diverged(rows):
+@pytest.mark.parametrize(("rows", "every"), [(19, 10), (200, 100_003)])
+def test_one_cause_is_named_where_a_run_diverged(rows, every):
     values = course(rows)
     turn = rows * 6 // 10
     values[turn:] = 270 * 0.99 ** np.arange(rows - turn)
-    finding = found("divergence", rows_of(values), vocab_size=V)
-    assert f"last good row is step {10 * (turn - 1)} " in finding.evidence
-    assert f"and step {10 * turn} has 270" in finding.evidence
-    report = examine_log(rows_of(values), vocab_size=V, references={"unigram": 900.0})
+    finding = found("divergence", rows_of(values, every), vocab_size=V)
+    assert f"last good row is step {every * (turn - 1)} " in finding.evidence
+    assert f"and step {every * turn} has 270" in finding.evidence
+    report = examine_log(rows_of(values, every), vocab_size=V, references={"unigram": 900.0})
     for name in ("trend", "above_uniform", "baseline", "spikes"):
         assert "log.divergence" in report[f"log.{name}"].evidence
+
+
+def test_a_resume_or_a_divergence_is_no_order_of_epochs():
+    values = epochs(100, rows=200, reshuffle=True)
+    values[100:] = values[:100] - 0.001
+    finding = found("resume", rows_of(values), resumes=[990])
+    assert "repeat the noise" in finding.evidence
 
 
 def test_a_spike_in_a_few_rows():
@@ -301,6 +376,12 @@ def test_warm_up_has_one_limit():
         lr = np.minimum(at / (99 * share), 1) * np.where(at > 99 * share, 0.99, 1.0)
         rows = rows_of(course(100), optim__lr=1e-3 * lr + 1e-6)
         assert examine_log(rows, steps=990)["log.warmup"].status == status
+
+
+def test_warm_up_in_a_few_rows():
+    """The peak was reached at step 100, between two rows."""
+    rows = rows_of([10.8, 7.0, 6.0, 5.5], every=200, optim__lr=[1e-5, 1e-3, 7e-4, 3e-4])
+    quiet(rows, steps=600)
 
 
 @pytest.mark.parametrize("rows", [1, 6])

@@ -33,7 +33,7 @@ def schedule(subject: Subject, rates: Series) -> Series:
     # Steps may be counted from 0, and not every one is logged.
     gap = max(1.0, float(np.median(np.diff(rates.steps))))
     if subject.steps is not None and rates.steps[-1] < subject.steps - gap:
-        raise Skip(f"The log ends at step {rates.steps[-1]:g} of {subject.steps}.")
+        raise Skip(f"The log ends at step {rates.steps[-1]:.10g} of {subject.steps}.")
     return rates
 
 
@@ -49,11 +49,10 @@ def updates(subject: Subject) -> list[Measure]:
     if lr is not None and len(lr) > 1:
         above = int(np.sum(lr.values > 0))
         found.append(holds(above > 0, "rows with a learning rate above 0", above))
-    names = ("optim/param_norm", "optim/update_norm", "optim/grad_norm")
-    norms = {name: _while_learning(subject, name, lr) for name in names}
     has_loss = subject.has("train/loss")
     loss = subject.series("train/loss").finite().values if has_loss else np.zeros(0)
-    for name, norm in norms.items():
+    for name in ("optim/param_norm", "optim/update_norm", "optim/grad_norm"):
+        norm = _while_learning(subject, name, lr)
         if len(norm) < 3:
             continue
         if name == "optim/param_norm":
@@ -65,7 +64,7 @@ def updates(subject: Subject) -> list[Measure]:
         else:
             zero = float(np.mean(norm == 0))
             found.append(at_most(f"share of rows where {name} is 0", zero, 0.5))
-    found += _stale(norms["optim/grad_norm"])
+            found += _stale(norm) if name == "optim/grad_norm" else []
     if not found:
         raise Skip("No learning rate, parameter norm, update norm or gradient norm is logged.")
     return found
@@ -90,16 +89,15 @@ def _stale(norm: np.ndarray) -> list[Measure]:
     kinds, counts = np.unique(norm[norm > 0], return_counts=True)
     if len(norm) < 20 or not len(kinds):
         return []
-    often = float(kinds[np.argmax(counts)])
-    # A norm that was clipped is a round number in many rows.
-    if abs(often - float(f"{often:.2g}")) < 1e-5 * often:
+    often, share = float(kinds[np.argmax(counts)]), float(np.max(counts)) / len(norm)
+    # A norm that was clipped is a round number in many rows, and none is above it.
+    if abs(often - float(f"{often:.2g}")) < 1e-5 * often and often > 0.9999 * kinds[-1]:
         return []
     unit = 2 * min(half_unit(x) for x in kinds[:_MOST])
     # Norms of a healthy run differ from row to row by 5 % at the least.
     chance = min(1.0, max(unit / (0.05 * often), 0.02))
-    limit = numbers.share_limit(chance, len(norm))
-    share = float(np.max(counts) / len(norm))
-    return [at_most(f"share of rows with a gradient norm of exactly {often:g}", share, limit)]
+    what = f"share of rows with a gradient norm of exactly {often:g}"
+    return [at_most(what, share, numbers.share_limit(chance, len(norm)))]
 
 
 @check(
@@ -129,7 +127,7 @@ def lr_zero(rates: Series) -> list[Measure]:
     zero = rates.values <= 1e-9 * peak
     idle = np.flatnonzero(zero[1:]) + 1
     share = len(idle) / len(rates) if len(idle) > 1 else 0.0
-    where = f"from step {rates.steps[idle[0]]:g} on" if len(idle) else ""
+    where = f"from step {rates.steps[idle[0]]:.10g} on" if len(idle) else ""
     first = bool(zero[0]) and rates.steps[0] <= 1
     return [
         at_most("share of later rows with a rate of 0", share, 0.05, where=where, key="idle"),
@@ -142,15 +140,12 @@ def warmup(subject: Subject, schedule: Series) -> Measure:
     """The learning rate reaches its peak within the first three tenths of the run."""
     steps, lr = schedule
     place = int(np.argmax(lr))
-    share = float((steps[place] - steps[0]) / (steps[-1] - steps[0]))
+    # The peak may have been reached at any time after the row before.
+    share = float((steps[max(0, place - 1)] - steps[0]) / (steps[-1] - steps[0]))
     rises = place == len(lr) - 1 and lr[-1] > lr[-2]
     if subject.steps is None and share > _WARMUP and lr[-1] > 0.5 * lr[place]:
-        raise Skip(
-            f"The log ends at {lr[-1] / lr[place]:.0%} of the peak of the learning rate, in the "
-            "middle of a schedule, and steps is not given.",
-            "steps",
-        )
-    what = f"share of the run before the peak rate of {lr[place]:.3g}, at step {steps[place]:g}"
+        raise Skip("The log ends near the peak rate and steps is not given.", "steps")
+    what = f"share of the run before the peak rate of {lr[place]:.3g}, at step {steps[place]:.10g}"
     return at_most(what, share, _WARMUP, otherwise="fail" if rises else "warn", key="share")
 
 
@@ -200,11 +195,7 @@ def _accumulation(lr: Series, ratio: float) -> tuple[int, str] | None:
 def clipping(subject: Subject) -> list[Measure]:
     """How often gradients were clipped; a fact, not a fault."""
     late = float(subject.finite("optim/clip_rate").tail(0.5).values.mean())
-    text = (
-        "clipping keeps the direction, and Adam divides a constant factor out again, so this alone "
-        "explains no bad loss; a loss summed over tokens does this from the first update on "
-        "(loss.repetition)"
-    )
+    text = "this alone explains no bad loss; a loss summed over tokens does it (loss.repetition)"
     rate = note("share of updates clipped in the second half", late, key="rate")
     return [rate, note(text)] if late > 0.9 else [rate]
 
@@ -229,9 +220,8 @@ def throughput(subject: Subject) -> Measure:
     mfu = float(np.median(measured))
     if mfu > 1 or logged.min() < -1:
         return at_most("logged percent of the peak", mfu / 100, _MAX_MFU, key="mfu")
-    unless = "unless it is a percent"  # of a small model
-    what = "logged share of the peak"
-    return at_most(what, mfu, _MAX_MFU, otherwise="warn", where=unless, key="mfu")
+    unless = dict(otherwise="warn", where="unless it is a percent")  # of a small model
+    return at_most("logged share of the peak", mfu, _MAX_MFU, key="mfu", **unless)
 
 
 @check(
@@ -248,7 +238,7 @@ def budget(subject: Subject) -> Measure:
         # Fewer: padding is not counted. One more step: they are counted from 0.
         if tokens.values[-1] > 1.005 * expected + subject.tokens_per_step:
             wrong.append(
-                f"{tokens.steps[-1]:g} steps x {subject.tokens_per_step:g} tokens = "
+                f"{tokens.steps[-1]:.10g} steps x {subject.tokens_per_step:g} tokens = "
                 f"{expected:.4g}, but data/tokens is {tokens.values[-1]:.4g}"
             )
     if not seen:
@@ -273,5 +263,5 @@ def components(subject: Subject) -> Measure:
     sums = [(numbers.excess_of_sum(row[1:], row[0]), row) for row in x.T.tolist()]
     step, (excess, row) = max(zip(steps, sums, strict=True), key=lambda pair: pair[1][0])
     text = f"objective {row[0]:.6g} and sum {sum(row[1:]):.6g} of {len(parts)} terms at step"
-    what = f"{text} {step:g}, difference over what digits and rounding allow"
+    what = f"{text} {step:.10g}, difference over what digits and rounding allow"
     return at_most(what, excess, 1, key="excess")

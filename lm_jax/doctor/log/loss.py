@@ -9,7 +9,7 @@ import numpy as np
 
 from lm_jax.doctor.checks import check
 from lm_jax.doctor.facts import Skip
-from lm_jax.doctor.findings import Measure, Status, holds, listed, none, note
+from lm_jax.doctor.findings import Measure, holds, listed, none, note
 from lm_jax.doctor.log.series import Series
 from lm_jax.doctor.log.subject import Subject, is_known
 from lm_jax.doctor.numbers import FLOAT32_EPS, half_unit
@@ -33,20 +33,14 @@ def _losses(
     look: Callable[[str, Series], Told | None],
     main: Callable[[str], bool],
     key: str,
-) -> list[Measure]:
+) -> Measure:
     """What `look` finds in the losses: it fails for the main ones, and warns for the others."""
-    names = subject.losses
+    names = sorted(subject.losses, key=main, reverse=True)
     if not names:
         raise Skip("The log has no loss.")
-    kinds: dict[Status, dict[str, Told]] = {"fail": {}, "warn": {}}
-    for name in names:
-        if told := look(name, subject.series(name).finite()):
-            kinds["fail" if main(name) else "warn"][name] = told
-    return [
-        _listing(what, found, of=len(names), otherwise=status, key=key)
-        for status, found in kinds.items()
-        if found
-    ] or [none(what, (), of=len(names), key=key)]
+    found = {n: told for n in names if (told := look(n, subject.series(n).finite()))}
+    status = "fail" if any(map(main, found)) else "warn"
+    return _listing(what, found, of=len(names), otherwise=status, key=key)
 
 
 @check(
@@ -59,6 +53,7 @@ def readable(subject: Subject) -> list[Measure]:
     known = [name for name in rows.names if is_known(name)]
     cut_off = all(p.last for p in problems) and known  # what a kill leaves
     columns = [f"{column} -> {metric}" for column, metric in (subject.columns or {}).items()]
+    told = ("read", columns), ("columns not used:", subject.ignored)
     bad = none(
         "lines that could not be used",
         [f"line {p.line}: {p.what}" for p in problems],
@@ -71,8 +66,7 @@ def readable(subject: Subject) -> list[Measure]:
         holds(bool(known), f"metrics that are known: {listed(known, 20) or 'none'}"),
         dataclasses.replace(bad, value=[p.line for p in problems]),
         none("metrics with something that is no number in some rows", sorted(rows.odd)),
-        *([note(f"read {listed(columns, 20)}")] if columns else []),
-        *([note(f"columns not used: {listed(subject.ignored, 20)}")] if subject.ignored else []),
+        *(note(f"{what} {listed(names, 20)}") for what, names in told if names),
     ]
 
 
@@ -101,13 +95,10 @@ def finite(subject: Subject) -> Measure:
         first, count = int(np.argmax(bad)), int(bad.sum())
         stays = bool(bad[first:].all() and first + 1 < len(bad))
         step = int(series.steps[first])
-        text = (
-            f"{name} at step {step} and in every later row"
-            if stays
-            else (f"{name} in {count} of {len(bad)} rows from step {step}")
-        )
-        if first and stays:
-            text += f" (last good row: step {series.steps[first - 1]:g})"
+        text = f"{name} in {count} of {len(bad)} rows from step {step}"
+        if stays:
+            text = f"{name} at step {step} and in every later row"
+            text += f" (last good row: step {series.steps[first - 1]:.10g})" if first else ""
         found[name] = text, {"first_step": step, "count": count, "stays": stays}
     what = "columns with values that are not finite, or with updates skipped"
     return _listing(what, found, of=len(names), key="found")
@@ -118,7 +109,7 @@ def finite(subject: Subject) -> Measure:
     "log-probabilities, a sign, negative weights, or a term that is subtracted (examine_loss: "
     "loss.definition)."
 )
-def negative(subject: Subject) -> list[Measure]:
+def negative(subject: Subject) -> Measure:
     """No cross-entropy and no KL divergence is below 0 by more than rounding."""
 
     def look(name: str, series: Series) -> Told | None:
@@ -137,7 +128,7 @@ def negative(subject: Subject) -> list[Measure]:
     "was replaced, or a batch of which nothing is scored (loss.nothing_scored): skip the update "
     "instead and look at its batch. A loss that is 0 throughout is not computed."
 )
-def imputed(subject: Subject) -> list[Measure]:
+def imputed(subject: Subject) -> Measure:
     """No loss is exactly 0 beside values far above 0, and none jumps to one constant again."""
 
     def look(name: str, series: Series) -> Told | None:
@@ -171,7 +162,8 @@ def _replaced(series: Series, name: str) -> tuple[float, list[int]]:
                 continue
             gap = abs(near.mean() - value)
             far = value == 0 or gap > 0.25 * abs(near.mean())
-            if far and gap > 6 * math.hypot(near.std(), printed):
+            sudden = value == 0 and near.min() > 1  # amid a steep fall too
+            if sudden or (far and gap > 6 * math.hypot(near.std(), printed)):
                 steps += series.steps[start:stop].astype(int).tolist()
         if len(steps) >= (1 if value == 0 else 3):
             return value, steps
@@ -190,7 +182,7 @@ def quantised(subject: Subject) -> Measure:
         x = x / math.log(2)
     step = 2.0 ** (np.floor(np.log2(np.abs(x))) - 7)
     printed = np.array([half_unit(value) for value in x])
-    hits = np.abs(x - np.round(x / step) * step) <= printed
+    hits = np.abs(x - np.round(x / step) * step) <= printed * (1 + 1e-6)  # half a unit exactly
     # The logarithm of the chance that printed numbers all fall beside a bfloat16 number.
     chance = float(np.log(np.minimum(1, 2 * printed / step)).sum())
     if chance > math.log(1e-6):

@@ -57,15 +57,7 @@ def ppl_of_loss(subject: Subject) -> list[Measure]:
 def _wrong(
     steps: np.ndarray, ppl: np.ndarray, loss: np.ndarray, unit: float, of: str
 ) -> tuple[int, list[tuple[float, str]]]:
-    """How many rows can be compared, and (ln ppl - nats, text) of those that do not fit.
-
-    Args:
-        steps: of the rows [n].
-        ppl: [n].
-        loss: as it was logged [n].
-        unit: nats of a unit of the loss.
-        of: name of the loss.
-    """
+    """How many rows can be compared, and (ln ppl - nats, text) of those that do not fit."""
     use = np.isfinite(loss) & (ppl > 0) & (np.isfinite(ppl) | (loss * unit < _OVERFLOW))
     excess = np.log(ppl[use]) - loss[use] * unit
     order = np.argsort(-np.abs(excess))[:_MOST]
@@ -76,7 +68,7 @@ def _wrong(
         if abs(off) > digits + 2e-6 * unit * max(1.0, abs(x)):  # float32 arithmetic
             cap = next((f" = {cap}" for cap, at in _CAPS.items() if math.isclose(p, at)), "")
             ln = f"ln {p:.10g}{cap} is {math.log(p):.6g}"
-            found.append((off, f"step {step:g}: {ln} and the {of} {x * unit:.6g} nats"))
+            found.append((off, f"step {step:.10g}: {ln} and the {of} {x * unit:.6g} nats"))
     return int(use.sum()), found
 
 

@@ -214,24 +214,24 @@ def echo(values: np.ndarray, lags: np.ndarray) -> Echo:
     anyway; the limit allows for the number of lags looked at.
 
     Raises:
-        Skip: where most values are tied: a smooth curve leaves no noise that could repeat.
+        Skip: where most values are their median: a smooth curve leaves no noise that could repeat.
     """
     left = values - scipy.ndimage.median_filter(values, 9, mode="nearest")
-    if numbers.tied(left) > 0.5 or not np.ptp(left):
+    if np.mean(left == 0) > 0.5:
         raise Skip("The loss is too smooth or printed with too few digits to tell batches apart.")
     n = len(left)
     ranks = scipy.stats.rankdata(left)
-    ranks = (ranks - ranks.mean()) / ranks.std()
+    ranks -= ranks.mean()
     power = np.abs(np.fft.rfft(ranks, 2 ** math.ceil(math.log2(2 * n)))) ** 2
-    rows = n - np.arange(n)
+    rows, energy = n - np.arange(n), np.cumsum(ranks**2)
+    # Of the first and of the last rows that overlap, where the noise may be larger.
+    overlap = np.sqrt(energy[::-1] * (energy[-1] - energy + ranks**2))
+    overlap = np.maximum(overlap, rows / n * energy[-1])
     # Fisher's z: near a correlation of 1 the root of the rows times it would say too little.
-    correlation = np.clip(np.fft.irfft(power)[:n] / rows, -0.99, 0.99)
+    correlation = np.clip(np.fft.irfft(power)[:n] / overlap, -0.99, 0.99)
     scores = np.arctanh(correlation) * np.sqrt(np.maximum(rows - 3, 1))
-    others = np.ones(n, bool)
-    others[:10] = others[n - 10 :] = False
-    others[lags] = False
-    usual = 1.4826 * float(np.median(np.abs(scores[others]))) if others.sum() >= 8 else 1.0
-    scores /= max(1.0, usual)
+    scores /= max(1.0, 1.4826 * float(np.median(np.abs(scores[10 : n - 10]))))
     best = int(lags[np.argmax(scores[lags])])
-    allowed = numbers.threshold(len(lags))
+    # A mean over a window is alike and unlike at distances of about its length.
+    allowed = max(numbers.threshold(len(lags)), -float(scores[lags].min()))
     return Echo(best, float(correlation[best]), float(scores[best]), allowed, int(rows[best]))
