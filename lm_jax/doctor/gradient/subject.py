@@ -98,6 +98,7 @@ class Subject(Facts):
             what = "grad_fn" if self.grad_fn else "jax.grad of loss_fn, as no grad_fn is given,"
             tree = call(what, self.functions[1], self.arguments(leaves))
         if self.grad_fn:
+            found: Any
             paths, found = jax.tree.flatten_with_path(tree, is_leaf=lambda x: x is None)
             if found != self.tree:
                 names = listed(trees.path_name(path) for path, _ in paths)
