@@ -426,7 +426,7 @@ def test_an_ignored_label_reaches_the_loss():
 
     report = examine(loss)
     assert not report.failed and report.warned == ["loss.masked", "loss.label_range"]
-    hazards = " ".join(report["loss.masked"].values)
+    hazards = str(report["loss.masked"].values)
     assert f"labels of {V} " in hazards and "logits of nan" in hazards
     assert "labels of -100" not in hazards  # its product with 0 is 0
 
@@ -450,7 +450,7 @@ def test_auxiliary_loss_is_reported():
 
     report = examine(shifted(nats))
     assert "loss.definition" in report.failed
-    off = " ".join(report["loss.definition"].values)
+    off = str(report["loss.definition"].values)
     assert "equal logits" in off and "preferred by 50" in off and "gradient" in off
 
 
@@ -557,6 +557,31 @@ def test_one_crossing_pair_is_seen():
         return total + extra[0], count + extra[1]
 
     assert "loss.row_crossing" in examine(loss, seed=1).failed
+
+
+WRONG_VALUES = {
+    "bits": shifted(lambda z, y, w: plain(z, y, w) / np.log(2)),
+    "softmax twice": shifted(lambda z, y, w: plain(jax.nn.softmax(z), y, w)),
+    "smoothing": shifted(
+        lambda z, y, w: 0.9 * plain(z, y, w) - 0.1 * jax.nn.log_softmax(z).mean(-1)
+    ),
+    "class weights": shifted(lambda z, y, w: plain(z, y, w) * (0.5 + y / V)),
+    "a mean beside the count": lambda z, y, w: (real("float32")(z, y, w)[0] / 99, w[:, 1:].sum()),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_VALUES)
+def test_a_wrong_value_is_no_shift_no_padding_and_no_rounding(name):
+    report = examine(WRONG_VALUES[name])
+    assert report.failed[0] == "loss.definition"
+    assert not {"loss.split", "loss.dtype"} & set(report.failed)
+    assert len(report["loss.definition"].evidence) < 400
+    assert "loss.definition" in report["loss.dtype"].evidence
+
+
+def test_scored_padding_is_no_crossing_of_rows():
+    report = examine(lambda z, y, w: cross_entropy(z[:, :-1], y[:, 1:], jnp.ones_like(w)[:, 1:]))
+    assert report.failed[0] == "loss.padding"
 
 
 # Bad input.

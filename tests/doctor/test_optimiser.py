@@ -179,6 +179,22 @@ def test_silent_on_common_optimisers():
 # Planted faults
 
 
+def test_a_step_up_the_gradient():
+    loop = toy_loop.loop(tx=optax.chain(adam(), optax.scale(-1)))
+    assert failed("optimiser.descent", loop).values["cosine of the step and the gradient"] > 0.3
+
+
+def test_what_holds_frozen_leaves_may_be_declared():
+    params = {"head": {"kernel": np.ones((3, 2), np.float32)}, "rest": np.ones(2, np.float32)}
+
+    def update_fn(params, grads, state, update):
+        return params | {"rest": params["rest"] - grads["rest"]}, state
+
+    loop = dict(params=params, init_fn=lambda params: (), update_fn=update_fn)
+    assert "optimiser.updates" in examine_optimiser(**loop, unused=["hea"]).failed
+    assert examine_optimiser(**loop, unused=["head"])["optimiser.updates"].status == "pass"
+
+
 @pytest.mark.fault(44, "optimiser.accumulation")
 def test_mean_of_the_means_of_ragged_micro_batches():
     loop = toy_loop.loop(average="micro-batches")

@@ -58,6 +58,7 @@ def loop(
     shape=tuple,
     net=None,
     mean_of_means=False,
+    zero=True,
 ):
     """Arguments for `examine_optimiser`; `net` is one module that every run loads anew."""
     torch.manual_seed(0)
@@ -73,13 +74,15 @@ def loop(
 
     def step_fn(state, batch):
         own, opt = state if shape is tuple else state.values()
-        opt.zero_grad()
+        if zero:
+            opt.zero_grad()
         total, count = nats(own, batch["tokens"], batch["weights"])
         (total / count.clamp(min=1)).backward()
         norm = nn.utils.clip_grad_norm_(own.parameters(), 1.0)
         if steps and torch.isfinite(norm):
             opt.step()
-        return state, {"optim/lr": LR, "optim/skipped_updates": not torch.isfinite(norm)}
+        metrics = {"optim/lr": LR, "optim/skipped_updates": not torch.isfinite(norm)}
+        return state, metrics | {"optim/grad_norm": norm}
 
     def gradient_fn(params, batch, micro_batches):
         own = Net(dtype)
@@ -144,6 +147,12 @@ def test_faults_of_the_loop():
     assert len(report["optimiser.dtype"].values["params"]) == 5
     assert report["optimiser.dtype"].values["moments"]
     assert "optimiser.dtype" in report.failed
+
+
+def test_gradients_that_are_never_zeroed():
+    report = examine_optimiser(**loop(zero=False))
+    assert report.failed[0] == "optimiser.grad_norm"
+    assert "after an update" in report["optimiser.grad_norm"].evidence
 
 
 def test_half_a_step_that_works_in_place():

@@ -12,7 +12,7 @@ import numpy as np
 from lm_jax.doctor import trees
 from lm_jax.doctor.checks import fixture
 from lm_jax.doctor.facts import Bound, Broken, Facts, Skip, call, function, require, whole
-from lm_jax.doctor.findings import Measure, at_most, none, note
+from lm_jax.doctor.findings import Measure, at_most, listed, none, note
 from lm_jax.doctor.gradient import differences
 from lm_jax.doctor.gradient.differences import Slope, slope
 
@@ -87,20 +87,23 @@ class Subject(Facts):
         with jax.enable_x64(True):
             function = self.loss if as_given else self.functions[0]
             array = call("loss_fn", lambda: trees.as_array(function(self.arguments(leaves))))
-        if array.shape:
-            raise Broken(f"the loss has shape {array.shape} and is no scalar")
+        if array.shape or array.dtype == object:
+            what = f"an array {array.shape}" if array.shape else type(array.item()).__name__
+            raise Broken(f"loss_fn returned {what} instead of a scalar")
         return call("the loss as a number", float, array)
 
     def gradient(self, leaves: trees.Arrays) -> trees.Arrays:
         """Gradient of every floating-point leaf, evaluated afresh; zeros where it is None."""
         with jax.enable_x64(True):
-            tree = call("the gradient", self.functions[1], self.arguments(leaves))
+            what = "grad_fn" if self.grad_fn else "jax.grad of loss_fn, as no grad_fn is given,"
+            tree = call(what, self.functions[1], self.arguments(leaves))
         if self.grad_fn:
             found: Any
-            grads, found = jax.tree.flatten(tree, is_leaf=lambda x: x is None)
+            paths, found = jax.tree.flatten_with_path(tree, is_leaf=lambda x: x is None)
             if found != self.tree:
-                raise Broken(f"the gradient has the structure {found}, the parameters {self.tree}")
-            tree = dict(zip(self.all, grads, strict=True))
+                names = listed(trees.path_name(path) for path, _ in paths)
+                raise Broken(f"grad_fn returned {names} instead of a tree of {listed(self.all)}")
+            tree = {name: grad for name, (_, grad) in zip(self.all, paths, strict=True)}
         arrays = {}
         for name, leaf in leaves.items():
             grad = np.zeros(leaf.shape) if tree[name] is None else tree[name]

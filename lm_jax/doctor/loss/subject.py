@@ -19,6 +19,7 @@ from lm_jax.doctor.numbers import FLOAT32_EPS as EPS
 SPREAD = 3.0  # standard deviation of random logits
 NUMBERS = 2**21  # logits of an ordinary call, about; no call has more than eight times as many
 NARROW = Bound("give at most 524,288", lambda v: v <= 2**19)  # V
+TOLD = 2  # differences of one kind that are told
 COARSE = 0.25  # a gradient of weight x (softmax - one-hot) that is known no better is not judged
 
 Places = tuple[np.ndarray, np.ndarray, np.ndarray]  # row, position and vocabulary entry of logits
@@ -134,6 +135,11 @@ class Subject(Facts):
         arrays = self.raw(batch, as_given=as_given)
         return np.array([call("a number that loss_fn returned", float, x) for x in arrays])
 
+    def mean(self, batch: Batch) -> float:
+        """Nats per counted token."""
+        total, count = self(batch)
+        return float(total / count) if count else math.nan
+
     def places(self, batch: Batch, draw: int = 0) -> Places:
         """Logits at which gradients are compared: half of them those of targets."""
         rng = self.rng(draw, 1)
@@ -209,13 +215,16 @@ class Errors(dict[str, tuple[float, float]]):
         self[what] = numbers.gap(a, b), limit
 
     def measures(self, **more: Any) -> list[Measure]:
-        """Those beyond their limit, else the nearest to it; see `findings.holds` for `more`.
+        """The first beyond their limit, else the nearest to it; see `findings.holds` for `more`.
 
         What is called a gradient is not judged if its limit allows anything.
         """
         vague = [what for what, (_, x) in self.items() if "gradient" in what and x > COARSE]
         found = {w: at_most(w, *pair, **more) for w, pair in self.items() if w not in vague}
-        told = [measure for measure in found.values() if measure.status != "pass"]
+        wrong = [measure for measure in found.values() if measure.status != "pass"]
+        told, rest = wrong[:TOLD], [measure.what for measure in wrong[TOLD:]]
+        if rest:
+            told.append(note(f"{len(rest)} more like that", rest, key="more"))
         if found and not told:
             told = [found[max(found, key=lambda what: self[what][0] / (self[what][1] or 1))]]
         return told + [note(f"{w}: not judged, known to {self[w][1]:.2g} only") for w in vague]

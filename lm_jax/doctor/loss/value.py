@@ -1,16 +1,14 @@
 """The numbers that a loss returns, and their gradients."""
 
-import math
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from lm_jax.doctor.checks import check
-from lm_jax.doctor.facts import Broken
+from lm_jax.doctor.facts import Broken, Skip
 from lm_jax.doctor.findings import Measure, none, note
 from lm_jax.doctor.loss.subject import NUMBERS, Batch, Errors, Subject
-from lm_jax.doctor.loss.target import MARGIN
 from lm_jax.doctor.numbers import FLOAT32_EPS, nats
 
 EXTREME = 8192.0  # a logit far outside what exp can hold, exact in bfloat16
@@ -18,9 +16,9 @@ ROWS = 8  # that are scored at once and in parts
 
 
 @check(
-    "Report the sum of weight x (logsumexp(logits) - logit of the target) in float32, and the sum "
-    "of the same weights; keep smoothing and auxiliary terms in another value, and let the "
-    "gradient be weight x (softmax - one-hot)."
+    "Report the sum of weight x (logsumexp(logits) - logit of the target), in nats and float32, of "
+    "logits that no softmax has seen, and the sum of the same weights; keep smoothing, class "
+    "weights and auxiliary terms in another value. The gradient is weight x (softmax - one-hot)."
 )
 def definition(subject: Subject) -> list[Measure]:
     """Mean nats and gradient are those of the definition in float64.
@@ -42,7 +40,7 @@ def definition(subject: Subject) -> list[Measure]:
         f"equal logits, {name}": Batch(flat, batch.tokens, weights.astype(np.float32))
         for name, weights in patterns.items()
     }
-    for margin in (20.0, MARGIN):
+    for margin in (20.0, 50.0):
         known = subject.oracle(batch, subject.ahead, margin)
         cases[f"target preferred by {margin:.0f} nats"] = known
     cases["random logits"] = random = subject.weighted(subject.batch(draw=1), 1)
@@ -51,8 +49,8 @@ def definition(subject: Subject) -> list[Measure]:
     cases[f"one row of {subject.full_length} tokens"] = row
     off = Errors()
     for name, case in cases.items():
-        (total, count), (exact, scored) = subject(case), subject.expected(case)
-        mean, right = total / count if count else math.nan, exact / scored
+        (_, count), (exact, scored) = subject(case), subject.expected(case)
+        mean, right = subject.mean(case), exact / scored
         of = f"of {name} ({mean:.6g} for {right:.6g})"
         off.add(f"error of the mean {of}", mean, right, subject.rounding(case) / scored)
         limit = FLOAT32_EPS * case.weights.size / 2 * scored
@@ -121,6 +119,10 @@ def dtype(subject: Subject) -> list[Measure]:
 
     The last is a warning: a model that hands over float32 never meets it.
     """
+    for case in (subject.batch(1, length=4), subject.oracle(subject.batch(), subject.ahead, 20.0)):
+        exact, scored = subject.expected(case)
+        if not abs(subject.mean(case) - exact / scored) <= 0.1 + 0.02 * exact / scored:
+            raise Skip("Waits for loss.definition: the value is wrong by more than rounding.")
     rows = max(subject.rows, min(64, NUMBERS // (16 * subject.vocab_size)))
     found = _draws(subject, "many tokens", np.float32, rows, max(16, subject.length))
     try:

@@ -70,7 +70,9 @@ class Subject(Facts):
     clip_norm: Annotated[Number, "largest norm of the whole gradient; None or 0: any."] = None
     ema_of: Annotated[Function, "`(state) -> average of params`, as evaluation uses it."] = None
     first_eval: Annotated[int, "updates before the average is first evaluated.", whole(1)] = 100
-    unused: Annotated[Collection[str], 'leaves that need not move, as "block/gate".', _names] = ()
+    unused: Annotated[
+        Collection[str], 'leaves, or what holds them ("block/gate"), that need not move.', _names
+    ] = ()
     seed: Annotated[int, "of the noise.", whole()] = 0
 
     def __post_init__(self) -> None:

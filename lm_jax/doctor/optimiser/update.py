@@ -9,8 +9,8 @@ import numpy as np
 
 from lm_jax.doctor import trees
 from lm_jax.doctor.checks import check, fixture
-from lm_jax.doctor.facts import Broken, Skip, call
-from lm_jax.doctor.findings import Measure, at_least, at_most, holds, listed, none, note
+from lm_jax.doctor.facts import Broken, Skip, call, give
+from lm_jax.doctor.findings import Measure, at_least, at_most, equals, holds, listed, none, note
 from lm_jax.doctor.numbers import FLOAT32_EPS
 from lm_jax.doctor.optimiser.loop import Half, Loop, Point, logged
 from lm_jax.doctor.optimiser.subject import UPDATES, Subject
@@ -27,7 +27,7 @@ def updates(
     """Every leaf has moved after the first updates."""
     start, end = good[0].params, good[-1].params
     read = {n: x for n, x in start.items() if trees.is_floating(x.dtype) and not trees.is_mask(x)}
-    read = {n: x for n, x in read.items() if n not in unused}
+    read = {n: x for n, x in read.items() if not any(f"{n}/".startswith(f"{u}/") for u in unused)}
     # An early warm-up may move less than float32 resolves at a leaf's scale.
     rate = max(first_rates or [0.0]) or np.inf
     seen = {n: x for n, x in read.items() if not rate < FLOAT32_EPS * np.abs(x).max(initial=0)}
@@ -154,6 +154,19 @@ def _rounding(subject: Subject, least: float) -> float:
     return max(least, 4 * float(jnp.finfo(subject.compute_dtype).eps))
 
 
+@check("Subtract the step: params - lr * direction. What optax gives is added, minus and all.")
+def descent(loop: Loop, calls: list[Point], whole_gradient: trees.Arrays | None = None) -> Measure:
+    """The first update that moves goes down the gradient."""
+    grads = trees.named(loop.batch.value) if isinstance(loop, Half) else whole_gradient
+    if grads is None:
+        raise give("gradient_fn")
+    start = calls[0].params
+    moved = next((x.params for x in calls if len(unmoved(start, x.params)) < len(start)), start)
+    step, slope = trees.flat({n: moved[n] - start[n] for n in grads}), trees.flat(grads)
+    size = float(np.linalg.norm(step) * np.linalg.norm(slope)) or 1.0
+    return at_most("cosine of the step and the gradient", float(step @ slope) / size, 0.1)
+
+
 @check(
     "Scale all leaves by one factor, max_norm / norm of the whole gradient, after unscaling and "
     "averaging and before the moments."
@@ -183,13 +196,21 @@ def clip(half: Half, good: list[Point], clip_norm: float) -> list[Measure]:
 
 
 @check(
-    "Average over all micro-batches and devices, divide by the loss scale, take and log the norm "
-    "of the result, and only then clip."
+    "Zero the gradients before every update, average over all micro-batches and devices, divide by "
+    "the loss scale, take and log the norm of the result, and only then clip."
 )
 def grad_norm(
-    subject: Subject, step_fn: Any, good: list[Point], whole_gradient: trees.Arrays
+    subject: Subject,
+    step_fn: Any,
+    loop: Loop,
+    good: list[Point],
+    whole_gradient: trees.Arrays,
+    still: list[Point] | None = None,
 ) -> list[Measure]:
-    """The logged norms are those of the full averaged gradient before and after clipping."""
+    """The logged norms are those of the full averaged gradient before and after clipping.
+
+    What an update leaves behind does not stay in the gradient of the next.
+    """
     norm = trees.norm(whole_gradient.values())
     due, found = {"grad_norm": norm}, []
     if subject.clip_norm:
@@ -199,6 +220,9 @@ def grad_norm(
         what = f"relative difference of the logged {name} {first:.5g} from {expected:.5g}"
         off, limit = abs(first - expected) / expected, _rounding(subject, 1e-4)
         found.append(at_most(what, off, limit, key=f"{name}_gap"))
+    if still:
+        left = logged(loop.play(loop.batch, loop.empty), "optim/grad_norm")[1]
+        found.append(equals("grad_norm of empty_batch after an update", left, 0, key="left"))
     return found
 
 
