@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -28,7 +29,8 @@ def examine_splits(cfg: Config, store: Store, windows: int, *, level: str = "fas
         windows: those of an epoch.
         level: fast or full.
     """
-    splits = {name: store.split(name) for name in ("train", *_SPLITS) if name in _names(store)}
+    held = store.manifest["splits"]
+    splits = {name: store.split(name) for name in ("train", *_SPLITS) if name in held}
     tokenizer, train = store.tokenizer, splits["train"]
     batches = functools.partial(
         pipeline.train_batches,
@@ -39,16 +41,12 @@ def examine_splits(cfg: Config, store: Store, windows: int, *, level: str = "fas
     )
 
     def of_run(numbers: range) -> list[Batch]:
-        return list(
-            batches(
-                train,
-                batch_size=cfg.data.batch_size,
-                movable=cfg.data.window_offset,
-                calls=[range(i, i + 1) for i in numbers],
-            )
-        )
+        size, movable = cfg.data.batch_size, cfg.data.window_offset
+        calls = [range(i, i + 1) for i in numbers]
+        return list(batches(train, batch_size=size, movable=movable, calls=calls))
 
     second = -(-windows // cfg.data.batch_size)  # epoch, where it begins
+    hashes = {"the store": store.manifest["tokenizer_hash"], "as loaded": tokenizer.content_hash}
     few = _beginning(train, cfg.data.seq_len) if level == "full" else None
     return examine_data(
         _documents(train),
@@ -56,15 +54,10 @@ def examine_splits(cfg: Config, store: Store, windows: int, *, level: str = "fas
         vocab_size=tokenizer.vocab_size,
         separator=tokenizer.separator,
         tokenizer=(tokenizer.encode, tokenizer.decode),
-        texts=[tokenizer.decode(document) for document in _first(splits["valid"], 20)],
+        texts=map(tokenizer.decode, itertools.islice(_documents(splits["valid"]), 20)),
         byte_counts={n: split.bytes for n, split in splits.items() if len(split.tokens) < _MOST},
         epoch_tokens=min(len(train.tokens), _MOST),
-        fingerprints={
-            "tokenizer": {
-                "the store": store.manifest["tokenizer_hash"],
-                "as loaded": tokenizer.content_hash,
-            }
-        },
+        fingerprints={"tokenizer": hashes},
         epochs=[of_run(range(first, first + 2)) for first in (0, second)],
         readers=None if few is None else functools.partial(_readers, batches, few),
         reader_counts=(1, 2, _READERS),
@@ -97,15 +90,6 @@ def _beginning(split: Split, seq_len: int) -> Split | None:
     )
 
 
-def _names(store: Store) -> list[str]:
-    return list(store.manifest["splits"])
-
-
 def _documents(split: Split) -> Iterator[np.ndarray]:
     for first, end in zip(split.document_starts[:-1], split.document_starts[1:], strict=True):
         yield np.asarray(split.tokens[first:end])
-
-
-def _first(split: Split, count: int) -> list[np.ndarray]:
-    documents = _documents(split)
-    return [document for document, _ in zip(documents, range(count), strict=False)]

@@ -290,7 +290,7 @@ def broken():
         ([{"tokens": np.ones((2, 4), int), "weights": np.ones((2, 5))}], "weights (2, 5)"),
         ([{"tokens": np.ones((2, 4), int), "weights": np.full((2, 4), np.nan)}], "finite"),
         ([[[1, 2], [3]]], "ValueError"),
-        ([3, 4], "shape ()"),
+        (iter([3, 4]), "shape ()"),
         ([], "no token"),
         ([np.zeros(0, int)], "no token"),
         ([None], "shape ()"),
@@ -337,6 +337,7 @@ def test_functions_that_raise_or_return_nonsense_are_errors():
     assert "disk gone" in report["data.resume"].evidence
     unread = examine(TRAIN, broken())
     assert unread.failed == ["data.items"] and unread["data.items"].status == "error"
+    assert examine(broken(), [{"ids": 1}]).failed == ["data.items"]
 
 
 @pytest.mark.parametrize(

@@ -293,6 +293,10 @@ def test_documents_without_their_end():
     closed = [np.append(d, 256) for d in (d[d != 256] for d in TRAIN)]
     silent(examine(closed, end=256), "data.document_end")
     assert "data.document_end" in examine([d[:-1] for d in closed], end=256).failed
+    packed = batches(cut(np.concatenate(closed)))
+    silent(examine(packed, end=256), "data.document_end")
+    without = batches(cut(np.concatenate([d[:-1] for d in closed])))
+    assert examine(without, end=256).warned == ["data.document_end"]
 
 
 def test_lm_jax_separators_are_inputs_only():
@@ -350,6 +354,10 @@ def test_same_order_every_epoch():
     report = examine(None, epochs=[read(), read()])
     assert report.failed == ["data.epoch_order"]
     silent(examine(None, epochs=[read(), read(first=epoch, epochs=2)]), "data.epoch_order")
+    # Batches that are made first and shuffled then.
+    first, *others = made = read()  # the first stays, by chance
+    moved = [first, *others[7:], *others[:7]]
+    silent(examine(None, epochs=[made, moved]), "data.epoch_order")
     # One epoch of three that forgot to shuffle anew.
     later = read(first=epoch, epochs=2)
     assert examine(None, epochs=[read(), later, later]).failed == ["data.epoch_order"]

@@ -40,6 +40,7 @@ FORMS = {
     "list": in_pairs(ROWS, lambda x, y: [x, y]),
     "named tuple": in_pairs(ROWS, Pair),
     "plain lists": [(row[:-1].tolist(), row[1:].tolist()) for row in ROWS],
+    "plain list": stream(TRAIN).tolist(),
     "one pair": (ROWS[:, :-1], ROWS[:, 1:]),
     "rows": [(row[:-1], row[1:]) for row in ROWS],
     "by number": ByNumber([(row[:-1], row[1:]) for row in ROWS]),
@@ -56,8 +57,11 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 def test_inputs_and_targets_are_read_as_windows(form):
     report = examine(FORMS[form], separator=0)
-    silent(report, "data.items", "data.targets", "data.ids", "data.repetition")
-    silent(report, "data.target_overlap", "data.slots")
+    silent(report, "data.items", "data.ids", "data.repetition")
+    if form == "plain list":
+        assert f"{len(FORMS[form]):,} tokens in 1 documents" in report["data.items"].evidence
+        return
+    silent(report, "data.targets", "data.target_overlap", "data.slots")
     rows = len(ROWS) if form in ("plain lists", "one pair", "rows", "by number") else None
     rows = rows or len(batches(ROWS)) * 8
     assert f"{rows * (T + 1):,} tokens" in report["data.items"].evidence
@@ -173,6 +177,38 @@ def test_windows_of_one_text_split_at_random(width, stride):
     assert not containment(examine(*map(list, rows)))
     apart = examine(*(list(r[::width]) for r in rows))
     assert "data.target_overlap" not in apart.failed and not containment(apart)
+
+
+def crops(ids, width, count, seed=0):
+    """Batches of inputs and targets from random places of a text."""
+    rng = np.random.default_rng(seed)
+    for _ in range(count):
+        rows = ids[rng.integers(0, len(ids) - width, 64)[:, None] + np.arange(width)]
+        yield rows[:, :-1], rows[:, 1:]
+
+
+@pytest.mark.parametrize(("width", "count"), [(65, 150), (257, 10), (257, 40)])
+def test_random_crops_are_no_windows_that_overlap(width, count):
+    """They repeat the text by nature, and tell all the same where valid stands in it."""
+    ids = text(0, 900_000)
+    train, valid = ids[:800_000], ids[800_000:]
+    report = examine(list(crops(train, width, count)), list(crops(valid, width, 5)))
+    silent(report, "data.target_overlap", "data.window_containment", "data.gram_containment")
+    leaky = examine(list(crops(ids, width, 4 * count)), list(crops(valid, width, 5, 1)))
+    assert containment(leaky)
+    if count > 10:
+        once = examine(list(crops(train, 257, count)), epoch_tokens=10**6)
+        assert "data.repetition" in once.failed
+
+
+@pytest.mark.parametrize(("width", "stride"), [(33, 16), (129, 64)])
+def test_a_few_equal_rows_hide_no_overlap(width, stride):
+    rows = np.lib.stride_tricks.sliding_window_view(text(0, 60_000), width)[::stride]
+    rows = np.concatenate([rows, rows[::20]])
+    assert "data.target_overlap" in examine(list(rows)).failed
+    # Nor does an id that opens every row.
+    opened = np.concatenate([np.zeros((len(rows), 1), int), rows], 1)
+    assert "data.target_overlap" in examine(list(opened)).failed
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from lm_jax.doctor import numbers
-from lm_jax.doctor.data.sample import PIECE, Sample, mix
+from lm_jax.doctor.data.sample import PIECE, Sample, distinct, mix
 from lm_jax.doctor.facts import Skip
 from lm_jax.doctor.numbers import Mean
 
@@ -49,7 +49,7 @@ def token_nats(
     Raises:
         Skip: few tokens are counted.
     """
-    _, first, number = np.unique(kind, return_index=True, return_inverse=True)
+    _, first, number = distinct(kind)
     # Of a large text, pieces spread over all of it.
     every = -(-len(first) // MOST_COUNTED) or 1
     chosen = sample.piece_of[counted_at[first]] % every == 0
@@ -158,7 +158,7 @@ class Index:
         nats = np.concatenate([[0.0], np.cumsum(of_token)])
         positions, hashes = sample.grams(n)
         telling = nats[positions + n] - nats[positions] >= least_nats
-        if n > width / 2 or telling.sum() < FEWEST:
+        if n > SAME_PIECE * width or telling.sum() < FEWEST:
             raise Skip(
                 f"{sample.name} has about {mean:.2f} nats a token, so only {n}-grams are no "
                 f"coincidence among {total:,} tokens: too long or too few in rows of {width}"
@@ -169,36 +169,31 @@ class Index:
     @functools.cached_property
     def _known(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The distinct hashes in order [K], the first gram of each [K], the number of each [G]."""
-        return np.unique(self.hashes, return_index=True, return_inverse=True)
-
-    @functools.cached_property
-    def _piece(self) -> np.ndarray:
-        """Piece in which each gram begins [G]."""
-        return self.sample.piece_of[self.positions]
+        return distinct(self.hashes)
 
     @functools.cached_property
     def earlier(self) -> np.ndarray:
         """Whether the gram stands in an earlier piece of text as well [G]."""
         _, first, number = self._known
-        return self._piece[first][number] < self._piece
+        piece = self.sample.piece_of[self.positions]
+        return piece[first][number] < piece  # type: ignore[no-any-return]
 
     @property
     def lag(self) -> np.ndarray:
         """Tokens since its last occurrence, 0 at the first [G]."""
         number = self._known[2]
         order = np.argsort(number, kind="stable")
-        again = np.diff(number[order], prepend=-1) == 0
         lag = np.zeros(len(order), np.int64)
-        lag[order] = again * np.diff(self.positions[order], prepend=0)
+        lag[order[1:]] = np.diff(self.positions[order]) * (np.diff(number[order]) == 0)
         return lag
 
     @property
     def usual(self) -> Mean:
         """Share of all n-grams that are telling and recur in another piece of the sample."""
-        known, _, number = self._known
-        last = np.zeros(len(known), self._piece.dtype)
-        last[number] = self._piece
-        found = rate(self.earlier | (last[number] > self._piece), self.n)
+        _, first, number = self._known
+        again = np.zeros(len(first), bool)
+        again[number[self.earlier]] = True
+        found = rate(again[number], self.n)
         return Mean(self.share * found.value, self.share * found.error)
 
     @property

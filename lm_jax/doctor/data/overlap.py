@@ -25,10 +25,20 @@ BATCHES = 64  # batches compared
     "given for several epochs, set epoch_tokens; if too little was read, raise max_tokens."
 )
 def repetition(
-    copied: Copied, index: grams.Index, epoch_tokens: int | None = None
+    copied: Copied,
+    index: grams.Index,
+    epoch_tokens: int | None = None,
+    overlapping: windows.Overlap | None = None,
 ) -> list[Measure]:
     """Hardly any row or document stands earlier in train, at any offset."""
     train = index.sample
+    crops = epoch_tokens is None and overlapping is not None and overlapping.at_random
+    if crops and copied.share > copied.limit:
+        raise Skip(
+            "Rows of train begin anywhere in the text, as random crops do, which repeat it by "
+            "nature: set epoch_tokens if they are meant to be one epoch.",
+            "epoch_tokens",
+        )
     what = f"share of {train.size} in pieces that stand in earlier ones to {grams.SAME_PIECE:.0%}"
     otherwise = "fail" if copied.much else "warn"
     found = [at_most(what, copied.share, copied.limit, otherwise=otherwise, key="share")]
@@ -65,7 +75,7 @@ def target_overlap(overlapping: windows.Overlap, first_epoch: Sample) -> list[Me
 
 
 @check("Split the text first, by document or with a gap of a window; cut windows after that.")
-def window_containment(evaluation: list[Sample], first_epoch: Sample) -> list[Measure]:
+def window_containment(first_epoch: Sample, evaluation: list[Sample]) -> list[Measure]:
     """Rows of valid and test do not begin inside rows of train."""
     rows = [_overlap(s.name, windows.overlap(s, first_epoch)) for s in evaluation]
     return list(itertools.chain(*rows))
@@ -140,7 +150,7 @@ def _equal(cells: np.ndarray) -> float:
     "short of the evaluation documents."
 )
 def gram_containment(
-    evaluation: list[Sample], index: grams.Index, train_repeats: bool
+    index: grams.Index, evaluation: list[Sample], train_repeats: bool
 ) -> list[Measure]:
     """Train holds no more n-grams of valid and test than it holds of its own elsewhere."""
     n, train = index.n, index.sample
@@ -173,8 +183,8 @@ def gram_containment(
 
 @check("Take documents of evaluation splits out of train, by a hash, before anything is tokenised.")
 def document_containment(
-    evaluation: list[Sample],
     first_epoch: Sample,
+    evaluation: list[Sample],
     row_nats: np.ndarray,
     samples: list[Sample],
     train_repeats: bool,

@@ -16,6 +16,7 @@ from lm_jax.doctor.facts import Broken, Skip, call, give
 from lm_jax.doctor.findings import Measure, at_most, equals, none, note
 
 FEWEST_ROWS = 10  # of fewer, equal orders may be chance: 1/10! = 3e-7
+SAME_ORDER = 0.9  # share of rows at the same place, beyond which few batches are enough
 DROPPED = 0.01  # share of rows that may be missing or shared where batches are filled up
 Streams = dict[int, list[np.ndarray]]
 
@@ -23,7 +24,9 @@ Streams = dict[int, list[np.ndarray]]
 @check("Pass the epoch on to the sampler, also where workers persist between epochs.")
 def epoch_order(subject: Subject, epochs: Sequence[Any]) -> list[Measure]:
     """Epochs hand out the rows in different orders."""
-    hashes = [s.row_hashes for s in read_all("epoch", epochs, subject.reading)]
+    samples = list(read_all("epoch", epochs, subject.reading))
+    hashes = [s.row_hashes for s in samples]
+    batch = max((s.largest_batch for s in samples), default=1)
     rows = min(map(len, hashes), default=0)
     if len(hashes) < 2 or rows < FEWEST_ROWS:
         raise Skip(f"Orders are compared of two epochs of at least {FEWEST_ROWS} rows.", "epochs")
@@ -36,6 +39,8 @@ def epoch_order(subject: Subject, epochs: Sequence[Any]) -> list[Measure]:
         if chance > 0.5:
             raise Skip(f"{chance:.0%} of rows agree in any order: most have the same content.")
         limit = numbers.share_limit(max(chance, 1 / rows), rows)
+        # Where batches are made first and shuffled then, all rows of one agree or none.
+        limit = max(limit, min(SAME_ORDER, numbers.share_limit(min(batch / rows, 1), rows / batch)))
         what = f"share of {rows:,} rows at the same place in epochs {number} and {number + 1}"
         measures.append(at_most(what, float((a == b).mean()), limit, key=f"same_{number}"))
     return measures

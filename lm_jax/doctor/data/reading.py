@@ -108,7 +108,8 @@ def read_all(name: str, streams: Iterable[Any], options: Options) -> Iterator[Sa
 
 def _items(stream: Any) -> Iterable[Any]:
     """The items of a stream; a single document, batch or pair is a stream of one."""
-    if isinstance(stream, Mapping) or getattr(stream, "ndim", None) == 1:
+    ids = isinstance(stream, list) and stream and all(isinstance(x, int) for x in stream)
+    if isinstance(stream, Mapping) or getattr(stream, "ndim", None) == 1 or ids:
         return [stream]
     if isinstance(stream, tuple | list) and len(stream) == 2 and _are_arrays(stream):
         if _follow(*map(trees.as_array, stream)):

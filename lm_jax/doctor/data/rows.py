@@ -113,7 +113,8 @@ def document_end(training: Sample, end: int) -> list[Measure]:
         closed = training.real & inside & (following != training.segments)
         documents = max(int(closed.sum()), int(ends.sum()))
     if not documents:
-        raise Skip(f"No document ends within a row of {training.size}.")
+        what = f"documents that end in {end} within a row of {training.size}"
+        return [at_least(what, 0, 1, otherwise="warn", key="documents")]
     scored = int((ends & training.scored).sum())
     what = f"documents of train whose end {end} is a scored target, of {documents:,} that end"
     return [

@@ -37,10 +37,14 @@ class Sample:
         return f"{part}{self.real.sum():,} tokens in {len(self.lengths):,} {rows} of {self.name}"
 
     @property
+    def largest_batch(self) -> int:
+        """Rows of the largest batch; 1 for rows that came alone."""
+        return max(int(np.max(np.bincount(self.batches[self.batches >= 0], minlength=1))), 1)
+
+    @property
     def largest_item(self) -> int:
         """Tokens of the largest row or batch: as many as a reader may drop at the end."""
-        rows = np.bincount(self.batches[self.batches >= 0], minlength=1)
-        return int(np.max(self.lengths)) * max(int(np.max(rows)), 1)
+        return int(np.max(self.lengths)) * self.largest_batch
 
     @property
     def learnt(self) -> np.ndarray:
@@ -123,7 +127,7 @@ class Sample:
     def spans(self, starts: np.ndarray, length: int | np.ndarray) -> np.ndarray:
         """64-bit hash of the ids of each span, the same wherever it stands."""
         sums, inverse = self._polynomial
-        return mix((sums[starts + length] - sums[starts]) * inverse[starts])
+        return (sums[starts + length] - sums[starts]) * inverse[starts]  # type: ignore[no-any-return]
 
     @functools.cached_property
     def row_hashes(self) -> np.ndarray:
@@ -132,13 +136,29 @@ class Sample:
 
     def gram_hashes(self, n: int) -> np.ndarray:
         """Hash of the n ids from each position on, whatever they belong to [N - n + 1]."""
-        return self.spans(np.arange(max(len(self.tokens) - n + 1, 0)), n)
+        sums, inverse = self._polynomial
+        last = max(len(self.tokens) - n + 1, 0)
+        return (sums[n:] - sums[:last]) * inverse[:last]  # type: ignore[no-any-return]
 
     def grams(self, n: int) -> tuple[np.ndarray, np.ndarray]:
         """First positions and hashes of the n-grams that lie within one document of one row."""
         last = max(len(self.units) - n + 1, 0)
         inside = np.flatnonzero(self.units[n - 1 :] == self.units[:last])
-        return inside, self.spans(inside, n)
+        return inside, self.gram_hashes(n)[inside]
+
+
+def distinct(hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The distinct hashes in order [K], where each comes first [K], and the number of each [N].
+
+    As np.unique, three times as fast: the place stands in the low bits of what is sorted.
+    """
+    low = np.uint64((1 << len(hashes).bit_length()) - 1)
+    ordered = np.sort(hashes & ~low | np.arange(len(hashes), dtype=np.uint64))
+    place = (ordered & low).astype(np.int64)
+    new = np.diff(ordered & ~low, prepend=~ordered[:1]) != 0
+    number = np.empty(len(hashes), np.int64)
+    number[place] = np.cumsum(new) - 1
+    return hashes[place[new]], place[new], number
 
 
 def mix(values: np.ndarray) -> np.ndarray:

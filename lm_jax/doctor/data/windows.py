@@ -1,5 +1,6 @@
 """Windows that overlap: rows that begin inside other rows, as those cut at a small stride do."""
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ LEAST = 4  # tokens that two windows share, of rows of any length
 FEWEST = 20  # rows from which anything is said
 PROBES = 1 << 13  # rows that are looked for in others
 PREDICTABLE = 0.2  # nats a token given the one before; below, any two stretches are alike
+HEAD_BITS = 22  # of a hash, by which places are told that may hold the head of a probe
 MOST_PAIRS = 1 << 18  # neighbours from which those nats are estimated
 
 
@@ -26,6 +28,7 @@ class Overlap(NamedTuple):
     stride: int  # tokens between the beginnings of two rows that overlap, the fewest
     tried: int
     width: int
+    at_random: bool  # rows begin inside others as often as where others begin, as random crops do
 
     @property
     def found(self) -> bool:
@@ -38,7 +41,9 @@ def overlap(probes: Sample, rows: Sample) -> Overlap:
 
     At each shift the beginning of a probe is compared with the ends of all rows, and for chance
     with their beginnings: in text that was cut at its own width both are equally likely, however
-    often it repeats itself. Targets of weight 0 are not scored again and do not count.
+    often it repeats itself. Targets of weight 0 are not scored again and do not count. Rows at a
+    stride overlap at a few shifts; those are judged by themselves, for a few equal rows, which are
+    alike at every shift, would outweigh them.
 
     Raises:
         Skip: there are too few rows of one width, or they are too predictable.
@@ -47,31 +52,68 @@ def overlap(probes: Sample, rows: Sample) -> Overlap:
     at, width = _beginnings(rows)
     own = at if probes is rows else _beginnings(probes, width)[0]
     least = max(LEAST, min(width // 4, SHORTEST))
-    if width <= least:
-        raise Skip(f"The commonest rows are of {width} tokens, too short to tell if they overlap.")
-    own = own[_unlike(probes, own, least)]
+    own = own[_unlike(probes, own, least)] if width > least else own[:0]
     own = own[:: -(-len(own) // PROBES) or 1]
     if min(len(own), len(at)) < FEWEST:
-        raise Skip(f"{probes.name} and {rows.name} have fewer than {FEWEST} rows of one width.")
+        raise Skip(
+            f"{' or '.join({probes.name: 0, rows.name: 0})} has fewer than {FEWEST} full rows of "
+            f"one width of more than {least} tokens."
+        )
     if _nats(rows) < PREDICTABLE:
         raise Skip(f"The tokens of {rows.name} follow from those before them: no copy tells.")
-    overlaps = np.zeros(len(own))
-    by_shift = np.zeros(width, int)
+    inside, chance, by_shift = _counts(probes, own, rows, at, width, least)
+    tried, shifts = len(own), by_shift.shape[1]
+    least_share = numbers.share_limit(OVERLAP, tried)
+    mean, square = by_shift / tried
+    best = int(np.argmax(mean))
+    error = math.sqrt((square[best] - mean[best] ** 2) / tried)
+    single = numbers.Mean(float(mean[best]), error)
+    single_limit = least_share + numbers.threshold(shifts) * error
+    total = numbers.mean(inside - chance)
+    # Of a few random crops hardly two are equal: one pair more or less must not decide.
+    doubt = shifts / tried if rows.complete else 0.0
+    total_limit = least_share + numbers.threshold() * math.hypot(total.error, doubt)
+    pairs = (total, total_limit), (single, single_limit)
+    excess, limit = max(pairs, key=lambda pair: pair[0].value - pair[1])
+    stride = int(np.argmax(mean >= max(mean[best] / 2, 1 / tried)))
+    overlaps = numbers.mean(inside)
+    at_random = overlaps.value > least_share + numbers.threshold() * overlaps.error
+    at_random &= excess.value <= limit and -total.value <= total_limit
+    return Overlap(excess, limit, stride, tried, width, at_random)
+
+
+def _counts(
+    probes: Sample, own: np.ndarray, rows: Sample, at: np.ndarray, width: int, least: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """At how many shifts each probe begins inside a row [P], and where one begins [P].
+
+    The third array is the sum, and the sum of squares, of their difference by shift [2, shifts].
+    """
     same = int(probes is rows)
-    for shift in range(1, width - least + 1):
+    inside, chance = np.zeros((2, len(own)))
+    places = at + np.arange(width - least + 1)[:, None]
+    by_shift = np.zeros((2, len(places)))
+    # Only what holds the first tokens of a probe can overlap it.
+    heads, hashes = probes.spans(own, least), rows.spans(places, least)
+    sought = np.zeros(1 << HEAD_BITS, bool)
+    low = np.uint64(len(sought) - 1)
+    sought[heads & low] = True
+    possible = sought[hashes & low]
+    held = np.sort(hashes[possible])
+    chosen = np.searchsorted(held, heads, "right") - np.searchsorted(held, heads) > same
+    own = own[chosen]
+    for shift in range(1, len(places) if len(own) else 0):
         length = width - shift
         keys, number = np.unique(probes.spans(own, length), return_inverse=True)
         scored = probes.scores(own, length)
-        ended = _times(keys, rows, at + shift, length)[number]
-        begun = _times(keys, rows, at, length)[number]
         itself = same * (probes.spans(own + shift, length) == keys[number])
-        more = scored * ((ended > itself).astype(int) - (begun > same))
-        overlaps += more
-        by_shift[shift] = more.sum()
-    excess = numbers.mean(overlaps)
-    limit = numbers.share_limit(OVERLAP, len(own)) + numbers.threshold() * excess.error
-    stride = int(np.argmax(by_shift >= max(by_shift.max() / 2, 1)))
-    return Overlap(excess, limit, stride, len(own), width)
+        ended = _times(keys, rows, places[shift, possible[shift]], length)[number] > itself
+        begun = _times(keys, rows, at[possible[0]], length)[number] > same
+        inside[chosen] += scored & ended
+        chance[chosen] += scored & begun
+        more = scored * (ended.astype(int) - begun)
+        by_shift[:, shift] = more.sum(), np.abs(more).sum()
+    return inside, chance, by_shift
 
 
 def _beginnings(sample: Sample, width: int = 0) -> tuple[np.ndarray, int]:
@@ -82,9 +124,10 @@ def _beginnings(sample: Sample, width: int = 0) -> tuple[np.ndarray, int]:
     full = sample.text == sample.lengths
     first = sample.tokens[sample.starts[:-1][full & (sample.lengths > 0)]]
     opened = int(len(first) > 0 and bool((first == first[0]).all()))
-    width = width + opened or int(np.argmax(np.bincount(sample.lengths[full], minlength=1)))
-    chosen = np.flatnonzero(full & (sample.lengths == width))
-    return sample.starts[chosen] + opened, width - opened
+    commonest = int(np.argmax(np.bincount(sample.lengths[full], minlength=1))) - opened
+    width = width or commonest
+    chosen = np.flatnonzero(full & (sample.lengths == width + opened))
+    return sample.starts[chosen] + opened, width
 
 
 def _unlike(sample: Sample, at: np.ndarray, length: int) -> np.ndarray:
