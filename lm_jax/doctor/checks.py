@@ -28,8 +28,10 @@ given is skipped, by name; one that meets an exception is an error, which counts
 """
 
 import dataclasses
+import functools
 import inspect
 import pathlib
+import textwrap
 import time
 import traceback
 import types
@@ -212,12 +214,19 @@ def examination(subject: Callable[P, Facts], *modules: types.ModuleType) -> Call
         return Case(subject(*args, **kwargs), modules).report()
 
     kind = typing.cast(type, subject)
-    lines = [f"    {field.name}: {field.help}" for field in annotations(kind)]
+    lines = [_wrapped(f"{field.name}: {field.help}") for field in annotations(kind)]
     raises = "Raises:\n    ValueError: for an argument of the wrong type or an impossible value."
     doc = inspect.cleandoc(kind.__doc__ or "")
     examine.__doc__ = "\n".join([doc, "", "Args:", *lines, "", raises])
-    examine.__signature__ = inspect.signature(subject)  # type: ignore[attr-defined]
+    signature = inspect.signature(subject)
+    plain = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
+    examine.__signature__ = inspect.Signature(plain)  # type: ignore[attr-defined]
     return examine
+
+
+_wrapped = functools.partial(
+    textwrap.fill, width=88, initial_indent="    ", subsequent_indent="        "
+)
 
 
 def _place(error: BaseException) -> str:

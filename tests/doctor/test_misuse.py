@@ -1,5 +1,7 @@
 """What is handed in amiss is refused in one sentence, or a check says why it was not made."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -21,7 +23,7 @@ def train(state, tokens):
 
 
 # Whole numbers are refused by one function: here what is none, with each family what is too small.
-MISUSES = [
+MISUSES: list[tuple[Any, tuple, dict, str]] = [
     (doctor.examine_model, (logits,), dict(vocab_size="5", seq_len=8), "vocab_size='5'"),
     (doctor.examine_model, (logits,), dict(vocab_size=5, seq_len=2.5), "seq_len=2.5"),
     (doctor.examine_model, (logits,), dict(vocab_size=5, seq_len=8, seed=None), "seed=None"),

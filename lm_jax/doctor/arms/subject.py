@@ -14,33 +14,20 @@ from typing import Annotated, Any
 import jax
 import numpy as np
 
-from lm_jax.doctor import trees
-from lm_jax.doctor.facts import (
-    Bound,
-    Broken,
-    Facts,
-    Skip,
-    above,
-    call,
-    function,
-    instance,
-    real,
-    require,
-    truth,
-    whole,
-)
+from lm_jax.doctor import facts, trees
+from lm_jax.doctor.facts import Bound, Broken, Facts, Skip, call, function, require, whole
 
-ANY, COUNT = Bound("", lambda x: True), above(0)
+ANY, COUNT = Bound("", lambda x: True), facts.above(0)
 KEYS = {
     **dict.fromkeys(("config", "resolved", "tree"), ANY),
     "tables": Bound("give a list of paths in the tree", lambda x: not isinstance(x, str)),
     **dict.fromkeys(("parameters", "table_parameters", "claimed_parameters"), COUNT),
-    "tied": truth,
+    "tied": facts.truth,
     "losses": Bound(
         "give a list of finite numbers",
-        lambda x: np.ndim(x) == 1 and len(x) > 0 and all(map(real, x)),
+        lambda x: np.ndim(x) == 1 and len(x) > 0 and all(map(facts.real, x)),
     ),
-    "run_dir": instance((str, os.PathLike), "give a path"),
+    "run_dir": facts.instance((str, os.PathLike), "give a path"),
     "budget": Bound(
         'give "stated" and its factors, all numbers above 0',
         lambda x: "stated" in x and len(x) > 1 and all(map(COUNT.holds, x.values())),

@@ -8,28 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm_jax.doctor import trees
+from lm_jax.doctor import facts, trees
 from lm_jax.doctor.checks import fixture
-from lm_jax.doctor.facts import (
-    Bound,
-    Broken,
-    Facts,
-    Skip,
-    above,
-    array,
-    call,
-    described,
-    function,
-    kind_of,
-    mapping,
-    one_of,
-    pair,
-    real,
-    whole,
-)
+from lm_jax.doctor.facts import Bound, Broken, Facts, Skip, array, call, function, pair, whole
 
 KINDS = ("forward", "reverse", "jsd", "skew")
-SHARE = Bound("give a number inside (0, 1)", lambda x: real(x) and 0 < x < 1)
+SHARE = Bound("give a number inside (0, 1)", lambda x: facts.real(x) and 0 < x < 1)
 FLOAT = Bound("give the name of a float type", trees.names_float)
 TOKENS = Bound(
     "let its 'tokens' be an array of whole numbers [B, T], T 2 or more",
@@ -51,6 +35,11 @@ def are_tokens(ids: np.ndarray) -> bool:
 class Subject(Facts):
     """Examine a distillation of any framework; what is not given is skipped by name.
 
+    A divergence of PyTorch, of tensors s, t, w and a number T:
+
+        kd_fn = lambda s, t, w, T: kl(*map(torch.tensor, (s, t, w)), T)
+        doctor.examine_distillation(kd_fn=kd_fn, kind="forward").show()
+
     Tokens are [B, T], logits [B, T, V], those at position t about token t + 1. Gradients come from
     JAX, and from PyTorch for the parameters of an objective; checks that need others are skipped.
     The divergence is KL(teacher || student) if forward, KL(student || teacher) if reverse; jsd and
@@ -63,7 +52,7 @@ class Subject(Facts):
         "(student's logits, teacher's logits, weights [B, T], temperature) -> (sum, count), the "
         "divergence; it gets arrays of NumPy where JAX cannot trace it.",
     ] = None
-    kind: Annotated[str, "forward, reverse, jsd or skew.", one_of(*KINDS)] = "forward"
+    kind: Annotated[str, "forward, reverse, jsd or skew.", facts.one_of(*KINDS)] = "forward"
     beta: Annotated[float, "weight of the teacher in jsd's and skew's mixture.", SHARE] = 0.5
     t2: Annotated[bool, "whether kd_fn and topk_fn multiply by temperature^2."] = True
     topk_fn: Annotated[Function, "kd_fn with an argument k more: of the k likeliest tokens."] = None
@@ -78,11 +67,11 @@ class Subject(Facts):
         Mapping[str, Any] | None,
         "the student's tokens, weights [B, T] (above 0 where a token is scored as a target; "
         "default all), and whatever else the pipeline reads.",
-        mapping,
+        facts.mapping,
         TOKENS,
     ] = None
     unigram_nats: Annotated[
-        float | None, "of a token by the corpus's frequencies; default from batch.", above(0)
+        float | None, "of a token by the corpus's frequencies; default from batch.", facts.above(0)
     ] = None
     suffix_fn: Annotated[
         Function,
@@ -145,7 +134,7 @@ def scalar(value: Any) -> float:
 def numbers(name: str, made: Any) -> dict[str, float]:
     """What a function returned as numbers by name."""
     if not isinstance(made, Mapping):
-        raise Broken(f"{name} returned {kind_of(made)}, not a mapping of numbers")
+        raise Broken(f"{name} returned {facts.kind_of(made)}, not a mapping of numbers")
     return {str(n): call(f"the number {n} of {name}", scalar, x) for n, x in made.items()}
 
 
@@ -160,7 +149,7 @@ def gradients(name: str, total: Callable[..., Any], *args: Any) -> tuple[Any, ..
             jax.eval_shape(total, *args)
         except Exception:
             raise Skip(f"JAX cannot differentiate {name} ({type(error).__name__}).") from error
-        raise Broken(f"the gradient of {name} raised {described(error)}") from error
+        raise Broken(f"the gradient of {name} raised {facts.described(error)}") from error
 
 
 @fixture

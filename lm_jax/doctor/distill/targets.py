@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+import scipy.special
 
 from lm_jax.doctor import trees
 from lm_jax.doctor.checks import check
@@ -46,7 +47,7 @@ def nats_apart(a: np.ndarray, b: np.ndarray) -> float:
         most = np.logaddexp.accumulate(-np.sort(-a), axis=-1)
         most = np.take_along_axis(most, kept.sum(-1, keepdims=True) - 1, -1)[..., 0]
         a = np.where(kept, a, -np.inf)
-        lost = most - np.logaddexp.reduce(a, axis=-1)
+        lost = most - scipy.special.logsumexp(a, axis=-1)
         b = np.where(kept, b, -np.inf)
     log_p, log_q = log_softmax(floored(a)), log_softmax(floored(b))
     return float(((np.exp(log_p) * (log_p - log_q)).sum(-1) + lost).mean())

@@ -37,6 +37,11 @@ Function = Annotated[Callable[..., Any] | None, function]
 class Subject(Facts):
     """Examine how a model is evaluated and sampled; what is not given is skipped by name.
 
+    A model of PyTorch:
+
+        ids = torch.as_tensor
+        doctor.examine_evaluation(vocab_size=V, logits_fn=lambda x: model(ids(x)).logits).show()
+
     Functions get NumPy arrays and may return arrays of NumPy, JAX or PyTorch. Tokens are [B, T],
     logits [B, T, V].
     """
