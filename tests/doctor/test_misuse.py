@@ -73,7 +73,7 @@ MISUSES: list[tuple[Any, tuple, dict, str]] = [
     ),
     (doctor.examine_arms, ({"a": {"run_dir": 3}},), {}, "give a path"),
     (doctor.examine_arms, ({"a": {"tied": "yes"}},), {}, "give True or False"),
-    (doctor.examine_arms, ({"a": {"tables": "wte"}},), {}, "give a list of paths"),
+    (doctor.examine_arms, ({"a": {"tables": "wte"}},), {}, "give a list of names"),
     (doctor.examine_arms, ({"a": {}},), dict(ignore="name"), "ignore='name'"),
     (doctor.examine_kernel, (logits, logits, logits), dict(sizes="ab"), "sizes='ab'"),
     (doctor.examine_kernel, (logits, logits, logits), dict(sizes=[0]), "sizes=[0]"),

@@ -17,10 +17,11 @@ import numpy as np
 from lm_jax.doctor import facts, trees
 from lm_jax.doctor.facts import Bound, Broken, Facts, Skip, call, function, require, whole
 
+NAMES = Bound("give a list of names", lambda x: not isinstance(x, str) and list(x) is not None)
 ANY, COUNT = Bound("", lambda x: True), facts.above(0)
 KEYS = {
     **dict.fromkeys(("config", "resolved", "tree"), ANY),
-    "tables": Bound("give a list of paths in the tree", lambda x: not isinstance(x, str)),
+    "tables": NAMES,
     **dict.fromkeys(("parameters", "table_parameters", "claimed_parameters"), COUNT),
     "tied": facts.truth,
     "losses": Bound(
@@ -39,7 +40,6 @@ IGNORED = tuple(
     "name run_name wandb_run_name description run_dir workdir out_dir output_dir save_dir "
     "logging_dir".split()
 )
-NAMES = Bound("give a list of names", lambda x: not isinstance(x, str) and list(x) is not None)
 
 
 @dataclasses.dataclass
@@ -53,7 +53,8 @@ class Subject(Facts):
         "shapes; 'tables', the paths in it with a row for each id (else every matrix with a side "
         "of vocab_size); 'parameters', 'table_parameters' and 'claimed_parameters', counts; "
         "'tied', whether head and token table are one; 'losses', the final loss of each seed in "
-        "nats; 'run_dir'; 'budget', as in examine_log.",
+        "nats; 'run_dir'; 'budget', a product and its factors: {'stated': 6e9, 'steps': 30000, "
+        "'tokens': 200000}.",
     ]
     _: dataclasses.KW_ONLY
     resolve: Annotated[Resolve | None, "config -> what is built from it.", function] = None

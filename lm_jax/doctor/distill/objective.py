@@ -62,7 +62,7 @@ def _by_torch(name: str, total: Callable[..., Any], *params: Any) -> Any:
 def present(subject: Subject, objective: Objective) -> list[Measure]:
     """Other teacher weights change the distillation, and alpha = 0, 1 are the pure losses."""
     perturbed, found = trees.nudge(subject.teacher_params, 0.5, subject.seed), []
-    what = "change by other teacher weights at alpha"
+    what = "total changes by other teacher weights at alpha"
     for name, alpha in (("kd_kl_t2", 1.0), ("lm_ce", 0.0)):
         total, parts = objective(subject.teacher_params, alpha)
         change, size = gap(objective(perturbed, alpha)[0], total), 32 * max(1.0, abs(total))
@@ -71,7 +71,7 @@ def present(subject: Subject, objective: Objective) -> list[Measure]:
         else:
             found.append(at_most(f"{what} = 0", change, size * subject.eps, key="kept"))
         if name in parts:
-            off, sides = gap(total, parts[name]), f"|total - {name}| at alpha = {alpha:g}"
+            off, sides = gap(total, parts[name]), f"total differs from {name} at alpha = {alpha:g}"
             found.append(at_most(sides, off, size * subject.eps, key=name))
     return found
 

@@ -132,7 +132,7 @@ def alignment(
             hint = f"they are {many} too {'late' if best < 0 else 'early'}"
     elif shifted(alone, 1) <= limit:
         raise Skip("The teacher says the same at neighbouring positions: a shift would not show.")
-    what = "nats from the teacher to the targets"
+    what = "nats by which the targets differ from the teacher's own predictions"
     return at_most(what, found, limit, where=hint, otherwise=otherwise, key="divergence")
 
 
@@ -191,4 +191,10 @@ def future(
             where = f"tokens from {cut} on change the target at {np.argmax(made[:cut])}"
     if max(later, worst) <= limit:
         raise Skip("Targets do not change with the tokens (a cache?): nothing was tested.")
-    return at_most("change before another suffix", worst, limit, where=where, key="earlier")
+    return at_most(
+        "change of targets before the text that was replaced",
+        worst,
+        limit,
+        where=where,
+        key="earlier",
+    )

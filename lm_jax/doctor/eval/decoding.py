@@ -25,8 +25,7 @@ def spread(logits_BTV: np.ndarray) -> float:
 
 def _near(what: str, gap_T: Any, limit: float) -> Measure:
     """Gaps within a limit at every position."""
-    where = f"first at position {np.argmax(np.asarray(gap_T) > limit)}"
-    what = f"{what}, largest at {len(gap_T)} positions"
+    where = f"first at position {np.argmax(np.asarray(gap_T) > limit)} of {len(gap_T)}"
     return at_most(what, float(np.max(gap_T)), limit, where=where)
 
 
@@ -47,7 +46,7 @@ def cached_decode(
             gap_T.extend(np.sqrt(np.square(gap_BTV).mean((0, 2))) / spread)
         # Two ways to compute one layer differ by a few eps, and deep models multiply that.
         limit = min(1000 * subject.eps, ROUNDING)
-        what = f"distance from the full forward's logits over their spread, prompt of {prompt}"
+        what = f"logits with a cache less those without, over their spread, prompt of {prompt}"
         found.append(_near(what, gap_T, limit))
     return found
 

@@ -164,7 +164,7 @@ def cap(
         elif perplexity is not None and not _is_exp(ppl, loss):
             nats = math.log(ppl) if ppl > 0 else math.nan
             wrong.append(f"{truth:.6g} nats reported as perplexity {ppl:.10g} = exp({nats:.4g})")
-    return none("planted losses reported as others", wrong, of=len(COSTS), key="wrong")
+    return none("losses that are known, reported as others", wrong, of=len(COSTS), key="wrong")
 
 
 @check("Score all targets of the first window and only the last stride of them in later ones.")
