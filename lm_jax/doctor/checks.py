@@ -28,8 +28,10 @@ given is skipped, by name; one that meets an exception is an error, which counts
 """
 
 import dataclasses
+import functools
 import inspect
 import pathlib
+import textwrap
 import time
 import traceback
 import types
@@ -113,7 +115,7 @@ class Case:
                     kind[name] = value
         self.gates = [name for name, made in self.checks.items() if made.gate]
         self.results: dict[str, Any] = {}
-        self.errors: dict[str, Exception] = {}
+        self.errors: dict[str, BaseException] = {}
         self.blamed: dict[str, str] = {}  # an error's text, and the check that reports it
         self.found: dict[str, Finding] = {}
 
@@ -134,7 +136,7 @@ class Case:
             try:
                 body = self.fixtures[name].body
                 self.results[name] = body(**self.arguments(body))
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 self.errors[name] = error
                 raise
             return self.results[name]
@@ -190,13 +192,14 @@ class Case:
             return Finding.of(made.name, made.body(**self.arguments(made.body)), made.remedy)
         except Skip as skip:
             return Finding(made.name, "skip", str(skip), needs=skip.needs)
-        except Exception as error:  # of what was handed in; said, counted, and the others go on
+        except (Exception, SystemExit) as error:  # of what was handed in; the others go on
             text = str(error) if isinstance(error, Broken) else described(error)
             told = f"{text}{_place(error)}."
             first = self.blamed.setdefault(told, made.name)
             if first != made.name:
                 return Finding(made.name, "skip", f"Waits for {first}, which met this error.")
-            return Finding(made.name, "error", told, made.remedy)
+            # What is amiss is what was handed in: only a gate's remedy is about that.
+            return Finding(made.name, "error", told, made.remedy if made.gate else "")
 
 
 def examination(subject: Callable[P, Facts], *modules: types.ModuleType) -> Callable[P, Report]:
@@ -211,19 +214,26 @@ def examination(subject: Callable[P, Facts], *modules: types.ModuleType) -> Call
         return Case(subject(*args, **kwargs), modules).report()
 
     kind = typing.cast(type, subject)
-    lines = [f"    {field.name}: {field.help}" for field in annotations(kind)]
+    lines = [_wrapped(f"{field.name}: {field.help}") for field in annotations(kind)]
     raises = "Raises:\n    ValueError: for an argument of the wrong type or an impossible value."
     doc = inspect.cleandoc(kind.__doc__ or "")
     examine.__doc__ = "\n".join([doc, "", "Args:", *lines, "", raises])
-    examine.__signature__ = inspect.signature(subject)  # type: ignore[attr-defined]
+    signature = inspect.signature(subject)
+    plain = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
+    examine.__signature__ = inspect.Signature(plain)  # type: ignore[attr-defined]
     return examine
+
+
+_wrapped = functools.partial(
+    textwrap.fill, width=88, initial_indent="    ", subsequent_indent="        "
+)
 
 
 def _place(error: BaseException) -> str:
     """Where it was raised: in the code that was handed in, else in the doctor's own."""
+    told, own = isinstance(error, Broken), ""
     while error.__cause__ is not None:
         error = error.__cause__
-    own = ""
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         parts = pathlib.Path(frame.filename).parts
         place = f" ({parts[-1]}:{frame.lineno}, in {frame.name})"
@@ -232,4 +242,4 @@ def _place(error: BaseException) -> str:
         elif not ("site-packages" in parts and any(name in parts for name in _LIBRARIES)):
             if not frame.filename.startswith("<"):
                 return place
-    return "" if isinstance(error, Broken) else own
+    return "" if told else own

@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from lm_jax.doctor import trees
+
 T = TypeVar("T")
 
 
@@ -41,12 +43,46 @@ def call(what: str, function: Callable[..., T], *args: Any) -> T:
         raise Broken(f"{what} raised {described(error)}") from error
 
 
+def pair(what: str, made: Any, parts: str) -> Any:
+    """What something that the user handed in returned, which must be a pair of these parts."""
+    if isinstance(made, tuple | list) and len(made) == 2:
+        return made
+    raise Broken(f"{what} returned {kind_of(made)}, not {parts}")
+
+
+def array(what: str, made: Any) -> np.ndarray:
+    """What something that the user handed in returned, which must be an array of numbers."""
+    try:
+        found = trees.as_array(made)
+        if found.dtype.kind not in "OSU":
+            return found
+    except (TypeError, ValueError, RuntimeError):  # of NumPy and PyTorch, for what is no array
+        pass
+    raise Broken(f"{what} returned {kind_of(made)}, not an array of numbers")
+
+
+def kind_of(value: Any) -> str:
+    """What a value is, in words."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return _short(value)
+    name = type(value).__name__
+    name += f" of {len(value)}" if isinstance(value, tuple | list) else ""
+    return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
+
+
 @dataclasses.dataclass(frozen=True)
 class Bound:
     """What a fact must be, beside its type; stands in its `Annotated`."""
 
     remedy: str
     holds: Callable[[Any], bool]
+
+    def admits(self, value: Any) -> bool:
+        """Whether a value is so; one of which that cannot even be asked is not."""
+        try:
+            return bool(self.holds(value))
+        except (TypeError, ValueError, AttributeError, KeyError, IndexError):
+            return False
 
 
 def whole(least: int = 0) -> Bound:
@@ -85,6 +121,7 @@ def instance(kind: Any, remedy: str) -> Bound:
     return Bound(remedy, lambda x: isinstance(x, kind))
 
 
+truth = instance(bool | np.bool_, "give True or False")
 function = Bound("give a function, or leave it out", callable)
 mapping = instance(Mapping, "give a mapping of names to values")
 
@@ -112,7 +149,7 @@ class Facts:
             if value is None and field.optional:
                 continue
             for bound in field.bounds:
-                if not bound.holds(value):
+                if not bound.admits(value):
                     raise ValueError(f"{field.name}={_short(value)}: {bound.remedy}.")
 
     def rng(self, *stream: int) -> np.random.Generator:
@@ -137,6 +174,8 @@ def annotations(subject: type) -> list[Field]:
         more = getattr(hints[field.name], "__metadata__", ())
         text = " ".join(x for x in more if isinstance(x, str))
         bounds = tuple(x for x in more if isinstance(x, Bound))
+        if typing.get_args(hints[field.name])[:1] == (bool,):
+            bounds = (truth, *bounds)
         found.append(Field(field.name, text, bounds, field.default is None))
     return found
 

@@ -12,7 +12,6 @@ import numpy as np
 from rich.console import Console
 from rich.markup import escape
 from rich.padding import Padding
-from rich.table import Table
 
 Status = Literal["pass", "warn", "fail", "error", "skip"]
 _COLOURS = {"fail": "red", "error": "red", "warn": "yellow", "pass": "green", "skip": "dim"}
@@ -226,23 +225,21 @@ class Report:
 
         Args:
             console: where to; the terminal if None.
-            everything: print a table of all findings as well.
+            everything: print what passed and what was skipped in the same way.
         """
         say = functools.partial((console or Console()).print, highlight=False)
         say(escape(self.verdict))
-        order = ("fail", "error", "warn")
-        notable = [f for status in order for f in self.findings if f.status == status]
-        for f in notable:
+        order = ["fail", "error", "warn", *(["pass", "skip"] if everything else [])]
+        told = [f for status in order for f in self.findings if f.status == status]
+        for f in told:
             say(f"[{_COLOURS[f.status]}]{f.status:5}[/] [bold]{escape(f.check)}[/]")
             for text in (f.evidence, f.remedy and f"→ {f.remedy}"):
                 if text:
                     say(Padding(escape(text), (0, 0, 0, 6), expand=False), highlight=False)
-        if notable:
+        if told:
             say(self._rest)
         if gaps := self._gaps():
             say(escape(gaps))
-        if everything:
-            say(self._table())
 
     def _gaps(self) -> str:
         """What to give so that more can be looked at, where something was left out or amiss."""
@@ -253,13 +250,6 @@ class Report:
         )
         rows = [f"{name} ({n})" for name, n in needs.most_common(4)]
         return f"To look further, give {', '.join(rows)}." if rows else ""
-
-    def _table(self) -> Table:
-        table = Table("check", "status", "evidence")
-        for f in self.findings:
-            status = f"[{_COLOURS[f.status]}]{f.status}[/]"
-            table.add_row(escape(f.check), status, escape(f.evidence))
-        return table
 
 
 def _sentence(text: str) -> str:

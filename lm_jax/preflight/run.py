@@ -89,6 +89,8 @@ class Small:
         """Cut the config down; everything that chooses code stays."""
         self.full, self.store = cfg, store
         self.rows = 6
+        model = cfg.model
+        self.drops = any((model.dropout, model.attention_dropout, model.embedding_dropout))
         self.cfg = config.replace(
             cfg,
             model__layers=2,
@@ -148,7 +150,6 @@ class Small:
             return self.logits(params, tokens, jnp.ones_like(tokens), graphdef=self.plain)
 
         cfg = self.cfg.model
-        rates = (cfg.dropout, cfg.attention_dropout, cfg.embedding_dropout)
 
         def of_update(params: Any, tokens: Any, update: Any) -> jax.Array:
             key = jax.random.fold_in(jax.random.key(self.cfg.seed + 1), update)
@@ -158,7 +159,7 @@ class Small:
             lambda params, tokens: logits(params, tokens, np.ones_like(tokens)),
             params=self.params,
             segmented=logits if self.cfg.data.document_mask else None,
-            train_fn=jax.jit(of_update) if any(rates) else None,
+            train_fn=jax.jit(of_update) if self.drops else None,
             reference=plain if level == "full" else None,
             init_std={name: cfg.init_std for name in self.params if name in _TABLES},
             vocab_size=self.vocab_size,
@@ -195,9 +196,8 @@ class Small:
         """Windows of random tokens whose rows hold unequal numbers of targets."""
         rng = np.random.default_rng(self.cfg.seed)
         shape = (self.rows, self.cfg.data.seq_len + 1)
-        weights = np.ones(shape, np.float32)
-        for row in range(self.rows):
-            weights[row, 2 + row * shape[1] // self.rows :] = 0
+        lengths = 2 + np.arange(self.rows) * shape[1] // self.rows
+        weights = (np.arange(shape[1]) < lengths[:, None]).astype(np.float32)
         return {
             "tokens": rng.integers(1, self.vocab_size, shape).astype(np.int32),
             "segment_ids": np.ones(shape, np.int32),
@@ -265,18 +265,15 @@ class Small:
 
         def window(tokens: Any) -> dict[str, Any]:
             tokens = np.asarray(tokens, np.int32)
-            weights = np.ones(tokens.shape, np.float32)
-            return {"tokens": tokens, "segment_ids": np.ones_like(tokens), "weights": weights}
-
-        def init(seed: int) -> step.TrainState:
-            return step.init_state(self.cfg, self.init(jax.random.key(seed)))
+            ones = np.ones_like(tokens)
+            return {"tokens": tokens, "segment_ids": ones, "weights": ones.astype(np.float32)}
 
         def score(state: step.TrainState, tokens: Any) -> tuple[Any, Any]:
             sums = evaluate_step(state.params, window(tokens))
             return sums["nats"], sums["count"]
 
         return examine_training(
-            jax.jit(init),
+            jax.jit(lambda seed: step.init_state(self.cfg, self.init(jax.random.key(seed)))),
             lambda state, tokens: self.train_step(state, window(tokens)),
             score,
             vocab_size=self.vocab_size,
@@ -293,9 +290,8 @@ class Small:
         of_run = NextToken.of(self.cfg, self.plain)
         exact = dataclasses.replace(of_run, dtype=jnp.dtype("float64"))
         batch = {name: jnp.asarray(x) for name, x in self.batch().items()}
-        leaves, tree = jax.tree.flatten(self.params)
         rng = np.random.default_rng(self.cfg.seed)
-        params = jax.tree.unflatten(tree, [0.3 * rng.standard_normal(x.shape) for x in leaves])
+        params = jax.tree.map(lambda x: 0.3 * rng.standard_normal(x.shape), self.params)
 
         def mean_loss(params: Any) -> jax.Array:
             sums = exact.scored(optim.stacked(params), batch)
@@ -325,7 +321,6 @@ class Small:
         by_layer = trees.randomise(self.params, cfg.seed)
         params = optim.stacked(by_layer)
         empty_cache = nnx.merge(self.graphdef, params).empty_cache
-        drops = cfg.model.dropout or cfg.model.attention_dropout or cfg.model.embedding_dropout
 
         @jax.jit
         def extend(tokens_BT: Any, cache: Any) -> tuple[jax.Array, Any]:
@@ -343,7 +338,7 @@ class Small:
             seq_len=slots,
             compute_dtype=cfg.train.compute_dtype,
             logits_fn=jax.jit(lambda tokens: self.logits(by_layer, tokens, tokens * 0 + 1)),
-            train_logits_fn=train_logits if drops else None,
+            train_logits_fn=train_logits if self.drops else None,
             extend_fn=lambda tokens, cache: extend(
                 tokens, cache or empty_cache(len(tokens), slots, self.dtype)
             ),

@@ -1,13 +1,16 @@
 """Arms of an experiment: built by a small but real builder, with and without its faults."""
 
+import argparse
 import functools
 import json
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from ml_collections import config_dict
 
 from lm_jax.compare.ranking import judge
 from lm_jax.doctor.arms import examine_arms
@@ -263,6 +266,50 @@ def test_a_budget_that_is_no_product():
     arm = {"budget": {"stated": 6e9, "steps": 30_000, "sequences": 64, "length": 2048}}
     found = examine_arms({"a": arm})["arms.budget"]
     assert found.status == "fail" and "3.932e+09" in found.evidence
+
+
+@pytest.mark.parametrize(
+    "kind", [argparse.Namespace, types.SimpleNamespace, config_dict.ConfigDict]
+)
+def test_configs_that_are_no_dicts(kind):
+    def arm(name, lr):
+        cfg = kind()
+        cfg.optim, cfg.out_dir = kind(), f"out/{name}"
+        cfg.optim.lr = lr
+        return {"resolved": cfg}
+
+    assert examine_arms({n: arm(n, 1e-3) for n in "ab"}).failed == ["arms.same"]
+    assert silent(examine_arms({"a": arm("a", 1e-3), "b": arm("b", 3e-3)}))
+
+
+def test_a_tied_parameter_of_torch_is_one_leaf():
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    module = torch.nn.ModuleDict({"wte": torch.nn.Embedding(V, 4), "head": torch.nn.Linear(4, V)})
+    module["head"].weight = module["wte"].weight
+    arm = {"tree": module.state_dict(), "tied": True, "claimed_parameters": V * 4 + V}
+    assert silent(examine_arms({"a": arm}, vocab_size=V))
+    module["head"].weight = torch.nn.Parameter(module["wte"].weight.detach().clone())
+    report = examine_arms({"a": arm | {"tree": module.state_dict()}}, vocab_size=V)
+    assert report.failed == ["arms.parameters", "arms.tied"]
+
+
+def test_losses_of_unequal_budgets_are_no_comparison():
+    def arm(steps, loss):
+        return {
+            "losses": [loss, loss + 0.01],
+            "budget": {"stated": 100 * steps, "steps": steps, "tokens": 100},
+        }
+
+    report = examine_arms({"a": arm(1000, 3.0), "b": arm(3000, 2.5)})
+    assert not report.failed and report.warned == ["arms.budget"]
+    assert silent(examine_arms({"a": arm(1000, 3.0), "b": arm(1000, 2.5)}))
+    apart = {n: {"budget": arm(s, 1)["budget"]} for n, s in (("a", 1000), ("b", 3000))}
+    assert silent(examine_arms(apart))
+
+
+def test_none_is_not_given_and_names_may_be_numbers():
+    report = examine_arms({1: {"losses": [3.0, 3.1], "tree": None}, 2: {"losses": [4.0, 4.1]}})
+    assert report["arms.ranking"].status == "pass"
 
 
 # Bad input

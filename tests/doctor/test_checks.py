@@ -8,12 +8,24 @@ import sys
 from collections.abc import Callable
 from typing import Annotated, Any
 
+import numpy as np
 import pytest
 from rich.console import Console
 
 from lm_jax import doctor
 from lm_jax.doctor.checks import Case, check, examination, fixture
-from lm_jax.doctor.facts import Broken, Facts, Skip, above, call, function, one_of, whole
+from lm_jax.doctor.facts import (
+    Broken,
+    Facts,
+    Skip,
+    above,
+    array,
+    call,
+    function,
+    one_of,
+    pair,
+    whole,
+)
 from lm_jax.doctor.findings import (
     Finding,
     Report,
@@ -36,6 +48,7 @@ class Subject(Facts):
     size: Annotated[int, "of the input.", whole(1)]
     limit: Annotated[float | None, "that the number stays below.", above(0)] = None
     kind: Annotated[str, "of the number.", one_of("even", "odd")] = "even"
+    twice: Annotated[bool, "whether it is doubled."] = False
     extra: Annotated[Any, "something else."] = None
 
 
@@ -115,6 +128,38 @@ def test_a_function_that_raises_is_one_error_and_counts_as_failed():
     assert "Waits for doctor.output" in report["doctor.doubled"].evidence
 
 
+def test_a_function_that_exits_is_an_error_wherever_it_is_called():
+    for body in (number, output):
+        stopped = dataclasses.replace(body, body=lambda fn: sys.exit(3))
+        case = Case(Subject(lambda n: n, 1), [sys.modules[__name__]])
+        kind = case.fixtures if body is number else case.checks
+        kind[body.body.__name__] = stopped
+        found = case.report().findings[0]
+        assert found.status == "error" and "SystemExit: 3" in found.evidence
+
+
+def test_a_remedy_that_is_not_about_what_was_handed_in_does_not_stand_beside_an_error():
+    assert examine(lambda n: n, size=3)["doctor.bug"].remedy == ""
+
+
+@pytest.mark.parametrize(
+    "made, words",
+    [
+        (None, "None"),
+        ("abc", "'abc'"),
+        ((1, 2, 3), "a tuple of 3"),
+        ({"a": 1}, "a dict"),
+        (object(), "an object"),
+    ],
+)
+def test_what_is_no_pair_and_no_array_is_named(made, words):
+    with pytest.raises(Broken, match=f"fn returned {words}, not \\(sum, count\\)"):
+        pair("fn", made, "(sum, count)")
+    if made != (1, 2, 3):
+        with pytest.raises(Broken, match=f"fn returned {words}, not an array"):
+            array("fn", made)
+
+
 def test_what_is_unfit_is_an_error_and_an_error_in_a_check_leaves_the_others():
     report = examine(lambda n: "a", size=3)
     assert report.failed == ["doctor.output"]
@@ -138,6 +183,8 @@ def test_a_check_waits_for_the_one_that_it_names():
         (dict(size=True), "size=True"),
         (dict(limit=float("nan")), "limit=nan: give a number above 0"),
         (dict(kind="big"), "kind='big': give one of even, odd"),
+        (dict(kind=np.zeros(2)), "kind=array.*: give one of even, odd"),
+        (dict(twice="yes"), "twice='yes': give True or False"),
     ],
 )
 def test_impossible_facts_are_refused(change, words):

@@ -122,12 +122,55 @@ def test_silent_on_targets_stored_in_bfloat16():
 def test_t2_missing_or_twice(fn, power, word):
     finding = failed("distill.temperature", kd_fn=functools.partial(fn, power=power), vocab_size=V)
     assert word in finding.evidence
-    ratio = "value_ratio" if fn is numpy_kl else "gradient_ratio"
-    assert np.isclose(finding.values[ratio], 4.0 ** (2 - power), rtol=0.05)
+    assert np.isclose(finding.values["ratio at spread 0.5"], 4.0 ** (2 - power), rtol=0.05)
+
+
+def without_temperature(student, teacher, weights, temperature):
+    return kl(student, teacher, weights, 1.0)
+
+
+@pytest.mark.parametrize("t2", [True, False])
+def test_a_temperature_that_divides_nothing(t2):
+    failed("distill.temperature", kd_fn=without_temperature, vocab_size=V, t2=t2)
 
 
 def reversed_kl(student, teacher, weights, temperature):
     return kl(teacher, student, weights, temperature)
+
+
+def cross_entropy(student, teacher, weights, temperature):
+    log_p, log_q = (jax.nn.log_softmax(z / temperature) for z in (teacher, student))
+    return -(temperature**2) * ((jnp.exp(log_p) * log_q).sum(-1) * weights).sum(), weights.sum()
+
+
+def per_entry(student, teacher, weights, temperature):
+    total, count = kl(student, teacher, weights, temperature)
+    return total / V, count
+
+
+def mean(student, teacher, weights, temperature):
+    total, count = kl(student, teacher, weights, temperature)
+    return total / count, 1.0
+
+
+def halves_count_whole(student, teacher, weights, temperature):
+    return kl(student, teacher, jnp.ceil(weights), temperature)[0], weights.sum()
+
+
+@pytest.mark.parametrize(
+    ("kd_fn", "check", "word"),
+    [
+        (reversed_kl, "divergence", "which is reverse"),
+        (cross_entropy, "divergence", "a cross-entropy"),
+        (per_entry, "divergence", "error of the divergence"),
+        (mean, "padding", "the count is off"),
+        (halves_count_whole, "padding", "half the weights"),
+    ],
+)
+def test_one_cause_is_one_failure(kd_fn, check, word):
+    report = examine_distillation(kd_fn=kd_fn, vocab_size=V)
+    assert report.failed == [f"distill.{check}"] and not report.warned
+    assert word in report[f"distill.{check}"].evidence.lower()
 
 
 def without_log(student, teacher, weights, temperature):
@@ -207,6 +250,29 @@ def test_duplicates_in_the_union():
     failed("distill.subset", topk_fn=fn, vocab_size=V)
 
 
+def sparse(student, teacher, weights, temperature, k, *, fault=""):
+    """Over the teacher's k likeliest tokens, and one entry for the others unless `fault`."""
+    log_p, log_q = (jax.nn.log_softmax(z / temperature) for z in (teacher, student))
+    ids = jnp.argsort(-teacher)[..., :k]
+    log_p, log_q = (jnp.take_along_axis(z, ids, -1) for z in (log_p, log_q))
+    if not fault:
+        rest = [
+            jnp.log1p(-jnp.exp(z).sum(-1, keepdims=True).clip(max=1 - 1e-7)) for z in (log_p, log_q)
+        ]
+        log_p, log_q = (jnp.concatenate(x, -1) for x in zip((log_p, log_q), rest, strict=True))
+    if fault == "teacher alone":
+        log_p = jax.nn.log_softmax(log_p)
+    nats = (jnp.exp(log_p) * (log_p - log_q)).sum(-1)
+    return temperature**2 * (nats * weights).sum(), weights.sum()
+
+
+@pytest.mark.parametrize("fault", ["", "teacher alone", "none adds up to 1"])
+def test_likeliest_tokens_without_the_others(fault):
+    fn = functools.partial(sparse, fault=fault)
+    report = examine_distillation(topk_fn=fn, topk_union=False, vocab_size=V)
+    assert not report.failed and report.warned == ["distill.subset"] * bool(fault)
+
+
 # The teacher
 
 
@@ -267,6 +333,52 @@ def test_another_model_in_the_place_of_the_student():
     assert finding.values["parameters of the student"] != 13 and "expected 13" in finding.evidence
 
 
+@pytest.mark.parametrize("lowest", [-np.inf, -100.0])
+@pytest.mark.parametrize("k", [1, 3, 8])
+def test_a_cache_of_the_likeliest_tokens(k, lowest):
+    given = {n: toy.arguments(0)[n] for n in PIPELINE}
+
+    def cached(shift=0):
+        def targets_fn(params, batch):
+            log_p = jax.nn.log_softmax(given["teacher_fn"](params, batch["tokens"]))
+            kept = jnp.where(log_p >= jnp.sort(log_p)[..., [-k]], log_p, lowest)
+            return jnp.roll(kept, shift, 1)
+
+        return given | {"targets_fn": targets_fn}
+
+    silent(examine_distillation(**cached()), None)
+    finding = failed("distill.alignment", given=cached(1))
+    assert finding.values["divergence"] > 0.5
+
+
+def test_targets_kept_in_bfloat16_and_normalised_after():
+    given = {n: toy.arguments(0)[n] for n in PIPELINE}
+
+    def targets_fn(params, batch):
+        log_p = jax.nn.log_softmax(given["teacher_fn"](params, batch["tokens"]))
+        return jax.nn.log_softmax(log_p.astype(jnp.bfloat16).astype(jnp.float32))
+
+    report = examine_distillation(**given | {"targets_fn": targets_fn})
+    assert not report.failed and report.warned == ["distill.alignment"]
+    assert "bfloat16" in report["distill.alignment"].evidence
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_targets_that_are_no_numbers_are_one_error(value):
+    given = {n: toy.arguments(0)[n] for n in PIPELINE}
+    whole = given["targets_fn"]
+    given["targets_fn"] = lambda params, batch: whole(params, batch).at[3, 2, 1].set(value)
+    report = examine_distillation(**given)
+    assert report.failed == ["distill.teacher_eval"]
+    assert "NaN or infinite" in report["distill.teacher_eval"].evidence
+
+
+def test_a_teacher_that_drops_is_one_failure():
+    given = toy.arguments(0, drop=True)
+    report = examine_distillation(**{n: given[n] for n in {*PIPELINE, *LOOP}})
+    assert report.failed == ["distill.teacher_eval"]
+
+
 @pytest.mark.fault(89, "distill.information")
 def test_a_vocabulary_papered_over():
     for seed in range(3):
@@ -299,6 +411,16 @@ def fast(update):
 @pytest.mark.parametrize(("total", "word"), [("raw", "add up"), ("scaled", "T^2 kd_kl")])
 def test_one_name_for_two_values(total, word):
     assert word in failed("distill.terms", records=log(total=total)).evidence
+
+
+@pytest.mark.parametrize("digits", [2, 3, 4, 6])
+def test_terms_are_held_against_each_other_as_they_are_printed(digits):
+    def rounded(record):
+        return {n: round(float(x), digits) for n, x in record.items()}
+
+    silent(examine_distillation(records=[rounded(r) for r in log()]), None)
+    finding = failed("distill.terms", records=[rounded(r) for r in log(total="scaled")])
+    assert "T^2 kd_kl" in finding.evidence
 
 
 @pytest.mark.fault(93, "distill.clock")
@@ -351,7 +473,7 @@ def test_functions_that_raise_or_return_nonsense():
     assert not [f for f in report if f.status == "pass"], [f for f in report if f.status == "pass"]
     report = examine_distillation(kd_fn=lambda *_: 1.0, targets_fn=lambda *_: 1.0, **_rest(given))
     assert {f.status for f in report} == {"error", "skip"}
-    assert "no two scalars (sum, count)" in report["distill.temperature"].evidence
+    assert "not two scalars (sum, count)" in report["distill.temperature"].evidence
     assert "returned shape ()" in report["distill.teacher_eval"].evidence
 
 
@@ -393,6 +515,22 @@ def test_a_gradient_that_raises_is_no_missing_gradient():
     )
     assert len(report.failed) == 1
     assert "the gradient of kd_fn raised" in report[report.failed[0]].evidence
+
+
+def test_a_total_that_is_no_number_is_an_error():
+    given = {n: toy.arguments(0)[n] for n in OBJECTIVE}
+    for name, made in (("whole_fn", "abc"), ("objective_fn", 3.0), ("objective_fn", (1.0, {}, 2))):
+        report = examine_distillation(**given | {name: lambda *_, made=made: made})
+        found = report[report.failed[0]]
+        assert len(report.failed) == 1 and found.status == "error" and name in found.evidence
+
+
+def test_a_batch_in_which_nothing_is_scored_is_an_error():
+    given = {n: toy.arguments(0)[n] for n in PIPELINE}
+    given["batch"] = given["batch"] | {"weights": np.zeros_like(given["batch"]["weights"])}
+    report = examine_distillation(**given)
+    assert report.failed == ["distill.alignment"]
+    assert "no token of batch is scored" in report["distill.alignment"].evidence
 
 
 def test_leaves_that_are_not_there():
@@ -579,6 +717,11 @@ def test_a_cache_that_ignores_the_tokens_is_not_passed():
         ("calls", dict(calls=0)),
         ("kd_fn", dict(kd_fn=3)),
         ("batch", dict(batch=[1])),
+        ("tokens", dict(batch={"tokens": np.zeros((2, 1), int)})),
+        ("tokens", dict(batch={"tokens": np.zeros((2, 8))})),
+        ("records", dict(records=[1])),
+        ("records", dict(records="a log")),
+        ("t2", dict(t2="yes")),
     ],
 )
 def test_arguments_that_make_no_sense(word, changes):

@@ -366,14 +366,34 @@ def planted(check, split, alone=True, **how):
 @pytest.mark.fault(70, "eval.aggregation")
 @pytest.mark.parametrize("how", ["batch means", "row means"])
 def test_mean_of_means(split, how):
-    found = planted("eval.aggregation", split, how=how, alone=False)
+    found = planted("eval.aggregation", split, how=how)
     assert set(found.values["loss"]) == {f"batch size {n}" for n in (1, 7, 64)}
 
 
 @pytest.mark.fault(70, "eval.perplexity")
 def test_mean_of_exponentials(split):
     # Alone: the loss is right. Several batches of a planted cost have one mean.
-    assert planted("eval.perplexity", split, how="mean of exp", alone=False)
+    assert planted("eval.perplexity", split, how="mean of exp")
+
+
+@pytest.mark.fault(71, "eval.cap")
+@pytest.mark.parametrize("name", ["ppl", "perplexity"])
+def test_a_perplexity_by_another_name_is_looked_at(split, name):
+    def evaluate_fn(predict, batch_size):
+        found = score(split, predict, batch_size, cap=lambda loss: math.exp(min(loss, 20)))
+        return {"loss": found["loss"], name: found["token_ppl"]}
+
+    failed("eval.cap", evaluate_fn=evaluate_fn, targets=split.tokens)
+
+
+@pytest.mark.parametrize("unit", [math.log(2), 1.01])
+def test_a_loss_in_another_unit_or_of_other_tokens_is_one_failure(split, unit):
+    def evaluate_fn(predict, batch_size):
+        loss = score(split, predict, batch_size)["loss"] / unit
+        return {"loss": loss, "token_ppl": math.exp(loss)}
+
+    found = failed("eval.aggregation", evaluate_fn=evaluate_fn, targets=split.tokens)
+    assert "the same at every batch size" in found.evidence
 
 
 @pytest.mark.fault(71, "eval.cap")
@@ -413,8 +433,7 @@ def test_float32_that_overflows_is_no_cap(split):
 @pytest.mark.fault(73, "eval.token_count")
 def test_padding_is_scored(split):
     found = planted("eval.token_count", split, fault="pads", alone=False)
-    true = found.values["true token_count"]
-    assert min(found.values["token_count"].values()) > true == len(split.tokens)
+    assert min(found.values["token_count"].values()) > len(split.tokens)
 
 
 @pytest.mark.fault(73, "eval.token_count")
@@ -588,10 +607,21 @@ def test_generation_is_another_model_than_scoring(fault, given_log_probs):
         logits_fn=logits_fn,
         continuation=(context, ids, log_probs if given_log_probs else None),
     )
-    assert "first at position" in found.evidence and "25 positions" in found.evidence
+    assert "first at position" in found.evidence and "of 25" in found.evidence
 
 
 # The sampler
+
+
+@pytest.mark.fault(78, "eval.repetition_penalty")
+def test_penalty_that_does_nothing():
+    def sampler(logits, seed, repetition_penalty, seen):
+        return toy_decoder.sampler()(logits, seed)
+
+    found = failed(
+        "eval.repetition_penalty", sampler=sampler, sampler_options=("repetition_penalty",)
+    )
+    assert found.values["lowered"] == 0
 
 
 @pytest.mark.fault(78, "eval.repetition_penalty")
@@ -725,9 +755,12 @@ def test_functions_that_raise_are_errors(split):
             lambda tokens: np.full((*tokens.shape, V), np.nan),
             "414 numbers that are NaN",
         ),
-        ("extend_fn", lambda tokens, cache: None, "does not return"),
+        ("extend_fn", lambda tokens, cache: None, "returned None, not (logits, cache)"),
+        ("logits_fn", lambda tokens: (np.zeros(3), None), "a tuple of 2, not an array"),
+        ("evaluate_fn", lambda predict, batch_size: {"nats": 3.0}, "a dict with nats, not"),
         ("continuation", ([1], [2], [1.0, 2.0]), "shape (2,)"),
         ("continuation", ([], [2], None), "one id of context"),
+        ("continuation", ([1], ["a"], None), "a list of 1, not an array"),
         ("sampler", lambda logits, seed, **_: np.zeros(3), "float64 (3,)"),
         ("evaluate_fn", lambda predict, batch_size: 3.0, "'loss'"),
         ("evaluate_fn", lambda predict, batch_size: {"loss": "low"}, "float of loss"),
@@ -765,6 +798,12 @@ def test_nan_from_evaluation_fails(split):
         (dict(strides=(0,)), "strides"),
         (dict(sampler_options=("heat",)), "sampler_options"),
         (dict(continuation=([1], [2])), "continuation"),
+        (dict(continuation=5), "continuation=5"),
+        (dict(targets=[[1], [2, 3]]), "targets"),
+        (dict(loss="low"), "loss='low'"),
+        (dict(never_sampled=5), "never_sampled=5"),
+        (dict(references={"uni": 3.0}), "uniform, unigram"),
+        (dict(references={"unigram": None}), "unigram"),
     ],
 )
 def test_misuse(change, word):

@@ -1,5 +1,7 @@
 """What is handed in amiss is refused in one sentence, or a check says why it was not made."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -21,7 +23,7 @@ def train(state, tokens):
 
 
 # Whole numbers are refused by one function: here what is none, with each family what is too small.
-MISUSES = [
+MISUSES: list[tuple[Any, tuple, dict, str]] = [
     (doctor.examine_model, (logits,), dict(vocab_size="5", seq_len=8), "vocab_size='5'"),
     (doctor.examine_model, (logits,), dict(vocab_size=5, seq_len=2.5), "seq_len=2.5"),
     (doctor.examine_model, (logits,), dict(vocab_size=5, seq_len=8, seed=None), "seed=None"),
@@ -55,8 +57,24 @@ MISUSES = [
     (doctor.examine_optimiser, (), dict(params={}), "params"),
     (doctor.examine_distillation, (), dict(vocab_size=8, beta="a"), "beta"),
     (doctor.examine_arms, ({"a": None},), {}, "is no mapping of facts"),
-    (doctor.examine_arms, ({"a": {"losses": [np.nan]}},), {}, "list of finite numbers"),
-    (doctor.examine_arms, ({"a": {"budget": None}},), {}, 'give "stated"'),
+    (doctor.examine_arms, ({"a": {"losses": [np.nan]}},), {}, "give a list of finite numbers"),
+    (doctor.examine_arms, ({"a": {"budget": 5}},), {}, 'give "stated"'),
+    (
+        doctor.examine_arms,
+        ({"a": {"parameters": "10M"}},),
+        {},
+        "arms['a']['parameters']: give a number",
+    ),
+    (
+        doctor.examine_arms,
+        ({"a": {"budget": {"stated": "1B", "steps": 3}}},),
+        {},
+        "numbers above 0",
+    ),
+    (doctor.examine_arms, ({"a": {"run_dir": 3}},), {}, "give a path"),
+    (doctor.examine_arms, ({"a": {"tied": "yes"}},), {}, "give True or False"),
+    (doctor.examine_arms, ({"a": {"tables": "wte"}},), {}, "give a list of names"),
+    (doctor.examine_arms, ({"a": {}},), dict(ignore="name"), "ignore='name'"),
     (doctor.examine_kernel, (logits, logits, logits), dict(sizes="ab"), "sizes='ab'"),
     (doctor.examine_kernel, (logits, logits, logits), dict(sizes=[0]), "sizes=[0]"),
 ]

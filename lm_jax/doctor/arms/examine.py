@@ -154,9 +154,17 @@ def tied(subject: Subject) -> Measure:
     return none("arms with other leaves of vocabulary size", wrong, of=seen, key="wrong")
 
 
-@check("Work the budget out from the config as executed, and state that.")
-def budget(subject: Subject) -> Measure:
-    """Stated budgets are the products of their factors."""
+@check(
+    "Work the budget out from the config as executed, and state that. Give all arms whose losses "
+    "are compared the same."
+)
+def budget(subject: Subject) -> list[Measure]:
+    """Stated budgets are the products of their factors, and equal where losses are compared."""
     budgets = subject.having("budget")
     wrong = [f"{name}: {text}" for name, b in budgets.items() for text in products([b])]
-    return none("budgets that are no products", wrong, of=len(budgets), key="wrong")
+    found = [none("budgets that are no products", wrong, of=len(budgets), key="wrong")]
+    stated = [b["stated"] for name, b in budgets.items() if "losses" in subject.arms[name]]
+    if len(stated) > 1 and len({frozenset(b) for b in budgets.values()}) == 1:
+        what, excess = "excess of the largest budget over the least", max(stated) / min(stated) - 1
+        found.append(at_most(what, excess, MATCH, otherwise="warn", key="excess"))
+    return found

@@ -1,25 +1,45 @@
 """The arms of an experiment, and what tells them apart."""
 
+import argparse
 import dataclasses
 import hashlib
 import json
 import math
+import os
 import re
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
 import jax
 import numpy as np
 
-from lm_jax.doctor import trees
-from lm_jax.doctor.facts import Broken, Facts, Skip, call, function, real, require, whole
+from lm_jax.doctor import facts, trees
+from lm_jax.doctor.facts import Bound, Broken, Facts, Skip, call, function, require, whole
 
-KEYS = (
-    "config resolved tree tables parameters table_parameters claimed_parameters tied losses "
-    "run_dir budget"
-).split()
+NAMES = Bound("give a list of names", lambda x: not isinstance(x, str) and list(x) is not None)
+ANY, COUNT = Bound("", lambda x: True), facts.above(0)
+KEYS = {
+    **dict.fromkeys(("config", "resolved", "tree"), ANY),
+    "tables": NAMES,
+    **dict.fromkeys(("parameters", "table_parameters", "claimed_parameters"), COUNT),
+    "tied": facts.truth,
+    "losses": Bound(
+        "give a list of finite numbers",
+        lambda x: np.ndim(x) == 1 and len(x) > 0 and all(map(facts.real, x)),
+    ),
+    "run_dir": facts.instance((str, os.PathLike), "give a path"),
+    "budget": Bound(
+        'give "stated" and its factors, all numbers above 0',
+        lambda x: "stated" in x and len(x) > 1 and all(map(COUNT.holds, x.values())),
+    ),
+}
 Resolve = Callable[[Any], Any]
-IGNORED = ("name", "description", "run_dir", "workdir")
+# What a run is called and where it is written, as trainers name it.
+IGNORED = tuple(
+    "name run_name wandb_run_name description run_dir workdir out_dir output_dir save_dir "
+    "logging_dir".split()
+)
 
 
 @dataclasses.dataclass
@@ -33,36 +53,38 @@ class Subject(Facts):
         "shapes; 'tables', the paths in it with a row for each id (else every matrix with a side "
         "of vocab_size); 'parameters', 'table_parameters' and 'claimed_parameters', counts; "
         "'tied', whether head and token table are one; 'losses', the final loss of each seed in "
-        "nats; 'run_dir'; 'budget', as in examine_log.",
+        "nats; 'run_dir'; 'budget', a product and its factors: {'stated': 6e9, 'steps': 30000, "
+        "'tokens': 200000}.",
     ]
     _: dataclasses.KW_ONLY
     resolve: Annotated[Resolve | None, "config -> what is built from it.", function] = None
     vocab_size: Annotated[int | None, "rows of the tables.", whole(1)] = None
     matched: Annotated[bool, "the arms are meant to have equally many parameters."] = False
     winner: Annotated[str | None, "the arm that is said to be best."] = None
-    ignore: Annotated[Sequence[str], "keys of a config that do not tell arms apart."] = IGNORED
+    ignore: Annotated[Sequence[str], "keys of a config that do not tell arms apart.", NAMES] = (
+        IGNORED
+    )
 
     def __post_init__(self) -> None:
         """Refuse unknown keys and arms, and facts that are none."""
         example = 'give a mapping like {"small": {"parameters": 10_000_000}}'
         require(isinstance(self.arms, Mapping) and bool(self.arms), "arms", example)
         super().__post_init__()
+        given = {}
         for name, arm in self.arms.items():
             what = f"arms[{name!r}]"
             require(isinstance(arm, Mapping), what, f"{arm!r} is no mapping of facts; give one")
-            for key in arm:
+            given[str(name)] = {key: value for key, value in arm.items() if value is not None}
+            for key, value in given[str(name)].items():
                 require(key in KEYS, what, f"unknown key {key!r}; use {', '.join(KEYS)}")
-            losses, budget = arm.get("losses", (0.0,)), arm.get("budget", {"stated": 0})
-            ok = np.ndim(losses) == 1 and len(losses) > 0 and all(map(real, losses))
-            require(ok, what, "losses must be a list of finite numbers")
-            ok = isinstance(budget, Mapping) and "stated" in budget
-            require(ok, what, 'give "stated" and its factors in budget')
+                require(KEYS[key].admits(value), f"{what}[{key!r}]", KEYS[key].remedy)
+        self.arms = given
         known = self.winner is None or self.winner in self.arms
         require(known, "winner", f"{self.winner!r} is none of {', '.join(self.arms)}")
 
     def having(self, key: str) -> dict[str, Any]:
         """The value of a key by name of the arm; `Skip` if no arm has it."""
-        found = {name: arm[key] for name, arm in self.arms.items() if arm.get(key) is not None}
+        found = {name: arm[key] for name, arm in self.arms.items() if key in arm}
         if not found:
             raise Skip(f"No arm has {key!r}.", key)
         return found
@@ -89,15 +111,23 @@ def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     def is_shape(x: Any) -> bool:
         return isinstance(x, tuple | list) and all(isinstance(n, int | np.integer) for n in x)
 
-    leaves = jax.tree.leaves_with_path(tree, is_leaf=is_shape)
-    return {trees.path_name(at): tuple(x if is_shape(x) else np.shape(x)) for at, x in leaves}
+    found, seen = {}, set()
+    for at, x in jax.tree.leaves_with_path(tree, is_leaf=is_shape):
+        # A state_dict of PyTorch has a tied parameter twice; in JAX one array twice is a copy.
+        where = x.data_ptr() if hasattr(x, "data_ptr") else 0
+        if not (where and (where, x.shape) in seen):
+            found[trees.path_name(at)] = tuple(x if is_shape(x) else np.shape(x))
+        seen.add((where, getattr(x, "shape", None)))
+    return found
 
 
 def _plain(value: Any, ignore: Sequence[str]) -> Any:
     """The value as JSON types; arrays by shape, type and content, others by their repr."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
+    if isinstance(value, argparse.Namespace | types.SimpleNamespace):
+        value = vars(value)
+    if hasattr(value, "items") and not isinstance(value, type):  # ConfigDict is no Mapping
         return {str(k): _plain(x, ignore) for k, x in value.items() if k not in ignore}
     if isinstance(value, list | tuple):
         return [_plain(x, ignore) for x in value]
@@ -129,7 +159,7 @@ def identities(subject: Subject) -> tuple[str, dict[str, str]]:
     for key, by, value in ways:
         if key == "config" and subject.resolve is None:
             continue
-        if all(arm.get(key) is not None for arm in subject.arms.values()):
+        if all(key in arm for arm in subject.arms.values()):
             return by, {n: subject.fingerprint(value(x[key])) for n, x in subject.arms.items()}
     needs = "resolved, config and resolve, tree or parameters"
     raise Skip(f"Not given of every arm: {needs}.", needs)

@@ -9,8 +9,8 @@ import jax
 
 from lm_jax.doctor import trees
 from lm_jax.doctor.checks import check, fixture
-from lm_jax.doctor.distill.subject import Objective, Subject, gradients, numbers
-from lm_jax.doctor.facts import Broken, Skip, call
+from lm_jax.doctor.distill.subject import Objective, Subject, gradients, numbers, scalar
+from lm_jax.doctor.facts import Broken, Skip, call, pair
 from lm_jax.doctor.findings import Measure, at_least, at_most, holds, listed, none
 from lm_jax.doctor.log.read import number
 from lm_jax.doctor.numbers import FLOAT32_EPS, excess_of_sum, gap, half_unit
@@ -27,13 +27,15 @@ def teacher_gradient(subject: Subject, objective: Objective) -> list[Measure]:
     def total(student: Any, teacher: Any) -> Any:
         if subject.whole_fn is not None:
             return subject.whole_fn(student, teacher, subject.batch)
-        return subject.objective_fn(student, teacher, subject.batch, 0.5)[0]  # type: ignore[misc]
+        made = subject.objective_fn(student, teacher, subject.batch, 0.5)  # type: ignore[misc]
+        return pair(name, made, "(total, parts)")[0]
 
     torch = any(hasattr(leaf, "backward") for leaf in jax.tree.leaves(params[0]))
     try:
         made = (_by_torch if torch else gradients)(name, total, *params)
     except Skip:
-        call(name, total, *params)  # it may raise without a gradient as well
+        # It may raise, or return no number, without a gradient as well.
+        call(f"the total of {name}", scalar, call(name, total, *params))
         raise
     student, teacher = (
         {n: trees.norm([g]) for n, g in trees.float_leaves(tree).items()} for tree in made
@@ -60,7 +62,7 @@ def _by_torch(name: str, total: Callable[..., Any], *params: Any) -> Any:
 def present(subject: Subject, objective: Objective) -> list[Measure]:
     """Other teacher weights change the distillation, and alpha = 0, 1 are the pure losses."""
     perturbed, found = trees.nudge(subject.teacher_params, 0.5, subject.seed), []
-    what = "change by other teacher weights at alpha"
+    what = "total changes by other teacher weights at alpha"
     for name, alpha in (("kd_kl_t2", 1.0), ("lm_ce", 0.0)):
         total, parts = objective(subject.teacher_params, alpha)
         change, size = gap(objective(perturbed, alpha)[0], total), 32 * max(1.0, abs(total))
@@ -69,7 +71,7 @@ def present(subject: Subject, objective: Objective) -> list[Measure]:
         else:
             found.append(at_most(f"{what} = 0", change, size * subject.eps, key="kept"))
         if name in parts:
-            off, sides = gap(total, parts[name]), f"|total - {name}| at alpha = {alpha:g}"
+            off, sides = gap(total, parts[name]), f"total differs from {name} at alpha = {alpha:g}"
             found.append(at_most(sides, off, size * subject.eps, key=name))
     return found
 
@@ -93,8 +95,11 @@ def terms(log: list[dict[str, float]]) -> Measure:
         if not excess_of_sum(weighted, total) <= 1:
             wrong.append(f"{at}: terms add up to {sum(weighted):.6g}, objective {total:.6g}")
         if {"kd_kl", "kd_kl_t2", "temperature"} <= row.keys():
-            scaled, right = row["kd_kl_t2"], row["temperature"] ** 2 * row["kd_kl"]
-            if not gap(scaled, right) <= 1e-4 * abs(right):
+            scaled, raw, T = row["kd_kl_t2"], row["kd_kl"], row["temperature"]
+            right = T**2 * raw
+            most = (T + half_unit(T)) ** 2 * (abs(raw) + half_unit(raw))  # as they are printed
+            digits = half_unit(scaled) + most - abs(right)
+            if not gap(scaled, right) <= 1e-4 * abs(right) + digits:
                 wrong.append(f"{at}: kd_kl_t2 {scaled:.6g}, T^2 kd_kl is {right:.6g}")
     if not seen:
         raise Skip("No record has distill/weighted/ terms and distill/objective.")

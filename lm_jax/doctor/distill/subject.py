@@ -8,24 +8,37 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm_jax.doctor import trees
+from lm_jax.doctor import facts, trees
 from lm_jax.doctor.checks import fixture
-from lm_jax.doctor.facts import Bound, Broken, Facts, Skip, call, described, function
-
-from lm_jax.doctor.facts import above, mapping, one_of, real, whole  # isort: skip
+from lm_jax.doctor.facts import Bound, Broken, Facts, Skip, array, call, function, pair, whole
 
 KINDS = ("forward", "reverse", "jsd", "skew")
-SHARE = Bound("give a number inside (0, 1)", lambda x: real(x) and 0 < x < 1)
+SHARE = Bound("give a number inside (0, 1)", lambda x: facts.real(x) and 0 < x < 1)
 FLOAT = Bound("give the name of a float type", trees.names_float)
-TOKENS = Bound("let its 'tokens' be an array", lambda x: hasattr(x.get("tokens"), "dtype"))
+TOKENS = Bound(
+    "let its 'tokens' be an array of whole numbers [B, T], T 2 or more",
+    lambda x: are_tokens(trees.as_array(x["tokens"])),
+)
+ROWS = Bound("give a list of mappings", lambda x: all(isinstance(row, Mapping) for row in x))
 Function = Annotated[Callable[..., Any] | None, function]
 Number = Annotated[int | None, whole(1)]
 Objective = Callable[[Any, float], tuple[float, dict[str, float]]]
 
 
+def are_tokens(ids: np.ndarray) -> bool:
+    """Whether these are ids [B, T] in which something is predicted."""
+    is_table = ids.ndim == 2 and len(ids) > 0 and ids.shape[1] > 1
+    return is_table and bool(np.issubdtype(ids.dtype, np.integer))
+
+
 @dataclasses.dataclass
 class Subject(Facts):
     """Examine a distillation of any framework; what is not given is skipped by name.
+
+    A divergence of PyTorch, of tensors s, t, w and a number T:
+
+        kd_fn = lambda s, t, w, T: kl(*map(torch.tensor, (s, t, w)), T)
+        doctor.examine_distillation(kd_fn=kd_fn, kind="forward").show()
 
     Tokens are [B, T], logits [B, T, V], those at position t about token t + 1. Gradients come from
     JAX, and from PyTorch for the parameters of an objective; checks that need others are skipped.
@@ -39,7 +52,7 @@ class Subject(Facts):
         "(student's logits, teacher's logits, weights [B, T], temperature) -> (sum, count), the "
         "divergence; it gets arrays of NumPy where JAX cannot trace it.",
     ] = None
-    kind: Annotated[str, "forward, reverse, jsd or skew.", one_of(*KINDS)] = "forward"
+    kind: Annotated[str, "forward, reverse, jsd or skew.", facts.one_of(*KINDS)] = "forward"
     beta: Annotated[float, "weight of the teacher in jsd's and skew's mixture.", SHARE] = 0.5
     t2: Annotated[bool, "whether kd_fn and topk_fn multiply by temperature^2."] = True
     topk_fn: Annotated[Function, "kd_fn with an argument k more: of the k likeliest tokens."] = None
@@ -54,11 +67,11 @@ class Subject(Facts):
         Mapping[str, Any] | None,
         "the student's tokens, weights [B, T] (above 0 where a token is scored as a target; "
         "default all), and whatever else the pipeline reads.",
-        mapping,
+        facts.mapping,
         TOKENS,
     ] = None
     unigram_nats: Annotated[
-        float | None, "of a token by the corpus's frequencies; default from batch.", above(0)
+        float | None, "of a token by the corpus's frequencies; default from batch.", facts.above(0)
     ] = None
     suffix_fn: Annotated[
         Function,
@@ -89,6 +102,7 @@ class Subject(Facts):
         Sequence[Mapping[str, Any]] | None,
         "log with step, distill/objective, distill/temperature, raw terms distill/NAME and "
         "weighted ones distill/weighted/NAME.",
+        ROWS,
     ] = None
     weights_fn: Annotated[Function, "(update) -> {name: weight}, also of temperature."] = None
     steps: Annotated[Number, "updates of the run."] = None
@@ -103,9 +117,12 @@ class Subject(Facts):
     def logits(self, name: str, params: Any, read: Any) -> np.ndarray:
         """What a function of the teacher returns, [B, T, V], in the precision it has."""
         shape = tuple(self.batch["tokens"].shape) if self.batch else ()
-        found = trees.as_array(call(name, getattr(self, name), params, read))
+        found = array(name, call(name, getattr(self, name), params, read))
         if found.ndim != 3 or found.shape[:2] != shape or not found.size:
             raise Broken(f"{name} returned shape {found.shape}, not {shape} and V")
+        # One of -inf is of a token that is ruled out; a position without any other says nothing.
+        if not all((row.max(-1) < np.inf).all() & (row.max(-1) > -np.inf).all() for row in found):
+            raise Broken(f"{name} returned logits that are NaN or infinite")
         return found
 
 
@@ -117,7 +134,7 @@ def scalar(value: Any) -> float:
 def numbers(name: str, made: Any) -> dict[str, float]:
     """What a function returned as numbers by name."""
     if not isinstance(made, Mapping):
-        raise Broken(f"{name} returned a {type(made).__name__}, not a mapping of numbers")
+        raise Broken(f"{name} returned {facts.kind_of(made)}, not a mapping of numbers")
     return {str(n): call(f"the number {n} of {name}", scalar, x) for n, x in made.items()}
 
 
@@ -132,7 +149,7 @@ def gradients(name: str, total: Callable[..., Any], *args: Any) -> tuple[Any, ..
             jax.eval_shape(total, *args)
         except Exception:
             raise Skip(f"JAX cannot differentiate {name} ({type(error).__name__}).") from error
-        raise Broken(f"the gradient of {name} raised {described(error)}") from error
+        raise Broken(f"the gradient of {name} raised {facts.described(error)}") from error
 
 
 @fixture
@@ -149,7 +166,7 @@ def scored(batch: Any, tokens: np.ndarray) -> np.ndarray:
         raise Broken(f"batch['weights'] has shape {weights.shape}, tokens have {tokens.shape}")
     places = np.stack(np.nonzero(weights[:, 1:] > 0))
     if not places.size:
-        raise Skip("No token of batch is scored.")
+        raise Broken("no token of batch is scored: weights[:, 1:] has nothing above 0")
     return places
 
 
@@ -173,7 +190,7 @@ def objective(objective_fn: Any, student_params: Any, teacher_params: Any, batch
 
     def found(teacher: Any, alpha: float) -> tuple[float, dict[str, float]]:
         made = call("objective_fn", objective_fn, student_params, teacher, batch, alpha)
-        total, parts = call("taking (total, parts) of what objective_fn returned", tuple, made)
+        total, parts = pair("objective_fn", made, "(total, parts)")
         return call("the total of objective_fn", scalar, total), numbers("objective_fn", parts)
 
     return found

@@ -7,11 +7,10 @@ import numpy as np
 import scipy.special
 import scipy.stats
 
-from lm_jax.doctor import trees
 from lm_jax.doctor.checks import check, fixture
-from lm_jax.doctor.eval.subject import Subject
-from lm_jax.doctor.facts import Broken, Skip, call
-from lm_jax.doctor.findings import Measure, at_most, none
+from lm_jax.doctor.eval.subject import Subject, are_ids
+from lm_jax.doctor.facts import Broken, Skip, array, call
+from lm_jax.doctor.findings import Measure, at_least, at_most, none
 from lm_jax.doctor.numbers import threshold
 
 IDS = 16  # vocabulary of these checks
@@ -28,9 +27,9 @@ def draw(subject: Subject, sampler: Any) -> Draw:
         if option not in subject.sampler_options:
             raise Skip(f"The sampler has no option {option}.", "sampler_options")
         rows_BV, options = np.tile(logits_V, (DRAWS, 1)), {option: value, **more}
-        ids = trees.as_array(call("sampler", lambda: sampler(rows_BV, subject.seed, **options)))
-        ok = ids.shape == (DRAWS,) and np.issubdtype(ids.dtype, np.integer)
-        if not (ok and 0 <= ids.min() and ids.max() < IDS):
+        made = call("sampler", lambda: sampler(rows_BV, subject.seed, **options))
+        ids = array("sampler", made)
+        if ids.shape != (DRAWS,) or not are_ids(ids, IDS):
             expected = f"expected are {DRAWS} whole numbers from 0 to {IDS - 1}"
             raise Broken(f"sampler returned {ids.dtype} {ids.shape}; {expected}")
         return np.bincount(ids, minlength=IDS)
@@ -66,7 +65,7 @@ def _follows(draw: Draw, logits_V: np.ndarray, option: str, shares: Shares) -> M
         if z_V[id] > z:
             z, drawn = float(z_V[id]), f"{count_V[id]} times of {DRAWS} at {option} {value:.4g}"
             where = f"id {id} is drawn {drawn}, expected are {DRAWS * p_V[id]:.0f}"
-    what = f"largest departure from the expected shares, standard errors at {len(shares)} values"
+    what = "standard errors by which an id is drawn too often or too rarely"
     return at_most(what, z, threshold(2 * IDS * len(shares)), where=where, key="z")
 
 
@@ -107,15 +106,22 @@ def top_p(subject: Subject, draw: Draw) -> Measure:
 
 
 @check("Divide positive logits of seen tokens by the penalty and multiply negative ones.")
-def repetition_penalty(subject: Subject, draw: Draw) -> Measure:
-    """A penalty never makes a token that was seen more likely, whatever the logits' sign."""
-    raised, looks = [], 2 * 8
+def repetition_penalty(subject: Subject, draw: Draw) -> list[Measure]:
+    """A penalty makes tokens that were seen less likely, whatever the logits' sign."""
+    raised, lowered, looks = [], 0, 2 * 8
     for low, high in ((-4.0, -1.0), (-1.5, 1.5)):
         logits_V, p_V = _spaced(subject, low, high)
         for id in np.argsort(-p_V)[: looks // 2].tolist():
             seen = np.full((DRAWS, 1), id, np.int32)
             count_V = draw(logits_V, "repetition_penalty", 2.0, seen=seen)
             share = count_V[id] / DRAWS
-            if share > p_V[id] and _surprise(count_V, p_V)[id] > threshold(looks):
-                raised.append(f"one of logit {logits_V[id]:.2f} from {p_V[id]:.3f} to {share:.3f}")
-    return none("seen tokens that a penalty of 2 makes more likely", raised, of=looks, key="raised")
+            if _surprise(count_V, p_V)[id] > threshold(looks):
+                lowered += share < p_V[id]
+                if share > p_V[id]:
+                    text = f"one of logit {logits_V[id]:.2f} from {p_V[id]:.3f} to {share:.3f}"
+                    raised.append(text)
+    what = "seen tokens that a penalty of 2 makes"
+    return [
+        none(f"{what} more likely", raised, of=looks, key="raised"),
+        at_least(f"{what} less likely", lowered, 1, key="lowered"),
+    ]

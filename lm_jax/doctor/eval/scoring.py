@@ -11,16 +11,28 @@ import numpy as np
 from lm_jax.doctor import numbers, trees
 from lm_jax.doctor.checks import check, fixture
 from lm_jax.doctor.eval.subject import Subject, apart, fit
-from lm_jax.doctor.facts import Broken, Skip, call, give
-from lm_jax.doctor.findings import Measure, at_least, at_most, equals, holds, listed, none, note
-from lm_jax.doctor.numbers import gap
+from lm_jax.doctor.facts import Broken, Skip, call, give, kind_of
+from lm_jax.doctor.findings import (
+    Finding,
+    Measure,
+    at_least,
+    at_most,
+    equals,
+    holds,
+    listed,
+    none,
+    note,
+)
+from lm_jax.doctor.numbers import exp, gap
 
 Row = dict[str, float]  # what an evaluation reports
 Rows = dict[str, Row]  # by the way it was made
 Batches = list[tuple[np.ndarray, np.ndarray]]  # tokens and weights of each
-READ = ("loss", "token_ppl", "token_count")
+READ = {name: name for name in ("loss", "token_ppl", "token_count")}
+READ |= dict.fromkeys(("ppl", "perplexity"), "token_ppl")
 EXACT = 1e-4  # relative error of a sum in float32
 COSTS = (12.0, 25.0, 150.0)  # nats a token, above the caps in use: exp(10), exp(20), 100 nats
+CAPPED = 0.01  # relative; less than any cap takes off, more than rounding does
 FLOAT32_NATS = math.log(np.finfo(np.float32).max)  # above these a perplexity is inf in truth
 
 
@@ -57,9 +69,14 @@ def evaluate(evaluate_fn: Any) -> Callable[..., Row]:
     def report(planted: Planted, *how: int) -> Row:
         found = call("evaluate_fn", evaluate_fn, planted.predict, *how)
         if not isinstance(found, Mapping) or "loss" not in found:
-            raise Broken("evaluate_fn returned no mapping with 'loss'")
-        read = (name for name in READ if name in found)
-        return {name: call(f"float of {name}", float, trees.as_array(found[name])) for name in read}
+            names = f" with {listed(found) or 'nothing'}" if isinstance(found, Mapping) else ""
+            told = f"{kind_of(found)}{names}, not a mapping with 'loss'"
+            raise Broken(f"evaluate_fn returned {told}")
+        return {
+            READ[name]: call(f"float of {name}", float, trees.as_array(value))
+            for name, value in found.items()
+            if name in READ
+        }
 
     return report
 
@@ -76,17 +93,34 @@ def reported(subject: Subject, evaluate: Callable[..., Row], noisy: Planted) -> 
     return {f"batch size {size}": evaluate(noisy, size) for size in subject.batch_sizes}
 
 
-@check("Add nats and token counts over all batches and divide once at the end.")
+@check("Add nats and token counts over all batches in float32, and divide once at the end.")
 def aggregation(noisy: Planted, reported: Rows) -> list[Measure]:
     """A planted predictor gets its exact loss at every batch size."""
     return _against("loss", reported, noisy.nats, EXACT)
 
 
 @check("Report exp(sum of nats / number of tokens), not the mean of exponentials.")
-def perplexity(noisy: Planted, reported: Rows) -> list[Measure]:
-    """The perplexity reported is the exponential of the mean of all nats."""
+def perplexity(reported: Rows) -> Measure:
+    """The perplexity reported is the exponential of the loss reported."""
+    ppl = {way: row["token_ppl"] for way, row in reported.items() if "token_ppl" in row}
+    if not ppl:
+        raise Skip("evaluate_fn does not report token_ppl.")
+    wrong = [
+        f"{x:.6g} at {way}, but exp(loss) is {exp(reported[way]['loss']):.6g}"
+        for way, x in ppl.items()
+        if not _is_exp(x, reported[way]["loss"])
+    ]
+    return none("perplexities that are not exp(loss)", wrong, of=len(ppl), key="wrong")
+
+
+def _is_exp(ppl: float, nats: float) -> bool:
+    """Whether a perplexity is that of a loss, as far as both are exact."""
+    if ppl == math.inf:
+        return nats > FLOAT32_NATS
+    if math.isnan(nats):
+        return True  # what is amiss is the loss
     # A relative error of the loss is one of as much times the loss here.
-    return _against("token_ppl", reported, math.exp(noisy.nats), EXACT * max(1.0, noisy.nats))
+    return gap(ppl, exp(nats)) <= EXACT * max(1.0, nats) * exp(nats)
 
 
 @check("Score each target once, on all processes together, and let padded rows weigh nothing.")
@@ -100,32 +134,37 @@ def _against(name: str, rows: Rows, truth: float, limit: float) -> list[Measure]
     found = {way: row[name] for way, row in rows.items() if name in row}
     if not found:
         raise Skip(f"evaluate_fn does not report {name}.")
-    worst = gap(list(found.values()), truth) / abs(truth)
+    values = list(found.values())
+    worst = gap(values, truth) / abs(truth)
     told = listed(f"{value:.6g} at {way}" for way, value in found.items())
+    where, way = "", next(iter(found)).rsplit(" ", 1)[0]
+    if name == "loss" and len(values) > 1 and gap(values, values[0]) <= limit * truth:
+        where = f"the same at every {way}: look at what is scored, and in which unit"
     return [
-        at_most(f"largest relative error of {name}", worst, limit, key=f"error of {name}"),
-        note(f"true {name}", truth),
-        note(f"reported {told}", found, key=name),
+        at_most(f"relative error of {name}", worst, limit, where=where, key=f"error of {name}"),
+        note(f"{name} is {truth:.6g}, reported {told}", found, key=name),
     ]
 
 
 @check("Report nats, and perplexity without a cap; where a float overflows write inf.")
-def cap(subject: Subject, evaluate: Any, counts_V: np.ndarray) -> Measure:
+def cap(
+    subject: Subject, evaluate: Any, counts_V: np.ndarray, perplexity: Finding | None = None
+) -> Measure:
     """A predictor that is very wrong is reported as bad as it is."""
-    wrong = []
+    wrong, factor = [], 0.0
     for cost in COSTS:
         # It is sure of the rarest id, so that every other target costs as much.
         planted = plant(np.eye(len(counts_V))[np.argmin(counts_V)] * cost, counts_V)
         found, truth = evaluate(planted, subject.batch_sizes[0]), planted.nats
-        loss, ppl = found["loss"], found.get("token_ppl", math.exp(truth))  # nats alone are enough
-        if not abs(loss / truth - 1) <= EXACT:
+        loss, ppl = found["loss"], found.get("token_ppl", math.nan)
+        # Against the first one, so that a wrong count or unit is no cap.
+        factor = factor or loss / truth
+        if not gap(loss, factor * truth) <= CAPPED * abs(factor) * truth:
             wrong.append(f"{truth:.6g} nats reported as loss {loss:.6g}")
-        elif ppl == math.inf and truth > FLOAT32_NATS:
-            continue
-        elif not abs(ppl / math.exp(truth) - 1) <= EXACT * truth:
+        elif perplexity is not None and not _is_exp(ppl, loss):
             nats = math.log(ppl) if ppl > 0 else math.nan
             wrong.append(f"{truth:.6g} nats reported as perplexity {ppl:.10g} = exp({nats:.4g})")
-    return none("planted losses reported as others", wrong, of=len(COSTS), key="wrong")
+    return none("losses that are known, reported as others", wrong, of=len(COSTS), key="wrong")
 
 
 @check("Score all targets of the first window and only the last stride of them in later ones.")

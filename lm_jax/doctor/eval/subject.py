@@ -9,9 +9,10 @@ import numpy as np
 
 from lm_jax.doctor import trees
 from lm_jax.doctor.checks import fixture
-from lm_jax.doctor.facts import Bound, Broken, Facts, call, function, mapping, require, whole
+from lm_jax.doctor.facts import Bound, Broken, Facts, above, array, call, function, require, whole
 
 OPTIONS = ("temperature", "top_k", "top_p", "repetition_penalty")
+REFERENCES = ("uniform", "unigram", "kn2", "kn3", "entropy_rate")
 
 SIZES = Bound(
     "give a list of whole numbers of 1 or more",
@@ -23,12 +24,23 @@ NAMES = Bound(
 )
 FLOAT = Bound("give the name of a float type, such as bfloat16", trees.names_float)
 TRIPLE = Bound("give context, continued ids and log-probabilities or None", lambda x: len(x) == 3)
+NUMBER = Bound("give a number", lambda x: hasattr(x, "__float__"))
+IDS = Bound("give a list of ids", lambda x: all(map(whole().holds, x)))
+KNOWN = Bound(
+    f"give numbers of at least 0 by names among {', '.join(REFERENCES)}",
+    lambda x: set(x) <= set(REFERENCES) and all(map(above(0, or_equal=True).holds, x.values())),
+)
 Function = Annotated[Callable[..., Any] | None, function]
 
 
 @dataclasses.dataclass
 class Subject(Facts):
     """Examine how a model is evaluated and sampled; what is not given is skipped by name.
+
+    A model of PyTorch:
+
+        ids = torch.as_tensor
+        doctor.examine_evaluation(vocab_size=V, logits_fn=lambda x: model(ids(x)).logits).show()
 
     Functions get NumPy arrays and may return arrays of NumPy, JAX or PyTorch. Tokens are [B, T],
     logits [B, T, V].
@@ -42,9 +54,9 @@ class Subject(Facts):
     evaluate_fn: Annotated[
         Function,
         "(predict, batch_size[, stride]) -> {'loss', 'token_ppl', 'token_count'}, the whole "
-        "evaluation of a small split (the first entry, in nats per target, is required), with the "
-        "model replaced by predict(tokens) -> logits, which JAX can trace and which answers "
-        "tensors of PyTorch in kind.",
+        "evaluation of a small split. In place of the model it gets predict(tokens) -> logits, "
+        "which answers tensors of PyTorch in kind and can be traced by JAX. The loss, in nats per "
+        "target, is required; the perplexity may also be called 'ppl' or 'perplexity'.",
     ] = None
     targets: Annotated[Any, "ids of all targets of that split, in any order."] = None
     batch_sizes: Annotated[
@@ -77,28 +89,33 @@ class Subject(Facts):
         "'seen', ids [B, S].",
         NAMES,
     ] = ()
-    never_sampled: Annotated[Collection[int], "ids that it never returns."] = ()
-    loss: Annotated[float | None, "nats per token of the model."] = None
+    never_sampled: Annotated[Collection[int], "ids that it never returns.", IDS] = ()
+    loss: Annotated[float | None, "nats per token of the model.", NUMBER] = None
     references: Annotated[
         Mapping[str, float] | None,
         "perplexities 'uniform', 'unigram', 'kn2', 'kn3' on the same tokens, and 'entropy_rate' in "
         "nats.",
-        mapping,
+        KNOWN,
     ] = None
 
     def __post_init__(self) -> None:
         """Refuse targets outside the vocabulary as well."""
         super().__post_init__()
         if self.targets is not None:
-            ids = trees.as_array(self.targets)
-            ok = bool(ids.size) and np.issubdtype(ids.dtype, np.integer)
-            ok = ok and 0 <= ids.min() and ids.max() < self.vocab_size
-            require(ok, "targets", f"give whole numbers in [0, {self.vocab_size})")
+            ok = Bound("", lambda x: are_ids(trees.as_array(x), self.vocab_size)).admits
+            require(ok(self.targets), "targets", f"give whole numbers in [0, {self.vocab_size})")
 
     @property
     def eps(self) -> float:
         """Step of the compute dtype near 1."""
         return float(jnp.finfo(self.compute_dtype).eps)
+
+
+def are_ids(ids: np.ndarray, vocab_size: int) -> bool:
+    """Whether these are whole numbers inside the vocabulary, one or more."""
+    if not (ids.size and np.issubdtype(ids.dtype, np.integer)):
+        return False
+    return bool(0 <= ids.min() and ids.max() < vocab_size)
 
 
 def fit(what: str, values: Any, shape: tuple[int, ...]) -> np.ndarray:
@@ -107,7 +124,7 @@ def fit(what: str, values: Any, shape: tuple[int, ...]) -> np.ndarray:
     Raises:
         Broken: if they have another shape, or one is NaN or infinite; a logit of -inf is in order.
     """
-    found = trees.as_array(values)
+    found = array(what, values)
     if found.shape != shape:
         raise Broken(f"{what} returned shape {found.shape}, expected is {shape}")
     found = found.astype(np.float64)
