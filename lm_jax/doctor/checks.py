@@ -31,6 +31,7 @@ import dataclasses
 import functools
 import inspect
 import pathlib
+import sysconfig
 import textwrap
 import time
 import traceback
@@ -40,11 +41,12 @@ from collections.abc import Callable, Iterable
 from typing import Any, Generic, ParamSpec, TypeVar
 
 from lm_jax.doctor.facts import Broken, Facts, Skip, annotations, described, give
-from lm_jax.doctor.findings import Finding, Measure, Report
+from lm_jax.doctor.findings import Finding, Measure, Report, sentence
 
 P = ParamSpec("P")
 T = TypeVar("T")
 _HERE = str(pathlib.Path(__file__).parent)
+_PYTHON = sysconfig.get_path("stdlib")
 _LIBRARIES = ("jax", "jaxlib", "flax", "torch", "numpy", "scipy")
 
 
@@ -194,7 +196,7 @@ class Case:
             return Finding(made.name, "skip", str(skip), needs=skip.needs)
         except (Exception, SystemExit) as error:  # of what was handed in; the others go on
             text = str(error) if isinstance(error, Broken) else described(error)
-            told = f"{text}{_place(error)}."
+            told = sentence(f"{text}{_place(error)}")
             first = self.blamed.setdefault(told, made.name)
             if first != made.name:
                 return Finding(made.name, "skip", f"Waits for {first}, which met this error.")
@@ -211,6 +213,7 @@ def examination(subject: Callable[P, Facts], *modules: types.ModuleType) -> Call
     """
 
     def examine(*args: P.args, **kwargs: P.kwargs) -> Report:
+        signature.bind(*args, **kwargs)  # raises TypeError in the words of this function
         return Case(subject(*args, **kwargs), modules).report()
 
     kind = typing.cast(type, subject)
@@ -235,11 +238,13 @@ def _place(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        parts = pathlib.Path(frame.filename).parts
-        place = f" ({parts[-1]}:{frame.lineno}, in {frame.name})"
+        path = pathlib.Path(frame.filename)
+        place = f" ({path.name}:{frame.lineno}, in {frame.name})"
         if frame.filename.startswith(_HERE):
             own = own or place
-        elif not ("site-packages" in parts and any(name in parts for name in _LIBRARIES)):
-            if not frame.filename.startswith("<"):
+        elif "site-packages" in path.parts:
+            if not any(name in path.parts for name in _LIBRARIES):
                 return place
+        elif not frame.filename.startswith(("<", _PYTHON)):
+            return place
     return "" if told else own

@@ -181,8 +181,8 @@ def annotations(subject: type) -> list[Field]:
 
 
 def described(error: BaseException) -> str:
-    """Type and text of an error."""
-    return f"{type(error).__name__}: {error}".strip().rstrip(".:")
+    """Type and text of an error, the first line of it."""
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0].rstrip(".:")
 
 
 def _short(value: Any, most: int = 60) -> str:

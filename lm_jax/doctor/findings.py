@@ -150,11 +150,12 @@ class Finding:
             raise TypeError(f"{check} returned no measure")
         status = next((s for s in _WORST if any(m.status == s for m in rows)), "pass")
         bad = [m for m in rows if m.status != "pass"]
-        told = bad + [m for m in rows if m.status == "pass" and (not bad or not m.limit)]
+        notes = [m for m in rows if not m.limit and m.value != []]  # an empty list is no news
+        told = bad + [m for m in (notes if bad else rows) if m.status == "pass"]
         return cls(
             check=check,
             status=status,  # type: ignore[arg-type]
-            evidence=_sentence("; ".join(map(str, told))),
+            evidence=sentence("; ".join(map(str, told))),
             remedy=remedy if bad else "",
             values={m.key or m.what: m.value for m in rows if m.value is not None},
         )
@@ -252,8 +253,8 @@ class Report:
         return f"To look further, give {', '.join(rows)}." if rows else ""
 
 
-def _sentence(text: str) -> str:
-    """Capitalised, unless it begins with a name such as train/loss."""
+def sentence(text: str) -> str:
+    """Capitalised and with a full stop; a name such as train/loss stays as it is."""
     first = text.split(" ")[0]
     return (text[:1].upper() + text[1:] if first.rstrip(",:;").isalpha() else text) + "."
 

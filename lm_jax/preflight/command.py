@@ -7,7 +7,7 @@
 
 A log is a CSV, JSON or JSONL file, what a trainer printed, events of TensorBoard, or a folder.
 
---all adds a table of all findings, --json prints them for programs.
+--all tells what passed and what was skipped as well, --json prints them for programs.
 Exit code 0: nothing failed; 1: a check failed or nothing could be looked at; 2: the command cannot
 be followed.
 """
@@ -38,7 +38,7 @@ def _define(given: flags.FlagValues) -> None:
     flags.DEFINE_list("map", [], "Columns of --log by metric: loss=train_loss,lr=rate.", given)
     flags.DEFINE_enum("level", "fast", ["fast", "full"], "Checks of --config.", given)
     flags.DEFINE_bool("json", False, "Print JSON.", given)
-    flags.DEFINE_bool("all", False, "Print a table of all findings.", given)
+    flags.DEFINE_bool("all", False, "Tell what passed and what was skipped as well.", given)
     flags.DEFINE_bool("overfit", False, "--log overfits a batch on purpose.", given)
     references = "Perplexities of the tokens evaluated in --log: unigram=760,kn2=250."
     flags.DEFINE_list("references", [], references, given)
