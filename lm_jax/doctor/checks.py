@@ -41,7 +41,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Generic, ParamSpec, TypeVar
 
 from lm_jax.doctor.facts import Broken, Facts, Skip, annotations, described, give
-from lm_jax.doctor.findings import Finding, Measure, Report, sentence
+from lm_jax.doctor.findings import Finding, Measure, Report
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -196,7 +196,7 @@ class Case:
             return Finding(made.name, "skip", str(skip), needs=skip.needs)
         except (Exception, SystemExit) as error:  # of what was handed in; the others go on
             text = str(error) if isinstance(error, Broken) else described(error)
-            told = sentence(f"{text}{_place(error)}")
+            told = f"{text}{_place(error)}."
             first = self.blamed.setdefault(told, made.name)
             if first != made.name:
                 return Finding(made.name, "skip", f"Waits for {first}, which met this error.")

@@ -155,7 +155,7 @@ class Finding:
         return cls(
             check=check,
             status=status,  # type: ignore[arg-type]
-            evidence=sentence("; ".join(map(str, told))),
+            evidence=_sentence("; ".join(map(str, told))),
             remedy=remedy if bad else "",
             values={m.key or m.what: m.value for m in rows if m.value is not None},
         )
@@ -253,7 +253,7 @@ class Report:
         return f"To look further, give {', '.join(rows)}." if rows else ""
 
 
-def sentence(text: str) -> str:
+def _sentence(text: str) -> str:
     """Capitalised and with a full stop; a name such as train/loss stays as it is."""
     first = text.split(" ")[0]
     return (text[:1].upper() + text[1:] if first.rstrip(",:;").isalpha() else text) + "."
