@@ -16,11 +16,7 @@ MOST_LOGITS = 2**36  # computed by them, about as many as in training with V 50,
 PAIRS = 4  # batches whose halves are exchanged
 
 
-@check(
-    "Hand in init_fn(seed), step_fn(state, tokens) and score_fn(state, tokens) that run on "
-    "uniform ids and return finite sums; nothing else was examined.",
-    gate=True,
-)
+@check("Hand in functions that run on uniform ids and return finite sums.", gate=True)
 def run(subject: Subject, course: Course) -> list[Measure]:
     """The loop runs on uniform tokens with finite scores."""
     return [
@@ -29,10 +25,7 @@ def run(subject: Subject, course: Course) -> list[Measure]:
     ]
 
 
-@check(
-    "The model predicts random tokens better than chance, so it sees its target: labels "
-    "without a shift, no causal mask, or a sum over later positions. examine_model says where."
-)
+@check("Look for labels without a shift or a missing mask; examine_model says where.")
 def gibbs(subject: Subject, course: Course) -> list[Measure]:
     """On fresh uniform tokens no predictor has less than ln V nats: the Gibbs inequality."""
     means: list[float] = []
@@ -52,14 +45,11 @@ def gibbs(subject: Subject, course: Course) -> list[Measure]:
         if 5 * either <= subject.smallest_leak:
             break
     if len(counts) > 1:
-        raise Skip(
-            f"score_fn scores {min(counts):g} to {max(counts):g} tokens of batches of one shape: "
-            "it leaves tokens out by their value, and ln V is no bound then."
-        )
+        raise Skip("score_fn leaves tokens out by their value, and ln V is no bound then.")
     # Float32 sums carry an error of their own, about eps times the value.
     bound = -3 * error - 2.0**-22 * subject.chance
     untrained = course.nats[0] < 0.999 * subject.chance
-    where = "so it was before any training: look at score_fn's sum and count" if untrained else ""
+    where = "as before any training: look at score_fn's sum and count" if untrained else ""
     what = f"nats above ln V = {subject.chance:.4f} on {n} batches of random tokens"
     found = [
         at_least(what, excess, bound, where=where, key="excess"),
@@ -78,10 +68,7 @@ def gibbs(subject: Subject, course: Course) -> list[Measure]:
     return [*found, at_most(what, visible, most, otherwise="warn", where=where, key="visible")]
 
 
-@check(
-    "See that these parameters are handed to the optimiser, that no stop_gradient or detach stands "
-    "before them, and that the schedule is not 0; clip gradients if they are not finite."
-)
+@check("See that the optimiser gets these leaves, and that nothing detaches them.")
 def updates(subject: Subject, course: Course) -> list[Measure]:
     """Every parameter leaf changes in the first updates, and is finite at the end."""
     leaves, still = course.leaves, course.unmoved
@@ -96,10 +83,7 @@ def updates(subject: Subject, course: Course) -> list[Measure]:
     ]
 
 
-@check(
-    "Training does not reach the parameters that are scored. Look at the accumulation "
-    "counter, and at whether score_fn reads the state that step_fn returns."
-)
+@check("Look at the accumulation counter, and whether score_fn reads the state of step_fn.")
 def score_changes(course: Course) -> Measure:
     """The score of one batch changes in the first updates."""
     start, _, early, _ = course.nats
@@ -113,10 +97,7 @@ def score_repeats(subject: Subject, course: Course, probe: np.ndarray) -> Measur
     return equals("difference of two scores of one batch", first - again, 0, key="difference")
 
 
-@check(
-    "The same seed and batches give another run. Look for memory that is read before it "
-    "is written, keys drawn from the clock, or kernels that add in random order."
-)
+@check("Look for memory read before it is written, keys of the clock, or unordered sums.")
 def reproducible(subject: Subject, course: Course, probe: np.ndarray) -> Measure:
     """The same seed and the same batches lead to the same score."""
     state = subject.start()
@@ -130,10 +111,7 @@ def reproducible(subject: Subject, course: Course, probe: np.ndarray) -> Measure
     return equals(what, gap, 0, otherwise=otherwise, key="gap")
 
 
-@check(
-    "A row's score depends on the other rows of its batch. Look for attention over the "
-    "batch axis, keys and values of one row used for all, or statistics over the batch."
-)
+@check("Look for attention over the batch axis, and for keys or statistics of other rows.")
 def row_independence(subject: Subject, overfitted: Overfitted) -> Measure:
     """Two batches that exchange half their rows score the same together."""
     # Overfitted parameters make the most of their context, so any mixing of rows is large.
@@ -149,10 +127,7 @@ def row_independence(subject: Subject, overfitted: Overfitted) -> Measure:
     return at_most("change of the two batches' nats together", gap, allowed, key="gap")
 
 
-@check(
-    "One batch of two rows cannot be learned: look at the gradients (examine_gradients) and "
-    "at the learning rate before anything else."
-)
+@check("Look at the gradients (examine_gradients) and at the learning rate first.")
 def overfit(overfitted: Overfitted) -> Measure:
     """Two rows, over and over, are learned better than by the frequencies of their tokens."""
     rows, late, end = overfitted.rows, overfitted.late, overfitted.end

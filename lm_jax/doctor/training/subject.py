@@ -1,21 +1,58 @@
-"""A training loop as a black box, and the runs made of it, each once."""
+"""A training loop as a black box: what every loop has, and the runs made of it, each once."""
 
 import dataclasses
 import math
-from collections.abc import Callable
+import numbers
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any, NamedTuple
 
+import jax
 import numpy as np
 
 from lm_jax.doctor import trees
 from lm_jax.doctor.checks import fixture
 from lm_jax.doctor.facts import Broken, Facts, above, call, function, whole
-from lm_jax.doctor.training.loop import kind, opened, stepped, unmoved
 
 EARLY = 20  # updates after which every parameter must have moved
 REPEATED = 3  # updates that are made twice
 LOGITS = 2**26  # of a batch if its size is not given: 256 MiB in float32
 Function = Annotated[Callable[..., Any], function]
+
+
+def kind(state: Any) -> Any:
+    """What a step leaves as it is: the structure of the state, and the types of its objects."""
+    leaves, structure = jax.tree.flatten(state, is_leaf=lambda x: x is None)
+    plain = (numbers.Number, type(None))
+    objects = [not (isinstance(x, plain) or hasattr(x, "dtype")) and type(x) for x in leaves]
+    return structure, objects
+
+
+def stepped(before: Any, out: Any) -> tuple[Any, Any]:
+    """State and metrics, or None, from what `step_fn` made of a state of the kind `before`."""
+    if kind(out) == before:
+        return out, None
+    if isinstance(out, tuple) and len(out) == 2 and kind(out[0]) == before:
+        return out
+    told = "step_fn returned neither a state like the one it got nor (state, metrics)"
+    raise Broken(f"{told}; let it return the state even if it changes in place")
+
+
+def opened(tree: Any) -> Any:
+    """PyTorch's modules and optimisers, and generators, replaced by the arrays in them."""
+
+    def arrays(leaf: Any) -> Any:
+        if hasattr(leaf, "named_parameters"):
+            return dict(leaf.named_parameters())
+        if hasattr(leaf, "param_groups"):
+            return {str(name): x for name, x in leaf.state_dict()["state"].items()}
+        return leaf
+
+    return jax.tree.map(arrays, list(tree) if isinstance(tree, Iterator) else tree)
+
+
+def unmoved(before: trees.Arrays, after: trees.Arrays) -> list[str]:
+    """Names of the leaves whose values are exactly the same."""
+    return [n for n, x in before.items() if np.array_equal(x, after.get(n), equal_nan=True)]
 
 
 @dataclasses.dataclass
@@ -35,9 +72,7 @@ class Subject(Facts):
     batch_size: Annotated[int | None, "B; None: up to 16 in 256 MiB of logits.", whole(2)] = None
     steps: Annotated[int, "updates on fresh ids; half as many on one batch.", whole(EARLY)] = 400
     seed: Annotated[int, "of the state and the tokens.", whole()] = 0
-    params_of: Annotated[
-        Callable[..., Any] | None, "(state) -> parameters, to judge one by one.", function
-    ] = None
+    params_of: Annotated[Callable[..., Any] | None, "(state) -> parameters.", function] = None
     smallest_leak: Annotated[float, "nats a token that must be seen.", above(0)] = 0.003
 
     def batch(self, *stream: int) -> np.ndarray:
@@ -72,10 +107,8 @@ class Subject(Facts):
         except (TypeError, ValueError) as error:
             raise Broken(f"score_fn returned no (sum, count): {error}") from error
         if not (-1e-3 * count <= nats < math.inf and len(tokens) <= count <= tokens.size):
-            raise Broken(
-                f"score_fn returned a sum of {nats:.6g} over a count of {count:.6g}: let it return "
-                f"the nats of all scored tokens of {tokens.shape}, summed, and how many they are"
-            )
+            found = f"score_fn returned a sum of {nats:.6g} over a count of {count:.6g}"
+            raise Broken(f"{found}: let it return the nats of all scored tokens, and their number")
         return nats, count
 
     def mean(self, state: Any, tokens: np.ndarray) -> float:
@@ -113,9 +146,7 @@ def course(subject: Subject, probe: np.ndarray) -> Course:
     first, count = subject.score(state, probe)
     # Untrained, no 16 tokens cost together what one costs by chance.
     if count >= 16 and 0.5 < first / subject.chance < 2:
-        raise Broken(
-            f"score_fn returned {first:.4g} nats for {count:g} tokens: not a sum but a mean"
-        )
+        raise Broken(f"score_fn returned {first:.4g} for {count:g} tokens: not a sum but a mean")
     nats, leaves = [first / count], len(start)
     for i in range(subject.steps):
         state = subject.step(state, subject.batch(1, i))
