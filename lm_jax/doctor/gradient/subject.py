@@ -19,6 +19,7 @@ TOLERANCE = 1e-6  # relative error that float64 is far below
 DECISIVE = 0.1  # a difference whose bound exceeds this share of the gradient decides nothing
 DIRECTIONS = 5
 Function = Annotated[Callable[..., Any], function]
+Gradient = Annotated[Callable[..., Any] | None, function]  # None: by jax.grad
 _NAMES = Bound("give a list of names", lambda x: isinstance(x, Iterable) and type(x) is not str)
 
 
@@ -29,11 +30,7 @@ class Subject(Facts):
     loss_fn: Annotated[Function, "float64 parameters -> scalar; must not depend on chance."]
     params: Annotated[Any, "pytree of floats without structure (not zeros or ones), and others."]
     _: dataclasses.KW_ONLY
-    grad_fn: Annotated[
-        Callable[..., Any] | None,
-        "parameters -> pytree of gradients, if not by jax.grad. Both then get NumPy arrays.",
-        function,
-    ] = None
+    grad_fn: Annotated[Gradient, "parameters -> gradients; both then get NumPy arrays."] = None
     seed: Annotated[int, "of directions and coordinates.", whole()] = 0
     unused: Annotated[Iterable[str], "leaves, or what holds them, without a gradient.", _NAMES] = ()
 
@@ -185,13 +182,11 @@ class Point:
         best = np.median([comparison.slope.step for comparison in self.sweeps])
         return best * np.array([10.0, np.sqrt(10.0), 1.0])
 
-    def compare(
-        self, name: str, direction: trees.Arrays, steps: np.ndarray | None = None
-    ) -> Comparison:
+    def compare(self, name: str, direction: trees.Arrays, steps: Any = None) -> Comparison:
         """The gradient against central differences along a direction.
 
-        Errors count against the derivative, or what it typically is along a random direction of
-        length 1 in these leaves, or a thousandth of that in all.
+        Errors count against the derivative, or what it typically is in these leaves, or a
+        thousandth of that in all.
         """
         steps = self.steps if steps is None else steps
         found = slope(self.along(direction), self.centre, self.noise, steps)
