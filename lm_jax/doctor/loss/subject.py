@@ -23,6 +23,7 @@ NARROW = Bound("give at most 524,288", lambda v: v <= 2**19)  # V
 TOLD = 2  # differences of one kind that are told
 COARSE = 0.25  # a gradient of weight x (softmax - one-hot) that is known no better is not judged
 
+Function = Annotated[Callable[..., Any], function]
 Places = tuple[np.ndarray, np.ndarray, np.ndarray]  # row, position and vocabulary entry of logits
 
 
@@ -42,17 +43,13 @@ class Batch(NamedTuple):
 class Subject(Facts):
     """Examine a loss function of any framework.
 
-    A loss that JAX can differentiate gets JAX arrays, any other NumPy arrays. Its gradients then
-    come from its attribute `gradient(logits, tokens, weights)`, that of the sum with respect to the
-    logits [B, T, V], if it has one, else from central differences.
+    It gets logits [B, T, V], tokens int32 [B, T] and weights float32 [B, T], and scores
+    logits[:, t] on tokens[:, t + 1] with weights[:, t + 1]. If JAX can differentiate it, these are
+    JAX arrays, else NumPy's; its gradients then come from its attribute `gradient(logits, tokens,
+    weights)`, that of the sum by the logits, if it has one, else from central differences.
     """
 
-    loss_fn: Annotated[
-        Callable[..., Any],
-        "(logits [B, T, V], tokens int32 [B, T], weights float32 [B, T]) -> (sum of nats, sum of "
-        "weights). It shifts: logits[:, t] are scored on tokens[:, t + 1] with weights[:, t + 1].",
-        function,
-    ]
+    loss_fn: Annotated[Function, "(logits, tokens, weights) -> (sum of nats, sum of weights)."]
     _: dataclasses.KW_ONLY
     vocab_size: Annotated[int, "V, at most 2^19.", whole(2), NARROW]
     seq_len: Annotated[int, "T of the longest call, less where V x T exceeds 2^21.", whole(4)]

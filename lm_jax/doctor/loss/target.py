@@ -78,10 +78,7 @@ def padding(subject: Subject) -> list[Measure]:
 
 @check("Replace logits and labels of weight 0 by constants with where(): 0 x NaN is NaN.")
 def masked(subject: Subject) -> list[Measure]:
-    """Logits and labels of weight 0 may be anything.
-
-    What no healthy pipeline puts there (NaN, labels outside the vocabulary) is a warning.
-    """
+    """Logits and labels of weight 0 may be anything; what no healthy data hold only warns."""
     batch, junk = subject.batch(), {}
     keep = batch.weights[:, subject.ahead :] > 0
     scored = np.pad(keep, ((0, 0), (0, subject.ahead)))
@@ -125,10 +122,7 @@ def nothing_scored(subject: Subject) -> list[Measure]:
 
 @check("Refuse scored labels outside [0, V) on the host: -100 would wrap to token V - 100.")
 def label_range(subject: Subject) -> list[Measure]:
-    """A scored label outside [0, V) is refused, gives NaN, or is left out; never another token.
-
-    A warning: a pipeline without such labels is healthy (examine_data: data.ids).
-    """
+    """A scored label outside [0, V) is refused, gives NaN, or is left out; never another token."""
     batch = subject.batch()
     place = 1, subject.ahead + 1
     batch.weights[place] = 0

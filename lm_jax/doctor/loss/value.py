@@ -20,11 +20,7 @@ ROWS = 8  # that are scored at once and in parts
     "weights; keep smoothing, class weights and auxiliary terms in another value."
 )
 def definition(subject: Subject) -> list[Measure]:
-    """Mean nats and gradient are those of the definition in float64.
-
-    Equal logits cost ln V whatever the padding, and perfect predictions nothing: sum and count are
-    of the same tokens, and nothing is added to the reported number.
-    """
+    """Mean nats, count and gradient are those of the definition, however rows are padded."""
     batch, (rows, length) = subject.batch(), (subject.rows, subject.length)
     index, lengths = np.arange(length), np.linspace(2, length, rows).astype(int)[:, None]
     patterns = {
@@ -108,10 +104,7 @@ def _draws(subject: Subject, name: str, kind: Any, rows: int, length: int) -> li
 
 @check("Cast logits to float32 before the log-softmax; add up nats and weights in float32.")
 def dtype(subject: Subject) -> list[Measure]:
-    """Sum and count are as exact as float32, also over many tokens and of bfloat16 logits.
-
-    The last is a warning: a model that hands over float32 never meets it.
-    """
+    """Sum and count are as exact as float32; of bfloat16 logits, which few meet, a warning."""
     for case in (subject.batch(1, length=4), subject.oracle(subject.batch(), subject.ahead, 20.0)):
         exact, scored = subject.expected(case)
         if not abs(subject.mean(case) - exact / scored) <= 0.1 + 0.02 * exact / scored:

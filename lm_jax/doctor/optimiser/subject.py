@@ -30,20 +30,15 @@ class Subject(Facts):
 
     The loop is a whole step or only its second half, from gradients on. It always starts from
     fresh copies of `params`, so that it may donate or overwrite what it is given; the host holds a
-    few copies of the state meanwhile. States may hold modules and optimisers of PyTorch.
+    few copies of the state meanwhile. States may hold modules and optimisers of PyTorch. Metrics
+    are `optim/` and `lr`, `grad_norm`, `grad_norm_clipped` or `skipped_updates`.
     """
 
     params: Annotated[Any, "tree of arrays to start from; of a module its named_parameters."] = None
     init_fn: Annotated[Function, "`(params) -> state`, or `-> opt_state` without `step_fn`."] = None
-    step_fn: Annotated[
-        Function,
-        "`(state, batch) -> state` or `(state, metrics)`; metrics are read under `optim/lr`, "
-        "`optim/grad_norm`, `optim/grad_norm_clipped`, `optim/skipped_updates`.",
-    ] = None
+    step_fn: Annotated[Function, "`(state, batch) -> state` or `(state, metrics)`."] = None
     params_of: Annotated[Function, "`(state) -> params`."] = None
-    batch: Annotated[
-        Any, "for `step_fn` and `gradient_fn`; a dict with ragged `weights` [B, ...] tells most."
-    ] = None
+    batch: Annotated[Any, "for `step_fn`, `gradient_fn`; best a dict of ragged `weights`."] = None
     empty_batch: Annotated[Any, "one without a scored token, so that its gradient is 0."] = None
     bad_batch: Annotated[Any, "one whose gradient is not finite."] = None
     calls_per_update: Annotated[int, "calls of `step_fn` that make one update.", whole(1)] = 1
@@ -55,9 +50,7 @@ class Subject(Facts):
         "`step_fn` only clipping is seen by it, and `opt_state` is the whole state of `init_fn`.",
     ] = None
     gradient_fn: Annotated[
-        Function,
-        "`(params, batch, micro_batches) -> grads` of the mean over scored tokens, in so many "
-        "micro-batches; without dropout, and then `step_fn` too.",
+        Function, "`(params, batch, micro_batches) -> grads` of the mean nats, without dropout."
     ] = None
     micro_batches: Annotated[Sequence[int] | None, "numbers to compare with one.", _counts] = None
     compute_dtype: Annotated[str, "of the passes, which sets rounding.", _dtype] = "float32"
