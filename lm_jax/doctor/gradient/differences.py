@@ -13,8 +13,7 @@ import numpy as np
 from lm_jax.doctor.numbers import resolution
 
 STEPS = 10.0 ** -np.arange(1, 7.5, 0.5)
-POINTS = 13
-ORDER = 6
+POINTS, ORDER = 13, 6  # of a line whose differences of that order show the noise
 
 
 class Slope(NamedTuple):
@@ -29,13 +28,7 @@ class Slope(NamedTuple):
 def slope(
     along: Callable[[float], float], centre: float, noise: float, steps: np.ndarray = STEPS
 ) -> Slope:
-    """Derivative of `along` at 0.
-
-    Args:
-        along: the function on a line.
-        centre: its value at 0.
-        noise: standard deviation of its rounding.
-        steps: decreasing, at least two.
+    """Derivative of `along` at 0, with the `noise` of its rounding and at decreasing `steps`.
 
     The bound adds the rounding, the change from the step before, which exceeds the truncation, and
     half the jump of the derivative if the line has a kink at 0: there no difference can decide.

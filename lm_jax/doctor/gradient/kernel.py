@@ -1,7 +1,6 @@
 """A kernel against a reference, over sizes around its blocks."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
@@ -31,11 +30,7 @@ class Subject(Facts):
 
     fn: Annotated[Function, "the kernel, arrays -> arrays, which JAX can differentiate."]
     reference: Annotated[Function, "the same in plain JAX; it gets float64 for any other float."]
-    make: Annotated[
-        Function,
-        "(size, NumPy generator) -> tuple of arguments. The size is the length that the kernel "
-        "cuts into blocks: time, or the vocabulary.",
-    ]
+    make: Annotated[Function, "(size that is cut into blocks, NumPy generator) -> arguments."]
     _: dataclasses.KW_ONLY
     sizes: Annotated[Sequence[int], "one, around the blocks, and beyond all.", _LIST] = SIZES
     seed: Annotated[int, "of the generator.", whole()] = 0
@@ -54,7 +49,7 @@ def arguments(subject: Subject) -> Arguments:
     for size in subject.sizes:
         found = call(f"make at size {size}", subject.make, size, subject.rng(size))
         made[size] = tuple(found) if isinstance(found, tuple | list) else (found,)
-        if not call(f"the types of what make gave at size {size}", _kinds, made[size]):
+        if not call("the types of what make returned", _kinds, made[size]):
             raise Broken(f"make returned no floating-point argument at size {size}")
     return made
 
@@ -65,20 +60,16 @@ def _values(name: str, function: Callable[..., Any], arguments: tuple[Any, ...])
     return {f"output {i}": trees.as_array(x).astype(np.float64) for i, x in enumerate(outputs)}
 
 
-def _gradients(
-    seed: int, name: str, function: Callable[..., Any], arguments: tuple[Any, ...]
-) -> trees.Arrays:
+def _gradients(name: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> trees.Arrays:
     """Gradients of a random combination of the outputs, by argument."""
 
     def combined(*given: Any) -> jax.Array:
-        total = jnp.zeros(())
-        for k, out in enumerate(jax.tree.leaves(function(*given))):
-            signs = np.random.default_rng((seed, k)).choice([-1, 1], np.shape(out))
-            total += (out.astype(total.dtype) * signs).sum()
+        rng, total = np.random.default_rng(0), jnp.zeros(())
+        for out in jax.tree.leaves(function(*given)):
+            total += (out.astype(total.dtype) * rng.choice([-1, 1], np.shape(out))).sum()
         return total
 
-    every = tuple(range(len(arguments)))
-    gradient = jax.jit(jax.grad(combined, every, allow_int=True))
+    gradient = jax.jit(jax.grad(combined, tuple(range(len(arguments))), allow_int=True))
     grads = jax.tree.leaves_with_path(call(f"the gradient of {name}", gradient, *arguments))
     floats = {trees.path_name(path): x for path, x in grads if trees.is_floating(x.dtype)}
     return {f"gradient of argument {n}": np.array(x).astype(float) for n, x in floats.items()}
@@ -87,9 +78,7 @@ def _gradients(
 def _error(given: np.ndarray, expected: np.ndarray) -> float:
     """Largest difference relative to the largest finite entry; equal infinities agree."""
     if given.shape != expected.shape:
-        return float("inf")
-    if not given.size:
-        raise Skip("An output or a gradient is empty: there is nothing to compare.")
+        return np.inf
     size = np.abs(expected[np.isfinite(expected)]).max(initial=0.0)
     with np.errstate(invalid="ignore"):
         off = np.where(given == expected, 0.0, np.abs(given - expected))
@@ -132,19 +121,13 @@ def _wide(x: Any) -> Any:
     return jnp.asarray(x, jnp.float64) if trees.is_floating(jnp.result_type(x)) else x
 
 
-@check(
-    "Mask what lies beyond the end of the last block before it enters a sum, a maximum or "
-    "a softmax, and loop over all blocks."
-)
+@check("Loop over all blocks, and mask what lies beyond the end of the last one first.")
 def kernel_value(subject: Subject, arguments: Arguments) -> list[Measure]:
     """Outputs equal those of the reference at every size."""
     return _compared(subject, arguments, _values)
 
 
-@check(
-    "Mask the last block in the backward pass as in the forward pass, and write all of "
-    "every gradient."
-)
+@check("Mask the last block as in the forward pass, and write all of every gradient.")
 def kernel_gradient(subject: Subject, arguments: Arguments) -> list[Measure]:
     """Gradients equal those of the reference at every size."""
-    return _compared(subject, arguments, functools.partial(_gradients, subject.seed))
+    return _compared(subject, arguments, _gradients)

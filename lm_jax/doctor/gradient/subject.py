@@ -13,16 +13,14 @@ from lm_jax.doctor import trees
 from lm_jax.doctor.checks import fixture
 from lm_jax.doctor.facts import Bound, Broken, Facts, Skip, call, function, require, whole
 from lm_jax.doctor.findings import Measure, at_most, listed, none, note
-from lm_jax.doctor.gradient import differences
-from lm_jax.doctor.gradient.differences import Slope, slope
+from lm_jax.doctor.gradient.differences import STEPS, Slope, rounding, slope
 
 TOLERANCE = 1e-6  # relative error that float64 is far below
 DECISIVE = 0.1  # a difference whose bound exceeds this share of the gradient decides nothing
 DIRECTIONS = 5
 Function = Annotated[Callable[..., Any], function]
-_NAMES = Bound(
-    "give a list of names of leaves", lambda x: isinstance(x, Iterable) and not isinstance(x, str)
-)
+Gradient = Annotated[Callable[..., Any] | None, function]  # None: by jax.grad
+_NAMES = Bound("give a list of names", lambda x: isinstance(x, Iterable) and type(x) is not str)
 
 
 @dataclasses.dataclass
@@ -32,15 +30,9 @@ class Subject(Facts):
     loss_fn: Annotated[Function, "float64 parameters -> scalar; must not depend on chance."]
     params: Annotated[Any, "pytree of floats without structure (not zeros or ones), and others."]
     _: dataclasses.KW_ONLY
-    grad_fn: Annotated[
-        Callable[..., Any] | None,
-        "parameters -> pytree of gradients, if not by jax.grad. Both then get NumPy arrays.",
-        function,
-    ] = None
+    grad_fn: Annotated[Gradient, "parameters -> gradients; both then get NumPy arrays."] = None
     seed: Annotated[int, "of directions and coordinates.", whole()] = 0
-    unused: Annotated[
-        Iterable[str], 'leaves, or what holds them ("block/gate"), without a gradient.', _NAMES
-    ] = ()
+    unused: Annotated[Iterable[str], "leaves, or what holds them, without a gradient.", _NAMES] = ()
 
     def __post_init__(self) -> None:
         """Find the floating-point leaves."""
@@ -148,11 +140,6 @@ class Point:
         """The gradient there."""
         return self.subject.gradient(self.leaves)
 
-    @functools.cached_property
-    def typical(self) -> float:
-        """Root mean square of the whole gradient: the derivative along a random unit direction."""
-        return trees.rms(trees.flat(self.grads))
-
     def along(self, direction: trees.Arrays) -> Callable[[float], float]:
         """The loss on the line through the parameters."""
         return lambda t: self.subject.value(
@@ -175,8 +162,8 @@ class Point:
     @functools.cached_property
     def noise(self) -> float:
         """Standard deviation of the rounding of the loss: the median of three lines."""
-        lines = [self.along(direction) for direction in self.directions[:3]]
-        return float(np.median([differences.rounding(line, self.centre) for line in lines]))
+        lines = map(self.along, self.directions[:3])
+        return float(np.median([rounding(line, self.centre) for line in lines]))
 
     @property
     def relative_noise(self) -> float:
@@ -187,7 +174,7 @@ class Point:
     def sweeps(self) -> list[Comparison]:
         """The random directions, over all steps."""
         pairs = enumerate(self.directions)
-        return [self.compare(f"direction {i}", d, differences.STEPS) for i, d in pairs]
+        return [self.compare(f"direction {i}", d, STEPS) for i, d in pairs]
 
     @functools.cached_property
     def steps(self) -> np.ndarray:
@@ -195,9 +182,7 @@ class Point:
         best = np.median([comparison.slope.step for comparison in self.sweeps])
         return best * np.array([10.0, np.sqrt(10.0), 1.0])
 
-    def compare(
-        self, name: str, direction: trees.Arrays, steps: np.ndarray | None = None
-    ) -> Comparison:
+    def compare(self, name: str, direction: trees.Arrays, steps: Any = None) -> Comparison:
         """The gradient against central differences along a direction.
 
         Errors count against the derivative, or what it typically is in these leaves, or a
@@ -206,8 +191,9 @@ class Point:
         steps = self.steps if steps is None else steps
         found = slope(self.along(direction), self.centre, self.noise, steps)
         given = sum(float((self.grads[n] * d).sum()) for n, d in direction.items())
-        typical = trees.rms(trees.flat({n: self.grads[n] for n in direction}))
-        scale = max(abs(given), abs(found.value), typical, 1e-3 * self.typical) or 1.0
+        here = trees.rms(trees.flat({n: self.grads[n] for n in direction}))
+        everywhere = trees.rms(trees.flat(self.grads))
+        scale = max(abs(given), abs(found.value), here, 1e-3 * everywhere) or 1.0
         error = abs(given - found.value) / scale
         return Comparison(name, direction, given, found, scale, error, found.bound / scale)
 
@@ -215,18 +201,12 @@ class Point:
     def elsewhere(self) -> "Point":
         """The same function at parameters moved by a tenth of their size."""
         rng = self.subject.rng(400)
-        moved = {
-            name: x + 0.1 * max(trees.rms(x), 0.1) * rng.normal(size=x.shape)
-            for name, x in self.leaves.items()
-        }
+        sizes = {name: 0.1 * max(trees.rms(x), 0.1) for name, x in self.leaves.items()}
+        moved = {n: x + sizes[n] * rng.normal(size=x.shape) for n, x in self.leaves.items()}
         return Point(self.subject, moved)
 
     def confirmed(self, c: Comparison) -> bool:
-        """Whether a wrong derivative is wrong elsewhere too.
-
-        Zeros and ties put many kinks on one point, and no slope there is wrong; a wrong backward
-        pass is wrong at any point.
-        """
+        """Whether a wrong derivative is wrong elsewhere too; at a point of many kinks none is."""
         try:
             return self.elsewhere.compare(c.name, c.direction).wrong
         except Broken:
@@ -238,22 +218,16 @@ class Point:
         right = [c for c in comparisons if not c.wrong and c.bound <= DECISIVE]
         vague = [c for c in comparisons if c not in wrong and c not in right]
         if not wrong and 2 * len(vague) > len(comparisons):
-            raise Skip(
-                f"{len(vague)} of {len(comparisons)} differences along {what} cannot decide: "
-                f"rounding of the loss is {self.relative_noise:.1g} of its value, which leaves "
-                f"relative errors of {min(c.bound for c in vague):.1g} or more."
-            )
+            undecided = f"{len(vague)} of {len(comparisons)} differences along {what} cannot decide"
+            raise Skip(f"{undecided}: the loss rounds to {self.relative_noise:.1g} of its value.")
         wrong.sort(key=lambda c: -c.error)
         worst = wrong[0] if wrong else max(right, key=lambda c: c.error / (c.bound + 1e-9))
-        difference = f"difference {worst.slope.value:.6g} with step {worst.slope.step:.1g}"
-        errors = {c.name: c.error for c in comparisons}
-        bounds = {c.name: c.bound for c in comparisons}
-        at, limit = f"gradient {worst.given:.6g}, {difference}", worst.bound + TOLERANCE
+        at = f"gradient {worst.given:.6g}, difference {worst.slope.value:.6g}"
+        name, limit = f"relative error of {worst.name}", worst.bound + TOLERANCE
         return [
             none(f"wrong {what}", [c.name for c in wrong], of=len(comparisons), key="wrong"),
-            at_most(f"relative error of {worst.name}", worst.error, limit, where=at, key="error"),
-            note(f"{len(comparisons)} {what}", errors, key="errors"),
-            note(f"{len(vague)} undecided", bounds, key="bounds"),
+            at_most(name, worst.error, limit, where=at, key="error"),
+            note(f"{len(vague)} undecided", {c.name: c.error for c in comparisons}, key="errors"),
         ]
 
 

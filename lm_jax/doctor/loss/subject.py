@@ -18,10 +18,12 @@ from lm_jax.doctor.numbers import FLOAT32_EPS as EPS
 
 SPREAD = 3.0  # standard deviation of random logits
 NUMBERS = 2**21  # logits of an ordinary call, about; no call has more than eight times as many
+OBJECTIVES = one_of("causal", "bidirectional")
 NARROW = Bound("give at most 524,288", lambda v: v <= 2**19)  # V
 TOLD = 2  # differences of one kind that are told
 COARSE = 0.25  # a gradient of weight x (softmax - one-hot) that is known no better is not judged
 
+Function = Annotated[Callable[..., Any], function]
 Places = tuple[np.ndarray, np.ndarray, np.ndarray]  # row, position and vocabulary entry of logits
 
 
@@ -41,34 +43,25 @@ class Batch(NamedTuple):
 class Subject(Facts):
     """Examine a loss function of any framework.
 
-    A loss that JAX can differentiate gets JAX arrays, any other NumPy arrays. Its gradients then
-    come from its attribute `gradient(logits, tokens, weights)`, that of the sum with respect to the
-    logits [B, T, V], if it has one, else from central differences.
+    It gets logits [B, T, V], tokens int32 [B, T] and weights float32 [B, T], and scores
+    logits[:, t] on tokens[:, t + 1] with weights[:, t + 1]. If JAX can differentiate it, these are
+    JAX arrays, else NumPy's; its gradients then come from its attribute `gradient(logits, tokens,
+    weights)`, that of the sum by the logits, if it has one, else from central differences.
     """
 
-    loss_fn: Annotated[
-        Callable[..., Any],
-        "(logits [B, T, V], tokens int32 [B, T], weights float32 [B, T]) -> (sum of nats, sum of "
-        "weights). It shifts: logits[:, t] are scored on tokens[:, t + 1] with weights[:, t + 1].",
-        function,
-    ]
+    loss_fn: Annotated[Function, "(logits, tokens, weights) -> (sum of nats, sum of weights)."]
     _: dataclasses.KW_ONLY
     vocab_size: Annotated[int, "V, at most 2^19.", whole(2), NARROW]
     seq_len: Annotated[int, "T of the longest call, less where V x T exceeds 2^21.", whole(4)]
     batch_size: Annotated[int, "B of ordinary calls; fewer rows if V is large.", whole(2)] = 4
     seed: Annotated[int, "of the random logits, tokens and weights.", whole()] = 0
-    objective: Annotated[
-        str,
-        "causal; or bidirectional, where logits[:, t] are scored on tokens[:, t].",
-        one_of("causal", "bidirectional"),
-    ] = "causal"
+    objective: Annotated[str, "causal; or bidirectional, without the shift.", OBJECTIVES] = "causal"
 
     def __post_init__(self) -> None:
         """Sizes of calls."""
         super().__post_init__()
         V = self.vocab_size
-        # logits[:, t] are scored on tokens[:, t + ahead].
-        self.ahead = 1 if self.objective == "causal" else 0
+        self.ahead = int(self.objective == "causal")  # logits[:, t] are of tokens[:, t + ahead]
         # B and T of ordinary calls, and T of the longest, of a single row.
         self.rows = min(self.batch_size, max(2, NUMBERS // (4 * V)))
         self.length = max(4, min(self.seq_len, 64, NUMBERS // (self.rows * V)))
@@ -99,21 +92,18 @@ class Subject(Facts):
         """The loss, the gradient of its sum by the logits if there is one, and where it is from."""
         if hook := getattr(self.loss_fn, "gradient", None):
             return self.loss_fn, hook, "loss_fn.gradient"
-        gradient = jax.grad(lambda *arrays: self.loss_fn(*arrays)[0])
-        compiled = jax.jit(self.loss_fn), jax.jit(gradient), "JAX, compiled"
-        how = ""
-        for found in (compiled, (self.loss_fn, gradient, "JAX, not compiled")):
-            try:
-                found[1](*map(jnp.asarray, self.batch()))
-                return found
-            except Exception as error:  # reported: gradients then come from central differences
-                how = f"central differences, as JAX cannot trace it ({type(error).__name__})"
-        return self.loss_fn, None, how
+        gradient = jax.jit(jax.grad(lambda *arrays: self.loss_fn(*arrays)[0]))
+        try:
+            gradient(*map(jnp.asarray, self.batch()))
+        except Exception as error:  # reported: gradients then come from central differences
+            how = f"central differences, as JAX cannot trace it ({type(error).__name__})"
+            return self.loss_fn, None, how
+        return jax.jit(self.loss_fn), gradient, "JAX"
 
     @property
     def by_jax(self) -> bool:
         """Whether JAX differentiates the loss; the same program then rounds alike every time."""
-        return self.functions[2].startswith("JAX")
+        return self.functions[2] == "JAX"
 
     def arguments(self, batch: Batch) -> list[Any]:
         """The batch in the kind of array that the loss gets, safe to write to."""
@@ -214,6 +204,13 @@ class Errors(dict[str, tuple[float, float]]):
         """Compare `a` and `b`."""
         self[what] = numbers.gap(a, b), limit
 
+    def change(self, subject: Subject, why: str, old: Batch, new: Batch, places: Places) -> None:
+        """Compare sum, count and gradient of two batches."""
+        (before, rounding), (after, _) = (subject.slopes(b, places) for b in (old, new))
+        what = f"change of sum or count with {why}"
+        self.add(what, subject(new), subject(old), subject.rounding(old))
+        self.add(f"change of the gradient with {why}", after, before, rounding)
+
     def measures(self, **more: Any) -> list[Measure]:
         """The first beyond their limit, else the nearest to it; see `findings.holds` for `more`.
 
@@ -223,18 +220,13 @@ class Errors(dict[str, tuple[float, float]]):
         found = {w: at_most(w, *pair, **more) for w, pair in self.items() if w not in vague}
         wrong = [measure for measure in found.values() if measure.status != "pass"]
         told, rest = wrong[:TOLD], [measure.what for measure in wrong[TOLD:]]
-        if rest:
-            told.append(note(f"{len(rest)} more like that", rest, key="more"))
+        told += [note(f"{len(rest)} more like that", rest, key="more")] if rest else []
         if found and not told:
             told = [found[max(found, key=lambda what: self[what][0] / (self[what][1] or 1))]]
         return told + [note(f"{w}: not judged, known to {self[w][1]:.2g} only") for w in vague]
 
 
-@check(
-    "Let it take logits [B, T, V], tokens [B, T] and weights [B, T] and return two finite "
-    "scalars: the sum of nats and the sum of the weights scored.",
-    gate=True,
-)
+@check("Return two finite scalars: the sum of nats and of the weights scored.", gate=True)
 def contract(subject: Subject) -> list[Measure]:
     """An ordinary batch gives two finite scalars, the second above 0."""
     total, count = subject(subject.batch())

@@ -30,24 +30,21 @@ def oracle(subject: Subject) -> list[Measure]:
     ]
 
 
-@check(
-    "Shift labels and weights along the time axis before flattening: drop the last logits and the "
-    "first token of every row, and do not roll tokens around."
-)
+@check("Shift labels and weights before flattening, and do not roll tokens around.")
 def row_crossing(subject: Subject) -> list[Measure]:
     """The last logits of a row predict nothing: no label of another row, and not its own first."""
     batch, off = subject.batch(), Errors()
     if subject.ahead:
         batch.weights[:, -1] = 1
-        weight, token, logits = (batch.copy() for _ in range(3))
-        weight.weights[:, 0] = 1 - weight.weights[:, 0]
-        token.tokens[:, 0] = (token.tokens[:, 0] + 1) % subject.vocab_size
-        logits.logits[:, -1] *= -1
-        changed = {"weight of the first token": weight, "first token": token, "last logits": logits}
-        total, limit = subject(batch), subject.rounding(batch)
-        for name, case in changed.items():
-            what = f"change of sum or count with the {name}"
-            off.add(what, subject(case), total, limit)
+        changed = batch.copy()
+        changed.weights[:, 0] = 1 - changed.weights[:, 0]
+        changed.tokens[:, 0] = (changed.tokens[:, 0] + 1) % subject.vocab_size
+        changed.logits[:, -1] *= -1
+        names = dict(weights="first weight", tokens="first token", logits="last logits")
+        for field, name in names.items():
+            case = batch._replace(**{field: getattr(changed, field)})
+            what, limit = f"change of sum or count with the {name}", subject.rounding(batch)
+            off.add(what, subject(case), subject(batch), limit)
     batch.weights[:, [0, -1]] = 1
     row = subject.rows // 2
     others = np.arange(subject.rows) != row
@@ -66,42 +63,27 @@ def row_crossing(subject: Subject) -> list[Measure]:
 @check("Mask padding in the sum and in the count by the same weights.")
 def padding(subject: Subject) -> list[Measure]:
     """Further columns and rows of weight 0 change neither the value nor the gradient."""
-    batch = subject.batch()
-    places = subject.places(batch)
-    before, (slopes, rounding) = subject(batch), subject.slopes(batch, places)
-    off = Errors()
+    batch, off = subject.batch(), Errors()
     for name, pad in {"1 column": ((0, 0), (0, 1)), "7 columns, 1 row": ((0, 1), (0, 7))}.items():
         logits = np.pad(batch.logits, (*pad, (0, 0)), mode="reflect")
         larger = Batch(logits, np.pad(batch.tokens, pad), np.pad(batch.weights, pad))
-        after, (slopes_after, _) = subject(larger), subject.slopes(larger, places)
+        off.change(subject, f"{name} more", batch, larger, subject.places(batch))
         b, t, v = subject.places(larger, draw=1)
         # The column before the padding would predict its first token.
         outside = (b >= subject.rows) | (t >= subject.length - subject.ahead)
-        pushed, _ = subject.slopes(larger, (b[outside], t[outside], v[outside]))
-        exact = 0 if subject.by_jax else rounding
-        off.add(f"change of sum or count with {name} more", after, before, subject.rounding(batch))
-        off.add(f"change of the gradient with {name} more", slopes_after, slopes, rounding)
-        off.add(f"gradient of the padding, {name}", pushed, 0, exact)
+        pushed, rounding = subject.slopes(larger, (b[outside], t[outside], v[outside]))
+        off.add(f"gradient of the padding, {name}", pushed, 0, 0 if subject.by_jax else rounding)
     return off.measures()
 
 
-@check(
-    "Replace logits, labels and nats of weight 0 by constants with where() before they are used: "
-    "0 x NaN is NaN, and labels outside the vocabulary wrap or give NaN."
-)
+@check("Replace logits and labels of weight 0 by constants with where(): 0 x NaN is NaN.")
 def masked(subject: Subject) -> list[Measure]:
-    """Logits and labels of weight 0 may be anything.
-
-    What no healthy pipeline puts there (NaN, labels outside the vocabulary) is a warning.
-    """
-    batch = subject.batch()
+    """Logits and labels of weight 0 may be anything; what no healthy data hold only warns."""
+    batch, junk = subject.batch(), {}
     keep = batch.weights[:, subject.ahead :] > 0
     scored = np.pad(keep, ((0, 0), (0, subject.ahead)))
     b, t, v = subject.places(batch)
     at = scored[b, t]
-    places = b[at], t[at], v[at]
-    before, (slopes, rounding) = subject(batch), subject.slopes(batch, places)
-    junk = {}
     for logit in (1e4, 1e30, math.inf, math.nan):
         junk[f"logits of {logit:g} at weight 0"] = changed = batch.copy()
         changed.logits[~scored] = logit
@@ -112,26 +94,20 @@ def masked(subject: Subject) -> list[Measure]:
     for name, changed in junk.items():
         off = ordinary if "of 10000 " in name or "of 0 " in name else hazards
         try:
-            after, (slopes_after, _) = subject(changed), subject.slopes(changed, places)
+            off.change(subject, name, batch, changed, (b[at], t[at], v[at]))
         except Broken as refusal:
             refused.append(note(f"{name} are refused: {refusal}"))
-            continue
-        off.add(f"change of sum or count with {name}", after, before, subject.rounding(batch))
-        off.add(f"change of the gradient with {name}", slopes_after, slopes, rounding)
     return ordinary.measures() + hazards.measures(otherwise="warn") + refused
 
 
-@check(
-    "Return (0, 0) and leave the division to one place that guards it; do not divide by a "
-    "count inside."
-)
+@check("Return (0, 0), and divide by the count in one place alone, which guards it.")
 def nothing_scored(subject: Subject) -> list[Measure]:
     """Without a scored token sum, count and gradient are 0; an empty row does no harm."""
-    row = subject.batch()
+    row, off = subject.batch(), Errors()
     row.weights[0] = 0
-    off, others = Errors(), Batch(*(a[1:] for a in row))
+    others = subject(Batch(*(a[1:] for a in row)))
     what = "change of sum or count if a row of weight 0 is left out"
-    off.add(what, subject(row), subject(others), subject.rounding(row))
+    off.add(what, subject(row), others, subject.rounding(row))
     none = row._replace(weights=np.zeros_like(row.weights))
     try:
         total, count = subject(none)
@@ -144,15 +120,9 @@ def nothing_scored(subject: Subject) -> list[Measure]:
     return found + off.measures()
 
 
-@check(
-    "Refuse labels outside [0, V) wherever the weight is positive, on the host, or turn "
-    "them into NaN: an index of -100 wraps to token V - 100."
-)
+@check("Refuse scored labels outside [0, V) on the host: -100 would wrap to token V - 100.")
 def label_range(subject: Subject) -> list[Measure]:
-    """A scored label outside [0, V) is refused, gives NaN, or is left out; never another token.
-
-    A warning: a pipeline without such labels is healthy (examine_data: data.ids).
-    """
+    """A scored label outside [0, V) is refused, gives NaN, or is left out; never another token."""
     batch = subject.batch()
     place = 1, subject.ahead + 1
     batch.weights[place] = 0
@@ -179,11 +149,9 @@ def label_range(subject: Subject) -> list[Measure]:
                 return f"scored as token {token}"
         return "counted at no cost" if gap(result[0], without[0]) <= limit else "scored as no token"
 
-    found = {
-        label: answer(label) for label in (-1, -100, subject.vocab_size, subject.vocab_size + 7)
-    }
+    labels = -1, -100, subject.vocab_size, subject.vocab_size + 7
     fine = "refused", "not a number", "left out"
     return [
         holds(said in fine, f"label {x} with weight 1", said, otherwise="warn", key=str(x))
-        for x, said in found.items()
+        for x, said in zip(labels, map(answer, labels), strict=True)
     ]

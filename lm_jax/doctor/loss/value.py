@@ -16,16 +16,11 @@ ROWS = 8  # that are scored at once and in parts
 
 
 @check(
-    "Report the sum of weight x (logsumexp(logits) - logit of the target), in nats and float32, of "
-    "logits that no softmax has seen, and the sum of the same weights; keep smoothing, class "
-    "weights and auxiliary terms in another value. The gradient is weight x (softmax - one-hot)."
+    "Return the sum of weight x (logsumexp(logits) - logit of the target) in nats and that of the "
+    "weights; keep smoothing, class weights and auxiliary terms in another value."
 )
 def definition(subject: Subject) -> list[Measure]:
-    """Mean nats and gradient are those of the definition in float64.
-
-    Equal logits cost ln V whatever the padding, and perfect predictions nothing: sum and count are
-    of the same tokens, and nothing is added to the reported number.
-    """
+    """Mean nats, count and gradient are those of the definition, however rows are padded."""
     batch, (rows, length) = subject.batch(), (subject.rows, subject.length)
     index, lengths = np.arange(length), np.linspace(2, length, rows).astype(int)[:, None]
     patterns = {
@@ -65,10 +60,7 @@ def definition(subject: Subject) -> list[Measure]:
     return off.measures()
 
 
-@check(
-    "Multiply each token's nats by its weight, and count the weights; or give it no other weights "
-    "than 0 and 1."
-)
+@check("Multiply nats by weights and count the weights, or give it no weights but 0 and 1.")
 def fractional_weights(subject: Subject) -> list[Measure]:
     """Sum and count are linear in the weights; a loss of masks is not, and does no harm so far."""
     batch = subject.batch()
@@ -83,10 +75,7 @@ def fractional_weights(subject: Subject) -> list[Measure]:
     return off.measures(otherwise="warn")
 
 
-@check(
-    "Return plain sums, never means: sums of parts add up to the whole, means of unequal parts do "
-    "not. Divide the sum by the count only where the update is made."
-)
+@check("Return plain sums, never means; divide by the count only where the update is made.")
 def split(subject: Subject) -> list[Measure]:
     """Sums and counts of parts of any size add up to those of the whole."""
     batch, off = subject.batch(rows=ROWS), Errors()
@@ -115,10 +104,7 @@ def _draws(subject: Subject, name: str, kind: Any, rows: int, length: int) -> li
 
 @check("Cast logits to float32 before the log-softmax; add up nats and weights in float32.")
 def dtype(subject: Subject) -> list[Measure]:
-    """Sum and count are as exact as float32, also over many tokens and of bfloat16 logits.
-
-    The last is a warning: a model that hands over float32 never meets it.
-    """
+    """Sum and count are as exact as float32; of bfloat16 logits, which few meet, a warning."""
     for case in (subject.batch(1, length=4), subject.oracle(subject.batch(), subject.ahead, 20.0)):
         exact, scored = subject.expected(case)
         if not abs(subject.mean(case) - exact / scored) <= 0.1 + 0.02 * exact / scored:
@@ -131,10 +117,7 @@ def dtype(subject: Subject) -> list[Measure]:
         return [*found, note(f"bfloat16 logits are refused: {refusal}")]
 
 
-@check(
-    "Use logsumexp, not log(softmax); where where() hides log(0), make its argument safe "
-    "with a second where()."
-)
+@check("Use logsumexp, not log(softmax), and make the argument of a log safe inside a where().")
 def extreme_logits(subject: Subject) -> list[Measure]:
     """Logits of +-8192 give the exact sum and finite gradients, where a weight is 0 as well."""
     batch = subject.batch()

@@ -10,10 +10,7 @@ from lm_jax.doctor.checks import check, fixture
 from lm_jax.doctor.facts import Skip
 from lm_jax.doctor.findings import Measure, at_most, holds, none, note
 from lm_jax.doctor.numbers import FLOAT32_EPS
-from lm_jax.doctor.optimiser.loop import Point
-from lm_jax.doctor.optimiser.subject import UPDATES, Subject
-
-_SAMPLE = 1_000_000  # elements that tell the weights of an average
+from lm_jax.doctor.optimiser.subject import UPDATES, Point, Subject
 
 
 class Shrunk(NamedTuple):
@@ -25,11 +22,8 @@ class Shrunk(NamedTuple):
     leaf: np.ndarray
 
 
-Leaves = dict[str, Shrunk]
-
-
 @fixture
-def shrunk(still: list[Point]) -> Leaves:
+def shrunk(still: list[Point]) -> dict[str, Shrunk]:
     """How every floating leaf changed over the updates without a gradient."""
     rows = {}
     for name, leaf in still[0].params.items():
@@ -44,74 +38,56 @@ def shrunk(still: list[Point]) -> Leaves:
     return rows
 
 
-@fixture
-def declared(shrunk: Leaves, decayed: Any = None) -> dict[str, bool]:
-    """The leaves that are said to decay; if none are, any but vectors and scalars may."""
-    if decayed is None:
-        return {name: x.leaf.ndim >= 2 and x.log != 0 for name, x in shrunk.items()}
-    return {name: bool(x) for name, x in trees.named(decayed).items()}
-
-
-@fixture
-def decays(weight_decay: float, first_rates: list[float]) -> list[float]:
-    """Relative decay that is due at each update."""
-    return [rate * weight_decay for rate in first_rates]
-
-
 @check(
-    "Mask the decay by leaf name, so that it reaches the matrices only: optax.adamw decays every "
-    "leaf unless it is given a mask. Apply it as params -= lr * weight_decay * params to float32 "
-    "parameters, beside the update and not through the gradient."
+    "Mask the decay, so that it reaches the matrices only (optax.adamw decays every leaf), and "
+    "apply it beside the update, params -= lr * weight_decay * params, to float32 parameters."
 )
 def decay(
-    subject: Subject, shrunk: Leaves, declared: dict[str, bool], decays: list[float] | None = None
+    subject: Subject, shrunk: dict[str, Shrunk], first_rates: list[float] | None = None
 ) -> list[Measure]:
     """Without gradients leaves declared to decay shrink as they should, and no other one moves."""
-    coupled = {name: x.rest for name, x in shrunk.items() if not x.rest <= UPDATES * x.eps}
-    shrink = [name for name, x in shrunk.items() if x.log != 0 and name not in coupled]
-    due = {name: x for name, x in shrunk.items() if declared.get(name)}
-    size = f"by {max(coupled.values(), default=0):.1e} of their size"
+    coupled = [name for name, x in shrunk.items() if not x.rest <= UPDATES * x.eps]
+    due = {name: x for name, x in shrunk.items() if x.leaf.ndim >= 2 and x.log != 0}
+    if subject.decayed is not None:
+        declared = trees.named(subject.decayed)
+        due = {name: x for name, x in shrunk.items() if declared.get(name)}
+    undue = [n for n, x in shrunk.items() if x.log != 0 and n not in coupled and n not in due]
     other = "leaves that move other than by shrinking, with zero gradients"
-    undue = [name for name in shrink if name not in due]
     found = [
-        none(other, coupled, of=len(shrunk), where=size, key="coupled"),
+        none(other, coupled, key="coupled"),
         none("leaves that shrink though not declared to", undue, key="wrong"),
     ]
-    if decays is None:
+    if first_rates is None or subject.weight_decay is None:
         missing = [name for name, x in due.items() if x.log == 0 and subject.weight_decay != 0]
         return [*found, none("leaves declared to shrink that do not", missing, key="amount")]
+    decays = subject.weight_decay * np.array(first_rates)
     if small := [x for x in decays if 0 < x < 4 * FLOAT32_EPS]:
-        lost = f"a decay of {small[0]:.1g} at update {subject.first_update} is lost in float32"
+        lost = f"a decay of {small[0]:.1g} is lost in float32"
         return [*found, note(f"{lost}: let init_fn start past the warm-up and name first_update")]
-    expected = float(np.log1p(np.negative(decays)).sum())
+    expected = float(np.log1p(-decays).sum())
     amounts = {}
     for name, x in due.items():
         # Each update rounds every element to half an eps, independently: 6 SE of the projection;
         # float32 arithmetic of the schedule: 1e-4 of the decay itself.
         allowed = 3 * x.eps * (UPDATES / x.leaf.size) ** 0.5 + 1e-4 * abs(expected)
-        if x.log == 0 != expected:
-            amounts[name] = f"{name} not at all, in {x.leaf.dtype}"
-        elif not abs(x.log - expected) <= allowed:
-            amounts[name] = f"{name} by {np.exp(x.log):.8f}"
+        if x.log == 0 != expected or not abs(x.log - expected) <= allowed:
+            by = f"by {np.exp(x.log):.8f}" if x.log else "not at all"
+            amounts[name] = f"{name} {by}, in {x.leaf.dtype}"
     where = next(iter(amounts.values()), "")
     what = f"leaves that do not shrink by {np.exp(expected):.8f}, the product of (1 - lr decay)"
-    return [*found, none(what, amounts, of=len(due), where=where, key="amount")]
+    return [*found, none(what, amounts, where=where, key="amount")]
 
 
-@check(
-    "Warm the decay up, min(decay, (1 + t) / (10 + t)), or start from zero and divide by "
-    "1 - decay^t."
-)
+@check("Warm the decay up, min(decay, (1 + t) / (10 + t)), or divide by 1 - decay^t.")
 def ema(subject: Subject, ema_of: Any, good: list[Point]) -> list[Measure]:
     """The average's weights sum to 1, and the start has next to none at the first evaluation."""
     totals, shares = zip(*(_weights(good[: t + 1]) for t in range(1, len(good))), strict=True)
     ratio = float(np.clip(shares[-1] / shares[-2], 0, 1)) if shares[-2] > 0 else 0.0
     left = max(shares[-1], 0.0) * ratio ** max(0, subject.first_eval - UPDATES)
-    what = f"sum of the average's weights after {UPDATES} updates"
-    total, unit = totals[-1], abs(totals[-1] - 1) <= 1e-3  # the average of constants is their value
+    unit = abs(totals[-1] - 1) <= 1e-3  # the average of constants is their value
     first = f"the start's weight at update {subject.first_eval}, the first evaluation"
     return [
-        holds(unit, what, total, limit="expected 1", key="total"),
+        holds(unit, "sum of the average's weights", totals[-1], limit="expected 1", key="total"),
         at_most(first, left, 0.01, key="left"),
     ]
 
@@ -121,10 +97,7 @@ def _weights(points: list[Point]) -> tuple[float, float]:
 
     Least squares of the average in the parameters so far, written as the start and the moves.
     """
-    averaged = points[-1].average
-    every = max(1, sum(x.size for x in averaged.values()) // _SAMPLE)
-    trail = [averaged, *(point.params for point in points)]
-    y, *visited = (trees.flat({n: x.ravel()[::every] for n, x in at.items()}) for at in trail)
+    y, *visited = map(trees.flat, (points[-1].average, *(point.params for point in points)))
     if not np.isfinite([y, *visited]).all():
         raise Skip("Parameters or their average are not finite.")
     X = np.stack([visited[0], *np.diff(visited, axis=0)], axis=1)

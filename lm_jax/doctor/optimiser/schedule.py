@@ -8,9 +8,9 @@ from lm_jax.doctor.checks import check, fixture
 from lm_jax.doctor.facts import Broken, call
 from lm_jax.doctor.findings import Measure, at_most, holds, listed, note, shown
 from lm_jax.doctor.numbers import gap
-from lm_jax.doctor.optimiser.loop import Point, logged
-from lm_jax.doctor.optimiser.subject import UPDATES, Subject
+from lm_jax.doctor.optimiser.subject import UPDATES, Point, Subject, logged
 
+Plan = tuple[np.ndarray, np.ndarray]  # updates of the run and their learning rates
 _LOOKS = 200  # updates of a run whose learning rate is asked for
 
 
@@ -29,9 +29,6 @@ def rate(learning_rate: Callable[..., float]) -> Callable[[int], float]:
 def first_rates(subject: Subject, rate: Callable[[int], float]) -> list[float]:
     """Learning rates of the updates that a fresh state makes first."""
     return [rate(subject.first_update + i) for i in range(UPDATES)]
-
-
-Plan = tuple[np.ndarray, np.ndarray]  # updates of the run and their learning rates
 
 
 @fixture
@@ -56,8 +53,7 @@ def last_lr(plan: Plan, steps: int, end_lr: float) -> list[Measure]:
     """The last update has the declared learning rate, and it was not reached long before."""
     at, rates = plan
     last, peak = float(rates[-1]), float(rates.max())
-    # One update's change beside 5 %: schedules differ on whether the end is reached at the last
-    # update or would be at the one after it.
+    # One update's change beside 5 %: some schedules would reach their end one update later.
     limit = 0.05 * end_lr + float(np.abs(np.diff(rates[-2:])).sum()) + 1e-6 * peak
     above = at[np.abs(rates - end_lr) > limit]
     idle = float(1 - (above[-1] + 1) / steps) if len(above) else 0.0
@@ -71,10 +67,7 @@ def last_lr(plan: Plan, steps: int, end_lr: float) -> list[Measure]:
     ]
 
 
-@check(
-    "Shorten the warm-up, or count it in the same unit as the run, so that the peak comes within "
-    "its first fifth."
-)
+@check("Shorten the warm-up, or count it in the same unit as the run.")
 def warmup(plan: Plan, steps: int) -> Measure:
     """The learning rate peaks within the first fifth of the run."""
     at, rates = plan
