@@ -92,13 +92,16 @@ class Subject(Facts):
         """The loss, the gradient of its sum by the logits if there is one, and where it is from."""
         if hook := getattr(self.loss_fn, "gradient", None):
             return self.loss_fn, hook, "loss_fn.gradient"
-        gradient = jax.jit(jax.grad(lambda *arrays: self.loss_fn(*arrays)[0]))
-        try:
-            gradient(*map(jnp.asarray, self.batch()))
-        except Exception as error:  # reported: gradients then come from central differences
-            how = f"central differences, as JAX cannot trace it ({type(error).__name__})"
-            return self.loss_fn, None, how
-        return jax.jit(self.loss_fn), gradient, "JAX"
+        gradient = jax.grad(lambda *arrays: self.loss_fn(*arrays)[0])
+        how = ""
+        for wrap in (jax.jit, lambda fn: fn):  # a loss may ask for values, which compiling forbids
+            found = wrap(self.loss_fn), wrap(gradient), "JAX"
+            try:
+                found[1](*map(jnp.asarray, self.batch()))
+                return found
+            except Exception as error:  # reported: gradients then come from central differences
+                how = f"central differences, as JAX cannot trace it ({type(error).__name__})"
+        return self.loss_fn, None, how
 
     @property
     def by_jax(self) -> bool:

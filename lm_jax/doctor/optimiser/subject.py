@@ -31,14 +31,19 @@ class Subject(Facts):
     The loop is a whole step or only its second half, from gradients on. It always starts from
     fresh copies of `params`, so that it may donate or overwrite what it is given; the host holds a
     few copies of the state meanwhile. States may hold modules and optimisers of PyTorch. Metrics
-    are `optim/` and `lr`, `grad_norm`, `grad_norm_clipped` or `skipped_updates`.
+    that are read: `optim/lr`, `optim/grad_norm`, `optim/grad_norm_clipped`,
+    `optim/skipped_updates`.
     """
 
     params: Annotated[Any, "tree of arrays to start from; of a module its named_parameters."] = None
     init_fn: Annotated[Function, "`(params) -> state`, or `-> opt_state` without `step_fn`."] = None
     step_fn: Annotated[Function, "`(state, batch) -> state` or `(state, metrics)`."] = None
     params_of: Annotated[Function, "`(state) -> params`."] = None
-    batch: Annotated[Any, "for `step_fn`, `gradient_fn`; best a dict of ragged `weights`."] = None
+    batch: Annotated[
+        Any,
+        "what `step_fn` and `gradient_fn` read; for the accumulation a dict whose `weights` "
+        "[B, ...] leave rows with unequal numbers of scored tokens.",
+    ] = None
     empty_batch: Annotated[Any, "one without a scored token, so that its gradient is 0."] = None
     bad_batch: Annotated[Any, "one whose gradient is not finite."] = None
     calls_per_update: Annotated[int, "calls of `step_fn` that make one update.", whole(1)] = 1
@@ -52,17 +57,23 @@ class Subject(Facts):
     gradient_fn: Annotated[
         Function, "`(params, batch, micro_batches) -> grads` of the mean nats, without dropout."
     ] = None
-    micro_batches: Annotated[Sequence[int] | None, "numbers to compare with one.", _counts] = None
+    micro_batches: Annotated[
+        Sequence[int] | None, "the numbers of micro-batches to compare with one.", _counts
+    ] = None
     compute_dtype: Annotated[str, "of the passes, which sets rounding.", _dtype] = "float32"
     learning_rate: Annotated[Function, "`(update) -> float`."] = None
     steps: Annotated[int | None, "updates of the run.", whole(1)] = None
     end_lr: Annotated[Number, "learning rate declared for the last update."] = None
     weight_decay: Annotated[Number, "decoupled, in params -= lr weight_decay params."] = None
-    decayed: Annotated[Any, "tree like `params`, true where a leaf decays; None: matrices."] = None
+    decayed: Annotated[Any, "tree like `params`, true where it decays; None: matrices alone."] = (
+        None
+    )
     clip_norm: Annotated[Number, "largest norm of the whole gradient; None or 0: any."] = None
     ema_of: Annotated[Function, "`(state) -> average of params`, as evaluation uses it."] = None
     first_eval: Annotated[int, "updates before the average is first evaluated.", whole(1)] = 100
-    unused: Annotated[Collection[str], "leaves, or what holds them, that may stay.", _names] = ()
+    unused: Annotated[
+        Collection[str], "leaves, or what holds them, that need not move.", _names
+    ] = ()
     seed: Annotated[int, "of the noise.", whole()] = 0
 
     def __post_init__(self) -> None:

@@ -11,6 +11,7 @@ from lm_jax.doctor import trees
 from lm_jax.doctor.checks import check, fixture
 from lm_jax.doctor.facts import Broken, Skip, call, give
 from lm_jax.doctor.findings import Measure, at_least, at_most, equals, holds, listed, none, note
+from lm_jax.doctor.numbers import FLOAT32_EPS
 from lm_jax.doctor.optimiser.subject import UPDATES, Half, Loop, Point, Subject, logged
 from lm_jax.doctor.training.subject import unmoved
 
@@ -18,11 +19,16 @@ Gradient = Callable[[int], trees.Arrays]  # of the batch in so many pieces
 
 
 @check("Look for a cut gradient or leaves the optimiser lacks; declare frozen ones with unused=.")
-def updates(good: list[Point], unused: Iterable[str]) -> list[Measure]:
+def updates(
+    good: list[Point], unused: Iterable[str], first_rates: list[float] | None = None
+) -> list[Measure]:
     """Every leaf has moved after the first updates."""
     start, end = good[0].params, good[-1].params
     read = {n: x for n, x in start.items() if trees.is_floating(x.dtype) and not trees.is_mask(x)}
     read = {n: x for n, x in read.items() if not any(f"{n}/".startswith(f"{u}/") for u in unused)}
+    # An early warm-up may move less than float32 resolves at a leaf's scale.
+    rate = max(first_rates or [0.0]) or np.inf
+    read = {n: x for n, x in read.items() if not rate < FLOAT32_EPS * np.abs(x).max(initial=0)}
     still, what = unmoved(read, end), f"leaves unchanged after {UPDATES} updates"
     return [
         none("leaves that are not finite", trees.nonfinite(end), of=len(end), key="nonfinite"),
