@@ -65,9 +65,7 @@ class Subject(Facts):
     steps: Annotated[int | None, "updates of the run.", whole(1)] = None
     end_lr: Annotated[Number, "learning rate declared for the last update."] = None
     weight_decay: Annotated[Number, "decoupled, in params -= lr weight_decay params."] = None
-    decayed: Annotated[Any, "tree like `params`, true where it decays; None: matrices alone."] = (
-        None
-    )
+    decayed: Annotated[Any, "tree like `params`, true where it decays; None: matrices."] = None
     clip_norm: Annotated[Number, "largest norm of the whole gradient; None or 0: any."] = None
     ema_of: Annotated[Function, "`(state) -> average of params`, as evaluation uses it."] = None
     first_eval: Annotated[int, "updates before the average is first evaluated.", whole(1)] = 100
