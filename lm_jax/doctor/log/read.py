@@ -154,7 +154,7 @@ def _tables(path: pathlib.Path, given: dict[str, str]) -> Iterator[tuple[str, Ta
     text = _text(path)
     if re.match(r"\s*[{\[]\s*([\"'{}\[]|[-+.e\d]+\s*,)", text):
         yield f"JSON without a list of steps and losses; {_HELP}", formats.read_json(text)
-    if re.match(r"\s*([-+.,;:/e\d \t]*\d[-+.,;:/e\d \t]*(\n|\Z)){2}", text):
+    if re.match(r"\s*([-+.,;:/e \t]*\d[-+.,;:/e\d \t]*(\n|\Z)){2}", text):
         looks = "numbers without names; name them in a first line like step,loss or in every line"
     else:
         looks = f"console text without a step and a loss in any line; {_HELP}"
