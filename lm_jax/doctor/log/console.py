@@ -4,7 +4,7 @@ import re
 from collections.abc import Collection
 
 from lm_jax.doctor.log.formats import Row, Table
-from lm_jax.doctor.log.names import FACTORS, METRICS, is_result, meaning, metric_of, split_of, words
+from lm_jax.doctor.log.names import FACTORS, is_result, meaning, metric_of, split_of, words
 
 _NUMBER = (
     r"[-+]?(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d*)?|\.\d+)(?:e[-+]?\d+)?"
@@ -31,11 +31,10 @@ _SPLIT = re.compile(
 _PLACE = re.compile(r"\b[a-z_][\w.]*:[a-z_<][\w<>.]*:\d+ -", re.I)  # "__main__:train:12 -"
 _FIRST = re.compile(rf"^(\d+)(?:\s*[|:]\s+| (?=[a-z]+ (?:{_NUMBER})$))", re.I)  # "250 val 6.1"
 _STEP = re.compile(r"\[(\d+)\] (?!step|iter|epoch)(?=\w+=)", re.IGNORECASE)  # "[10] loss=3.2"
-_COLOUR = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
-_QUOTES, _BRACKETS = re.compile("['\"]"), re.compile(r"[\[\]{}<>]")
+_NOISE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|['\"]")  # colours and quotes
 _FEW = 4  # rows that are no accident, though no step stands in them
+_RESULTS = ("train/", "valid/", "test/")
 _LONGEST = 5000  # characters of a line
-_RESULTS = {name for name in METRICS if name.startswith(("train/", "valid/", "test/"))}
 _Line = tuple[Row, tuple[int, int] | None]
 
 
@@ -45,8 +44,8 @@ def read_console(text: str, given: Collection[str] = ()) -> Table | None:
     Lines with a value whose name is `given` count as well. Batches are counted on over the epochs.
     A line without a step has that of the line before it.
     """
-    text = _STEP.sub(r"step=\1 ", text)
-    text = _PLACE.sub("", _BRACKETS.sub("  ", _QUOTES.sub("", _COLOUR.sub("", text))))
+    text = _PLACE.sub("", _NOISE.sub("", _STEP.sub(r"step=\1 ", text)))
+    text = re.sub(r"[\[\]{}<>]", "  ", text)
     lines = [_line(line[:_LONGEST].strip()) for line in text.splitlines() if re.search(r"\d", line)]
     rows = _placed([line for line in lines if line[0]], given)
     placed = given or {"step", "data/epoch"} & {metric_of(name) for row in rows for name in row}
@@ -69,13 +68,13 @@ def _line(line: str) -> _Line:
     for between, name, value, unit in found:
         known = meaning(name)
         split = next(reversed(_SPLIT.findall(between)), split)
-        if known and known.implied and split_of(split) not in (None, "train"):
+        if known.implied and split_of(split) not in (None, "train"):
             name = f"{split.lower()} {name}"
         value = value.replace(",", "")
         if unit and (factor := FACTORS.get(unit.strip().lower())):
             value = f"{float(value) * factor:.10g}"
-        share = unit == "%" and metric_of(name).endswith(("step", "epoch", "loss", "ppl"))
-        unknown = known and known.metric == "perf/mfu" and float(value) < 0  # not measured yet
+        share = unit == "%" and known.metric.endswith(("step", "epoch", "loss", "ppl"))
+        unknown = known.metric == "perf/mfu" and float(value) < 0  # not measured yet
         if not share and not unknown:
             row[name] = value
     ahead = all(split_of(name) == "train" for name in said)
@@ -94,7 +93,7 @@ def _placed(lines: list[_Line], given: Collection[str]) -> list[Row]:
     for row, position in lines:
         names = {metric_of(name): name for name in reversed(row)}
         at, epoch = names.get("step", ""), names.get("data/epoch", "")
-        if {metric_of(name) for name in row} == {"data/epoch"} and not position:
+        if names.keys() == {"data/epoch"} and not position:
             heading = dict(row)  # "Epoch 1/6" above the lines of the epoch
         elif heading and not at and not epoch:
             row |= heading
@@ -107,16 +106,15 @@ def _placed(lines: list[_Line], given: Collection[str]) -> list[Row]:
         elif position and not at:
             row["step"] = batch
         if whole and within and not position:  # means over the epoch beside rows of it
-            implied = {n for n in row if (known := meaning(n)) and known.implied}
-            row = {(f"whole {n}" if n in implied else n): x for n, x in row.items()}
+            row = {(f"whole {n}" if meaning(n).implied else n): x for n, x in row.items()}
         told = {metric_of(name) for name in row} - {""}
         last = words(at)[-1] if at else ""  # no "max steps"
-        sure = last in ("step", "iter", "iteration") or (last == "batch" and not epochs)
-        if sure:
+        if last in ("step", "iter", "iteration") or (last == "batch" and not epochs):
             step = row[at]
         elif step and "step" not in told:
             row["step"] = step
-        kept = told & _RESULTS or (at and any(map(is_result, row))) or set(given) & row.keys()
+        kept = any(is_result(name) if at else metric_of(name).startswith(_RESULTS) for name in row)
+        kept = kept or set(given) & row.keys()
         if (kept or (step and told - {"step", "data/epoch", "data/tokens"})) and rows[-1:] != [row]:
             rows.append(row)
     return rows

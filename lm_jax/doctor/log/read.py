@@ -51,24 +51,18 @@ class LogFile(NamedTuple):
 def read_log(
     path: str | pathlib.Path, mapping: Mapping[str, str] | None = None, *, null_is_nan: bool = False
 ) -> LogFile:
-    """Read a log of any trainer.
-
-    Tables (CSV, TSV), JSON of any nesting, JSON lines, what trainers print, event files of
-    TensorBoard, or a folder with such files, of which the one with most training rows counts. A
-    row without a step has that of the row before it.
+    """Read a log of any trainer, or a folder, of which the log with most training rows counts.
 
     Args:
-        path: the file or folder.
-        mapping: name of a metric -> name of the file's column, like {"loss": "train_loss"}, for
-            columns whose names say too little. A metric is named as in `METRICS`, with "_" for
-            "/" (`valid_loss`) or by its last part (`loss` is `train/loss`).
+        path: tables (CSV, TSV), JSON of any nesting, JSON lines, what trainers print, or event
+            files of TensorBoard. A row without a step has that of the row before it.
+        mapping: metric -> column, like {"loss": "train_loss"}, for columns whose names say too
+            little. A metric is named as in `METRICS`, in full, with "_" or by its last part.
         null_is_nan: every null is a non-finite value, as this trainer writes it. Otherwise nulls
-            of a column that is logged in fewer than half of its rows, or just where another is
-            not, mean "not logged", as pandas and wandb write them.
+            in most rows of a column, or just where another is logged, mean "not logged".
 
     Raises:
-        ValueError: if there are no rows with a metric, if `mapping` names an unknown metric or one
-            twice, or a column that no record has.
+        ValueError: if there are no rows with a metric, or if `mapping` does not fit.
         OSError: if the file cannot be opened.
     """
     given: dict[str, str] = {}
@@ -175,12 +169,8 @@ def _text(path: pathlib.Path) -> str:
     utf16 = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     text = raw.decode("utf-16" if utf16 else "utf-8-sig", errors="replace")
     require(bool(text.strip()), f"{path} is empty", "give the log of a run that has begun")
-    strange = re.findall("[\0-\x07\x0e-\x1a\ufffd]", text[:4096])
-    require(
-        "\0" not in strange and len(strange) <= len(text[:4096]) / 10,
-        f"{path} is a binary file",
-        "give a CSV, JSON or JSONL file, what the trainer printed, or a folder of events",
-    )
+    remedy = "give a CSV, JSON or JSONL file, what the trainer printed, or a folder of events"
+    require("\0" not in text[:4096], f"{path} is a binary file", remedy)
     text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\b", "\n")
     text = re.sub(r"\A# *(?=.*\n[-+.\d])", "", text)  # a comment above numbers is their header
     return _WRAPPED.sub(r"\1", re.sub(r"(?m)^[ \t]*#.*$", "", text))
@@ -200,7 +190,12 @@ def _named(table: Table, given: Mapping[str, str], path: pathlib.Path) -> LogFil
             raise ValueError(f"mapping: no row of {path} has {column!r}; choose from {choice}.")
     count = Counter(key for row in rows for key, x in row.items() if number(x) is not None)
     columns, notes = dict(given), []
-    for metric, group in _candidates(count, given).items():
+    groups: dict[str, list[str]] = {}
+    for name in count:
+        if name not in given and (metric := names.metric_of(name)) not in ("", *given.values()):
+            groups.setdefault(metric, []).append(name)
+    for metric, group in groups.items():
+        group.sort(key=lambda n: (names.meaning(n).rank, -count[n], n))  # the surest first
         if metric == "step":  # rows may name it differently; _step counts calls of wandb
             group = [n for n in group if n[0] != "_"] or group
             first = {next((n for n in group if n in row), "") for row in rows}
@@ -227,18 +222,6 @@ def _named(table: Table, given: Mapping[str, str], path: pathlib.Path) -> LogFil
         )
     ignored = [name for name in present if name not in columns]
     return LogFile(_renamed(rows, columns), table.problems, columns, ignored, table.kind, notes)
-
-
-def _candidates(count: Counter[str], given: Mapping[str, str]) -> dict[str, list[str]]:
-    """The columns that may be a metric which is not given, the surest first."""
-    found = {n: m for n in count if n not in given and (m := names.meaning(n))}
-    trained = "train/loss" in {*given.values(), *(m.metric for m in found.values())}
-    groups: dict[str, list[str]] = {}
-    for name, (metric, _, implied) in found.items():
-        if metric not in given.values() and (trained or not implied):
-            groups.setdefault(metric, []).append(name)
-    surest = functools.partial(sorted, key=lambda n: (found[n].rank, -count[n], n))
-    return {metric: surest(group) for metric, group in groups.items()}
 
 
 def _renamed(rows: list[Row], columns: dict[str, str]) -> list[Row]:
@@ -271,23 +254,18 @@ def _count_on(rows: list[Row]) -> None:
 
 def _without_gaps(rows: list[Row]) -> list[Row]:
     """The rows without the nulls, and NaN of pandas, that stand for "not logged"."""
-    unsure = {name for row in rows for name, x in row.items() if _is_null(x)}
-    null, logged = (
-        {
-            n: frozenset(
-                i for i, row in enumerate(rows) if n in row and _is_null(row[n]) == is_null
-            )
-            for n in unsure
-        }
-        for is_null in (True, False)
-    )
-    others = set(logged.values())
-    gaps = set()
+    null: dict[str, set[int]] = {}
+    logged: dict[str, set[int]] = {}
+    for at, row in enumerate(rows):
+        for name, x in row.items():
+            (null if _is_null(x) else logged).setdefault(name, set()).add(at)
+    gaps, unsure = set(), null.keys() & logged.keys()
     for name in unsure:
+        missing, there = null[name], logged[name]
         # Of a training loss, NaN in most rows is what it says.
-        sure = names.metric_of(name) != "train/loss" or rows[min(null[name])][name] is None
-        between = len(null[name]) > len(logged[name]) > 0 and min(null[name]) < max(logged[name])
-        if logged[name] and (null[name] in others or (between and sure)):
+        sure = names.metric_of(name) != "train/loss" or rows[min(missing)][name] is None
+        between = sure and len(missing) > len(there) and min(missing) < max(there)
+        if between or any(missing == logged[other] for other in unsure):
             gaps.add(name)
     return [{k: x for k, x in row.items() if k not in gaps or not _is_null(x)} for row in rows]
 
