@@ -1,5 +1,6 @@
 """The rows of a file, under its own names: tables, JSON, event files of TensorBoard."""
 
+import contextlib
 import csv
 import importlib.util
 import json
@@ -13,7 +14,6 @@ from lm_jax.doctor.facts import require
 from lm_jax.doctor.log.names import FACTORS, is_result, metric_of, number, split_of
 
 EVENTS = "*tfevents*"
-_PLACES = ("step", "data/epoch")
 _MISSING = {"", "null", "none", "na", "n/a", "-", "no log"}
 _RULER = re.compile(r"\W*|sep=.")  # a line of a table without a value
 _PYTHON = {"'": '"', "None": "null", "True": "true", "False": "false", "nan": "NaN"}
@@ -41,15 +41,13 @@ class Table(NamedTuple):
 
 def read_table(text: str) -> Table | None:
     """The rows below a header, or None if the text is no table of numbers."""
-    lines = text.replace("│", "|").replace("┃", "|").splitlines()
-    first = next((line for line in lines if not _RULER.fullmatch(line)), "")
+    lines = re.sub("[│┃]", "|", text).splitlines()
+    lines = ["" if _RULER.fullmatch(line) else line for line in lines]
+    first = next(filter(None, lines), "")
     mark = next((mark for mark in "\t;,|" if mark in first), " ")
     edge = " |" if mark == "|" else " "
-    reader = csv.reader(
-        ("" if _RULER.fullmatch(line) else line.strip(edge) for line in lines),
-        delimiter=mark,
-        skipinitialspace=mark == " ",
-    )
+    stripped = (line.strip(edge) for line in lines)
+    reader = csv.reader(stripped, delimiter=mark, skipinitialspace=mark == " ")
     header = ["Wall time", "Value", "Step"] if re.match(r"\d{13} \S+ \d+$", first) else []  # MLflow
     rows: list[Row] = []
     problems = []
@@ -72,15 +70,15 @@ def read_table(text: str) -> Table | None:
             if len(fields) == len(header):
                 rows.append(dict(zip(header, fields, strict=True)))
             else:
-                what = f"not {len(header)} fields as the header has"
-                problems.append(Problem(reader.line_num, what, reader.line_num == len(lines)))
+                what, at = f"not {len(header)} fields as the header has", reader.line_num
+                problems.append(Problem(at, what, at == len(lines)))
     except csv.Error:
         return None
-    comma = mark != "," and _decimal_comma([x for row in rows for x in row.values()])
-    rows = [
-        {name: _value(x, comma) for name, x in row.items() if x.lower() not in _MISSING}
-        for row in rows
-    ]
+    values = [x for row in rows for x in row.values()]
+    points = any("." in x and _is_number(x) and not _GROUPED.fullmatch(x) for x in values)
+    commas = any("," in x and _is_number(x.replace(",", ".")) for x in values)
+    comma = mark != "," and commas and not points  # 3,25; points stand between groups
+    rows = [{n: _value(x, comma) for n, x in r.items() if x.lower() not in _MISSING} for r in rows]
     if not any(_is_number(x) for row in rows for x in row.values()):
         return None
     return Table({"\t": "TSV", " ": "a table"}.get(mark, "CSV"), rows, problems)
@@ -88,12 +86,6 @@ def read_table(text: str) -> Table | None:
 
 def _is_number(text: str) -> bool:
     return number(text) is not None
-
-
-def _decimal_comma(fields: list[str]) -> bool:
-    """Whether the numbers are written 3,25: some have a comma, and none a point but in groups."""
-    points = any("." in x and _is_number(x) and not _GROUPED.fullmatch(x) for x in fields)
-    return not points and any("," in x and _is_number(x.replace(",", ".")) for x in fields)
 
 
 def _value(text: str, comma: bool) -> str:
@@ -109,37 +101,33 @@ def _value(text: str, comma: bool) -> str:
 
 def read_json(text: str) -> Table | None:
     """The rows of a JSON document or of JSON lines, or None if there are none."""
-    try:
-        document = json.loads(text)
-    except (ValueError, RecursionError):
-        try:
-            python = re.sub(r"'|\b(?:None|True|False|nan)\b", lambda m: _PYTHON[m[0]], text)
-            document = json.loads(python)
-        except (ValueError, RecursionError):
-            return _read_lines(text.splitlines())
-    rows = [row for rows in _tables(document) if _known(rows) for row in rows]
-    if not rows and isinstance(document, dict):
-        rows = [_flat(document)]
-    return Table("JSON", rows, []) if any(rows) else None
-
-
-def _known(rows: list[Row]) -> bool:
-    """Whether a list of rows holds more than steps."""
-    return any(is_result(n) or metric_of(n) not in ("", "step") for n in set().union(*rows))
-
-
-def _read_lines(lines: list[str]) -> Table | None:
-    rows, problems = [], []
+    python = re.compile(r"'|\b(?:None|True|False|nan)\b")
+    document = _parsed(text) or _parsed(python.sub(lambda m: _PYTHON[m[0]], text))
+    if document is not None:
+        rows = [row for table in _tables(document) if _tells(table) for row in table]
+        if not rows and isinstance(document, dict):
+            rows = [_flat(document)]
+        return Table("JSON", rows, []) if any(rows) else None
+    problems, lines = [], text.splitlines()
+    rows = []
     for at, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):  # of digits or brackets there can be too many
-            record = None
-        if isinstance(record, dict):
+        if isinstance(record := _parsed(line), dict):
             rows.append(_flat(record))
         elif line.strip():
             problems.append(Problem(at, "no JSON object", at == len(lines)))
     return Table("JSON lines", rows, problems) if rows else None
+
+
+def _tells(rows: list[Row]) -> bool:
+    """Whether a list of rows holds more than steps."""
+    return any(is_result(n) or metric_of(n) not in ("", "step") for row in rows for n in row)
+
+
+def _parsed(text: str) -> Any:
+    """A JSON document, or None; of digits or brackets there can be too many."""
+    with contextlib.suppress(ValueError, RecursionError):
+        return json.loads(text)
+    return None
 
 
 def _flat(record: Row, prefix: str = "") -> Row:
@@ -176,10 +164,8 @@ def _tables(document: Any) -> Iterator[list[Row]]:
 def _of_split(row: Row, path: tuple[str, ...]) -> Row:
     """The row with the split that its list is named after."""
     prefix = next((f"{part}/" for part in reversed(path) if split_of(part)), "")
-    return {
-        (name if split_of(name) or metric_of(name) in _PLACES else prefix + name): x
-        for name, x in row.items()
-    }
+    kept = {name for name in row if split_of(name) or metric_of(name) in ("step", "data/epoch")}
+    return {(name if name in kept else prefix + name): x for name, x in row.items()}
 
 
 def tidy(rows: list[Row]) -> list[Row]:
@@ -188,8 +174,7 @@ def tidy(rows: list[Row]) -> list[Row]:
     of_split = [name for name in names if re.split("[./]", name.lower())[-1] in _SPLIT_COLUMNS]
     of_name = next((name for name in names if name.lower() in _NAME_COLUMNS), "")
     if of_name and "value" in names:
-        named = [row for row in rows if {of_name, "value"} <= row.keys()]
-        rows = [row | {str(row[of_name]): row["value"]} for row in named]
+        rows = [r | {str(r[of_name]): r["value"]} for r in rows if {of_name, "value"} <= r.keys()]
     if of_split:
         rows = [_of_split(row, tuple(str(row.get(n, "")) for n in of_split)) for row in rows]
     return rows
@@ -213,24 +198,18 @@ def run_of(file: pathlib.Path, top: pathlib.Path) -> pathlib.Path:
 
 
 def read_events(path: pathlib.Path) -> Table | None:
-    """The scalars of an event file, or of the folder of a run, in order of time.
-
-    Raises:
-        ValueError: if TensorBoard is not installed.
-    """
-    require(
-        importlib.util.find_spec("tensorboard") is not None,
-        f"{path} holds events of TensorBoard",
-        "install tensorboard to read them, or export the scalars as CSV",
-    )
+    """The scalars of an event file, or of the folder of a run, in order of time."""
+    there = importlib.util.find_spec("tensorboard") is not None
+    remedy = "install tensorboard to read them, or export the scalars as CSV"
+    require(there, f"{path} holds events of TensorBoard", remedy)
     from tensorboard.backend.event_processing import event_file_loader
     from tensorboard.util import tensor_util
 
     logging.getLogger("tensorboard").setLevel(logging.ERROR)
     scalars: list[tuple[float, int, str, float]] = []
     files = sorted(f for f in path.rglob(EVENTS) if run_of(f, path) == path)
-    for file in files if path.is_dir() else [path]:
-        folder = file.parent.name if file.parent != path and path.is_dir() else ""
+    for file in files or [path]:
+        folder = "" if path in (file, file.parent) else file.parent.name
         for event in event_file_loader.EventFileLoader(str(file)).Load():
             for value in event.summary.value:
                 x, name = tensor_util.make_ndarray(value.tensor), value.tag

@@ -47,12 +47,8 @@ _SPLITS = {"train": "train", "training": "train", "tr": "train", "test": "test"}
     "valid",
 )
 _SHORT = {"trl": "train loss", "tel": "valid loss"}  # of llm.c
-_SHORT |= dict(
-    pair.split(":")
-    for pair in (  # lists are named in the plural
-        "losses:loss lrs:lr ppls:ppl perplexities:perplexity accs:acc accuracies:accuracy".split()
-    )
-)
+_SHORT |= {"losses": "loss", "lrs": "lr", "ppls": "ppl", "accs": "acc"}  # of lists
+_SHORT |= {"perplexities": "perplexity", "accuracies": "accuracy"}
 FACTORS = {"%": 0.01, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9}  # of units behind numbers
 _FILLERS = {"metrics", "metric", "history", "log", "logs", "scalars", "nats"}
 _LOSSES = {"nll", "ce", "kl", "bpb", "bpc", "xent", "objective"}
@@ -74,13 +70,10 @@ class Meaning(NamedTuple):
 
 def metric_name(name: str) -> str:
     """The metric that a full or short name stands for; ValueError if there is none."""
-    for candidate in METRICS:
-        if name in (candidate, candidate.replace("/", "_"), candidate.split("/")[-1]):
-            return candidate
-    if name.startswith(PREFIXES):
-        return name
-    choices = [*METRICS, *(metric.split("/")[-1] for metric in METRICS)]
-    near = difflib.get_close_matches(name, choices, n=1, cutoff=0.0)[0]
+    forms = {m.split("/")[-1]: m for m in reversed(METRICS)} | _EXACT | {m: m for m in METRICS}
+    if name in forms or name.startswith(PREFIXES):
+        return forms.get(name, name)
+    near = difflib.get_close_matches(name, forms, n=1, cutoff=0.0)[0]
     raise ValueError(f"mapping: {name!r} is no metric; did you mean {near!r}?")
 
 

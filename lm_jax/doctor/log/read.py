@@ -8,7 +8,7 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -157,11 +157,7 @@ def _tables(path: pathlib.Path, given: dict[str, str]) -> Iterator[tuple[str, Ta
 
 
 def _text(path: pathlib.Path) -> str:
-    """The text of a file with a line for every redrawn progress bar and without comments.
-
-    Raises:
-        ValueError: if it is empty or no text.
-    """
+    """The text of a file with a line for every redrawn progress bar and without comments."""
     raw = path.read_bytes()
     if raw.startswith(b"\x1f\x8b"):
         with contextlib.suppress(zlib.error):
@@ -177,17 +173,12 @@ def _text(path: pathlib.Path) -> str:
 
 
 def _named(table: Table, given: Mapping[str, str], path: pathlib.Path) -> LogFile:
-    """The table with its columns renamed, as the user says or as their names say.
-
-    Raises:
-        ValueError: if a given column is missing, or if no column is a metric.
-    """
+    """The table with its columns renamed, as the user says or as their names say."""
     rows = table.rows
     present = list(dict.fromkeys(key for row in rows for key in row))
     for column in given:
-        if column not in present:
-            choice = ", ".join(sorted(present))
-            raise ValueError(f"mapping: no row of {path} has {column!r}; choose from {choice}.")
+        remedy = f"choose from {', '.join(sorted(present))}"
+        require(column in present, f"mapping: no row of {path} has {column!r}", remedy)
     count = Counter(key for row in rows for key, x in row.items() if number(x) is not None)
     columns, notes = dict(given), []
     groups: dict[str, list[str]] = {}
@@ -214,12 +205,9 @@ def _named(table: Table, given: Mapping[str, str], path: pathlib.Path) -> LogFil
         if name.startswith(PREFIXES) or name == "resumed" or names.looks_like_a_loss(name)
     }
     known = [m for m in columns.values() if m in METRICS[1:] or m.startswith(PREFIXES)]
-    if known in ([], ["data/epoch"]) or (
-        len(rows) == 1 and not any(map(names.is_result, columns.values()))
-    ):
-        raise ValueError(
-            f"{path} names no loss among its columns ({', '.join(present[:8])}); {_NAME_THEM}."
-        )
+    configuration = len(rows) == 1 and not any(map(names.is_result, columns.values()))
+    what = f"{path} names no loss among its columns ({', '.join(present[:8])})"
+    require(known not in ([], ["data/epoch"]) and not configuration, what, _NAME_THEM)
     ignored = [name for name in present if name not in columns]
     return LogFile(_renamed(rows, columns), table.problems, columns, ignored, table.kind, notes)
 
@@ -258,7 +246,8 @@ def _without_gaps(rows: list[Row]) -> list[Row]:
     logged: dict[str, set[int]] = {}
     for at, row in enumerate(rows):
         for name, x in row.items():
-            (null if _is_null(x) else logged).setdefault(name, set()).add(at)
+            is_null = x is None or x in ("nan", "NaN") or x != x
+            (null if is_null else logged).setdefault(name, set()).add(at)
     gaps, unsure = set(), null.keys() & logged.keys()
     for name in unsure:
         missing, there = null[name], logged[name]
@@ -267,8 +256,7 @@ def _without_gaps(rows: list[Row]) -> list[Row]:
         between = sure and len(missing) > len(there) and min(missing) < max(there)
         if between or any(missing == logged[other] for other in unsure):
             gaps.add(name)
-    return [{k: x for k, x in row.items() if k not in gaps or not _is_null(x)} for row in rows]
-
-
-def _is_null(x: Any) -> bool:
-    return x is None or x in ("nan", "NaN") or x != x
+    return [
+        {n: x for n, x in row.items() if n not in gaps or at not in null[n]}
+        for at, row in enumerate(rows)
+    ]
