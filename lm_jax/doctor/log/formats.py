@@ -42,12 +42,10 @@ class Table(NamedTuple):
 def read_table(text: str) -> Table | None:
     """The rows below a header, or None if the text is no table of numbers."""
     lines = re.sub("[│┃]", "|", text).splitlines()
-    lines = ["" if _RULER.fullmatch(line) else line for line in lines]
+    lines = ["" if _RULER.fullmatch(line) else line.strip(" |") for line in lines]
     first = next(filter(None, lines), "")
     mark = next((mark for mark in "\t;,|" if mark in first), " ")
-    edge = " |" if mark == "|" else " "
-    stripped = (line.strip(edge) for line in lines)
-    reader = csv.reader(stripped, delimiter=mark, skipinitialspace=mark == " ")
+    reader = csv.reader(lines, delimiter=mark, skipinitialspace=mark == " ")
     header = ["Wall time", "Value", "Step"] if re.match(r"\d{13} \S+ \d+$", first) else []  # MLflow
     rows: list[Row] = []
     problems = []
@@ -108,8 +106,7 @@ def read_json(text: str) -> Table | None:
         if not rows and isinstance(document, dict):
             rows = [_flat(document)]
         return Table("JSON", rows, []) if any(rows) else None
-    problems, lines = [], text.splitlines()
-    rows = []
+    rows, problems, lines = [], [], text.splitlines()
     for at, line in enumerate(lines, 1):
         if isinstance(record := _parsed(line), dict):
             rows.append(_flat(record))
@@ -206,19 +203,19 @@ def read_events(path: pathlib.Path) -> Table | None:
     from tensorboard.util import tensor_util
 
     logging.getLogger("tensorboard").setLevel(logging.ERROR)
-    scalars: list[tuple[float, int, str, float]] = []
+    scalars: list[tuple[float, int, Row]] = []
     files = sorted(f for f in path.rglob(EVENTS) if run_of(f, path) == path)
     for file in files or [path]:
         folder = "" if path in (file, file.parent) else file.parent.name
         for event in event_file_loader.EventFileLoader(str(file)).Load():
             for value in event.summary.value:
-                x, name = tensor_util.make_ndarray(value.tensor), value.tag
+                x = tensor_util.make_ndarray(value.tensor)
                 if x.size == 1 and x.dtype.kind == "f":
-                    name = f"{folder}/{name}" if split_of(folder) and not split_of(name) else name
-                    scalars.append((event.wall_time, event.step, name, float(x.item())))
+                    scalar = _of_split({value.tag: float(x.item())}, (folder,))
+                    scalars.append((event.wall_time, event.step, scalar))
     rows: list[Row] = []
-    for _, step, name, scalar in sorted(scalars, key=lambda found: found[0]):
-        if not rows or rows[-1]["step"] != step or name in rows[-1]:
+    for _, step, scalar in sorted(scalars, key=lambda found: found[0]):
+        if not rows or rows[-1]["step"] != step or scalar.keys() & rows[-1].keys():
             rows.append({"step": step})
-        rows[-1][name] = scalar
+        rows[-1] |= scalar
     return Table("TensorBoard events", rows, []) if rows else None

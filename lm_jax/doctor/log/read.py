@@ -2,7 +2,6 @@
 
 import codecs
 import contextlib
-import functools
 import pathlib
 import re
 import zlib
@@ -100,8 +99,7 @@ def _joined(found: dict[str, LogFile]) -> dict[str, LogFile]:
     """The logs, of which those that hold one metric each are put together for every run."""
     runs: dict[str, LogFile] = {}
     for name, log in sorted(found.items(), key=lambda item: -len(item[1].records)):
-        metric = log.columns.get("Value")
-        if metric is None:
+        if not (metric := log.columns.get("Value")):
             runs[name] = log
             continue
         run = names.words(_run_and_tag(pathlib.Path(name))[0])
@@ -214,12 +212,8 @@ def _named(table: Table, given: Mapping[str, str], path: pathlib.Path) -> LogFil
 
 def _renamed(rows: list[Row], columns: dict[str, str]) -> list[Row]:
     """The rows with metrics for columns, and with steps in all of them if any has one."""
-
-    @functools.cache
-    def sources(present: tuple[str, ...]) -> dict[str, str]:
-        return {m: n for n, m in reversed(columns.items()) if n in present}  # of steps the surest
-
-    records: list[Row] = [{m: row[n] for m, n in sources(tuple(row)).items()} for row in rows]
+    surest_last = list(reversed(columns.items()))
+    records: list[Row] = [{m: row[n] for n, m in surest_last if n in row} for row in rows]
     _count_on([row for row in records if {"step", "data/epoch"} <= row.keys()])
     step = 0
     for record in records if "step" in columns.values() else ():
@@ -229,14 +223,13 @@ def _renamed(rows: list[Row], columns: dict[str, str]) -> list[Row]:
 
 def _count_on(rows: list[Row]) -> None:
     """Let steps that begin anew in every epoch count on."""
-    epochs, steps = np.array(
-        [[number(row[name]) for row in rows] for name in ("data/epoch", "step")], float
-    )
+    epochs = np.array([number(row["data/epoch"]) for row in rows], float)
+    steps = np.array([number(row["step"]) for row in rows], float)
     rise, move = np.diff(epochs), np.diff(steps)
     if rise.any() and ((rise > 0) & (move <= 0) | (rise == 0) & (move >= 0)).all():
         every = np.median(move[move > 0]) if (move > 0).any() else steps[0]
-        on = np.where(rise > 0, every, move)
-        for row, step in zip(rows, steps[0] + np.cumsum([0, *on]), strict=True):
+        on = np.cumsum([steps[0], *np.where(rise > 0, every, move)])
+        for row, step in zip(rows, on, strict=True):
             row["step"] = step
 
 
@@ -248,15 +241,13 @@ def _without_gaps(rows: list[Row]) -> list[Row]:
         for name, x in row.items():
             is_null = x is None or x in ("nan", "NaN") or x != x
             (null if is_null else logged).setdefault(name, set()).add(at)
-    gaps, unsure = set(), null.keys() & logged.keys()
+    gaps: set[tuple[str, int]] = set()
+    unsure = null.keys() & logged.keys()
     for name in unsure:
         missing, there = null[name], logged[name]
         # Of a training loss, NaN in most rows is what it says.
         sure = names.metric_of(name) != "train/loss" or rows[min(missing)][name] is None
         between = sure and len(missing) > len(there) and min(missing) < max(there)
         if between or any(missing == logged[other] for other in unsure):
-            gaps.add(name)
-    return [
-        {n: x for n, x in row.items() if n not in gaps or at not in null[n]}
-        for at, row in enumerate(rows)
-    ]
+            gaps |= {(name, at) for at in missing}
+    return [{n: x for n, x in row.items() if (n, at) not in gaps} for at, row in enumerate(rows)]
