@@ -92,9 +92,7 @@ def _value(text: str, comma: bool) -> str:
         return text.replace(".", "").replace(",", ".")
     if (factor := FACTORS.get(text[-1].lower())) and _is_number(text[:-1]):
         return f"{float(text[:-1]) * factor:.10g}"
-    if "," in text and re.fullmatch(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?", text):
-        return text.replace(",", "")
-    return text
+    return text.replace(",", "") if re.fullmatch(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?", text) else text
 
 
 def read_json(text: str) -> Table | None:

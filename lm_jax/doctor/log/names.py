@@ -42,10 +42,9 @@ _OF_A_SPLIT = {  # a perplexity is that of the likelihood, so `nll_loss` comes b
     "token_ppl": "token_ppl ppl perplexity lm_loss_ppl lm_loss_ppl_value",
     "accuracy": "accuracy token_accuracy acc token_acc epoch_accuracy",
 }
-_SPLITS = {"train": "train", "training": "train", "tr": "train", "test": "test"} | dict.fromkeys(
-    "valid val validation validate validating eval evaluation evaluate evaluating dev".split(),
-    "valid",
-)
+_VALID = "valid val validation validate validating eval evaluation evaluate evaluating dev".split()
+_SPLITS = {"train": "train", "training": "train", "tr": "train", "test": "test"}
+_SPLITS |= dict.fromkeys(_VALID, "valid")
 _SHORT = {"trl": "train loss", "tel": "valid loss"}  # of llm.c
 _SHORT |= {"losses": "loss", "lrs": "lr", "ppls": "ppl", "accs": "acc"}  # of lists
 _SHORT |= {"perplexities": "perplexity", "accuracies": "accuracy"}

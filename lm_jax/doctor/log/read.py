@@ -17,8 +17,6 @@ from lm_jax.doctor.log.console import read_console
 from lm_jax.doctor.log.formats import Problem, Row, Table
 from lm_jax.doctor.log.names import METRICS, PREFIXES, number
 
-__all__ = ["METRICS", "PREFIXES", "LogFile", "Problem", "number", "read_log"]
-
 _SUFFIXES = {".jsonl", ".json", ".csv", ".tsv", ".txt", ".log", ".out", ".err", ""}
 _LARGEST, _MOST = 2**28, 300  # bytes of a file of a folder, and files
 _NAME_THEM = "name its columns with --map=loss=COLUMN,step=COLUMN"
@@ -146,10 +144,9 @@ def _tables(path: pathlib.Path, given: dict[str, str]) -> Iterator[tuple[str, Ta
     text = _text(path)
     if re.match(r"\s*[{\[]\s*([\"'{}\[]|[-+.e\d]+\s*,)", text):
         yield f"JSON without a list of steps and losses; {_HELP}", formats.read_json(text)
+    looks = f"console text without a step and a loss in any line; {_HELP}"
     if re.match(r"\s*([-+.,;:/e \t]*\d[-+.,;:/e\d \t]*(\n|\Z)){2}", text):
         looks = "numbers without names; name them in a first line like step,loss or in every line"
-    else:
-        looks = f"console text without a step and a loss in any line; {_HELP}"
     yield looks, formats.read_table(text)
     yield looks, read_console(text, given)
 
@@ -214,23 +211,20 @@ def _renamed(rows: list[Row], columns: dict[str, str]) -> list[Row]:
     """The rows with metrics for columns, and with steps in all of them if any has one."""
     surest_last = list(reversed(columns.items()))
     records: list[Row] = [{m: row[n] for n, m in surest_last if n in row} for row in rows]
-    _count_on([row for row in records if {"step", "data/epoch"} <= row.keys()])
+    both = [row for row in records if {"step", "data/epoch"} <= row.keys()]
+    epochs = np.array([number(row["data/epoch"]) for row in both], float)
+    steps = np.array([number(row["step"]) for row in both], float)
+    rise, move = np.diff(epochs), np.diff(steps)
+    if rise.any() and ((rise > 0) & (move <= 0) | (rise == 0) & (move >= 0)).all():
+        # Steps that begin anew in every epoch count on.
+        every = np.median(move[move > 0]) if (move > 0).any() else steps[0]
+        on = np.cumsum([steps[0], *np.where(rise > 0, every, move)])
+        for row, step in zip(both, on, strict=True):
+            row["step"] = step
     step = 0
     for record in records if "step" in columns.values() else ():
         step = record.setdefault("step", step)
     return records
-
-
-def _count_on(rows: list[Row]) -> None:
-    """Let steps that begin anew in every epoch count on."""
-    epochs = np.array([number(row["data/epoch"]) for row in rows], float)
-    steps = np.array([number(row["step"]) for row in rows], float)
-    rise, move = np.diff(epochs), np.diff(steps)
-    if rise.any() and ((rise > 0) & (move <= 0) | (rise == 0) & (move >= 0)).all():
-        every = np.median(move[move > 0]) if (move > 0).any() else steps[0]
-        on = np.cumsum([steps[0], *np.where(rise > 0, every, move)])
-        for row, step in zip(rows, on, strict=True):
-            row["step"] = step
 
 
 def _without_gaps(rows: list[Row]) -> list[Row]:
