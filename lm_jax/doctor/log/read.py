@@ -13,7 +13,6 @@ import numpy as np
 
 from lm_jax.doctor.facts import require
 from lm_jax.doctor.log import formats, names
-from lm_jax.doctor.log.console import read_console
 from lm_jax.doctor.log.formats import Problem, Row, Table
 from lm_jax.doctor.log.names import METRICS, PREFIXES, number
 
@@ -148,7 +147,7 @@ def _tables(path: pathlib.Path, given: dict[str, str]) -> Iterator[tuple[str, Ta
     if re.match(r"\s*([-+.,;:/e \t]*\d[-+.,;:/e\d \t]*(\n|\Z)){2}", text):
         looks = "numbers without names; name them in a first line like step,loss or in every line"
     yield looks, formats.read_table(text)
-    yield looks, read_console(text, given)
+    yield looks, formats.read_console(text, given)
 
 
 def _text(path: pathlib.Path) -> str:
