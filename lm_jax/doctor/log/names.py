@@ -42,18 +42,12 @@ _OF_A_SPLIT = {  # a perplexity is that of the likelihood, so `nll_loss` comes b
     "token_ppl": "token_ppl ppl perplexity lm_loss_ppl lm_loss_ppl_value",
     "accuracy": "accuracy token_accuracy acc token_acc epoch_accuracy",
 }
-_SPLITS = {"train": "train", "training": "train", "tr": "train", "test": "test"} | dict.fromkeys(
-    "valid val validation validate validating eval evaluation evaluate evaluating dev".split(),
-    "valid",
-)
-_SHORT = {"trl": "train loss", "tel": "valid loss"} | {  # of llm.c; lists are named in the plural
-    "losses": "loss",
-    "lrs": "lr",
-    "ppls": "ppl",
-    "perplexities": "perplexity",
-    "accs": "acc",
-    "accuracies": "accuracy",
-}
+_VALID = "valid val validation validate validating eval evaluation evaluate evaluating dev".split()
+_SPLITS = {"train": "train", "training": "train", "tr": "train", "test": "test"}
+_SPLITS |= dict.fromkeys(_VALID, "valid")
+_SHORT = {"trl": "train loss", "tel": "valid loss"}  # of llm.c
+_SHORT |= {"losses": "loss", "lrs": "lr", "ppls": "ppl", "accs": "acc"}  # of lists
+_SHORT |= {"perplexities": "perplexity", "accuracies": "accuracy"}
 FACTORS = {"%": 0.01, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9}  # of units behind numbers
 _FILLERS = {"metrics", "metric", "history", "log", "logs", "scalars", "nats"}
 _LOSSES = {"nll", "ce", "kl", "bpb", "bpc", "xent", "objective"}
@@ -68,20 +62,17 @@ _KNOWN = {
 class Meaning(NamedTuple):
     """The metric that a column may be."""
 
-    metric: str
-    rank: int  # the surest is 0
+    metric: str = ""
+    rank: int = 0  # of the surest
     implied: bool = False  # the name says no split, so it is taken for train
 
 
 def metric_name(name: str) -> str:
     """The metric that a full or short name stands for; ValueError if there is none."""
-    for candidate in METRICS:
-        if name in (candidate, candidate.replace("/", "_"), candidate.split("/")[-1]):
-            return candidate
-    if name.startswith(PREFIXES):
-        return name
-    choices = [*METRICS, *(metric.split("/")[-1] for metric in METRICS)]
-    near = difflib.get_close_matches(name, choices, n=1, cutoff=0.0)[0]
+    forms = {m.split("/")[-1]: m for m in reversed(METRICS)} | _EXACT | {m: m for m in METRICS}
+    if name in forms or name.startswith(PREFIXES):
+        return forms.get(name, name)
+    near = difflib.get_close_matches(name, forms, n=1, cutoff=0.0)[0]
     raise ValueError(f"mapping: {name!r} is no metric; did you mean {near!r}?")
 
 
@@ -120,8 +111,8 @@ def looks_like_a_loss(name: str) -> bool:
 
 
 @functools.cache
-def meaning(name: str) -> Meaning | None:
-    """The metric that a column of this name may be."""
+def meaning(name: str) -> Meaning:
+    """The metric that a column of this name may be, if any."""
     found, split = words(name), split_of(name)
     if metric := _EXACT.get("_".join(found)):
         return Meaning(metric, int(metric != name))
@@ -130,7 +121,8 @@ def meaning(name: str) -> Meaning | None:
     of_train = split in (None, "train")
     if metric in _OF_A_SPLIT:
         metric = f"{split or 'train'}/{metric}"
-        return Meaning(metric, rank + 100 * (not split), not split) if metric in METRICS else None
+        known = Meaning(metric, rank + 100 * (not split), not split)
+        return known if metric in METRICS else Meaning()
     if metric and (of_train or metric == "step"):
         return Meaning(metric, rank)
     if name.lower() in ("train", "val", "valid"):
@@ -138,19 +130,18 @@ def meaning(name: str) -> Meaning | None:
     if rest.startswith("lr_") and (len(found) < 4 or "lr-" in name):  # lr-AdamW/pg1
         return Meaning("optim/lr", 90)
     tail = name.rsplit("/", 1)[-1]
-    last = meaning(tail) if tail != name else None  # run_3/loss
-    if last is None or (last.metric == "step" and len(words(tail)) == 1):  # ms/step
-        return None
-    if last.implied and split:
-        last = Meaning(f"{split}/{last.metric.split('/')[1]}", last.rank)
-    fits = of_train or last.metric.startswith(f"{split}/")
-    return last._replace(rank=last.rank + 200) if fits and last.metric in METRICS else None
+    metric, rank, implied = meaning(tail) if tail != name else Meaning()  # run_3/loss
+    if metric == "step" and len(words(tail)) == 1:  # ms/step
+        return Meaning()
+    if implied and split:
+        metric, implied = f"{split}/{metric.split('/')[1]}", False
+    fits = metric in METRICS and (of_train or metric.startswith(f"{split}/"))
+    return Meaning(metric, rank + 200, implied) if fits else Meaning()
 
 
 def metric_of(name: str) -> str:
     """The metric that a column of this name may be, or nothing."""
-    known = meaning(name)
-    return known.metric if known else ""
+    return meaning(name).metric
 
 
 @functools.cache

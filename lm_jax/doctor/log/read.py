@@ -2,23 +2,19 @@
 
 import codecs
 import contextlib
-import functools
 import pathlib
 import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from lm_jax.doctor.facts import require
 from lm_jax.doctor.log import formats, names
-from lm_jax.doctor.log.console import read_console
 from lm_jax.doctor.log.formats import Problem, Row, Table
 from lm_jax.doctor.log.names import METRICS, PREFIXES, number
-
-__all__ = ["METRICS", "PREFIXES", "LogFile", "Problem", "number", "read_log"]
 
 _SUFFIXES = {".jsonl", ".json", ".csv", ".tsv", ".txt", ".log", ".out", ".err", ""}
 _LARGEST, _MOST = 2**28, 300  # bytes of a file of a folder, and files
@@ -51,24 +47,18 @@ class LogFile(NamedTuple):
 def read_log(
     path: str | pathlib.Path, mapping: Mapping[str, str] | None = None, *, null_is_nan: bool = False
 ) -> LogFile:
-    """Read a log of any trainer.
-
-    Tables (CSV, TSV), JSON of any nesting, JSON lines, what trainers print, event files of
-    TensorBoard, or a folder with such files, of which the one with most training rows counts. A
-    row without a step has that of the row before it.
+    """Read a log of any trainer, or a folder, of which the log with most training rows counts.
 
     Args:
-        path: the file or folder.
-        mapping: name of a metric -> name of the file's column, like {"loss": "train_loss"}, for
-            columns whose names say too little. A metric is named as in `METRICS`, with "_" for
-            "/" (`valid_loss`) or by its last part (`loss` is `train/loss`).
+        path: tables (CSV, TSV), JSON of any nesting, JSON lines, what trainers print, or event
+            files of TensorBoard. A row without a step has that of the row before it.
+        mapping: metric -> column, like {"loss": "train_loss"}, for columns whose names say too
+            little. A metric is named as in `METRICS`, in full, with "_" or by its last part.
         null_is_nan: every null is a non-finite value, as this trainer writes it. Otherwise nulls
-            of a column that is logged in fewer than half of its rows, or just where another is
-            not, mean "not logged", as pandas and wandb write them.
+            in most rows of a column, or just where another is logged, mean "not logged".
 
     Raises:
-        ValueError: if there are no rows with a metric, if `mapping` names an unknown metric or one
-            twice, or a column that no record has.
+        ValueError: if there are no rows with a metric, or if `mapping` does not fit.
         OSError: if the file cannot be opened.
     """
     given: dict[str, str] = {}
@@ -106,8 +96,7 @@ def _joined(found: dict[str, LogFile]) -> dict[str, LogFile]:
     """The logs, of which those that hold one metric each are put together for every run."""
     runs: dict[str, LogFile] = {}
     for name, log in sorted(found.items(), key=lambda item: -len(item[1].records)):
-        metric = log.columns.get("Value")
-        if metric is None:
+        if not (metric := log.columns.get("Value")):
             runs[name] = log
             continue
         run = names.words(_run_and_tag(pathlib.Path(name))[0])
@@ -154,20 +143,15 @@ def _tables(path: pathlib.Path, given: dict[str, str]) -> Iterator[tuple[str, Ta
     text = _text(path)
     if re.match(r"\s*[{\[]\s*([\"'{}\[]|[-+.e\d]+\s*,)", text):
         yield f"JSON without a list of steps and losses; {_HELP}", formats.read_json(text)
-    if re.match(r"\s*([-+.,;:/e\d \t]*\d[-+.,;:/e\d \t]*(\n|\Z)){2}", text):
+    looks = f"console text without a step and a loss in any line; {_HELP}"
+    if re.match(r"\s*([-+.,;:/e \t]*\d[-+.,;:/e\d \t]*(\n|\Z)){2}", text):
         looks = "numbers without names; name them in a first line like step,loss or in every line"
-    else:
-        looks = f"console text without a step and a loss in any line; {_HELP}"
     yield looks, formats.read_table(text)
-    yield looks, read_console(text, given)
+    yield looks, formats.read_console(text, given)
 
 
 def _text(path: pathlib.Path) -> str:
-    """The text of a file with a line for every redrawn progress bar and without comments.
-
-    Raises:
-        ValueError: if it is empty or no text.
-    """
+    """The text of a file with a line for every redrawn progress bar and without comments."""
     raw = path.read_bytes()
     if raw.startswith(b"\x1f\x8b"):
         with contextlib.suppress(zlib.error):
@@ -175,32 +159,28 @@ def _text(path: pathlib.Path) -> str:
     utf16 = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     text = raw.decode("utf-16" if utf16 else "utf-8-sig", errors="replace")
     require(bool(text.strip()), f"{path} is empty", "give the log of a run that has begun")
-    strange = re.findall("[\0-\x07\x0e-\x1a\ufffd]", text[:4096])
-    require(
-        "\0" not in strange and len(strange) <= len(text[:4096]) / 10,
-        f"{path} is a binary file",
-        "give a CSV, JSON or JSONL file, what the trainer printed, or a folder of events",
-    )
+    remedy = "give a CSV, JSON or JSONL file, what the trainer printed, or a folder of events"
+    require("\0" not in text[:4096], f"{path} is a binary file", remedy)
     text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\b", "\n")
     text = re.sub(r"\A# *(?=.*\n[-+.\d])", "", text)  # a comment above numbers is their header
     return _WRAPPED.sub(r"\1", re.sub(r"(?m)^[ \t]*#.*$", "", text))
 
 
 def _named(table: Table, given: Mapping[str, str], path: pathlib.Path) -> LogFile:
-    """The table with its columns renamed, as the user says or as their names say.
-
-    Raises:
-        ValueError: if a given column is missing, or if no column is a metric.
-    """
+    """The table with its columns renamed, as the user says or as their names say."""
     rows = table.rows
     present = list(dict.fromkeys(key for row in rows for key in row))
     for column in given:
-        if column not in present:
-            choice = ", ".join(sorted(present))
-            raise ValueError(f"mapping: no row of {path} has {column!r}; choose from {choice}.")
+        remedy = f"choose from {', '.join(sorted(present))}"
+        require(column in present, f"mapping: no row of {path} has {column!r}", remedy)
     count = Counter(key for row in rows for key, x in row.items() if number(x) is not None)
     columns, notes = dict(given), []
-    for metric, group in _candidates(count, given).items():
+    groups: dict[str, list[str]] = {}
+    for name in count:
+        if name not in given and (metric := names.metric_of(name)) not in ("", *given.values()):
+            groups.setdefault(metric, []).append(name)
+    for metric, group in groups.items():
+        group.sort(key=lambda n: (names.meaning(n).rank, -count[n], n))  # the surest first
         if metric == "step":  # rows may name it differently; _step counts calls of wandb
             group = [n for n in group if n[0] != "_"] or group
             first = {next((n for n in group if n in row), "") for row in rows}
@@ -219,78 +199,48 @@ def _named(table: Table, given: Mapping[str, str], path: pathlib.Path) -> LogFil
         if name.startswith(PREFIXES) or name == "resumed" or names.looks_like_a_loss(name)
     }
     known = [m for m in columns.values() if m in METRICS[1:] or m.startswith(PREFIXES)]
-    if known in ([], ["data/epoch"]) or (
-        len(rows) == 1 and not any(map(names.is_result, columns.values()))
-    ):
-        raise ValueError(
-            f"{path} names no loss among its columns ({', '.join(present[:8])}); {_NAME_THEM}."
-        )
+    configuration = len(rows) == 1 and not any(map(names.is_result, columns.values()))
+    what = f"{path} names no loss among its columns ({', '.join(present[:8])})"
+    require(known not in ([], ["data/epoch"]) and not configuration, what, _NAME_THEM)
     ignored = [name for name in present if name not in columns]
     return LogFile(_renamed(rows, columns), table.problems, columns, ignored, table.kind, notes)
 
 
-def _candidates(count: Counter[str], given: Mapping[str, str]) -> dict[str, list[str]]:
-    """The columns that may be a metric which is not given, the surest first."""
-    found = {n: m for n in count if n not in given and (m := names.meaning(n))}
-    trained = "train/loss" in {*given.values(), *(m.metric for m in found.values())}
-    groups: dict[str, list[str]] = {}
-    for name, (metric, _, implied) in found.items():
-        if metric not in given.values() and (trained or not implied):
-            groups.setdefault(metric, []).append(name)
-    surest = functools.partial(sorted, key=lambda n: (found[n].rank, -count[n], n))
-    return {metric: surest(group) for metric, group in groups.items()}
-
-
 def _renamed(rows: list[Row], columns: dict[str, str]) -> list[Row]:
     """The rows with metrics for columns, and with steps in all of them if any has one."""
-
-    @functools.cache
-    def sources(present: tuple[str, ...]) -> dict[str, str]:
-        return {m: n for n, m in reversed(columns.items()) if n in present}  # of steps the surest
-
-    records: list[Row] = [{m: row[n] for m, n in sources(tuple(row)).items()} for row in rows]
-    _count_on([row for row in records if {"step", "data/epoch"} <= row.keys()])
+    surest_last = list(reversed(columns.items()))
+    records: list[Row] = [{m: row[n] for n, m in surest_last if n in row} for row in rows]
+    both = [row for row in records if {"step", "data/epoch"} <= row.keys()]
+    epochs = np.array([number(row["data/epoch"]) for row in both], float)
+    steps = np.array([number(row["step"]) for row in both], float)
+    rise, move = np.diff(epochs), np.diff(steps)
+    if rise.any() and ((rise > 0) & (move <= 0) | (rise == 0) & (move >= 0)).all():
+        # Steps that begin anew in every epoch count on.
+        every = np.median(move[move > 0]) if (move > 0).any() else steps[0]
+        on = np.cumsum([steps[0], *np.where(rise > 0, every, move)])
+        for row, step in zip(both, on, strict=True):
+            row["step"] = step
     step = 0
     for record in records if "step" in columns.values() else ():
         step = record.setdefault("step", step)
     return records
 
 
-def _count_on(rows: list[Row]) -> None:
-    """Let steps that begin anew in every epoch count on."""
-    epochs, steps = np.array(
-        [[number(row[name]) for row in rows] for name in ("data/epoch", "step")], float
-    )
-    rise, move = np.diff(epochs), np.diff(steps)
-    if rise.any() and ((rise > 0) & (move <= 0) | (rise == 0) & (move >= 0)).all():
-        every = np.median(move[move > 0]) if (move > 0).any() else steps[0]
-        on = np.where(rise > 0, every, move)
-        for row, step in zip(rows, steps[0] + np.cumsum([0, *on]), strict=True):
-            row["step"] = step
-
-
 def _without_gaps(rows: list[Row]) -> list[Row]:
     """The rows without the nulls, and NaN of pandas, that stand for "not logged"."""
-    unsure = {name for row in rows for name, x in row.items() if _is_null(x)}
-    null, logged = (
-        {
-            n: frozenset(
-                i for i, row in enumerate(rows) if n in row and _is_null(row[n]) == is_null
-            )
-            for n in unsure
-        }
-        for is_null in (True, False)
-    )
-    others = set(logged.values())
-    gaps = set()
+    null: dict[str, set[int]] = {}
+    logged: dict[str, set[int]] = {}
+    for at, row in enumerate(rows):
+        for name, x in row.items():
+            is_null = x is None or x in ("nan", "NaN") or x != x
+            (null if is_null else logged).setdefault(name, set()).add(at)
+    gaps: set[tuple[str, int]] = set()
+    unsure = null.keys() & logged.keys()
     for name in unsure:
+        missing, there = null[name], logged[name]
         # Of a training loss, NaN in most rows is what it says.
-        sure = names.metric_of(name) != "train/loss" or rows[min(null[name])][name] is None
-        between = len(null[name]) > len(logged[name]) > 0 and min(null[name]) < max(logged[name])
-        if logged[name] and (null[name] in others or (between and sure)):
-            gaps.add(name)
-    return [{k: x for k, x in row.items() if k not in gaps or not _is_null(x)} for row in rows]
-
-
-def _is_null(x: Any) -> bool:
-    return x is None or x in ("nan", "NaN") or x != x
+        sure = names.metric_of(name) != "train/loss" or rows[min(missing)][name] is None
+        between = sure and len(missing) > len(there) and min(missing) < max(there)
+        if between or any(missing == logged[other] for other in unsure):
+            gaps |= {(name, at) for at in missing}
+    return [{n: x for n, x in row.items() if (n, at) not in gaps} for at, row in enumerate(rows)]
