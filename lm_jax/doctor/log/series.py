@@ -32,8 +32,7 @@ class Series(NamedTuple):
 
     def finite(self) -> "Series":
         """The rows with a finite value."""
-        keep = np.isfinite(self.values)
-        return self if keep.all() else self.where(keep)
+        return self.where(np.isfinite(self.values))
 
     def tail(self, share: float) -> "Series":
         """The last rows, at least one."""
@@ -55,11 +54,7 @@ class Records:
     """
 
     def __init__(self, rows: Iterable[Mapping[str, Any]] = (), *, most: int | None = None):
-        """Begin with some rows.
-
-        Raises:
-            ValueError: if a row is no mapping of names to values.
-        """
+        """Begin with some rows, see `extend`."""
         self.count = 0
         self.odd: set[str] = set()  # metrics with something in them that is no number
         self.back: dict[str, list[int]] = {}  # by column: steps to which it went back
@@ -142,12 +137,6 @@ def _checked(rows: Any) -> list[Mapping[str, Any]]:
 
 def _floats(raws: tuple[Any, ...]) -> tuple[np.ndarray, np.ndarray]:
     """The values as floats, and which of them are numbers."""
-    try:
-        values = np.array(raws, np.float64)
-        if values.ndim == 1:
-            return values, np.ones(len(values), bool)
-    except (TypeError, ValueError, OverflowError):
-        pass
     found = [number(raw) for raw in raws]
     is_number = np.array([x is not None for x in found])
     return np.array([0.0 if x is None else x for x in found]), is_number
