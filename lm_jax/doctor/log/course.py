@@ -38,9 +38,8 @@ class Rise(NamedTuple):
 def rise(subject: Subject) -> Rise:
     """How far the objective ends above the lowest that it had reached.
 
-    The lowest of 40 blocks lies 2.2 SE below their mean by chance, so that 6 SE of a difference
-    leave more than 4. Of few rows, means of two are compared; their noise is badly known, so that
-    a quarter of the first row must be lost, and more where they are fewer than 8.
+    The lowest of 40 blocks lies 2.2 SE below their mean by chance: 6 SE leave 4. Of few rows, means
+    of two are compared, and a quarter of the first row must be lost: their noise is badly known.
     """
     loss = subject.finite(subject.objective, 3)
     x, n, start = loss.values, len(loss), abs(float(loss.values[0]))
@@ -170,8 +169,8 @@ def spikes(subject: Subject, rise: Rise, steady: bool) -> list[Measure]:
     what = f"{limit} above the median of {width} before (sd {sd:.3g} nats)"
     places = [f"step {step:.10g}" for step in steps]
     found = [none(what, places, otherwise="warn", key="places")]
-    if len(starts) and subject.has("optim/grad_norm"):
-        norms = subject.finite("optim/grad_norm")
+    norms = subject.logged("optim/grad_norm")
+    if len(starts) and len(norms):
         near = (norms.steps >= loss.steps[starts[0]]) & (norms.steps <= steps[0])
         if near.any() and np.median(norms.values[near]):
             times = float(norms.values[near].max() / np.median(norms.values[near]))
@@ -191,7 +190,7 @@ def _median_before(values: np.ndarray, width: int) -> np.ndarray:
 @fixture
 def restarts(subject: Subject) -> list[int]:
     """Updates after which the run was resumed: declared, logged, or seen by steps that go back."""
-    logged = subject.finite("resumed").values.astype(int) if subject.has("resumed") else ()
+    logged = subject.logged("resumed").values.astype(int)
     return sorted({*subject.resumes, *logged, *subject.rows.back.get("train/loss", ())})
 
 
@@ -253,7 +252,6 @@ def epoch_order(subject: Subject, restarts: list[int], steady: bool) -> list[Mea
     return [
         at_most(what, found.z, found.allowed, otherwise=status, key="z"),
         note("correlation of their ranks", found.correlation, key="correlation"),
-        note("rows of an epoch", period or "not known"),
     ]
 
 

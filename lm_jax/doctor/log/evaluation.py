@@ -93,9 +93,8 @@ def accuracy(subject: Subject) -> Measure:
 def identical(subject: Subject) -> list[Measure]:
     """Evaluations at different steps, and of different splits, do not give the same number.
 
-    Ties happen where few digits are printed or evaluations follow each other closely at the end of
-    a decay. The chance of one is the last printed digit over the smallest change nearby; the ties
-    that are seen must be rarer than once in a thousand healthy runs.
+    The chance of a tie is the last printed digit over the usual change nearby; a run of them must
+    be rarer than once in a thousand healthy runs.
     """
     splits = subject.splits("loss")
     found, seen = [], 0
@@ -103,7 +102,6 @@ def identical(subject: Subject) -> list[Measure]:
         loss = subject.finite(f"{split}/loss")
         chances, same = _ties(subject, loss.where(slice(-1000, None)))
         seen += len(chances)
-        # Ties here and there, or the rarest run of them.
         runs = itertools.groupby(zip(chances, same, strict=True), lambda pair: bool(pair[1]))
         rarest = min((math.prod(p for p, _ in run) for tie, run in runs if tie), default=1.0)
         if rarest * len(chances) < _TIES:
@@ -166,10 +164,8 @@ def _learning(subject: Subject, steps: np.ndarray) -> np.ndarray:
 def floor(subject: Subject) -> list[Measure]:
     """The loss is not below the entropy of the source, nor far below an n-gram model's.
 
-    A model of under 1e9 parameters does not reach a tenth of the perplexity of a bigram model.
-    Without reference lines only sub-word vocabularies (1000 ids or more) are judged, since
-    perplexities of 3 to 6 are ordinary for characters. A training loss on data that may not be new
-    is never decisive.
+    No model of under 1e9 parameters reaches a tenth of a bigram's perplexity. Without references
+    only sub-words are judged. A training loss on data that may not be new is never decisive.
     """
     subject.skip_if_overfit()
     best, references = _best(subject), subject.references or {}
@@ -204,9 +200,9 @@ def _held_out(subject: Subject, name: str, nats: float, count: float) -> Iterato
 
 def _memory(subject: Subject, references: Mapping[str, float], held_out: bool) -> list[Measure]:
     """Whether the training loss is that of text known by heart, or too low for unknown data."""
-    if not subject.has("train/loss") or (subject.vocab_size or 0) < SUBWORDS:
+    loss = subject.logged("train/loss")
+    if not len(loss) or (subject.vocab_size or 0) < SUBWORDS:
         return []
-    loss = subject.finite("train/loss")
     epochs = subject.epochs(loss.steps[-1:])
     if held_out if epochs is None else epochs[0] <= 1:
         return []
@@ -268,13 +264,12 @@ def _best(subject: Subject) -> tuple[str, float, float] | None:
 def _token_sd(subject: Subject) -> float:
     """Standard deviation of the nats of one token: from the noise of batches, else at most ln V."""
     bound = math.log(subject.vocab_size) if subject.vocab_size else math.inf
-    if subject.has("train/loss"):
-        loss = subject.finite("train/loss")
-        tokens = subject.tokens(loss.steps)
-        if tokens is not None and len(loss) >= 60:
-            per_row = float(np.median(np.diff(tokens)) / np.median(np.diff(loss.steps)))
-            return min(bound, noise(loss.values) * math.sqrt(per_row))
-    return bound
+    loss = subject.logged("train/loss")
+    tokens = subject.tokens(loss.steps)
+    if tokens is None or len(loss) < 60:
+        return bound
+    per_row = float(np.median(np.diff(tokens)) / np.median(np.diff(loss.steps)))
+    return min(bound, noise(loss.values) * math.sqrt(per_row))
 
 
 @check(

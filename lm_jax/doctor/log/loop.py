@@ -45,12 +45,10 @@ def schedule(subject: Subject, rates: Series) -> Series:
 def updates(subject: Subject) -> list[Measure]:
     """The learning rate is not always 0, and norms are neither constant nor 0."""
     found = []
-    lr = subject.finite("optim/lr") if subject.has("optim/lr") else None
-    if lr is not None and len(lr) > 1:
+    lr, loss = subject.logged("optim/lr"), subject.logged("train/loss").values
+    if len(lr) > 1:
         above = int(np.sum(lr.values > 0))
         found.append(holds(above > 0, "rows with a learning rate above 0", above))
-    has_loss = subject.has("train/loss")
-    loss = subject.series("train/loss").finite().values if has_loss else np.zeros(0)
     for name in ("optim/param_norm", "optim/update_norm", "optim/grad_norm"):
         norm = _while_learning(subject, name, lr)
         if len(norm) < 3:
@@ -70,17 +68,12 @@ def updates(subject: Subject) -> list[Measure]:
     return found
 
 
-def _while_learning(subject: Subject, name: str, lr: Series | None) -> np.ndarray:
+def _while_learning(subject: Subject, name: str, lr: Series) -> np.ndarray:
     """A norm where the learning rate is above 0.001 of its peak and no update was skipped."""
-    if not subject.has(name):
-        return np.zeros(0)
-    series = subject.series(name).finite()
-    use = np.ones(len(series), bool)
-    if lr is not None:
+    series, skipped = subject.logged(name), subject.logged("optim/skipped_updates")
+    use = ~np.isin(series.steps, skipped.steps[skipped.values > 0])
+    if len(lr):
         use &= np.isin(series.steps, lr.steps[lr.values > 1e-3 * lr.values.max()])
-    if subject.has("optim/skipped_updates"):
-        skipped = subject.series("optim/skipped_updates")
-        use &= ~np.isin(series.steps, skipped.steps[skipped.values > 0])
     return series.values[use]
 
 

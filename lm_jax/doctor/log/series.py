@@ -39,7 +39,7 @@ class Series(NamedTuple):
         return self.where(slice(min(len(self) - 1, round(len(self) * (1 - share))), None))
 
 
-_EMPTY = Series(np.zeros(0), np.zeros(0))
+EMPTY = Series(np.zeros(0), np.zeros(0))
 
 
 class Records:
@@ -95,7 +95,7 @@ class Records:
     def _append(self, name: str, steps: np.ndarray, values: np.ndarray) -> None:
         if not name.endswith("ppl"):
             values = np.where(np.abs(values) > _HUGE, np.copysign(np.inf, values), values)
-        kept = self._columns.get(name, _EMPTY)
+        kept = self._columns.get(name, EMPTY)
         course = np.concatenate([kept.steps[-1:], steps])
         went_back = course[1:][np.diff(course) < 0]
         self.back.setdefault(name, []).extend(int(step) - 1 for step in went_back)
@@ -199,11 +199,8 @@ class Echo(NamedTuple):
 def echo(values: np.ndarray, lags: np.ndarray) -> Echo:
     """The lag of `lags` at which the noise about a running median repeats itself most.
 
-    Its correlation is held against those at all other distances, which show how far rows are alike
-    anyway; the limit allows for the number of lags looked at.
-
-    Raises:
-        Skip: where most values are their median: a smooth curve leaves no noise that could repeat.
+    Its correlation is held against those at all other distances. Skip where most values are their
+    median: a smooth curve leaves no noise that could repeat.
     """
     left = values - scipy.ndimage.median_filter(values, 9, mode="nearest")
     if np.mean(left == 0) > 0.5:

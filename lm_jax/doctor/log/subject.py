@@ -12,7 +12,7 @@ import numpy as np
 from lm_jax.doctor.checks import fixture
 from lm_jax.doctor.facts import Bound, Facts, Skip, above, mapping, real, whole
 from lm_jax.doctor.log.read import METRICS, PREFIXES, Problem
-from lm_jax.doctor.log.series import Records, Series, noise, pairs
+from lm_jax.doctor.log.series import EMPTY, Records, Series, noise, pairs
 
 SUBWORDS = 1000  # ids; with fewer, low perplexities are ordinary: characters, made-up tasks
 _LOSS_WORDS = {"nll", "ce", "kl", "xent", "bpb", "bpc"}
@@ -138,6 +138,10 @@ class Subject(Facts):
         if len(found) < least:
             raise Skip(f"{name} has {len(found)} finite rows and this check needs {least}.")
         return found
+
+    def logged(self, name: str) -> Series:
+        """The finite rows of a column; empty where it is not logged."""
+        return self.series(name).finite() if self.has(name) else EMPTY
 
     @functools.cached_property
     def losses(self) -> list[str]:

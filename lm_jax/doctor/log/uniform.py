@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -57,8 +58,8 @@ def _splits_above(subject: Subject, limit: float) -> Iterator[Measure]:
 def _train_above(subject: Subject, limit: float) -> Iterator[Measure]:
     """The training loss: of few rows the lowest, else the mean of the last quarter."""
     name = "distill/lm_ce" if subject.has("distill/lm_ce") else "train/loss"
-    loss = subject.series(name).finite() if subject.has(name) else None
-    if not loss or not subject.settled(loss.steps):
+    loss = subject.logged(name)
+    if not len(loss) or not subject.settled(loss.steps):
         return
     x = loss.values
     if len(x) < 8:
@@ -75,15 +76,10 @@ def _train_above(subject: Subject, limit: float) -> Iterator[Measure]:
     late = last[:half].mean() - last[-half:].mean()
     falls = fell > 3 * math.sqrt(2) * error and late + 6 * error > fell / 4
     falls = falls and last.mean() - 8 * fell < limit  # it would get there in thrice its length
-    yield holds(
-        last.mean() - limit <= 3 * error,
-        f"{name} over the last quarter",
-        float(last.mean()),
-        limit=f"at most {limit:.4g} ± {error:.2g}",
-        otherwise="warn" if falls else "fail",
-        where="still falling" if falls else "no longer falling",
-        key="mean",
-    )
+    what, most = f"{name} over the last quarter", f"at most {limit:.4g} ± {error:.2g}"
+    status, where = ("warn", "still falling") if falls else ("fail", "no longer falling")
+    more: dict[str, Any] = dict(limit=most, otherwise=status, where=where, key="mean")
+    yield holds(last.mean() - limit <= 3 * error, what, float(last.mean()), **more)
     if len(x) >= 20:
         text = f"share of rows with {name} above {limit:.4g}"
         over = float(np.mean(x[loss.steps > 0.05 * loss.steps[-1]] > limit))
@@ -160,15 +156,9 @@ def fall(subject: Subject, uniform: float) -> Measure:
     sure = epochs is not None and (known_text or uniform >= math.log(_LARGE_VOCABULARY))
     course += "" if known_text else "; a corpus of near-zero entropy would look alike"
     what = f"exponent of the fall of the loss with the tokens seen (± {best.error:.2g})"
-    return holds(
-        _surely(best) <= 1,
-        what,
-        best.value,
-        limit="text: below 0.5, copying: above 1",
-        otherwise="fail" if sure else "warn",
-        where=course,
-        key="exponent",
-    )
+    limit, status = "text: below 0.5, copying: above 1", "fail" if sure else "warn"
+    more: dict[str, Any] = dict(limit=limit, otherwise=status, where=course, key="exponent")
+    return holds(_surely(best) <= 1, what, best.value, **more)
 
 
 def _surely(slope: Mean) -> float:
