@@ -34,8 +34,7 @@ def examine_workdir(
         ValueError: if a file in it is not as the trainer writes it.
     """
     workdir = pathlib.Path(workdir)
-    record = read_record(workdir)
-    metrics_file = workdir / METRICS
+    record, metrics_file = read_record(workdir), workdir / METRICS
     if not metrics_file.exists():
         raise FileNotFoundError(f"{metrics_file}: no such file; give the workdir of a run.")
     scored = workdir / SCORES.format("valid")
@@ -91,11 +90,7 @@ class Watch:
         return _facts(read_record(self._workdir))
 
     def look(self, references: Mapping[str, float]) -> list[str]:
-        """Examine the metrics so far, write all findings to `watch.json`, return the new ones.
-
-        Args:
-            references: see `examine_workdir`.
-        """
+        """Examine the metrics so far, write all findings to `watch.json`, return the new ones."""
         with (self._workdir / METRICS).open("rb") as file:
             file.seek(self._read)
             while lines := file.readlines(_AT_ONCE):

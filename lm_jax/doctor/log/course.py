@@ -1,19 +1,23 @@
-"""What the course of the training loss says: divergence, standstill, spikes."""
+"""What the course of the training loss says: divergence, standstill, spikes, repetition."""
 
+import contextlib
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.ndimage
 
 from lm_jax.doctor.checks import check, fixture
 from lm_jax.doctor.facts import Skip
-from lm_jax.doctor.findings import Measure, at_least, holds, none, note
-from lm_jax.doctor.log.series import STRIDES, blocks, falls_at_once, noise
+from lm_jax.doctor.findings import Measure, at_least, at_most, holds, none, note
+from lm_jax.doctor.log.series import STRIDES, blocks, echo, falls_at_once, noise
 from lm_jax.doctor.log.subject import Subject
 
 _FEW = 16  # rows
 _UNLEARNT = 5.0  # nats; a trained model of words or their parts has less
+_ROWS = 30  # that must come again
+_LEAST = 20  # rows of an epoch
+_SLACK = 0.1  # by how much the length of an epoch may be stated wrong
 _FREQUENCIES = 6.5  # nats; whoever knows only how often each of many ids occurs has 7 to 8
 
 
@@ -26,25 +30,16 @@ class Rise(NamedTuple):
     step: int  # of the lowest block
     allowed: float
     where: str  # the last row before the rise, and the next one
-
-    @property
-    def diverged(self) -> bool:
-        """Whether it lost more than noise explains."""
-        return self.end - self.least > self.allowed
-
-    @property
-    def certain(self) -> bool:
-        """Whether it ends where no learning rate schedule would leave it."""
-        return self.end > self.start / 2
+    diverged: bool  # it lost more than noise explains
+    certain: bool  # it ends where no learning rate schedule would leave it
 
 
 @fixture
 def rise(subject: Subject) -> Rise:
     """How far the objective ends above the lowest that it had reached.
 
-    The lowest of 40 blocks lies 2.2 SE below their mean by chance, so that 6 SE of a difference
-    leave more than 4. Of few rows, means of two are compared; their noise is badly known, so that
-    a quarter of the first row must be lost, and more where they are fewer than 8.
+    The lowest of 40 blocks lies 2.2 SE below their mean by chance: 6 SE leave 4. Of few rows, means
+    of two are compared, and a quarter of the first row must be lost: their noise is badly known.
     """
     loss = subject.finite(subject.objective, 3)
     x, n, start = loss.values, len(loss), abs(float(loss.values[0]))
@@ -72,7 +67,8 @@ def rise(subject: Subject) -> Rise:
     where = f"the last good row is step {loss.steps[good]:.10g} with {x[good]:.4g}"
     if good + 1 < n:
         where += f" and step {loss.steps[good + 1]:.10g} has {x[good + 1]:.4g}"
-    return Rise(float(x[0]), least, end, int(loss.steps[parts[low][-1]]), allowed, where)
+    step, diverged, certain = int(loss.steps[parts[low][-1]]), end - least > allowed, end > x[0] / 2
+    return Rise(float(x[0]), least, end, step, allowed, where, diverged, bool(certain))
 
 
 @fixture
@@ -84,31 +80,23 @@ def steady(rise: Rise | None = None) -> bool:
 
 
 @check(
-    "The run diverges. Lower the peak learning rate or lengthen the warm-up, and look at the "
-    "batches and the gradient norm at the step named; parameters from before it are still good. "
-    "If the data change there, log the losses of both apart."
+    "Lower the peak learning rate or lengthen the warm-up, and look at batches and gradient norm "
+    "at the step named. If the data change there, log the losses of both apart."
 )
 def divergence(subject: Subject, rise: Rise) -> Measure:
     """The loss does not end far above the lowest that it had reached."""
     certain = rise.certain and len(subject.finite(subject.objective)) >= 8
-    return holds(
-        not rise.diverged,
-        f"{subject.objective} began at {rise.start:.4g}, was lowest with {rise.least:.4g} by step "
-        f"{rise.step} and ends at {rise.end:.4g}, {rise.end - rise.least:.4g} nats above that",
-        {"start": rise.start, "lowest": rise.least, "step": rise.step, "end": rise.end},
-        limit=f"noise explains {rise.allowed:.3g}",
-        otherwise="fail" if certain else "warn",
-        where=rise.where,
-        key="course",
-    )
+    text = f"{subject.objective} began at {rise.start:.4g}, was lowest with {rise.least:.4g} by "
+    text += f"step {rise.step} and ends at {rise.end:.4g}, {rise.end - rise.least:.4g} nats above"
+    course = {"start": rise.start, "lowest": rise.least, "step": rise.step, "end": rise.end}
+    limit, status = f"noise explains {rise.allowed:.3g}", "fail" if certain else "warn"
+    more: dict[str, Any] = dict(limit=limit, otherwise=status, where=rise.where, key="course")
+    return holds(not rise.diverged, text, course, **more)
 
 
 @check(
-    "The course is that of a frozen model, so differences between rows are differences between "
-    "batches: explain none of them by a hyper-parameter. Run examine_training "
-    "(training.updates): the parameters must move, and two evaluations must differ. Where the loss "
-    "falls to 7 or 8 nats and stays, only the frequencies of ids are learned: the context does not "
-    "get through (examine_model: model.context_use)."
+    "Explain no row by a hyper-parameter: the model is frozen (training.updates) or, where the "
+    "loss stays at 7 or 8 nats, learns only the frequencies of ids (model.context_use)."
 )
 def trend(subject: Subject, steady: bool, uniform: float | None = None) -> list[Measure]:
     """From a random start the loss falls at all: at once, or by the Mann-Kendall test."""
@@ -133,8 +121,10 @@ def trend(subject: Subject, steady: bool, uniform: float | None = None) -> list[
         raise Skip(f"{name} rises from {start:.4g}; log.divergence judges that.")
     tiny = drop + 3 * error < 0.05 * x[0]
     if not at_once:
-        what = f"z of the Mann-Kendall test for a fall of {name}"
-        status = "fail" if tiny and uniform else "warn"
+        what, status = (
+            f"Mann-Kendall z for a fall of {name}",
+            "fail" if tiny and uniform else "warn",
+        )
         # A frozen model falls by this much once in a hundred logs.
         found.append(at_least(what, _mann_kendall(x), 2.33, otherwise=status, key="z"))
     if last_step >= 1000:
@@ -151,10 +141,7 @@ def _mann_kendall(values: np.ndarray) -> float:
     return float((falls - np.sign(falls)) / math.sqrt(n * (n - 1) * (2 * n + 5) / 18))
 
 
-@check(
-    "Look at the batches of these updates; if they are ordinary, lower the peak learning rate or "
-    "lengthen the warm-up."
-)
+@check("Look at these batches; if they are ordinary, lower the peak rate or lengthen the warm-up.")
 def spikes(subject: Subject, rise: Rise, steady: bool) -> list[Measure]:
     """The loss does not jump above its recent past and stay there for several updates.
 
@@ -182,11 +169,8 @@ def spikes(subject: Subject, rise: Rise, steady: bool) -> list[Measure]:
     what = f"{limit} above the median of {width} before (sd {sd:.3g} nats)"
     places = [f"step {step:.10g}" for step in steps]
     found = [none(what, places, otherwise="warn", key="places")]
-    if not len(starts):
-        return found
-    found.append(note(f"height of the first, at step {steps[0]:.10g}", float(above[starts[0]])))
-    if subject.has("optim/grad_norm"):
-        norms = subject.finite("optim/grad_norm")
+    norms = subject.logged("optim/grad_norm")
+    if len(starts) and len(norms):
         near = (norms.steps >= loss.steps[starts[0]]) & (norms.steps <= steps[0])
         if near.any() and np.median(norms.values[near]):
             times = float(norms.values[near].max() / np.median(norms.values[near]))
@@ -198,3 +182,82 @@ def _median_before(values: np.ndarray, width: int) -> np.ndarray:
     """The median of as many rows before each row from `width` on."""
     medians = scipy.ndimage.median_filter(values, width, mode="nearest")
     return medians[width // 2 : -width + width // 2]  # type: ignore[no-any-return]
+
+
+# ---- Noise that comes again, at a resume and with every epoch --------------------------------
+
+
+@fixture
+def restarts(subject: Subject) -> list[int]:
+    """Updates after which the run was resumed: declared, logged, or seen by steps that go back."""
+    logged = subject.logged("resumed").values.astype(int)
+    return sorted({*subject.resumes, *logged, *subject.rows.back.get("train/loss", ())})
+
+
+@check(
+    "After a fall or repeated noise the data were read from the beginning: save the reader's place "
+    "(data.resume). After a rise optimiser state, schedule or averages were not restored."
+)
+def resume(subject: Subject, restarts: list[int]) -> list[Measure]:
+    """The loss does not jump, and batches do not repeat, where the run was resumed."""
+    if not restarts:
+        raise Skip("No resume is declared or seen.", "resumes")
+    loss = subject.finite("train/loss")
+    spread, found, judged = noise(loss.values, STRIDES), [], 0
+    for at in restarts:
+        split = int(np.searchsorted(loss.steps, at, side="right"))
+        size = min(32, split // 6, len(loss) - split)
+        if size < 4:
+            continue
+        judged += 1
+        jump = _jump(loss.values, split, size)
+        # Where nothing was resumed the same fit shows what curvature and drift amount to.
+        last, every = min(len(loss) - size, 2 * split), max(size // 2, split // 100)
+        near = range(max(size, split // 2), last + 1, every)
+        null = [_jump(loss.values, p, size) for p in near if abs(p - split) >= size]
+        error = spread * math.sqrt(8 / size)  # of a step beside a common slope
+        if null:
+            error = max(error, 1.4826 * float(np.median(np.abs(null))))
+        what, key = f"change of the loss after step {at}, nats", f"jump {at}"
+        found.append(at_most(what, abs(jump), 4.5 * error, where=f"{jump:+.3g}", key=key))
+        if min(len(loss) - split, split) >= _ROWS:
+            with contextlib.suppress(Skip):  # a smooth curve
+                again = echo(loss.values[: 2 * split], np.array([split]))
+                what = f"likeness of the noise after step {at} to that of the first rows, sd"
+                where = f"the {again.rows} rows repeat the noise"
+                found.append(at_most(what, again.z, again.allowed, where=where))
+    if not found:
+        raise Skip("Fewer than 4 rows stand before or after every resume.")
+    return [*found, note("resumes judged", judged)]
+
+
+@check("Draw the order of the batches from (seed, epoch); data.epoch_order shows the fault.")
+def epoch_order(subject: Subject, restarts: list[int], steady: bool) -> list[Measure]:
+    """The noise of the loss does not repeat with the period of an epoch."""
+    subject.skip_if_overfit()
+    loss = subject.finite("train/loss", 2 * _ROWS)
+    n, period = len(loss), 0
+    epochs = subject.epochs(loss.steps)
+    if epochs is not None and epochs[-1] > epochs[0]:
+        period = round((n - 1) / (epochs[-1] - epochs[0]))
+        if period < _LEAST:
+            raise Skip(f"An epoch has {period} rows and this check needs {_LEAST}.")
+    # The first rows that come again after a resume are not an epoch.
+    splits = np.searchsorted(loss.steps, restarts, side="right")
+    lags = np.setdiff1d(np.arange(_LEAST, n - _ROWS), splits)
+    implied = lags[np.abs(lags - period) <= max(2, _SLACK * period)]
+    found = echo(loss.values, implied if len(implied) else lags)
+    what = f"likeness of the noise of {found.rows} pairs of rows {found.lag} apart, sd"
+    status = "fail" if len(implied) else "warn"
+    return [
+        at_most(what, found.z, found.allowed, otherwise=status, key="z"),
+        note("correlation of their ranks", found.correlation, key="correlation"),
+    ]
+
+
+def _jump(values: np.ndarray, split: int, size: int) -> float:
+    """The step at `split` in a fit of a slope and a step to `size` rows on either side."""
+    place = np.arange(-size, size) + 0.5
+    design = np.stack([np.ones_like(place), place, (place > 0).astype(float)], axis=1)
+    rows = values[split - size : split + size]
+    return float(np.linalg.lstsq(design, rows, rcond=None)[0][2])

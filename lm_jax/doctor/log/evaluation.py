@@ -1,16 +1,16 @@
-"""What logged evaluation numbers can and cannot be."""
+"""What logged evaluations and perplexities can and cannot be."""
 
 import itertools
 import math
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
-import scipy.stats
 
 from lm_jax.doctor import numbers
 from lm_jax.doctor.checks import check
 from lm_jax.doctor.facts import Skip
-from lm_jax.doctor.findings import Measure, Status, at_least, at_most, holds, none, note
+from lm_jax.doctor.findings import Measure, Status, at_least, at_most, holds, listed, none, note
 from lm_jax.doctor.log.series import Series, mean_error, noise, pairs
 from lm_jax.doctor.log.subject import SUBWORDS, Subject
 from lm_jax.doctor.numbers import half_unit
@@ -18,6 +18,11 @@ from lm_jax.doctor.numbers import half_unit
 _LOW = math.log(5)  # nats; less is not known of natural text
 _BY_HEART = 0.5  # nats; so little is left of text that was seen many times
 _TIES = 1e-3  # chance of the ties of a healthy run
+# Where trainers cut perplexities off.
+_CAPS = {f"e^{x}": math.exp(x) for x in (5, 7, 10, 12, 15, 20, 30, 50, 80, 88, 100)}
+_OVERFLOW = math.floor(math.log(np.finfo(np.float32).max))  # nats, of a float32 perplexity
+_UNKNOWN = "not stated"
+_MOST = 1000  # rows whose printed digits are looked at
 
 
 @check(
@@ -30,18 +35,15 @@ def overfit(subject: Subject) -> list[Measure]:
     splits = [split for split in subject.scored() if len(subject.nats(split)) > 1]
     if not splits or not subject.has("train/loss"):
         raise Skip("The log has no two evaluations beside a training loss.")
-    found = []
-    # Worse than the model that training began with, or than a guess: nothing is left.
+    found = [note("evaluations compared with the training loss", listed(splits))]
     guess = math.log(subject.vocab_size) if subject.vocab_size else math.inf
     for split in splits:
-        course = subject.overfitted(split)
-        if course is None:
-            found.append(note(f"{split} loses less than half of what was gained"))
-            continue
-        low, end = f"{course.low:.4g} at step {course.step}", f"{course.end:.4g}"
-        text = f"{split} overfits: from {low} it rises to {end} while the training loss falls"
-        status: Status = "fail" if course.end > min(course.start, guess) else "warn"
-        found.append(holds(False, text, course._asdict(), otherwise=status, key=split))
+        if course := subject.overfitted(split):
+            text = f"{split} overfits: from {course.low:.4g} at step {course.step} it rises to "
+            text += f"{course.end:.4g} while the training loss falls"
+            # Worse than the model that training began with, or than a guess: nothing is left.
+            status: Status = "fail" if course.end > min(course.start, guess) else "warn"
+            found.append(holds(False, text, course._asdict(), otherwise=status, key=split))
     return found
 
 
@@ -63,9 +65,8 @@ def logged_tokens(subject: Subject) -> Measure:
 
 
 @check(
-    "Loss and accuracy are not taken over the same tokens; padding or prompt tokens that are "
-    "easily copied count in the loss only. Use one set of weights for both (examine_loss: "
-    "loss.padding)."
+    "Take both over the same tokens: padding or prompt tokens that are easily copied count in the "
+    "loss only (examine_loss: loss.padding)."
 )
 def accuracy(subject: Subject) -> Measure:
     """A token that is not the most probable has p <= 1/2: loss >= (1 - accuracy) ln 2."""
@@ -86,17 +87,14 @@ def accuracy(subject: Subject) -> Measure:
 
 
 @check(
-    "The parameters do not move (no optimiser step, or the evaluation uses another copy), the "
-    "evaluation is not run again, or one split is used for two. Run examine_training "
-    "(training.updates, training.score_changes): after a few updates every parameter must have "
-    "changed."
+    "The parameters do not move, the evaluation uses a copy or is not run again, or one split "
+    "is used for two: run examine_training (training.updates, training.score_changes)."
 )
 def identical(subject: Subject) -> list[Measure]:
     """Evaluations at different steps, and of different splits, do not give the same number.
 
-    Ties happen where few digits are printed or evaluations follow each other closely at the end of
-    a decay. The chance of one is the last printed digit over the smallest change nearby; the ties
-    that are seen must be rarer than once in a thousand healthy runs.
+    The chance of a tie is the last printed digit over the usual change nearby; a run of them must
+    be rarer than once in a thousand healthy runs.
     """
     splits = subject.splits("loss")
     found, seen = [], 0
@@ -104,11 +102,9 @@ def identical(subject: Subject) -> list[Measure]:
         loss = subject.finite(f"{split}/loss")
         chances, same = _ties(subject, loss.where(slice(-1000, None)))
         seen += len(chances)
-        # Ties here and there, or the rarest run of them.
         runs = itertools.groupby(zip(chances, same, strict=True), lambda pair: bool(pair[1]))
         rarest = min((math.prod(p for p, _ in run) for tie, run in runs if tie), default=1.0)
-        scattered = scipy.stats.poisson.sf(sum(map(bool, same)) - 1, sum(chances))
-        if min(rarest * len(chances), scattered) < _TIES:
+        if rarest * len(chances) < _TIES:
             what = f"evaluations of {split} that repeat"
             found.append(none(what, filter(None, same), of=len(chances), key=split))
     for a, b in [*(("train", split) for split in splits), *itertools.pairwise(splits)]:
@@ -117,12 +113,11 @@ def identical(subject: Subject) -> list[Measure]:
             continue
         steps, x, y = pairs(subject.finite(f"{a}/loss"), subject.finite(f"{b}/loss"))
         same_at = (x == y) & (x != 0)
-        digits = np.array([half_unit(v) / abs(v) for v in x[same_at][:1000]])
+        digits = np.array([half_unit(v) / abs(v) for v in x[same_at][:_MOST]])
         # A row is equal by chance as often as its last digit goes into 1 %.
         chance = math.prod(np.minimum(1, 200 * digits))
-        often = chance < (1e-4 if of_train else 0.05) and same_at.mean() > 0.9
         seen += len(x)
-        if often or (not of_train and np.any(digits <= 1e-5)):
+        if chance < (1e-4 if of_train else 0.05) and same_at.mean() > 0.9:
             what = f"rows where {a} and {b} have the same loss, so that one is the other"
             places = [f"step {s:.10g}" for s in steps[same_at]]
             found.append(none(what, places, of=len(x), key=b))
@@ -162,37 +157,30 @@ def _learning(subject: Subject, steps: np.ndarray) -> np.ndarray:
 
 
 @check(
-    "Prove it before believing it. Most likely the model sees its target (no label shift, no "
-    "causal mask), padding is scored as a target, valid text is in train, or text that was seen "
-    "many times is known by heart. Run examine_loss (loss.oracle, loss.padding), examine_model "
-    "(model.suffix_swap), examine_training (training.gibbs) and examine_data "
-    "(data.document_containment)."
+    "Prove it first. The model sees its target (no label shift, no causal mask: loss.oracle, "
+    "model.suffix_swap, training.gibbs), padding is scored as a target (loss.padding), valid text "
+    "is in train or text is known by heart (data.document_containment)."
 )
 def floor(subject: Subject) -> list[Measure]:
     """The loss is not below the entropy of the source, nor far below an n-gram model's.
 
-    A model of under 1e9 parameters does not reach a tenth of the perplexity of a bigram model.
-    Without reference lines only sub-word vocabularies (1000 ids or more) are judged, since
-    perplexities of 3 to 6 are ordinary for characters. A training loss on data that may not be new
-    is never decisive.
+    No model of under 1e9 parameters reaches a tenth of a bigram's perplexity. Without references
+    only sub-words are judged. A training loss on data that may not be new is never decisive.
     """
     subject.skip_if_overfit()
     best, references = _best(subject), subject.references or {}
-    found = []
-    if not (best and "entropy_rate" in references):
-        found += _memory(subject, references, bool(best))
+    found = [] if "entropy_rate" in references else _memory(subject, references, bool(best))
     if best:
-        found += _held_out(subject, references, *best)
+        found += _held_out(subject, *best)
     if not found:
         needs = "vocab_size" if subject.vocab_size is None else "references"
         raise Skip("Low losses are ordinary for under 1000 ids or unknown data.", needs)
     return found
 
 
-def _held_out(
-    subject: Subject, references: Mapping[str, float], name: str, nats: float, count: float
-) -> Iterator[Measure]:
+def _held_out(subject: Subject, name: str, nats: float, count: float) -> Iterator[Measure]:
     """The lowest loss on held-out or new data, a mean of `count` tokens, against what is known."""
+    references = subject.references or {}
     if "entropy_rate" in references:
         rate = references["entropy_rate"]
         error = _token_sd(subject) / math.sqrt(count) if count else math.nan
@@ -212,28 +200,24 @@ def _held_out(
 
 def _memory(subject: Subject, references: Mapping[str, float], held_out: bool) -> list[Measure]:
     """Whether the training loss is that of text known by heart, or too low for unknown data."""
-    if not subject.has("train/loss") or (subject.vocab_size or 0) < SUBWORDS:
+    loss = subject.logged("train/loss")
+    if not len(loss) or (subject.vocab_size or 0) < SUBWORDS:
         return []
-    loss = subject.finite("train/loss")
     epochs = subject.epochs(loss.steps[-1:])
     if held_out if epochs is None else epochs[0] <= 1:
         return []
-    if epochs is None:
-        what, bigram = "over data that may be new or not", references.get("kn2", math.inf)
-        limit = min(_LOW, references.get("entropy_rate", _LOW), math.log(bigram / 10))
-    else:
+    what, limit = "on data that may be new", min(_LOW, math.log(references.get("kn2", 50) / 10))
+    if epochs is not None:
         what, limit = f"of {epochs[0]:.3g} epochs", _BY_HEART
     last = loss.tail(0.1).values
     error = mean_error(loss.values, len(last)) if len(loss) >= 4 else 0.0
-    what, least = f"train/loss at the end {what}, nats", limit - 3 * error
-    return [at_least(what, float(last.mean()), least, otherwise="warn", key="train")]
+    what = f"train/loss at the end {what}, nats"
+    return [at_least(what, float(last.mean()), limit - 3 * error, otherwise="warn", key="train")]
 
 
 @check(
-    "The model does worse than counting. Run examine_model: does it use the context, of the right "
-    "row and in the right order (model.context_use, model.row_independence, model.truncation), and "
-    "none of the future (model.suffix_swap; a weak model may well see its target, which a log "
-    "cannot show)? Then examine_gradients (gradient.directional)."
+    "Run examine_model (model.context_use, model.row_independence, model.truncation; a weak model "
+    "may see its target: model.suffix_swap), then examine_gradients (gradient.directional)."
 )
 def baseline(subject: Subject, steady: bool, references: dict[str, float]) -> Measure:
     """After an epoch or 100 updates: better than a unigram; after 3 epochs: than a bigram."""
@@ -241,10 +225,8 @@ def baseline(subject: Subject, steady: bool, references: dict[str, float]) -> Me
     if not reference:
         raise Skip("No reference lines are given.", "references")
     split = next(iter(subject.scored()), "train")
-    if split != "train":
-        subject.skip_if_overfit()
-        if subject.overfitted(split):
-            raise Skip(f"{split} overfits (log.overfit).")
+    if split != "train" and (subject.overfit or subject.overfitted(split)):
+        raise Skip(f"{split} overfits (log.overfit).")
     loss = subject.finite("train/loss") if split == "train" else subject.nats(split)
     if not subject.settled(loss.steps):
         raise Skip(f"The log ends at step {loss.steps[-1]:.10g}, too early for this check.")
@@ -253,7 +235,6 @@ def baseline(subject: Subject, steady: bool, references: dict[str, float]) -> Me
     name = "kn2" if epochs is not None and epochs[0] >= 3 else "unigram"
     name = name if name in reference else next(iter(reference))
     falls = len(loss) > 1 and loss.values[-1] < loss.values[0] - 0.05 * abs(loss.values[0])
-    falls &= subject.vocab_size is None or nats < math.log(subject.vocab_size)
     status: Status = "fail" if nats > reference.get("unigram", math.inf) and not falls else "warn"
     ok = nats <= reference[name] or (name == "unigram" and falls)
     what, limit = f"{split} at the end, nats", f"at most {reference[name]:.4g} ({name})"
@@ -283,10 +264,76 @@ def _best(subject: Subject) -> tuple[str, float, float] | None:
 def _token_sd(subject: Subject) -> float:
     """Standard deviation of the nats of one token: from the noise of batches, else at most ln V."""
     bound = math.log(subject.vocab_size) if subject.vocab_size else math.inf
-    if subject.has("train/loss"):
-        loss = subject.finite("train/loss")
-        tokens = subject.tokens(loss.steps)
-        if tokens is not None and len(loss) >= 60:
-            per_row = float(np.median(np.diff(tokens)) / np.median(np.diff(loss.steps)))
-            return min(bound, noise(loss.values) * math.sqrt(per_row))
-    return bound
+    loss = subject.logged("train/loss")
+    tokens = subject.tokens(loss.steps)
+    if tokens is None or len(loss) < 60:
+        return bound
+    per_row = float(np.median(np.diff(tokens)) / np.median(np.diff(loss.steps)))
+    return min(bound, noise(loss.values) * math.sqrt(per_row))
+
+
+@check(
+    "Log exp(sum of next-token nats (lm_ce) / number of scored tokens). Above it, exponentials "
+    "were averaged; below it is another loss, or a cap, which hides divergence."
+)
+def ppl_of_loss(subject: Subject) -> list[Measure]:
+    """Each perplexity is exp of the next-token loss of its row, to the digits printed."""
+    found: list[Measure] = []
+    wrong: list[tuple[float, str]] = []
+    seen, bits = 0, False
+    for name in filter(subject.has, (f"{s}/token_ppl" for s in ("train", "valid", "test"))):
+        split = name.split("/")[0]
+        low = float(np.nanmin(subject.series(name).values, initial=math.inf))
+        if low < 1:
+            found.append(at_least(f"lowest {name}", low, 1, key="lowest"))
+        of = "lm_ce" if subject.has(f"{split}/lm_ce") else "loss"
+        if subject.has(f"{split}/{of}"):
+            is_bits = subject.in_bits(f"{split}/{of}")
+            rows = pairs(subject.series(name), subject.rows.series(f"{split}/{of}"))
+            good, here = _wrong(*rows, math.log(2) if is_bits else 1.0, of)
+            wrong += [(excess, f"{split} at {text}") for excess, text in here]
+            seen, bits = seen + good, bits or is_bits
+    if not seen and not found:
+        raise Skip("No row has both a loss and a token perplexity.")
+    wrong.sort(key=lambda row: -abs(row[0]))
+    texts = [text for _, text in wrong]
+    found.append(none("rows where perplexity is not exp(loss)", texts, of=seen, key="wrong"))
+    if wrong:
+        found.append(note("largest difference, nats", wrong[0][0], key="excess"))
+    return [*found, *([note("losses are in bits and judged in nats")] if bits else [])]
+
+
+def _wrong(steps: Any, ppl: Any, loss: Any, unit: float, of: str) -> tuple[int, list[Any]]:
+    """How many rows can be compared, and (ln ppl - nats, text) of those that do not fit."""
+    use = np.isfinite(loss) & (ppl > 0) & (np.isfinite(ppl) | (loss * unit < _OVERFLOW))
+    excess = np.log(ppl[use]) - loss[use] * unit
+    order = np.argsort(-np.abs(excess))[:_MOST]
+    found = []
+    columns = (x[order].tolist() for x in (steps[use], ppl[use], loss[use], excess))
+    for step, p, x, off in zip(*columns, strict=True):
+        digits = (0.0 if math.isinf(p) else half_unit(p) / p) + unit * half_unit(x)
+        if abs(off) > digits + 2e-6 * unit * max(1.0, abs(x)):  # float32 arithmetic
+            cap = next((f" = {cap}" for cap, at in _CAPS.items() if math.isclose(p, at)), "")
+            ln = f"ln {p:.10g}{cap} is {math.log(p):.6g}"
+            found.append((off, f"step {step:.10g}: {ln} and the {of} {x * unit:.6g} nats"))
+    return int(use.sum()), found
+
+
+@check(
+    "Perplexities of other tokens or text cannot be compared; compare bits per byte of one text."
+)
+def compared(subject: Subject) -> Measure:
+    """Perplexities held against each other are of the same tokens of the same text."""
+    if not subject.comparisons:
+        raise Skip("No comparisons are given.", "comparisons")
+    wrong, unknown = [], []
+    for other in subject.comparisons:
+        for key in ("tokenizer", "corpus", "unit"):
+            mine, theirs = (x.get(key, _UNKNOWN) for x in (subject.measured_on or {}, other))
+            text = f"{other['name']}: {key} {theirs}, here {mine}"
+            if _UNKNOWN in (mine, theirs):
+                unknown.append(text)
+            elif mine != theirs:
+                wrong.append(text)
+    status = "fail" if wrong else "warn"
+    return none("differences of what is compared", wrong or unknown, otherwise=status, key="wrong")

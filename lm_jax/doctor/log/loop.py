@@ -2,13 +2,14 @@
 
 import functools
 import math
+from typing import Any
 
 import numpy as np
 
 from lm_jax.doctor import numbers
 from lm_jax.doctor.checks import check, fixture
 from lm_jax.doctor.facts import Skip, give
-from lm_jax.doctor.findings import Measure, Status, at_least, at_most, holds, none, note
+from lm_jax.doctor.findings import Measure, at_least, at_most, holds, none, note
 from lm_jax.doctor.log.series import Series, falls_at_once
 from lm_jax.doctor.log.subject import Subject
 from lm_jax.doctor.numbers import half_unit
@@ -38,19 +39,16 @@ def schedule(subject: Subject, rates: Series) -> Series:
 
 
 @check(
-    "The optimiser does not step, or steps another copy of the parameters. Look at the counter "
-    "that decides when an accumulated update is due, at updates that are skipped, and run "
-    "examine_training (training.updates) or examine_optimiser (optimiser.update_count)."
+    "The optimiser does not step, or steps a copy. Look at the counter of accumulation and at "
+    "skipped updates, and run training.updates or optimiser.update_count."
 )
 def updates(subject: Subject) -> list[Measure]:
     """The learning rate is not always 0, and norms are neither constant nor 0."""
     found = []
-    lr = subject.finite("optim/lr") if subject.has("optim/lr") else None
-    if lr is not None and len(lr) > 1:
+    lr, loss = subject.logged("optim/lr"), subject.logged("train/loss").values
+    if len(lr) > 1:
         above = int(np.sum(lr.values > 0))
         found.append(holds(above > 0, "rows with a learning rate above 0", above))
-    has_loss = subject.has("train/loss")
-    loss = subject.series("train/loss").finite().values if has_loss else np.zeros(0)
     for name in ("optim/param_norm", "optim/update_norm", "optim/grad_norm"):
         norm = _while_learning(subject, name, lr)
         if len(norm) < 3:
@@ -70,17 +68,12 @@ def updates(subject: Subject) -> list[Measure]:
     return found
 
 
-def _while_learning(subject: Subject, name: str, lr: Series | None) -> np.ndarray:
+def _while_learning(subject: Subject, name: str, lr: Series) -> np.ndarray:
     """A norm where the learning rate is above 0.001 of its peak and no update was skipped."""
-    if not subject.has(name):
-        return np.zeros(0)
-    series = subject.series(name).finite()
-    use = np.ones(len(series), bool)
-    if lr is not None:
+    series, skipped = subject.logged(name), subject.logged("optim/skipped_updates")
+    use = ~np.isin(series.steps, skipped.steps[skipped.values > 0])
+    if len(lr):
         use &= np.isin(series.steps, lr.steps[lr.values > 1e-3 * lr.values.max()])
-    if subject.has("optim/skipped_updates"):
-        skipped = subject.series("optim/skipped_updates")
-        use &= ~np.isin(series.steps, skipped.steps[skipped.values > 0])
     return series.values[use]
 
 
@@ -101,8 +94,8 @@ def _stale(norm: np.ndarray) -> list[Measure]:
 
 
 @check(
-    "Gradients overflow at any scale: they are not finite for another reason. Find the first step "
-    "at which the scale fell, look at its batch and its activations, and train in bfloat16."
+    "Gradients overflow at any scale: look at batch and activations of the first step at which the "
+    "scale fell, and train in bfloat16."
 )
 def loss_scale(subject: Subject) -> Measure:
     """The loss scale of float16 does not collapse."""
@@ -164,10 +157,10 @@ def lr_end(subject: Subject, schedule: Series, lr_end: float) -> list[Measure]:
     ok, falls = abs(last - lr_end) <= slack, last < lr.max()
     if not (ok or known or falls):
         raise Skip("The log ends at the peak of the learning rate and steps is not given.", "steps")
-    limit = f"configured {lr_end:.4g} ± {slack:.2g}"
-    where = "" if known else "unless the run ended early: steps is not given"
-    status: Status = "fail" if known else "warn"
-    found = [holds(ok, "last rate", last, limit=limit, otherwise=status, where=where)]
+    more: dict[str, Any] = dict(limit=f"configured {lr_end:.4g} ± {slack:.2g}")
+    if not known:
+        more |= dict(otherwise="warn", where="unless the run ended early: steps is not given")
+    found = [holds(ok, "last rate", last, **more)]
     many = _accumulation(schedule, last / peak) if not ok and falls and last > lr_end else None
     if many:
         text = f"micro-batches to an update if the {many[1]} schedule was sized in them"
@@ -176,11 +169,7 @@ def lr_end(subject: Subject, schedule: Series, lr_end: float) -> list[Measure]:
 
 
 def _accumulation(lr: Series, ratio: float) -> tuple[int, str] | None:
-    """The number of micro-batches in an update that explains the last rate, and the schedule.
-
-    A schedule sized in micro-batches is executed up to 1/a of its length, of which the first part
-    was warm-up.
-    """
+    """How many micro-batches, in which the schedule was sized, explain the last rate."""
     ends, warm = lr.steps[-1], lr.steps[int(np.argmax(lr.values))]
     for count in (2, 3, 4, 6, 8, 12, 16, 24, 32, 64):
         done = (ends - warm) / (count * ends - warm)
@@ -195,7 +184,7 @@ def _accumulation(lr: Series, ratio: float) -> tuple[int, str] | None:
 def clipping(subject: Subject) -> list[Measure]:
     """How often gradients were clipped; a fact, not a fault."""
     late = float(subject.finite("optim/clip_rate").tail(0.5).values.mean())
-    text = "this alone explains no bad loss; a loss summed over tokens does it (loss.repetition)"
+    text = "this explains no bad loss; a loss summed over tokens does it (loss.repetition)"
     rate = note("share of updates clipped in the second half", late, key="rate")
     return [rate, note(text)] if late > 0.9 else [rate]
 
@@ -224,10 +213,7 @@ def throughput(subject: Subject) -> Measure:
     return at_most("logged share of the peak", mfu, _MAX_MFU, key="mfu", **unless)
 
 
-@check(
-    "State tokens as updates x sequences x length as executed, and find which factor differs "
-    "from the run that was made."
-)
+@check("State tokens as updates x sequences x length as executed; find the factor that differs.")
 def budget(subject: Subject) -> Measure:
     """Stated amounts are the products of their factors; tokens logged fit the steps."""
     wrong, seen = numbers.products(subject.budgets), len(subject.budgets)
@@ -237,19 +223,14 @@ def budget(subject: Subject) -> Measure:
         expected = float(tokens.steps[-1] * subject.tokens_per_step)
         # Fewer: padding is not counted. One more step: they are counted from 0.
         if tokens.values[-1] > 1.005 * expected + subject.tokens_per_step:
-            wrong.append(
-                f"{tokens.steps[-1]:.10g} steps x {subject.tokens_per_step:g} tokens = "
-                f"{expected:.4g}, but data/tokens is {tokens.values[-1]:.4g}"
-            )
+            text = f"{tokens.steps[-1]:.10g} steps x {subject.tokens_per_step:g} tokens"
+            wrong.append(f"{text} = {expected:.4g}, but data/tokens is {tokens.values[-1]:.4g}")
     if not seen:
         raise give("budgets", "tokens_per_step")
     return none("amounts off by over 0.5 %", wrong, of=seen, key="wrong")
 
 
-@check(
-    "Log raw values, weights and weighted values under names of their own, and let the objective "
-    "be their sum."
-)
+@check("Log raw and weighted values under names of their own; the objective is the weighted sum.")
 def components(subject: Subject) -> Measure:
     """Weighted terms add up to the objective, to 1e-5 and the digits printed."""
     parts = [name for name in subject.rows.names if name.startswith("distill/weighted/")]

@@ -19,6 +19,7 @@ _MOST = 1000  # values whose digits are looked at, and runs of one value
 _ROUNDING = 100 * FLOAT32_EPS  # of logits of 100
 
 Told = tuple[str, Any]  # a text for the evidence, and what goes into `Finding.values`
+Look = Callable[[str, Series], Told | None]
 
 
 def _listing(what: str, found: Mapping[Any, Told], *, of: int, **more: Any) -> Measure:
@@ -27,26 +28,17 @@ def _listing(what: str, found: Mapping[Any, Told], *, of: int, **more: Any) -> M
     return dataclasses.replace(made, value={name: value for name, (_, value) in found.items()})
 
 
-def _losses(
-    subject: Subject,
-    what: str,
-    look: Callable[[str, Series], Told | None],
-    main: Callable[[str], bool],
-    key: str,
-) -> Measure:
+def _losses(subject: Subject, look: Look, main: Callable[[str], bool], **more: str) -> Measure:
     """What `look` finds in the losses: it fails for the main ones, and warns for the others."""
     names = sorted(subject.losses, key=main, reverse=True)
     if not names:
         raise Skip("The log has no loss.")
     found = {n: told for n in names if (told := look(n, subject.series(n).finite()))}
     status = "fail" if any(map(main, found)) else "warn"
-    return _listing(what, found, of=len(names), otherwise=status, key=key)
+    return _listing(found=found, of=len(names), otherwise=status, **more)
 
 
-@check(
-    "Map the trainer's columns to metrics, and repair or delete the lines named here; the other "
-    "checks used the rest."
-)
+@check("Map the trainer's columns to metrics, and repair or delete the lines named here.")
 def readable(subject: Subject) -> list[Measure]:
     """Rows can be read and hold metrics that are known."""
     rows, problems = subject.rows, subject.problems
@@ -54,34 +46,27 @@ def readable(subject: Subject) -> list[Measure]:
     cut_off = all(p.last for p in problems) and known  # what a kill leaves
     columns = [f"{column} -> {metric}" for column, metric in (subject.columns or {}).items()]
     told = ("read", columns), ("columns not used:", subject.ignored)
-    bad = none(
-        "lines that could not be used",
-        [f"line {p.line}: {p.what}" for p in problems],
-        of=len(rows) + len(problems),
-        otherwise="warn" if cut_off else "fail",
-        key="lines",
-    )
+    texts, status = [f"line {p.line}: {p.what}" for p in problems], "warn" if cut_off else "fail"
+    bad = none("lines that could not be used", texts, of=len(rows) + len(texts), otherwise=status)
     return [
         holds(len(rows) > 0, "records", len(rows)),
         holds(bool(known), f"metrics that are known: {listed(known, 20) or 'none'}"),
-        dataclasses.replace(bad, value=[p.line for p in problems]),
+        dataclasses.replace(bad, key="lines", value=[p.line for p in problems]),
         none("metrics with something that is no number in some rows", sorted(rows.odd)),
         *(note(f"{what} {listed(names, 20)}") for what, names in told if names),
     ]
 
 
 @check(
-    "An isolated value comes from one batch: 0/0 where no token is scored (examine_loss: "
-    "loss.nothing_scored) or a label out of range (loss.label_range); replay that batch. Values "
-    "that stay non-finite mean poisoned parameters: skip the whole update, and never put 0 in its "
-    "place."
+    "Replay the batch: 0/0 where no token is scored (loss.nothing_scored), or a label out of range "
+    "(loss.label_range). Values that stay mean poisoned parameters: skip the whole update."
 )
 def finite(subject: Subject) -> Measure:
     """No loss or norm is NaN or infinite, and no update was skipped for it."""
     names = [n for n in subject.rows.names if is_known(n) or n in subject.losses]
-    names = [n for n in names if not n.endswith("ppl")]
-    if subject.has("optim/loss_scale"):  # float16: gradients overflow while it is sought
-        names = [n for n in names if not n.startswith(("optim/", "grad_norm/"))]
+    # Gradients of float16 overflow while the loss scale is sought.
+    sought = ("optim/", "grad_norm/") if subject.has("optim/loss_scale") else ()
+    names = [n for n in names if not n.endswith("ppl") and not n.startswith(sought)]
     if not names:
         raise Skip("The log has no loss and no norm.")
     found = {}
@@ -93,21 +78,17 @@ def finite(subject: Subject) -> Measure:
         if not bad.any():
             continue
         first, count = int(np.argmax(bad)), int(bad.sum())
-        stays = bool(bad[first:].all() and first + 1 < len(bad))
-        step = int(series.steps[first])
-        text = f"{name} in {count} of {len(bad)} rows from step {step}"
-        if stays:
-            text = f"{name} at step {step} and in every later row"
-            text += f" (last good row: step {series.steps[first - 1]:.10g})" if first else ""
+        stays, step = bool(bad[first:].all() and first + 1 < len(bad)), int(series.steps[first])
+        text = "every later row" if stays else f"{count} of {len(bad)} rows"
+        text = f"{name} from step {step} on in {text}"
         found[name] = text, {"first_step": step, "count": count, "stays": stays}
     what = "columns with values that are not finite, or with updates skipped"
     return _listing(what, found, of=len(names), key="found")
 
 
 @check(
-    "A cross-entropy or a KL divergence is never below 0: look for logits used as "
-    "log-probabilities, a sign, negative weights, or a term that is subtracted (examine_loss: "
-    "loss.definition)."
+    "Look for logits used as log-probabilities, a sign, negative weights, or a term that is "
+    "subtracted (examine_loss: loss.definition)."
 )
 def negative(subject: Subject) -> Measure:
     """No cross-entropy and no KL divergence is below 0 by more than rounding."""
@@ -120,12 +101,11 @@ def negative(subject: Subject) -> Measure:
         return f"{name} in {len(below)} rows from step {first}, down to {lowest:.4g}", first
 
     # A column of an unknown name may be an objective that is allowed to be negative.
-    return _losses(subject, "losses below 0", look, is_known, "found")
+    return _losses(subject, look, is_known, what="losses below 0", key="found")
 
 
 @check(
-    "A loss of exactly 0, or of one constant, between ordinary values is a non-finite value that "
-    "was replaced, or a batch of which nothing is scored (loss.nothing_scored): skip the update "
+    "A non-finite loss was replaced, or nothing is scored (loss.nothing_scored): skip the update "
     "instead and look at its batch. A loss that is 0 throughout is not computed."
 )
 def imputed(subject: Subject) -> Measure:
@@ -136,7 +116,8 @@ def imputed(subject: Subject) -> Measure:
         where = f"steps {listed(at)}" if len(at) < len(series) else f"all {len(at)} rows"
         return (f"{name} is exactly {value:g} at {where}", at) if at else None
 
-    return _losses(subject, "losses that were replaced", look, _MAIN.__contains__, "steps")
+    what = "losses that were replaced"
+    return _losses(subject, look, _MAIN.__contains__, what=what, key="steps")
 
 
 def _replaced(series: Series, name: str) -> tuple[float, list[int]]:
@@ -150,7 +131,7 @@ def _replaced(series: Series, name: str) -> tuple[float, list[int]]:
     often = kinds[counts >= 3]
     for value in (0.0, *(k for k in (*often[:1], *often[-1:]) if k)):
         steps: list[int] = []
-        runs = np.flatnonzero(np.diff(np.concatenate([[False], x == value, [False]]).astype(int)))
+        runs = np.flatnonzero(np.diff(x == value, prepend=False, append=False))
         for start, stop in runs.reshape(-1, 2)[:_MOST].tolist():
             before, after = x[max(0, start - 5) : start], x[stop : stop + 5]
             # A term may be switched on late or off early; the loss of the model may not.
@@ -158,28 +139,21 @@ def _replaced(series: Series, name: str) -> tuple[float, list[int]]:
                 continue
             near = np.concatenate([before, after])
             near = near[near != value]
-            if not len(near):
-                continue
             gap = abs(near.mean() - value)
-            far = value == 0 or gap > 0.25 * abs(near.mean())
-            sudden = value == 0 and near.min() > 1  # amid a steep fall too
-            if sudden or (far and gap > 6 * math.hypot(near.std(), printed)):
+            far = gap > 0.25 * abs(near.mean()) and gap > 6 * math.hypot(near.std(), printed)
+            if far or (value == 0 and near.min() > 1):  # amid a steep fall too
                 steps += series.steps[start:stop].astype(int).tolist()
         if len(steps) >= (1 if value == 0 else 3):
             return value, steps
     return 0.0, []
 
 
-@check(
-    "The loss is computed or logged in bfloat16. Compute logits, log-softmax and sums in float32 "
-    "(examine_loss: loss.dtype)."
-)
+@check("Compute logits, log-softmax and sums of the loss in float32 (examine_loss: loss.dtype).")
 def quantised(subject: Subject) -> Measure:
     """The losses are not all values of bfloat16, which has 8 significant bits."""
-    x = np.unique(subject.finite("train/loss", 10).values)
+    unit = math.log(2) if subject.in_bits("train/loss") else 1.0
+    x = np.unique(subject.finite("train/loss", 10).values) / unit
     x = x[x != 0][:2000]
-    if subject.in_bits("train/loss"):
-        x = x / math.log(2)
     step = 2.0 ** (np.floor(np.log2(np.abs(x))) - 7)
     printed = np.array([half_unit(value) for value in x])
     hits = np.abs(x - np.round(x / step) * step) <= printed * (1 + 1e-6)  # half a unit exactly

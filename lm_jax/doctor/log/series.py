@@ -32,15 +32,14 @@ class Series(NamedTuple):
 
     def finite(self) -> "Series":
         """The rows with a finite value."""
-        keep = np.isfinite(self.values)
-        return self if keep.all() else self.where(keep)
+        return self.where(np.isfinite(self.values))
 
     def tail(self, share: float) -> "Series":
         """The last rows, at least one."""
         return self.where(slice(min(len(self) - 1, round(len(self) * (1 - share))), None))
 
 
-_EMPTY = Series(np.zeros(0), np.zeros(0))
+EMPTY = Series(np.zeros(0), np.zeros(0))
 
 
 class Records:
@@ -55,11 +54,7 @@ class Records:
     """
 
     def __init__(self, rows: Iterable[Mapping[str, Any]] = (), *, most: int | None = None):
-        """Begin with some rows.
-
-        Raises:
-            ValueError: if a row is no mapping of names to values.
-        """
+        """Begin with some rows, see `extend`."""
         self.count = 0
         self.odd: set[str] = set()  # metrics with something in them that is no number
         self.back: dict[str, list[int]] = {}  # by column: steps to which it went back
@@ -100,7 +95,7 @@ class Records:
     def _append(self, name: str, steps: np.ndarray, values: np.ndarray) -> None:
         if not name.endswith("ppl"):
             values = np.where(np.abs(values) > _HUGE, np.copysign(np.inf, values), values)
-        kept = self._columns.get(name, _EMPTY)
+        kept = self._columns.get(name, EMPTY)
         course = np.concatenate([kept.steps[-1:], steps])
         went_back = course[1:][np.diff(course) < 0]
         self.back.setdefault(name, []).extend(int(step) - 1 for step in went_back)
@@ -142,12 +137,6 @@ def _checked(rows: Any) -> list[Mapping[str, Any]]:
 
 def _floats(raws: tuple[Any, ...]) -> tuple[np.ndarray, np.ndarray]:
     """The values as floats, and which of them are numbers."""
-    try:
-        values = np.array(raws, np.float64)
-        if values.ndim == 1:
-            return values, np.ones(len(values), bool)
-    except (TypeError, ValueError, OverflowError):
-        pass
     found = [number(raw) for raw in raws]
     is_number = np.array([x is not None for x in found])
     return np.array([0.0 if x is None else x for x in found]), is_number
@@ -210,11 +199,8 @@ class Echo(NamedTuple):
 def echo(values: np.ndarray, lags: np.ndarray) -> Echo:
     """The lag of `lags` at which the noise about a running median repeats itself most.
 
-    Its correlation is held against those at all other distances, which show how far rows are alike
-    anyway; the limit allows for the number of lags looked at.
-
-    Raises:
-        Skip: where most values are their median: a smooth curve leaves no noise that could repeat.
+    Its correlation is held against those at all other distances. Skip where most values are their
+    median: a smooth curve leaves no noise that could repeat.
     """
     left = values - scipy.ndimage.median_filter(values, 9, mode="nearest")
     if np.mean(left == 0) > 0.5:

@@ -12,23 +12,25 @@ import numpy as np
 from lm_jax.doctor.checks import fixture
 from lm_jax.doctor.facts import Bound, Facts, Skip, above, mapping, real, whole
 from lm_jax.doctor.log.read import METRICS, PREFIXES, Problem
-from lm_jax.doctor.log.series import Records, Series, noise, pairs
+from lm_jax.doctor.log.series import EMPTY, Records, Series, noise, pairs
 
 SUBWORDS = 1000  # ids; with fewer, low perplexities are ordinary: characters, made-up tasks
 _LOSS_WORDS = {"nll", "ce", "kl", "xent", "bpb", "bpc"}
 _NO_LOSS = re.compile(r"scale|weight|coef|count|lambda|best|delta")
 
 Amount = Annotated[float | None, above(0)]
+Rate = Annotated[float | None, above(0, or_equal=True)]
+Sizes = int | Mapping[str, int] | None
 Texts = Mapping[str, Any]
+Rows = Iterable[Mapping[str, Any]]
 
 
 def _list_of(remedy: str, holds: Callable[[Any], bool]) -> Bound:
     """A sequence of which every item holds."""
-
-    def is_list(x: Any) -> bool:
-        return isinstance(x, Sequence | np.ndarray) and not isinstance(x, str | bytes)
-
-    return Bound(remedy, lambda x: is_list(x) and all(map(holds, x)))
+    kinds = Sequence | np.ndarray
+    return Bound(
+        remedy, lambda x: isinstance(x, kinds) and not isinstance(x, str) and all(map(holds, x))
+    )
 
 
 def _amounts(x: Any) -> bool:
@@ -38,17 +40,16 @@ def _amounts(x: Any) -> bool:
     )
 
 
-def _is_budget(x: Any) -> bool:
-    return isinstance(x, Mapping) and "stated" in x and len(x) > 1 and all(map(real, x.values()))
-
-
 _SIZES = Bound(
     "give a number above 0, or one for each split by name",
     lambda x: _amounts(x if isinstance(x, Mapping) else {"valid": x}),
 )
 _REFERENCES = Bound('give a mapping like {"unigram": 760.0}', _amounts)
 _RESUMES = _list_of("give a list of updates", whole().holds)
-_BUDGETS = _list_of('give rows with "stated" and at least one factor, all numbers', _is_budget)
+_BUDGETS = _list_of(
+    'give rows with "stated" and at least one factor, all above 0',
+    lambda x: _amounts(x) and "stated" in x and len(x) > 1,
+)
 _COMPARISONS = _list_of(
     'give rows with "name", "tokenizer", "corpus" and "unit"',
     lambda x: isinstance(x, Mapping) and "name" in x,
@@ -76,23 +77,19 @@ class Subject(Facts):
     """
 
     records: Annotated[
-        Iterable[Mapping[str, Any]] | Records,
+        Rows | Records,
         'rows like {"step": 10, "train/loss": 9.5} in the order of the log, named as '
         "`read.METRICS`; None is a non-finite value. A `Records` may be added to.",
     ]
     _: dataclasses.KW_ONLY
     vocab_size: Annotated[int | None, "number of ids the model can predict.", whole(2)] = None
-    split_tokens: Annotated[
-        int | Mapping[str, int] | None, "tokens in valid, or in each split by name.", _SIZES
-    ] = None
+    split_tokens: Annotated[Sizes, "tokens in valid, or in each split by name.", _SIZES] = None
     train_tokens: Annotated[Amount, "tokens in the training split."] = None
     tokens_per_step: Annotated[Amount, "tokens of an update, if data/tokens is not logged."] = None
     parameters: Annotated[Amount, "parameters, without tables only looked up."] = None
     peak_flops: Annotated[Amount, "FLOP/s of all devices together."] = None
     lr_peak: Annotated[Amount, "configured peak learning rate."] = None
-    lr_end: Annotated[
-        float | None, "configured learning rate of the last update.", above(0, or_equal=True)
-    ] = None
+    lr_end: Annotated[Rate, "configured learning rate of the last update."] = None
     steps: Annotated[Amount, "configured updates; a shorter log is not judged by its end."] = None
     resumes: Annotated[Sequence[int], "updates after which the run was resumed.", _RESUMES] = ()
     overfit: Annotated[bool, "the run overfits a batch on purpose."] = False
@@ -109,13 +106,10 @@ class Subject(Facts):
     ] = ()
     comparisons: Annotated[
         Sequence[Texts],
-        "perplexities this run is held against, each with `name`, `tokenizer`, `corpus` and `unit` "
-        "(token, word or byte).",
+        "other perplexities, each with `name`, `tokenizer`, `corpus` and `unit` (token, byte).",
         _COMPARISONS,
     ] = ()
-    measured_on: Annotated[
-        Texts | None, "`tokenizer`, `corpus` and `unit` of this run's perplexities.", mapping
-    ] = None
+    measured_on: Annotated[Texts | None, "the same of this run's perplexities.", mapping] = None
     problems: Annotated[Sequence[Problem], "unread lines, from `read_log`.", _PROBLEMS] = ()
     columns: Annotated[Texts | None, "column -> metric, from `read_log`.", mapping] = None
     ignored: Annotated[Sequence[str], "columns not used, from `read_log`.", _NAMES] = ()
@@ -123,8 +117,7 @@ class Subject(Facts):
     def __post_init__(self) -> None:
         """Sort the rows by column; see `Facts` and `Records` for the errors."""
         super().__post_init__()
-        given = self.records
-        self.rows = given if isinstance(given, Records) else Records(given)
+        self.rows = self.records if isinstance(self.records, Records) else Records(self.records)
 
     # ---- Columns --------------------------------------------------------------------------
 
@@ -146,6 +139,10 @@ class Subject(Facts):
             raise Skip(f"{name} has {len(found)} finite rows and this check needs {least}.")
         return found
 
+    def logged(self, name: str) -> Series:
+        """The finite rows of a column; empty where it is not logged."""
+        return self.series(name).finite() if self.has(name) else EMPTY
+
     @functools.cached_property
     def losses(self) -> list[str]:
         """Columns that are losses or divergences by their names."""
@@ -160,7 +157,6 @@ class Subject(Facts):
             if name.endswith("/token_ppl") and self.has(loss):
                 _, ppl, x = pairs(self.rows.series(name), self.rows.series(loss))
                 use = (ppl > 0) & np.isfinite(ppl) & (x > 0.1) & np.isfinite(x)
-                # Printed to two digits or more; e^loss is off by at least 0.03.
                 seen += (np.abs(np.log2(ppl[use]) / x[use] - 1) < 0.01).tolist()
         return bool(seen) and all(seen)
 
@@ -220,10 +216,9 @@ class Subject(Facts):
         return np.interp(steps, known.steps, known.values)
 
     def overfitted(self, split: str) -> Overfit | None:
-        """How a split's loss rose while the training loss fell, or None.
+        """How a split's loss lost half of its fall while the training loss fell by 3 SE, or None.
 
-        The rise is above half of the fall before it, from the first row of either loss. The means
-        of up to 8 training rows before the lowest evaluation and at the end differ by over 3 SE.
+        The fall counts from the first row of either loss.
         """
         if not self.has("train/loss"):
             return None
@@ -236,9 +231,8 @@ class Subject(Facts):
         if not size or end - low <= max(0.5 * (start - low), 0):
             return None
         spread = noise(train.values) if len(train) >= 4 else 0.0
-        if before[-size:].mean() - after[-size:].mean() <= 3 * spread * math.sqrt(2 / size):
-            return None
-        return Overfit(start, low, step, end)
+        falls = before[-size:].mean() - after[-size:].mean() > 3 * spread * math.sqrt(2 / size)
+        return Overfit(start, low, step, end) if falls else None
 
     def skip_if_overfit(self) -> None:
         """Skip if the run overfits on purpose."""
@@ -248,8 +242,7 @@ class Subject(Facts):
     def settled(self, steps: np.ndarray) -> bool:
         """Whether the run is long enough to be compared with trivial predictors."""
         epochs = self.epochs(steps[-1:])
-        # 99 is the 100th update where they are counted from 0.
-        return bool(steps[-1] >= 99 or (epochs is not None and epochs[0] >= 1))
+        return bool(steps[-1] >= 99 or (epochs is not None and epochs[0] >= 1))  # counted from 0
 
 
 def _names_loss(name: str) -> bool:

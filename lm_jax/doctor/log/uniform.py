@@ -20,11 +20,9 @@ _LARGE_VOCABULARY = 8000  # SentencePiece's default; made-up tasks have fewer id
 
 
 @check(
-    "Nothing is learned, labels do not belong to the logits, or the value is not a mean of "
-    "next-token nats: a total objective (with distillation, smoothing or auxiliary terms) was "
-    "logged or exponentiated. Report unsmoothed next-token nats alone; run examine_model "
-    "(model.row_independence, model.suffix_swap), examine_gradients on the whole loss "
-    "(gradient.directional) and examine_loss (loss.oracle, loss.definition)."
+    "Report unsmoothed next-token nats alone, not a total objective; if they are, nothing is "
+    "learned or labels do not belong to the logits (model.row_independence, model.suffix_swap, "
+    "gradient.directional, loss.oracle, loss.definition)."
 )
 def above_uniform(subject: Subject, steady: bool, uniform: float | None = None) -> list[Measure]:
     """Neither loss nor perplexity stays above that of a uniform guess.
@@ -42,7 +40,6 @@ def _splits_above(subject: Subject, limit: float) -> Iterator[Measure]:
     """The last loss and perplexity of each split."""
     # A perplexity of the sum of all terms of a distillation is wrong even while it falls.
     others = any(n.startswith("distill/") and "lm_ce" not in n for n in subject.rows.names)
-    start = subject.finite("train/loss").values[0] if subject.has("train/loss") else math.inf
     for split in () if subject.overfit else subject.scored():
         for name in ("loss", "token_ppl") if subject.vocab_size else ("loss",):
             if not subject.has(f"{split}/{name}"):
@@ -52,8 +49,7 @@ def _splits_above(subject: Subject, limit: float) -> Iterator[Measure]:
             if not len(x) or not subject.settled(series.steps) or subject.overfitted(split):
                 continue
             nats = x[-1] if name == "loss" else np.log(max(x[-1], 1e-9))
-            falls = len(x) > 1 and x[-1] < x[0] and nats < start
-            falls = falls and not (others and nats > limit + 0.5)
+            falls = len(x) > 1 and x[-1] < x[0] and not (others and nats > limit + 0.5)
             most = limit if name == "loss" else float(subject.vocab_size or 0)
             status = "warn" if falls else "fail"
             yield at_most(f"last {split}/{name}", x[-1], most, otherwise=status)
@@ -62,12 +58,12 @@ def _splits_above(subject: Subject, limit: float) -> Iterator[Measure]:
 def _train_above(subject: Subject, limit: float) -> Iterator[Measure]:
     """The training loss: of few rows the lowest, else the mean of the last quarter."""
     name = "distill/lm_ce" if subject.has("distill/lm_ce") else "train/loss"
-    loss = subject.series(name).finite() if subject.has(name) else None
-    if not loss or not subject.settled(loss.steps):
+    loss = subject.logged(name)
+    if not len(loss) or not subject.settled(loss.steps):
         return
     x = loss.values
     if len(x) < 8:
-        status = "warn" if len(x) > 1 and x[-1] <= x.min() else "fail"
+        status = "warn" if len(x) > 1 and x[-1] == x.min() else "fail"
         yield at_most(f"lowest {name}", float(x.min()), limit, otherwise=status, key="lowest")
         return
     last = loss.tail(0.25).values
@@ -79,17 +75,11 @@ def _train_above(subject: Subject, limit: float) -> Iterator[Measure]:
     fell = third.mean() - last.mean() if len(third) else 0.0
     late = last[:half].mean() - last[-half:].mean()
     falls = fell > 3 * math.sqrt(2) * error and late + 6 * error > fell / 4
-    # It is not on its way back from a divergence, and would get there in three times its length.
-    falls = falls and last.mean() < x[0] and last.mean() - 8 * fell < limit
-    yield holds(
-        last.mean() - limit <= 3 * error,
-        f"{name} over the last quarter",
-        float(last.mean()),
-        limit=f"at most {limit:.4g} ± {error:.2g}",
-        otherwise="warn" if falls else "fail",
-        where="still falling" if falls else "no longer falling",
-        key="mean",
-    )
+    falls = falls and last.mean() - 8 * fell < limit  # it would get there in thrice its length
+    what, most = f"{name} over the last quarter", f"at most {limit:.4g} ± {error:.2g}"
+    status, where = ("warn", "still falling") if falls else ("fail", "no longer falling")
+    more: dict[str, Any] = dict(limit=most, otherwise=status, where=where, key="mean")
+    yield holds(last.mean() - limit <= 3 * error, what, float(last.mean()), **more)
     if len(x) >= 20:
         text = f"share of rows with {name} above {limit:.4g}"
         over = float(np.mean(x[loss.steps > 0.05 * loss.steps[-1]] > limit))
@@ -97,9 +87,8 @@ def _train_above(subject: Subject, limit: float) -> Iterator[Measure]:
 
 
 @check(
-    "Unless the model was trained before, the loss is divided once too often, as by the number of "
-    "micro-batches or of devices: divide the sum of nats by the number of scored tokens, and see "
-    "that gradients are not divided too."
+    "Divide the sum of nats by the number of scored tokens alone, not by micro-batches or devices, "
+    "and see that gradients are not divided; a model that was trained before is in order."
 )
 def first_loss(subject: Subject, loss: Series, uniform: float) -> Measure:
     """The first loss of an untrained model is ln V, not ln V divided by 2, 3, 4 or more."""
@@ -114,8 +103,8 @@ def first_loss(subject: Subject, loss: Series, uniform: float) -> Measure:
     near = low <= first * parts / uniform <= high and (power or step <= 1)
     falls = loss.tail(0.1).values.mean() < (0.6 if power else 0.5) * first
     # Evaluations are not divided: one that is no larger says that the model was trained before.
-    firsts = [subject.nats(split).where(slice(1)) for split in subject.scored()]
-    same = any(y < 1.5 * np.interp(at, *loss) for at, y in firsts)
+    firsts = [subject.nats(split) for split in subject.scored()]
+    same = any(y[0] < 1.5 * np.interp(at[0], *loss) for at, y in firsts)
     ok = not (parts > 1 and near and falls and not same)
     what, limit = f"first loss, at step {step:.10g}", f"ln V = {uniform:.4g}"
     where = f"ln V / {parts} = {uniform / parts:.4g}"
@@ -123,17 +112,14 @@ def first_loss(subject: Subject, loss: Series, uniform: float) -> Measure:
 
 
 @check(
-    "Most likely the model sees its target: the labels are not shifted, or there is no causal "
-    "mask. examine_loss (loss.oracle), examine_model (model.suffix_swap) and examine_training "
-    "(training.gibbs) decide."
+    "Most likely the model sees its target: labels are not shifted, or there is no causal mask. "
+    "Run loss.oracle, model.suffix_swap and training.gibbs."
 )
 def fall(subject: Subject, uniform: float) -> Measure:
     """The loss falls no faster than learning from new text goes.
 
-    Below half of ln V the loss on new data falls as a power of the tokens seen with an exponent
-    below 0.5 (Hestness et al. 2017, arXiv 1712.00409: below 0.35 as measured). A copied target
-    falls with the speed of the optimiser, and so does a corpus of near-zero entropy: where a bigram
-    model is known, only a tenth of its perplexity is judged, as in log.floor.
+    Below half of ln V it falls as a power of the tokens seen with an exponent below 0.5 (Hestness
+    et al. 2017, arXiv 1712.00409); a copied target or a corpus without entropy, at any speed.
     """
     subject.skip_if_overfit()
     half = _learned(subject, uniform)
@@ -147,8 +133,7 @@ def fall(subject: Subject, uniform: float) -> Measure:
         raise Skip("The log does not begin with an untrained model.")
     # The loss of a batch of n tokens has a standard error below ln V / sqrt(n).
     spread = uniform / math.sqrt(float(np.median(tokens / loss.steps[use].clip(1))))
-    if len(values) >= 4:
-        spread = min(spread, noise(values))
+    spread = min(spread, noise(values)) if len(values) >= 4 else spread
     # Means over bins of 5 % in tokens.
     bins = np.unique((np.log(tokens) / math.log(1.05)).astype(int), return_inverse=True)[1]
     count = np.bincount(bins)
@@ -166,15 +151,14 @@ def fall(subject: Subject, uniform: float) -> Measure:
     if best.value == -math.inf:
         return note(f"the loss stays above {half:.3g} nats while the data are new")
     (high, few), (low, many) = ((L[i], D[i]) for i in ends)
-    new = "data new" if epochs is not None else "whether the data are new is not known"
-    course = f"from {high:.3g} to {low:.3g} nats between {few:.3g} and {many:.3g} tokens, {new}"
+    course = f"from {high:.3g} to {low:.3g} nats between {few:.3g} and {many:.3g} tokens"
     known_text = "kn2" in (subject.references or {})
     sure = epochs is not None and (known_text or uniform >= math.log(_LARGE_VOCABULARY))
     course += "" if known_text else "; a corpus of near-zero entropy would look alike"
     what = f"exponent of the fall of the loss with the tokens seen (± {best.error:.2g})"
-    more: dict[str, Any] = {"otherwise": "fail" if sure else "warn", "where": course}
-    limit = "text: below 0.5, copying: above 1"
-    return holds(_surely(best) <= 1, what, best.value, limit=limit, key="exponent", **more)
+    limit, status = "text: below 0.5, copying: above 1", "fail" if sure else "warn"
+    more: dict[str, Any] = dict(limit=limit, otherwise=status, where=course, key="exponent")
+    return holds(_surely(best) <= 1, what, best.value, **more)
 
 
 def _surely(slope: Mean) -> float:
