@@ -64,20 +64,17 @@ def path_name(path: Any) -> str:
 
 def named(tree: Any) -> Arrays:
     """Copies of all leaves on the host by their path."""
-    return {
-        path_name(path): np.array(as_array(leaf)) for path, leaf in jax.tree.leaves_with_path(tree)
-    }
+    leaves = jax.tree.leaves_with_path(tree)
+    return {path_name(path): np.array(as_array(leaf)) for path, leaf in leaves}
 
 
 def float_leaves(tree: Any) -> Arrays:
     """Floating-point leaves by path, not copied; leaves that are one object come once."""
-    found: Arrays = {}
-    seen: set[int] = set()
+    first: dict[int, Any] = {}
     for path, leaf in jax.tree.leaves_with_path(tree):
-        if is_float_leaf(leaf) and id(leaf) not in seen:
-            seen.add(id(leaf))
-            found[path_name(path)] = as_array(leaf)
-    return found
+        if is_float_leaf(leaf):
+            first.setdefault(id(leaf), (path, leaf))
+    return {path_name(path): as_array(leaf) for path, leaf in first.values()}
 
 
 def shapes(arrays: Mapping[str, np.ndarray]) -> dict[str, tuple[int, ...]]:

@@ -31,10 +31,10 @@ def loss(subject: Subject, fresh: bool) -> list[Measure]:
     The mean over v of -log softmax(z)_v is ln V + Var(z) / 2 for normal logits; the logit of the
     position's own token, which a tied table raises, is counted apart.
     """
-    V = subject.vocab_size
-    base, ids = subject.given.all_logits(subject.tokens).reshape(-1, V), subject.tokens.ravel()
-    some = slice(None, None, 1 + (base.size >> 22))  # positions enough, of large logits
-    z, own_id = base[some].astype(np.float64), ids[some, None]
+    V, tokens = subject.vocab_size, subject.tokens
+    some = slice(None, None, 1 + (tokens.size * V >> 22))  # positions enough, of large logits
+    z = subject.given.all_logits(tokens).reshape(-1, V)[some].astype(np.float64)
+    own_id = tokens.ravel()[some, None]
     nats = -numbers.log_softmax(z).mean(-1)
     own = np.take_along_axis(z, own_id, -1)[:, 0]
     np.put_along_axis(z, own_id, np.nan, -1)
@@ -86,8 +86,8 @@ def drawn(part: np.ndarray) -> bool:
 
 
 @check(
-    "Draw every parameter from a key of its own (split or fold in the layer's number); a table "
-    "that is meant to be tied must be one leaf, not a copy."
+    "Draw every parameter from a key of its own (fold in the layer's number); a table that is "
+    "meant to be tied must be one leaf, not a copy."
 )
 def identical_leaves(leaves: trees.Arrays) -> Measure:
     """No two leaves, and no two layers of a stacked leaf, hold the same random numbers."""

@@ -177,8 +177,7 @@ class Variant:
         if values.min() <= -trees.MASK_VALUE:  # a padded vocabulary, perhaps
             padding = (values <= -trees.MASK_VALUE).all((0, 1))
             values = values if padding.all() else np.where(padding, 0, values)
-        if not np.isfinite(values.sum()) and not (finite := np.isfinite(values)).all():
-            where = np.argwhere(~finite)
+        if not np.isfinite(values.sum()) and len(where := np.argwhere(~np.isfinite(values))):
             raise Broken(
                 f"{name} returned {len(where)} non-finite of {values.size} logits, the first at "
                 f"[row, position, id] = {where[0].tolist()}, with the {self.name} parameters"
@@ -225,11 +224,9 @@ class Variant:
         does: a backward stable sum is exact for parameters that near.
         """
         unit, subject = self.subject.precision.unit, self.subject
-        response = 0.0
-        if self.params is not None:
-            nudged = Variant(subject, self.name, trees.nudge(self.params, unit, subject.seed))
-            response = float(change(nudged.base, self.base).max())
-        return max(8 * unit * self.scale, 4 * response)
+        nudged = Variant(subject, self.name, trees.nudge(self.params, unit, subject.seed))
+        response = 0 if self.params is None else change(nudged.base, self.base).max()
+        return max(8 * unit * self.scale, 4 * float(response))
 
 
 Variants = list[Variant]
