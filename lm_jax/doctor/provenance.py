@@ -38,15 +38,9 @@ class _Value(NamedTuple):
 def trace(function: Callable[..., Any], **arguments: Any) -> Origin | None:
     """Find the operation that made the first NaN or infinity that reaches the outputs.
 
-    Infinities that the computation makes on purpose and removes again (masks) are passed over.
-
-    Args:
-        function: pure JAX function of `arguments`, called with them by name; any pytree out.
-        arguments: pytrees of arrays; leaves are named `argument/key/...`. One that is not finite
-            itself is reported as operation "input".
-
-    Returns:
-        None if all outputs are finite.
+    None if all outputs of the pure JAX `function`, called with the pytrees by name, are finite.
+    Infinities that it makes on purpose and removes again (masks) are passed over. A leaf that is
+    not finite itself, named `argument/key/...`, is reported as operation "input".
     """
     closed = jax.make_jaxpr(lambda arguments: function(**arguments))(arguments)
     inputs = []
@@ -54,7 +48,7 @@ def trace(function: Callable[..., Any], **arguments: Any) -> Origin | None:
         (nan, inf), name = _state(leaf), path_name(path)
         origin = Origin("input", name, "nan" if nan else "inf", _range(leaf), name, None)
         inputs.append(_Value(leaf, origin if nan else None, origin if inf else None, name))
-    outputs = _Replay().closed(closed, inputs)
+    outputs = _Replay().run(closed, inputs)
     return next((found for v in outputs if (found := v.nan or v.inf)), None)
 
 
@@ -64,8 +58,7 @@ def describe(origin: Origin | None) -> str:
         return "replayed with the present parameters, everything is finite"
     text = f"first {origin.made} in `{origin.operation}` at {origin.where}, "
     text += f"inputs {origin.inputs}, last parameter before it {origin.parameter}"
-    cause = origin.infinity
-    return text if cause is None else f"{text}; made of infinity: {describe(cause)}"
+    return text + (f"; made of infinity: {describe(origin.infinity)}" if origin.infinity else "")
 
 
 class _Replay:
@@ -75,12 +68,11 @@ class _Replay:
         self.now = 0  # equations begun
         self.where = "unknown"  # line of the innermost call that was entered
 
-    def closed(self, made: core.ClosedJaxpr, args: Sequence[_Value]) -> list[_Value]:
-        return self.run(made.jaxpr, [_Value(c) for c in made.consts], args)
-
-    def run(self, jaxpr: core.Jaxpr, consts: list[_Value], args: Sequence[_Value]) -> list[_Value]:
-        bound = zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True)
-        env: dict[Any, _Value] = dict(bound)
+    def run(self, body: core.Jaxpr | core.ClosedJaxpr, args: Sequence[_Value]) -> list[_Value]:
+        closed = isinstance(body, core.ClosedJaxpr)
+        jaxpr, consts = (body.jaxpr, body.consts) if closed else (body, [])
+        names = [*jaxpr.constvars, *jaxpr.invars]
+        env: dict[Any, _Value] = dict(zip(names, [*map(_Value, consts), *args], strict=True))
 
         def read(atom: Any) -> _Value:
             return _Value(atom.val) if isinstance(atom, core.Literal) else env[atom]
@@ -105,21 +97,20 @@ class _Replay:
                 names = [f"{leaf}[{i}]" if layers else leaf for i in range(len(arrays))]
                 return [_Value(a, leaf=name) for a, name in zip(arrays, names, strict=True)]
             return [_Value(array, entered=entered) for array in arrays]
-        outside, self.where = self.where, _where(eqn) or self.where
-        where, inside = self.where, self.enter(eqn, inputs)
+        outside = self.where
+        where = self.where = _where(eqn) or outside
+        inside = self.enter(eqn, inputs)
         self.where = outside
         if inside is not None:
             return inside
         old_nan, old_inf = _first("nan", inputs), _first("inf", inputs)
         ranges = ", ".join(_range(v.array) for v in inputs)
-
-        def output(array: Any, nan: bool, inf: bool) -> _Value:
-            made, cause = ("nan", old_inf) if nan else ("inf", None)
-            new = Origin(eqn.primitive.name, where, made, ranges, entered[1], cause)
-            of_nan, of_inf = (old_nan or new) if nan else None, (old_inf or new) if inf else None
-            return _Value(array, of_nan, of_inf, entered=entered)
-
-        return [output(array, *state) for array, state in zip(arrays, states, strict=True)]
+        new = Origin(eqn.primitive.name, where, "inf", ranges, entered[1], None)
+        of_nan, of_inf = old_nan or new._replace(made="nan", infinity=old_inf), old_inf or new
+        return [
+            _Value(array, of_nan if nan else None, of_inf if inf else None, entered=entered)
+            for array, (nan, inf) in zip(arrays, states, strict=True)
+        ]
 
     def enter(self, eqn: core.JaxprEqn, inputs: list[_Value]) -> list[_Value] | None:
         """The same equation, run from the inside; None if it has no inside."""
@@ -127,13 +118,9 @@ class _Replay:
         if name in ("scan", "while"):
             return (self.scan if name == "scan" else self.loop)(params, inputs)
         if name == "cond":
-            return self.closed(params["branches"][int(inputs[0].array)], inputs[1:])
-        for body in (params.get(key) for key in ("jaxpr", "call_jaxpr", "fun_jaxpr")):
-            if isinstance(body, core.Jaxpr):
-                return self.run(body, [], inputs)
-            if isinstance(body, core.ClosedJaxpr):
-                return self.closed(body, inputs)
-        return None
+            return self.run(params["branches"][int(inputs[0].array)], inputs[1:])
+        bodies = (params.get(key) for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"))
+        return next((self.run(body, inputs) for body in bodies if body is not None), None)
 
     def scan(self, params: dict[str, Any], inputs: list[_Value]) -> list[_Value]:
         body = params["jaxpr"]
@@ -141,23 +128,21 @@ class _Replay:
             parts = params["ft_in"].update(range(len(inputs))).unpack()
             fixed, carry, stacked = ([inputs[i] for i in part] for part in parts)
         else:
-            consts, carries = params["num_consts"], params["num_carry"]
-            begin = consts + carries
+            consts, begin = params["num_consts"], params["num_consts"] + params["num_carry"]
             fixed, carry, stacked = inputs[:consts], inputs[consts:begin], inputs[begin:]
         order = range(params["length"])
         rows: list[list[_Value]] = [[] for _ in order]
         for i in reversed(order) if params["reverse"] else order:
             step = [v._replace(array=v.array[i]) for v in stacked]
-            outputs = self.closed(body, [*fixed, *carry, *step])
+            outputs = self.run(body, [*fixed, *carry, *step])
             carry, rows[i] = outputs[: len(carry)], outputs[len(carry) :]
         return [*carry, *(_stack(column) for column in zip(*rows, strict=True))]
 
     def loop(self, params: dict[str, Any], inputs: list[_Value]) -> list[_Value]:
-        first, second = params["cond_nconsts"], params["body_nconsts"]
-        begin = first + second
+        first, begin = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
         for_test, for_body, carry = inputs[:first], inputs[first:begin], inputs[begin:]
-        while bool(self.closed(params["cond_jaxpr"], [*for_test, *carry])[0].array):
-            carry = self.closed(params["body_jaxpr"], [*for_body, *carry])
+        while bool(self.run(params["cond_jaxpr"], [*for_test, *carry])[0].array):
+            carry = self.run(params["body_jaxpr"], [*for_body, *carry])
         return carry
 
 

@@ -17,26 +17,18 @@ _MORE: dict[str, Callable[[Any], Any]] = {  # what a forward pass is given of th
 }
 
 
-def torch_model(module: Any) -> "TorchModel":
-    """Make the function that `examine_model` takes of a PyTorch module.
+class TorchModel:
+    """The function that `examine_model` takes, `(params, tokens) -> logits`, of a PyTorch module.
 
-    The module's weights, buffers and modes are as before after every call.
+    Its `params` are copies of the parameters and buffers; if there is dropout it has
+    `train_fn(params, tokens, update)`. The module is as before after every call.
 
     Args:
         module: a `torch.nn.Module` whose forward takes ids [B, T] and returns logits [B, T, V],
             alone, as `.logits`, or in a tuple or dictionary. One that needs targets, or returns
             logits of the last position alone without them, as nanoGPT's does, is handed the ids;
             one that needs an `attention_mask`, ones.
-
-    Returns:
-        `(params, tokens) -> logits` with copies of the parameters and buffers as `params` and,
-        if there is dropout, `train_fn(params, tokens, update)`.
     """
-    return TorchModel(module)
-
-
-class TorchModel:
-    """A module as a function of parameters and ids."""
 
     def __init__(self, module: Any):
         """Copy what may be replaced: floating-point tensors, tied ones once."""
@@ -60,19 +52,10 @@ class TorchModel:
         """Logits with dropout, whose masks are those of the update."""
         import torch
 
-        device = self._device()
-        with (
-            _mode(self.module, training=True),
-            torch.random.fork_rng([device] if device.type == "cuda" else []),
-        ):
+        gpus = range(torch.cuda.device_count())
+        with _mode(self.module, training=True), torch.random.fork_rng(gpus):
             torch.manual_seed(int(update))
             return self._logits(params, tokens)
-
-    def _device(self) -> Any:
-        import torch
-
-        tensors = [*self.module.parameters(), *self.module.buffers(), torch.empty(0)]
-        return tensors[0].device
 
     def _logits(self, params: Mapping[str, Any], tokens: Any) -> np.ndarray:
         import torch
@@ -81,7 +64,8 @@ class TorchModel:
         state = {name: x.clone() for name, x in self.module.named_buffers()}
         for name, value in params.items():
             state[name] = _tensor(value).to(self.params[name], copy=name in state)
-        ids = torch.as_tensor(np.asarray(tokens), dtype=torch.int64, device=self._device())
+        device = next(iter(self.params.values()), torch.empty(0)).device
+        ids = torch.as_tensor(np.asarray(tokens), dtype=torch.int64, device=device)
         more = {name: _MORE[name](ids) for name in self._more}
         with torch.no_grad():
             out = torch.func.functional_call(self.module, state, (ids,), more)
@@ -96,30 +80,33 @@ class TorchModel:
         return trees.as_array(logits.float() if logits.element_size() < 4 else logits)
 
 
+torch_model = TorchModel
+
+
 def torch_loss(function: Callable[..., Any]) -> Callable[..., tuple[float, float]]:
     """Make the function that `examine_loss` takes of a PyTorch loss.
 
-    Args:
-        function: (logits [B, T, V], ids int64 [B, T], weights [B, T]) -> (sum of nats, count), in
-            tensors.
-
-    Returns:
-        The same of NumPy arrays, with `gradient(logits, tokens, weights)`: that of the sum by the
-        logits, by autograd.
+    `function` takes tensors: (logits [B, T, V], ids int64 [B, T], weights [B, T]) -> (sum of nats,
+    count). What is made of it takes NumPy arrays, and has `gradient(logits, tokens, weights)`, that
+    of the sum by the logits.
     """
     import torch
 
     def tensors(logits: Any, tokens: Any, weights: Any) -> tuple[Any, Any, Any]:
         return _tensor(logits), _tensor(tokens).long(), _tensor(weights)
 
-    def loss(*arrays: Any) -> tuple[float, float]:
+    def loss(*arrays: Any) -> Any:
         with torch.no_grad():
-            total, count = function(*tensors(*arrays))
-        return float(total), float(count)
+            made = function(*tensors(*arrays))
+        if not isinstance(made, tuple | list):  # `examine_loss` says what is wrong with it
+            return made
+        return tuple(x.item() if getattr(x, "ndim", None) == 0 else x for x in made)
 
     def gradient(*arrays: Any) -> np.ndarray:
         z, *labels = tensors(*arrays)
-        total, _ = function(z.requires_grad_(), *labels)
+        total = function(z.requires_grad_(), *labels)[0]
+        if not getattr(total, "requires_grad", False):
+            raise ValueError("the sum has no gradient; return it as a tensor, not detached")
         return trees.as_array(torch.autograd.grad(total, z)[0])
 
     loss.gradient = gradient  # type: ignore[attr-defined]

@@ -1,6 +1,6 @@
 """Trees of arrays of NumPy, JAX or PyTorch: their leaves by name, copies, noise."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -26,11 +26,7 @@ def names_float(dtype: Any) -> bool:
 
 
 def as_array(value: Any) -> np.ndarray:
-    """A NumPy array of anything that has one inside.
-
-    PyTorch tensors may need a gradient, lie on a GPU or be bfloat16, which comes out in JAX's
-    bfloat16.
-    """
+    """A NumPy array of anything that has one inside; bfloat16 of PyTorch becomes that of JAX."""
     if not hasattr(value, "detach"):
         return np.asarray(value)
     value = value.detach().cpu()
@@ -58,10 +54,7 @@ def is_float_leaf(leaf: Any) -> bool:
     """Whether a leaf is an array of floats, of NumPy, JAX or PyTorch."""
     if hasattr(leaf, "is_floating_point"):
         return bool(leaf.is_floating_point())
-    try:
-        return hasattr(leaf, "dtype") and is_floating(leaf.dtype)
-    except TypeError:  # a dtype of another framework, or of random keys
-        return False
+    return hasattr(leaf, "dtype") and names_float(leaf.dtype)
 
 
 def path_name(path: Any) -> str:
@@ -71,20 +64,17 @@ def path_name(path: Any) -> str:
 
 def named(tree: Any) -> Arrays:
     """Copies of all leaves on the host by their path."""
-    return {
-        path_name(path): np.array(as_array(leaf)) for path, leaf in jax.tree.leaves_with_path(tree)
-    }
+    leaves = jax.tree.leaves_with_path(tree)
+    return {path_name(path): np.array(as_array(leaf)) for path, leaf in leaves}
 
 
 def float_leaves(tree: Any) -> Arrays:
     """Floating-point leaves by path, not copied; leaves that are one object come once."""
-    found: Arrays = {}
-    seen: set[int] = set()
+    first: dict[int, Any] = {}
     for path, leaf in jax.tree.leaves_with_path(tree):
-        if is_float_leaf(leaf) and id(leaf) not in seen:
-            seen.add(id(leaf))
-            found[path_name(path)] = as_array(leaf)
-    return found
+        if is_float_leaf(leaf):
+            first.setdefault(id(leaf), (path, leaf))
+    return {path_name(path): as_array(leaf) for path, leaf in first.values()}
 
 
 def shapes(arrays: Mapping[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
@@ -99,9 +89,8 @@ def same(a: np.ndarray, b: np.ndarray) -> bool:
 
 def flat(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
     """All arrays in one float64 vector."""
-    if not arrays:
-        return np.zeros(0)
-    return np.concatenate([np.asarray(x, np.float64).ravel() for x in arrays.values()])
+    vectors = [np.asarray(x, np.float64).ravel() for x in arrays.values()]
+    return np.concatenate([np.zeros(0), *vectors])
 
 
 def nonfinite(arrays: Mapping[str, np.ndarray]) -> list[str]:
@@ -143,10 +132,7 @@ def like(leaf: Any, values: np.ndarray) -> Any:
 
 
 def is_mask(leaf: Any) -> bool:
-    """Whether an array is a mask: triangular, of just two values, or with as good as infinities.
-
-    It is no parameter then: noise in it would itself be a leak.
-    """
+    """Whether an array is a mask: triangular, of just two values, or with as good as infinities."""
     values: np.ndarray = np.asarray(as_array(leaf), np.float64)
     low, high = np.min(values, initial=np.inf), np.max(values, initial=-np.inf)
     if values.ndim > 1 and low < high:
@@ -156,33 +142,33 @@ def is_mask(leaf: Any) -> bool:
     return bool(np.maximum(-low, high) >= MASK_VALUE)
 
 
-def randomise(params: Any, seed: int) -> Any:
-    """Every floating-point leaf but masks replaced by noise, so that no zero hides anything.
+def _moved(params: Any, move: Callable[[np.ndarray], np.ndarray]) -> Any:
+    """`move` of every floating-point leaf but masks, in which noise would itself be a leak."""
 
-    N(0, 0.3^2), for matrices wider than 32 less by the root of the width, so that activations
-    keep their size.
+    def moved(leaf: Any) -> Any:
+        if not is_float_leaf(leaf) or is_mask(leaf):
+            return leaf
+        return like(leaf, move(as_array(leaf).astype(np.float64)))
+
+    return jax.tree.map(moved, params)
+
+
+def randomise(params: Any, seed: int) -> Any:
+    """Noise N(0, 0.3^2) in place of every parameter, so that no zero hides anything.
+
+    For matrices wider than 32 it is less by the root of the width: activations keep their size.
     """
     rng = np.random.default_rng((seed, 1))
 
-    def noise(leaf: Any) -> Any:
-        if not is_float_leaf(leaf) or is_mask(leaf):
-            return leaf
-        shape = tuple(leaf.shape)
-        width = sorted(shape)[-2] if len(shape) > 1 else 1
+    def noise(values: np.ndarray) -> np.ndarray:
+        width = sorted(values.shape)[-2] if values.ndim > 1 else 1
         std = LEAF_STD * min(1.0, (32 / max(width, 1)) ** 0.5)
-        return like(leaf, std * rng.standard_normal(shape))
+        return std * rng.standard_normal(values.shape)
 
-    return jax.tree.map(noise, params)
+    return _moved(params, noise)
 
 
 def nudge(params: Any, size: float, seed: int) -> Any:
-    """Every element of every floating-point leaf but masks moved by the relative `size`."""
+    """Every element of every parameter moved by the relative `size`, up or down."""
     rng = np.random.default_rng((seed, 2))
-
-    def move(leaf: Any) -> Any:
-        if not is_float_leaf(leaf) or is_mask(leaf):
-            return leaf
-        values = as_array(leaf).astype(np.float64)
-        return like(leaf, values * (1 + size * rng.choice([-1.0, 1.0], values.shape)))
-
-    return jax.tree.map(move, params)
+    return _moved(params, lambda x: x * (1 + size * rng.choice([-1.0, 1.0], x.shape)))

@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 LEAKS = {  # row of the catalogue, and the checks that see it in the forward pass
@@ -22,7 +21,7 @@ HEALTHY = ("correct", "convolution", "window", "tied")
 D, LENGTHS = 32, 128
 
 
-def init(kind, V, seed=0, head_std=D**-0.5, heads=4):
+def init(kind, V, seed=0, head_std=D**-0.5):
     """Parameters; `gate` starts at 0 and multiplies what leaks in the kind "gated"."""
     keys = iter(jax.random.split(jax.random.key(seed), 12))
 
@@ -33,10 +32,7 @@ def init(kind, V, seed=0, head_std=D**-0.5, heads=4):
     params = {
         "embedding": normal(V, D, std=0.2 if kind != "tied" else 0.1),
         "positions": normal(LENGTHS, D, std=0.1),
-        "query": normal(D, D, std=matrix),
-        "key": normal(D, D, std=matrix),
-        "value": normal(D, D, std=matrix),
-        "out": normal(D, D, std=matrix),
+        **{name: normal(D, D, std=matrix) for name in ("query", "key", "value", "out")},
         "head": normal(D, V, std=head_std),
     }
     if kind == "tied":
@@ -148,10 +144,6 @@ def trainer(kind, V, *, chunk=16, rate=3e-3, shift=1, dropout=0.0, frozen=()):
         return float(nats), tokens.shape[0] * (tokens.shape[1] - shift)
 
     return init_fn, step_fn, score_fn
-
-
-def as_numpy(tree):
-    return jax.tree.map(np.asarray, tree)
 
 
 def packed(fault=""):

@@ -46,11 +46,10 @@ def silent(report):
 
 def fault(*rows):
     """Parameters of a test, each with the mark of the fault that it plants."""
-    marked = []
-    for number, check, *values in rows:
-        name = "-".join(str(v) for v in values)
-        marked.append(pytest.param(check, *values, marks=pytest.mark.fault(number, check), id=name))
-    return marked
+    return [
+        pytest.param(check, value, marks=pytest.mark.fault(number, check), id=str(value))
+        for number, check, value in rows
+    ]
 
 
 # --- causality ---------------------------------------------------------------------------------
@@ -65,8 +64,7 @@ def test_healthy_twins_are_silent(seed):
 
 
 @pytest.mark.parametrize(
-    "check, kind",
-    fault(*((row, check, kind) for kind, (row, check) in leaks.LEAKS.items())),
+    "check, kind", fault(*((row, check, kind) for kind, (row, check) in leaks.LEAKS.items()))
 )
 def test_every_leak_is_seen(check, kind):
     report = examine(kind, chunk=12)
@@ -208,22 +206,13 @@ def test_packed_rows(check, name):
 
 @pytest.mark.parametrize(
     "check, change",
-    [
-        pytest.param(
-            "model.reference",
-            dict(block=12, clamped=True),
-            marks=pytest.mark.fault(19, "model.reference"),
-        ),
-        pytest.param(
-            "model.reference",
-            dict(order="tile"),
-            marks=pytest.mark.fault(27, "model.reference"),
-        ),
-    ],
+    fault(
+        (19, "model.reference", dict(block=12, clamped=True)),
+        (27, "model.reference", dict(order="tile")),
+    ),
 )
 def test_second_implementation(check, change):
-    params = leaks.init("correct", V)
-    kwargs = dict(params=params, vocab_size=V, seq_len=20, reference=grouped())
+    kwargs = dict(params=leaks.init("correct", V), vocab_size=V, seq_len=20, reference=grouped())
     assert check in examine_model(grouped(**change), **kwargs).failed
     healthy = examine_model(grouped(block=12), **kwargs)
     assert silent(healthy)[check].status == "pass"
@@ -440,19 +429,12 @@ def test_transformers_of_the_package_are_silent(family):
         model = nnx.merge(graphdef, params)
         return model.logits(model(tokens, ids, positions, dtype=dtype))
 
-    report = silent(
-        examine_model(
-            lambda params, tokens: segmented(params, tokens, jnp.ones(tokens.shape, jnp.int32)),
-            params=params,
-            vocab_size=V,
-            seq_len=T,
-            segmented=segmented,
-            token_table=params["embedding"],
-            position_table=params.get("position_embedding"),
-            tied=cfg.model.tied,
-            init_std={"embedding": 0.02},
-        )
-    )
+    def fn(params, tokens):
+        return segmented(params, tokens, jnp.ones(tokens.shape, jnp.int32))
+
+    tables = dict(token_table=params["embedding"], position_table=params.get("position_embedding"))
+    kwargs = dict(vocab_size=V, seq_len=T, tied=cfg.model.tied, init_std={"embedding": 0.02})
+    report = silent(examine_model(fn, params=params, segmented=segmented, **tables, **kwargs))
     checked = ["suffix_swap", "truncation", "segment_isolation", "segment_restart", "masked_rows"]
     assert {report[f"model.{name}"].status for name in checked} == {"pass"}
     assert str(dtype) in report["model.output"].evidence

@@ -5,9 +5,9 @@ from typing import Any
 
 from lm_jax.doctor.checks import Case, examination
 from lm_jax.doctor.findings import Report
-from lm_jax.doctor.model import causality, forward, init, packed, subject, target
+from lm_jax.doctor.model import causality, init, subject, target
 
-_MODULES = (subject, forward, causality, packed, target, init)
+_MODULES = (subject, target, causality, init)
 
 
 @functools.wraps(examination(subject.Subject, *_MODULES))

@@ -1,15 +1,19 @@
-"""Does a position see what it must not: later tokens, other rows?"""
+"""Does a position see what it must not: later tokens, other rows, other documents, padding?"""
 
 import contextlib
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
+from lm_jax.doctor import trees
 from lm_jax.doctor.checks import check
-from lm_jax.doctor.facts import Broken, Skip
-from lm_jax.doctor.findings import Measure, at_most, holds, note
-from lm_jax.doctor.model.subject import Function, Subject, Variant, change, moves
+from lm_jax.doctor.facts import Broken, Skip, call
+from lm_jax.doctor.findings import Measure, at_most, holds, none, note
+from lm_jax.doctor.model.subject import Function, Subject, Variant, Variants, change, moves
 
 MOST_CALLS = 8  # of one check, where one call has a row for every cut
 
@@ -39,58 +43,48 @@ class Worst:
     def __init__(self, **more: Any):
         """Nothing compared so far; see `findings.holds` for `more`."""
         self.more = {"key": "difference"} | more
-        self.ratio, self.made, self.over, self.blind = -1.0, 0, 0, 0
+        self.ratio = -1.0
         self.found: list[Measure] = []
         self.refused: dict[str, Broken] = {}
 
-    def add(
-        self, moved: np.ndarray, tolerance: float, variant: Variant, how: str, **at: Any
-    ) -> None:
+    def add(self, moved: Any, limit: float, variant: Variant, how: str, **at: Any) -> None:
         """Compare changes of logits [B, T] that should be 0.
 
         Where rounding alone may move a logit by half of the largest there is, nothing is compared.
         """
-        if tolerance >= variant.scale / 2:
-            self.blind += 1
+        if limit >= variant.scale / 2:
             return
         row, position = (int(i) for i in np.unravel_index(np.argmax(moved), moved.shape))
         size = float(moved[row, position])
-        self.made += 1
-        self.over += size > tolerance
-        if size / tolerance > self.ratio:
-            self.ratio = size / tolerance
+        if size / limit > self.ratio:
+            self.ratio = size / limit
             what, where = f"largest change of a logit, {how}", f"{variant.name} parameters"
-            at = {"row": row, "position": position, **at} if size > tolerance else {}
-            worst = at_most(what, size, tolerance, where=where, **self.more)
+            at = {"row": row, "position": position, **at} if size > limit else {}
+            worst = at_most(what, size, limit, where=where, **self.more)
             self.found = [worst, *(note(*x) for x in at.items())]
 
     @contextlib.contextmanager
     def refusal(self, what: str) -> Iterator[None]:
-        """Let the function refuse a shape; `measures` raises that if nothing was compared."""
+        """Let the function refuse a shape."""
         try:
             yield
         except Broken as broken:
             self.refused[what] = broken
 
     def measures(self) -> list[Measure]:
-        """The worst difference, and how many are too large."""
-        if self.refused and not self.made + self.blind:
-            raise next(iter(self.refused.values()))
-        if not self.made:
-            raise Skip("Not judged: rounding alone may move every logit by half its size.")
-        return [
-            *self.found,
-            note(f"comparisons of {self.made} beyond their limit", self.over, key="over"),
-            *(note(f"{what} was refused", str(why)) for what, why in self.refused.items()),
-        ]
+        """The worst difference, and what was refused, which is raised if that is all."""
+        if not self.found:
+            why = Skip("Not judged: rounding alone may move every logit by half its size.")
+            raise next(iter(self.refused.values()), why)
+        refused = [note(f"{what} was refused", str(why)) for what, why in self.refused.items()]
+        return self.found + refused
 
 
 @check(
-    "A position sees later tokens; the distance says how far ahead. Look for a missing mask or, at "
-    "1, one shifted by one, a mean, convolution or normalisation over time, or input features "
-    "built from the next token."
+    "A position sees later tokens, `distances` ahead. Look for a mask that is missing or shifted, "
+    "for means, convolutions or norms over time, or for inputs made of the next token."
 )
-def suffix_swap(subject: Subject, causal: list[Variant]) -> list[Measure]:
+def suffix_swap(subject: Subject, causal: Variants) -> list[Measure]:
     """Replacing all tokens from a cut on leaves the logits before it as they are."""
     worst = Worst()
     for variant in causal:
@@ -123,7 +117,7 @@ def suffix_swap(subject: Subject, causal: list[Variant]) -> list[Measure]:
     "With id 0 in the row a position sees later tokens. If 0 is padding, combine its mask with the "
     "causal one (and), and make it of earlier ids alone; else look for what treats 0 apart."
 )
-def id_zero(subject: Subject, causal: list[Variant]) -> list[Measure]:
+def id_zero(subject: Subject, causal: Variants) -> list[Measure]:
     """Id 0, which is often padding, at the end of a row lets no position see later tokens."""
     if not subject.lowest:
         raise Skip("Id 0 is among the ids of all checks, as there are few.")
@@ -150,7 +144,7 @@ def id_zero(subject: Subject, causal: list[Variant]) -> list[Measure]:
     "What a position computes depends on how long the input is. Look for a reshape of heads and "
     "time without a transpose, for sums over time, or for sizes taken from T."
 )
-def truncation(subject: Subject, causal: list[Variant]) -> list[Measure]:
+def truncation(subject: Subject, causal: Variants) -> list[Measure]:
     """The logits of the first n tokens are the first n logits of all tokens."""
     worst = Worst()
     for variant in causal:
@@ -168,7 +162,7 @@ def truncation(subject: Subject, causal: list[Variant]) -> list[Measure]:
     "A row's logits depend on the other rows of the batch. Look for attention over the batch axis, "
     "keys and values of one row used for all, or statistics over the batch."
 )
-def row_independence(subject: Subject, variants: list[Variant]) -> list[Measure]:
+def row_independence(subject: Subject, variants: Variants) -> list[Measure]:
     """Replacing, permuting or leaving out the other rows leaves a row's logits as they are."""
     worst, rows = Worst(), subject.rows
     for variant in variants:
@@ -190,20 +184,19 @@ def row_independence(subject: Subject, variants: list[Variant]) -> list[Measure]
 
 
 @check(
-    "Earlier tokens have no effect on later logits: the model is a bigram table at best. Look for "
-    "attention over the wrong axis, a mask that shows only the position itself, or a branch that "
-    "is multiplied by zero."
+    "Earlier tokens have no effect on later logits. Look for attention over the wrong axis, a mask "
+    "that shows only the position itself, or a branch that is multiplied by zero."
 )
-def context_use(subject: Subject, variants: list[Variant]) -> list[Measure]:
+def context_use(subject: Subject, variants: Variants) -> Measure:
     """Replacing all earlier tokens changes the logits of every row."""
     half, found = subject.seq_len // 2, []
     # Where attention is local to blocks a cut may be a border; the next one is none then.
-    for variant, cut in [(v, cut) for v in variants for cut in (half, half + 1)]:
+    for variant, cut in itertools.product(variants, (half, half + 1)):
         rng = subject.rng(13)
         # One row at a time: what comes from another row is no context.
         tokens = [subject.replaced(rng, np.s_[row, :cut]) for row in range(subject.rows)]
         moved = min(variant.change(t)[row, cut:].max() for row, t in enumerate(tokens))
-        found.append((float(moved), variant))
+        found.append((moved, variant))
         if moved > variant.same_shape:
             break
     least, variant = max(found, key=lambda pair: pair[0] / pair[1].same_shape)
@@ -211,15 +204,14 @@ def context_use(subject: Subject, variants: list[Variant]) -> list[Measure]:
     if subject.params is None:
         why = "a projection that starts at zero looks the same; give params to tell"
         more = {"otherwise": "warn", "where": why}
-    found_by = note("parameters", variant.name)
-    return [moves(what, least, variant.same_shape, key="least_change", **more), found_by]
+    return moves(what, least, variant.same_shape, key="least_change", **more)
 
 
 @check(
     "The two implementations do not compute the same function. Compare head by head: the mask, the "
     "mapping of query to key heads (repeat, not tile), the window and the last block."
 )
-def reference(subject: Subject, variants: list[Variant], reference: Function) -> list[Measure]:
+def reference(subject: Subject, variants: Variants, reference: Function) -> list[Measure]:
     """Another implementation of the same function gives the same logits at every length."""
     worst = Worst()
     for variant in variants:
@@ -230,3 +222,102 @@ def reference(subject: Subject, variants: list[Variant], reference: Function) ->
                 how = f"against the reference at {n} tokens"
                 worst.add(moved, variant.other_shape, variant, how)
     return worst.measures()
+
+
+# ---- Packed and padded rows --------------------------------------------------------------------
+
+
+def documents(subject: Subject, splits: Sequence[int] = ()) -> np.ndarray:
+    """Segment ids [B, T] of rows cut at `splits`, counted from 1."""
+    ids = 1 + np.searchsorted(np.asarray(splits), np.arange(subject.seq_len), side="right")
+    return np.tile(ids.astype(np.int32), (subject.rows, 1))
+
+
+def outside(parts: dict, segmented: Function, ids: Any, variants: Variants) -> list[Measure]:
+    """Replace the tokens of each part, a mask [B, T], and compare all logits outside it."""
+    worst, subject = Worst(), variants[0].subject
+    for variant in variants:
+        rng = subject.rng(14)
+        base = variant.logits(subject.tokens, segmented, ids)
+        for how, inside in parts.items():
+            moved = change(variant.logits(subject.replaced(rng, inside), segmented, ids), base)
+            worst.add(np.where(inside, 0, moved), variant.same_shape, variant, f"{how} replaced")
+    return worst.measures()
+
+
+@check(
+    "A document sees its neighbours in the packed row. Combine the causal mask with "
+    "segment[t] == segment[s] in every layer, or do not pack."
+)
+def segment_isolation(subject: Subject, segmented: Function, variants: Variants) -> list[Measure]:
+    """Replacing one document of a packed row leaves the logits of the others as they are."""
+    ids = documents(subject, (subject.seq_len // 3 | 1, 2 * subject.seq_len // 3 | 1))
+    parts = {f"document {i} of {ids.max()} in a row": ids == i for i in range(1, ids.max() + 1)}
+    return outside(parts, segmented, ids, variants)
+
+
+@check(
+    "A document's logits depend on its place in the packed row. Let positions restart at 0 with "
+    "every segment."
+)
+def segment_restart(subject: Subject, segmented: Function, variants: Variants) -> list[Measure]:
+    """A document at the start of a row and the same one in its middle have the same logits."""
+    # A power of two, so that the borders of blocks, if attention is local to them, move along.
+    start = 1 << (subject.seq_len // 2).bit_length() - 1
+    length = subject.seq_len - start
+    moved = np.roll(subject.tokens, -start, axis=1)  # the second document first
+    worst, how = Worst(), f"a document moved from {start} to the start of the row"
+    # An angle of up to T radians is off by T roundings of float32 before it is rotated by.
+    angles = 1 + subject.seq_len * 2.0**-24 / subject.precision.unit
+    for variant in variants:
+        packed = variant.logits(subject.tokens, segmented, documents(subject, (start,)))
+        alone = variant.logits(moved, segmented, documents(subject, (length,)))
+        gap = change(packed[:, start:], alone[:, :length])
+        worst.add(gap, variant.other_shape * angles, variant, how)
+    return worst.measures()
+
+
+@check(
+    "With padding in the batch a position sees later tokens or the padding. The padding mask must "
+    "be combined with the causal mask (and), not replace it."
+)
+def padding_mask(subject: Subject, segmented: Function, causal: Variants) -> list[Measure]:
+    """With padding at the end of a row, neither it nor later tokens change a position's logits."""
+    real, ids = 2 * subject.seq_len // 3 | 1, documents(subject)
+    ids[:, real:] = 0
+    place = np.tile(np.arange(subject.seq_len), (subject.rows, 1))
+    cuts = sorted({1, real // 2 | 1, real - 1, real})
+    parts = {f"padding from {real} on, tokens from {cut} on": place >= cut for cut in cuts}
+    return outside(parts, segmented, ids, causal)
+
+
+@check(
+    "A position without any key to attend to must give output 0 and gradient 0. Replace the scores "
+    "before the softmax (and the result after it) with where, not only the result."
+)
+def masked_rows(subject: Subject, segmented: Function, variants: Variants) -> list[Measure]:
+    """Padding at the start of a row, and a row of padding, give finite logits and gradients."""
+    ids = documents(subject)
+    for variant in variants:
+        variant.logits(subject.tokens, segmented, ids)  # raises if that is at fault
+    ids[0, : subject.seq_len // 3 | 1] = ids[-1] = 0
+    try:
+        for variant in variants:
+            variant.logits(subject.tokens, segmented, ids)
+    except Broken as broken:
+        return [none("variants with unfit logits", [broken], of=len(variants))]
+    judged = note("variants with finite logits", len(variants))
+
+    def total(params: Any) -> jax.Array:
+        logits = segmented(params, jnp.asarray(subject.tokens), jnp.asarray(ids))
+        return jnp.where((ids > 0)[..., None], logits, 0).sum()
+
+    try:
+        if subject.params is None:
+            raise Broken("params were not given")
+        grads = call("the gradient", jax.grad(total, allow_int=True), subject.params)
+    except Broken as broken:
+        return [judged, note("gradients were not taken", str(broken))]
+    leaves = trees.float_leaves(grads)
+    bad = trees.nonfinite(leaves)
+    return [judged, none("parameters with a non-finite gradient", bad, of=len(leaves))]

@@ -1,7 +1,6 @@
 """Is a fresh model where it should start?"""
 
 import fnmatch
-import hashlib
 import math
 
 import jax
@@ -11,7 +10,7 @@ from lm_jax.doctor import numbers, trees
 from lm_jax.doctor.checks import check, fixture
 from lm_jax.doctor.facts import Skip
 from lm_jax.doctor.findings import Measure, at_least, at_most, holds, none, note
-from lm_jax.doctor.model.subject import Subject, Variant, change, moves
+from lm_jax.doctor.model.subject import Subject, Variant, Variants, change, moves
 
 
 @fixture
@@ -23,8 +22,8 @@ def fresh(trained: bool) -> bool:
 
 
 @check(
-    "Lower the scale of the output layer or of the position table until the first loss is near "
-    "ln V; a tied table needs a std near 1/sqrt(d) or less."
+    "Lower the scale of the output layer or the position table until the first loss is near ln V; "
+    "a tied table needs a std near 1/sqrt(d) or less."
 )
 def loss(subject: Subject, fresh: bool) -> list[Measure]:
     """The loss at the start is ln V and half the variance of the logits, and that is not much.
@@ -32,14 +31,14 @@ def loss(subject: Subject, fresh: bool) -> list[Measure]:
     The mean over v of -log softmax(z)_v is ln V + Var(z) / 2 for normal logits; the logit of the
     position's own token, which a tied table raises, is counted apart.
     """
-    V = subject.vocab_size
-    base, ids = subject.given.all_logits(subject.tokens).reshape(-1, V), subject.tokens.ravel()
-    some = slice(None, None, 1 + (base.size >> 22))  # positions enough, of large logits
-    z, own_id = base[some].astype(np.float64), ids[some, None]
-    own, others = np.take_along_axis(z, own_id, -1)[:, 0], z.copy()
-    np.put_along_axis(others, own_id, np.nan, -1)
-    mean, variance = np.nanmean(others, -1), np.nanvar(others, -1)
+    V, tokens = subject.vocab_size, subject.tokens
+    some = slice(None, None, 1 + (tokens.size * V >> 22))  # positions enough, of large logits
+    z = subject.given.all_logits(tokens).reshape(-1, V)[some].astype(np.float64)
+    own_id = tokens.ravel()[some, None]
     nats = -numbers.log_softmax(z).mean(-1)
+    own = np.take_along_axis(z, own_id, -1)[:, 0]
+    np.put_along_axis(z, own_id, np.nan, -1)
+    mean, variance = np.nanmean(z, -1), np.nanvar(z, -1)
     # log of V - 1 others and the own token, each measured from the mean of the others.
     lift = own - mean
     expected = np.logaddexp(np.log(V - 1) + variance / 2, lift) - lift / V
@@ -58,7 +57,7 @@ def loss(subject: Subject, fresh: bool) -> list[Measure]:
     "Return logits: the loss applies the softmax itself, and a second one leaves the largest "
     "probability at e / (e + V - 1)."
 )
-def probabilities(subject: Subject, variants: list[Variant]) -> Measure:
+def probabilities(subject: Subject, variants: Variants) -> Measure:
     """What the model returns are no probabilities: it has negative values, or sums other than 1."""
     found = [v.all_logits(subject.tokens) for v in variants]
     sums = max(numbers.gap(z.sum(-1), 1) for z in found)
@@ -87,8 +86,8 @@ def drawn(part: np.ndarray) -> bool:
 
 
 @check(
-    "Draw every parameter from a key of its own (split or fold in the layer's number); a table "
-    "that is meant to be tied must be one leaf, not a copy."
+    "Draw every parameter from a key of its own (fold in the layer's number); a table that is "
+    "meant to be tied must be one leaf, not a copy."
 )
 def identical_leaves(leaves: trees.Arrays) -> Measure:
     """No two leaves, and no two layers of a stacked leaf, hold the same random numbers."""
@@ -97,19 +96,18 @@ def identical_leaves(leaves: trees.Arrays) -> Measure:
         stacked = leaf.ndim > 2
         parts |= {f"{name}[{i}]": x for i, x in enumerate(leaf)} if stacked else {name: leaf}
     parts = {name: x for name, x in parts.items() if drawn(x)}
-    first: dict[bytes, str] = {}
+    first: dict[int, str] = {}
     twins = []
     for name, x in parts.items():
-        earlier = first.get(_digest(x)) or first.get(_digest(x.T))
-        twins += [f"{name} = {earlier}"] if earlier else []
+        if earlier := first.get(_digest(x)) or first.get(_digest(x.T)):
+            twins.append(f"{name} = {earlier}")
         first[_digest(x)] = name
     return none("parameters with the random numbers of another", twins, of=len(parts), key="twins")
 
 
-def _digest(array: np.ndarray) -> bytes:
+def _digest(array: np.ndarray) -> int:
     """Hash of shape and contents."""
-    array = np.ascontiguousarray(array)
-    return hashlib.blake2b(array.tobytes(), person=str(array.shape).encode()[:16]).digest()
+    return hash((array.shape, array.tobytes()))
 
 
 @check("Find what made the named parameters; the first update spreads a NaN to all others.")
@@ -119,25 +117,19 @@ def norms(leaves: trees.Arrays) -> Measure:
     return none("parameters that are not finite", bad, of=len(leaves), key="non_finite")
 
 
-@check(
-    "Bring the two tables to one scale, so that a position neither drowns the token nor is drowned "
-    "by it."
-)
+@check("Bring the two tables to one scale, so that neither drowns the other.")
 def position_scale(fresh: bool, token_table: np.ndarray, position_table: np.ndarray) -> Measure:
     """Neither the token nor its position drowns in the sum of the two tables."""
-    sizes = {"token": trees.rms(token_table), "position": trees.rms(position_table)}
-    weaker, stronger = sorted(sizes, key=sizes.__getitem__)
-    ratio = sizes[weaker] / max(sizes[stronger], 1e-30)
-    what, share = f"share of the {weaker} in the variance of the input", ratio**2 / (1 + ratio**2)
+    sizes = {"token": trees.rms(token_table) ** 2, "position": trees.rms(position_table) ** 2}
+    weaker = min(sizes, key=sizes.__getitem__)
+    what = f"share of the {weaker} in the variance of the input"
+    share = sizes[weaker] / max(sum(sizes.values()), 1e-30)
     # A table of zeros is meant to start there.
     grave = "fail" if 0 < share < 0.01 else "warn"
     return at_least(what, share, 0.05, otherwise=grave, key="share")
 
 
-@check(
-    "The parameters are not drawn as declared. Check the initialiser and its fan-in, and that the "
-    "key in the config reaches it."
-)
+@check("Check the initialiser and its fan-in, and that the key in the config reaches it.")
 def declared_std(fresh: bool, leaves: trees.Arrays, init_std: dict[str, float]) -> Measure:
     """The standard deviation of a leaf is the declared one, within 5 standard errors."""
     matches = {pattern: fnmatch.filter(leaves, pattern) for pattern in init_std}
@@ -150,10 +142,7 @@ def declared_std(fresh: bool, leaves: trees.Arrays, init_std: dict[str, float]) 
     return none("leaves that are not as declared", wrong, key="wrong")
 
 
-@check(
-    "Use one leaf for the embedding and the head; a copy made at the start drifts away and is "
-    "counted twice."
-)
+@check("Use one leaf for the embedding and the head; a copy drifts away and is counted twice.")
 def tied_table(subject: Subject, leaves: trees.Arrays, token_table: np.ndarray) -> Measure:
     """A table declared tied moves the logits of ids that are not in the input."""
     if not subject.tied:
@@ -172,7 +161,7 @@ def tied_table(subject: Subject, leaves: trees.Arrays, token_table: np.ndarray) 
         lambda path, x: trees.like(x, changed) if trees.path_name(path) == same else x,
         subject.params,
     )
-    variants = Variant(subject, "changed", params), subject.given
-    moved = change(*(v.all_logits(subject.tokens)[..., absent] for v in variants)).max()
+    both = Variant(subject, "changed", params), subject.given
+    moved = change(*(v.all_logits(subject.tokens)[..., absent] for v in both)).max()
     what, rounding = f"change of logits of {len(absent)} absent ids", subject.given.same_shape
     return moves(what, moved, rounding, key="change")

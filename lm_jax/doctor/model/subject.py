@@ -3,9 +3,9 @@
 import contextlib
 import dataclasses
 import functools
-import inspect
 import re
 from collections.abc import Callable, Mapping
+from inspect import signature
 from typing import Annotated, Any, NamedTuple
 
 import jax
@@ -20,7 +20,15 @@ from lm_jax.doctor.numbers import FLOAT32_EPS, resolution, roundoff
 
 Function = Callable[..., Any]
 Maybe = Annotated[Function | None, function]
+Stds = Mapping[str, float]
+TREE = Bound(
+    "give a tree of arrays; a class of your own must be a pytree of JAX",
+    lambda tree: any(hasattr(x, "dtype") for x in jax.tree.leaves(tree) or [np.array(0)]),
+)
+NUMBERS = Bound("give numbers, by pattern", lambda x: all(map(real, dict(x).values())))
+FLOAT = Bound("give a float dtype", trees.names_float)
 CAUSAL = "causal"
+OBJECTIVE = one_of(CAUSAL, "bidirectional", "masked")
 MOST_LOGITS = 1 << 24  # kept of one call: beyond it there are fewer rows, then fewer of the ids
 
 
@@ -30,36 +38,18 @@ class Subject(Facts):
 
     NumPy goes in; what comes out may be of NumPy, JAX or PyTorch. The function is called about 50
     times, twice that with parameters, and last with those that were given. `torch_model` makes
-    such a function of a PyTorch module.
+    such a function of a PyTorch module; `params` and `train_fn`, which it has, need not be given.
     """
 
-    fn: Annotated[
-        Function,
-        "(tokens int32 [B, T]) -> logits [B, T, V]; with `params`, (params, tokens). Its own "
-        "attributes `params` and `train_fn`, as `torch_model` has them, need not be given.",
-        function,
-    ]
+    fn: Annotated[Function, "(tokens int32 [B, T]), or (params, tokens), -> [B, T, V].", function]
     _: dataclasses.KW_ONLY
     vocab_size: Annotated[int, "V.", whole(2)]
     seq_len: Annotated[int, "T of most calls; shorter ones are tried as well.", whole(4)]
-    params: Annotated[
-        Any,
-        "pytree of arrays; checks are repeated with noise in its place.",
-        Bound(
-            "give a tree of arrays; a class of your own must be a pytree of JAX",
-            lambda tree: any(hasattr(x, "dtype") for x in jax.tree.leaves(tree) or [np.array(0)]),
-        ),
-    ] = None
-    objective: Annotated[
-        str,
-        "causal; bidirectional and masked skip the causal checks.",
-        one_of(CAUSAL, "bidirectional", "masked"),
-    ] = CAUSAL
+    params: Annotated[Any, "pytree of arrays; checks run again with noise for it.", TREE] = None
+    objective: Annotated[str, "masked and bidirectional skip causal checks.", OBJECTIVE] = CAUSAL
     trained: Annotated[bool, "checks of fresh parameters are skipped."] = False
     segmented: Annotated[Maybe, "`fn` with segment_ids int32 [B, T] added, 0 for padding."] = None
-    train_fn: Annotated[
-        Maybe, "`fn` with dropout on and the number of the update added; None without dropout."
-    ] = None
+    train_fn: Annotated[Maybe, "`fn` with dropout, and the number of the update added."] = None
     attention: Annotated[Maybe, "as `fn`, returns attention probabilities [..., T, T]."] = None
     reference: Annotated[Maybe, "another implementation of `fn`."] = None
     batch_size: Annotated[int | None, "rows of a batch; 3, or 2 of large logits.", whole(2)] = None
@@ -68,25 +58,16 @@ class Subject(Facts):
     token_table: Annotated[Any, "the token embedding, [V, D]."] = None
     position_table: Annotated[Any, "the position embedding, [T, D], if there is one."] = None
     tied: Annotated[bool, "`token_table` is declared to be the head as well."] = False
-    init_std: Annotated[
-        Mapping[str, float] | None,
-        'declared standard deviations, by pattern of the leaf\'s path, "blocks/*/kernel".',
-        Bound("give numbers, by pattern", lambda x: all(map(real, dict(x).values()))),
-    ] = None
-    compute_dtype: Annotated[
-        str | None,
-        "narrowest dtype inside, where tracing the function cannot show it.",
-        Bound("give a float dtype", trees.names_float),
-    ] = None
+    init_std: Annotated[Stds | None, 'declared, by pattern of the path, "a/*/b".', NUMBERS] = None
+    compute_dtype: Annotated[str | None, "narrowest dtype inside, where hidden.", FLOAT] = None
 
     def __post_init__(self) -> None:
         """Refuse what no check could use; copy what the function may change."""
         super().__post_init__()
+        own = getattr(self.fn, "params", None)
         # What merely has an attribute of that name takes tokens alone.
-        owns = hasattr(self.fn, "params") and "params" in inspect.signature(self.fn).parameters
-        if self.params is None and owns:
-            self.params = self.fn.params  # type: ignore[attr-defined]
-            self.train_fn = self.train_fn or getattr(self.fn, "train_fn", None)
+        if self.params is None and own is not None and "params" in signature(self.fn).parameters:
+            self.params, self.train_fn = own, self.train_fn or getattr(self.fn, "train_fn", None)
         # Leaves of one piece of memory are one parameter; it goes by the first of their names.
         before = trees.float_leaves(self.params)
         first = {(x.ctypes.data, x.size): name for name, x in reversed(before.items())}
@@ -180,17 +161,11 @@ class Variant:
     def all_logits(self, tokens: np.ndarray, fn: Function | None = None, *more: Any) -> np.ndarray:
         """Logits [B, T, V] in float32 or wider, 0 for ids that are masked at every position.
 
-        Args:
-            tokens: ids [B, T].
-            fn: asked in place of the model's function, with the same leading parameters.
-            more: further arguments of `fn`.
-
-        Raises:
-            Broken: if the function raises or returns no such logits, all finite.
+        Of `fn`, if given, in place of the model's function, with `more` arguments. Raises `Broken`
+        if it raises or returns no such logits, all finite.
         """
         name = "the model" if fn is None else getattr(fn, "__name__", "the function")
-        raw = self.ask(name, fn or self.subject.fn, tokens, *more)
-        raw = trees.logits_of(raw, *tokens.shape)
+        raw = trees.logits_of(self.ask(name, fn or self.subject.fn, tokens, *more), *tokens.shape)
         values = call(f"numpy.asarray of what {name} returned", trees.as_array, raw)
         expected = (*tokens.shape, self.subject.vocab_size)
         if values.shape != expected:
@@ -202,8 +177,7 @@ class Variant:
         if values.min() <= -trees.MASK_VALUE:  # a padded vocabulary, perhaps
             padding = (values <= -trees.MASK_VALUE).all((0, 1))
             values = values if padding.all() else np.where(padding, 0, values)
-        if not np.isfinite(values.sum()) and not (finite := np.isfinite(values)).all():
-            where = np.argwhere(~finite)
+        if not np.isfinite(values.sum()) and len(where := np.argwhere(~np.isfinite(values))):
             raise Broken(
                 f"{name} returned {len(where)} non-finite of {values.size} logits, the first at "
                 f"[row, position, id] = {where[0].tolist()}, with the {self.name} parameters"
@@ -237,8 +211,8 @@ class Variant:
     def same_shape(self) -> float:
         """Largest difference that rounding may leave between calls of the same shape.
 
-        0 for most models. The bound is the rounding error of a transform over time in float32,
-        which carries 2^-23 log2(T) of the largest value everywhere (Higham 2002, section 24.1).
+        0 for most models; a transform over time in float32 carries 2^-23 log2(T) of the largest
+        value everywhere (Higham 2002, section 24.1).
         """
         return float(8 * FLOAT32_EPS * np.log2(2 * self.subject.seq_len) * self.scale)
 
@@ -246,16 +220,16 @@ class Variant:
     def other_shape(self) -> float:
         """Largest difference that rounding may leave where sums are taken in another order.
 
-        Eight roundings of the largest logit or, where that is more, four times what a relative
-        change of all parameters by one rounding does: a backward stable sum is exact for
-        parameters that near.
+        Eight roundings of the largest logit, or four times what one rounding of all parameters
+        does: a backward stable sum is exact for parameters that near.
         """
         unit, subject = self.subject.precision.unit, self.subject
-        response = 0.0
-        if self.params is not None:
-            nudged = Variant(subject, self.name, trees.nudge(self.params, unit, subject.seed))
-            response = float(change(nudged.base, self.base).max())
-        return max(8 * unit * self.scale, 4 * response)
+        nudged = Variant(subject, self.name, trees.nudge(self.params, unit, subject.seed))
+        response = 0 if self.params is None else change(nudged.base, self.base).max()
+        return max(8 * unit * self.scale, 4 * float(response))
+
+
+Variants = list[Variant]
 
 
 def change(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -293,15 +267,13 @@ def noisy(subject: Subject, params: Any, leaves: trees.Arrays) -> Variant:
 
 
 @fixture
-def variants(
-    subject: Subject, eval_repeats: Finding, noisy: Variant | None = None
-) -> list[Variant]:
+def variants(subject: Subject, eval_repeats: Finding, noisy: Variant | None = None) -> Variants:
     """The box with the given parameters and, where they can be had, with randomised ones."""
     return [subject.given] if noisy is None else [subject.given, noisy]
 
 
 @fixture
-def causal(objective: str, variants: list[Variant]) -> list[Variant]:
+def causal(objective: str, variants: Variants) -> Variants:
     """The variants, where the objective does not let positions see later tokens."""
     if objective != CAUSAL:
         raise Skip(f"The objective is declared {objective}: later tokens may be seen.")

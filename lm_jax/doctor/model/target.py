@@ -1,4 +1,4 @@
-"""Which token do the logits of a position predict, and what do its attention weights sum to?"""
+"""What calls return: finite logits that repeat themselves, of the next token; attention."""
 
 from typing import Any
 
@@ -8,10 +8,69 @@ from scipy.special import logsumexp
 from lm_jax.doctor import numbers, trees
 from lm_jax.doctor.checks import check
 from lm_jax.doctor.facts import Broken, Skip, call
-from lm_jax.doctor.findings import Measure, at_most, equals, holds, note
-from lm_jax.doctor.model.subject import CAUSAL, Function, Subject, Variant, moves
+from lm_jax.doctor.findings import Finding, Measure, at_most, equals, holds, note
+from lm_jax.doctor.model.subject import CAUSAL, Function, Subject, Variant, Variants, change, moves
 
 OFFSETS = (-2, -1, 0, 1, 2, 3)
+
+
+@check(
+    "Hand in a function of NumPy's int32 ids [B, T] that returns finite float logits [B, T, V]; "
+    "a PyTorch module goes through doctor.torch_model. Nothing else was examined.",
+    gate=True,
+)
+def output(subject: Subject) -> list[Measure]:
+    """The function returns finite logits of the right shape."""
+    given = subject.given
+    return [
+        note("largest logit", given.scale, key="scale"),
+        note("dtype of the logits", str(given.dtype)),
+        note("arithmetic", subject.precision.how),
+    ]
+
+
+@check(
+    "Switch dropout and every other source of randomness off in evaluation (train=False, "
+    "model.eval(), no key), and keep nothing between calls."
+)
+def eval_repeats(subject: Subject, output: Finding, noisy: Variant | None = None) -> Measure:
+    """Without dropout, two calls of the same input give the same logits, bit by bit."""
+    found = [(v.change(subject.tokens).max(), v) for v in (subject.given, noisy) if v is not None]
+    gap, variant = max(found, key=lambda pair: pair[0] / pair[1].same_shape)
+    # Kernels that add in random order differ by roundings; dropout by far more.
+    grave, where = "fail" if gap > variant.same_shape else "warn", "as dropout left on makes it"
+    what = "difference of two calls of the same input"
+    return equals(what, float(gap), 0, otherwise=grave, where=where, key="change")
+
+
+@check(
+    "The function takes params and computes with others, of a closure or a module, so that its "
+    "checks with noise are worth nothing. Use what is handed in (torch.func.functional_call)."
+)
+def randomised(subject: Subject, noisy: Variant) -> Measure:
+    """Noise in place of all parameters, with which every check is repeated, changes the logits."""
+    moved = change(noisy.base, subject.given.base).max()
+    what, ignored = "change of a logit by noise for parameters", "the function ignores parameters"
+    return moves(what, moved, 0, otherwise="warn", where=ignored, key="change")
+
+
+@check(
+    "Hand the dropout key (or train=True) down to every layer. Draw it from the seed and the "
+    "number of the update alone, and the mask for the whole batch, not for one row."
+)
+def dropout(subject: Subject, train_fn: Function, noisy: Variant | None = None) -> list[Measure]:
+    """Masks of dropout change the logits, differ by update and row, and come again when rerun."""
+    # A head or a branch that starts at zero hides what is dropped before it.
+    variant, tokens = noisy or subject.given, np.tile(subject.tokens[:1], (subject.rows, 1))
+    off = variant.logits(tokens)
+    first, again, second = (variant.logits(tokens, train_fn, i) for i in (0, 0, 1))
+    updates, rows = change(first, second).max(), change(first[1:], first[:-1]).max()
+    return [
+        moves("change of a logit by dropout", change(first, off).max(), variant.same_shape),
+        moves("difference of updates 0 and 1", updates, variant.same_shape),
+        moves("difference of equal rows", rows, max(variant.same_shape, float(updates) / 4)),
+        at_most("difference of update 0 run twice", float(change(first, again).max()), 0),
+    ]
 
 
 def nats_by_offset(subject: Subject, sample: np.ndarray) -> np.ndarray:
@@ -21,9 +80,7 @@ def nats_by_offset(subject: Subject, sample: np.ndarray) -> np.ndarray:
     for first in range(0, len(sample), subject.rows):
         rows = sample[first : first + subject.rows]
         for row, z in zip(rows, subject.given.all_logits(rows), strict=True):
-            # A few positions at a time: the float64 of a row with a large vocabulary is large.
-            parts = np.array_split(z, 1 + (z.size >> 22))
-            norm = np.concatenate([logsumexp(x.astype(np.float64), axis=-1) for x in parts])
+            norm = logsumexp(z, axis=-1).astype(np.float64)
             pairs = zip(places, OFFSETS, strict=True)
             found.append([(norm[at] - z[at, row[at + k]]).mean() for at, k in pairs])
     return np.array(found)
@@ -46,14 +103,14 @@ def offset_scan(subject: Subject, sample: Any) -> list[Measure]:
         )
     nats = nats_by_offset(subject, sample.astype(np.int32))
     means = dict(zip(OFFSETS, nats.mean(0).tolist(), strict=True))
-    best = min(OFFSETS, key=lambda k: means[k])
+    best, second = sorted(OFFSETS, key=means.__getitem__)[:2]
     # Rows are independent, so the error of a difference comes from its spread over rows.
-    rival = best if best != 1 else min((k for k in OFFSETS if k != 1), key=lambda k: means[k])
+    rival = best if best != 1 else second
     margin = numbers.mean(nats[:, OFFSETS.index(rival)] - nats[:, OFFSETS.index(1)])
     clear = abs(margin.value) >= numbers.threshold() * margin.error
-    said, grave = "offset that is predicted best", "fail" if clear else "warn"
+    grave = "fail" if clear else "warn"
     return [
-        equals(said, best, 1, otherwise=grave, key="best"),
+        equals("offset that is predicted best", best, 1, otherwise=grave, key="best"),
         holds(clear, f"nats more at {rival:+d} than at +1", str(margin), otherwise="warn"),
         *(note(f"nats of token t{k:+d}", value, key=f"t{k:+d}") for k, value in means.items()),
     ]
@@ -63,15 +120,13 @@ def offset_scan(subject: Subject, sample: Any) -> list[Measure]:
     "Return the probabilities of one softmax, before dropout: after it they no longer sum to 1, "
     "and a softmax of probabilities is nearly flat."
 )
-def attention_softmax(
-    subject: Subject, attention: Function, variants: list[Variant]
-) -> list[Measure]:
+def attention_softmax(subject: Subject, attention: Function, variants: Variants) -> list[Measure]:
     """Attention probabilities are those of one softmax over the visible keys.
 
     Of n numbers in [0, 1] a second softmax gives at most e / (e + n - 1).
     """
     T, causal = subject.seq_len, subject.objective == CAUSAL
-    visible = np.arange(1, T + 1) if causal else np.full(T, T)
+    visible = np.arange(1, T + 1) if causal else T
     error, future, excess = 0.0, 0.0, -1.0
     for variant in variants:
         raw = variant.ask("attention", attention, subject.tokens)
@@ -81,11 +136,12 @@ def attention_softmax(
         error = max(error, numbers.gap(probs.sum(-1), 1))
         future = max(future, numbers.gap(np.triu(probs, 1))) if causal else 0.0
         excess = max(excess, float((probs.max(-1) - np.e / (np.e + visible - 1))[..., 1:].max()))
-    what, alone = "largest probability, above what a second softmax could give", len(variants) == 1
-    flat: Any = {"otherwise": "warn", "where": "flat scores look the same"} if alone else {}
+    # Flat scores look like a second softmax; noise for parameters makes them steep.
+    grave = "warn" if len(variants) == 1 else "fail"
+    what = "largest probability, above what a second softmax could give"
     return [
         # Each of T probabilities is rounded once, and they sum to 1.
         at_most("a sum over keys less 1", error, 4 * subject.precision.unit, key="error"),
         at_most("largest probability of a later position", future, 0, key="future"),
-        moves(what, excess, 0, key="excess", **flat),
+        moves(what, excess, 0, key="excess", otherwise=grave),
     ]
