@@ -14,6 +14,7 @@ from lm_jax.data.windows import Batch
 from lm_jax.doctor.data import examine_data
 from lm_jax.doctor.findings import Report
 
+Batches = Iterator[Batch]
 _SPLITS = ("valid", "test")
 _MOST = 1 << 21  # tokens of a split
 _READERS = 8  # processes that read at the most
@@ -21,14 +22,7 @@ _FEW = 64  # windows that they share
 
 
 def examine_splits(cfg: Config, store: Store, windows: int, *, level: str = "fast") -> Report:
-    """The splits, the first batches of two epochs and, at level full, what several readers read.
-
-    Args:
-        cfg: resolved config of the run.
-        store: the tokenised corpus.
-        windows: those of an epoch.
-        level: fast or full.
-    """
+    """The splits, batches of two epochs of `windows` and, at level full, what readers read."""
     held = store.manifest["splits"]
     splits = {name: store.split(name) for name in ("train", *_SPLITS) if name in held}
     tokenizer, train = store.tokenizer, splits["train"]
@@ -42,8 +36,7 @@ def examine_splits(cfg: Config, store: Store, windows: int, *, level: str = "fas
 
     def of_run(numbers: range) -> list[Batch]:
         size, movable = cfg.data.batch_size, cfg.data.window_offset
-        calls = [range(i, i + 1) for i in numbers]
-        return list(batches(train, batch_size=size, movable=movable, calls=calls))
+        return list(batches(train, batch_size=size, movable=movable, calls=_single(numbers)))
 
     second = -(-windows // cfg.data.batch_size)  # epoch, where it begins
     hashes = {"the store": store.manifest["tokenizer_hash"], "as loaded": tokenizer.content_hash}
@@ -66,15 +59,15 @@ def examine_splits(cfg: Config, store: Store, windows: int, *, level: str = "fas
     )
 
 
-def _readers(
-    batches: Callable[..., Iterator[Batch]], few: Split, count: int
-) -> list[Iterator[Batch]]:
+def _single(numbers: range) -> list[range]:
+    """Calls of one update each."""
+    return [range(i, i + 1) for i in numbers]
+
+
+def _readers(batches: Callable[..., Batches], few: Split, count: int) -> list[Batches]:
     """One epoch of a few windows, as so many processes read it."""
-    calls = [range(i, i + 1) for i in range(_FEW // _READERS)]
-    return [
-        batches(few, batch_size=_READERS, calls=calls, process_index=i, process_count=count)
-        for i in range(count)
-    ]
+    read = functools.partial(batches, few, batch_size=_READERS, process_count=count)
+    return [read(calls=_single(range(_FEW // _READERS)), process_index=i) for i in range(count)]
 
 
 def _beginning(split: Split, seq_len: int) -> Split | None:

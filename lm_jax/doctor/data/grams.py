@@ -7,7 +7,8 @@ import math
 import numpy as np
 
 from lm_jax.doctor import numbers
-from lm_jax.doctor.data.sample import PIECE, Sample, distinct, mix
+from lm_jax.doctor.checks import fixture
+from lm_jax.doctor.data.sample import PIECE, Sample, locate, mix
 from lm_jax.doctor.facts import Skip
 from lm_jax.doctor.numbers import Mean
 
@@ -38,26 +39,20 @@ def rate(hits: np.ndarray, n: int) -> Mean:
 def token_nats(
     sample: Sample, vocab_size: int, counted_at: np.ndarray, kind: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Nats of each token given the few before it [N], as well by frequent contexts alone [N].
+    """Nats of each token [N], those by frequent contexts alone [N], and which are counted [N].
 
-    The third array says which tokens are counted [N]. Of the tokens at `counted_at` [K] the first
-    of each `kind` [K] is, so text that is merely read twice stays as informative as it is. A token
-    is predicted from the counts of the others (leave one out, smoothed by one uniform observation)
-    given up to six tokens before it; the context that predicts it best decides, so that no more
-    nats are claimed than the text has.
-
-    Raises:
-        Skip: few tokens are counted.
+    Of the tokens at `counted_at` [K] the first of each `kind` [K] is counted, so text that is
+    merely read twice stays as informative as it is. A token is predicted from the counts of the
+    others (leave one out, smoothed by one uniform observation) given up to six tokens before it;
+    the context that predicts it best decides, so that no more nats are claimed than the text has.
     """
-    _, first, number = distinct(kind)
+    _, first, number = np.unique(kind, return_index=True, return_inverse=True)
     # Of a large text, pieces spread over all of it.
-    every = -(-len(first) // MOST_COUNTED) or 1
+    every = 1 + len(first) // MOST_COUNTED
     chosen = sample.piece_of[counted_at[first]] % every == 0
     if chosen.sum() < FEWEST:
-        raise Skip(
-            f"{sample.size} hold only {chosen.sum():,} distinct n-grams or tokens in distinct "
-            "rows: too little text to tell copies from coincidence"
-        )
+        why = "distinct n-grams or tokens in distinct rows: too little to tell copies from chance"
+        raise Skip(f"{sample.size} hold only {chosen.sum():,} {why}")
     counted, own = np.zeros((2, len(sample.tokens)), bool)
     counted[counted_at[first[chosen]]] = True
     own[counted_at] = chosen[number]
@@ -67,7 +62,7 @@ def token_nats(
     depth = place - np.maximum.accumulate(np.where(new, place, 0))
     probability, cautious = np.full((2, len(sample.tokens)), 1 / vocab_size)
     of_context = np.zeros(len(sample.tokens), np.uint64)
-    for context in range(min(LONGEST_CONTEXT + 1, len(sample.tokens))):
+    for context in range(LONGEST_CONTEXT + 1):
         ends = slice(context, None)
         of_gram = sample.gram_hashes(context + 1)
         before = _others(of_context[: len(of_gram)], counted[ends], own[ends])
@@ -80,11 +75,6 @@ def token_nats(
     return -np.log(probability), -np.log(cautious), counted
 
 
-def least_of(total: int) -> float:
-    """Nats from which text is telling among so many tokens; see `Index.least_nats`."""
-    return 2 * math.log(total)
-
-
 def independent_nats(
     sample: Sample, vocab_size: int, least_nats: float, longest: int
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -93,34 +83,22 @@ def independent_nats(
     A template with a few free fields repeats its fixed text by nature. Were that counted once, it
     would look informative. So the length grows until grams of it carry `least_nats` in all but a
     hundredth of the pieces of text, up to `longest`. Contexts that were seen a few times do not
-    count in that: edited copies of a text are no template.
+    count in that: copies of a text are no template.
     """
     n = SHORTEST
     while True:
         positions, hashes = sample.grams(n)
         nats, cautious, counted = token_nats(sample, vocab_size, positions + n - 1, hashes)
-        if n >= longest:
+        pieces = sample.piece_of[counted]
+        means = np.bincount(pieces, cautious[counted]) / np.maximum(np.bincount(pieces), 1)
+        low = float(np.quantile(means[means > 0], ODD))
+        if n >= longest or n * low >= least_nats:
             return nats, counted
-        number = np.bincount(sample.piece_of[counted])
-        total = np.bincount(sample.piece_of[counted], cautious[counted])
-        low = float(np.quantile((total / np.maximum(number, 1))[number > 0], ODD))
-        if n * low >= least_nats:
-            return nats, counted
-        n = min(longest, max(2 * n, math.ceil(least_nats / max(low, 1e-9))))
-
-
-def row_nats(sample: Sample, vocab_size: int) -> np.ndarray:
-    """Information of each row [R], rows that occur several times counted once."""
-    place = np.flatnonzero(sample.real)
-    kind = mix(sample.row_hashes[sample.row_of[place]] + mix(sample.offset_of[place]))
-    return sample.by_row(token_nats(sample, vocab_size, place, kind)[0] * sample.real)
+        n = min(longest, max(2 * n, math.ceil(least_nats / low)))
 
 
 def _others(hashes: np.ndarray, counted: np.ndarray, own: np.ndarray) -> np.ndarray:
-    """How many other counted places have the same hash, told by its low bits.
-
-    One of 32 hashes may meet another's bucket, which makes a token look more predictable.
-    """
+    """How many other counted places have the same hash, told by its low bits (1 in 32 meets)."""
     bucket = (hashes & np.uint64(BUCKETS - 1)).astype(np.int64)
     count = np.bincount(bucket[counted], minlength=BUCKETS).astype(np.int32)
     return np.maximum(count[bucket] - own, 0)
@@ -128,48 +106,19 @@ def _others(hashes: np.ndarray, counted: np.ndarray, own: np.ndarray) -> np.ndar
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Index:
-    """The telling n-grams of a sample, those that no coincidence repeats, and where they recur.
-
-    Attributes:
-        sample: whose grams.
-        n: how many tokens they have.
-        nats: those of all tokens up to a position, summed [N + 1].
-        share: telling grams among all n-grams.
-        positions: where each gram begins [G].
-        hashes: of each gram [G].
-    """
+    """The telling n-grams of a sample, those that no coincidence repeats, and where they recur."""
 
     sample: Sample
-    n: int
-    nats: np.ndarray
-    share: float
-    positions: np.ndarray
-    hashes: np.ndarray
-
-    @staticmethod
-    def build(sample: Sample, total: int, vocab_size: int) -> "Index":
-        """Chooses n for comparisons among `total` tokens; `Skip` where nothing is telling."""
-        least_nats = least_of(total)
-        width = int(np.median(np.repeat(sample.lengths, sample.lengths)))  # of the median token
-        longest = max(SHORTEST, min(width, PIECE) // 2)
-        of_token, counted = independent_nats(sample, vocab_size, least_nats, longest)
-        mean = float(of_token[counted].mean())
-        n = max(SHORTEST, math.ceil(1.5 * least_nats / max(mean, 1e-9)))
-        nats = np.concatenate([[0.0], np.cumsum(of_token)])
-        positions, hashes = sample.grams(n)
-        telling = nats[positions + n] - nats[positions] >= least_nats
-        if n > SAME_PIECE * width or telling.sum() < FEWEST:
-            raise Skip(
-                f"{sample.name} has about {mean:.2f} nats a token, so only {n}-grams are no "
-                f"coincidence among {total:,} tokens: too long or too few in rows of {width}"
-            )
-        share = float(telling.mean())
-        return Index(sample, n, nats, share, positions[telling], hashes[telling])
+    n: int  # tokens of a gram
+    nats: np.ndarray  # of each token [N]
+    share: float  # of telling grams among all n-grams
+    positions: np.ndarray  # where each gram begins [G]
+    hashes: np.ndarray  # of each gram [G]
 
     @functools.cached_property
     def _known(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The distinct hashes in order [K], the first gram of each [K], the number of each [G]."""
-        return distinct(self.hashes)
+        return np.unique(self.hashes, return_index=True, return_inverse=True)
 
     @functools.cached_property
     def earlier(self) -> np.ndarray:
@@ -196,16 +145,11 @@ class Index:
         found = rate(again[number], self.n)
         return Mean(self.share * found.value, self.share * found.error)
 
-    @property
-    def nats_of_rows(self) -> np.ndarray:
-        """Information of each row [R]."""
-        return self.sample.by_row(np.diff(self.nats) * self.sample.real)
-
     def find(self, hashes: np.ndarray) -> np.ndarray:
         """First position of each gram in this sample, -1 where it does not occur."""
         known, first, _ = self._known
-        place = np.minimum(np.searchsorted(known, hashes), len(known) - 1)
-        return np.where(known[place] == hashes, self.positions[first[place]], -1)
+        place, found = locate(hashes, known)
+        return np.where(found, self.positions[first[place]], -1)
 
     @functools.cached_property
     def copied(self) -> np.ndarray:
@@ -217,3 +161,38 @@ class Index:
         text = np.bincount(self.sample.piece_of, self.sample.real)
         copies = np.bincount(self.sample.piece_of, np.cumsum(depth)[:-1] > 0)
         return (text > 0) & (copies >= SAME_PIECE * text)
+
+
+@fixture
+def least_nats(samples: list[Sample]) -> float:
+    """Nats of a text that no coincidence repeats among so many tokens."""
+    return 2 * math.log(sum(len(sample.tokens) for sample in samples))
+
+
+@fixture
+def index(first_epoch: Sample, least_nats: float, vocab_size: int) -> Index:
+    """N-grams that mostly hold `least_nats`; `Skip` where none rules out chance."""
+    width = int(np.median(np.repeat(first_epoch.lengths, first_epoch.lengths)))  # of median token
+    longest = max(SHORTEST, min(width, PIECE) // 2)
+    nats, counted = independent_nats(first_epoch, vocab_size, least_nats, longest)
+    mean = float(nats[counted].mean())
+    n = max(SHORTEST, math.ceil(1.5 * least_nats / mean))
+    before = np.concatenate([[0.0], np.cumsum(nats)])
+    positions, hashes = first_epoch.grams(n)
+    telling = before[positions + n] - before[positions] >= least_nats
+    if n > SAME_PIECE * width or telling.sum() < FEWEST:
+        why = f"only {n}-grams are no coincidence: too long or too few in rows of {width}."
+        raise Skip(f"Of {first_epoch.name}, with {mean:.2f} nats a token, {why}")
+    share = float(telling.mean())
+    return Index(first_epoch, n, nats, share, positions[telling], hashes[telling])
+
+
+@fixture
+def row_nats(first_epoch: Sample, vocab_size: int, index: Index | None = None) -> np.ndarray:
+    """Information of each row [R]; without an index, rows that recur are counted once."""
+    if index:
+        return first_epoch.by_row(index.nats * first_epoch.real)
+    place = np.flatnonzero(first_epoch.real)
+    kind = first_epoch.row_hashes[first_epoch.row_of[place]] + mix(first_epoch.offset_of[place])
+    nats, *_ = token_nats(first_epoch, vocab_size, place, kind)
+    return first_epoch.by_row(nats * first_epoch.real)

@@ -8,7 +8,7 @@ import numpy as np
 from lm_jax.doctor import numbers
 from lm_jax.doctor.checks import check
 from lm_jax.doctor.data import grams, windows
-from lm_jax.doctor.data.sample import Sample
+from lm_jax.doctor.data.sample import Sample, locate
 from lm_jax.doctor.data.subject import COPIED_FAIL, Copied
 from lm_jax.doctor.facts import Skip
 from lm_jax.doctor.findings import Measure, at_least, at_most, none, note
@@ -18,12 +18,10 @@ FEW = 3  # fewer copies must be
 SURE = 3  # times as telling as others: of many short rows, one or two may be equal by chance
 ALIKE = 0.05  # excess over rows of other batches at which rows of a batch are near-identical
 BATCHES = 64  # batches compared
+TURNS = 16  # rows of a batch with which each is compared, place by place
 
 
-@check(
-    "Look for a reader that starts over (a take or limit, a cycle of few files). If train was "
-    "given for several epochs, set epoch_tokens; if too little was read, raise max_tokens."
-)
+@check("Look for a reader that starts over; set epoch_tokens if train is given for several epochs.")
 def repetition(
     copied: Copied,
     index: grams.Index,
@@ -34,20 +32,14 @@ def repetition(
     train = index.sample
     crops = epoch_tokens is None and overlapping is not None and overlapping.at_random
     if crops and copied.share > copied.limit:
-        raise Skip(
-            "Rows of train begin anywhere in the text, as random crops do, which repeat it by "
-            "nature: set epoch_tokens if they are meant to be one epoch.",
-            "epoch_tokens",
-        )
+        raise Skip("Train is of random crops, which repeat text: set epoch_tokens.", "epoch_tokens")
     what = f"share of {train.size} in pieces that stand in earlier ones to {grams.SAME_PIECE:.0%}"
     otherwise = "fail" if copied.much else "warn"
     found = [at_most(what, copied.share, copied.limit, otherwise=otherwise, key="share")]
+    what, where = "tokens of the epoch", "a longer cycle cannot be excluded: raise max_tokens"
     if epoch_tokens is not None and copied.share <= copied.limit:
         least = epoch_tokens - train.largest_item
-        where = "a longer cycle than below cannot be excluded"
-        found.append(
-            at_least("tokens of the epoch", copied.tokens, least, otherwise="warn", where=where)
-        )
+        found.append(at_least(what, copied.tokens, least, otherwise="warn", where=where))
     longest = int((1 - COPIED_FAIL) * copied.tokens)
     return [
         *found,
@@ -58,36 +50,26 @@ def repetition(
     ]
 
 
-@check(
-    "Cut windows at a stride of their number of targets, or give weight 0 to targets that an "
-    "earlier window scored."
-)
+@check("Cut windows at a stride of their number of targets, or score each target in one window.")
 def target_overlap(overlapping: windows.Overlap, first_epoch: Sample) -> list[Measure]:
     """Windows of train do not overlap, so that an epoch scores each target once."""
     equal = numbers.tied(first_epoch.row_hashes)
     if equal > 0.5 and not overlapping.found:
-        raise Skip(
-            f"{equal:.0%} of the rows of train equal another one, which hides overlaps: set "
-            "epoch_tokens if it was given for several epochs.",
-            "epoch_tokens",
-        )
+        why = "of the rows of train equal another, which hides overlaps: set epoch_tokens."
+        raise Skip(f"{equal:.0%} {why}", "epoch_tokens")
     return _overlap("train", overlapping)
 
 
 @check("Split the text first, by document or with a gap of a window; cut windows after that.")
 def window_containment(first_epoch: Sample, evaluation: list[Sample]) -> list[Measure]:
     """Rows of valid and test do not begin inside rows of train."""
-    rows = [_overlap(s.name, windows.overlap(s, first_epoch)) for s in evaluation]
-    return list(itertools.chain(*rows))
+    return [m for s in evaluation for m in _overlap(s.name, windows.overlap(s, first_epoch))]
 
 
 def _overlap(name: str, found: windows.Overlap) -> list[Measure]:
-    what = f"rows of train that each of {found.tried:,} rows of {name} begins inside of"
-    return [
-        at_most(f"{what}, beyond chance", found.excess.value, found.limit, key=name),
-        note("tokens between their beginnings", found.stride, key=f"{name}_stride"),
-        note("width", found.width, key=f"{name}_width"),
-    ]
+    what = f"rows of train that one of {found.tried:,} rows of {name} begins inside, beyond chance"
+    stride = note("tokens between their beginnings", found.stride, key=f"{name}_stride")
+    return [at_most(what, found.excess, found.limit, key=name), stride]
 
 
 @check("Shuffle windows over the whole corpus before they are batched; look for copies of a row.")
@@ -101,25 +83,25 @@ def near_identical_rows(batched: Sample) -> list[Measure]:
     n = min(grams.SHORTEST, max(width // 2, 1))
     positions, hashes = batched.grams(n)
 
-    def of_batch(number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-        """Its n-grams, the row of each, its ids with their places, and how many rows it has."""
+    def of_batch(number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Its n-grams, the row of each, and its ids [B, T], -1 at padding."""
         rows = np.flatnonzero(batched.batches == number)
         here = slice(batched.starts[rows[0]], batched.starts[rows[-1] + 1])
         inside = slice(*np.searchsorted(positions, [here.start, here.stop]).tolist())
-        cells = (batched.offset_of[here] << 32) + (batched.tokens[here] & 0xFFFFFFFF)
-        row_of = batched.row_of[positions[inside]]
-        return hashes[inside], row_of, cells[batched.real[here]], len(rows)
+        ids = np.where(batched.real[here], batched.tokens[here], -1).reshape(len(rows), -1)
+        return hashes[inside], batched.row_of[positions[inside]], ids
 
-    chosen = batches[:: -(-len(batches) // BATCHES)]
+    chosen = batches[:: 1 + len(batches) // BATCHES]
     share, agree = np.zeros((2, len(chosen), 2))
     for i, own in enumerate(chosen):
-        held, row_of, cells, rows = of_batch(own)
-        others, _, other_cells, other_rows = of_batch(chosen[i - len(chosen) // 2])
+        held, row_of, ids = of_batch(own)
+        others, _, apart = of_batch(chosen[i - len(chosen) // 2])
         share[i] = [grams.rate(x, n).value for x in (_twice(held, row_of), np.isin(held, others))]
-        within, apart = _equal(cells), _equal(other_cells)
-        across = (_equal(np.concatenate([cells, other_cells])) - within - apart) / 2
-        pairs = rows * max(len(np.unique(cells >> 32)), 1)
-        agree[i] = (within - len(cells)) / (pairs * (rows - 1)), across / (pairs * other_rows)
+        height, width = np.minimum(ids.shape, apart.shape)
+        turned = [np.roll(ids, k, 0) for k in range(1, len(ids), 1 + len(ids) // TURNS)]
+        agree[i, 0] = np.mean([(x == ids) & (ids >= 0) for x in turned])
+        apart, ids = apart[:height, :width], ids[:height, :width]
+        agree[i, 1] = ((apart == ids) & (ids >= 0)).mean()
     found = []
     what = {"shared_grams": (f"{n}-grams that rows share", share), "agreement": ("places", agree)}
     for key, (name, values) in what.items():
@@ -140,15 +122,7 @@ def _twice(hashes: np.ndarray, rows: np.ndarray) -> np.ndarray:
     return (in_rows > 1)[place]  # type: ignore[no-any-return]
 
 
-def _equal(cells: np.ndarray) -> float:
-    """Ordered pairs that are equal, each with itself included."""
-    return float((np.unique(cells, return_counts=True)[1].astype(float) ** 2).sum())
-
-
-@check(
-    "Split by document, by a hash of its content, before windows are cut; stop the training stream "
-    "short of the evaluation documents."
-)
+@check("Split by document before windows are cut; stop train short of the evaluation documents.")
 def gram_containment(
     index: grams.Index, evaluation: list[Sample], train_repeats: bool
 ) -> list[Measure]:
@@ -174,11 +148,7 @@ def gram_containment(
     if not measures:
         raise Skip(f"No document or row of valid or test has {n} tokens.")
     rest = "" if train.complete else "; what comes later is not compared"
-    return [
-        *measures,
-        note(f"{n}-grams of train that recur in it, share", usual.value, key="usual"),
-        note(f"read: {train.size}{rest}"),
-    ]
+    return [*measures, note(f"read: {train.size}{rest}")]
 
 
 @check("Take documents of evaluation splits out of train, by a hash, before anything is tokenised.")
@@ -186,7 +156,7 @@ def document_containment(
     first_epoch: Sample,
     evaluation: list[Sample],
     row_nats: np.ndarray,
-    samples: list[Sample],
+    least_nats: float,
     train_repeats: bool,
 ) -> list[Measure]:
     """Documents or rows of valid and test do not stand in train, token by token.
@@ -194,23 +164,19 @@ def document_containment(
     Only those count that hold more information than chance repeats. What is left are copies and
     what documents share by custom; how much that is, train shows by what recurs within itself.
     """
-    text, least_nats = first_epoch.text, grams.least_of(sum(len(s.tokens) for s in samples))
-    telling = row_nats >= least_nats
+    text, telling = first_epoch.text, row_nats >= least_nats
     hashes, first, number, count = np.unique(first_epoch.row_hashes, True, True, True)
     recurs = text[telling & (count[number] > 1)].sum() / max(float(text[telling].sum()), 1.0)
     usual = 0.0 if train_repeats else float(recurs)
     if usual > 0.5:
-        raise Skip(
-            f"{usual:.0%} of train stands in it twice, so it is no yardstick: set epoch_tokens if "
-            "it was given for several epochs.",
-            "epoch_tokens",
-        )
+        why = "of train stands in it twice, so it is no yardstick: set epoch_tokens to one epoch."
+        raise Skip(f"{usual:.0%} {why}", "epoch_tokens")
     # What is not found in train is judged by its length.
     shortest = least_nats * text.sum() / max(float(row_nats.sum()), 1e-9)
     measures = []
     for sample in evaluation if telling.any() else ():
-        place = np.minimum(np.searchsorted(hashes, sample.row_hashes), len(hashes) - 1)
-        found, at = hashes[place] == sample.row_hashes, first[place]
+        place, found = locate(sample.row_hashes, hashes)
+        at = first[place]
         held = found & telling[at]
         judged = np.where(found, held, sample.text >= shortest)
         if held.sum() < FEW:
@@ -220,23 +186,20 @@ def document_containment(
         of = sample.text[judged]
         alike = _spread(text[telling]) + _spread(of)
         limit = numbers.share_limit(usual, 1 / alike) + CONTAINED
-        pairs = [(int(i), int(at[i])) for i in np.flatnonzero(held)[:3]]
         what = f"share of {sample.name}'s text in documents or rows that stand in train"
         share = float(sample.text[held].sum() / of.sum())
-        aside = f"documents or rows of {sample.name} that are not judged, of less than the "
-        aside += f"{least_nats:.0f} nats that rule out coincidence"
+        first_held = [(int(i), int(at[i])) for i in np.flatnonzero(held)[:3]]
+        told = f"numbers of the first in {sample.name} and in train: {first_held}"
+        aside = f"of {sample.name}, with less than {least_nats:.0f} nats, are not judged"
         measures += [
             at_most(what, share, limit, key=sample.name),
-            note("such documents", int(held.sum()), key=f"{sample.name}_documents"),
-            note(aside, int((~judged).sum()), key=f"{sample.name}_aside"),
+            *([note(told, first_held, key=f"{sample.name}_pairs")] if first_held else []),
+            note(f"{(~judged).sum():,} {aside}"),
         ]
-        if pairs:
-            told = f"numbers of the first in {sample.name} and in train: {pairs}"
-            measures.append(note(told, pairs, key=f"{sample.name}_pairs"))
     if not measures:
         why = f"No row of both holds the {least_nats:.0f} nats that rule out coincidence: "
         raise Skip(f"{why}the rows are too short or too predictable.")
-    return [*measures, note("share of train that stands in it twice", usual, key="usual")]
+    return measures
 
 
 def _spread(sizes: np.ndarray) -> float:
@@ -249,18 +212,7 @@ def same_splits(samples: list[Sample], evaluation: list[Sample]) -> Measure:
     """No two splits have the same content."""
     if len(samples) < 2:
         raise Skip("Only one split was given.", "train")
-    same = [
-        (a, b)
-        for a, b in itertools.combinations(samples, 2)
-        if np.array_equal(a.tokens[a.real], b.tokens[b.real])
-        or np.array_equal(np.sort(a.row_hashes), np.sort(b.row_hashes))
-    ]
-    for a, _ in same:
-        _, hashes = a.grams(grams.SHORTEST)
-        if len(np.unique(hashes)) <= len(hashes) / 2:
-            raise Skip(
-                f"{a.name} equals another split, but fewer than half of its {grams.SHORTEST}-grams "
-                "are distinct: text this predictable may be equal by chance."
-            )
-    pairs = [f"{a.name} and {b.name}" for a, b in same]
-    return none("pairs of splits that are equal in content", pairs, key="pairs")
+    rows = {sample.name: np.sort(sample.row_hashes) for sample in samples}
+    several = itertools.combinations(rows, 2)
+    same = [f"{a} and {b}" for a, b in several if np.array_equal(rows[a], rows[b])]
+    return none("pairs of splits that are equal in content", same, key="pairs")

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lm_jax.doctor import trees
-from lm_jax.doctor.data.sample import LAGS, Sample
+from lm_jax.doctor.data.sample import LAGS, Sample, Shifts
 from lm_jax.doctor.facts import Broken, Skip, call
 
 NAMES = {  # of the parts of a batch, as trainers call them
@@ -16,10 +16,7 @@ NAMES = {  # of the parts of a batch, as trainers call them
     "segment_ids": ("segment_ids", "attention_mask"),
     "weights": ("weights", "loss_mask"),
 }
-FORMS = (
-    "give rows of ids, pairs (inputs, targets) of one shape, or mappings with tokens and perhaps "
-    "targets, segment_ids and weights"
-)
+FORMS = "give rows of ids, pairs (inputs, targets) of one shape, or mappings with tokens"
 FITS = 0.9  # share of targets that are the input so many places on, to take them for it
 _END = object()
 
@@ -38,17 +35,11 @@ class Item(NamedTuple):
     tokens: np.ndarray
     segments: Any = None  # array or None
     weights: Any = None
-    shifts: Any = None  # [2, LAGS]
-    lags: tuple[int, ...] = ()
-    top: int = -1  # largest target
+    shifts: Shifts | None = None
 
 
 def read(name: str, stream: Any, options: Options) -> Sample:
-    """Read a stream until it ends or `max_tokens` are exceeded.
-
-    Raises:
-        Broken: it raises, or holds something else than ids.
-    """
+    """Read a stream until it ends or `max_tokens` are reached; `Broken` if it holds no ids."""
     parts: list[Item] = []
     total, slots = 0, options.padding is not None
     items = call(f"Reading {name}", iter, _items(stream))
@@ -67,7 +58,6 @@ def read(name: str, stream: Any, options: Options) -> Sample:
     # Where no weights are given, whatever follows text and is text is scored.
     scored = np.where(np.isnan(weights), (segments > 0) & (np.roll(segments, 1) > 0), weights > 0)
     scored[starts[:-1][lengths > 0]] = False
-    shifted = [part for part in parts if part.shifts is not None]
     return Sample(
         name=name,
         tokens=tokens,
@@ -78,9 +68,7 @@ def read(name: str, stream: Any, options: Options) -> Sample:
         boundaries=options.boundaries,
         complete=item is _END,
         slots=slots,
-        shifts=sum(part.shifts for part in shifted) if shifted else None,
-        lags=shifted[-1].lags if shifted else (),
-        top=max((part.top for part in shifted), default=-1),
+        shifts=tuple(part.shifts for part in parts if part.shifts),
     )
 
 
@@ -99,10 +87,8 @@ def read_all(name: str, streams: Iterable[Any], options: Options) -> Iterator[Sa
     for number, stream in enumerate(streams):
         sample = read(f"{name} {number}", stream, options)
         if not sample.complete:
-            raise Skip(
-                f"{name} {number} goes on after {options.max_tokens:,} tokens: give streams of a "
-                "small finite corpus, for each must be read whole, or a larger max_tokens."
-            )
+            why = f"goes on after {options.max_tokens:,} tokens: give streams of a small corpus."
+            raise Skip(f"{name} {number} {why}", "max_tokens")
         yield sample
 
 
@@ -209,12 +195,12 @@ def _follow(inputs: np.ndarray, targets: np.ndarray) -> bool:
 
 def _joined(item: Item, targets: np.ndarray, lags: tuple[int, ...]) -> Item:
     """Inputs and targets as one window; a negative target, such as -100, is not scored."""
-    tokens, segments, weights, *_ = item
-    shifts, top = _shifts(tokens, targets), int(targets.max(initial=-1))
+    tokens, segments, weights, _ = item
+    shifts = Shifts(_shifts(tokens, targets), lags, int(targets.max(initial=-1)))
     known = targets >= 0
-    lag = next((lag for lag in lags if _fits(shifts, lag)), None)
+    lag = next((lag for lag in lags if _fits(shifts.counts, lag)), None)
     if lag is None:
-        return item._replace(shifts=shifts, lags=lags, top=top)
+        return item._replace(shifts=shifts)
     scored = known.astype(float) if weights is None else known * weights
     # Nothing is predicted after the last target, so without a mask that is padding.
     text = np.logical_or.accumulate(known[..., ::-1], -1)[..., ::-1].astype(np.int32)
@@ -226,19 +212,15 @@ def _joined(item: Item, targets: np.ndarray, lags: tuple[int, ...]) -> Item:
             segments = np.concatenate([segments, segments[..., -1:] * known[..., -1:]], -1)
     if segments is None and not known.all():
         segments = text
-    return Item(tokens, segments, scored, shifts, lags, top)
+    return Item(tokens, segments, scored, shifts)
 
 
 def _without_padding(tokens: np.ndarray, options: Options) -> np.ndarray:
-    """Segment 1 for text, 0 for the run of padding at a row's end.
-
-    Where padding doubles as the id that ends a document, the first of the run is that end.
-    """
+    """Segment 1 for text, 0 for the run of padding at a row's end, behind an end of that id."""
     if options.padding is None:
         return np.ones(tokens.shape, np.int32)
     is_padding = tokens == options.padding
     run = np.logical_and.accumulate(is_padding[..., ::-1], axis=-1)[..., ::-1]
     if options.padding in options.boundaries:
         run[..., 1:] &= run[..., :-1].copy()
-        run[..., :1] &= run.all(-1, keepdims=True)
     return (~run).astype(np.int32)

@@ -2,12 +2,21 @@
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import numpy as np
 
 MULTIPLIER = 0x9E3779B97F4A7C15  # odd, so that it has an inverse mod 2^64
 PIECE = 1024  # a longer document is no unit in which text recurs
 LAGS = (-1, 0, 1, 2)  # places between an input and the target that might be it
+
+
+class Shifts(NamedTuple):
+    """How targets that were handed along match the inputs."""
+
+    counts: np.ndarray  # that equal the input so many places on, and that were compared [2, LAGS]
+    lags: tuple[int, ...]  # that they may have
+    top: int  # largest target
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -23,11 +32,7 @@ class Sample:
     boundaries: tuple[int, ...]  # ids that open or end a document within a row
     complete: bool  # whether the stream came to its end before `max_tokens`
     slots: bool  # whether rows have a fixed width, so that padding takes room
-    # Of targets that were handed along, how many equal the input so many places on, and how many
-    # were compared [2, LAGS]; None if there were none. And the lags that they may have.
-    shifts: np.ndarray | None = None
-    lags: tuple[int, ...] = ()
-    top: int = -1  # largest of these targets
+    shifts: tuple[Shifts, ...] = ()  # of each item with targets
 
     @property
     def size(self) -> str:
@@ -54,10 +59,9 @@ class Sample:
     def head(self, tokens: int) -> "Sample":
         """The first rows that learn no more than so many tokens; all, if there are no more."""
         learnt = np.concatenate([[0], np.cumsum(self.learnt)])
-        rows = int(np.searchsorted(learnt[self.starts[1:]], tokens, side="right"))
+        rows = max(int(np.searchsorted(learnt[self.starts[1:]], tokens, side="right")), 1)
         if rows >= len(self.lengths):
             return self
-        rows = max(rows, 1)
         end = int(self.starts[rows])
         cut = {name: getattr(self, name)[:end] for name in ("tokens", "segments", "scored")}
         cut |= {"starts": self.starts[: rows + 1], "batches": self.batches[:rows]}
@@ -136,29 +140,26 @@ class Sample:
 
     def gram_hashes(self, n: int) -> np.ndarray:
         """Hash of the n ids from each position on, whatever they belong to [N - n + 1]."""
-        sums, inverse = self._polynomial
-        last = max(len(self.tokens) - n + 1, 0)
-        return (sums[n:] - sums[:last]) * inverse[:last]  # type: ignore[no-any-return]
+        return self.spans(np.arange(max(len(self.tokens) - n + 1, 0)), n)
 
     def grams(self, n: int) -> tuple[np.ndarray, np.ndarray]:
         """First positions and hashes of the n-grams that lie within one document of one row."""
         last = max(len(self.units) - n + 1, 0)
         inside = np.flatnonzero(self.units[n - 1 :] == self.units[:last])
-        return inside, self.gram_hashes(n)[inside]
+        return inside, self.spans(inside, n)
+
+    def pairs(self, chosen: np.ndarray) -> np.ndarray:
+        """Neighbours within a document, both among the chosen [N], as one number each."""
+        both = chosen[1:] & chosen[:-1] & (self.units[1:] == self.units[:-1])
+        return (self.tokens[:-1][both] << 32) + (self.tokens[1:][both] & 0xFFFFFFFF)  # type: ignore[no-any-return]
 
 
-def distinct(hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The distinct hashes in order [K], where each comes first [K], and the number of each [N].
-
-    As np.unique, three times as fast: the place stands in the low bits of what is sorted.
-    """
-    low = np.uint64((1 << len(hashes).bit_length()) - 1)
-    ordered = np.sort(hashes & ~low | np.arange(len(hashes), dtype=np.uint64))
-    place = (ordered & low).astype(np.int64)
-    new = np.diff(ordered & ~low, prepend=~ordered[:1]) != 0
-    number = np.empty(len(hashes), np.int64)
-    number[place] = np.cumsum(new) - 1
-    return hashes[place[new]], place[new], number
+def locate(values: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Place of each value among sorted known ones, and whether it is one of them."""
+    if not len(known):
+        return np.zeros(values.shape, int), np.zeros(values.shape, bool)
+    place = np.minimum(np.searchsorted(known, values), len(known) - 1)
+    return place, known[place] == values
 
 
 def mix(values: np.ndarray) -> np.ndarray:

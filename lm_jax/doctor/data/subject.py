@@ -16,41 +16,44 @@ from lm_jax.doctor.facts import Bound, Facts, give, instance, real, require, who
 COPIED_FAIL, COPIED_WARN = 0.10, 0.01  # share of train that stands earlier in train
 MOST_TEXT = 1_000_000  # characters of `texts` that are tried
 
+Test = Callable[[Any], bool]
+Stream = Iterable[Any]
+Tokenizer = tuple[Callable[[str], Any], Callable[[Any], str]]
+Readers = Callable[[int], Stream] | Mapping[int, Stream]
+Runs = tuple[Sequence[Any], Sequence[Any]]
+Documents = Mapping[str, Stream]
+Hashes = Mapping[str, Mapping[str, str]]
+Number = int | None
+
 
 def _is_stream(value: Any) -> bool:
-    """Whether it can be iterated over and is neither text nor a mapping."""
+    """Whether it can be iterated over, or read by number, and is no text."""
     listed = hasattr(value, "__iter__") or (hasattr(value, "__getitem__") and len(value) >= 0)
-    return listed and not isinstance(value, str | bytes | Mapping)
+    return listed and not isinstance(value, str | bytes)
 
 
-def _pair(what: str, holds: Callable[[Any], bool]) -> Bound:
-    return Bound(
-        f"give two {what}",
-        lambda x: isinstance(x, Sequence) and len(x) == 2 and all(map(holds, x)),
-    )
+def _pair(remedy: str, holds: Test) -> Bound:
+    return Bound(remedy, lambda x: isinstance(x, Sequence) and len(x) == 2 and all(map(holds, x)))
 
 
-def _by_name(what: str, holds: Callable[[Any], bool]) -> Bound:
-    return Bound(
-        f"give a mapping from names to {what}",
-        lambda x: isinstance(x, Mapping) and all(map(holds, x.values())),
-    )
+def _by_name(remedy: str, holds: Test) -> Bound:
+    return Bound(remedy, lambda x: isinstance(x, Mapping) and all(map(holds, x.values())))
 
 
 _number = instance(int | np.integer, "give an integer id")
 _stream = Bound("give an iterable, a single item in a list", _is_stream)
-_split = Bound(
-    "give an iterable of token arrays or batches", lambda x: isinstance(x, Mapping) or _is_stream(x)
-)
 _share = Bound("give a share from 0 to below 1", lambda x: real(x) and 0 <= x < 1)
+_functions = _pair("give two functions (encode, decode)", callable)
 _readers = Bound(
-    "give a function of a number of readers, or a mapping from that number to their streams",
+    "give a function of the number of readers, or streams by that number",
     lambda x: callable(x) or (isinstance(x, Mapping) and all(map(whole(1).holds, x))),
 )
 _counts = Bound("give positive integers", lambda x: _is_stream(x) and all(map(whole(1).holds, x)))
-_hashes = _by_name("hashes by place", _by_name("", lambda x: isinstance(x, str)).holds)
-Stream = Iterable[Any]
-Number = int | None
+_bytes = _by_name("give numbers of bytes by split", whole().holds)
+_runs = _pair("give two lists of batches or their hashes, whole and resumed", _is_stream)
+_documents = _by_name("give document numbers by split", _is_stream)
+_places = _by_name("give hashes by place", lambda x: isinstance(x, str))
+_hashes = _by_name("give hashes by thing and place", _places.holds)
 
 
 @dataclasses.dataclass
@@ -64,9 +67,9 @@ class Subject(Facts):
     tokens[b, t] is scored as a target), all [..., B, T], of NumPy, JAX or PyTorch.
     """
 
-    train: Annotated[Stream | None, "one epoch.", _split] = None
-    valid: Annotated[Stream | None, "an evaluation split.", _split] = None
-    test: Annotated[Stream | None, "another.", _split] = None
+    train: Annotated[Stream | None, "one epoch.", _stream] = None
+    valid: Annotated[Stream | None, "an evaluation split.", _stream] = None
+    test: Annotated[Stream | None, "another.", _stream] = None
     _: dataclasses.KW_ONLY
     vocab_size: Annotated[int, "number of ids that the tokenizer has.", whole(2)]
     table_rows: Annotated[Number, "of the embedding, where it is padded.", whole(1)] = None
@@ -74,61 +77,38 @@ class Subject(Facts):
     end: Annotated[Number, "id that ends documents and must be learnt.", _number] = None
     unknown: Annotated[Number, "id of what the tokenizer has no id for.", _number] = None
     padding: Annotated[Number, "id that fills rows without segment ids.", _number] = None
-    epoch_tokens: Annotated[
-        Number, "declared size of an epoch of train; what comes later is not compared.", whole(1)
-    ] = None
-    tokenizer: Annotated[
-        tuple[Callable[[str], Any], Callable[[Any], str]] | None,
-        "the functions (encode, decode), text to ids and back.",
-        _pair("functions (encode, decode)", callable),
-    ] = None
+    epoch_tokens: Annotated[Number, "of train's first epoch; no more is compared.", whole(1)] = None
+    tokenizer: Annotated[Tokenizer | None, "(encode, decode) of text and ids.", _functions] = None
     texts: Annotated[Iterable[str] | None, "raw text to try the tokenizer on.", _stream] = None
-    round_trip_loss: Annotated[
-        float, "share of the texts' bytes that the tokenizer is meant to lose.", _share
-    ] = 0.0
-    byte_counts: Annotated[
-        Mapping[str, int] | None,
-        "UTF-8 bytes of the text of splits that are given whole, by name.",
-        _by_name("numbers of bytes", whole().holds),
-    ] = None
+    round_trip_loss: Annotated[float, "share of bytes that it is meant to lose.", _share] = 0.0
+    byte_counts: Annotated[Mapping[str, int] | None, "UTF-8 bytes of whole splits.", _bytes] = None
     epochs: Annotated[Sequence[Stream] | None, "items of successive epochs.", _stream] = None
     readers: Annotated[
-        Callable[[int], Stream] | Mapping[int, Stream] | None,
-        "function from a number of workers or hosts to their streams, or the streams by that "
-        "number: one epoch of a small corpus, of rows that do not depend on the reader.",
-        _readers,
+        Readers | None, "workers or hosts -> their streams, one epoch of a small corpus.", _readers
     ] = None
     reader_counts: Annotated[Sequence[int], "with which `readers` is called.", _counts] = (1, 2, 8)
     resume: Annotated[
-        tuple[Sequence[Any], Sequence[Any]] | None,
-        "batches, or their hashes, of an uninterrupted and a resumed run that end at one step.",
-        _pair("lists of batches or of their hashes, uninterrupted and resumed", _is_stream),
+        Runs | None, "batches, or hashes, of a whole and a resumed run that end at one step.", _runs
     ] = None
     split_ids: Annotated[
-        Mapping[str, Stream] | None,
-        "document numbers of each split over the whole budget; ranges may be long.",
-        _by_name("document numbers", _is_stream),
+        Documents | None, "document numbers of splits over the whole budget.", _documents
     ] = None
     fingerprints: Annotated[
-        Mapping[str, Mapping[str, str]] | None,
-        'hashes that must be equal, as {"tokenizer": {"train": ..., "checkpoint": ...}}.',
-        _hashes,
+        Hashes | None, 'that must be equal: {"tokenizer": {"train": ..., "run": ...}}.', _hashes
     ] = None
     max_tokens: Annotated[int, "of each split that are read.", whole(1)] = 1 << 22
 
     def __post_init__(self) -> None:
         """Refuse what no check could use, and keep the first texts, cut between words."""
         super().__post_init__()
-        if self.texts is None:
-            return
         kept: list[str] = []
-        for text in self.texts:
+        for text in self.texts or ():
             require(isinstance(text, str), f"texts holds {text!r:.60}", "give strings only")
-            short = len(text) <= MOST_TEXT
-            kept.append(text if short else text[:MOST_TEXT].rsplit(maxsplit=1)[0])
+            cut = text if len(text) <= MOST_TEXT else text[:MOST_TEXT].rsplit(maxsplit=1)[0]
+            kept += [cut] if cut else []
             if sum(map(len, kept)) >= MOST_TEXT:
                 break
-        self.texts = kept
+        self.texts = kept or None
 
     @property
     def reading(self) -> Options:
@@ -147,9 +127,10 @@ def training(subject: Subject, train: Any) -> Sample:
 def evaluation(subject: Subject) -> list[Sample]:
     """What was read of valid and test."""
     given = {"valid": subject.valid, "test": subject.test}
-    if all(stream is None for stream in given.values()):
+    found = [read(name, x, subject.reading) for name, x in given.items() if x is not None]
+    if not found:
         raise give("valid")
-    return [read(n, stream, subject.reading) for n, stream in given.items() if stream is not None]
+    return found
 
 
 @fixture
@@ -176,30 +157,14 @@ def first_epoch(training: Sample, subject: Subject) -> Sample:
     return training if subject.epoch_tokens is None else training.head(subject.epoch_tokens)
 
 
-@fixture
-def index(first_epoch: Sample, samples: list[Sample], vocab_size: int) -> grams.Index:
-    """Where the n-grams of train's first epoch occur; `Skip` where none rules out chance."""
-    return grams.Index.build(first_epoch, sum(len(s.tokens) for s in samples), vocab_size)
-
-
-@fixture
-def row_nats(first_epoch: Sample, vocab_size: int, index: grams.Index | None = None) -> np.ndarray:
-    """Information of each row of train's first epoch [R], also where no n-gram is telling."""
-    return index.nats_of_rows if index else grams.row_nats(first_epoch, vocab_size)
-
-
 class Copied(NamedTuple):
     """Pieces of train that stand earlier in train."""
 
     share: float  # of its tokens
     limit: float
+    much: bool  # more than any corpus may have
     distance: int  # tokens, median
     tokens: int  # read
-
-    @property
-    def much(self) -> bool:
-        """Whether it is more than a corpus may have."""
-        return self.share > max(COPIED_FAIL, self.limit)
 
 
 @fixture
@@ -210,7 +175,8 @@ def copied(index: grams.Index) -> Copied:
     read = int(sizes.sum())
     limit = numbers.share_limit(COPIED_WARN, read**2 / float((sizes.astype(float) ** 2).sum()))
     distance = int(np.median(lags)) if len(lags) else 0
-    return Copied(float(sizes[index.copied].sum()) / read, limit, distance, read)
+    share = float(sizes[index.copied].sum()) / read
+    return Copied(share, limit, share > max(COPIED_FAIL, limit), distance, read)
 
 
 @fixture
