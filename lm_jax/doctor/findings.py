@@ -150,7 +150,8 @@ class Finding:
             raise TypeError(f"{check} returned no measure")
         status = next((s for s in _WORST if any(m.status == s for m in rows)), "pass")
         bad = [m for m in rows if m.status != "pass"]
-        notes = [m for m in rows if not m.limit and m.value != []]  # an empty list is no news
+        # A list without offenders is no news.
+        notes = [m for m in rows if not m.limit and not (isinstance(m.value, list) and not m.value)]
         told = bad + [m for m in (notes if bad else rows) if m.status == "pass"]
         return cls(
             check=check,

@@ -5,7 +5,7 @@ import contextlib
 import dataclasses
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ SHIFTS = {
 UNKNOWN_FAIL, UNKNOWN_WARN = 0.5, 0.25  # share of tokens that are the unknown id
 DISTINCT = 0.01  # share of the table's ids that a text uses
 LEAST_TABLE = 1000  # below it, 1 % is less than ten ids and says nothing
+LONGEST_TOKEN = 16  # bytes per token on average: no tokenizer's tokens are longer than words
 DEVIATION = 0.1  # of bytes per token between a split and what the tokenizer gives
 FEWEST_PIECES = 10  # of train, to compare a part of it with the rest
 MOST_WORDS = 400  # around an unseen one
@@ -266,16 +267,22 @@ def unknown_words(texts: list[str], encode: Encode) -> Measure:
 
 @check("Look for text that is cut off or dropped before it is encoded, and for a wrong tokenizer.")
 def bytes_per_token(
-    samples: list[Sample], byte_counts: dict[str, int], texts: list[str], encode: Encode
+    samples: list[Sample],
+    byte_counts: dict[str, int],
+    texts: Sequence[str] = (),
+    encode: Encode | None = None,
 ) -> list[Measure]:
     """A split has as many bytes of text per token as the tokenizer gives on the texts."""
     given = {sample.name: sample for sample in samples}
-    sizes = np.array([len(text.encode()) for text in texts])
-    counts = np.array([len(encode(text)) for text in texts])
-    tried = max(int(counts.sum()), 1)
-    expected = float(sizes.sum()) / tried
-    # Of a ratio of sums over texts (Cochran 1977, section 2.11).
-    variance = float(((sizes - expected * counts) ** 2).sum()) / tried
+    least, most, variance, tried = 1.0 - DEVIATION, float(LONGEST_TOKEN), 0.0, 1  # of any tokenizer
+    if texts and encode is not None:
+        sizes = np.array([len(text.encode()) for text in texts])
+        counts = np.array([len(encode(text)) for text in texts])
+        tried = max(int(counts.sum()), 1)
+        expected = float(sizes.sum()) / tried
+        least, most = (1 - DEVIATION) * expected, (1 + DEVIATION) * expected
+        # Of a ratio of sums over texts (Cochran 1977, section 2.11).
+        variance = float(((sizes - expected * counts) ** 2).sum()) / tried
     measures = []
     for name, size in byte_counts.items():
         if name not in given:
@@ -283,9 +290,8 @@ def bytes_per_token(
         if not given[name].complete:
             raise Skip(f"Only a part of {name} was read: raise max_tokens.", "max_tokens")
         tokens = max(int(given[name].learnt.sum()), 1)
-        margin = DEVIATION * expected
-        margin += numbers.threshold() * math.sqrt(variance * (1 / tokens + 1 / tried))
-        low, high = expected - margin, expected + margin
+        margin = numbers.threshold() * math.sqrt(variance * (1 / tokens + 1 / tried))
+        low, high = least - margin, most + margin
         what, ratio = f"bytes of text per token of {name}", size / tokens
         limit = f"{low:.2f} to {high:.2f}"
         measures.append(holds(low <= ratio <= high, what, ratio, limit=limit, key=name))

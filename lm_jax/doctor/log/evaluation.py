@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
+import scipy.stats
 
 from lm_jax.doctor import numbers
 from lm_jax.doctor.checks import check
@@ -93,8 +94,8 @@ def accuracy(subject: Subject) -> Measure:
 def identical(subject: Subject) -> list[Measure]:
     """Evaluations at different steps, and of different splits, do not give the same number.
 
-    The chance of a tie is the last printed digit over the usual change nearby; a run of them must
-    be rarer than once in a thousand healthy runs.
+    The chance of a tie is the last printed digit over the usual change nearby; those seen, in a
+    run or scattered, must be rarer than once in a thousand healthy runs.
     """
     splits = subject.splits("loss")
     found, seen = [], 0
@@ -104,7 +105,8 @@ def identical(subject: Subject) -> list[Measure]:
         seen += len(chances)
         runs = itertools.groupby(zip(chances, same, strict=True), lambda pair: bool(pair[1]))
         rarest = min((math.prod(p for p, _ in run) for tie, run in runs if tie), default=1.0)
-        if rarest * len(chances) < _TIES:
+        scattered = scipy.stats.poisson.sf(sum(map(bool, same)) - 1, sum(chances))
+        if min(rarest * len(chances), scattered) < _TIES:
             what = f"evaluations of {split} that repeat"
             found.append(none(what, filter(None, same), of=len(chances), key=split))
     for a, b in [*(("train", split) for split in splits), *itertools.pairwise(splits)]:
@@ -235,6 +237,7 @@ def baseline(subject: Subject, steady: bool, references: dict[str, float]) -> Me
     name = "kn2" if epochs is not None and epochs[0] >= 3 else "unigram"
     name = name if name in reference else next(iter(reference))
     falls = len(loss) > 1 and loss.values[-1] < loss.values[0] - 0.05 * abs(loss.values[0])
+    falls &= subject.vocab_size is None or nats < math.log(subject.vocab_size)
     status: Status = "fail" if nats > reference.get("unigram", math.inf) and not falls else "warn"
     ok = nats <= reference[name] or (name == "unigram" and falls)
     what, limit = f"{split} at the end, nats", f"at most {reference[name]:.4g} ({name})"

@@ -79,8 +79,10 @@ def finite(subject: Subject) -> Measure:
             continue
         first, count = int(np.argmax(bad)), int(bad.sum())
         stays, step = bool(bad[first:].all() and first + 1 < len(bad)), int(series.steps[first])
-        text = "every later row" if stays else f"{count} of {len(bad)} rows"
-        text = f"{name} from step {step} on in {text}"
+        text = f"{name} in {count} of {len(bad)} rows from step {step}"
+        if stays:
+            good = f" (last good row: step {series.steps[first - 1]:.10g})" if first else ""
+            text = f"{name} at step {step} and in every later row{good}"
         found[name] = text, {"first_step": step, "count": count, "stays": stays}
     what = "columns with values that are not finite, or with updates skipped"
     return _listing(what, found, of=len(names), key="found")

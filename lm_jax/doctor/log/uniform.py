@@ -40,6 +40,7 @@ def _splits_above(subject: Subject, limit: float) -> Iterator[Measure]:
     """The last loss and perplexity of each split."""
     # A perplexity of the sum of all terms of a distillation is wrong even while it falls.
     others = any(n.startswith("distill/") and "lm_ce" not in n for n in subject.rows.names)
+    start = subject.logged("train/loss").values[:1].min(initial=math.inf)
     for split in () if subject.overfit else subject.scored():
         for name in ("loss", "token_ppl") if subject.vocab_size else ("loss",):
             if not subject.has(f"{split}/{name}"):
@@ -49,7 +50,8 @@ def _splits_above(subject: Subject, limit: float) -> Iterator[Measure]:
             if not len(x) or not subject.settled(series.steps) or subject.overfitted(split):
                 continue
             nats = x[-1] if name == "loss" else np.log(max(x[-1], 1e-9))
-            falls = len(x) > 1 and x[-1] < x[0] and not (others and nats > limit + 0.5)
+            falls = len(x) > 1 and x[-1] < x[0] and nats < start
+            falls = falls and not (others and nats > limit + 0.5)
             most = limit if name == "loss" else float(subject.vocab_size or 0)
             status = "warn" if falls else "fail"
             yield at_most(f"last {split}/{name}", x[-1], most, otherwise=status)
@@ -75,7 +77,8 @@ def _train_above(subject: Subject, limit: float) -> Iterator[Measure]:
     fell = third.mean() - last.mean() if len(third) else 0.0
     late = last[:half].mean() - last[-half:].mean()
     falls = fell > 3 * math.sqrt(2) * error and late + 6 * error > fell / 4
-    falls = falls and last.mean() - 8 * fell < limit  # it would get there in thrice its length
+    # It is not on its way back from a divergence, and would get there in three times its length.
+    falls = falls and last.mean() < x[0] and last.mean() - 8 * fell < limit
     what, most = f"{name} over the last quarter", f"at most {limit:.4g} ± {error:.2g}"
     status, where = ("warn", "still falling") if falls else ("fail", "no longer falling")
     more: dict[str, Any] = dict(limit=most, otherwise=status, where=where, key="mean")
