@@ -591,8 +591,8 @@ def test_scored_padding_is_no_crossing_of_rows():
     ("loss", "reason"),
     [
         (lambda z, y, w: 1 / 0, "ZeroDivisionError"),
-        (lambda z, y, w: z.sum(), "instead of (sum, count)"),
-        (lambda z, y, w: (z, w), "instead of two scalars"),
+        (lambda z, y, w: z.sum(), "not (sum, count)"),
+        (lambda z, y, w: (z, w), "not two scalars"),
         (lambda z, y, w: ("a", "b"), "raised ValueError"),
         (lambda z, y, w: None, "NoneType"),
         (lambda z, y: (z.sum(), 1.0), "TypeError"),

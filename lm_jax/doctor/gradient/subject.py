@@ -11,7 +11,7 @@ import numpy as np
 
 from lm_jax.doctor import trees
 from lm_jax.doctor.checks import fixture
-from lm_jax.doctor.facts import Bound, Broken, Facts, Skip, call, function, require, whole
+from lm_jax.doctor.facts import Bound, Broken, Facts, Skip, call, function, kind_of, require, whole
 from lm_jax.doctor.findings import Measure, at_most, listed, none, note
 from lm_jax.doctor.gradient.differences import STEPS, Slope, rounding, slope
 
@@ -80,8 +80,8 @@ class Subject(Facts):
             function = self.loss if as_given else self.functions[0]
             array = call("loss_fn", lambda: trees.as_array(function(self.arguments(leaves))))
         if array.shape or array.dtype == object:
-            what = f"an array {array.shape}" if array.shape else type(array.item()).__name__
-            raise Broken(f"loss_fn returned {what} instead of a scalar")
+            what = f"an array {array.shape}" if array.shape else kind_of(array.item())
+            raise Broken(f"loss_fn returned {what}, not a scalar")
         return call("the loss as a number", float, array)
 
     def gradient(self, leaves: trees.Arrays) -> trees.Arrays:
@@ -94,7 +94,7 @@ class Subject(Facts):
             paths, found = jax.tree.flatten_with_path(tree, is_leaf=lambda x: x is None)
             if found != self.tree:
                 names = listed(trees.path_name(path) for path, _ in paths)
-                raise Broken(f"grad_fn returned {names} instead of a tree of {listed(self.all)}")
+                raise Broken(f"grad_fn returned {names} not a tree of {listed(self.all)}")
             tree = {name: grad for name, (_, grad) in zip(self.all, paths, strict=True)}
         arrays = {}
         for name, leaf in leaves.items():

@@ -191,7 +191,8 @@ def _named(table: Table, given: Mapping[str, str], path: pathlib.Path) -> LogFil
         best = next(name for name in group if name in rivals)
         columns[best] = metric
         if others := [name for name in group if name != best]:
-            notes.append(f"{best} was taken for {metric}, not {', '.join(others)}")
+            meant = f" for {metric}" if best != metric else ""
+            notes.append(f"{best} was taken{meant}, not {', '.join(others)}")
     columns |= {
         name: name
         for name in present

@@ -12,7 +12,7 @@ import numpy as np
 
 from lm_jax.doctor import numbers, trees
 from lm_jax.doctor.checks import check
-from lm_jax.doctor.facts import Bound, Broken, Facts, call, function, one_of, whole
+from lm_jax.doctor.facts import Bound, Broken, Facts, array, call, function, one_of, pair, whole
 from lm_jax.doctor.findings import Measure, at_most, holds, note
 from lm_jax.doctor.numbers import FLOAT32_EPS as EPS
 
@@ -116,11 +116,9 @@ class Subject(Facts):
         """Sum and count in the types of the loss; never compiled if `as_given`."""
         function = self.loss_fn if as_given else self.functions[0]
         result = call("loss_fn", function, *self.arguments(batch))
-        if not isinstance(result, tuple | list) or len(result) != 2:
-            raise Broken(f"loss_fn returned a {type(result).__name__} instead of (sum, count)")
-        arrays = [call("an array of what loss_fn returned", trees.as_array, x) for x in result]
+        arrays = [array("loss_fn", x) for x in pair("loss_fn", result, "(sum, count)")]
         if shapes := [x.shape for x in arrays if x.shape]:
-            raise Broken(f"loss_fn returned shapes {shapes} instead of two scalars (sum, count)")
+            raise Broken(f"loss_fn returned shapes {shapes}, not two scalars (sum, count)")
         return arrays
 
     def __call__(self, batch: Batch, *, as_given: bool = False) -> np.ndarray:

@@ -14,7 +14,18 @@ import numpy as np
 
 from lm_jax.doctor import trees
 from lm_jax.doctor.checks import fixture
-from lm_jax.doctor.facts import Bound, Broken, Facts, Skip, call, function, one_of, real, whole
+from lm_jax.doctor.facts import (
+    Bound,
+    Broken,
+    Facts,
+    Skip,
+    array,
+    call,
+    function,
+    one_of,
+    real,
+    whole,
+)
 from lm_jax.doctor.findings import Finding, Measure, holds, shown
 from lm_jax.doctor.numbers import FLOAT32_EPS, resolution, roundoff
 
@@ -166,7 +177,7 @@ class Variant:
         """
         name = "the model" if fn is None else getattr(fn, "__name__", "the function")
         raw = trees.logits_of(self.ask(name, fn or self.subject.fn, tokens, *more), *tokens.shape)
-        values = call(f"numpy.asarray of what {name} returned", trees.as_array, raw)
+        values = array(name, raw)
         expected = (*tokens.shape, self.subject.vocab_size)
         if values.shape != expected:
             raise Broken(f"{name} returned shape {list(values.shape)}, expected {list(expected)}")
