@@ -95,8 +95,8 @@ def divergence(subject: Subject, rise: Rise) -> Measure:
 
 
 @check(
-    "Explain no row by a hyper-parameter: the model is frozen (training.updates) or, where the "
-    "loss stays at 7 or 8 nats, learns only the frequencies of ids (model.context_use)."
+    "Explain no row by a hyper-parameter: this is a frozen model (training.updates) or, where the "
+    "loss stays at 7 or 8 nats, one that learns only frequencies of ids (model.context_use)."
 )
 def trend(subject: Subject, steady: bool, uniform: float | None = None) -> list[Measure]:
     """From a random start the loss falls at all: at once, or by the Mann-Kendall test."""
