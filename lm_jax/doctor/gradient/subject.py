@@ -94,7 +94,7 @@ class Subject(Facts):
             paths, found = jax.tree.flatten_with_path(tree, is_leaf=lambda x: x is None)
             if found != self.tree:
                 names = listed(trees.path_name(path) for path, _ in paths)
-                raise Broken(f"grad_fn returned {names} not a tree of {listed(self.all)}")
+                raise Broken(f"grad_fn returned {names}, not a tree of {listed(self.all)}")
             tree = {name: grad for name, (_, grad) in zip(self.all, paths, strict=True)}
         arrays = {}
         for name, leaf in leaves.items():
@@ -224,10 +224,12 @@ class Point:
         worst = wrong[0] if wrong else max(right, key=lambda c: c.error / (c.bound + 1e-9))
         at = f"gradient {worst.given:.6g}, difference {worst.slope.value:.6g}"
         name, limit = f"relative error of {worst.name}", worst.bound + TOLERANCE
+        errors = {c.name: c.error for c in comparisons}
         return [
             none(f"wrong {what}", [c.name for c in wrong], of=len(comparisons), key="wrong"),
             at_most(name, worst.error, limit, where=at, key="error"),
-            note(f"{len(vague)} undecided", {c.name: c.error for c in comparisons}, key="errors"),
+            note(f"{len(comparisons)} {what}", errors, key="errors"),
+            note(f"{len(vague)} undecided", {c.name: c.bound for c in comparisons}, key="bounds"),
         ]
 
 
