@@ -285,3 +285,18 @@ def test_a_loss_and_its_gradient(dtype):
     assert gradient.dtype == logits.dtype and gradient.shape == logits.shape
     np.testing.assert_allclose(gradient[:, :-1].astype(np.float64), expected, atol=0.01)
     assert (gradient[:, -1] == 0).all()
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda total, count: total, "loss_fn returned"),
+        (lambda total, count: {"loss": total}, "loss_fn returned a dict, not (sum, count)"),
+        (lambda total, count: (total.detach(), count), "the sum has no gradient"),
+    ],
+)
+def test_what_a_loss_should_not_return_is_said(change, said):
+    loss = doctor.torch_loss(lambda *tensors: change(*cross_entropy(*tensors)))
+    report = doctor.examine_loss(loss, vocab_size=V, seq_len=T)
+    assert any(said in finding.evidence for finding in report if finding.status == "error")
+    assert not report.clean
