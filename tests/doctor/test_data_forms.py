@@ -187,7 +187,7 @@ def crops(ids, width, count, seed=0):
         yield rows[:, :-1], rows[:, 1:]
 
 
-@pytest.mark.parametrize(("width", "count"), [(65, 150), (257, 10), (257, 40)])
+@pytest.mark.parametrize(("width", "count"), [(65, 60), (257, 10)])
 def test_random_crops_are_no_windows_that_overlap(width, count):
     """They repeat the text by nature, and tell all the same where valid stands in it."""
     ids = text(0, 900_000)
@@ -196,8 +196,8 @@ def test_random_crops_are_no_windows_that_overlap(width, count):
     silent(report, "data.target_overlap", "data.window_containment", "data.gram_containment")
     leaky = examine(list(crops(ids, width, 4 * count)), list(crops(valid, width, 5, 1)))
     assert containment(leaky)
-    if count > 10:
-        once = examine(list(crops(train, 257, count)), epoch_tokens=10**6)
+    if width == 65:
+        once = examine(list(crops(train, 257, 30)), epoch_tokens=10**6)
         assert "data.repetition" in once.failed
 
 
