@@ -46,7 +46,8 @@ def overlap(probes: Sample, rows: Sample) -> Overlap:
     own = own if width > least else own[:0]
     own = own[:: 1 + len(own) // PROBES]
     if min(len(own), len(at)) < FEWEST:
-        raise Skip(f"{probes.name} or {rows.name} has fewer than {FEWEST} long rows of one width.")
+        which = rows.name if probes is rows else f"{probes.name} or {rows.name}"
+        raise Skip(f"{which} has fewer than {FEWEST} long rows of one width.")
     if _nats(rows) < PREDICTABLE:
         raise Skip(f"The tokens of {rows.name} follow from those before them: no copy tells.")
     inside, chance, by_shift = _counts(probes, own, rows, at, width, least)
