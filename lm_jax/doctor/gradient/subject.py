@@ -182,6 +182,11 @@ class Point:
         best = np.median([comparison.slope.step for comparison in self.sweeps])
         return best * np.array([10.0, np.sqrt(10.0), 1.0])
 
+    @functools.cached_property
+    def typical(self) -> float:
+        """Root mean square of the whole gradient: the derivative along a random unit direction."""
+        return trees.rms(trees.flat(self.grads))
+
     def compare(self, name: str, direction: trees.Arrays, steps: Any = None) -> Comparison:
         """The gradient against central differences along a direction.
 
@@ -192,8 +197,7 @@ class Point:
         found = slope(self.along(direction), self.centre, self.noise, steps)
         given = sum(float((self.grads[n] * d).sum()) for n, d in direction.items())
         here = trees.rms(trees.flat({n: self.grads[n] for n in direction}))
-        everywhere = trees.rms(trees.flat(self.grads))
-        scale = max(abs(given), abs(found.value), here, 1e-3 * everywhere) or 1.0
+        scale = max(abs(given), abs(found.value), here, 1e-3 * self.typical) or 1.0
         error = abs(given - found.value) / scale
         return Comparison(name, direction, given, found, scale, error, found.bound / scale)
 
