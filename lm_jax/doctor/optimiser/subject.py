@@ -8,7 +8,7 @@ from typing import Annotated, Any, NamedTuple
 import jax
 import numpy as np
 
-from lm_jax.doctor import trees
+from lm_jax.doctor import facts, trees
 from lm_jax.doctor.checks import fixture
 from lm_jax.doctor.facts import Bound, Broken, Facts, Skip, above, call, function, require, whole
 from lm_jax.doctor.training.subject import kind, opened, stepped
@@ -162,7 +162,7 @@ class Loop:
             points = [self.look(live, {})]
             for batch in batches:
                 if batch.value is None:
-                    raise Skip(f"Not given: {batch.name}.", batch.name)
+                    raise facts.give(batch.name)
                 for i in range(1, self.calls_per_update + 1):
                     fresh = batch._replace(value=trees.copies(batch.value))
                     live, metrics = self.advance(live, fresh)
