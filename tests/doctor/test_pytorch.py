@@ -290,7 +290,7 @@ def test_a_loss_and_its_gradient(dtype):
 @pytest.mark.parametrize(
     "change, said",
     [
-        (lambda total, count: total, "loss_fn returned"),
+        (lambda total, count: total, "loss_fn returned a Tensor, not (sum, count)"),
         (lambda total, count: {"loss": total}, "loss_fn returned a dict, not (sum, count)"),
         (lambda total, count: (total.detach(), count), "the sum has no gradient"),
     ],
