@@ -18,12 +18,13 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
-from lm_jax import config, metrics, sharding, step
+from lm_jax import config, console, metrics, sharding, step
 from lm_jax.config import Config, rules
-from lm_jax.config.flags import misuse, parse_flags
+from lm_jax.config.flags import parse_flags
 from lm_jax.data import windows
 from lm_jax.data.references import references
 from lm_jax.data.store import Store
+from lm_jax.door import command
 from lm_jax.files import whole, write_json
 from lm_jax.models.families import FAMILIES, family
 from lm_jax.workdir import DOCUMENTS, SCORES, Trained, open_trained
@@ -75,18 +76,20 @@ class Evaluator:
         )
         total, parts, pending = metrics.Sums(), [], None
         observed, observed_Lk = family(cfg.model).observed, np.zeros(())
-        for batch in itertools.chain(batches, [None]):
-            begun = None
-            if batch is not None:
-                begun = self.eval_step(params, sharding.put_batch(self.mesh, batch, axis=0))
-            # Read the batch before while this one computes.
-            if pending is not None:
-                sums, nats_N = _fetch(pending)
-                total += sums
-                parts.append(nats_N)
-                if observed:
-                    observed_Lk = observed_Lk + np.asarray(pending["observed"], np.float64)
-            pending = begun
+        with console.phase(f"scoring {split_name}", len(split.tokens)) as scoring:
+            for batch in itertools.chain(batches, [None]):
+                begun = None
+                if batch is not None:
+                    begun = self.eval_step(params, sharding.put_batch(self.mesh, batch, axis=0))
+                # Read the batch before while this one computes.
+                if pending is not None:
+                    sums, nats_N = _fetch(pending)
+                    total += sums
+                    parts.append(nats_N)
+                    if observed:
+                        observed_Lk = observed_Lk + np.asarray(pending["observed"], np.float64)
+                    scoring.update(int(total.count))
+                pending = begun
         assert int(total.count) == len(split.tokens), (total.count, len(split.tokens))
         result: dict[str, Any] = {
             **metrics.summarise(total, split_bytes=split.bytes, split_words=split.words),
@@ -126,27 +129,34 @@ def documents(store: Store, split_name: str, nats_D: np.ndarray) -> dict[str, np
 
 
 def report(name: str, result: dict[str, Any], console: Console) -> None:
-    """Print one split's line among its references, worst first."""
-    rows = {
+    """Print one split's line among its references, worst first, and what they know."""
+    nats = {
         key: math.log(ppl) for key, ppl in result["references"].items() if key != "entropy_rate"
     }
+    knowledge = (
+        "uniform knows nothing, unigram how often each token occurs, kn2 and kn3 the one or two "
+        "tokens before it"
+    )
     if "entropy_rate" in result["references"]:
-        rows["entropy rate"] = result["references"]["entropy_rate"]
-    rows["this model"] = result["loss"]
-    words = math.log(result["word_ppl"]) / result["loss"]  # tokens per word
+        nats["entropy rate"] = result["references"]["entropy_rate"]
+        knowledge += "; no model can stay below the entropy rate"
+    nats["this model"] = result["loss"]
+    columns: dict[str, Callable[[float], str]] = {
+        "nats per token": lambda x: f"{x:.4f}",
+        "token ppl": lambda x: f"{metrics.exp(x):,.2f}",
+        "bits per byte": lambda x: f"{result['bits_per_byte'] * x / result['loss']:.4f}",
+    }
+    if metrics.has_words(result):
+        tokens_per_word = math.log(result["word_ppl"]) / result["loss"]
+        columns["word ppl"] = lambda x: f"{metrics.exp(x * tokens_per_word):,.2f}"
     table = Table(title=f"{name}: {result['token_count']:,} tokens, each scored once")
-    for heading in ("", "nats per token", "token ppl", "word ppl", "bits per byte"):
+    for heading in ("", *columns):
         table.add_column(heading, justify="right")
-    for key, nats in sorted(rows.items(), key=lambda item: -item[1]):
-        table.add_row(
-            key,
-            f"{nats:.4f}",
-            f"{metrics.exp(nats):,.2f}",
-            f"{metrics.exp(nats * words):,.2f}" if math.isfinite(words) else "-",
-            f"{result['bits_per_byte'] * nats / result['loss']:.4f}",
-            style="bold" if key == "this model" else None,
-        )
+    for key, value in sorted(nats.items(), key=lambda item: -item[1]):
+        style = "bold" if key == "this model" else None
+        table.add_row(key, *(shown(value) for shown in columns.values()), style=style)
     console.print(table)
+    console.print(f"{knowledge}.", highlight=False)
     for observed in filter(None, (known.observed for known in FAMILIES.values())):
         if by_column := result.get(observed.name):
             table = Table(title=f"mean {observed.name}, by layer")
@@ -172,6 +182,7 @@ def score_run(
     return result
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> None:
     """Score one split of a run; write `eval_<split>.json` and `documents_<split>.npz`."""
     given = flags.FlagValues()
@@ -181,12 +192,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags.DEFINE_integer("stride", None, stride, flag_values=given)
     parse_flags(given, argv, __doc__)
     folder = pathlib.Path(given.workdir)
-    try:
+    console.use(aside=True)
+    with console.phase(f"opening {folder}"):
         run = open_trained(folder)
         run.store.split(given.split)
         evaluator = Evaluator.of(run, given.stride)
-    except (ValueError, OSError) as error:
-        misuse(str(error))
     score_run(evaluator, run, folder, given.split)
 
 

@@ -9,7 +9,6 @@ import functools
 import json
 import math
 import pathlib
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,8 +18,8 @@ import numpy as np
 from absl import flags
 from flax import nnx
 
-from lm_jax import config
 from lm_jax.config.flags import parse_flags
+from lm_jax.door import command
 from lm_jax.workdir import Trained, open_trained
 
 
@@ -224,6 +223,7 @@ def _check(ok: bool, flag: str, remedy: str) -> None:
         raise ArgumentError(f"{flag} is impossible; {remedy}.")
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> None:
     """Print samples of a run and append them to its `samples.jsonl`."""
     given = flags.FlagValues()
@@ -240,11 +240,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parse_flags(given, argv, __doc__)
     workdir = pathlib.Path(given.workdir)
     options: dict[str, Any] = {name: given[name].value for name in names}
-    try:
-        run = open_trained(workdir)
-        made = generate(run, **options)
-    except (ArgumentError, config.ConfigError, FileNotFoundError) as error:
-        sys.exit(str(error))
+    run = open_trained(workdir)
+    made = generate(run, **options)
     del options["tokens"]  # each record holds its tokens
     with (workdir / "samples.jsonl").open("a") as file:
         for one in made:

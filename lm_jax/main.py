@@ -6,16 +6,16 @@ Any field can be overridden, for instance `--config.optim.peak_lr=1e-3`.
 import ctypes
 import pathlib
 import platform
-import sys
 from collections.abc import Sequence
 
 from absl import flags
 from ml_collections import config_flags
 
-from lm_jax import config
+from lm_jax import console
 from lm_jax.config import rules
 from lm_jax.config.flags import define_config, parse_flags, run_name
-from lm_jax.data.open import open_data
+from lm_jax.door import command
+from lm_jax.signals import Interrupted
 
 
 def keep_freed_memory() -> None:
@@ -38,30 +38,48 @@ def keep_freed_memory() -> None:
         libc.mallopt(option, value)
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the training that the flags describe; a mistake in them is one sentence."""
+    """Run the training that the flags describe."""
     given = flags.FlagValues()
     define_config(given, argv)
     flags.mark_flag_as_required("config", given)
     folder = "Folder of the run; the same folder resumes it. Default: runs/<config>-<seed>."
     flags.DEFINE_string("workdir", None, folder, given)
     parse_flags(given, argv, __doc__)
-    keep_freed_memory()
-
-    from lm_jax import preflight, sharding
-    from lm_jax.train import train_and_evaluate
-
-    sharding.initialize()
     cfg, spec = given.config, config_flags.get_config_filename(given["config"])
-    workdir = given.workdir or f"runs/{run_name(spec, cfg.seed)}"
+    rules.validate(cfg)
+    workdir = pathlib.Path(given.workdir or f"runs/{run_name(spec, cfg.seed)}")
+    console.say(f"{workdir}: {standing(workdir)}")
+    keep_freed_memory()
     try:
-        store = open_data(rules.validate(cfg))
-    except (ValueError, OSError) as error:
-        sys.exit(str(error))
-    try:
-        train_and_evaluate(cfg, workdir, store)
-    except (config.ConfigError, preflight.Unfit) as error:
-        sys.exit(str(error))
+        with console.phase("starting JAX"):
+            from lm_jax import sharding
+            from lm_jax.train import train_and_evaluate
+
+            sharding.initialize()
+        train_and_evaluate(cfg, workdir)
+    except Interrupted as stopped:
+        stopped.when += f"; {standing(workdir)}, and the same command goes on"
+        raise
+    tell_the_way_on(workdir)
+
+
+def standing(workdir: pathlib.Path) -> str:
+    """What a workdir holds, in words."""
+    saved = [int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdigit()]
+    return f"update {max(saved):,} is saved" if saved else "a new run"
+
+
+def tell_the_way_on(workdir: pathlib.Path) -> None:
+    """Say where everything lies, and which commands follow."""
+    console.say(f"everything is in {workdir}; look at it, sample from it, examine it, compare it:")
+    for command_line in (
+        f"python -m lm_jax.generate --workdir={workdir}",
+        f"python -m lm_jax.doctor --workdir={workdir}",
+        f"python -m lm_jax.compare {workdir} OTHER_RUN",
+    ):
+        console.say(f"  {command_line}")
 
 
 if __name__ == "__main__":

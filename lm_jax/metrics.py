@@ -4,6 +4,7 @@ import dataclasses
 import math
 import re
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from lm_jax.config import Config
@@ -23,6 +24,7 @@ _PEAK_FLOPS = {
     "V100": 125e12,
     "T4": 65e12,
 }
+_LONGEST_WORD = 20  # mean bytes of a word, where words are a unit of the text
 _MAX_NATS = math.log(sys.float_info.max)
 
 
@@ -60,6 +62,17 @@ def summarise(sums: Sums, *, split_bytes: int, split_words: int) -> dict[str, fl
         "bits_per_byte": sums.nats / split_bytes / math.log(2),
         "accuracy": sums.correct / sums.count,
     }
+
+
+def has_words(result: Mapping[str, float]) -> bool:
+    """Whether a perplexity per word says something: white space divides the text into words.
+
+    Args:
+        result: of `summarise`.
+    """
+    nats_per_byte = result["bits_per_byte"] * math.log(2)
+    nats_per_word = math.log(result["word_ppl"] or math.inf)  # JSON has null for inf
+    return nats_per_word <= _LONGEST_WORD * nats_per_byte
 
 
 def exp(nats: float) -> float:

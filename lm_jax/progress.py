@@ -1,5 +1,6 @@
 """Logging and guarding a run while it goes on."""
 
+import contextlib
 import math
 import time
 from collections.abc import Iterable, Iterator
@@ -8,12 +9,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from lm_jax import metrics, preflight, step
+from lm_jax import console, metrics, preflight, signals, step
 from lm_jax.checkpoint import Manifest
 from lm_jax.data.references import references
 from lm_jax.doctor import provenance
 from lm_jax.models.families import family
 from lm_jax.setup import Setup
+from lm_jax.signals import Interrupted
 from lm_jax.step import TrainState
 from lm_jax.writers import Writers
 
@@ -27,8 +29,6 @@ class Call(NamedTuple):
     updates: range
     batch: Batch
     metrics: dict[str, jax.Array]
-    began: float  # seconds, by `time.perf_counter`
-    input_wait: float  # seconds
 
 
 class Progress:
@@ -43,21 +43,18 @@ class Progress:
         """
         cfg = run.cfg
         self.run, self.manifest = run, manifest
-        self._writers = Writers(
-            run.folder, steps=run.steps, start=run.start, tensorboard=cfg.train.tensorboard
-        )
-        self.say = self._writers.say
-        first, *others = run.lines
-        self.say(f"{first} from update {run.start:,}")
-        for line in others:
-            self.say(line)
+        self._writers = Writers(run.folder, start=run.start, tensorboard=cfg.train.tensorboard)
         self._flops = metrics.flops_per_token(cfg, run.store.tokenizer.vocab_size)
         self._peak = metrics.peak_flops(
             jax.devices()[0].device_kind, cfg.train.compute_dtype, jax.device_count()
         )
         self._pending: Call | None = None
+        self._clock = 0.0  # when the last call was done, or this one began
+        self._waited = 0.0  # seconds since then without a batch
         self._skipped: list[int] = []
+        self._valid = ()
         self._watch = preflight.Watch(run.folder)
+        self._open = contextlib.ExitStack()
 
     def __enter__(self) -> "Progress":
         """Itself."""
@@ -65,28 +62,33 @@ class Progress:
 
     def __exit__(self, *error: object) -> None:
         """Close the files."""
+        self._open.close()
         self._writers.close()
 
     def waited(self, batches: Iterable[tuple[range, Batch]]) -> Iterator[tuple[range, Batch]]:
         """Pass batches through and time how long the loop waits for each."""
         remaining = iter(batches)
+        self._phase = self._open.enter_context(console.phase("compiling"))
         while True:
-            self._began = time.perf_counter()
-            try:
-                item = next(remaining)
-            except StopIteration:
+            began = time.perf_counter()
+            if self._pending is None:
+                self._clock = began
+            if (item := next(remaining, None)) is None:
                 return
-            self._input_wait = time.perf_counter() - self._began
+            self._waited += time.perf_counter() - began
             yield item
 
     def dispatched(
         self, updates: range, batch: Batch, values: dict[str, jax.Array], state: TrainState
     ) -> None:
         """Log the call before, while this one computes."""
-        alone = self._pending is None
+        if not self._phase.total:
+            self._open.close()
+            self._open.enter_context(signals.held())  # from now on there is something to lose
+            training = console.phase("training", self.run.steps, updates.start)
+            self._phase = self._open.enter_context(training)
         self.catch_up(state)
-        began = self._began if alone else time.perf_counter()
-        self._pending = Call(updates, batch, values, began, self._input_wait)
+        self._pending = Call(updates, batch, values)
 
     def catch_up(self, state: TrainState) -> None:
         """Log the call that is not logged yet; waits until it is done.
@@ -99,13 +101,16 @@ class Progress:
         call, self._pending = self._pending, None
         cfg, run = self.run.cfg, self.run
         values = jax.device_get(call.metrics)
-        seconds = time.perf_counter() - call.began
+        # The device goes from call to call, so one lasts from the end of the one before to its own.
+        done = time.perf_counter()
+        seconds, waited = done - self._clock, self._waited
+        self._clock, self._waited = done, 0.0
         per_update = cfg.data.batch_size * cfg.data.seq_len
         speed = metrics.throughput(
             tokens=len(call.updates) * per_update,
             seconds=seconds,
             steps=len(call.updates),
-            input_wait=call.input_wait,
+            input_wait=waited,
             flops=self._flops,
             peak=self._peak,
         )
@@ -123,9 +128,19 @@ class Progress:
             if now == run.start + 1 > 1:
                 row["resumed"] = run.start
             self._writers.write(now, row)
-            if now % int(cfg.train.log_every) == 0 or now == run.steps:
-                self._writers.progress(now, row)
             self._guard(now, row, {key: value[i] for key, value in call.batch.items()}, state)
+        self._tell(now, float(row["train/loss"]), speed["perf/tokens_per_second"])
+
+    def _tell(self, now: int, loss: float, tokens_per_second: float) -> None:
+        if self._phase.done == self.run.start:  # the first call was compiled
+            self._phase.restart(now)
+        self._phase.update(
+            now,
+            f"loss {loss:.4f}",
+            *self._valid,
+            f"{tokens_per_second:,.0f} tok/s",
+            f"{now:,}/{self.run.steps:,}",
+        )
 
     def _guard(self, now: int, row: dict[str, Any], batch: Batch, state: TrainState) -> None:
         """Name skipped updates and what spoiled them, and stop after too many in a row."""
@@ -133,7 +148,7 @@ class Progress:
             self._skipped.clear()
             return
         self._skipped.append(now)
-        self.say(f"update {now} skipped: loss or gradient of batch {now - 1} is not finite")
+        console.say(f"update {now} skipped: loss or gradient of batch {now - 1} is not finite")
         if len(self._skipped) == 1 and jax.process_count() == 1:
             gradients_of = step.make_gradients(self.run.cfg, self.run.objective)
 
@@ -142,29 +157,42 @@ class Progress:
                 return found.nats, found.count, grads
 
             origin = provenance.trace(spoiled, params=state.trained, batch=batch)
-            self.say(provenance.describe(origin))
+            console.say(provenance.describe(origin))
         if len(self._skipped) >= self.run.cfg.train.max_nonfinite:
             raise FloatingPointError(
                 f"updates {self._skipped[0]} to {self._skipped[-1]} were all skipped for "
                 "non-finite loss or gradient; lower config.optim.peak_lr or look at these batches."
             )
 
-    def evaluated(self, result: dict[str, Any], position: int) -> bool:
-        """Log an evaluation; whether it is the best so far, which the manifest then says."""
+    def evaluate(self, state: TrainState, position: int) -> bool:
+        """Score the valid split and log it; whether it is the best so far, as the manifest says.
+
+        A signal comes first: then the run that goes on scores it.
+        """
+        self.catch_up(state)
+        self.manifest["unscored"] = True
+        try:
+            with signals.let_through():
+                result = self.run.evaluate(state)
+        except Interrupted:
+            return False
+        self.manifest["unscored"] = False
         row = {name: value for name, value in result.items() if name in _LOGGED}
         if observed := family(self.run.cfg.model).observed:
             for column, by_layer in result[observed.name].items():
                 row[f"{observed.name}/{column}"] = sum(by_layer) / len(by_layer)
         self._writers.write(position, {f"valid/{name}": value for name, value in row.items()})
-        self.say(
-            f"step {position}/{self.run.steps}  valid loss {result['loss']:.4f}  word ppl "
-            f"{result['word_ppl']:.2f}  bits per byte {result['bits_per_byte']:.4f}"
+        best = self.manifest["best_loss"]
+        better = bool(result["loss"] < (math.inf if best is None else best))
+        if better:
+            self.manifest |= {"best_loss": result["loss"], "best_position": position}
+        self._valid = (f"valid {result['loss']:.4f}",)
+        words = f", word perplexity {result['word_ppl']:,.2f}" if metrics.has_words(result) else ""
+        console.say(
+            f"update {position:,}: valid loss {result['loss']:.4f}, bits per byte "
+            f"{result['bits_per_byte']:.4f}{words}" + (", the best so far" if better else "")
         )
         if self.run.cfg.doctor != "off" and jax.process_index() == 0:
             for line in self._watch.look(references(self.run.store, "valid")):
-                self.say(line)
-        best = self.manifest["best_loss"]
-        if not result["loss"] < (math.inf if best is None else best):
-            return False
-        self.manifest |= {"best_loss": result["loss"], "best_position": position}
-        return True
+                console.say(line)
+        return better

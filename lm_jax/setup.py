@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 import lm_jax
-from lm_jax import checkpoint, evaluate, optim, preflight, sharding, step, workdir
+from lm_jax import checkpoint, console, evaluate, preflight, sharding, step, workdir
 from lm_jax.checkpoint import Checkpoints, Manifest
 from lm_jax.config import Config, ConfigError, rules
 from lm_jax.config.resolve import resolve, rounded
@@ -89,15 +89,18 @@ class Setup:
             ConfigError: if a teacher is not what its record says, or knows nothing of the text.
             Unfit: if a check of the doctor failed.
         """
-        taught = verify(self.teacher, self.cfg, self.store) if self.teacher else []
-        if jax.process_index() == 0:
-            print(*taught, sep="\n", end="\n" if taught else "", flush=True)
+        if self.teacher:
+            with console.phase("examining the teacher"):
+                taught = verify(self.teacher, self.cfg, self.store)
+            for line in taught:
+                console.say(line)
         examine_run(self.cfg, self.store, self.folder)
         shardings = sharding.by_shape(self.mesh, self.abstract)
         init = jax.jit(self.init_state, out_shardings=shardings)
         manifest: Manifest = {"version": lm_jax.__version__, "position": 0, "tokens": 0}
         manifest |= {"best_loss": None, "best_position": None}
-        return init(jax.random.key(self.cfg.seed)), manifest
+        with console.phase("drawing the parameters"):
+            return init(jax.random.key(self.cfg.seed)), manifest
 
     @property
     def abstract(self) -> TrainState:
@@ -166,6 +169,7 @@ def assemble(cfg: Config, folder: pathlib.Path, store: Store | None = None) -> S
         ConfigError: for an impossible config, or one that differs from the workdir's.
     """
     asked = rules.validate(cfg)
+    workdir.keep_compilations(cfg)
     store = store or open_data(asked)
     train = store.split("train")
     epoch = windows.count_windows(train, cfg.data.seq_len, cfg.data.window_offset)
@@ -217,23 +221,25 @@ def _choices(
     if cfg.distill.taught:
         loss, loss_reason = "fused", "one operation with the divergence"
     _, dtype_reason = choose_dtype(asked.train.compute_dtype)
-    params = jax.eval_shape(init, jax.random.key(0))
+    params = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(init, jax.random.key(0))))
+    steps, per_update = int(cfg.train.steps), cfg.data.batch_size * cfg.data.seq_len
+    tokens, devices = len(store.split("train").tokens), jax.devices()
     lines = [
-        f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,} parameters on "
-        f"{jax.device_count()} {jax.devices()[0].device_kind} device(s); "
-        f"{cfg.train.compute_dtype} ({dtype_reason}); attention {impl} ({reason}); "
-        f"loss {loss} ({loss_reason}); {len(store.split('train').tokens):,} training tokens, "
-        f"{int(cfg.train.steps):,} updates of {cfg.data.batch_size * cfg.data.seq_len:,}"
-        + (f" in {micro_batches} micro-batches" if micro_batches > 1 else "")
+        f"model: {params:,} parameters on {len(devices)} {devices[0].device_kind} device(s)",
+        f"computed in {cfg.train.compute_dtype}: {dtype_reason}",
+        f"attention {impl}: {reason}",
+        f"loss {loss}: {loss_reason}",
+        f"data: {tokens:,} training tokens in {store.path.name}",
+        f"training: {steps:,} updates of {per_update:,} tokens, "
+        f"{steps * cfg.data.batch_size / epoch:.1f} epochs"
+        + (f", in {micro_batches} micro-batches" if micro_batches > 1 else ""),
     ]
     for path, (exact, whole) in rounded(asked, windows=epoch).items():
         lines.append(
             f"config.{path}: {exact:,} updates made {whole:,}, "
             f"whole calls of config.train.steps_per_call={cfg.train.steps_per_call}"
         )
-    decays = jax.tree.leaves_with_path(optim.decayed(cfg.optim, params))
-    kept = [optim.path_name(path) for path, decay in decays if not decay]
-    return (*lines, f"no weight decay on {len(kept)} leaves: {', '.join(kept)}")
+    return tuple(lines)
 
 
 def examine_run(cfg: Config, store: Store, folder: pathlib.Path) -> None:
@@ -244,10 +250,12 @@ def examine_run(cfg: Config, store: Store, folder: pathlib.Path) -> None:
     """
     if cfg.doctor == "off":
         return
-    report = preflight.examine_config(cfg, level=cfg.doctor, store=store)
+    report, kept = preflight.examine_once(cfg, level=cfg.doctor, store=store)
     if jax.process_index() == 0:
         write_text(folder / workdir.DOCTOR, report.to_json() + "\n")
         report.show()
+        if kept:
+            console.say(f"these findings are of {kept}, for the same config, data and code")
     if report.failed:
         raise preflight.Unfit(
             f"the doctor refuses this run: {', '.join(report.failed)} failed (above, and in "

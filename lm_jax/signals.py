@@ -1,44 +1,131 @@
-"""SIGTERM and SIGINT: save and stop."""
+"""SIGINT, SIGTERM and SIGHUP: stop at once, or after what must be whole."""
 
+import contextlib
+import os
 import signal
+import socket
 import threading
+import time
+from collections.abc import Iterator
 from typing import Any
 
-import jax
-from jax.experimental import multihost_utils
+from lm_jax import console
+
+_NUMBERS = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+)
+_PATIENCE = 3.0  # seconds that a program which has nothing to lose may stay deaf
+_received: signal.Signals | None = None
+_holding = False
+_installed = False
 
 
-class Interrupted(SystemExit):
-    """The run was asked to stop, saved its state and can be resumed."""
+class Interrupted(KeyboardInterrupt):
+    """A signal stopped the program.
+
+    Attributes:
+        number: the signal.
+        when: what was going on; empty if nothing was told.
+    """
+
+    def __init__(self, number: signal.Signals, when: str = ""):
+        """Note the signal and the phase that it came in."""
+        self.number, self.when = number, when or f"while {console.going_on() or 'starting'}"
+
+    def __str__(self) -> str:
+        """As it is told."""
+        return f"stopped by {self.number.name} {self.when}"
 
 
-class Signals:
-    """Turns SIGTERM and SIGINT into a request to save and stop; a second one stops at once."""
-
-    received: str | None = None
-
-    def __enter__(self) -> "Signals":
-        """Install the handlers (in the main thread only: notebooks may train in another)."""
-        self._old = {}
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._old[number] = signal.signal(number, self._handle)
-        return self
-
-    def _handle(self, number: int, frame: Any) -> None:
-        if self.received:
-            raise KeyboardInterrupt
-        self.received = signal.Signals(number).name
-
-    def agreed(self) -> str | None:
-        """The signal that any process received, so that all stop after the same update."""
-        if jax.process_count() == 1:
-            return self.received
-        number = signal.Signals[self.received] if self.received else 0
-        numbers = multihost_utils.process_allgather(number)
-        return signal.Signals(numbers.max()).name if numbers.any() else None
-
-    def __exit__(self, *error: object) -> None:
-        """Put the old handlers back."""
-        for number, handler in self._old.items():
+@contextlib.contextmanager
+def handled() -> Iterator[None]:
+    """Raise `Interrupted` at a signal, in the block; in the main thread only."""
+    global _installed, _received
+    if _installed or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    _received, _installed = None, True
+    old = {number: signal.signal(number, _handle) for number in _NUMBERS}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
             signal.signal(number, handler)
+        _installed = False
+
+
+@contextlib.contextmanager
+def heard() -> Iterator[None]:
+    """End a program that has nothing to lose even if it is deaf, as Python is while XLA compiles.
+
+    For the main thread of a command; a notebook must outlive the signal.
+    """
+    ear, bell = socket.socketpair()
+    bell.setblocking(False)
+    before = signal.set_wakeup_fd(bell.fileno(), warn_on_full_buffer=False)
+    threading.Thread(target=_listen, args=(ear,), daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        bell.close()
+
+
+def _handle(number: int, frame: Any) -> None:
+    global _received
+    first, _received = _received is None, signal.Signals(number)
+    if not (_holding and first):  # a second one does not wait
+        raise Interrupted(_received)
+
+
+def _listen(ear: socket.socket) -> None:
+    with ear:
+        while byte := ear.recv(1):
+            if (number := byte[0]) not in _NUMBERS:
+                continue
+            time.sleep(_PATIENCE)
+            if _holding:
+                console.say(f"{signal.Signals(number).name}: stopping after this update")
+            elif _received is None:
+                console.say(str(Interrupted(signal.Signals(number))))
+                os._exit(128 + number)
+
+
+@contextlib.contextmanager
+def held() -> Iterator[None]:
+    """Only note the first signal in the block, for `agreed`; a second one is not held."""
+    global _holding
+    before, _holding = _holding, True
+    try:
+        yield
+    finally:
+        _holding = before
+
+
+@contextlib.contextmanager
+def let_through() -> Iterator[None]:
+    """Raise `Interrupted` at once again, in a block of what is `held`.
+
+    One of several processes must not leave the others, which compute with it: they go on.
+    """
+    import jax  # late, for the first line of a command comes before it
+
+    global _holding
+    before, _holding = _holding, jax.process_count() > 1
+    try:
+        if _received is not None and not _holding:
+            raise Interrupted(_received)
+        yield
+    finally:
+        _holding = before
+
+
+def agreed() -> signal.Signals | None:
+    """The signal that any process received, so that all stop after the same update."""
+    import jax
+    from jax.experimental import multihost_utils
+
+    if jax.process_count() == 1:
+        return _received
+    numbers = multihost_utils.process_allgather(_received or 0)
+    return signal.Signals(numbers.max()) if numbers.any() else None

@@ -6,11 +6,12 @@ from typing import Any
 
 import jax
 
-from lm_jax import setup
+from lm_jax import console, setup, signals
 from lm_jax.config import Config
 from lm_jax.data.store import Store
 from lm_jax.progress import Progress
-from lm_jax.signals import Interrupted, Signals
+from lm_jax.signals import Interrupted
+from lm_jax.step import TrainState
 
 
 def train_and_evaluate(
@@ -36,36 +37,39 @@ def train_and_evaluate(
         ConfigError: for an impossible config, or one that differs from the workdir's.
         FloatingPointError: after `train.max_nonfinite` skipped updates in a row.
         Unfit: if the doctor finds the run at fault before it starts.
-        Interrupted: after SIGTERM or SIGINT, once the state is saved.
+        Interrupted: after SIGINT, SIGTERM or SIGHUP, once the state is saved; in a notebook it is
+            a KeyboardInterrupt like any other.
     """
-    run = setup.assemble(cfg, pathlib.Path(workdir), store)
-    state, manifest = run.restore() if run.start else run.begin()
-    with (
-        contextlib.closing(run.checkpoints) as checkpoints,
-        Progress(run, manifest) as progress,
-        Signals() as signals,
-        jax.set_mesh(run.mesh),
-    ):
-        for updates, batch in progress.waited(run.batches()):
-            state, metrics = run.step(state, batch)
-            progress.dispatched(updates, batch, metrics, state)
-            position = updates.stop
-            stopped_by = signals.agreed()
-            if run.evaluates(position):
-                progress.catch_up(state)
-                if progress.evaluated(run.evaluate(state), position):
+    with signals.handled():
+        run = setup.assemble(cfg, pathlib.Path(workdir), store)
+        for line in run.lines:
+            console.say(line)
+        state, manifest = run.restore() if run.start else run.begin()
+        with (
+            Progress(run, manifest) as progress,
+            contextlib.closing(run.checkpoints) as checkpoints,
+            jax.set_mesh(run.mesh),
+        ):
+
+            def score(state: TrainState, position: int) -> None:
+                if progress.evaluate(state, position):
                     checkpoints.save(state.saved(), manifest | {"position": position}, best=True)
-            if run.saves(position) or stopped_by:
-                progress.catch_up(state)
-                manifest["position"] = position
-                checkpoints.save(state.saved(), manifest)
-            if stopped_by and position < run.steps:
-                checkpoints.wait()
-                progress.say(
-                    f"stopped by {stopped_by} after update {position}, which is saved; "
-                    "run the same command again to go on"
-                )
-                raise Interrupted(0)
-    del state  # the best parameters take its place
-    with jax.set_mesh(run.mesh):
-        return run.finish()
+
+            if manifest.get("unscored"):
+                score(state, run.start)
+            for updates, batch in progress.waited(run.batches()):
+                state, metrics = run.step(state, batch)
+                progress.dispatched(updates, batch, metrics, state)
+                position = updates.stop
+                if run.evaluates(position):
+                    score(state, position)
+                stopping = signals.agreed()
+                if run.saves(position) or stopping:
+                    progress.catch_up(state)
+                    manifest["position"] = position
+                    checkpoints.save(state.saved(), manifest)
+                if stopping and position < run.steps:
+                    raise Interrupted(stopping, f"after update {position:,}")
+        del state  # the best parameters take its place
+        with jax.set_mesh(run.mesh), signals.let_through():
+            return run.finish()

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 import lm_jax
 from lm_jax import checkpoint, config, sharding
 from lm_jax.config import Config, ConfigError
+from lm_jax.data.files import hash_json
 from lm_jax.data.open import open_data
 from lm_jax.data.store import Store
 from lm_jax.files import write_json
@@ -30,6 +31,7 @@ TEACHER = "teacher.json"
 AGREEMENT = "distillation.json"
 DOCTOR = "doctor.json"
 WATCH = "watch.json"
+_COMPILATIONS = 2 << 30  # bytes; what was not used for longest goes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +145,22 @@ def clear_results(workdir: pathlib.Path) -> None:
         for name in (SCORES, DOCUMENTS, TEACHER, AGREEMENT, DOCTOR, WATCH):
             for path in workdir.glob(name.format("*")):
                 path.unlink()
+
+
+def keep_compilations(cfg: Config) -> None:
+    """Let XLA keep what it compiles, unless the user has named a folder for that already.
+
+    The folder is one for each kind of processor, for XLA uses every instruction that it finds.
+    """
+    if not cfg.train.compilation_cache or jax.config.jax_compilation_cache_dir:
+        return
+    processor = pathlib.Path("/proc/cpuinfo")
+    lines = processor.read_text().splitlines() if processor.exists() else [platform.processor()]
+    kind = hash_json(sorted({line for line in lines if line.startswith(("flags", "model name"))}))
+    folder = pathlib.Path(cfg.data.cache_dir).expanduser() / "compilations" / kind[:12]
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_compilation_cache_max_size", _COMPILATIONS)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 def git_revision() -> str | None:

@@ -10,7 +10,6 @@ ids (4 k above 65,536 ids).
 """
 
 import pathlib
-import sys
 from collections.abc import Sequence
 
 import jax
@@ -18,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from lm_jax import config
+from lm_jax import config, console
 from lm_jax import loss as losses
 from lm_jax.config import rules
 from lm_jax.config.flags import define_config, parse_flags
@@ -27,6 +26,7 @@ from lm_jax.data import windows as pipeline
 from lm_jax.data.open import open_data
 from lm_jax.distill import cache, teachers
 from lm_jax.distill.opening import open_teacher, verify
+from lm_jax.door import command
 from lm_jax.kernels import divergences
 
 
@@ -62,12 +62,15 @@ def make_cache(cfg: config.Config, folder: pathlib.Path) -> int:
     def on_host(batch):
         return tuple(np.asarray(x) for x in most_likely(teacher.params, batch))
 
-    for line in verify(teacher, cfg, store):
-        print(line)
+    with console.phase("examining the teacher"):
+        told = verify(teacher, cfg, store)
+    for line in told:
+        console.say(line)
     with jax.default_matmul_precision(cfg.train.matmul_precision):
         return cache.write_cache(folder, cfg, store, on_host, teacher.identity)
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the cache that the flags describe."""
     given = flags.FlagValues()
@@ -75,10 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags.mark_flag_as_required("config", given)
     flags.DEFINE_string("out", None, "Folder of the cache.", given, required=True)
     parse_flags(given, argv, __doc__)
-    try:
-        count = make_cache(given.config, pathlib.Path(given.out))
-    except (ValueError, OSError) as error:
-        sys.exit(str(error))
+    count = make_cache(given.config, pathlib.Path(given.out))
     print(f"{count:,} windows in {given.out}")
 
 

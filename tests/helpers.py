@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import signal
 
 import jax
 import numpy as np
@@ -175,20 +176,14 @@ def small(text, **changes):
 
 
 class StopAfter:
-    """Stands for Signals: the request to stop comes while update `count` is under way."""
+    """Stands for `signals.agreed`: the signal comes while update `count` is under way."""
 
     def __init__(self, count):
         self.count = count
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    def agreed(self):
+    def __call__(self):
         self.count -= 2
-        return "SIGTERM" if self.count <= 0 else None
+        return signal.SIGTERM if self.count <= 0 else None
 
 
 def rows(workdir):

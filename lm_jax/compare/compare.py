@@ -41,10 +41,11 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from lm_jax import metrics
+from lm_jax import console, metrics
 from lm_jax.compare import page, ranking, tables
 from lm_jax.compare.runs import Arm, Run, group_runs, load_run
 from lm_jax.config.flags import misuse, parse_flags
+from lm_jax.door import command
 from lm_jax.files import finite_or_none, write_json, write_text
 
 _PARTS = ("total", "table", "positions", "blocks")  # of the parameters of a model
@@ -270,6 +271,7 @@ def _notes(arms: Sequence[Arm], values: Mapping[str, Any]) -> list[str]:
     return notes
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> None:
     """Compare finished runs: `python -m lm_jax.compare RUN RUN ... [--split=test] [--out=DIR]`."""
     given = flags.FlagValues()
@@ -279,10 +281,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     folders = parse_flags(given, argv, main.__doc__, others=True)
     if not folders:
         misuse("no RUN is given; give the workdirs of finished runs.")
-    try:
+    console.use(aside=True)
+    with console.phase("comparing"):
         comparison = compare_runs(folders, given.split)
-    except (ValueError, OSError) as error:
-        misuse(str(error))
     print(comparison.markdown())
     if given.out is None:
         return

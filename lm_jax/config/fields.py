@@ -142,9 +142,11 @@ class TrainConfig(Section):
     eval_every: Duration = Duration("250")  # valid split scored this often and at the end; 0: end
     checkpoint_every: Duration = incidental(Duration("250"))  # and at the end; 0: at the end alone
     keep: int = incidental(positive(2))  # newest checkpoints kept, beside the best
-    log_every: Duration = incidental(Duration("10"))  # a progress line, and layer_norms
+    log_every: Duration = incidental(Duration("10"))  # layer_norms are logged this often
     layer_norms: bool = incidental(False)  # log grad_norm/<path> for every parameter
     tensorboard: bool = incidental(False)  # also write TensorBoard events (extra "tensorboard")
+    # XLA keeps what it compiles under data.cache_dir, so that the next start is faster
+    compilation_cache: bool = incidental(True)
     # auto: what the device is fast in; float16 comes with dynamic loss scaling
     compute_dtype: str = one_of("auto float32 bfloat16 float16", default="auto")
     # of float32 products on a GPU

@@ -5,9 +5,9 @@ import fcntl
 import os
 import pathlib
 import platform
-import sys
 from collections.abc import Iterator
 
+from lm_jax import console
 from lm_jax.config import Config, rules
 from lm_jax.data import corpora
 from lm_jax.data.store import Store, prepare
@@ -23,17 +23,18 @@ def open_data(cfg: Config) -> Store:
     cache_dir = pathlib.Path(data.cache_dir).expanduser()
     cache_dir.mkdir(parents=True, exist_ok=True)
     with _locked(cache_dir / "lock"):
-        corpus = corpora.open_corpus(
-            data.corpus,
-            source_dir=data.source_dir,
-            files=data.files,
-            valid_files=data.valid_files,
-            test_files=data.test_files,
-            document=data.document,
-            valid_fraction=data.valid_fraction,
-            test_fraction=data.test_fraction,
-            cache_dir=str(cache_dir),
-        )
+        with console.phase(f"reading {data.corpus}"):
+            corpus = corpora.open_corpus(
+                data.corpus,
+                source_dir=data.source_dir,
+                files=data.files,
+                valid_files=data.valid_files,
+                test_files=data.test_files,
+                document=data.document,
+                valid_fraction=data.valid_fraction,
+                test_fraction=data.test_fraction,
+                cache_dir=str(cache_dir),
+            )
         store = prepare(
             corpus,
             tokenizer_kind=cfg.tokenizer.kind,
@@ -57,8 +58,9 @@ def _locked(path: pathlib.Path) -> Iterator[None]:
         except BlockingIOError:
             lock.seek(0)
             holder = lock.read() or "another process"
-            print(f"waiting until {holder} has prepared its data in {path.parent}", file=sys.stderr)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            console.say(f"waiting until {holder} has prepared its data in {path.parent}")
+            with console.phase("waiting"):
+                fcntl.flock(lock, fcntl.LOCK_EX)
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {platform.node()}")
         lock.flush()

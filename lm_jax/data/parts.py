@@ -21,7 +21,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
@@ -30,6 +29,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from lm_jax import console
 from lm_jax.data.files import hash_json
 from lm_jax.data.shards import Documents
 from lm_jax.data.tokenizers.base import Tokenizer, count_words
@@ -39,7 +39,6 @@ from lm_jax.files import whole, write_text
 BATCH_CHARACTERS = 1 << 20  # text tokenised at once
 BLOCK = 1 << 20  # bytes copied at once
 COUNTS = "tokens documents empty_documents bytes words".split()
-REPORT_SECONDS = 10.0  # between lines on how far a long preparation is
 
 
 class Part(NamedTuple):
@@ -88,21 +87,18 @@ def write_all(parts: Sequence[Part], tokenizer: Tokenizer, folder: Path, workers
         shutil.rmtree(leftover, ignore_errors=True)
     todo = [part for part in parts if not (folder / part.name).exists()]
     workers = min(workers or _cores(), len(todo))
-    due = time.monotonic() + REPORT_SECONDS
+    with console.phase("tokenising", len(parts), len(parts) - len(todo)) as tokenising:
 
-    def report() -> None:
-        nonlocal due
-        if time.monotonic() > due:
-            due = time.monotonic() + REPORT_SECONDS
+        def report() -> None:
             done = len(list(folder.glob("*-of-*")))
-            print(f"tokenised {done} of {len(parts)} parts", file=sys.stderr)
+            tokenising.update(done, f"{done} of {len(parts)} parts")
 
-    if workers > 1 and any(part.of > 1 for part in parts):
-        _write_in_processes(todo, folder, workers, report)
-    else:
-        for part in todo:
-            write_part(part, tokenizer, folder)
-            report()
+        if workers > 1 and any(part.of > 1 for part in parts):
+            _write_in_processes(todo, folder, workers, report)
+        else:
+            for part in todo:
+                write_part(part, tokenizer, folder)
+                report()
 
 
 def _cores() -> int:

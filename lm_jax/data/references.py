@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from lm_jax import console
 from lm_jax.data.store import Store
 from lm_jax.data.tokenizers.kinds import WordTokenizer
 from lm_jax.files import write_json
@@ -36,12 +37,13 @@ def references(store: Store, split_name: str) -> dict[str, float]:
     split, tokenizer = store.split(split_name), store.tokenizer
     # WikiText's convention: the history before the first word is an end of line.
     start = tokenizer.line_end if isinstance(tokenizer, WordTokenizer) else tokenizer.separator
-    result = perplexities(
-        store.split("train").tokens[:_REFERENCE_TOKENS],
-        split.tokens[:_REFERENCE_SCORED],
-        vocab_size=tokenizer.vocab_size - 1,
-        start=start,
-    )
+    with console.phase(f"scoring the references of {split_name}"):
+        result = perplexities(
+            store.split("train").tokens[:_REFERENCE_TOKENS],
+            split.tokens[:_REFERENCE_SCORED],
+            vocab_size=tokenizer.vocab_size - 1,
+            start=start,
+        )
     entropy_rate = store.manifest["entropy_rate"]
     if entropy_rate is not None and tokenizer.kind == "char":  # one token, one symbol
         result["entropy_rate"] = entropy_rate

@@ -7,13 +7,13 @@ import json
 import os
 import re
 import shutil
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lm_jax import console
 from lm_jax.data import files, parts
 from lm_jax.data.corpora import Corpus
 from lm_jax.data.parts import Part
@@ -102,7 +102,8 @@ def prepare(
     path = stores / f"{name}-{key[:12]}"
     unfinished = path.with_name(f"{path.name}.parts")
     if path.exists():
-        store = open_store(path)
+        with console.phase("checking the tokens"):
+            store = open_store(path)
         shutil.rmtree(unfinished, ignore_errors=True)  # a kill may have left it
         return store
     unfinished.mkdir(parents=True, exist_ok=True)
@@ -196,7 +197,8 @@ def _tokenizer(
         if not any(corpus.documents("train")):
             raise _no_tokens(corpus, "train", "no documents, or empty ones")
         documents = _heads(corpus.splits["train"], sample) if sample else corpus.documents("train")
-        given = train_tokenizer(kind, documents, vocab_size)
+        with console.phase("learning the tokenizer"):
+            given = train_tokenizer(kind, documents, vocab_size)
     files.refuse_changed(corpus.files)  # a part only notices a change while it is written
     given.save(unfinished)
     return load_tokenizer(unfinished)
@@ -227,7 +229,7 @@ def _write_and_join(corpus: Corpus, tokenizer: Tokenizer, unfinished: Path, work
                 raise _not_written(error) from error
             damaged.update(error.args)
             for folder in error.args:
-                print(f"{folder} is damaged and is tokenised again", file=sys.stderr)
+                console.say(f"{folder} is damaged and is tokenised again")
                 shutil.rmtree(folder)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from lm_jax import console
 from lm_jax.config import Config, ConfigError
 from lm_jax.data import windows
 from lm_jax.data.store import Store
@@ -76,12 +77,14 @@ def write_cache(
     batches = windows.eval_batches(
         split, seq_len=T, batch_size=ROWS, document_mask=cfg.data.document_mask
     )
-    for first, batch in zip(range(0, N, ROWS), batches, strict=True):
-        rows = min(ROWS, N - first)  # the last batch is padded
-        here = slice(first, first + rows)
-        made_ids, made_log_p = most_likely(batch)
-        ids[here], log_p[here] = made_ids[:rows], made_log_p[:rows]
-        hashes[here] = _hashes(batch)[:rows]
+    with console.phase("reading the teacher", N) as reading:
+        for first, batch in zip(range(0, N, ROWS), batches, strict=True):
+            rows = min(ROWS, N - first)  # the last batch is padded
+            here = slice(first, first + rows)
+            made_ids, made_log_p = most_likely(batch)
+            ids[here], log_p[here] = made_ids[:rows], made_log_p[:rows]
+            hashes[here] = _hashes(batch)[:rows]
+            reading.update(first + rows, f"{first + rows:,} of {N:,} windows")
     ids.flush()
     log_p.flush()
     with whole(folder / HASHES) as file:

@@ -206,6 +206,12 @@ class Report:
         rows = [_plain(dataclasses.asdict(finding)) for finding in self.findings]
         return json.dumps({"failed": self.failed, "findings": rows}, indent=1, allow_nan=False)
 
+    @classmethod
+    def from_json(cls, text: str) -> "Report":
+        """The inverse of `to_json`, but that null stays None."""
+        rows = json.loads(text)["findings"]
+        return cls(tuple(Finding(**row | {"needs": tuple(row["needs"])}) for row in rows))
+
     @property
     def verdict(self) -> str:
         """The report in one line: what failed and what warns, else how much was looked at."""

@@ -20,11 +20,12 @@ from typing import Any
 
 from absl import flags
 
-from lm_jax import doctor, preflight
+from lm_jax import console, doctor, preflight
 from lm_jax.config.flags import define_config, misuse, parse_flags
 from lm_jax.doctor.facts import annotations, require
 from lm_jax.doctor.log.read import LogFile, number, read_log
 from lm_jax.doctor.log.subject import Subject
+from lm_jax.door import command
 
 # Facts of a log that are numbers; their help is that of `examine_log`.
 _WHOLE = ("vocab_size", "split_tokens", "steps")
@@ -82,6 +83,7 @@ def _pairs(flag: str, items: list[str]) -> dict[str, str]:
     return found
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> None:
     """Examine what the flags name, print the findings and exit."""
     given = flags.FlagValues()
@@ -91,16 +93,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         misuse(f"{others[0]}: not a flag; give files as --config=, --workdir= or --log=.")
     if sum(given[name].value is not None for name in ("config", "workdir", "log")) != 1:
         misuse("give one of --config, --workdir and --log.")
+    console.use(aside=True)
     log: LogFile | None = None
-    try:
-        if given.config is not None:
-            report = preflight.examine_config(given.config, level=given.level)
-        elif given.workdir is not None:
-            report = preflight.examine_workdir(pathlib.Path(given.workdir))
-        else:
-            log, report = examine_file(given)
-    except (ValueError, OSError) as error:
-        misuse(str(error))
+    if given.config is not None:
+        report = preflight.examine_config(given.config, level=given.level)
+    elif given.workdir is not None:
+        report = preflight.examine_workdir(pathlib.Path(given.workdir))
+    else:
+        log, report = examine_file(given)
     if given.json and log:
         found = {"columns": log.columns, "ignored": log.ignored, "notes": log.notes}
         print(json.dumps({"log": found, **json.loads(report.to_json())}, indent=1))

@@ -2,10 +2,11 @@
 
 import concurrent.futures
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 
+from lm_jax import console
 from lm_jax.config import Config, rules
 from lm_jax.config.resolve import resolve
 from lm_jax.data import windows as pipeline
@@ -42,12 +43,27 @@ def examine_config(cfg: Config, *, level: str = "fast", store: Store | None = No
         # NumPy counts while XLA compiles.
         of_data = beside.submit(data.examine_splits, cfg, store, windows, level=level)
         small = Small(cfg, store)
-        of_code = small.model(level) + small.loss() + small.optimiser(level)
+        parts: dict[str, Callable[[], Report]] = {
+            "model": lambda: small.model(level),
+            "loss": small.loss,
+            "optimiser": lambda: small.optimiser(level),
+        }
         if cfg.distill.taught:
-            of_code += distill.examine_teaching(cfg, small.cfg, store)
-    report = of_data.result() + of_code
-    if level == "full":
-        report += small.training() + small.gradients() + small.attention() + small.evaluation()
+            parts["teaching"] = lambda: distill.examine_teaching(cfg, small.cfg, store)
+        parts["data"] = of_data.result
+        if level == "full":
+            parts |= {
+                "training": small.training,
+                "gradients": small.gradients,
+                "attention": small.attention,
+                "evaluation": small.evaluation,
+            }
+        report = Report()
+        with console.phase("examining", len(parts)) as examining:
+            for done, (name, examine) in enumerate(parts.items()):
+                examining.update(done, f"{name}, {done + 1} of {len(parts)}")
+                report += examine()
+            examining.update(len(parts), f"{len(report.findings)} checks")
     return report
 
 

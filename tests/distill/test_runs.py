@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from scipy.special import log_softmax
 
-from lm_jax import config, train
+from lm_jax import config, signals, train
 from lm_jax import loss as losses
 from lm_jax.config import ConfigError, rules
 from lm_jax.config.flags import load_module
@@ -63,7 +63,7 @@ def distilled(text, runs):
 def test_resuming_is_bit_identical(distilled, tmp_path, monkeypatch):
     cfg, straight = distilled
     with monkeypatch.context() as patch:
-        patch.setattr(train, "Signals", lambda: StopAfter(4))
+        patch.setattr(signals, "agreed", StopAfter(4))
         with pytest.raises(Interrupted):
             train.train_and_evaluate(cfg, tmp_path)
     train.train_and_evaluate(cfg, tmp_path)
@@ -90,7 +90,7 @@ def test_another_teacher_on_resuming_is_refused(text, runs, tmp_path, monkeypatc
     shutil.copytree(runs / "teacher-0", teacher)
     cfg = student(text, distill__teachers=str(teacher))
     with monkeypatch.context() as patch:
-        patch.setattr(train, "Signals", lambda: StopAfter(4))
+        patch.setattr(signals, "agreed", StopAfter(4))
         with pytest.raises(Interrupted):
             train.train_and_evaluate(cfg, tmp_path / "run")
     shutil.rmtree(teacher)

@@ -1,0 +1,69 @@
+"""The door of every command: how it ends, whatever happened inside.
+
+Exit codes: 0 done; 1 a failed run or check; 2 misuse or an unreadable input; 128 + the signal's
+number after SIGINT, SIGTERM or SIGHUP.
+"""
+
+import functools
+import pathlib
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+
+from lm_jax import console, signals
+
+Main = Callable[[Sequence[str] | None], None]
+_FAILED = (RuntimeError, ArithmeticError, MemoryError, ChildProcessError)
+_PACKAGE = pathlib.Path(__file__).parent
+
+
+def command(main: Main) -> Main:
+    """Wrap a command's `main`: an error of its user is one sentence, `--debug` gives the traceback.
+
+    An exception of the program itself keeps its traceback.
+    """
+
+    @functools.wraps(main)
+    def ends(argv: Sequence[str] | None = None) -> None:
+        arguments = list(sys.argv if argv is None else argv)
+        debug = "--debug" in arguments
+        arguments = [argument for argument in arguments if argument != "--debug"]
+        try:
+            with signals.handled(), signals.heard():
+                main(arguments)
+        except signals.Interrupted as stopped:
+            _tell(str(stopped))
+            sys.exit(128 + stopped.number)
+        except BrokenPipeError:
+            sys.stderr.close()  # else Python complains at exit that it cannot flush
+            sys.exit(128 + 13)
+        except (ValueError, OSError, RuntimeError, ArithmeticError, MemoryError) as error:
+            if debug:
+                raise
+            _tell(_sentence(error))
+            sys.exit(1 if isinstance(error, _FAILED) else 2)
+
+    return ends
+
+
+def _sentence(error: Exception) -> str:
+    """What to tell a user."""
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}."
+    text = str(error)
+    if "RESOURCE_EXHAUSTED" in text or isinstance(error, MemoryError):
+        return (
+            "The memory of the device is used up: lower config.data.micro_batch, or set "
+            "config.model.remat=True; --debug shows where."
+        )
+    frames = traceback.extract_tb(error.__traceback__)
+    if pathlib.Path(frames[-1].filename).is_relative_to(_PACKAGE):
+        return text
+    first = text.partition("\n")[0].rstrip(".")
+    return f"{type(error).__name__}: {first}; --debug shows where."
+
+
+def _tell(text: str) -> None:
+    console.use(aside=True)
+    console.say(text)
