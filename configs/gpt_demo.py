@@ -44,6 +44,5 @@ def get_config(tokens: str = "word") -> Config:
     cfg.train.steps = Duration("3 epochs")
     cfg.train.eval_every = Duration("1 epoch")
     cfg.train.checkpoint_every = Duration("1 epoch")
-    cfg.train.log_every = Duration("200")
     cfg.train.steps_per_call = 10
     return cfg

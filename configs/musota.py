@@ -57,5 +57,4 @@ def get_config(
     cfg.train.steps = Duration("800")
     cfg.train.eval_every = Duration("200")
     cfg.train.checkpoint_every = Duration("400")
-    cfg.train.log_every = Duration("100")
     return cfg

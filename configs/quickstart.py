@@ -27,6 +27,5 @@ def get_config() -> Config:
     cfg.train.steps = Duration("3700")
     cfg.train.eval_every = Duration("0")
     cfg.train.checkpoint_every = Duration("1850")
-    cfg.train.log_every = Duration("250")
     cfg.train.steps_per_call = 10
     return cfg

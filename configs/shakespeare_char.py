@@ -30,6 +30,5 @@ def get_config() -> Config:
     cfg.train.steps = Duration("2000")
     cfg.train.eval_every = Duration("1000")
     cfg.train.checkpoint_every = Duration("1000")
-    cfg.train.log_every = Duration("200")
     cfg.train.steps_per_call = 10
     return cfg

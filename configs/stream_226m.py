@@ -38,7 +38,6 @@ def get_config() -> Config:
     cfg.train.steps = Duration("30000")
     cfg.train.eval_every = Duration("500")
     cfg.train.checkpoint_every = Duration("500")
-    cfg.train.log_every = Duration("50")
     cfg.train.compute_dtype = "auto"
     cfg.train.matmul_precision = "tensorfloat32"
     return cfg

@@ -43,7 +43,6 @@ def get_config() -> Config:
     cfg.train.steps = Duration("24 epochs")
     cfg.train.eval_every = Duration("3 epochs")
     cfg.train.checkpoint_every = Duration("6 epochs")
-    cfg.train.log_every = Duration("200")
     cfg.train.compute_dtype = "auto"
     cfg.train.matmul_precision = "tensorfloat32"
     cfg.train.steps_per_call = 8

@@ -30,5 +30,4 @@ def get_config() -> Config:
     cfg.train.steps = Duration("1600")
     cfg.train.eval_every = Duration("0")
     cfg.train.checkpoint_every = Duration("400")
-    cfg.train.log_every = Duration("100")
     return cfg

@@ -179,6 +179,11 @@ def say(text: str) -> None:
         (_screen or _open()).print(text)
 
 
+def complain(text: str) -> None:
+    """Print a line to standard error; for the end of a command, when no phase is open."""
+    _open(sys.stderr).print(text)
+
+
 @contextlib.contextmanager
 def phase(name: str, total: int = 0, done: int = 0) -> Iterator[Phase]:
     """Tell what goes on until the end of the block; a phase may hold others.
@@ -233,10 +238,9 @@ def _tick(screen: _Plain, ended: threading.Event) -> None:
                 screen.tick()
 
 
-def _open() -> _Plain:
-    stream = sys.stderr if _aside else sys.stdout
-    if "IPython" in sys.modules and sys.modules["IPython"].get_ipython() is not None:
-        shell = sys.modules["IPython"].get_ipython()
-        if type(shell).__name__ != "TerminalInteractiveShell":
-            return _Notebook(stream)
+def _open(stream: TextIO | None = None) -> _Plain:
+    stream = stream or (sys.stderr if _aside else sys.stdout)
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    if shell is not None and hasattr(shell, "kernel"):
+        return _Notebook(stream)
     return _Terminal(stream) if stream.isatty() else _Plain(stream)

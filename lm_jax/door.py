@@ -5,6 +5,7 @@ number after SIGINT, SIGTERM or SIGHUP.
 """
 
 import functools
+import inspect
 import pathlib
 import sys
 import traceback
@@ -32,7 +33,7 @@ def command(main: Main) -> Main:
             with signals.handled(), signals.heard():
                 main(arguments)
         except signals.Interrupted as stopped:
-            _tell(str(stopped))
+            console.complain(str(stopped))
             sys.exit(128 + stopped.number)
         except BrokenPipeError:
             sys.stderr.close()  # else Python complains at exit that it cannot flush
@@ -40,14 +41,14 @@ def command(main: Main) -> Main:
         except (ValueError, OSError, RuntimeError, ArithmeticError, MemoryError) as error:
             if debug:
                 raise
-            _tell(_sentence(error))
+            console.complain(_sentence(error, main))
             sys.exit(1 if isinstance(error, _FAILED) else 2)
 
     return ends
 
 
-def _sentence(error: Exception) -> str:
-    """What to tell a user."""
+def _sentence(error: Exception, main: Main) -> str:
+    """What to tell a user: what was raised on purpose as it is, the rest with its kind."""
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror}."
@@ -57,13 +58,8 @@ def _sentence(error: Exception) -> str:
             "The memory of the device is used up: lower config.data.micro_batch, or set "
             "config.model.remat=True; --debug shows where."
         )
-    frames = traceback.extract_tb(error.__traceback__)
-    if pathlib.Path(frames[-1].filename).is_relative_to(_PACKAGE):
+    raised_in = pathlib.Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    if raised_in.is_relative_to(_PACKAGE) or str(raised_in) == inspect.getsourcefile(main):
         return text
     first = text.partition("\n")[0].rstrip(".")
     return f"{type(error).__name__}: {first}; --debug shows where."
-
-
-def _tell(text: str) -> None:
-    console.use(aside=True)
-    console.say(text)

@@ -1,5 +1,6 @@
 """Next-token loss. The only place that shifts; everything returns (sum, count)."""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -65,7 +66,7 @@ def choose_impl(impl: str, *, tokens: int, vocab_size: int) -> tuple[str, str]:
     mebibytes = 4 * tokens * vocab_size / 2**20
     if mebibytes > 64:
         return "fused", f"{mebibytes:,.0f} MiB of logits never exist at once"
-    return "materialised", f"the logits of a micro-batch take {mebibytes:.0f} MiB"
+    return "materialised", f"the logits of a micro-batch take at most {math.ceil(mebibytes)} MiB"
 
 
 def from_hidden(

@@ -51,6 +51,7 @@ class Progress:
         self._pending: Call | None = None
         self._clock = 0.0  # when the last call was done, or this one began
         self._waited = 0.0  # seconds since then without a batch
+        self._recent = 0.0, 0.0  # tokens and seconds of the last calls
         self._skipped: list[int] = []
         self._valid = ()
         self._watch = preflight.Watch(run.folder)
@@ -129,18 +130,24 @@ class Progress:
                 row["resumed"] = run.start
             self._writers.write(now, row)
             self._guard(now, row, {key: value[i] for key, value in call.batch.items()}, state)
-        self._tell(now, float(row["train/loss"]), speed["perf/tokens_per_second"])
+        self._tell(now, float(row["train/loss"]), len(call.updates) * per_update, seconds)
 
-    def _tell(self, now: int, loss: float, tokens_per_second: float) -> None:
-        if self._phase.done == self.run.start:  # the first call was compiled
+    def _tell(self, now: int, loss: float, tokens: int, seconds: float) -> None:
+        before = self._phase.done
+        if before == self.run.start:  # the first call was compiled
             self._phase.restart(now)
-        self._phase.update(
-            now,
-            f"loss {loss:.4f}",
-            *self._valid,
-            f"{tokens_per_second:,.0f} tok/s",
-            f"{now:,}/{self.run.steps:,}",
-        )
+        else:
+            self._recent = tokens + 0.9 * self._recent[0], seconds + 0.9 * self._recent[1]
+            self._phase.update(
+                now,
+                f"loss {loss:.4f}",
+                *self._valid,
+                f"{self._recent[0] / self._recent[1]:,.0f} tok/s",
+                f"{now:,}/{self.run.steps:,}",
+            )
+        every = int(self.run.cfg.train.log_every)
+        if every and now // every > before // every:
+            console.say(self._phase.line())
 
     def _guard(self, now: int, row: dict[str, Any], batch: Batch, state: TrainState) -> None:
         """Name skipped updates and what spoiled them, and stop after too many in a row."""

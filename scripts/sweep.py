@@ -26,7 +26,9 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from lm_jax import console
 from lm_jax.config.flags import load_config, load_module, run_name
+from lm_jax.door import command
 
 HEADROOM = 1.2  # free memory a run needs, over the most that one has used
 OWN_FLAGS = ("config", "config.seed", "workdir")  # set by the sweep for every run
@@ -78,12 +80,12 @@ class Run:
 
     def end(self, code: int) -> bool:
         """Note how it ended; True if it went to its end."""
-        # A run that was told to stop saves, exits with 0 and has no evaluation.
         whole = code == 0 and any(self.workdir.glob("eval_*.json"))
         if whole:
             (self.workdir / "sweep.json").write_text(json.dumps(self.record) + "\n")
-        words = "finished" if whole else "stopped" if code == 0 else f"failed with exit code {code}"
-        print(f"{self.workdir}: {words}, see {self.workdir / 'log.txt'}", flush=True)
+        stopped = code - 128 in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        words = "finished" if whole else "stopped" if stopped else f"failed with exit code {code}"
+        console.say(f"{self.workdir}: {words}, see {self.workdir / 'log.txt'}")
         return whole
 
 
@@ -149,23 +151,28 @@ def free_bytes() -> int:
 def sweep(runs: Sequence[Run], jobs: int) -> bool:
     """Run all; True if all finished."""
     waiting = [run for run in runs if not run.finished]
-    print(f"{len(runs)} runs, {len(runs) - len(waiting)} finished before", flush=True)
+    before = len(runs) - len(waiting)
+    console.say(f"{len(runs)} runs, {before} finished before")
     running: list[Run] = []
     failed, largest = False, 0
     try:
-        while waiting or running:
-            for run in list(running):
-                assert run.process is not None
-                largest = max(largest, peak_bytes(run.process))
-                if (code := run.process.poll()) is not None:
-                    failed |= not run.end(code)
-                    running.remove(run)
-            settled = all(run.training() for run in running)
-            fits = not running or (settled and free_bytes() > HEADROOM * largest)
-            if waiting and len(running) < jobs and fits:
-                running.append(waiting.pop(0))
-                running[-1].start(jobs)
-            time.sleep(0.2)
+        with console.phase("running", len(runs), before) as all_runs:
+            while waiting or running:
+                for run in list(running):
+                    assert run.process is not None
+                    largest = max(largest, peak_bytes(run.process))
+                    if (code := run.process.poll()) is not None:
+                        failed |= not run.end(code)
+                        running.remove(run)
+                settled = all(run.training() for run in running)
+                fits = not running or (settled and free_bytes() > HEADROOM * largest)
+                if waiting and len(running) < jobs and fits:
+                    running.append(waiting.pop(0))
+                    running[-1].start(jobs)
+                names = ", ".join(run.workdir.name for run in running)
+                ended = len(runs) - len(waiting) - len(running)
+                all_runs.update(ended, f"{ended} of {len(runs)}", names)
+                time.sleep(0.2)
     finally:
         for process in _alive(running):
             process.send_signal(signal.SIGTERM)  # saves and stops
@@ -178,27 +185,23 @@ def _alive(runs: Sequence[Run]) -> Iterator[subprocess.Popen]:
     return (run.process for run in runs if run.process is not None and run.process.poll() is None)
 
 
-def main() -> None:
+@command
+def main(argv: Sequence[str] | None = None) -> None:
     """Plan the runs and run them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("configs", nargs="+", help="FILE, FILE:ARM or FILE:*")
     parser.add_argument("--seeds", default="0", help="numbers with commas")
     parser.add_argument("--root", type=pathlib.Path, default=pathlib.Path("runs"))
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
-    arguments, flags = sys.argv[1:], []
+    arguments, flags = list(sys.argv if argv is None else argv)[1:], []
     if "--" in arguments:
         cut = arguments.index("--")
         arguments, flags = arguments[:cut], arguments[cut + 1 :]
     args = parser.parse_args(arguments)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
-    try:
-        if not re.fullmatch(r"\d+(,\d+)*", args.seeds):
-            raise ValueError(f"--seeds={args.seeds}: give numbers with commas, as 0,1,2.")
-        seeds = [int(seed) for seed in args.seeds.split(",")]
-        runs = plan(args.configs, seeds, args.root, flags)
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"{error}\n")
+    if not re.fullmatch(r"\d+(,\d+)*", args.seeds):
+        parser.error(f"--seeds={args.seeds}: give numbers with commas, as 0,1,2.")
+    seeds = [int(seed) for seed in args.seeds.split(",")]
+    runs = plan(args.configs, seeds, args.root, flags)
     complete = sweep(runs, max(1, args.jobs))
     folders = [run.workdir for run in runs if run.finished]
     splits = ("test", "valid")

@@ -157,7 +157,6 @@ def test_int_becomes_float():
         ({"attention__impl": "flash"}, "attention.impl"),
         ({"train__steps": "0"}, "train.steps"),
         ({"train__compute_dtype": "half"}, "train.compute_dtype"),
-        ({"train__log_every": "0"}, "train.log_every"),
     ],
 )
 def test_impossible_values_name_the_field(changes, field):

@@ -5,9 +5,7 @@ decides is seen in runs of the real loop whose step is replaced by one that only
 given. Comparing config values would prove nothing and is not done.
 """
 
-import contextlib
 import hashlib
-import io
 import json
 import pathlib
 import re
@@ -22,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm_jax import checkpoint, config, preflight, setup, step, train
+from lm_jax import checkpoint, config, console, preflight, setup, step, train
 from lm_jax import workdir as run_files
 from lm_jax.config import Config
 from lm_jax.config.resolve import resolve
@@ -158,6 +156,7 @@ TABLE = {
     "train.log_every": ("2", "progress", {}),
     "train.layer_norms": (True, "train_step", {}),
     "train.tensorboard": (True, "tensorboard", {}),
+    "train.compilation_cache": (True, "compilations", {"train.compilation_cache": False}),
     "train.compute_dtype": ("bfloat16", "train_step eval_step", {"train.compute_dtype": "float32"}),
     "train.matmul_precision": ("tensorfloat32", "train_step eval_step", {}),
     "train.steps_per_call": (2, "calls", {}),
@@ -261,11 +260,11 @@ double = jax.jit(lambda params: jax.tree.map(lambda x: 2 * x, params))
 def loop(cfg, workdir):
     """The real loop around a step that notes what it is given; updates 2 and 3 are not finite."""
     seen = {name: [] for name in "train_batches eval_batches calls evaluated saved".split()}
-    seen |= {name: [] for name in "tensorboard reader_threads examined processes".split()}
+    seen |= {name: [] for name in "tensorboard reader_threads examined processes progress".split()}
 
-    def examine_config(cfg, *, level, store):
+    def examine_once(cfg, *, level, store):
         seen["examined"].append(level)
-        return Report()
+        return Report(), ""
 
     def create_model(cfg, vocab_size, impl):
         seen["implementation"] = impl
@@ -340,8 +339,7 @@ def loop(cfg, workdir):
         seen["processes"].append(command[0])
         return popen(command, **options)
 
-    screen = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(screen):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(setup, "create_model", create_model)
         patch.setattr(run_files, "create_model", create_model)
         patch.setattr(step, "make_train_step", make_train_step)
@@ -349,7 +347,13 @@ def loop(cfg, workdir):
         patch.setattr(setup, "Checkpoints", Checkpoints)
         patch.setattr(setup, "open_data", open_data)
         patch.setattr(run_files, "git_revision", lambda: None)
-        patch.setattr(preflight, "examine_config", examine_config)
+        patch.setattr(console, "say", lambda line: seen["progress"].append(line))
+        patch.setattr(
+            run_files,
+            "keep_compilations",
+            lambda cfg: seen.update(compilations=cfg.train.compilation_cache),
+        )
+        patch.setattr(preflight, "examine_once", examine_once)
         patch.setattr(provenance, "trace", lambda *_, **__: None)
         patch.setattr(grain, "ReadOptions", note_threads)
         patch.setattr(corpora, "SYNTHETIC_LENGTH", 40)
@@ -369,7 +373,6 @@ def loop(cfg, workdir):
         "evaluated_at_end": [found for found in seen["evaluated"] if found[0] == end],
         "rows": [(json.loads(row)["step"], sorted(json.loads(row))) for row in rows],
         "kept": sorted(path.name for path in (workdir / "checkpoints").iterdir()),
-        "progress": re.findall(r"^step (\d+)/.* eta ", screen.getvalue(), re.MULTILINE),
         "scored": sorted(path.name for path in workdir.glob("eval_*.json")),
     }
 

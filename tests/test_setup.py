@@ -42,7 +42,7 @@ def test_a_refused_run_leaves_no_results_of_another(text, tmp_path, monkeypatch)
     def refuse(*arguments, **options):
         raise preflight.Unfit("refused")
 
-    monkeypatch.setattr(preflight, "examine_config", refuse)
+    monkeypatch.setattr(preflight, "examine_once", refuse)
     with pytest.raises(preflight.Unfit):
         train.train_and_evaluate(small(text, doctor="fast", model__d_model=8), tmp_path)
     assert not list(tmp_path.glob("eval_*")) and not list((tmp_path / "best").iterdir())

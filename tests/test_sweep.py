@@ -129,7 +129,7 @@ def test_what_failed_runs_again_and_what_finished_does_not(tmp_path, specs, caps
 
 def test_a_run_that_was_told_to_stop_is_not_finished(tmp_path, specs, capsys):
     (run,) = pretend(sweep.plan(specs[:1], [0], tmp_path, []))
-    run.command = [sys.executable, "-c", "raise SystemExit(0)"]
+    run.command = [sys.executable, "-c", "raise SystemExit(143)"]
     assert not sweep.sweep([run], 1)
     assert not run.finished and "a-0: stopped, see" in capsys.readouterr().out
 
@@ -183,7 +183,9 @@ sweep.main()
     assert metrics.exists()
     os.killpg(process.pid, number) if whole_group else process.send_signal(number)
     _, said = process.communicate(timeout=30)
-    assert process.returncode == 128 + number and said == ""
+    assert (
+        process.returncode == 128 + number and said == f"stopped by {number.name} while running\n"
+    )
     ((pid, received),) = (
         map(int, line.split())
         for line in (tmp_path / "a-0" / "signals.txt").read_text().splitlines()

@@ -142,7 +142,8 @@ class TrainConfig(Section):
     eval_every: Duration = Duration("250")  # valid split scored this often and at the end; 0: end
     checkpoint_every: Duration = incidental(Duration("250"))  # and at the end; 0: at the end alone
     keep: int = incidental(positive(2))  # newest checkpoints kept, beside the best
-    log_every: Duration = incidental(Duration("10"))  # layer_norms are logged this often
+    # a progress line stays this often; 0: when time has passed
+    log_every: Duration = incidental(Duration("0"))
     layer_norms: bool = incidental(False)  # log grad_norm/<path> for every parameter
     tensorboard: bool = incidental(False)  # also write TensorBoard events (extra "tensorboard")
     # XLA keeps what it compiles under data.cache_dir, so that the next start is faster

@@ -78,6 +78,4 @@ def resolve(cfg: Config, *, windows: int) -> Config:
             f"config.optim.warmup: {warmup} steps leave nothing of a run of {steps} steps; "
             "shorten it below config.train.steps."
         )
-    if int(cfg.train.log_every) < 1:
-        raise ConfigError("config.train.log_every: must be 1 step or more; give 1 or more.")
     return cfg
