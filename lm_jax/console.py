@@ -199,23 +199,25 @@ def phase(name: str, total: int = 0, done: int = 0) -> Iterator[Phase]:
         yield one
         return
     outermost = _screen is None
-    screen = _screen = _screen or _open()
-    with screen.lock:
-        screen.phases.append(one)
-        screen.begin()
+    screen = _screen or _open()
     ended = threading.Event()
-    if outermost:
-        ticker = threading.Thread(target=_tick, args=(screen, ended), daemon=True)
-        ticker.start()
-    try:
+    ticker = threading.Thread(target=_tick, args=(screen, ended), daemon=True)
+    try:  # a signal may come at any moment from here on
+        _screen = screen
+        with screen.lock:
+            screen.phases.append(one)
+            screen.begin()
+        if outermost:
+            ticker.start()
         yield one
     finally:
         ended.set()
+        screen.phases[:] = [phase for phase in screen.phases if phase is not one]
         if outermost:
-            ticker.join()
             _screen = None
+        if ticker.is_alive():
+            ticker.join()
         with screen.lock:
-            screen.phases.remove(one)
             screen.end(one)
 
 

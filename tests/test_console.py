@@ -1,0 +1,202 @@
+"""What a person sees while a command works, and how it ends."""
+
+import contextlib
+import fcntl
+import json
+import os
+import pty
+import re
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+
+import numpy as np
+import pytest
+
+from lm_jax import console, train
+from lm_jax.config import ConfigError
+from lm_jax.door import command
+from lm_jax.signals import Interrupted
+from tests.helpers import ROOT, final_state, rows, small
+
+
+def on_terminal(arguments, columns, **env):
+    """What a command writes to a terminal, with the seconds to each piece, and its exit code."""
+    pid, terminal = pty.fork()
+    if not pid:
+        os.chdir(ROOT)
+        os.execvpe(sys.executable, [sys.executable, *arguments], os.environ | env)
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    began, pieces = time.monotonic(), []
+    with contextlib.suppress(OSError):  # its end
+        while piece := os.read(terminal, 1 << 16):
+            pieces.append((time.monotonic() - began, piece.decode()))
+    return pieces, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("columns", [80, 160])
+def test_a_terminal_shows_what_goes_on(columns, tmp_path):
+    overrides = {
+        "data.cache_dir": tmp_path,
+        "doctor": "off",
+        "data.corpus": "synthetic",
+        "train.steps": 60,
+        "train.eval_every": 30,
+        "optim.warmup": 5,
+    }
+    pieces, code = on_terminal(
+        ["-m", "lm_jax.main", "--config=configs/quickstart.py", f"--workdir={tmp_path / 'run'}"]
+        + [f"--config.{path}={value}" for path, value in overrides.items()],
+        columns,
+    )
+    text = "".join(piece for _, piece in pieces)
+    assert code == 0, text
+    times = [seconds for seconds, _ in pieces]
+    assert "a new run" in pieces[0][1] and times[0] < 2
+    assert max(np.diff(times)) < 5
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
+    assert max(map(len, re.split(r"[\r\n]+", plain))) <= columns
+    told = ["starting JAX", "reading synthetic", "learning the tokenizer", "tokenising"]
+    told += ["compiling", "training", "scoring valid", "update 30: valid loss", "scoring test"]
+    places = [plain.index(name) for name in told]
+    assert places == sorted(places)
+    assert re.search(r"training +\d+% +loss \d\.\d+ .* tok/s", plain)
+    assert "python -m lm_jax.generate --workdir=" in plain
+    assert "inf" not in plain and "word ppl" not in plain  # this text has no words
+
+
+def test_a_line_fits_and_keeps_what_matters_most():
+    phase = console.Phase("training", 1000)
+    phase.update(370, "loss 3.2140", "valid 3.3010", "41,200 tok/s", "370/1,000")
+    whole = phase.line()
+    assert whole.startswith(
+        "training  37%  loss 3.2140  valid 3.3010  41,200 tok/s  370/1,000  eta"
+    )
+    for width in range(60, len(whole)):
+        line = phase.line(width)
+        assert len(line) <= width and "37%  loss 3.2140" in line and "eta" in line
+
+
+def test_a_pipe_gets_a_line_when_time_has_passed(capsys, monkeypatch):
+    monkeypatch.setattr(console, "QUIET", 0.9)
+    with console.phase("compiling"):
+        time.sleep(2)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "compiling" and lines[1].startswith("compiling  0:0") and len(lines) < 5
+
+
+@pytest.fixture
+def signal_while(monkeypatch):
+    """Sends this process a signal when a phase begins."""
+    real, waiting = console.phase, {}
+
+    @contextlib.contextmanager
+    def phase(name, *counts):
+        with real(name, *counts) as one:
+            for prefix in [prefix for prefix in waiting if name.startswith(prefix)]:
+                os.kill(os.getpid(), waiting.pop(prefix))
+            yield one
+
+    monkeypatch.setattr(console, "phase", phase)
+    return lambda number, prefix: waiting.update({prefix: number})
+
+
+@pytest.mark.parametrize(
+    ("phase", "number"),
+    [
+        ("reading", signal.SIGHUP),
+        ("learning", signal.SIGTERM),
+        ("tokenising", signal.SIGINT),
+        ("examining", signal.SIGINT),
+        ("drawing", signal.SIGTERM),
+        ("compiling", signal.SIGHUP),
+        ("scoring the references", signal.SIGINT),
+    ],
+)
+def test_a_signal_stops_where_nothing_can_be_lost(text, tmp_path, signal_while, phase, number):
+    doctor = "fast" if phase == "examining" else "off"
+    cfg = small(text, data__cache_dir=str(tmp_path / "cache"), doctor=doctor)
+    before = signal.getsignal(number)
+    signal_while(number, phase)
+    with pytest.raises(Interrupted, match=f"stopped by {number.name} while {phase}") as stopped:
+        train.train_and_evaluate(cfg, tmp_path / "run")
+    assert stopped.value.number == number
+    assert console.going_on() == "" and signal.getsignal(number) is before
+
+
+def test_a_signal_saves_before_an_evaluation(text, tmp_path, signal_while):
+    straight = train.train_and_evaluate(small(text), tmp_path / "straight")
+    workdir = tmp_path / "run"
+    signal_while(signal.SIGTERM, "scoring valid")
+    with pytest.raises(Interrupted, match="after update 6"):
+        train.train_and_evaluate(small(text), workdir)
+    assert (workdir / "checkpoints" / "6").is_dir()
+    assert not any("valid/loss" in row for row in rows(workdir))
+    assert train.train_and_evaluate(small(text), workdir) == straight
+    for a, b in zip(final_state(tmp_path / "straight"), final_state(workdir), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert [row["step"] for row in rows(workdir) if "valid/loss" in row] == [6, 12]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (ConfigError("config.seed: mend it."), 2, "config.seed: mend it."),
+        (FileNotFoundError(2, "No such file or directory", "x.txt"), 2, "x.txt: No such file"),
+        (FloatingPointError("updates 1 to 9 were all skipped."), 1, "all skipped"),
+        (RuntimeError("RESOURCE_EXHAUSTED: 3 GiB"), 1, "lower config.data.micro_batch"),
+        (Interrupted(signal.SIGHUP, "while reading"), 129, "stopped by SIGHUP while reading"),
+    ],
+)
+def test_an_error_is_one_sentence_and_an_exit_code(error, code, said, capsys):
+    @command
+    def main(argv=None):
+        assert argv == ["program"]
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        main(["program"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert ended.value.code == code and said in line
+    if not isinstance(error, Interrupted):
+        with pytest.raises(type(error)):
+            main(["program", "--debug"])
+
+
+def test_an_error_of_a_library_says_what_it_is(capsys):
+    @command
+    def main(argv=None):
+        json.loads("no JSON")
+
+    with pytest.raises(SystemExit):
+        main(["program"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("JSONDecodeError: Expecting value") and line.endswith(
+        "--debug shows where."
+    )
+
+
+@pytest.mark.slow
+def test_a_deaf_program_ends_all_the_same():
+    code = (
+        "import numpy as np\n"
+        "from lm_jax import console\n"
+        "from lm_jax.door import command\n"
+        "@command\n"
+        "def main(argv=None):\n"
+        "    with console.phase('compiling'):\n"
+        "        np.linalg.svd(np.random.default_rng(0).normal(size=(5000, 5000)))\n"
+        "main()\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "compiling\n"
+    time.sleep(1)
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=100)
+    assert process.returncode == 143 and time.monotonic() - began < 6
+    assert out.splitlines()[-1] == "stopped by SIGTERM while compiling"
