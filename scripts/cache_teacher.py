@@ -21,7 +21,7 @@ from absl import flags
 from lm_jax import config
 from lm_jax import loss as losses
 from lm_jax.config import rules
-from lm_jax.config.flags import define_config, parse_flags
+from lm_jax.config.flags import parse_flags
 from lm_jax.config.resolve import resolve
 from lm_jax.data import windows as pipeline
 from lm_jax.data.open import open_data
@@ -71,10 +71,8 @@ def make_cache(cfg: config.Config, folder: pathlib.Path) -> int:
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the cache that the flags describe."""
     given = flags.FlagValues()
-    define_config(given, argv)
-    flags.mark_flag_as_required("config", given)
     flags.DEFINE_string("out", None, "Folder of the cache.", given, required=True)
-    parse_flags(given, argv, __doc__)
+    parse_flags(given, argv, __doc__, subject=["config"])
     try:
         count = make_cache(given.config, pathlib.Path(given.out))
     except (ValueError, OSError) as error:

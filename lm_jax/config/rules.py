@@ -7,7 +7,7 @@ import re
 from collections.abc import Container, Iterator
 
 from lm_jax.config.fields import INSIDE, ROUTED, STATES, Config, DistillConfig, ModelConfig
-from lm_jax.config.section import ConfigError, get, marks, named_fields, nearest
+from lm_jax.config.section import ConfigError, advice, get, marks, named_fields
 from lm_jax.config.values import Curve
 
 
@@ -16,7 +16,7 @@ def validate(cfg: Config) -> Config:
     for rule in (_values, _data, _tokenizer, _distillation, _model, _evaluation):
         for found in rule(cfg):
             path, _, problem = found.partition(": ")
-            end = "" if problem.endswith("?") else "."
+            end = "" if problem[-1] in ".?" else "."
             raise ConfigError(f"config.{path}: {get(cfg, path)!r} {problem}{end}")
     return cfg
 
@@ -26,8 +26,7 @@ def _values(cfg: Config) -> Iterator[str]:
     for path, found in marks(Config):
         value, choices, bound = get(cfg, path), found.get("choices"), found.get("bound")
         if choices and value not in choices:
-            close = nearest(value, choices)
-            yield f"{path}: is none of {', '.join(choices)}; did you mean {close!r}?"
+            yield f"{path}: does not exist; {advice(value, choices)}"
         if bound and not bound.holds(value):
             yield f"{path}: {bound.otherwise}"
 
