@@ -50,13 +50,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     keep_freed_memory()
 
     from lm_jax import preflight, sharding
+    from lm_jax.environment import check_environment
     from lm_jax.train import train_and_evaluate
 
     sharding.initialize()
     cfg, spec = given.config, config_flags.get_config_filename(given["config"])
     workdir = given.workdir or f"runs/{run_name(spec, cfg.seed)}"
     try:
-        store = open_data(rules.validate(cfg))
+        check_environment(rules.validate(cfg), pathlib.Path(workdir))
+        store = open_data(cfg)
     except (ValueError, OSError) as error:
         sys.exit(str(error))
     try:
