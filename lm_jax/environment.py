@@ -8,7 +8,6 @@ import jax
 from lm_jax import sharding
 from lm_jax.config import Config, ConfigError
 from lm_jax.distill.opening import require_teachers
-from lm_jax.files import read_json
 from lm_jax.kernels.device import choose_dtype
 from lm_jax.models.families import require_attention
 
@@ -22,14 +21,16 @@ def check_environment(cfg: Config, workdir: pathlib.Path) -> None:
 
     Raises:
         ConfigError: if the workdir or the cache cannot be written, if the devices cannot share the
-            parameters or rows, for an attention that they do not have, and for a missing teacher.
-        ValueError: if a file of the tokenizer is missing.
+            parameters or rows, for an attention that they do not have, and for a tokenizer or a
+            teacher that is not there.
     """
     _require_writable("--workdir", workdir)
     _require_writable("config.data.cache_dir", pathlib.Path(cfg.data.cache_dir).expanduser())
     if cfg.tokenizer.folder:
         for name in ("tokenizer.json", "config.json"):
-            read_json(pathlib.Path(cfg.tokenizer.folder) / name)
+            if not (pathlib.Path(cfg.tokenizer.folder) / name).is_file():
+                what = f"{cfg.tokenizer.folder} holds no {name}; give the folder of a checkpoint."
+                raise ConfigError(f"config.tokenizer.folder: {what}")
     with jax.set_mesh(sharding.make_mesh(cfg.mesh.fsdp)):
         sharding.accumulation(cfg)
     require_attention(cfg, choose_dtype(cfg.train.compute_dtype)[0])

@@ -1,6 +1,6 @@
 """Keep a teacher's most likely ids for every training window, for runs that learn from them.
 
-    python scripts/cache_teacher.py --config=configs/distill.py:cached --out=DIR \
+    python scripts/cache_teacher.py --config=configs/distill.py:cached --out=DIR \\
         --config.distill.teachers=RUN
 
 The config is the student's, with `distill.support` top_k, `distill.top_k` and a constant

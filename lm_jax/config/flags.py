@@ -117,19 +117,21 @@ def _define_config(given: flags.FlagValues, program: str, named: Sequence[str]) 
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ConfigError: if a field that is overridden does not exist.
+        ValueError: if it has no such arm, or a field that is overridden does not exist.
     """
     check_names([path for word in named if (path := _name(word).partition("config.")[2])])
-    spec = [f"--config={find_config(w.partition('=')[2])}" for w in named if _name(w) == "config"]
-    named = [*spec, *(word for word in named if _name(word) != "config")]
+    about = "File, or name of a shipped config; FILE:ARM where it has arms."
+    specs = [word.partition("=")[2] for word in named if _name(word) == "config"]
+    if not specs:
+        flags.DEFINE_string("config", None, about, given)
+        return [*named]
+    spec = find_config(specs[-1])
+    cfg = load_config(spec)
+    named = [f"--config={spec}", *(word for word in named if _name(word) != "config")]
     for kind in (Duration, Curve):
         config_flags.register_flag_parser_for_type(kind, flags.ArgumentParser())
-    config_flags.DEFINE_config_file(
-        "config",
-        None,
-        "File, or name of a shipped config; FILE:ARM where it has arms.",
-        given,
-        sys_argv=[program, *named],
+    config_flags.DEFINE_config_dataclass(
+        "config", cfg, about, given, sys_argv=[program, *named], parse_fn=lambda _: cfg
     )
     return named
 
@@ -140,8 +142,7 @@ def _sentence(error: Exception, given: flags.FlagValues) -> str:
         name = f"--{error.flagname}"
         known = [f"--{own}" for own in given if own not in flags.FLAGS and "." not in own]
         return f"{name}: there is no such flag; {advice(name, known)}"
-    # What `get_config` refuses comes with a traceback before it.
-    text = re.split(r"\n(?:[\w.]*ConfigError|ValueError): ", str(error))[-1].strip()
+    text = str(error)
     if missing := re.fullmatch(r"flag --(\w+)=None: .* other than None\.", text):
         return f"--{missing[1]} is missing; give it."
     if wrong := re.match(r"flag --config\.([\w.]+)=(.*?): (?!config\.)", text):

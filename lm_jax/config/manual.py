@@ -1,5 +1,6 @@
 """What `--help` tells: the flags of a command, the shipped configs and the fields of a config."""
 
+import argparse
 import ast
 import inspect
 import io
@@ -76,7 +77,7 @@ def show(usage: str, about: str, given: flags.FlagValues, *, fields: bool) -> No
     console = Console(highlight=False)
     console.width = min(console.width, WIDEST) if console.is_terminal else 80
     console.print(Text(f"usage: {usage}\n"))
-    for paragraph in inspect.cleandoc(about).split("\n\n"):
+    for paragraph in about.strip().split("\n\n"):
         example = paragraph.startswith(" ")
         console.print(Text(f"{paragraph if example else ' '.join(paragraph.split())}\n"))
     _print_rows(console, "Flags", [_flag_row(given[name]) for name in sorted(given)])
@@ -91,6 +92,19 @@ def show(usage: str, about: str, given: flags.FlagValues, *, fields: bool) -> No
     for name, kind in sections.items():
         rows = [_field_row(f"{name}.{field}", means) for field in field_types(kind)]
         _print_rows(console, f"{name}: {inspect.getdoc(kind)}", rows)
+
+
+def script_parser(about: str | None) -> argparse.ArgumentParser:
+    """A parser whose help tells defaults, and the first two paragraphs of a script's docstring."""
+    about = "\n\n".join(inspect.cleandoc(about or "").split("\n\n")[:2])
+    return argparse.ArgumentParser(description=about, formatter_class=_WithDefaults)
+
+
+class _WithDefaults(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Neither fills the description nor names a default that is nothing."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return super()._get_help_string(action) if action.default else action.help
 
 
 def _print_rows(console: Console, title: str, rows: Sequence[Sequence[str]]) -> None:
