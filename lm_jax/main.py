@@ -1,7 +1,7 @@
 """Train, evaluate and save a run; the same command again goes on where it stopped.
 
-python -m lm_jax.main configs/quickstart.py
-python -m lm_jax.main wikitext2 --workdir=runs/a --config.optim.peak_lr=1e-3
+    python -m lm_jax.main configs/quickstart.py
+    python -m lm_jax.main wikitext2 --workdir=runs/a --config.optim.peak_lr=1e-3
 
 Any field of the config can be set by a flag; all of them are listed at the end.
 """

@@ -47,7 +47,9 @@ def choose(
         return "blockwise", f"trains faster than reference on a cpu at {seq_len}, and is leaner"
     dtype = jnp.dtype(dtype)
     facts = f"{devices.describe(device)}, {dtype}, head width {head_dim}"
-    sizes = dict(seq_len=seq_len, head_dim=head_dim, attention_dropout=attention_dropout)
+    sizes: dict[str, Any] = dict(
+        seq_len=seq_len, head_dim=head_dim, attention_dropout=attention_dropout
+    )
     refused = {name: refusal(name, dtype=dtype, **sizes) for name in ("cudnn", "pallas")}
     if not refused["cudnn"]:
         times = measured.times_of(device.device_kind, dtype, head_dim, seq_len, segments)
