@@ -4,6 +4,8 @@ import pkgutil
 import sys
 from collections.abc import Sequence
 
+from lm_jax.config.section import advice
+
 # Name: the module whose `main` it is, and what it does.
 COMMANDS = {
     "train": ("lm_jax.main", "train, evaluate and save a run, or go on with one that was stopped"),
@@ -18,13 +20,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Hand the arguments over to the command that the first one names."""
     name, *rest = (sys.argv if argv is None else argv)[1:] or ["--help"]
     if name in ("-h", "--help"):
-        print("lm-jax COMMAND [--flag=value ...]; `lm-jax COMMAND --help` lists its flags.\n")
+        print("usage: lm-jax COMMAND ...; `lm-jax COMMAND --help` lists its flags\n")
         for command, (_, does) in COMMANDS.items():
             print(f"  {command:10}{does}")
+        print("\nExample: lm-jax train configs/quickstart.py")
     elif name in COMMANDS:
         pkgutil.resolve_name(f"{COMMANDS[name][0]}:main")([f"lm-jax {name}", *rest])
     else:
-        print(f"{name}: no such command; choose from {', '.join(COMMANDS)}.", file=sys.stderr)
+        print(f"{name}: no such command; {advice(name, list(COMMANDS))}", file=sys.stderr)
         sys.exit(2)
 
 

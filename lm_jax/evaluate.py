@@ -1,7 +1,9 @@
 """Exact evaluation: the whole split, every target once, at any batch size.
 
-`python -m lm_jax.evaluate --workdir=DIR [--split=test] [--stride=N]` scores the best checkpoint
-of a run and writes `eval_<split>.json` and, document by document, `documents_<split>.npz`.
+    python -m lm_jax.evaluate runs/quickstart-0 --split=test
+
+scores the best checkpoint of a run and writes `eval_<split>.json` and, document by document,
+`documents_<split>.npz`.
 """
 
 import dataclasses
@@ -186,11 +188,11 @@ def score_run(
 def main(argv: Sequence[str] | None = None) -> None:
     """Score one split of a run; write `eval_<split>.json` and `documents_<split>.npz`."""
     given = flags.FlagValues()
-    flags.DEFINE_string("workdir", None, "Folder of the run.", given, required=True)
+    flags.DEFINE_string("workdir", None, "Folder of the run.", given)
     flags.DEFINE_enum("split", "test", ["train", "valid", "test"], "What is scored.", given)
     stride = "Targets scored per window. Default: as in the run's config."
     flags.DEFINE_integer("stride", None, stride, flag_values=given)
-    parse_flags(given, argv, __doc__)
+    parse_flags(given, argv, __doc__, subject=["workdir"])
     folder = pathlib.Path(given.workdir)
     console.use(aside=True)
     with console.phase(f"opening {folder}"):

@@ -1,7 +1,9 @@
-"""Samples from a trained run, with a key/value cache; letters as in `models/transformer.py`.
+"""Samples from a trained run, with a key/value cache.
 
-`python -m lm_jax.generate --workdir=DIR --prompt="..."` prints samples and appends them to
-`samples.jsonl`; in a notebook `lm_jax.open_run(workdir).generate(prompt)` returns them.
+    python -m lm_jax.generate runs/quickstart-0 --prompt="..." --samples=3
+
+prints samples and appends them to `samples.jsonl` of the run; in a notebook
+`lm_jax.open_run(workdir).generate(prompt)` returns them. Letters as in `models/transformer.py`.
 """
 
 import dataclasses
@@ -236,8 +238,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags.DEFINE_float("top_p", 1.0, "Probability mass kept.", flag_values=given)
     flags.DEFINE_integer("seed", 0, "The same seed gives the same samples.", flag_values=given)
     names = list(given)  # the arguments of `generate`
-    flags.DEFINE_string("workdir", None, "Folder of the run.", given, required=True)
-    parse_flags(given, argv, __doc__)
+    flags.DEFINE_string("workdir", None, "Folder of the run.", given)
+    parse_flags(given, argv, __doc__, subject=["workdir"])
     workdir = pathlib.Path(given.workdir)
     options: dict[str, Any] = {name: given[name].value for name in names}
     run = open_trained(workdir)

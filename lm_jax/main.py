@@ -1,6 +1,9 @@
-"""Train and evaluate: `python -m lm_jax.main --config=configs/quickstart.py`.
+"""Train, evaluate and save a run; the same command again goes on where it stopped.
 
-Any field can be overridden, for instance `--config.optim.peak_lr=1e-3`.
+    python -m lm_jax.main configs/quickstart.py
+    python -m lm_jax.main wikitext2 --workdir=runs/a --config.optim.peak_lr=1e-3
+
+Any field of the config can be set by a flag; all of them are listed at the end.
 """
 
 import ctypes
@@ -13,7 +16,7 @@ from ml_collections import config_flags
 
 from lm_jax import console
 from lm_jax.config import rules
-from lm_jax.config.flags import define_config, parse_flags, run_name
+from lm_jax.config.flags import parse_flags, run_name
 from lm_jax.door import command
 from lm_jax.signals import Interrupted
 
@@ -42,11 +45,9 @@ def keep_freed_memory() -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the training that the flags describe."""
     given = flags.FlagValues()
-    define_config(given, argv)
-    flags.mark_flag_as_required("config", given)
     folder = "Folder of the run; the same folder resumes it. Default: runs/<config>-<seed>."
     flags.DEFINE_string("workdir", None, folder, given)
-    parse_flags(given, argv, __doc__)
+    parse_flags(given, argv, __doc__, subject=["config"])
     cfg, spec = given.config, config_flags.get_config_filename(given["config"])
     rules.validate(cfg)
     workdir = pathlib.Path(given.workdir or f"runs/{run_name(spec, cfg.seed)}")

@@ -15,7 +15,7 @@ import lm_jax
 from lm_jax import checkpoint, console, evaluate, preflight, sharding, step, workdir
 from lm_jax.checkpoint import Checkpoints, Manifest
 from lm_jax.config import Config, ConfigError, rules
-from lm_jax.config.resolve import resolve, rounded
+from lm_jax.config.resolve import resolve, spans
 from lm_jax.data import windows
 from lm_jax.data.open import open_data
 from lm_jax.data.store import Store
@@ -23,6 +23,7 @@ from lm_jax.distill import scores
 from lm_jax.distill.objective import distilled
 from lm_jax.distill.opening import open_teacher, record_teacher, verify
 from lm_jax.distill.teachers import Teacher
+from lm_jax.environment import check_environment
 from lm_jax.evaluate import Evaluator
 from lm_jax.files import write_text
 from lm_jax.kernels.device import choose_dtype
@@ -169,6 +170,7 @@ def assemble(cfg: Config, folder: pathlib.Path, store: Store | None = None) -> S
         ConfigError: for an impossible config, or one that differs from the workdir's.
     """
     asked = rules.validate(cfg)
+    check_environment(asked, folder)
     workdir.keep_compilations(cfg)
     store = store or open_data(asked)
     train = store.split("train")
@@ -234,11 +236,11 @@ def _choices(
         f"{steps * cfg.data.batch_size / epoch:.1f} epochs"
         + (f", in {micro_batches} micro-batches" if micro_batches > 1 else ""),
     ]
-    for path, (exact, whole) in rounded(asked, windows=epoch).items():
-        lines.append(
-            f"config.{path}: {exact:,} updates made {whole:,}, "
-            f"whole calls of config.train.steps_per_call={cfg.train.steps_per_call}"
-        )
+    lines += [
+        f"config.{path}: {span.written:,} updates made {span.taken:,}, {span.why}"
+        for path, span in spans(asked, windows=epoch).items()
+        if span.why
+    ]
     return tuple(lines)
 
 

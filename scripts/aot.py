@@ -17,7 +17,6 @@ host in every round, and a step of gpt2_124m that takes more than half of the me
 with xla and all logits. Nothing is run: no speed, no values.
 """
 
-import argparse
 import functools
 import json
 import os
@@ -39,6 +38,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lm_jax import config, step
 from lm_jax.config import Config
 from lm_jax.config.flags import load_module
+from lm_jax.config.manual import script_parser
 from lm_jax.config.resolve import resolve
 from lm_jax.kernels.attention import attend
 from lm_jax.models.families import choose_attention, create_model
@@ -220,7 +220,7 @@ def worse(name: str, found: dict[str, float], recorded: dict[str, float]) -> lis
 
 def main() -> None:
     """Compile everything, compare with the record or write it."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = script_parser(__doc__)
     parser.add_argument("--record", action="store_true", help="write the record")
     parser.add_argument("--only", default="", help="compile only what has this in its name")
     args = parser.parse_args()

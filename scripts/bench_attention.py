@@ -315,7 +315,7 @@ def show(case: Case, gradient: bool, results: dict[str, dict[str, Any]]) -> None
 
 def main() -> None:
     """Run all cases and print a table."""
-    args = benchmark.arguments(__doc__.splitlines()[0], CASES, repeats=20).parse_args()
+    args = benchmark.arguments(__doc__, CASES, repeats=20).parse_args()
     keep_freed_memory()
     names = benchmark.chosen(args, CASES)
     began = time.perf_counter()

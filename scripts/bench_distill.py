@@ -8,7 +8,6 @@ student; all take turns in one process. The temporary memory of the compiled dis
 beside the size of one array of logits, of which the step holds none.
 """
 
-import argparse
 import functools
 import json
 import pathlib
@@ -21,6 +20,7 @@ from benchmark import Steps, machine, random_batch, take_turns
 from lm_jax import config, step
 from lm_jax.config import Config
 from lm_jax.config.flags import load_module
+from lm_jax.config.manual import script_parser
 from lm_jax.config.resolve import resolve
 from lm_jax.distill.objective import distilled
 from lm_jax.distill.teachers import Teacher
@@ -48,8 +48,8 @@ def resolved(arm: str, **changes: Any) -> Config:
 
 def main() -> None:
     """Time all cases and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--turns", type=int, default=9)
+    parser = script_parser(__doc__)
+    parser.add_argument("--turns", type=int, default=9, help="of each peer")
     parser.add_argument("--json", type=pathlib.Path, help="where to write all numbers")
     args = parser.parse_args()
     keep_freed_memory()

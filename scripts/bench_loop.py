@@ -8,7 +8,6 @@ part of the training step on one batch that is already on the device. Last, star
 in a process of its own and waits for its first row of metrics.
 """
 
-import argparse
 import json
 import pathlib
 import statistics
@@ -19,6 +18,7 @@ import time
 from typing import Any
 
 from lm_jax.config.flags import load_config
+from lm_jax.config.manual import script_parser
 from lm_jax.main import keep_freed_memory
 from lm_jax.objective import NextToken
 from lm_jax.workdir import METRICS, open_trained, read_metrics
@@ -98,10 +98,10 @@ def first_update(workdir: pathlib.Path) -> float:
 
 def main() -> None:
     """Measure and print one JSON object."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = script_parser(__doc__)
     parser.add_argument("--config", required=True)
     parser.add_argument("--source_dir", default="")
-    parser.add_argument("--updates", type=int, default=60)
+    parser.add_argument("--updates", type=int, default=60, help="that are timed")
     parser.add_argument("--json", type=pathlib.Path, help="where to write the numbers")
     args = parser.parse_args()
     keep_freed_memory()

@@ -293,7 +293,7 @@ def line(name: str, result: dict[str, Any]) -> str:
 
 def main() -> None:
     """Run all cases and print a table."""
-    parser = arguments(__doc__.splitlines()[0], CASES, repeats=20)
+    parser = arguments(__doc__, CASES, repeats=20)
     parser.add_argument("--chunk_rows", default="", help="also time these, comma-separated")
     args = parser.parse_args()
     keep_freed_memory()

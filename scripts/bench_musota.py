@@ -6,7 +6,6 @@
 models are those of `configs/musota.py` at this size.
 """
 
-import argparse
 import json
 import pathlib
 import statistics
@@ -18,6 +17,7 @@ from benchmark import Steps, machine, random_batch, take_turns
 from lm_jax import step
 from lm_jax.config import Config
 from lm_jax.config.flags import load_module
+from lm_jax.config.manual import script_parser
 from lm_jax.config.resolve import resolve
 from lm_jax.main import keep_freed_memory
 from lm_jax.models.families import choose_attention, create_model, size
@@ -37,8 +37,8 @@ def train_steps(cfg: Config) -> Steps:
 
 def main() -> None:
     """Time all arms and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--turns", type=int, default=9)
+    parser = script_parser(__doc__)
+    parser.add_argument("--turns", type=int, default=9, help="of each peer")
     parser.add_argument("--json", type=pathlib.Path, help="where to write all numbers")
     args = parser.parse_args()
     keep_freed_memory()

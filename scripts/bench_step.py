@@ -44,6 +44,8 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the peers sha
 from benchmark import DEVICES, append, words
 from gpu_peers import CASES, config_of, serve
 
+from lm_jax.config.manual import script_parser
+
 BLOCK_SECONDS = {"cpu": 2.0, "gpu": 0.4}
 DEFAULT = {"cpu": "char,10M", "gpu": "17M,124M,17M variants,124M variants"}
 # Largest relative difference of a loss, and of how many first updates.
@@ -229,8 +231,8 @@ def show(case: str, result: dict[str, Any]) -> None:
 
 def main() -> None:
     """Time all cases and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=DEVICES, default="cpu")
+    parser = script_parser(__doc__)
+    parser.add_argument("--device", choices=DEVICES, default="cpu", help="of all peers")
     parser.add_argument("--cases", help=f"comma-separated, of {', '.join(CASES)}")
     parser.add_argument("--peers", help="comma-separated; default: those of the case")
     parser.add_argument("--without", default="", help="peers that are left out, comma-separated")

@@ -30,6 +30,7 @@ import numpy as np
 from benchmark import machine
 
 from lm_jax.config.flags import load_config
+from lm_jax.config.manual import script_parser
 from lm_jax.data.references import references
 
 GIB = 1 << 30
@@ -376,7 +377,7 @@ def long_documents(folder: pathlib.Path) -> list[dict[str, float]]:
 
 def main() -> None:
     """Measure and print one JSON object."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = script_parser(__doc__)
     parser.add_argument("--gigabytes", type=float, default=2.0, help="of text, in units of 2^30")
     parser.add_argument("--folder", type=pathlib.Path, help="for the corpus; default: temporary")
     parser.add_argument("--json", type=pathlib.Path, help="where to write the numbers")

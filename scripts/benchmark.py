@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lm_jax.config.manual import script_parser
+
 BLOCK_SECONDS = {"cpu": 0.2, "gpu": 0.1}  # of one peer in one turn
 DEVICES = {"cpu": "cpu", "gpu": "cuda,cpu"}  # and what JAX calls them
 
@@ -100,9 +102,9 @@ def take_turns(
     return found
 
 
-def arguments(description: str, cases: Mapping[str, Any], repeats: int) -> argparse.ArgumentParser:
+def arguments(about: str, cases: Mapping[str, Any], repeats: int) -> argparse.ArgumentParser:
     """A parser with the flags that the benchmarks of kernels have in common."""
-    parser = argparse.ArgumentParser(description=description)
+    parser = script_parser(about)
     parser.add_argument("--cases", help=f"comma-separated, of {', '.join(cases)}")
     parser.add_argument("--without", default="", help="peers that are left out, comma-separated")
     parser.add_argument("--repeats", type=int, default=repeats, help="turns of each peer")

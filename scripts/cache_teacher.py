@@ -1,6 +1,6 @@
 """Keep a teacher's most likely ids for every training window, for runs that learn from them.
 
-    python scripts/cache_teacher.py --config=configs/distill.py:cached --out=DIR \
+    python scripts/cache_teacher.py --config=configs/distill.py:cached --out=DIR \\
         --config.distill.teachers=RUN
 
 The config is the student's, with `distill.support` top_k, `distill.top_k` and a constant
@@ -20,7 +20,7 @@ from absl import flags
 from lm_jax import config, console
 from lm_jax import loss as losses
 from lm_jax.config import rules
-from lm_jax.config.flags import define_config, parse_flags
+from lm_jax.config.flags import parse_flags
 from lm_jax.config.resolve import resolve
 from lm_jax.data import windows as pipeline
 from lm_jax.data.open import open_data
@@ -74,10 +74,8 @@ def make_cache(cfg: config.Config, folder: pathlib.Path) -> int:
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the cache that the flags describe."""
     given = flags.FlagValues()
-    define_config(given, argv)
-    flags.mark_flag_as_required("config", given)
     flags.DEFINE_string("out", None, "Folder of the cache.", given, required=True)
-    parse_flags(given, argv, __doc__)
+    parse_flags(given, argv, __doc__, subject=["config"])
     count = make_cache(given.config, pathlib.Path(given.out))
     print(f"{count:,} windows in {given.out}")
 

@@ -6,12 +6,13 @@ Writes `lm_jax/doctor/FAULTS.md`. A row is a test that plants the fault in a sma
 and passes only if the named check reports it and is silent on the healthy twin.
 """
 
-import argparse
 import collections
 import pathlib
 from typing import Any
 
 import pytest
+
+from lm_jax.config.manual import script_parser
 
 ROOT = pathlib.Path(__file__).parents[1]
 TABLE = ROOT / "lm_jax" / "doctor" / "FAULTS.md"
@@ -154,7 +155,7 @@ def names() -> dict[int, str]:
 
 def main() -> None:
     """Run the tests and write the table."""
-    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    script_parser(__doc__).parse_args()
     planted = Planted()
     outcome = pytest.main(["-n0", "-q", str(ROOT / "tests" / "doctor")], plugins=[planted])
     if outcome:

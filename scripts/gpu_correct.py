@@ -14,7 +14,6 @@ import os
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0"
 
-import argparse
 import concurrent.futures
 import pathlib
 import sys
@@ -25,6 +24,8 @@ import benchmark
 import jax
 import numpy as np
 from gpu_checks import Check, Planned, Values, plan
+
+from lm_jax.config.manual import script_parser
 
 PALLAS = ("pallas", "pallas_deterministic")
 NEVER = "never begun"  # of every check until it is
@@ -140,7 +141,7 @@ class Judge:
 
 def main() -> None:
     """Check everything."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = script_parser(__doc__)
     parser.add_argument("--impls", default="xla,cudnn,blockwise", help="of attention")
     parser.add_argument("--jsonl", type=pathlib.Path, help="file to which each check adds a line")
     parser.add_argument("--seconds", type=float, default=600, help="begin nothing after so many")

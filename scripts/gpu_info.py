@@ -1,6 +1,5 @@
 """The device in words and numbers, a JSON line each: see `gpu_report.py`."""
 
-import argparse
 import importlib.metadata
 import os
 import pathlib
@@ -12,6 +11,7 @@ import gpu_peers
 import jax
 import jax.numpy as jnp
 
+from lm_jax.config.manual import script_parser
 from lm_jax.models.families import choose_attention
 
 PACKAGES = (
@@ -64,7 +64,7 @@ def copy_rate() -> float:
 
 def main() -> None:
     """Write everything."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = script_parser(__doc__)
     parser.add_argument("--jsonl", type=pathlib.Path, required=True)
     parser.add_argument("--cases", default="17M,124M", help="of bench_step.py")
     args = parser.parse_args()

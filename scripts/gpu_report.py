@@ -45,6 +45,8 @@ from typing import Any
 from benchmark import append
 from gpu_table import Rows, left_out, read, report
 
+from lm_jax.config.manual import script_parser
+
 SCRIPTS = pathlib.Path(__file__).parent
 SHARES = {"info": 20, "correct": 85, "steps": 180, "attention": 50, "loss": 35, "train": 110}
 WORK = pathlib.Path(tempfile.gettempdir()) / "lm_jax_gpu_report"
@@ -197,7 +199,7 @@ def pack(out: pathlib.Path) -> None:
 
 def main() -> None:
     """Run the parts and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = script_parser(__doc__)
     parser.add_argument("--minutes", type=float, default=8, help="for all parts together")
     parser.add_argument("--parts", default=",".join(SHARES), help="or table: from what is there")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("gpu_report"))

@@ -25,6 +25,7 @@ from gpu_table import read
 from lm_jax import config
 from lm_jax.config import rules
 from lm_jax.config.flags import load_module
+from lm_jax.config.manual import script_parser
 from lm_jax.config.resolve import resolve
 from lm_jax.data import windows as pipeline
 from lm_jax.data.open import open_data
@@ -155,7 +156,7 @@ def score(workdir: pathlib.Path, split: str, until: float, args: argparse.Namesp
 
 def main() -> None:
     """Train, score and write down."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = script_parser(__doc__)
     parser.add_argument("--jsonl", type=pathlib.Path, required=True, help="results, a line each")
     parser.add_argument("--out", type=pathlib.Path, required=True, help="for scores and config")
     parser.add_argument("--seconds", type=float, required=True, help="for everything")

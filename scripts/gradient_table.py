@@ -9,7 +9,6 @@ single coordinates, the first and the last among them; and what rounding and ste
 the whole model only the leaf with the largest error is shown. The exit code is 1 if a check fails.
 """
 
-import argparse
 import dataclasses
 import sys
 from collections.abc import Callable, Iterator
@@ -24,6 +23,7 @@ from flax import nnx
 from lm_jax import doctor, loss
 from lm_jax.config import Config
 from lm_jax.config.flags import load_config
+from lm_jax.config.manual import script_parser
 from lm_jax.config.resolve import resolve
 from lm_jax.models.families import create_model
 from lm_jax.models.layers import unstack
@@ -146,7 +146,7 @@ def examine(part: Part, seed: int = 0) -> tuple[list[Row], list[doctor.Finding]]
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = script_parser(__doc__)
     parser.add_argument("--config", default="configs/gpt_demo.py", help="FILE or FILE:ARM")
     try:
         cfg = resolve(load_config(parser.parse_args().config), windows=1000)

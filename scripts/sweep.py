@@ -1,6 +1,6 @@
 """Run a list of configs with several seeds, each in a folder of its own.
 
-    python scripts/sweep.py configs/phase1.py:emb25 configs/wikitext2_cpu.py --seeds=0,1,2 \
+    python scripts/sweep.py configs/phase1.py:emb25 configs/wikitext2_cpu.py --seeds=0,1,2 \\
         --root=runs/study [--jobs=2] [-- --config.data.source_dir=DIR ...]
 
 `FILE:*` stands for all arms of a file that lists them in `ARMS`. A run lives in
@@ -10,7 +10,6 @@ side, the next one as soon as the host has the memory that the largest has used 
 a GPU's memory in equal parts.
 """
 
-import argparse
 import dataclasses
 import hashlib
 import itertools
@@ -28,6 +27,7 @@ from typing import Any
 
 from lm_jax import console
 from lm_jax.config.flags import load_config, load_module, run_name
+from lm_jax.config.manual import script_parser
 from lm_jax.door import command
 
 HEADROOM = 1.2  # free memory a run needs, over the most that one has used
@@ -188,10 +188,10 @@ def _alive(runs: Sequence[Run]) -> Iterator[subprocess.Popen]:
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Plan the runs and run them."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = script_parser(__doc__)
     parser.add_argument("configs", nargs="+", help="FILE, FILE:ARM or FILE:*")
     parser.add_argument("--seeds", default="0", help="numbers with commas")
-    parser.add_argument("--root", type=pathlib.Path, default=pathlib.Path("runs"))
+    parser.add_argument("--root", type=pathlib.Path, default="runs", help="folder of the runs")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
     arguments, flags = list(sys.argv if argv is None else argv)[1:], []
     if "--" in arguments:

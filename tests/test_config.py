@@ -10,7 +10,7 @@ from flax import nnx
 
 from lm_jax import config
 from lm_jax.config import Config, ConfigError, flags
-from lm_jax.config.resolve import resolve, rounded
+from lm_jax.config.resolve import resolve, spans
 from lm_jax.config.section import field_types, marks
 from lm_jax.data.tokenizers.hf import HfTokenizer
 from lm_jax.data.tokenizers.load import KINDS
@@ -146,11 +146,18 @@ def test_int_becomes_float():
         ({"optim__weight_decay": -0.1}, "optim.weight_decay"),
         ({"optim__schedule": "wsd"}, "optim.decay"),
         ({"optim__decay": "10"}, "optim.decay"),
-        ({"optim__warmup": "2000"}, "optim.warmup"),
         ({"tokenizer__kind": "bpe"}, "tokenizer.vocab_size"),
         ({"tokenizer__vocab_size": 300}, "tokenizer.vocab_size"),
         ({"data__corpus": "text"}, "data.files"),
         ({"data__files": "a.txt"}, "data.files"),
+        (
+            {"data__corpus": "text", "data__files": "a", "data__valid_fraction": 0.0},
+            "data.valid_fraction",
+        ),
+        (
+            {"data__corpus": "text", "data__files": "a", "eval__splits": "test"},
+            "data.test_fraction",
+        ),
         ({"data__valid_fraction": 0.6, "data__test_fraction": 0.5}, "data.valid_fraction"),
         ({"eval__stride": 300}, "eval.stride"),
         ({"eval__splits": "valid,dev"}, "eval.splits"),
@@ -192,13 +199,34 @@ def test_spans_are_whole_calls():
         train__checkpoint_every="50",
         optim__warmup="1 epoch",
     )
-    found = rounded(cfg, windows=1000)
+    found = {path: span[:2] for path, span in spans(cfg, windows=1000).items() if span.why}
     assert found == {"train.steps": (94, 96)}
     cfg = resolve(cfg, windows=1000)
-    spans = cfg.train.steps, cfg.train.eval_every, cfg.train.checkpoint_every, cfg.optim.warmup
-    assert spans == ("96", "32", "50", "32")
+    taken = cfg.train.steps, cfg.train.eval_every, cfg.train.checkpoint_every, cfg.optim.warmup
+    assert taken == ("96", "32", "50", "32")
     tiny = config.replace(cfg, train__eval_every="100 tokens")
     assert resolve(tiny, windows=1000).train.eval_every == "8"
+
+
+@pytest.mark.parametrize(
+    ("changes", "warmup", "decay"),
+    [
+        ({"optim__warmup": "59"}, (59, 59), (0, 0)),  # short, and what was asked for
+        ({"optim__warmup": "60"}, (60, 12), (0, 0)),
+        ({"optim__warmup": "3 epochs"}, (94, 12), (0, 0)),
+        ({"train__steps": "3"}, (100, 0), (0, 0)),
+        ({"optim__schedule": "wsd", "optim__decay": "20"}, (100, 12), (20, 20)),
+        ({"optim__schedule": "wsd", "optim__decay": "50"}, (100, 12), (50, 48)),
+    ],
+)
+def test_a_warmup_that_does_not_fit_is_shortened_and_the_reason_told(changes, warmup, decay):
+    cfg = config.replace(Config(), **{"train__steps": "60"} | changes)
+    found, taken = spans(cfg, windows=1000), resolve(cfg, windows=1000)
+    for field, expected in (("warmup", warmup), ("decay", decay)):
+        span = found[f"optim.{field}"]
+        assert span[:2] == expected and bool(span.why) == (expected[0] != expected[1])
+        assert getattr(taken.optim, field) == str(expected[1])
+    assert resolve(taken, windows=1000) == taken
 
 
 @pytest.mark.parametrize(("count", "devices", "rows"), [(1, 1, 0), (4, 1, 8), (4, 2, 4)])

@@ -159,10 +159,11 @@ def test_help_and_misuse(name, capsys):
 
 
 def test_unknown_command(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main(["lm-jax", "trane"])
-    assert stopped.value.code == 2
-    assert capsys.readouterr().err.startswith("trane: no such command; choose from train, doctor")
+    for name, said in (("trane", "did you mean train?\n"), ("x", "choose from train, doctor, ")):
+        with pytest.raises(SystemExit) as stopped:
+            main(["lm-jax", name])
+        assert stopped.value.code == 2
+        assert capsys.readouterr().err.startswith(f"{name}: no such command; {said}")
 
 
 def test_what_is_installed():

@@ -13,7 +13,8 @@ PACKAGE = ROOT / "lm_jax"
 # A room imports what stands above it, or in its own folder.
 ORDER = (
     "cuda files console signals door doctor kernels config data models sharding loss optim "
-    "objective metrics step checkpoint workdir evaluate generate run writers distill preflight "
+    "objective metrics step checkpoint workdir evaluate generate run writers distill environment "
+    "preflight "
     "compare setup progress train main __main__ __init__"
 ).split()
 FILES = {path: ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
@@ -107,7 +108,10 @@ def test_code_does_not_grow():
     ("word", "rooms"),
     [
         ("musota", ("models/musota.py", "models/families.py", "config/fields.py")),
-        ("distill", ("distill/", "config/", "setup.py", "preflight/", "doctor/distill/")),
+        (
+            "distill",
+            ("distill/", "config/", "environment.py", "setup.py", "preflight/", "doctor/distill/"),
+        ),
     ],
 )
 def test_a_word_stands_in_its_rooms(word, rooms):

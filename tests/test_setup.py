@@ -4,11 +4,11 @@ import shutil
 
 import pytest
 
-from lm_jax import preflight, train
+from lm_jax import preflight, setup, train
 from lm_jax.checkpoint import Checkpoints
 from lm_jax.config import ConfigError
 from lm_jax.data import open as data_open
-from lm_jax.workdir import open_trained
+from lm_jax.workdir import open_trained, read_record
 from tests.helpers import small
 
 
@@ -46,6 +46,44 @@ def test_a_refused_run_leaves_no_results_of_another(text, tmp_path, monkeypatch)
     with pytest.raises(preflight.Unfit):
         train.train_and_evaluate(small(text, doctor="fast", model__d_model=8), tmp_path)
     assert not list(tmp_path.glob("eval_*")) and not list((tmp_path / "best").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"train__log_every": "0"}, r"config\.train\.log_every"),
+        ({"optim__schedule": "wsd"}, r"config\.optim\.decay"),
+        ({"mesh__fsdp": 7}, r"config\.mesh\.fsdp: 7 does not divide"),
+        ({"data__batch_size": 7, "data__micro_batch": 3}, r"config\.data\.micro_batch"),
+        ({"attention__impl": "cudnn"}, r"config\.attention\.impl: cudnn (needs|cannot)"),
+        (
+            {"tokenizer__kind": "hf", "tokenizer__folder": "none"},
+            r"config\.tokenizer\.folder: none holds no tokenizer\.json",
+        ),
+        ({"distill__teachers": "none"}, r"config\.distill\.teachers: none/config\.json"),
+        (
+            {"distill__cache": "none", "distill__support": "top_k", "distill__top_k": 2},
+            r"config\.distill\.cache: none holds no finished cache",
+        ),
+        ({"data__cache_dir": "file"}, r"config\.data\.cache_dir: .*file is a file"),
+        ({}, r"--workdir: .*file is a file"),
+    ],
+)
+def test_what_cannot_be_is_said_before_data_are_read(text, tmp_path, monkeypatch, changes, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(data_open, "prepare", lambda *_, **__: pytest.fail("data were read"))
+    cfg = small(text, **{"data__cache_dir": str(tmp_path / "cache")} | changes)
+    with pytest.raises(ConfigError, match=said):
+        train.train_and_evaluate(cfg, tmp_path / ("run" if changes else "file"))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_run_says_what_became_of_its_warmup(text, tmp_path):
+    run = setup.assemble(small(text, train__steps="5", optim__warmup="100"), tmp_path)
+    (line,) = (line for line in run.lines if "warmup" in line)
+    assert line == "config.optim.warmup: 100 updates made 1, a fifth of the 5 of the run"
+    assert read_record(tmp_path).cfg.optim.warmup == "1"
 
 
 def test_an_impossible_config_leaves_no_folder(text, tmp_path):

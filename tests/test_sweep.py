@@ -82,7 +82,7 @@ def test_a_folder_for_every_arm_and_seed(tmp_path):
         (["{0}"], [], "a-0: two runs would share it"),
         (["{1}:*"], [], "b.py: lists no ARMS"),
         ([str(ROOT / "configs" / "musota.py:none")], [], "musota.py:none: no such arm"),
-        (["none.py"], [], "none.py: no such file"),
+        (["none.py"], [], "none.py: no such config"),
         ([], ["--config.seed=5"], "--config.seed=5: the sweep sets it for every run"),
         ([], ["--workdir=x"], "--workdir=x: the sweep sets it for every run"),
     ],

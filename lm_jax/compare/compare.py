@@ -1,6 +1,6 @@
 """Compare runs: size, cost, bits per byte with intervals, and a ranking where noise allows one.
 
-    python -m lm_jax.compare RUN RUN ... [--split=test] [--out=DIR]
+    python -m lm_jax.compare runs/a-0 runs/a-1 runs/b-0 --out=comparison
 
 Each RUN is the workdir of a finished run. Runs whose folders differ only in a trailing `-<seed>`
 are the seeds of one arm and must have equal configs. Prints Markdown; with `--out` writes
@@ -273,12 +273,13 @@ def _notes(arms: Sequence[Arm], values: Mapping[str, Any]) -> list[str]:
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    """Compare finished runs: `python -m lm_jax.compare RUN RUN ... [--split=test] [--out=DIR]`."""
+    """Compare finished runs and print the comparison."""
     given = flags.FlagValues()
     flags.DEFINE_enum("split", "test", ["train", "valid", "test"], "Whose scores.", given)
     out = "Folder for compare.md, compare.json and compare.html."
     flags.DEFINE_string("out", None, out, given)
-    folders = parse_flags(given, argv, main.__doc__, others=True)
+    about = (__doc__ or "").partition("\n\nThe values of")[0]
+    folders = parse_flags(given, argv, about, others="RUN RUN ...")
     if not folders:
         misuse("no RUN is given; give the workdirs of finished runs.")
     console.use(aside=True)

@@ -40,7 +40,7 @@ class DataConfig(Section):
 class TokenizerConfig(Section):
     """How text becomes ids."""
 
-    # hf: the tokenizer of a Hugging Face checkpoint
+    # what an id stands for; hf: the tokenizer of a Hugging Face checkpoint
     kind: str = one_of("byte char word bpe hf", default="char")
     folder: str = ""  # of that checkpoint, with tokenizer.json and config.json
     # ids with the separator, for bpe and word; 0: all types (word)
@@ -61,24 +61,25 @@ FAMILY_FIELDS = {
 class ModelConfig(Section):
     """The decoder."""
 
+    # dense: a transformer with the options below; musota: models/musota.py
     family: str = one_of(" ".join(FAMILY_FIELDS), default="dense")
     layers: int = positive(4)  # blocks
     d_model: int = positive(128)  # D, width of the residual stream
     heads: int = positive(4)  # H, query heads
     kv_heads: int = not_negative(0)  # key/value heads, a divisor of heads; 0: as many as heads
     d_ff: int = not_negative(0)  # F, inside the MLP; 0: 4 D, for swiglu 8/3 D (multiple of 8)
-    norm: str = one_of("rmsnorm layernorm", default="rmsnorm")
+    norm: str = one_of("rmsnorm layernorm", default="rmsnorm")  # before each branch and the head
     norm_eps: float = positive(1e-6)  # added to the mean square
-    positions: str = one_of("rotary learned none", default="rotary")
+    positions: str = one_of("rotary learned none", default="rotary")  # how order is told
     rope_theta: float = positive(10_000.0)  # base of the rotary wavelengths
-    # gelu_tanh: the approximation of gelu in GPT-2; relu2: squared ReLU
+    # activation of the MLP; gelu_tanh: the approximation in GPT-2; relu2: squared ReLU
     mlp: str = one_of("swiglu gelu gelu_tanh relu2", default="swiglu")
     qk_norm: bool = False  # RMS-normalise queries and keys per head before rotary
     bias: bool = False  # biases in the linear maps of the blocks and in layernorm
     tied: bool = True  # the head is the embedding table
     # r of a token table [V, r] times [r, D]; 0: one table [V, D]
     embedding_rank: int = not_negative(0)
-    # normal: N(0, init_std^2); fan_in: N(0, 1/inputs)
+    # of matrices; normal: N(0, init_std^2); fan_in: N(0, 1/inputs)
     init: str = one_of("normal fan_in", default="normal")
     init_std: float = positive(0.02)  # std of every table, and of matrices under init "normal"
     dropout: float = share(0.0)  # rate on the residual branches
@@ -103,6 +104,7 @@ class OptimConfig(Section):
     name: str = one_of("adamw muon", default="adamw")
     peak_lr: float = positive(1e-3)  # learning rate after warm-up
     warmup: Duration = Duration("100")  # linear from peak / warmup; the first update has LR > 0
+    # of the learning rate after warm-up; wsd: constant, with a final linear decay
     schedule: str = one_of("cosine linear constant wsd", default="cosine")
     end_lr: float = not_negative(0.1)  # of the last update, as a share of the peak
     decay: Duration = Duration("0")  # schedule "wsd": length of the final linear decay

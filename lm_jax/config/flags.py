@@ -1,53 +1,35 @@
-"""Command-line flags that hold a config; a mistake in them is one sentence."""
+"""Command-line flags, and arguments that stand for one; a mistake in them is one sentence."""
 
 import faulthandler
 import importlib.util
+import itertools
 import pathlib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, NoReturn
 
 from absl import flags, logging
 from ml_collections import config_flags
 
+from lm_jax.config import manual
 from lm_jax.config.fields import Config
-from lm_jax.config.section import ConfigError, field_types, unknown_field
+from lm_jax.config.section import ConfigError, advice, field_types, get, named_fields, unknown_field
 from lm_jax.config.values import Curve, Duration
 
-
-def define_config(given: flags.FlagValues, argv: Sequence[str] | None) -> None:
-    """Define `--config=FILE` and `--config.a.b=value`; end with exit code 2 if one is not there.
-
-    Args:
-        given: the flags of a command.
-        argv: the program's name and its arguments; None: those of the process.
-    """
-    argv = list(sys.argv if argv is None else argv)
-    for argument in argv:
-        name, _, path = argument.partition("=")
-        # A string for `get_config` may follow the path after a colon.
-        if name in ("-config", "--config") and not pathlib.Path(path.split(":")[0]).exists():
-            misuse(f"--config={path}: no such file; give a path as configs/quickstart.py.")
-    overrides = (re.match(r"--?(?:no)?config\.([^=]+)", argument) for argument in argv)
-    try:
-        check_names([match[1] for match in overrides if match])
-    except ConfigError as error:
-        misuse(str(error))
-    for kind in (Duration, Curve):
-        config_flags.register_flag_parser_for_type(kind, flags.ArgumentParser())
-    config_flags.DEFINE_config_file(
-        "config",
-        None,
-        "Config file, as configs/quickstart.py; its fields are --config.a.b.",
-        given,
-        sys_argv=argv,
-    )
+# What a command may be about, and what its usage calls it.
+SUBJECTS = {"config": "CONFIG", "workdir": "RUN", "log": "LOG"}
 
 
 def parse_flags(
-    given: flags.FlagValues, argv: Sequence[str] | None, about: str | None, *, others: bool = False
+    given: flags.FlagValues,
+    argv: Sequence[str] | None,
+    about: str | None,
+    *,
+    subject: Sequence[str] = (),
+    which: Callable[[str], str] | None = None,
+    others: str = "",
 ) -> list[str]:
     """Parse a command's arguments; `--help` ends it with exit code 0, a mistake with 2.
 
@@ -55,28 +37,118 @@ def parse_flags(
         given: the flags that it defined; they have their values afterwards.
         argv: the program's name and its arguments; None: those of the process.
         about: what it does, for `--help`.
-        others: whether it takes arguments that are no flags.
+        subject: flags of which exactly one must be given, of config (which is defined here, with
+            its fields), workdir and log. An argument without a flag is its value.
+        which: of several subjects, the one that such an argument is the value of.
+        others: what the usage calls arguments that are no flags, if there is no subject.
 
     Returns:
         These arguments.
     """
-    argv = sys.argv if argv is None else argv
-    if not {"-h", "--help"}.isdisjoint(argv):
-        print(about, given.get_help(include_special_flags=False), sep="\n")
+    program, *arguments = sys.argv if argv is None else argv
+    takes = others or " | ".join(SUBJECTS[name] for name in subject)
+    usage = f"{_called(program)} {takes} [--FLAG=VALUE ...]"
+    if not {"-h", "--help"}.isdisjoint(arguments):
+        if "config" in subject:
+            _define_config(given, program, [])
+        manual.show(usage, about or "", given, fields=list(subject) == ["config"])
         sys.exit()
+    if not arguments and takes:
+        misuse(f"usage: {usage}; --help tells more")
     faulthandler.enable(2)
     logging.use_absl_handler()
-    given.append_flag_values(flags.FLAGS)  # --verbosity and what else libraries define
-    given.set_gnu_getopt()
-    flags.FLAGS.mark_as_parsed()
     try:
-        rest = given(argv)[1:]
-    except (ConfigError, flags.Error) as error:
-        # What `get_config` refuses comes with a traceback before it.
-        misuse(re.split(r"\n(?:[\w.]*ConfigError|ValueError): ", str(error))[-1].strip())
+        named, rest = _split(arguments, given)
+        if subject:
+            if len({_name(word) for word in named} & set(subject)) + len(rest) != 1:
+                raise ConfigError(f"give {takes.replace(' |', ' or')}, just one; see --help.")
+            choose = which or (lambda _: subject[0])
+            named += [f"--{choose(argument)}={argument}" for argument in rest]
+            rest = []
+        if "config" in subject:
+            named = _define_config(given, program, named)
+        given.append_flag_values(flags.FLAGS)  # --verbosity and what else libraries define
+        flags.FLAGS.mark_as_parsed()
+        rest = given([program, *named, "--", *rest])[1:]
+    except (ValueError, OSError, flags.Error) as error:
+        misuse(_sentence(error, given))
     if rest and not others:
         misuse(f"{rest[0]}: not a flag; see --help.")
     return rest
+
+
+def _called(program: str) -> str:
+    """How a program was called: `python -m lm_jax.main`, `python scripts/sweep.py`, `lm-jax`."""
+    path = pathlib.Path(program)
+    if path.suffix != ".py":
+        return program
+    *_, own = ".".join(path.with_suffix("").parts).split("lm_jax.")
+    if "lm_jax" in path.parts[:-1]:
+        return f"python -m lm_jax.{own.removesuffix('.__main__')}"
+    return f"python {program}"
+
+
+def _name(word: str) -> str:
+    """The name of the flag in `--name=value` or `--name`."""
+    return word.lstrip("-").partition("=")[0]
+
+
+def _split(arguments: Sequence[str], given: flags.FlagValues) -> tuple[list[str], list[str]]:
+    """The flags, each in one word with its value, and the arguments that are none."""
+    alone = {name for known in (given, flags.FLAGS) for name in known if known[name].boolean}
+    alone |= {f"config.{path}" for path, value in named_fields(Config()) if isinstance(value, bool)}
+    named: list[str] = []
+    rest: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        if word == "--":
+            rest += words
+        elif not word.startswith("-"):
+            rest.append(word)
+        elif "=" in word or not {_name(word), _name(word).removeprefix("no")}.isdisjoint(alone):
+            named.append(word)
+        else:
+            named.append("=".join([word, *itertools.islice(words, 1)]))
+    return named, rest
+
+
+def _define_config(given: flags.FlagValues, program: str, named: Sequence[str]) -> list[str]:
+    """Define `--config` and what it overrides; returns the flags with that one in front.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it has no such arm, or a field that is overridden does not exist.
+    """
+    check_names([path for word in named if (path := _name(word).partition("config.")[2])])
+    about = "File, or name of a shipped config; FILE:ARM where it has arms."
+    specs = [word.partition("=")[2] for word in named if _name(word) == "config"]
+    if not specs:
+        flags.DEFINE_string("config", None, about, given)
+        return [*named]
+    spec = find_config(specs[-1])
+    cfg = load_config(spec)
+    named = [f"--config={spec}", *(word for word in named if _name(word) != "config")]
+    for kind in (Duration, Curve):
+        config_flags.register_flag_parser_for_type(kind, flags.ArgumentParser())
+    config_flags.DEFINE_config_dataclass(
+        "config", cfg, about, given, sys_argv=[program, *named], parse_fn=lambda _: cfg
+    )
+    return named
+
+
+def _sentence(error: Exception, given: flags.FlagValues) -> str:
+    """What is wrong with the flags."""
+    if isinstance(error, flags.UnrecognizedFlagError):
+        name = f"--{error.flagname}"
+        known = [f"--{own}" for own in given if own not in flags.FLAGS and "." not in own]
+        return f"{name}: there is no such flag; {advice(name, known)}"
+    text = str(error)
+    if missing := re.fullmatch(r"flag --(\w+)=None: .* other than None\.", text):
+        return f"--{missing[1]} is missing; give it."
+    if wrong := re.match(r"flag --config\.([\w.]+)=(.*?): (?!config\.)", text):
+        kind = type(get(Config(), wrong[1])).__name__
+        return f"config.{wrong[1]}: {wrong[2]!r} is no {kind}; give one."
+    return text
 
 
 def check_names(paths: Sequence[str]) -> None:
@@ -84,12 +156,19 @@ def check_names(paths: Sequence[str]) -> None:
     for path in paths:
         section: Any = Config
         parts = path.split(".")
-        for depth, name in enumerate(parts):
+        for depth, name in enumerate(parts, start=1):
             types = field_types(section)
+            if not types:
+                own = ".".join(["config", *parts[: depth - 1]])
+                raise ConfigError(f"config.{path}: {own} has no fields; give --{own}.")
             if name not in types:
-                valid = list(types) or [parts[depth - 1]]
-                raise ConfigError(unknown_field(".".join(parts[: depth + 1]), valid))
+                raise ConfigError(unknown_field(".".join(parts[:depth]), list(types)))
             section = types[name]
+        if types := field_types(section):
+            raise ConfigError(
+                f"config.{path}: is a section; give one of its fields, as config.{path}."
+                f"{next(iter(types))}."
+            )
 
 
 def run_name(spec: str, seed: int) -> str:
@@ -98,14 +177,36 @@ def run_name(spec: str, seed: int) -> str:
     return "-".join(filter(None, [pathlib.Path(path).stem, arm, str(seed)]))
 
 
+def find_config(spec: str) -> str:
+    """FILE or FILE:ARM for FILE, NAME, FILE:ARM or NAME:ARM, with the name of a shipped config.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+    """
+    path, colon, arm = spec.partition(":")
+    known = manual.shipped()
+    if pathlib.Path(path).is_file():
+        return spec
+    if path in known:
+        return f"{known[path]}{colon}{arm}"
+    hint = advice(pathlib.Path(path).stem, list(known)) if known else "give the path of a file."
+    raise FileNotFoundError(f"{path}: no such config; {hint}")
+
+
+def is_config(spec: str) -> bool:
+    """Whether a text names a config, which need not be there, rather than a run or a log."""
+    path = spec.partition(":")[0]
+    return path.endswith(".py") or path in manual.shipped()
+
+
 def load_config(spec: str) -> Config:
-    """The config of FILE or FILE:ARM.
+    """The config of what `find_config` takes.
 
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if it has no such arm.
     """
-    path, _, arm = spec.partition(":")
+    path, _, arm = find_config(spec).partition(":")
     return load_module(pathlib.Path(path)).get_config(*([arm] if arm else []))
 
 

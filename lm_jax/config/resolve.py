@@ -2,12 +2,23 @@
 
 import copy
 import math
+from typing import NamedTuple
 
 from lm_jax.config.fields import Config, DataConfig
 from lm_jax.config.rules import validate
-from lm_jax.config.section import ConfigError, named_fields
+from lm_jax.config.section import named_fields
 from lm_jax.config.values import Duration
 from lm_jax.kernels import device
+
+_OF_CALLS = ("train.steps", "train.eval_every", "train.checkpoint_every")
+
+
+class Span(NamedTuple):
+    """A duration in updates."""
+
+    written: int
+    taken: int
+    why: str = ""  # the two differ
 
 
 def _steps_of(value: Duration, data: DataConfig, windows: int) -> int:
@@ -18,38 +29,45 @@ def _steps_of(value: Duration, data: DataConfig, windows: int) -> int:
     return math.ceil(amount / per_step[unit] - 1e-9)
 
 
-def rounded(cfg: Config, *, windows: int) -> dict[str, tuple[int, int]]:
-    """Spans that are rounded to whole calls of `train.steps_per_call`, by field: (exact, rounded).
+def spans(cfg: Config, *, windows: int) -> dict[str, Span]:
+    """The durations of a run in updates, by field.
 
-    A call of another length would be compiled anew. Spans written in steps stay as they are.
+    What is written in tokens or epochs becomes whole calls of `train.steps_per_call`, for a call of
+    another length would be compiled anew. A warm-up that the run would never end takes a fifth of
+    it, the most that the doctor (optimiser.warmup) finds in order; a decay takes what is left.
     """
-    call, spans = cfg.train.steps_per_call, {}
-    for name in ("steps", "eval_every", "checkpoint_every"):
-        value = getattr(cfg.train, name)
-        exact = _steps_of(value, cfg.data, windows)
-        if exact % call and value.parts()[1] != "step":
-            spans[f"train.{name}"] = exact, call * max(1, round(exact / call))
-    return spans
+    call, found = cfg.train.steps_per_call, {}
+    for path, value in named_fields(cfg):
+        if isinstance(value, Duration):
+            exact = _steps_of(value, cfg.data, windows)
+            found[path] = Span(exact, exact)
+            if path in _OF_CALLS and exact % call and value.parts()[1] != "step":
+                whole = call * max(1, round(exact / call))
+                why = f"whole calls of config.train.steps_per_call={call}"
+                found[path] = Span(exact, whole, why)
+    steps, warmup, decay = (found[f].taken for f in ("train.steps", "optim.warmup", "optim.decay"))
+    if warmup >= steps:
+        why = f"a fifth of the {steps:,} of the run"
+        found["optim.warmup"] = Span(warmup, steps // 5, why)
+    if decay > (left := steps - found["optim.warmup"].taken):
+        found["optim.decay"] = Span(decay, left, f"what the warm-up leaves of {steps:,}")
+    return found
 
 
 def resolve(cfg: Config, *, windows: int) -> Config:
     """Fill in derived values: durations in steps, numbers for zeros that mean "as ...", the dtype.
 
     Args:
-        cfg: a valid config.
+        cfg: the config as written.
         windows: windows in one epoch of the training split.
 
     Raises:
-        ConfigError: if warm-up and decay do not fit into the run.
+        ConfigError: if it is impossible.
     """
     cfg = copy.deepcopy(validate(cfg))
-    whole_calls = rounded(cfg, windows=windows)
-    for path, value in named_fields(cfg):
-        if isinstance(value, Duration):
-            section, name = path.split(".")
-            exact = _steps_of(value, cfg.data, windows)
-            _, steps = whole_calls.get(path, (exact, exact))
-            setattr(getattr(cfg, section), name, str(steps))
+    for path, span in spans(cfg, windows=windows).items():
+        section, name = path.split(".")
+        setattr(getattr(cfg, section), name, str(span.taken))
     model = cfg.model
     if model.reads("kv_heads"):
         model.kv_heads = model.kv_heads or model.heads
@@ -59,23 +77,4 @@ def resolve(cfg: Config, *, windows: int) -> Config:
     cfg.train.compute_dtype, _ = device.choose_dtype(cfg.train.compute_dtype)
     cfg.eval.batch_size = cfg.eval.batch_size or cfg.data.batch_size
     cfg.eval.stride = cfg.eval.stride or cfg.data.seq_len
-
-    steps, warmup, decay = map(int, (cfg.train.steps, cfg.optim.warmup, cfg.optim.decay))
-    if steps < 1:
-        raise ConfigError("config.train.steps: the run has no update; give 1 step or more.")
-    if cfg.optim.schedule == "wsd" and not 0 < decay <= steps - warmup:
-        raise ConfigError(
-            f"config.optim.decay: {decay} steps do not fit between warm-up and the end of "
-            f"{steps} steps; schedule wsd needs a decay of 1 to {max(1, steps - warmup)} steps."
-        )
-    if cfg.optim.schedule != "wsd" and decay:
-        raise ConfigError(
-            f"config.optim.decay: only schedule wsd reads it, not {cfg.optim.schedule}; "
-            "set it to 0 or the schedule to wsd."
-        )
-    if warmup >= steps:
-        raise ConfigError(
-            f"config.optim.warmup: {warmup} steps leave nothing of a run of {steps} steps; "
-            "shorten it below config.train.steps."
-        )
     return cfg

@@ -7,16 +7,16 @@ import re
 from collections.abc import Container, Iterator
 
 from lm_jax.config.fields import INSIDE, ROUTED, STATES, Config, DistillConfig, ModelConfig
-from lm_jax.config.section import ConfigError, get, marks, named_fields, nearest
+from lm_jax.config.section import ConfigError, advice, get, marks, named_fields
 from lm_jax.config.values import Curve
 
 
 def validate(cfg: Config) -> Config:
     """Return `cfg`, or raise ConfigError on the first impossible value or combination."""
-    for rule in (_values, _data, _tokenizer, _distillation, _model, _evaluation):
+    for rule in (_values, _data, _spans, _tokenizer, _distillation, _model, _evaluation):
         for found in rule(cfg):
             path, _, problem = found.partition(": ")
-            end = "" if problem.endswith("?") else "."
+            end = "" if problem[-1] in ".?" else "."
             raise ConfigError(f"config.{path}: {get(cfg, path)!r} {problem}{end}")
     return cfg
 
@@ -26,8 +26,7 @@ def _values(cfg: Config) -> Iterator[str]:
     for path, found in marks(Config):
         value, choices, bound = get(cfg, path), found.get("choices"), found.get("bound")
         if choices and value not in choices:
-            close = nearest(value, choices)
-            yield f"{path}: is none of {', '.join(choices)}; did you mean {close!r}?"
+            yield f"{path}: does not exist; {advice(value, choices)}"
         if bound and not bound.holds(value):
             yield f"{path}: {bound.otherwise}"
 
@@ -39,8 +38,27 @@ def _data(cfg: Config) -> Iterator[str]:
             f"data.files: does not fit config.data.corpus={data.corpus!r}; "
             'name the training files with corpus "text", and only there'
         )
+    for split in {"valid", *eval_splits(cfg)} & {"valid", "test"} if data.corpus == "text" else ():
+        if not getattr(data, f"{split}_files") and not getattr(data, f"{split}_fraction"):
+            remedy = f"raise it, or name config.data.{split}_files"
+            yield f"data.{split}_fraction: leaves no {split} split, which is scored; {remedy}"
     if data.valid_fraction + data.test_fraction >= 1:
         yield "data.valid_fraction: and test_fraction leave no text; lower them"
+
+
+def _spans(cfg: Config) -> Iterator[str]:
+    """Durations that are nothing in any unit."""
+    decays, schedule = bool(cfg.optim.decay.parts()[0]), cfg.optim.schedule
+    for name in ("steps", "log_every"):
+        if not getattr(cfg.train, name).parts()[0]:
+            yield f"train.{name}: is no update; give 1 or more"
+    if schedule == "wsd" and not decays:
+        yield "optim.decay: is nothing, but schedule wsd ends with it; give a part of the run"
+    if schedule != "wsd" and decays:
+        yield (
+            f"optim.decay: is read by schedule wsd alone, not by {schedule}; "
+            "set it to 0, or config.optim.schedule to wsd"
+        )
 
 
 def _tokenizer(cfg: Config) -> Iterator[str]:

@@ -68,11 +68,15 @@ class Section:
     def __setattr__(self, name: str, value: Any) -> None:
         """Set a field, or raise ConfigError naming it and the remedy."""
         types = field_types(type(self))
-        own = type(self).__name__.removesuffix("Config").lower()
-        path = f"{own}.{name}" if own else name
+        path = ".".join(filter(None, (_place(type(self)), name)))
         if name not in types:
             raise ConfigError(unknown_field(path, list(types)))
         object.__setattr__(self, name, _typed(path, value, types[name]))
+
+
+def _place(section: type[Section]) -> str:
+    """The name of the field of `Config` that a section is; empty for `Config` itself."""
+    return section.__name__.removesuffix("Config").lower()
 
 
 def field_types(section: Any) -> dict[str, Any]:
@@ -100,16 +104,41 @@ def get(section: Section, path: str) -> Any:
     return operator.attrgetter(path)(section)
 
 
-def nearest(name: str, names: Sequence[str]) -> str:
-    """The one of `names` that is spelt most like `name`."""
-    return difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
+def close(name: str, names: Sequence[str]) -> list[str]:
+    """The one of `names` that is spelt nearly like `name`, or none."""
+    return difflib.get_close_matches(name, names, n=1)
+
+
+def advice(name: str, names: Sequence[str]) -> str:
+    """The end of the sentence for an unknown name: the near one, or all `names` that there are."""
+    if near := close(name, names):
+        return f"did you mean {near[0]}?"
+    return f"choose from {', '.join(names)}."
 
 
 def unknown_field(path: str, names: Sequence[str]) -> str:
     """The sentence for an unknown field at dotted `path`; `names` are the fields there are."""
     *parents, last = path.split(".")
-    meant = ".".join([*parents, nearest(last, names)])
-    return f"config.{path}: there is no such field; did you mean config.{meant}?"
+    here = {name: ".".join([*parents, name]) for name in names}
+    everywhere = [
+        (name, ".".join(filter(None, (_place(section), name))))
+        for section in Section.__subclasses__()
+        for name, kind in field_types(section).items()
+        if not field_types(kind)
+    ]
+    meant = (
+        [here[name] for name in close(last, names)]
+        or [found for name, found in here.items() if last in name.split("_")]
+        or [found for name, found in everywhere if last in (name, *name.split("_"))]
+        or [
+            found for name, found in everywhere if [name] == close(last, [n for n, _ in everywhere])
+        ]
+    )
+    if meant:
+        advised = f"did you mean {' or '.join(f'config.{found}' for found in meant)}?"
+    else:
+        advised = f"{'.'.join(['config', *parents])} has {', '.join(names)}."
+    return f"config.{path}: there is no such field; {advised}"
 
 
 def _typed(path: str, value: Any, expected: Any) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from lm_jax.config.section import nearest
+from lm_jax.config.section import advice
 from lm_jax.data import files as source_files
 from lm_jax.data import shards, wikitext
 from lm_jax.data.files import Hashed, hash_json
@@ -90,10 +90,7 @@ def open_corpus(
         return _text(patterns, source, cache, document, held_out)
     if corpus.startswith("tfds:"):
         return _tfds(corpus.removeprefix("tfds:"), source or cache / "tfds", held_out)
-    meant = nearest(corpus, CORPORA)
-    raise ValueError(
-        f"data.corpus={corpus!r} does not exist: did you mean --config.data.corpus={meant}?"
-    )
+    raise ValueError(f"config.data.corpus: {corpus!r} does not exist; {advice(corpus, CORPORA)}")
 
 
 def _synthetic() -> Corpus:

@@ -94,6 +94,15 @@ def write_cache(
     return N
 
 
+def require_cache(folder: pathlib.Path) -> None:
+    """Raise ConfigError if a folder holds no finished cache."""
+    if not (folder / MANIFEST).exists():
+        raise ConfigError(
+            f"config.distill.cache: {folder} holds no finished cache; run "
+            "scripts/cache_teacher.py first."
+        )
+
+
 def open_cache(cfg: Config, store: Store) -> tuple[Callable[[Batch], Batch], str]:
     """A function that adds `kept_ids` and `kept_log_p` [..., T, k (+ 1)] to batches of the run.
 
@@ -104,11 +113,7 @@ def open_cache(cfg: Config, store: Store) -> tuple[Callable[[Batch], Batch], str
         ConfigError: if there is no finished cache, or one of other data, tokenizer or options.
     """
     folder = pathlib.Path(cfg.distill.cache)
-    if not (folder / MANIFEST).exists():
-        raise ConfigError(
-            f"config.distill.cache: {folder} holds no finished cache; run "
-            "scripts/cache_teacher.py first."
-        )
+    require_cache(folder)
     manifest = (folder / MANIFEST).read_bytes()
     kept = json.loads(manifest)
     for name, wanted in describe_cache(cfg, store).items():

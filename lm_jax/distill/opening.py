@@ -21,10 +21,23 @@ from lm_jax.evaluate import Evaluator
 from lm_jax.files import write_json
 from lm_jax.models import huggingface
 from lm_jax.models.families import choose_attention, create_model
-from lm_jax.workdir import SCORES, TEACHER, Trained, open_trained
+from lm_jax.workdir import SCORES, TEACHER, Trained, open_trained, read_record
 
 TOLERANCE = 1e-3  # of a teacher's loss on another device or in another precision
 WHERE = "config.distill.teachers"
+
+
+def require_teachers(cfg: Config) -> None:
+    """Raise ConfigError if a folder that `config.distill` names is not there, or is no teacher."""
+    if cfg.distill.cache:
+        cache.require_cache(pathlib.Path(cfg.distill.cache))
+    named = [(WHERE, name.strip()) for name in cfg.distill.teachers.split(",")]
+    for field, name in [*named, ("config.distill.alone", cfg.distill.alone)]:
+        if name and not (field == WHERE and _is_hugging_face(pathlib.Path(name))):
+            try:
+                read_record(pathlib.Path(name), checkpoints=True)
+            except FileNotFoundError as error:
+                raise ConfigError(f"{field}: {error}") from error
 
 
 def open_teacher(cfg: Config, store: Store, mesh: Mesh | None = None) -> Teacher:
@@ -82,11 +95,16 @@ def _shares(run: Trained, store: Store) -> bool:
     return run.store.tokenizer.content_hash == store.tokenizer.content_hash
 
 
+def _is_hugging_face(folder: pathlib.Path) -> bool:
+    """True for a checkpoint of Hugging Face, False for a run or nothing."""
+    fields = folder / "config.json"
+    return fields.exists() and "model_type" in json.loads(fields.read_text())
+
+
 def _open(name: str, cfg: Config, store: Store, mesh: Mesh) -> Trained:
     """A run, or a Hugging Face checkpoint as if it were one."""
     folder = pathlib.Path(name)
-    fields = folder / "config.json"
-    if not fields.exists() or "model_type" not in json.loads(fields.read_text()):
+    if not _is_hugging_face(folder):
         return _open_run(WHERE, name, mesh)
     try:
         model, vocab_size, max_len, params = huggingface.load(folder)

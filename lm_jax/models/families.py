@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
-from lm_jax.config import Config, ModelConfig
+from lm_jax.config import Config, ConfigError, ModelConfig
 from lm_jax.kernels import attention
 from lm_jax.models import musota
 from lm_jax.models.layers import Decoder
@@ -88,6 +88,21 @@ def choose_attention(cfg: Config) -> tuple[str, str]:
         attention_dropout=cfg.model.attention_dropout,
     )
     return impl, reason + own.attention_note
+
+
+def require_attention(cfg: Config, dtype: str) -> None:
+    """Raise ConfigError if the attention that a config names cannot compute in `dtype` here."""
+    if cfg.attention.impl == "auto":
+        return
+    reason = attention.refusal(
+        cfg.attention.impl,
+        seq_len=cfg.data.seq_len,
+        head_dim=family(cfg.model).heads(cfg.model)[2],
+        dtype=dtype,
+        attention_dropout=cfg.model.attention_dropout,
+    )
+    if reason:
+        raise ConfigError(f"config.attention.impl: {cfg.attention.impl} {reason}.")
 
 
 def create_model(cfg: Config, vocab_size: int, impl: str) -> tuple[nnx.GraphDef, Callable]:

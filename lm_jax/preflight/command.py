@@ -1,9 +1,11 @@
 """Preflight of a config, post-mortem of a run or of any trainer's log.
 
-    python -m lm_jax.doctor --config=FILE [--config.a.b=...] [--level=full]
-    python -m lm_jax.doctor --workdir=DIR
-    python -m lm_jax.doctor --log=FILE_OR_FOLDER [--map=loss=COLUMN,step=COLUMN] [--vocab_size=V]
-        [--steps=N] [--references=unigram=760,kn2=250]
+    python -m lm_jax.doctor configs/quickstart.py --level=full
+    python -m lm_jax.doctor runs/quickstart-0
+    python -m lm_jax.doctor log.txt --map=loss=train_loss --vocab_size=65
+
+What stands without a flag is a config, a run's folder or a log, by what is there. Fields of a
+config are set as for `python -m lm_jax.main`, whose --help lists them.
 
 A log is a CSV, JSON or JSONL file, what a trainer printed, events of TensorBoard, or a folder.
 
@@ -21,11 +23,12 @@ from typing import Any
 from absl import flags
 
 from lm_jax import console, doctor, preflight
-from lm_jax.config.flags import define_config, misuse, parse_flags
+from lm_jax.config.flags import is_config, parse_flags
 from lm_jax.doctor.facts import annotations, require
 from lm_jax.doctor.log.read import LogFile, number, read_log
 from lm_jax.doctor.log.subject import Subject
 from lm_jax.door import command
+from lm_jax.workdir import METRICS
 
 # Facts of a log that are numbers; their help is that of `examine_log`.
 _WHOLE = ("vocab_size", "split_tokens", "steps")
@@ -83,16 +86,19 @@ def _pairs(flag: str, items: list[str]) -> dict[str, str]:
     return found
 
 
+def _which(argument: str) -> str:
+    """Whether an argument without a flag is a config, the folder of a run or a log."""
+    if is_config(argument):
+        return "config"
+    return "workdir" if (pathlib.Path(argument) / METRICS).exists() else "log"
+
+
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Examine what the flags name, print the findings and exit."""
     given = flags.FlagValues()
-    define_config(given, argv)
     _define(given)
-    if others := parse_flags(given, argv, __doc__, others=True):
-        misuse(f"{others[0]}: not a flag; give files as --config=, --workdir= or --log=.")
-    if sum(given[name].value is not None for name in ("config", "workdir", "log")) != 1:
-        misuse("give one of --config, --workdir and --log.")
+    parse_flags(given, argv, __doc__, subject=["config", "workdir", "log"], which=_which)
     console.use(aside=True)
     log: LogFile | None = None
     if given.config is not None:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from lm_jax.config.section import nearest
+from lm_jax.config.section import advice
 from lm_jax.data.tokenizers.base import FILE_NAME, Tokenizer, split_words
 from lm_jax.data.tokenizers.hf import HfTokenizer
 from lm_jax.data.tokenizers.kinds import (
@@ -70,8 +70,7 @@ def train_tokenizer(kind: str, documents: Iterable[str], vocab_size: int) -> Tok
             )
         tokenizer = BpeTokenizer.train(documents, vocab_size)
     else:
-        meant = nearest(kind, list(KINDS))
-        raise ValueError(f"tokenizer.kind={kind!r} does not exist: did you mean {meant!r}?")
+        raise ValueError(f"tokenizer.kind={kind!r} does not exist: {advice(kind, list(KINDS))}")
     if vocab_size not in (0, tokenizer.vocab_size):
         fitting = tokenizer.vocab_size if kind == "bpe" else 0
         raise ValueError(

@@ -1,0 +1,138 @@
+"""What `--help` tells: the flags of a command, the shipped configs and the fields of a config."""
+
+import argparse
+import ast
+import inspect
+import io
+import pathlib
+import tokenize
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from absl import flags
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+import lm_jax
+from lm_jax.config import fields
+from lm_jax.config.fields import Config
+from lm_jax.config.section import field_types, get, marks
+
+WIDEST = 110  # columns; text in wider ones is hard to read
+Row = tuple[str, str, str]  # name, default, meaning
+
+
+def shipped() -> dict[str, pathlib.Path]:
+    """The configs by name: those in `./configs`, else those that lie beside the package."""
+    beside = pathlib.Path(lm_jax.__file__).parents[1] / "configs"
+    folder = next((f for f in (pathlib.Path("configs"), beside) if f.is_dir()), beside)
+    return {path.stem: path for path in sorted(folder.glob("*.py"))}
+
+
+def meanings() -> dict[str, str]:
+    """What each field of the config means, by dotted path: its comments in `fields.py`.
+
+    A comment may stand on the lines of a field or, alone, above it.
+    """
+    source = inspect.getsource(fields)
+    comments = {
+        token.start[0]: token.string.lstrip("# ")
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+        if token.type == tokenize.COMMENT
+    }
+    alone = {i for i, line in enumerate(source.splitlines(), 1) if line.lstrip().startswith("#")}
+    by_class: dict[str, dict[str, str]] = {}
+    for section in ast.parse(source).body:
+        if isinstance(section, ast.ClassDef):
+            found = by_class.setdefault(section.name, {})
+            for node in section.body:
+                if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                    first = node.lineno
+                    while first - 1 in alone:
+                        first -= 1
+                    lines = range(first, (node.end_lineno or first) + 1)
+                    found[node.target.id] = " ".join(comments[i] for i in lines if i in comments)
+    return dict(_by_path(Config, by_class))
+
+
+def _by_path(section: type, by_class: dict[str, dict[str, str]]) -> Iterator[tuple[str, str]]:
+    for name, kind in field_types(section).items():
+        if field_types(kind):
+            yield from ((f"{name}.{path}", text) for path, text in _by_path(kind, by_class))
+        else:
+            yield name, by_class[section.__name__][name]
+
+
+def show(usage: str, about: str, given: flags.FlagValues, *, fields: bool) -> None:
+    """Print the help of a command.
+
+    Args:
+        usage: its first line.
+        about: what the command does; lines that are indented are examples.
+        given: its flags.
+        fields: whether it takes a config, whose fields and shipped files are told too.
+    """
+    console = Console(highlight=False)
+    console.width = min(console.width, WIDEST) if console.is_terminal else 80
+    console.print(Text(f"usage: {usage}\n"))
+    for paragraph in about.strip().split("\n\n"):
+        example = paragraph.startswith(" ")
+        console.print(Text(f"{paragraph if example else ' '.join(paragraph.split())}\n"))
+    _print_rows(console, "Flags", [_flag_row(given[name]) for name in sorted(given)])
+    if not fields:
+        return
+    _print_rows(console, "Configs", [(str(path), _summary(path)) for path in shipped().values()])
+    means = meanings()
+    sections = {name: kind for name, kind in field_types(Config).items() if field_types(kind)}
+    single = [_field_row(name, means) for name in means if "." not in name]
+    title = "Fields of a config, as --config.seed=1 and --config.optim.peak_lr=1e-3"
+    _print_rows(console, title, single)
+    for name, kind in sections.items():
+        rows = [_field_row(f"{name}.{field}", means) for field in field_types(kind)]
+        _print_rows(console, f"{name}: {inspect.getdoc(kind)}", rows)
+
+
+def script_parser(about: str | None) -> argparse.ArgumentParser:
+    """A parser whose help tells defaults, and the first two paragraphs of a script's docstring."""
+    about = "\n\n".join(inspect.cleandoc(about or "").split("\n\n")[:2])
+    return argparse.ArgumentParser(description=about, formatter_class=_WithDefaults)
+
+
+class _WithDefaults(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Neither fills the description nor names a default that is nothing."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return super()._get_help_string(action) if action.default else action.help
+
+
+def _print_rows(console: Console, title: str, rows: Sequence[Sequence[str]]) -> None:
+    """A title, and names with what is known of them in columns."""
+    console.print(Text(title, style="bold"))
+    table = Table.grid(padding=(0, 2, 0, 0))
+    *known, _ = rows[0]
+    for style, width, _ in zip(("cyan", "green"), (20, 15), known, strict=False):
+        table.add_column(style=style, min_width=width)
+    table.add_column()
+    for row in rows:
+        table.add_row(*map(Text, row))
+    console.print(Padding(table, (0, 0, 0, 2)))
+    console.print()
+
+
+def _flag_row(flag: Any) -> Row:
+    name = f"--[no]{flag.name}" if flag.boolean else f"--{flag.name}"
+    default = "" if flag.default in (None, []) else str(flag.default)
+    return name, default, flag.help
+
+
+def _field_row(path: str, means: dict[str, str]) -> Row:
+    choices = " | ".join(dict(marks(Config))[path].get("choices", ()))
+    meaning = "; ".join(filter(None, (choices, means[path])))
+    return path.rpartition(".")[2], str(get(Config(), path)), meaning
+
+
+def _summary(path: pathlib.Path) -> str:
+    """The first line of a module's docstring; the module is not imported."""
+    return (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n")[0]
