@@ -21,7 +21,7 @@ from flax import nnx
 
 from lm_jax import config
 from lm_jax.config.flags import parse_flags
-from lm_jax.workdir import Trained, open_trained
+from lm_jax.workdir import SAMPLES, Trained, open_trained
 
 
 class ArgumentError(ValueError):
@@ -246,7 +246,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (ArgumentError, config.ConfigError, FileNotFoundError) as error:
         sys.exit(str(error))
     del options["tokens"]  # each record holds its tokens
-    with (workdir / "samples.jsonl").open("a") as file:
+    with (workdir / SAMPLES).open("a") as file:
         for one in made:
             record = {"step": run.step, **options, **dataclasses.asdict(one)}
             file.write(json.dumps(record) + "\n")

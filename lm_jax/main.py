@@ -48,14 +48,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parse_flags(given, argv, __doc__)
     keep_freed_memory()
 
-    from lm_jax import preflight, sharding
+    from lm_jax import preflight, sharding, writers
     from lm_jax.train import train_and_evaluate
 
     sharding.initialize()
     cfg, spec = given.config, config_flags.get_config_filename(given["config"])
     workdir = given.workdir or f"runs/{run_name(spec, cfg.seed)}"
     try:
-        store = open_data(rules.validate(cfg))
+        writers.check(rules.validate(cfg))
+        store = open_data(cfg)
     except (ValueError, OSError) as error:
         sys.exit(str(error))
     try:

@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from lm_jax import metrics, preflight, step
+from lm_jax import metrics, preflight, report, step
 from lm_jax.checkpoint import Manifest
 from lm_jax.data.references import references
 from lm_jax.doctor import provenance
 from lm_jax.models.families import family
 from lm_jax.setup import Setup
 from lm_jax.step import TrainState
+from lm_jax.trace import Trace
 from lm_jax.writers import Writers
 
 Batch = dict[str, np.ndarray]
@@ -43,9 +44,8 @@ class Progress:
         """
         cfg = run.cfg
         self.run, self.manifest = run, manifest
-        self._writers = Writers(
-            run.folder, steps=run.steps, start=run.start, tensorboard=cfg.train.tensorboard
-        )
+        self._writers = Writers(run.folder, cfg, start=run.start)
+        self._trace = Trace(run.folder, cfg.train.profile.updates())
         self.say = self._writers.say
         first, *others = run.lines
         self.say(f"{first} from update {run.start:,}")
@@ -65,6 +65,7 @@ class Progress:
 
     def __exit__(self, *error: object) -> None:
         """Close the files."""
+        self._trace.close()
         self._writers.close()
 
     def waited(self, batches: Iterable[tuple[range, Batch]]) -> Iterator[tuple[range, Batch]]:
@@ -77,6 +78,7 @@ class Progress:
             except StopIteration:
                 return
             self._input_wait = time.perf_counter() - self._began
+            self._trace.before(item[0])
             yield item
 
     def dispatched(
@@ -100,6 +102,7 @@ class Progress:
         cfg, run = self.run.cfg, self.run
         values = jax.device_get(call.metrics)
         seconds = time.perf_counter() - call.began
+        self._trace.after(call.updates)
         per_update = cfg.data.batch_size * cfg.data.seq_len
         speed = metrics.throughput(
             tokens=len(call.updates) * per_update,
@@ -160,9 +163,12 @@ class Progress:
             f"step {position}/{self.run.steps}  valid loss {result['loss']:.4f}  word ppl "
             f"{result['word_ppl']:.2f}  bits per byte {result['bits_per_byte']:.4f}"
         )
-        if self.run.cfg.doctor != "off" and jax.process_index() == 0:
-            for line in self._watch.look(references(self.run.store, "valid")):
-                self.say(line)
+        if jax.process_index() == 0:
+            lines = references(self.run.store, "valid")
+            if self.run.cfg.doctor != "off":
+                for line in self._watch.look(lines):
+                    self.say(line)
+            report.write(self.run.folder, lines)
         best = self.manifest["best_loss"]
         if not result["loss"] < (math.inf if best is None else best):
             return False

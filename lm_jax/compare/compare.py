@@ -30,11 +30,9 @@ The values of `compare.json`:
 """
 
 import dataclasses
-import importlib.util
 import itertools
 import math
 import pathlib
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -61,7 +59,7 @@ class Comparison:
         return tables.markdown(self.values)
 
     def html(self) -> str:
-        """One page with the figures; needs matplotlib."""
+        """One page with the figures."""
         return page.html(self.values)
 
 
@@ -290,7 +288,4 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "compare.md", comparison.markdown())
     write_json(folder / "compare.json", comparison.values)
-    if importlib.util.find_spec("matplotlib") is None:
-        print("No compare.html without matplotlib: pip install 'lm_jax[plots]'.", file=sys.stderr)
-        return
     write_text(folder / "compare.html", comparison.html())

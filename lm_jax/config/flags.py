@@ -14,7 +14,7 @@ from ml_collections import config_flags
 
 from lm_jax.config.fields import Config
 from lm_jax.config.section import ConfigError, field_types, unknown_field
-from lm_jax.config.values import Curve, Duration
+from lm_jax.config.values import Curve, Duration, Span
 
 
 def define_config(given: flags.FlagValues, argv: Sequence[str] | None) -> None:
@@ -35,7 +35,7 @@ def define_config(given: flags.FlagValues, argv: Sequence[str] | None) -> None:
         check_names([match[1] for match in overrides if match])
     except ConfigError as error:
         misuse(str(error))
-    for kind in (Duration, Curve):
+    for kind in (Duration, Curve, Span):
         config_flags.register_flag_parser_for_type(kind, flags.ArgumentParser())
     config_flags.DEFINE_config_file(
         "config",

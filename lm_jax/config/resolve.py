@@ -78,6 +78,11 @@ def resolve(cfg: Config, *, windows: int) -> Config:
             f"config.optim.warmup: {warmup} steps leave nothing of a run of {steps} steps; "
             "shorten it below config.train.steps."
         )
+    if cfg.train.profile and cfg.train.profile.updates().stop > steps + 1:
+        raise ConfigError(
+            f"config.train.profile: {cfg.train.profile!r} reaches beyond the {steps} updates of "
+            "the run; name updates that it has."
+        )
     if int(cfg.train.log_every) < 1:
         raise ConfigError("config.train.log_every: must be 1 step or more; give 1 or more.")
     return cfg
