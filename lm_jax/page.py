@@ -39,25 +39,28 @@ p, ul { max-width: 46rem; margin: .6rem 0; }
 .panel { background: var(--panel); border-left: 3px solid var(--c0); border-radius: 3px;
   padding: .7rem 1rem; margin: .75rem 0; }
 .scroll { overflow-x: auto; margin: .6rem 0; }
-table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums;
-  overflow-wrap: normal; }
+table { border-collapse: separate; border-spacing: 0; font-size: .875rem;
+  font-variant-numeric: tabular-nums; overflow-wrap: normal; }
 th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--rule); text-align: right;
   white-space: nowrap; font-weight: 400; vertical-align: top; }
-thead th { color: var(--soft); vertical-align: bottom; white-space: normal; }
+thead th { color: var(--soft); vertical-align: bottom; white-space: normal; min-width: 3.2em; }
 th:first-child { text-align: left; padding-left: 0; position: sticky; left: 0;
-  background: var(--page); }
-td:last-child, th:last-child { padding-right: 0; }
+  background: var(--page) padding-box; }
+.text { text-align: left; } td.text { white-space: normal; }
+td:last-child, th:last-child { padding-right: 0; } td:last-child { white-space: normal; }
 tr.own > * { font-weight: 650; }
-td.long { white-space: normal; text-align: left; min-width: 15rem; }
+td.long { white-space: normal; overflow-wrap: anywhere; min-width: 9rem; }
 .figures { display: grid; gap: 2rem 2.5rem; align-items: start; margin-top: 1rem;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); }
-figure { margin: 0; min-width: 0; } figcaption { line-height: 1.45; margin-bottom: .4rem; }
+figure { margin: 0; min-width: 0; display: grid; grid-row: span 3; gap: 0;
+  grid-template-rows: subgrid; align-content: start; }
+figcaption { line-height: 1.45; margin-bottom: .4rem; align-self: end; }
 figcaption b { color: var(--ink); font-weight: 600; }
 svg { display: block; width: 100%; height: auto; } svg text { font-family: inherit !important; }
 .legend { display: flex; flex-wrap: wrap; gap: .1rem 1.1rem; margin: .25rem 0 0; padding: 0;
   list-style: none; font-size: .8125rem; }
 .legend i { display: inline-block; position: relative; width: 1.5rem; margin-right: .4rem;
-  vertical-align: .28em; border-top: 2px solid; font: .65rem/0 sans-serif; text-align: center; }
+  vertical-align: .28em; border-top: 2px solid; font: .75rem/0 sans-serif; text-align: center; }
 .legend i.dashed { border-top-style: dashed; } .legend i.none { border-top-color: transparent; }
 .legend i.band { border-top-width: .6rem; opacity: .3; vertical-align: .05em; }
 .legend i span { position: absolute; inset: -1px 0 auto; }
@@ -85,19 +88,30 @@ def table(rows: Sequence[Mapping[str, str]], label: str, *, own: str = "") -> st
         label: name of the table for those who hear the page.
         own: name of the row that stands out.
     """
-    head = "".join(f'<th scope="col">{html.escape(x)}</th>' for x in rows[0])
+    kinds = [_kind([row[heading] for row in rows]) for heading in list(rows[0])[1:]]
+    first, *others = map(html.escape, rows[0])
+    head = f'<th scope="col">{first}</th>' + "".join(
+        f'<th scope="col" class="{kind}">{x}</th>' for x, kind in zip(others, kinds, strict=True)
+    )
     body = ""
     for row in rows:
-        first, *others = row.values()
+        first, *others = map(html.escape, row.values())
         cells = "".join(
-            f"<td{' class=long' if len(x) > 40 else ''}>{html.escape(x)}</td>" for x in others
+            f'<td class="{kind}">{x}</td>' for x, kind in zip(others, kinds, strict=True)
         )
         start = '<tr class="own">' if first == own else "<tr>"
-        body += f'{start}<th scope="row">{html.escape(first)}</th>{cells}</tr>'
+        body += f'{start}<th scope="row">{first}</th>{cells}</tr>'
     return (
         f'<div class="scroll" role="region" aria-label="{html.escape(label)}" tabindex="0"><table>'
         f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
+
+
+def _kind(cells: Sequence[str]) -> str:
+    """How a column is set: words to the left, numbers to the right; what is long is wrapped."""
+    if any(len(x) > 40 for x in cells):
+        return "text long"
+    return "number" if any(x.startswith(tuple("-[0123456789")) for x in cells) else "text"
 
 
 def figure(title: str, caption: str, draw: Callable[[Any], Drawn]) -> str:

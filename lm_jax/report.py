@@ -216,13 +216,17 @@ def _among_lines(result: Mapping[str, Any], references: Mapping[str, float], spl
         row = {
             "": name,
             "nats per token": f"{nats:.4f}",
-            "token ppl": f"{metrics.exp(nats):,.2f}",
+            "token ppl": _ppl(metrics.exp(nats)),
         }
         if words:
-            row["word ppl"] = f"{metrics.exp(nats * words):,.1f}"
+            row["word ppl"] = _ppl(metrics.exp(nats * words))
         row["bits per byte"] = f"{result['bits_per_byte'] * nats / loss:.4f}"
         table.append(row)
     return page.table(table, f"Result on {split}", own=_OWN)
+
+
+def _ppl(value: float) -> str:
+    return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}"
 
 
 def _number(value: Any) -> bool:
@@ -232,7 +236,7 @@ def _number(value: Any) -> bool:
 def _doctor(folder: pathlib.Path) -> str:
     """What is not in order before and in the run; what was looked at otherwise."""
     parts = []
-    for name, when in ((workdir.DOCTOR, "before the run"), (workdir.WATCH, "in the run so far")):
+    for name, when in ((workdir.DOCTOR, "before the run"), (workdir.WATCH, "in the run")):
         if not (folder / name).exists():
             continue
         findings = read_json(folder / name)["findings"]
@@ -269,15 +273,14 @@ def _evaluations(run: _Run) -> str:
     if not rows:
         return ""
     best = min(rows, key=lambda row: row["valid/loss"])
-    forms = {"loss": ".4f", "token_ppl": ",.2f", "word_ppl": ",.1f", "bits_per_byte": ".4f"}
-    names = [k for k in forms | {"accuracy": ".1%"} if _number(best.get(f"valid/{k}"))]
+    forms: dict[str, Any] = {"loss": "{:.4f}".format, "token_ppl": _ppl, "word_ppl": _ppl}
+    forms |= {"bits_per_byte": "{:.4f}".format, "accuracy": "{:.1%}".format}
+    forms = {name: form for name, form in forms.items() if _number(best.get(f"valid/{name}"))}
 
     def cells(row: Mapping[str, Any]) -> dict[str, str]:
-        values = {name: row.get(f"valid/{name}") for name in names}
+        values = {name: row.get(f"valid/{name}") for name in forms}
         return {"update": f"{row['step']:,}{' (best)' * (row is best)}"} | {
-            name.replace("_", " "): format(x, (forms | {"accuracy": ".1%"})[name])
-            if _number(x)
-            else "-"
+            name.replace("_", " "): forms[name](x) if _number(x) else "-"
             for name, x in values.items()
         }
 
