@@ -22,7 +22,7 @@ from lm_jax import config, metrics, sharding, step
 from lm_jax.config import Config, rules
 from lm_jax.config.flags import misuse, parse_flags
 from lm_jax.data import windows
-from lm_jax.data.references import references
+from lm_jax.data.references import in_nats, references
 from lm_jax.data.store import Store
 from lm_jax.files import whole, write_json
 from lm_jax.models.families import FAMILIES, family
@@ -127,12 +127,8 @@ def documents(store: Store, split_name: str, nats_D: np.ndarray) -> dict[str, np
 
 def report(name: str, result: dict[str, Any], console: Console) -> None:
     """Print one split's line among its references, worst first."""
-    rows = {
-        key: math.log(ppl) for key, ppl in result["references"].items() if key != "entropy_rate"
-    }
-    if "entropy_rate" in result["references"]:
-        rows["entropy rate"] = result["references"]["entropy_rate"]
-    rows["this model"] = result["loss"]
+    lines = in_nats(result["references"]).items()
+    rows = {name.replace("_", " "): nats for name, nats in lines} | {"this model": result["loss"]}
     words = math.log(result["word_ppl"]) / result["loss"]  # tokens per word
     table = Table(title=f"{name}: {result['token_count']:,} tokens, each scored once")
     for heading in ("", "nats per token", "token ppl", "word ppl", "bits per byte"):

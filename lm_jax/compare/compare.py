@@ -43,6 +43,7 @@ from lm_jax import metrics
 from lm_jax.compare import page, ranking, tables
 from lm_jax.compare.runs import Arm, Run, group_runs, load_run
 from lm_jax.config.flags import misuse, parse_flags
+from lm_jax.data.references import in_nats
 from lm_jax.files import finite_or_none, write_json, write_text
 
 _PARTS = ("total", "table", "positions", "blocks")  # of the parameters of a model
@@ -204,8 +205,7 @@ def _references(
     rows, words = [], counts["words"]
     for run in {run.data["tokenizer_hash"]: run for run in runs}.values():
         tokens = run.result["token_count"]
-        for name, value in run.result["references"].items():
-            nats = value if name == "entropy_rate" else math.log(value)
+        for name, nats in in_nats(run.result["references"]).items():
             rows.append(
                 {
                     "name": name,
