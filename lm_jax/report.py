@@ -94,8 +94,7 @@ def write(folder: pathlib.Path, references: Mapping[str, float] | None = None) -
         ConfigError: if the record is not as a run writes it.
     """
     record = workdir.read_record(folder)
-    splits = (name for name in ("valid", "test", "train"))
-    paths = {name: folder / workdir.SCORES.format(name) for name in splits}
+    paths = {name: folder / workdir.SCORES.format(name) for name in ("valid", "test", "train")}
     scores = {name: read_json(path) for name, path in paths.items() if path.exists()}
     if references is None:
         references = scores.get("valid", {}).get("references") or _known(record)

@@ -35,10 +35,10 @@ class Board(Protocol):
 
 
 def check(cfg: Config) -> None:
-    """Refuse a config that asks for a package which is not installed.
+    """Refuse a config that asks for a package which is not installed, or for W&B without login.
 
     Raises:
-        ConfigError: naming the field and the command that installs the package.
+        ConfigError: naming the field and the command that helps.
     """
     for field, wanted, package in (
         ("tensorboard", cfg.train.tensorboard, "tensorboardX"),
@@ -49,6 +49,25 @@ def check(cfg: Config) -> None:
                 f"config.train.{field}: {wanted!r} needs {package}, which is not installed; "
                 f"run `pip install 'lm_jax[{field}]'`, or leave the field out."
             )
+    if cfg.train.wandb:
+        _check_login(cfg.train.wandb)
+
+
+def _check_login(project: str) -> None:
+    import wandb
+
+    if wandb.setup().settings.mode != "online":
+        return
+    why = "no login is known"
+    try:
+        if wandb.login(prompt=False):
+            return
+    except wandb.errors.Error as error:
+        why = str(error).rstrip(".")
+    raise ConfigError(
+        f"config.train.wandb: {project!r} cannot be opened ({why}); run `wandb login`, or set "
+        "WANDB_MODE=offline and send the run later with `wandb sync`."
+    )
 
 
 class _TensorBoard:

@@ -1,3 +1,4 @@
+import importlib.machinery
 import io
 import json
 import math
@@ -176,6 +177,34 @@ def test_a_missing_package_is_one_sentence(monkeypatch, field, value, package):
     assert str(refused.value) == (
         f"config.train.{field}: {value!r} needs {package}, which is not installed; "
         f"run `pip install 'lm_jax[{field}]'`, or leave the field out."
+    )
+
+
+@pytest.mark.parametrize(
+    ("mode", "login", "refusal"),
+    [
+        ("online", lambda prompt: True, None),
+        ("online", lambda prompt: False, "no login is known"),
+        ("online", lambda prompt: 1 / 0, "division by zero"),
+        ("offline", lambda prompt: False, None),
+    ],
+)
+def test_wandb_without_login_is_one_sentence(monkeypatch, mode, login, refusal):
+    settings = types.SimpleNamespace(settings=types.SimpleNamespace(mode=mode))
+    errors = types.SimpleNamespace(Error=ZeroDivisionError)
+    fake = types.ModuleType("wandb")
+    fake.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+    fake.setup, fake.login, fake.errors = lambda: settings, login, errors
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    cfg = replace(Config(), train__wandb="project")
+    if refusal is None:
+        writers.check(cfg)
+        return
+    with pytest.raises(ConfigError) as refused:
+        writers.check(cfg)
+    assert str(refused.value) == (
+        f"config.train.wandb: 'project' cannot be opened ({refusal}); run `wandb login`, or set "
+        "WANDB_MODE=offline and send the run later with `wandb sync`."
     )
 
 
