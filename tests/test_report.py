@@ -15,8 +15,8 @@ from lm_jax.config import ConfigError
 from lm_jax.report import write  # before conftest puts it out of action
 from lm_jax.train import train_and_evaluate
 from tests.helpers import Page, small
-from tests.test_compare import write_arm
 
+_NO_STATE = shutil.ignore_patterns("checkpoints", "best")
 FAILED = {
     "check": "log.spikes",
     "status": "fail",
@@ -161,16 +161,16 @@ addEventListener("load", () => {
 </script>FRAMES</body>"""
 
 
-def test_pages_fit_the_screen_in_both_themes(long, tmp_path):
+def test_pages_fit_the_screen_in_both_themes(trained, long, tmp_path):
     chromium = shutil.which("chromium")
     if chromium is None:
         pytest.skip("chromium is not on PATH")
-    runs = write_arm(tmp_path, "a-long-name-of-an-arm-" * 3, [3.0, 3.1]) + write_arm(
-        tmp_path, "b", [3.3, 3.31], optim__peak_lr=0.1
-    )
+    arms = [trained[0]]
+    for name in ("b-0", "a-long-name-of-an-arm-" * 3 + "0"):
+        arms.append(shutil.copytree(trained[0], tmp_path / name, ignore=_NO_STATE))
     frames = "".join(
         f'<iframe width="{width}" height="2000" srcdoc="{html.escape(page)}"></iframe>'
-        for page in (write(long).read_text(), compare_runs(runs).html())
+        for page in (write(long).read_text(), compare_runs(arms).html())
         for width in (360, 1280)
     )
     driver = tmp_path / "driver.html"
