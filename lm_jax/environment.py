@@ -5,7 +5,7 @@ import pathlib
 
 import jax
 
-from lm_jax import sharding
+from lm_jax import sharding, writers
 from lm_jax.config import Config, ConfigError
 from lm_jax.distill.opening import require_teachers
 from lm_jax.kernels.device import choose_dtype
@@ -33,6 +33,7 @@ def check_environment(cfg: Config, workdir: pathlib.Path) -> None:
                 raise ConfigError(f"config.tokenizer.folder: {what}")
     with jax.set_mesh(sharding.make_mesh(cfg.mesh.fsdp)):
         sharding.accumulation(cfg)
+    writers.check(cfg)
     require_attention(cfg, choose_dtype(cfg.train.compute_dtype)[0])
     require_teachers(cfg)
 

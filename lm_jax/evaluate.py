@@ -24,7 +24,7 @@ from lm_jax import config, console, metrics, sharding, step
 from lm_jax.config import Config, rules
 from lm_jax.config.flags import parse_flags
 from lm_jax.data import windows
-from lm_jax.data.references import references
+from lm_jax.data.references import in_nats, references
 from lm_jax.data.store import Store
 from lm_jax.door import command
 from lm_jax.files import whole, write_json
@@ -132,17 +132,14 @@ def documents(store: Store, split_name: str, nats_D: np.ndarray) -> dict[str, np
 
 def report(name: str, result: dict[str, Any], console: Console) -> None:
     """Print one split's line among its references, worst first, and what they know."""
-    nats = {
-        key: math.log(ppl) for key, ppl in result["references"].items() if key != "entropy_rate"
-    }
+    lines = in_nats(result["references"]).items()
+    nats = {name.replace("_", " "): value for name, value in lines} | {"this model": result["loss"]}
     knowledge = (
         "uniform knows nothing, unigram how often each token occurs, kn2 and kn3 the one or two "
         "tokens before it"
     )
-    if "entropy_rate" in result["references"]:
-        nats["entropy rate"] = result["references"]["entropy_rate"]
+    if "entropy rate" in nats:
         knowledge += "; no model can stay below the entropy rate"
-    nats["this model"] = result["loss"]
     columns: dict[str, Callable[[float], str]] = {
         "nats per token": lambda x: f"{x:.4f}",
         "token ppl": lambda x: f"{metrics.exp(x):,.2f}",

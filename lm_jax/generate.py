@@ -22,7 +22,7 @@ from flax import nnx
 
 from lm_jax.config.flags import parse_flags
 from lm_jax.door import command
-from lm_jax.workdir import Trained, open_trained
+from lm_jax.workdir import SAMPLES, Trained, open_trained
 
 
 class ArgumentError(ValueError):
@@ -245,7 +245,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     run = open_trained(workdir)
     made = generate(run, **options)
     del options["tokens"]  # each record holds its tokens
-    with (workdir / "samples.jsonl").open("a") as file:
+    with (workdir / SAMPLES).open("a") as file:
         for one in made:
             record = {"step": run.step, **options, **dataclasses.asdict(one)}
             file.write(json.dumps(record) + "\n")

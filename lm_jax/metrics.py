@@ -68,10 +68,10 @@ def has_words(result: Mapping[str, float]) -> bool:
     """Whether a perplexity per word says something: white space divides the text into words.
 
     Args:
-        result: of `summarise`.
+        result: of `summarise`, perhaps read from JSON.
     """
-    nats_per_byte = result["bits_per_byte"] * math.log(2)
-    nats_per_word = math.log(result["word_ppl"] or math.inf)  # JSON has null for inf
+    nats_per_byte = (result.get("bits_per_byte") or 0) * math.log(2)
+    nats_per_word = math.log(result.get("word_ppl") or math.inf)  # JSON has null for inf
     return nats_per_word <= _LONGEST_WORD * nats_per_byte
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from lm_jax import console, metrics, preflight, signals, step
+from lm_jax import console, metrics, preflight, report, signals, step
 from lm_jax.checkpoint import Manifest
 from lm_jax.data.references import references
 from lm_jax.doctor import provenance
@@ -17,6 +17,7 @@ from lm_jax.models.families import family
 from lm_jax.setup import Setup
 from lm_jax.signals import Interrupted
 from lm_jax.step import TrainState
+from lm_jax.trace import Trace
 from lm_jax.writers import Writers
 
 Batch = dict[str, np.ndarray]
@@ -43,7 +44,8 @@ class Progress:
         """
         cfg = run.cfg
         self.run, self.manifest = run, manifest
-        self._writers = Writers(run.folder, start=run.start, tensorboard=cfg.train.tensorboard)
+        self._writers = Writers(run.folder, cfg, start=run.start)
+        self._trace = Trace(run.folder, cfg.train.profile.updates())
         self._flops = metrics.flops_per_token(cfg, run.store.tokenizer.vocab_size)
         self._peak = metrics.peak_flops(
             jax.devices()[0].device_kind, cfg.train.compute_dtype, jax.device_count()
@@ -64,6 +66,7 @@ class Progress:
     def __exit__(self, *error: object) -> None:
         """Close the files."""
         self._open.close()
+        self._trace.close()
         self._writers.close()
 
     def waited(self, batches: Iterable[tuple[range, Batch]]) -> Iterator[tuple[range, Batch]]:
@@ -77,6 +80,7 @@ class Progress:
             if (item := next(remaining, None)) is None:
                 return
             self._waited += time.perf_counter() - began
+            self._trace.before(item[0])
             yield item
 
     def dispatched(
@@ -106,6 +110,7 @@ class Progress:
         done = time.perf_counter()
         seconds, waited = done - self._clock, self._waited
         self._clock, self._waited = done, 0.0
+        self._trace.after(call.updates)
         per_update = cfg.data.batch_size * cfg.data.seq_len
         speed = metrics.throughput(
             tokens=len(call.updates) * per_update,
@@ -199,7 +204,10 @@ class Progress:
             f"update {position:,}: valid loss {result['loss']:.4f}, bits per byte "
             f"{result['bits_per_byte']:.4f}{words}" + (", the best so far" if better else "")
         )
-        if self.run.cfg.doctor != "off" and jax.process_index() == 0:
-            for line in self._watch.look(references(self.run.store, "valid")):
-                console.say(line)
+        if jax.process_index() == 0:
+            lines = references(self.run.store, "valid")
+            if self.run.cfg.doctor != "off":
+                for line in self._watch.look(lines):
+                    console.say(line)
+            report.write(self.run.folder, lines)
         return better

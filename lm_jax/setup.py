@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 import lm_jax
-from lm_jax import checkpoint, console, evaluate, preflight, sharding, step, workdir
+from lm_jax import checkpoint, console, evaluate, preflight, report, sharding, step, workdir
 from lm_jax.checkpoint import Checkpoints, Manifest
 from lm_jax.config import Config, ConfigError, rules
 from lm_jax.config.resolve import resolve, spans
@@ -155,6 +155,8 @@ class Setup:
         }
         if self.teacher is not None:
             scores.report_distillation(self.cfg, self.folder, best, self.teacher)
+        if jax.process_index() == 0:
+            report.write(self.folder)
         return results
 
 

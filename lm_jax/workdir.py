@@ -1,5 +1,6 @@
 """The files of a run, in its folder: their names, its record and log, and its parameters."""
 
+import contextlib
 import dataclasses
 import datetime
 import importlib.metadata
@@ -31,6 +32,8 @@ TEACHER = "teacher.json"
 AGREEMENT = "distillation.json"
 DOCTOR = "doctor.json"
 WATCH = "watch.json"
+SAMPLES = "samples.jsonl"
+REPORT = "report.html"
 _COMPILATIONS = 2 << 30  # bytes; what was not used for longest goes
 
 
@@ -129,20 +132,29 @@ def _require_same(old: Record, cfg: Config, store: Store, asked: Config) -> None
 
 
 def read_metrics(workdir: pathlib.Path) -> Iterator[dict[str, Any]]:
-    """The rows of `metrics.jsonl`, if it is there, without half a last line that a kill can leave.
+    """The rows of `metrics.jsonl`; a number that was not finite is None. See `read_rows`."""
+    return read_rows(workdir / METRICS)
 
-    A number that was not finite is None.
+
+def read_rows(path: pathlib.Path) -> Iterator[dict[str, Any]]:
+    """The objects in a file of JSON lines, if it is there.
+
+    A line that is none is left out: a kill leaves half a line, to which the next may be appended.
     """
-    path = workdir / METRICS
-    if path.exists():
-        with path.open() as lines:
-            yield from (json.loads(line) for line in lines if line.rstrip().endswith("}"))
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            with contextlib.suppress(json.JSONDecodeError):
+                row = json.loads(line)
+                if isinstance(row, dict):
+                    yield row
 
 
 def clear_results(workdir: pathlib.Path) -> None:
     """Remove the results that an earlier run may have left in this folder."""
     if jax.process_index() == 0:
-        for name in (SCORES, DOCUMENTS, TEACHER, AGREEMENT, DOCTOR, WATCH):
+        for name in (SCORES, DOCUMENTS, TEACHER, AGREEMENT, DOCTOR, WATCH, REPORT):
             for path in workdir.glob(name.format("*")):
                 path.unlink()
 

@@ -1,30 +1,140 @@
-"""Metrics of a run that goes on: `metrics.jsonl`, TensorBoard."""
+"""Metrics of a run that goes on: `metrics.jsonl`, TensorBoard and Weights & Biases."""
 
+import importlib.util
 import json
 import pathlib
+import secrets
 from collections.abc import Mapping
+from html import escape
+from typing import Protocol
 
 import jax
 
-from lm_jax.files import finite_or_none, whole
+from lm_jax import config
+from lm_jax.config import Config, ConfigError
+from lm_jax.files import finite_or_none, whole, write_text
 from lm_jax.workdir import METRICS, read_metrics
 
 Row = Mapping[str, float]
 
 
+class Board(Protocol):
+    """A place outside the workdir's own files that shows a run."""
+
+    def row(self, step: int, row: Row) -> None:
+        """Show metrics of an update."""
+
+    def text(self, step: int, name: str, text: str) -> None:
+        """Show a text."""
+
+    def close(self) -> None:
+        """Finish."""
+
+
+def check(cfg: Config) -> None:
+    """Refuse a config that asks for a package which is not installed, or for W&B without login.
+
+    Raises:
+        ConfigError: naming the field and the command that helps.
+    """
+    for field, wanted, package in (
+        ("tensorboard", cfg.train.tensorboard, "tensorboardX"),
+        ("wandb", cfg.train.wandb, "wandb"),
+    ):
+        if wanted and importlib.util.find_spec(package) is None:
+            raise ConfigError(
+                f"config.train.{field}: {wanted!r} needs {package}, which is not installed; "
+                f"run `pip install 'lm_jax[{field}]'`, or leave the field out."
+            )
+    if cfg.train.wandb:
+        _check_login(cfg.train.wandb)
+
+
+def _check_login(project: str) -> None:
+    import wandb
+
+    if wandb.setup().settings.mode != "online":
+        return
+    why = "no login is known"
+    try:
+        if wandb.login(prompt=False):
+            return
+    except wandb.errors.Error as error:
+        why = str(error).rstrip(".")
+    raise ConfigError(
+        f"config.train.wandb: {project!r} cannot be opened ({why}); run `wandb login`, or set "
+        "WANDB_MODE=offline and send the run later with `wandb sync`."
+    )
+
+
+class _TensorBoard:
+    """Events in WORKDIR/tensorboard."""
+
+    def __init__(self, workdir: pathlib.Path, cfg: Config, start: int):
+        from tensorboardX import SummaryWriter
+
+        # From `purge_step` on, what an earlier process wrote is dropped.
+        self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
+        if start == 0:
+            fields = [f"    {path}={value!r}" for path, value in config.named_fields(cfg)]
+            self.text(0, "config", "\n".join(fields))
+
+    def row(self, step: int, row: Row) -> None:
+        for name, value in row.items():
+            self._events.add_scalar(name, value, step)
+
+    def text(self, step: int, name: str, text: str) -> None:
+        self._events.add_text(name, text, step)
+
+    def close(self) -> None:
+        self._events.close()
+
+
+class _Wandb:
+    """A run at Weights & Biases; its id stays in the workdir, so that a resumed run goes on."""
+
+    def __init__(self, workdir: pathlib.Path, cfg: Config, start: int):
+        import wandb
+
+        self._wandb, known = wandb, workdir / "wandb_id"
+        if start == 0 or not known.exists():
+            write_text(known, secrets.token_hex(4))
+        self._run = wandb.init(
+            project=cfg.train.wandb,
+            id=known.read_text(),
+            resume="allow",
+            name=workdir.resolve().name,
+            dir=str(workdir),
+            config=config.to_dict(cfg),
+            settings=wandb.Settings(console="off", quiet=True),
+        )
+        # W&B's own step cannot go back to the checkpoint from which a killed run goes on.
+        self._run.define_metric("*", step_metric="update")
+
+    def row(self, step: int, row: Row) -> None:
+        self._run.log({"update": step, **row})
+
+    def text(self, step: int, name: str, text: str) -> None:
+        shown = self._wandb.Html(f"<pre>{escape(text)}</pre>")
+        self._run.log({"update": step, name: shown})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
 class Writers:
     """Metrics of each update to their places; only process 0 writes."""
 
-    def __init__(self, workdir: pathlib.Path, *, start: int, tensorboard: bool):
+    def __init__(self, workdir: pathlib.Path, cfg: Config, *, start: int):
         """Open the files; rows of updates after a checkpoint that was lost are dropped.
 
         Args:
             workdir: folder of the run.
+            cfg: the config of the run, resolved.
             start: update from which the run goes on.
-            tensorboard: also write TensorBoard events.
         """
         self._active = jax.process_index() == 0
-        self._events = None
+        self._boards: list[Board] = []
         if not self._active:
             return
         with whole(workdir / METRICS) as file:
@@ -32,13 +142,10 @@ class Writers:
                 if row["step"] <= start:
                     file.write((json.dumps(row) + "\n").encode())
         self._file = (workdir / METRICS).open("a", buffering=1)
-        if tensorboard:
-            from tensorboardX import SummaryWriter
-
-            self._events = SummaryWriter(
-                str(workdir / "tensorboard"),
-                purge_step=start + 1,  # the first to be dropped
-            )
+        if cfg.train.tensorboard:
+            self._boards.append(_TensorBoard(workdir, cfg, start))
+        if cfg.train.wandb:
+            self._boards.append(_Wandb(workdir, cfg, start))
 
     def write(self, step: int, row: Row) -> None:
         """Append one row; `step` counts finished updates."""
@@ -46,13 +153,17 @@ class Writers:
             return
         plain = {key: float(value) for key, value in row.items()}
         self._file.write(json.dumps({"step": step} | finite_or_none(plain)) + "\n")
-        if self._events is not None:
-            for key, value in plain.items():
-                self._events.add_scalar(key, value, step)
+        for board in self._boards:
+            board.row(step, plain)
+
+    def text(self, step: int, name: str, text: str) -> None:
+        """Show a text, as a sample, where texts are shown."""
+        for board in self._boards:
+            board.text(step, name, text)
 
     def close(self) -> None:
         """Flush everything."""
         if self._active:
             self._file.close()
-            if self._events is not None:
-                self._events.close()
+            for board in self._boards:
+                board.close()

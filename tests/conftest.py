@@ -34,6 +34,16 @@ def cache_dir(tmp_path_factory):
 
 
 @pytest.fixture(scope="session", autouse=True)
+def no_pages():
+    """Drawing the page of a run takes longer than most runs of the tests; see test_report.py."""
+    from lm_jax import report
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "write", lambda *_: None)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def parsed_flags():
     """Grain and TFDS read absl flags, which pytest does not parse."""
     flags.FLAGS.mark_as_parsed()

@@ -1,8 +1,10 @@
 """What several tests share."""
 
+import html.parser
 import json
 import os
 import pathlib
+import re
 import signal
 
 import jax
@@ -209,3 +211,44 @@ def equations(jaxpr, inside=""):
 def load_config(name):
     """The module of a shipped config."""
     return load_module(ROOT / "configs" / f"{name}.py")
+
+
+class Page(html.parser.HTMLParser):
+    """A page that needs nothing but itself, as tags with attributes and the legends in words."""
+
+    def __init__(self, source):
+        super().__init__()
+        self.tags, self.open, self.legends = [], [], []
+        self.feed(source)
+        assert not self.open
+        for tag, attributes in self.tags:
+            assert not {"src", "href"} & set(attributes) and tag not in ("script", "link", "img")
+            assert not attributes.get("xlink:href", "#").startswith("http")
+        assert "@import" not in source and not re.search(r"url\((?!#)", source)
+        figures = [a for tag, a in self.tags if tag == "svg"]
+        assert all(a["role"] == "img" and a["aria-label"] for a in figures)
+        assert len(figures) == len(self.legends) and all(self.legends)
+        heads = [a for tag, a in self.tags if tag == "th"]
+        assert heads and all(a["scope"] in ("col", "row") for a in heads)
+        ids = [a["id"] for _, a in self.tags if "id" in a]
+        assert set(re.findall(r"url\(#([\w-]+)\)|href=\"#([\w-]+)\"", source)) or not ids
+        assert not figures or "currentColor" in source
+        assert "prefers-color-scheme: dark" in source
+        assert not re.search(r"(fill|stroke): #(000000|ffffff)", source)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if ("class", "legend") in attributes:
+            self.legends.append([])
+        if tag not in ("meta", "link"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        if self.open[-1:] == ["li"] and "figure" in self.open:
+            self.legends[-1].append(data)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag

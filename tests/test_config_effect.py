@@ -157,6 +157,8 @@ TABLE = {
     "train.layer_norms": (True, "train_step", {}),
     "train.tensorboard": (True, "tensorboard", {}),
     "train.compilation_cache": (True, "compilations", {"train.compilation_cache": False}),
+    "train.wandb": ("project", "wandb", {}),
+    "train.profile": ("2:3", "traced", {}),
     "train.compute_dtype": ("bfloat16", "train_step eval_step", {"train.compute_dtype": "float32"}),
     "train.matmul_precision": ("tensorfloat32", "train_step eval_step", {}),
     "train.steps_per_call": (2, "calls", {}),
@@ -260,7 +262,8 @@ double = jax.jit(lambda params: jax.tree.map(lambda x: 2 * x, params))
 def loop(cfg, workdir):
     """The real loop around a step that notes what it is given; updates 2 and 3 are not finite."""
     seen = {name: [] for name in "train_batches eval_batches calls evaluated saved".split()}
-    seen |= {name: [] for name in "tensorboard reader_threads examined processes progress".split()}
+    seen |= {name: [] for name in "tensorboard wandb traced reader_threads examined".split()}
+    seen |= {name: [] for name in "processes progress".split()}
 
     def examine_once(cfg, *, level, store):
         seen["examined"].append(level)
@@ -317,6 +320,9 @@ def loop(cfg, workdir):
         def add_scalar(self, name, value, step):
             seen["tensorboard"].append((name, step))
 
+        def add_text(self, name, text, step):
+            seen["tensorboard"].append((name, text, step))
+
         def close(self):
             pass
 
@@ -362,6 +368,13 @@ def loop(cfg, workdir):
         patch.setattr(subprocess, "Popen", note_process)
         tensorboard = types.SimpleNamespace(SummaryWriter=SummaryWriter)
         patch.setitem(sys.modules, "tensorboardX", tensorboard)
+        run = types.SimpleNamespace(
+            define_metric=lambda *_, **__: None, log=seen["wandb"].append, finish=lambda: None
+        )
+        wandb = types.SimpleNamespace(init=lambda **_: run, Settings=dict)
+        patch.setitem(sys.modules, "wandb", wandb)
+        patch.setattr(jax.profiler, "start_trace", lambda folder: seen["traced"].append("begun"))
+        patch.setattr(jax.profiler, "stop_trace", lambda: seen["traced"].append(seen["calls"][:]))
         try:
             train.train_and_evaluate(cfg, workdir)
         except (ValueError, OSError, FloatingPointError) as error:

@@ -1,11 +1,14 @@
+import importlib.machinery
 import io
 import json
 import math
 import sys
+import types
 
 import pytest
 
 from lm_jax import writers
+from lm_jax.config import Config, ConfigError, replace
 from lm_jax.writers import Writers
 
 ROW = {
@@ -17,8 +20,9 @@ ROW = {
 }
 
 
-def opened(workdir, *, steps=10, start=0, tensorboard=False):
-    return Writers(workdir, steps=steps, start=start, tensorboard=tensorboard)
+def opened(workdir, *, steps=10, start=0, **fields):
+    changes = {f"train__{name}": value for name, value in fields.items()}
+    return Writers(workdir, replace(Config(), train__steps=str(steps), **changes), start=start)
 
 
 def rows(workdir):
@@ -62,8 +66,9 @@ def test_resume_drops_later_rows_and_half_a_line(tmp_path):
 
 def test_only_the_first_process_writes(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(writers.jax, "process_index", lambda: 1)
-    out = opened(tmp_path, tensorboard=True)
+    out = opened(tmp_path, tensorboard=True, wandb="project")
     out.write(1, ROW)
+    out.text(1, "sample", "once")
     out.progress(1, ROW)
     out.say("hello")
     out.close()
@@ -91,6 +96,116 @@ def test_tensorboard_shows_every_update_once(tmp_path, start):
     assert events.Tags()["scalars"] == ["train/loss"]
     kept = [(event.step, event.value) for event in events.Scalars("train/loss")]
     assert kept == [(n, n / 8 if n <= start else 10 + n) for n in range(1, 7)]
+
+
+def test_tensorboard_shows_texts_and_the_config(tmp_path):
+    pytest.importorskip("tensorboardX", reason="tensorboardX is not installed")
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for start in (0, 2):  # a run that goes on has its config there already
+        out = opened(tmp_path, start=start, tensorboard=True)
+        out.text(start + 2, "sample", "once < twice")
+        out.close()
+        for path in (tmp_path / "tensorboard").iterdir():  # the name ends in a second
+            path.rename(path.with_name(f"events.out.tfevents.{len(path.name)}{start}.host"))
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    (shown,) = events.Tensors("config/text_summary")
+    assert b"optim.peak_lr=0.001" in shown.tensor_proto.string_val[0]
+    samples = events.Tensors("sample/text_summary")
+    assert [(x.step, x.tensor_proto.string_val[0]) for x in samples] == [
+        (2, b"once < twice"),
+        (4, b"once < twice"),
+    ]
+
+
+def test_wandb_keeps_its_id(tmp_path, monkeypatch):
+    """Offline: what would be sent lies in the workdir, one folder for each time it was opened."""
+    pytest.importorskip("wandb", reason="wandb is not installed")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    ids = []
+    for start in (0, 3):
+        out = opened(tmp_path, start=start, wandb="project")
+        out.write(start + 1, ROW)
+        out.text(start + 1, "sample", "once < twice")
+        out.close()
+        ids.append((tmp_path / "wandb_id").read_text())
+    assert ids[0] == ids[1]
+    assert len(list((tmp_path / "wandb").glob(f"offline-run-*-{ids[0]}/*.wandb"))) == 2
+    texts = [p.read_text() for p in tmp_path.glob("wandb/*/files/media/html/sample_*.html")]
+    assert texts and all("<pre>once &lt; twice</pre>" in text for text in texts)
+
+
+def test_wandb_begins_anew_with_a_run_that_does(tmp_path, monkeypatch):
+    calls = []
+
+    class Run:
+        def define_metric(self, *_, **__):
+            pass
+
+        def log(self, row):
+            calls.append(row)
+
+        def finish(self):
+            calls.append("finished")
+
+    def init(**options):
+        calls.append((options["project"], options["id"]))
+        return Run()
+
+    fake = types.SimpleNamespace(init=init, Settings=dict)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    for start in (0, 0, 4):
+        out = opened(tmp_path, start=start, wandb="project")
+        out.write(start + 1, {"train/loss": 2.0})
+        out.close()
+    (_, first), (_, second), (_, third) = (call for call in calls if isinstance(call, tuple))
+    assert first != second == third
+    assert calls[-2:] == [{"update": 5, "train/loss": 2.0}, "finished"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "package"),
+    [("tensorboard", True, "tensorboardX"), ("wandb", "project", "wandb")],
+)
+def test_a_missing_package_is_one_sentence(monkeypatch, field, value, package):
+    monkeypatch.setitem(sys.modules, package, None)  # as if it were not there
+    writers.check(Config())
+    with pytest.raises(ConfigError) as refused:
+        writers.check(replace(Config(), **{f"train__{field}": value}))
+    assert str(refused.value) == (
+        f"config.train.{field}: {value!r} needs {package}, which is not installed; "
+        f"run `pip install 'lm_jax[{field}]'`, or leave the field out."
+    )
+
+
+@pytest.mark.parametrize(
+    ("mode", "login", "refusal"),
+    [
+        ("online", lambda prompt: True, None),
+        ("online", lambda prompt: False, "no login is known"),
+        ("online", lambda prompt: 1 / 0, "division by zero"),
+        ("offline", lambda prompt: False, None),
+    ],
+)
+def test_wandb_without_login_is_one_sentence(monkeypatch, mode, login, refusal):
+    settings = types.SimpleNamespace(settings=types.SimpleNamespace(mode=mode))
+    errors = types.SimpleNamespace(Error=ZeroDivisionError)
+    fake = types.ModuleType("wandb")
+    fake.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+    fake.setup, fake.login, fake.errors = lambda: settings, login, errors
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    cfg = replace(Config(), train__wandb="project")
+    if refusal is None:
+        writers.check(cfg)
+        return
+    with pytest.raises(ConfigError) as refused:
+        writers.check(cfg)
+    assert str(refused.value) == (
+        f"config.train.wandb: 'project' cannot be opened ({refusal}); run `wandb login`, or set "
+        "WANDB_MODE=offline and send the run later with `wandb sync`."
+    )
 
 
 class Clock:

@@ -30,11 +30,9 @@ The values of `compare.json`:
 """
 
 import dataclasses
-import importlib.util
 import itertools
 import math
 import pathlib
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -45,6 +43,7 @@ from lm_jax import console, metrics
 from lm_jax.compare import page, ranking, tables
 from lm_jax.compare.runs import Arm, Run, group_runs, load_run
 from lm_jax.config.flags import misuse, parse_flags
+from lm_jax.data.references import in_nats
 from lm_jax.door import command
 from lm_jax.files import finite_or_none, write_json, write_text
 
@@ -62,7 +61,7 @@ class Comparison:
         return tables.markdown(self.values)
 
     def html(self) -> str:
-        """One page with the figures; needs matplotlib."""
+        """One page with the figures."""
         return page.html(self.values)
 
 
@@ -91,6 +90,7 @@ def compare_runs(
     runs = [run for arm in arms for run in arm.runs]
     first = runs[0]
     counts = first.data["splits"][split]
+    words = counts["words"] if metrics.has_words(first.result) else 0
     one_tokenizer = len({run.data["tokenizer_hash"] for run in runs}) == 1
     weighed_by, bytes_D = _document_bytes(runs, counts["bytes"])
     pairs = _pairs(arms, bytes_D)
@@ -104,8 +104,8 @@ def compare_runs(
         "documents": len(first.documents["nats"]),
         "documents_weighed_by": weighed_by,
         "one_tokenizer": one_tokenizer,
-        "arms": [_describe(arm, counts["words"], one_tokenizer) for arm in arms],
-        "references": _references(runs, counts, one_tokenizer),
+        "arms": [_describe(arm, words, one_tokenizer) for arm in arms],
+        "references": _references(runs, counts["bytes"], words, one_tokenizer),
         "pairs": pairs,
         "ranking": ranking.rank(several, separated) if len(several) > 1 else [],
         "same_model": _same_models(arms),
@@ -201,19 +201,18 @@ def _interval(values: np.ndarray, unit: Any = float) -> dict[str, Any]:
 
 
 def _references(
-    runs: Sequence[Run], counts: Mapping[str, int], one_tokenizer: bool
+    runs: Sequence[Run], split_bytes: int, words: int, one_tokenizer: bool
 ) -> list[dict[str, Any]]:
     """The simple predictors of each tokenizer, worst first."""
-    rows, words = [], counts["words"]
+    rows = []
     for run in {run.data["tokenizer_hash"]: run for run in runs}.values():
         tokens = run.result["token_count"]
-        for name, value in run.result["references"].items():
-            nats = value if name == "entropy_rate" else math.log(value)
+        for name, nats in in_nats(run.result["references"]).items():
             rows.append(
                 {
                     "name": name,
                     "tokenizer": run.tokenizer,
-                    "bits_per_byte": nats * tokens / counts["bytes"] / math.log(2),
+                    "bits_per_byte": nats * tokens / split_bytes / math.log(2),
                     "word_perplexity": metrics.exp(nats * tokens / words) if words else None,
                     "token_perplexity": metrics.exp(nats) if one_tokenizer else None,
                 }
@@ -292,7 +291,4 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "compare.md", comparison.markdown())
     write_json(folder / "compare.json", comparison.values)
-    if importlib.util.find_spec("matplotlib") is None:
-        print("No compare.html without matplotlib: pip install 'lm_jax[plots]'.", file=sys.stderr)
-        return
     write_text(folder / "compare.html", comparison.html())

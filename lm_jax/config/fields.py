@@ -7,7 +7,7 @@ names the remedy.
 import dataclasses
 
 from lm_jax.config.section import Section, incidental, marks, not_negative, one_of, positive, share
-from lm_jax.config.values import Curve, Duration
+from lm_jax.config.values import Curve, Duration, Span
 
 
 @dataclasses.dataclass
@@ -150,6 +150,10 @@ class TrainConfig(Section):
     tensorboard: bool = incidental(False)  # also write TensorBoard events (extra "tensorboard")
     # XLA keeps what it compiles under data.cache_dir, so that the next start is faster
     compilation_cache: bool = incidental(True)
+    # project in which Weights & Biases shows the run too (extra "wandb"); empty: off
+    wandb: str = incidental("")
+    # FROM:TO, updates of which a profiler's trace goes to WORKDIR/profile; empty: none
+    profile: Span = incidental(Span(""))
     # auto: what the device is fast in; float16 comes with dynamic loss scaling
     compute_dtype: str = one_of("auto float32 bfloat16 float16", default="auto")
     # of float32 products on a GPU

@@ -6,14 +6,14 @@ from typing import NamedTuple
 
 from lm_jax.config.fields import Config, DataConfig
 from lm_jax.config.rules import validate
-from lm_jax.config.section import named_fields
+from lm_jax.config.section import ConfigError, named_fields
 from lm_jax.config.values import Duration
 from lm_jax.kernels import device
 
 _OF_CALLS = ("train.steps", "train.eval_every", "train.checkpoint_every")
 
 
-class Span(NamedTuple):
+class Updates(NamedTuple):
     """A duration in updates."""
 
     written: int
@@ -29,7 +29,7 @@ def _steps_of(value: Duration, data: DataConfig, windows: int) -> int:
     return math.ceil(amount / per_step[unit] - 1e-9)
 
 
-def spans(cfg: Config, *, windows: int) -> dict[str, Span]:
+def spans(cfg: Config, *, windows: int) -> dict[str, Updates]:
     """The durations of a run in updates, by field.
 
     What is written in tokens or epochs becomes whole calls of `train.steps_per_call`, for a call of
@@ -40,17 +40,17 @@ def spans(cfg: Config, *, windows: int) -> dict[str, Span]:
     for path, value in named_fields(cfg):
         if isinstance(value, Duration):
             exact = _steps_of(value, cfg.data, windows)
-            found[path] = Span(exact, exact)
+            found[path] = Updates(exact, exact)
             if path in _OF_CALLS and exact % call and value.parts()[1] != "step":
                 whole = call * max(1, round(exact / call))
                 why = f"whole calls of config.train.steps_per_call={call}"
-                found[path] = Span(exact, whole, why)
+                found[path] = Updates(exact, whole, why)
     steps, warmup, decay = (found[f].taken for f in ("train.steps", "optim.warmup", "optim.decay"))
     if warmup >= steps:
         why = f"a fifth of the {steps:,} of the run"
-        found["optim.warmup"] = Span(warmup, steps // 5, why)
+        found["optim.warmup"] = Updates(warmup, steps // 5, why)
     if decay > (left := steps - found["optim.warmup"].taken):
-        found["optim.decay"] = Span(decay, left, f"what the warm-up leaves of {steps:,}")
+        found["optim.decay"] = Updates(decay, left, f"what the warm-up leaves of {steps:,}")
     return found
 
 
@@ -77,4 +77,9 @@ def resolve(cfg: Config, *, windows: int) -> Config:
     cfg.train.compute_dtype, _ = device.choose_dtype(cfg.train.compute_dtype)
     cfg.eval.batch_size = cfg.eval.batch_size or cfg.data.batch_size
     cfg.eval.stride = cfg.eval.stride or cfg.data.seq_len
+    if cfg.train.profile and cfg.train.profile.updates().stop > int(cfg.train.steps) + 1:
+        raise ConfigError(
+            f"config.train.profile: {cfg.train.profile!r} reaches beyond the {cfg.train.steps} "
+            "updates of the run; name updates that it has."
+        )
     return cfg

@@ -7,12 +7,16 @@ import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
-from lm_jax.config.values import Curve, Duration
+from lm_jax.config.values import Curve, Duration, Span
 
 T = TypeVar("T")
 Number = TypeVar("Number", int, float)
 # Types that are written as text, and what reads them.
-_WRITTEN: dict[Any, Callable] = {Duration: Duration.parts, Curve: Curve.points}
+_WRITTEN: dict[Any, Callable] = {
+    Duration: Duration.parts,
+    Curve: Curve.points,
+    Span: Span.updates,
+}
 
 
 class ConfigError(ValueError):

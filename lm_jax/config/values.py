@@ -24,6 +24,23 @@ class Duration(str):
         return float(match[1]) * _UNITS[match[2]], (match[3] or "steps").rstrip("s")
 
 
+class Span(str):
+    """Updates from one to another: "10:20"; empty: none."""
+
+    def updates(self) -> range:
+        """These updates, counted from 1, the last one too.
+
+        Raises:
+            ValueError: if it is not written like that.
+        """
+        if not self.strip():
+            return range(0)
+        match = re.fullmatch(r"(\d+):(\d+)", self.strip())
+        if match is None or not 1 <= int(match[1]) < int(match[2]):
+            raise ValueError('is no span; write FROM:TO with 1 <= FROM < TO, as in "10:20"')
+        return range(int(match[1]), int(match[2]) + 1)
+
+
 class Curve(str):
     """A value over the run: "0.7", or "0@0.1, 1@0.4": 0 up to a tenth, linear to 1 at 0.4."""
 

@@ -7,7 +7,7 @@ cross documents, and the history before the first token of either stream is `sta
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -49,6 +49,12 @@ def references(store: Store, split_name: str) -> dict[str, float]:
         result["entropy_rate"] = entropy_rate
     write_json(path, result)
     return result
+
+
+def in_nats(by_name: Mapping[str, float]) -> dict[str, float]:
+    """The scores of `references` in nats per token, worst first."""
+    nats = {k: x if k == "entropy_rate" else math.log(x) for k, x in by_name.items()}
+    return dict(sorted(nats.items(), key=lambda item: -item[1]))
 
 
 def perplexities(

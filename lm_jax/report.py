@@ -1,0 +1,319 @@
+"""The page of a run: `python -m lm_jax.report --workdir=DIR` writes DIR/report.html.
+
+It shows how far the run is, its scores among the reference lines, the course of its training, what
+the doctor found, samples and the config. All of it comes from the files in the workdir. Training
+writes the page at every evaluation and at its end.
+"""
+
+import dataclasses
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+import numpy as np
+from absl import flags
+
+from lm_jax import config, curves, metrics, page, workdir
+from lm_jax.compare.tables import short
+from lm_jax.config.flags import parse_flags
+from lm_jax.data.references import in_nats
+from lm_jax.files import read_json, write_text
+from lm_jax.models.families import size
+
+_NAMES = {"kn2": "Kneser-Ney bigram", "kn3": "Kneser-Ney trigram", "entropy_rate": "entropy rate"}
+_OWN = "this model"
+_LINES = (
+    "The other rows are simple predictors, fitted on the training tokens and scored on the same "
+    "tokens as the model: uniform gives every token the same probability, unigram its frequency, "
+    "and a Kneser-Ney bigram or trigram looks at the one or two tokens before."
+)
+_FEW = "More reference lines are known once the run is finished."
+_ENTROPY = " The entropy rate is the least that any predictor can reach on this source."
+_NEWEST = 8  # evaluations that are shown at once
+_STYLE = """
+.facts { display: grid; gap: .9rem 1.25rem; margin: 1.25rem 0 0;
+  grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); }
+.facts dt { color: var(--soft); font-size: .8125rem; } .facts dd { margin: 0; }
+.path { color: var(--soft); margin: 0 0 1.25rem; }
+.bar { height: 6px; background: var(--rule); border-radius: 3px; margin: .4rem 0 0; }
+.bar div { height: 100%; background: var(--c0); border-radius: 3px; min-width: 2px; }
+.finding { border-left-color: var(--c1); max-width: 52rem; } .finding p { margin: .3rem 0 0; }
+.good { border-left-color: var(--c2); max-width: 52rem; }
+blockquote { margin: .9rem 0; padding: .7rem 1rem; background: var(--panel); border-radius: 3px;
+  white-space: pre-wrap; max-width: 52rem; font: .9rem/1.6 ui-serif, Georgia, serif; }
+blockquote b { font-weight: 650; } blockquote + .soft { margin-top: -.6rem; }
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """What the files of a workdir say."""
+
+    folder: pathlib.Path
+    record: workdir.Record
+    made: Mapping[str, Any]  # config.json
+    rows: Sequence[Mapping[str, Any]]  # metrics.jsonl
+    scores: Mapping[str, Mapping[str, Any]]  # eval_<split>.json, by split
+    references: Mapping[str, float]  # of the valid split
+
+    @property
+    def steps(self) -> int:
+        """Updates of the whole run."""
+        return int(self.record.cfg.train.steps)
+
+    @property
+    def trained(self) -> list[Mapping[str, Any]]:
+        """The rows of updates."""
+        return [row for row in self.rows if "train/loss" in row]
+
+    @property
+    def done(self) -> int:
+        """Updates that are finished."""
+        return max((row["step"] for row in self.trained), default=0)
+
+    def values(self, name: str) -> np.ndarray:
+        """The finite values of a metric."""
+        return np.array([row[name] for row in self.rows if _number(row.get(name))], float)
+
+
+def write(folder: pathlib.Path, references: Mapping[str, float] | None = None) -> pathlib.Path:
+    """Write the page of a run into its workdir.
+
+    Args:
+        folder: the workdir.
+        references: those of the valid split, as `lm_jax.data.references` has them; if None, they
+            are read from `eval_valid.json`, which is there once the run is finished.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        FileNotFoundError: if the folder holds no record of a run.
+        ConfigError: if the record is not as a run writes it.
+    """
+    record = workdir.read_record(folder)
+    paths = {name: folder / workdir.SCORES.format(name) for name in ("valid", "test", "train")}
+    scores = {name: read_json(path) for name, path in paths.items() if path.exists()}
+    if references is None:
+        references = scores.get("valid", {}).get("references") or _known(record)
+    made = read_json(record.path)
+    rows = [row for row in workdir.read_metrics(folder) if _number(row.get("step"))]
+    run = _Run(folder, record, made, rows, scores, references)
+    # A page that is still to change looks for its newer self.
+    head = "" if run.done >= run.steps else '<meta http-equiv="refresh" content="60">\n'
+    name = folder.resolve().name
+    text = page.document(f"{name}, {_state(run)}", _body(run, name), style=_STYLE, head=head)
+    write_text(folder / workdir.REPORT, text)
+    return folder / workdir.REPORT
+
+
+def _known(record: workdir.Record) -> dict[str, float]:
+    """The reference lines that need no data."""
+    rate = record.data.get("entropy_rate")
+    known = {"uniform": record.data["vocab_size"] - 1.0}
+    return known | ({"entropy_rate": rate} if rate and record.cfg.tokenizer.kind == "char" else {})
+
+
+def _body(run: _Run, name: str) -> str:
+    lines = {_NAMES.get(k, k): nats for k, nats in in_nats(run.references).items()}
+    drawn = curves.figures(run.rows, run.record.cfg, lines)
+    sections = {
+        "Result": _results(run),
+        "Course": f'<div class="figures">{drawn}</div>' if drawn else "",
+        "Doctor": _doctor(run.folder),
+        "Samples": _samples(run.folder),
+        "Evaluations": _evaluations(run),
+        "Config": _config(run.record.cfg),
+    }
+    parts = [f"<section><h2>{k}</h2>\n{text}</section>" for k, text in sections.items() if text]
+    return "\n".join([_head(run, name), *parts])
+
+
+def _state(run: _Run) -> str:
+    if run.done >= run.steps:
+        return f"finished after {run.steps:,} updates"
+    return f"update {run.done:,} of {run.steps:,}"
+
+
+def _head(run: _Run, name: str) -> str:
+    cfg, data, made = run.record.cfg, run.record.data, run.made
+    train = data["splits"]["train"]["tokens"]
+    speed, step_ms = run.values("perf/tokens_per_second"), run.values("perf/step_ms")
+    skipped = run.values("optim/skipped_updates").sum()
+    devices = [f"{made['devices'].count(k)} {k}" for k in dict.fromkeys(made["devices"])]
+    seen = run.trained[-1].get("data/tokens") if run.trained else 0
+    facts = {
+        "Parameters": short(size(cfg.model, data["vocab_size"], cfg.data.seq_len).total),
+        "Data": f"{data['corpus']}, {short(train)} training tokens",
+        "Tokenizer": f"{data['tokenizer_kind']}, {data['vocab_size']:,} ids",
+        "Device": f"{', '.join(devices)}, {cfg.train.compute_dtype}",
+        "Tokens seen": f"{short(seen)}, {seen / train:.2f} epochs" if seen else "",
+        "Training time": _spoken(step_ms.sum() / 1e3) if len(step_ms) else "",
+        "Speed": f"{np.median(speed):,.0f} tokens/s" if len(speed) else "",
+        "Time left": _spoken((run.steps - run.done) * np.median(step_ms[-200:]) / 1e3)
+        if len(step_ms) and run.done < run.steps
+        else "",
+        "Skipped updates": f"{skipped:,.0f}" if skipped else "",
+        "Resumed after update": ", ".join(f"{x:,.0f}" for x in run.values("resumed")),
+        "Started": made.get("started", "")[:16].replace("T", " "),
+        "lm_jax": f"{made.get('versions', {}).get('lm_jax', '')} {_revision(made)}".strip(),
+    }
+    told = "".join(f"<div><dt>{k}</dt><dd>{escape(x)}</dd></div>" for k, x in facts.items() if x)
+    share = min(1, run.done / run.steps)
+    return (
+        f'<h1>{escape(name)}</h1>\n<p class="path">{escape(str(run.folder))}</p>\n'
+        f"<strong>{_state(run).capitalize()}</strong>"
+        f'<div class="bar"><div style="width: {share:.1%}"></div></div>\n'
+        f'<dl class="facts">{told}</dl>'
+    )
+
+
+def _revision(made: Mapping[str, Any]) -> str:
+    revision = made.get("git_revision") or ""
+    return f"({revision[:8]}{'+' * revision.endswith('+')})" if revision else ""
+
+
+def _spoken(seconds: Any) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _results(run: _Run) -> str:
+    """The scored splits among their reference lines; before the end, the newest evaluation."""
+    parts = [
+        f"<h3>{name}: {result['token_count']:,} tokens, after update {result['step']:,}</h3>"
+        + _among_lines(result, result["references"], name)
+        for name, result in run.scores.items()
+    ]
+    newest = [row for row in run.rows if _number(row.get("valid/loss"))][-1:]
+    if newest and not parts:
+        result = {k.removeprefix("valid/"): x for k, x in newest[0].items()}
+        parts = [
+            f"<h3>valid, after update {result['step']:,}</h3>"
+            + _among_lines(result, run.references, "valid")
+        ]
+    if not parts:
+        return ""
+    told = _LINES if "unigram" in run.references else _FEW
+    told += _ENTROPY if "entropy_rate" in run.references else ""
+    tables = "".join(f"<div>{part}</div>" for part in parts)
+    return f'<div class="figures">{tables}</div><p class="soft">{told}</p>'
+
+
+def _among_lines(result: Mapping[str, Any], references: Mapping[str, float], split: str) -> str:
+    """A result among its reference lines, worst first."""
+    loss = result["loss"]
+    if not _number(loss):
+        return "<p>The loss is not finite.</p>"
+    nats_of = {_NAMES.get(k, k): nats for k, nats in in_nats(references).items()} | {_OWN: loss}
+    words = math.log(result["word_ppl"]) / loss if metrics.has_words(result) else 0
+    table = []
+    for name, nats in sorted(nats_of.items(), key=lambda item: -item[1]):
+        row = {
+            "": name,
+            "nats per token": f"{nats:.4f}",
+            "token ppl": _ppl(metrics.exp(nats)),
+        }
+        if words:
+            row["word ppl"] = _ppl(metrics.exp(nats * words))
+        row["bits per byte"] = f"{result['bits_per_byte'] * nats / loss:.4f}"
+        table.append(row)
+    return page.table(table, f"Result on {split}", own=_OWN)
+
+
+def _ppl(value: float) -> str:
+    return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}"
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _doctor(folder: pathlib.Path) -> str:
+    """What is not in order before and in the run; what was looked at otherwise."""
+    parts = []
+    for name, when in ((workdir.DOCTOR, "before the run"), (workdir.WATCH, "in the run")):
+        if not (folder / name).exists():
+            continue
+        findings = read_json(folder / name)["findings"]
+        bad = [f for f in findings if f["status"] in ("fail", "error", "warn")]
+        parts += [
+            f'<div class="panel finding"><b>{escape(f["status"])}: {escape(f["check"])}</b> '
+            f'<span class="soft">{when}</span><p>{escape(f["evidence"])}</p>'
+            f"<p>{escape(f['remedy'])}</p></div>"
+            for f in bad
+        ]
+        passed = sum(f["status"] == "pass" for f in findings)
+        idle = sum(f["status"] == "skip" for f in findings)
+        told = f"{passed} other checks" if bad else f"all {passed} checks"
+        told += f" passed; {idle} had nothing to look at" if idle else " passed"
+        parts.append(f'<p class="panel good">{when.capitalize()}: {told}.</p>')
+    return "".join(parts)
+
+
+def _samples(folder: pathlib.Path, most: int = 5) -> str:
+    """The newest samples, newest first; the prompt is bold."""
+    rows = [row for row in workdir.read_rows(folder / workdir.SAMPLES) if "text" in row]
+    parts = []
+    for row in rows[: -most - 1 : -1]:
+        how = ("step", "temperature", "top_k", "top_p", "seed")
+        told = ", ".join(f"{name} {row[name]}" for name in how if row.get(name) is not None)
+        prompt, text = escape(str(row.get("prompt", ""))), escape(str(row["text"]))
+        parts.append(f'<blockquote><b>{prompt}</b>{text}</blockquote><p class="soft">{told}</p>')
+    return "\n".join(parts)
+
+
+def _evaluations(run: _Run) -> str:
+    """Every evaluation of the valid split, newest first."""
+    rows = [row for row in run.rows if _number(row.get("valid/loss"))]
+    if not rows:
+        return ""
+    best = min(rows, key=lambda row: row["valid/loss"])
+    forms: dict[str, Any] = {"loss": "{:.4f}".format, "token_ppl": _ppl}
+    if metrics.has_words({name.removeprefix("valid/"): x for name, x in best.items()}):
+        forms["word_ppl"] = _ppl
+    forms |= {"bits_per_byte": "{:.4f}".format, "accuracy": "{:.1%}".format}
+    forms = {name: form for name, form in forms.items() if _number(best.get(f"valid/{name}"))}
+
+    def cells(row: Mapping[str, Any]) -> dict[str, str]:
+        values = {name: row.get(f"valid/{name}") for name in forms}
+        return {"update": f"{row['step']:,}{' (best)' * (row is best)}"} | {
+            name.replace("_", " "): forms[name](x) if _number(x) else "-"
+            for name, x in values.items()
+        }
+
+    table = [cells(row) for row in reversed(rows)]
+    own = f"{best['step']:,} (best)"
+    text = page.table(table[:_NEWEST], "Evaluations", own=own)
+    if len(table) > _NEWEST:
+        older = page.table(table[_NEWEST:], "Older evaluations", own=own)
+        text += f"<details><summary>{len(table) - _NEWEST} older</summary>{older}</details>"
+    return text
+
+
+def _config(cfg: config.Config) -> str:
+    """What differs from the defaults, and all fields folded away."""
+    defaults = dict(config.named_fields(config.Config()))
+    table = [
+        {"field": path, "value": str(x), "default": str(defaults[path])}
+        for path, x in config.named_fields(cfg)
+    ]
+    changed = [row for row in table if row["value"] != row["default"]]
+    text = page.table(changed, "Fields that differ from their defaults") if changed else ""
+    whole = page.table(table, "All fields")
+    return f"{text}<details><summary>All {len(table)} fields</summary>{whole}</details>"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write `report.html` of a run and print its path."""
+    given = flags.FlagValues()
+    flags.DEFINE_string("workdir", None, "Folder of the run.", given, required=True)
+    parse_flags(given, argv, __doc__)
+    print(write(pathlib.Path(given.workdir)))
+
+
+if __name__ == "__main__":
+    main()
