@@ -144,13 +144,13 @@ class Setup:
 
     def finish(self) -> dict[str, Any]:
         """Score the best checkpoint on the splits that the config names."""
-        best = workdir.open_trained(self.folder, mesh=self.mesh, store=self.store)
+        best = workdir.open_trained(self.folder, mesh=self.mesh)
         names = rules.eval_splits(self.cfg, self.store.manifest["splits"])
         results = {
             name: evaluate.score_run(self.evaluator, best, self.folder, name) for name in names
         }
         if self.teacher is not None:
-            scores.report_distillation(self.cfg, self.folder, best, self.teacher)
+            scores.report_distillation(self.cfg, self.folder, best, self.store, self.teacher)
         return results
 
 
