@@ -66,6 +66,9 @@ def continuations(
         numbers: of each row, by which its random key differs from that of others.
         tokens: new tokens a row.
         how: how they are drawn.
+
+    Raises:
+        FloatingPointError: if the logits are not finite.
     """
     window, model = run.cfg.data.seq_len, _Model(run)
     layers = _layers(run.params, model=model)
@@ -98,6 +101,7 @@ def continuations(
                 model=model,
             )
             ids_Bn, log_probs_Bn = (np.asarray(x)[:, :count] for x in found)
+            _require_finite(run, log_probs_Bn)
             for row, ids in zip(rows, ids_Bn.tolist(), strict=True):
                 row += ids
             last_B1, made = ids_Bn[:, -1:], made + count
@@ -112,6 +116,14 @@ def _padded(texts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
     for row, first, text in zip(ids_BP, first_B, texts, strict=True):
         row[first:] = text
     return ids_BP, first_B
+
+
+def _require_finite(run: Trained, log_probs_Bn: np.ndarray) -> None:
+    if not np.isfinite(log_probs_Bn).all():
+        raise FloatingPointError(
+            f"The logits at step {run.step} are not finite: the run diverged, or its numbers leave "
+            f"the range of config.train.compute_dtype={run.cfg.train.compute_dtype!r}."
+        )
 
 
 def _say_window(window: int) -> None:

@@ -80,7 +80,8 @@ def generate(
     _check_options(tokens, samples, temperature, top_k, top_p, seed, stop)
     prompts = [prompts] if isinstance(prompts, str) else prompts
     # A document starts with its separator, in training too.
-    contexts = [[run.tokenizer.separator, *_encode(run.tokenizer, prompt)] for prompt in prompts]
+    separator = run.tokenizer.separator
+    contexts = [[separator, *encode_prompt(run.tokenizer, prompt)] for prompt in prompts]
     rows = [_Row(run.tokenizer, stop) for _ in prompts for _ in range(samples)]
     rows[0].show = show
     chunks = continuations(
@@ -91,11 +92,6 @@ def generate(
         Sampling(temperature, top_k, top_p, seed),
     )
     for ids_Bn, log_probs_Bn in chunks:
-        if not np.isfinite(log_probs_Bn).all():
-            raise FloatingPointError(
-                f"The logits at step {run.step} are not finite: the run diverged, or its numbers "
-                f"leave the range of config.train.compute_dtype={run.cfg.train.compute_dtype!r}."
-            )
         for row, ids, log_probs in zip(rows, ids_Bn, log_probs_Bn.tolist(), strict=True):
             row.add(ids, log_probs)
         if all(row.ended for row in rows):
@@ -159,12 +155,18 @@ class _Row:
         return len(self.text) - max(begun, default=0)
 
 
-def _encode(tokenizer: Tokenizer, prompt: str) -> list[int]:
+def encode_prompt(tokenizer: Tokenizer, prompt: str, where: str = "--prompt") -> list[int]:
+    """The ids of a prompt.
+
+    Raises:
+        ArgumentError: if the tokenizer has none for a part of it, naming the flag or field `where`
+            it was given.
+    """
     try:
         return tokenizer.encode(prompt).tolist()
     except ValueError as error:
         reason = str(error).rstrip(".")
-        raise ArgumentError(f"--prompt: {reason}, or leave it out of the prompt.") from error
+        raise ArgumentError(f"{where}: {reason}, or leave it out of the prompt.") from error
 
 
 def _check_options(
@@ -191,6 +193,11 @@ def _check(ok: bool, flag: str, remedy: str) -> None:
         raise ArgumentError(f"{flag} is impossible; {remedy}.")
 
 
+def evaluation_prompts(cfg: config.Config) -> list[str]:
+    """Those of `config.train.sample_prompts`."""
+    return cfg.train.sample_prompts.split("|") if cfg.train.sample_prompts else []
+
+
 def sample_prompts(run: Trained, folder: pathlib.Path) -> list[Sample]:
     """Continue each of `config.train.sample_prompts`, the same way at every evaluation of a run.
 
@@ -200,9 +207,10 @@ def sample_prompts(run: Trained, folder: pathlib.Path) -> list[Sample]:
         run: the run as it is at this evaluation.
         folder: its workdir.
     """
-    if not run.cfg.train.sample_prompts:
+    prompts = evaluation_prompts(run.cfg)
+    if not prompts:
         return []
-    made = generate(run, run.cfg.train.sample_prompts.split("|"), tokens=EVALUATED)
+    made = generate(run, prompts, tokens=min(EVALUATED, run.cfg.data.seq_len // 2 + 1))
     _record(folder, {"step": run.step, "evaluation": True}, made)
     return made
 

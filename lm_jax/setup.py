@@ -9,10 +9,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh
 
 import lm_jax
-from lm_jax import checkpoint, evaluate, optim, preflight, sharding, step, workdir
+from lm_jax import checkpoint, evaluate, generate, optim, preflight, sharding, step, workdir
 from lm_jax.checkpoint import Checkpoints, Manifest
 from lm_jax.config import Config, ConfigError, rules
 from lm_jax.config.resolve import resolve, rounded
@@ -40,6 +41,7 @@ class Setup:
     store: Store
     mesh: Mesh
     windows: int  # of one epoch
+    graphdef: nnx.GraphDef
     objective: Objective
     init_state: Callable[[jax.Array], TrainState]
     train_steps: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
@@ -139,8 +141,13 @@ class Setup:
         return due(position, self.cfg.train.checkpoint_every, self.steps)
 
     def evaluate(self, state: TrainState) -> dict[str, Any]:
-        """Score the valid split with the averaged parameters, if there are any."""
-        return self.evaluator(state.ema if self.cfg.optim.ema_decay else state.params, "valid")
+        """Score the valid split with the averaged parameters, if there are any, and sample."""
+        params = state.ema if self.cfg.optim.ema_decay else state.params
+        if jax.process_count() == 1:
+            parts = self.cfg, self.store.tokenizer, self.mesh, self.graphdef, params
+            now = workdir.Trained(*parts, int(state.step), self.store.manifest)
+            generate.sample_prompts(now, self.folder)
+        return self.evaluator(params, "valid")
 
     def finish(self) -> dict[str, Any]:
         """Score the best checkpoint on the splits that the config names."""
@@ -171,6 +178,8 @@ def assemble(cfg: Config, folder: pathlib.Path, store: Store | None = None) -> S
     epoch = windows.count_windows(train, cfg.data.seq_len, cfg.data.window_offset)
     cfg = resolve(asked, windows=epoch)
     mesh = sharding.make_mesh(cfg.mesh.fsdp)
+    for prompt in generate.evaluation_prompts(cfg):
+        generate.encode_prompt(store.tokenizer, prompt, "config.train.sample_prompts")
     graphdef, init = create_model(cfg, store.tokenizer.vocab_size, choose_attention(cfg)[0])
     teacher = None
     objective: Objective = NextToken.of(cfg, graphdef)
@@ -187,6 +196,7 @@ def assemble(cfg: Config, folder: pathlib.Path, store: Store | None = None) -> S
         store=store,
         mesh=mesh,
         windows=epoch,
+        graphdef=graphdef,
         objective=objective,
         init_state=init_state,
         train_steps=step.make_train_step(cfg, objective),

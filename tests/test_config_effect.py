@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm_jax import checkpoint, config, preflight, setup, step, train
+from lm_jax import checkpoint, config, generate, preflight, setup, step, train
 from lm_jax import workdir as run_files
 from lm_jax.config import Config
 from lm_jax.config.resolve import resolve
@@ -156,6 +156,7 @@ TABLE = {
     ),
     "train.keep": (2, "kept", {}),
     "train.log_every": ("2", "progress", {}),
+    "train.sample_prompts": ("ba|du", "sampled", {}),
     "train.layer_norms": (True, "train_step", {}),
     "train.tensorboard": (True, "tensorboard", {}),
     "train.compute_dtype": ("bfloat16", "train_step eval_step", {"train.compute_dtype": "float32"}),
@@ -261,7 +262,7 @@ double = jax.jit(lambda params: jax.tree.map(lambda x: 2 * x, params))
 def loop(cfg, workdir):
     """The real loop around a step that notes what it is given; updates 2 and 3 are not finite."""
     seen = {name: [] for name in "train_batches eval_batches calls evaluated saved".split()}
-    seen |= {name: [] for name in "tensorboard reader_threads examined processes".split()}
+    seen |= {name: [] for name in "tensorboard reader_threads examined processes sampled".split()}
 
     def examine_config(cfg, *, level, store):
         seen["examined"].append(level)
@@ -340,6 +341,10 @@ def loop(cfg, workdir):
         seen["processes"].append(command[0])
         return popen(command, **options)
 
+    def sample(run, prompts, **_):
+        seen["sampled"].append((run.step, prompts))
+        return []
+
     screen = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(screen):
         patch.setattr(setup, "create_model", create_model)
@@ -348,6 +353,7 @@ def loop(cfg, workdir):
         patch.setattr(step, "make_eval_step", make_eval_step)
         patch.setattr(setup, "Checkpoints", Checkpoints)
         patch.setattr(setup, "open_data", open_data)
+        patch.setattr(generate, "generate", sample)
         patch.setattr(run_files, "git_revision", lambda: None)
         patch.setattr(preflight, "examine_config", examine_config)
         patch.setattr(provenance, "trace", lambda *_, **__: None)

@@ -246,7 +246,7 @@ def test_a_text_longer_than_the_window_keeps_its_last_half(family, prompt, capsy
     assert capsys.readouterr().err.count("window of 24 tokens (config.data.seq_len)") == 1
 
 
-@pytest.mark.parametrize("family", ["rotary", "learned", "musota"])
+@pytest.mark.parametrize("family", every(["rotary", "learned", "musota"]))
 @pytest.mark.parametrize("temperature", [0, 1.0])
 def test_prompts_of_one_batch_are_continued_as_each_alone(family, temperature):
     run = make_run(std=0.2, **FAMILIES[family])
@@ -421,7 +421,7 @@ def raise_(error):
     raise error
 
 
-def test_the_workdir_alone_is_enough(workdir, tmp_path, monkeypatch):
+def test_the_workdir_alone_is_enough(workdir, tmp_path, monkeypatch, capsys):
     """Neither the corpus nor the tokens that were made of it are opened; evaluation wants them."""
     moved = tmp_path / "elsewhere"
     shutil.copytree(workdir, moved / "run")
@@ -441,9 +441,9 @@ def test_the_workdir_alone_is_enough(workdir, tmp_path, monkeypatch):
     ]
     assert scores[0] == scores[1]
     (moved / "text" / "00.txt").write_text("not to be\n")
-    with pytest.raises((SystemExit, ConfigError)) as refused:
+    with pytest.raises(SystemExit):
         evaluate.main(flags)
-    assert refused.type is SystemExit or "config.data.corpus" in str(refused.value)
+    assert "config.data.corpus: 'text'" in capsys.readouterr().err
 
 
 def test_checkpoints_by_name_and_number(workdir, tmp_path, monkeypatch, capsys):

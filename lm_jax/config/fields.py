@@ -143,7 +143,8 @@ class TrainConfig(Section):
     checkpoint_every: Duration = incidental(Duration("250"))  # and at the end; 0: at the end alone
     keep: int = incidental(positive(2))  # newest checkpoints kept, beside the best
     log_every: Duration = incidental(Duration("10"))  # a progress line, and layer_norms
-    # prompts that are continued at every evaluation, with "|" between them; empty: none
+    # continued at every evaluation, into samples.jsonl; "|" between prompts; empty: none (not with
+    # several processes)
     sample_prompts: str = incidental("")
     layer_norms: bool = incidental(False)  # log grad_norm/<path> for every parameter
     tensorboard: bool = incidental(False)  # also write TensorBoard events (extra "tensorboard")
