@@ -79,6 +79,7 @@ def generate(
     """
     _check_options(tokens, samples, temperature, top_k, top_p, seed, stop)
     prompts = [prompts] if isinstance(prompts, str) else prompts
+    _check(len(prompts) > 0, "--prompt=[]", "give one or more; '' starts from nothing")
     # A document starts with its separator, in training too.
     separator = run.tokenizer.separator
     contexts = [[separator, *encode_prompt(run.tokenizer, prompt)] for prompt in prompts]

@@ -6,8 +6,8 @@
 Both continue the same prompts with the same random Llama of 17M parameters, in float32, with a
 key/value cache, by the same number of new tokens. They take turns, so that a change of the
 machine's speed falls on both; reported are medians and their ratio, by wall time and by the CPU
-time of the process. The first half of the greedy tokens of every row must be the same (later ones may
-part where two are almost equally likely); if not, the exit code is 1.
+time of the process. The first half of the greedy tokens of every row must be the same (later ones
+may part where two are almost equally likely); if not, the exit code is 1.
 """
 
 import argparse
