@@ -225,25 +225,26 @@ def test_separator_is_never_sampled():
 @pytest.mark.parametrize("family", ["rotary", "learned"])
 def test_a_text_longer_than_the_window_keeps_its_last_half(family, capsys):
     run = make_run(**FAMILIES[family])
+    contexts, ids, log_probs = [], [], []
     for prompt in ("", "ab", "abc " * 20):
         (one,) = generate.generate(run, prompt, tokens=50, temperature=0)
-        row, contexts = [0, *LETTERS.encode(prompt).tolist()], []
-        start = 0
+        assert capsys.readouterr().err.count("window of 24 tokens (config.data.seq_len)") == 1
+        row, start = [0, *LETTERS.encode(prompt).tolist()], 0
         for token in one.ids:
             if len(row) - start > 24:
                 start = len(row) - 12
             contexts.append(row[start:])
             row.append(token)
-        padded = np.zeros((50, 24), np.int32)  # behind, where a causal model does not look
-        for ids, context in zip(padded, contexts, strict=True):
-            ids[: len(context)] = context
-        last = [len(context) - 1 for context in contexts]
-        logits = np.array(full_logits(run, padded))[np.arange(50), last]
-        log_probs = np.asarray(jax.nn.log_softmax(logits))[np.arange(50), one.ids]
-        logits[:, LETTERS.separator] = -np.inf
-        assert one.ids == logits.argmax(1).tolist()
-        np.testing.assert_allclose(log_probs, one.log_probs, atol=1e-4)
-        assert capsys.readouterr().err.count("window of 24 tokens (config.data.seq_len)") == 1
+        ids, log_probs = ids + one.ids, log_probs + one.log_probs
+    padded = np.zeros((150, 24), np.int32)  # behind, where a causal model does not look
+    for tokens, context in zip(padded, contexts, strict=True):
+        tokens[: len(context)] = context
+    last = [len(context) - 1 for context in contexts]
+    logits = np.array(full_logits(run, padded))[np.arange(150), last]
+    expected = np.asarray(jax.nn.log_softmax(logits))[np.arange(150), ids]
+    np.testing.assert_allclose(expected, log_probs, atol=1e-4)
+    logits[:, LETTERS.separator] = -np.inf
+    assert ids == logits.argmax(1).tolist()
 
 
 @pytest.mark.parametrize(
