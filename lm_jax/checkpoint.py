@@ -70,6 +70,10 @@ class Checkpoints:
         """Number of updates in the newest (or best) finished checkpoint; None if there is none."""
         return (self._best if best else self._newest).latest_step()
 
+    def positions(self, *, best: bool = False) -> list[int]:
+        """Numbers of updates of all finished newest (or best) checkpoints, in order."""
+        return sorted((self._best if best else self._newest).all_steps())
+
     def manifest(self, *, best: bool = False) -> Manifest:
         """The manifest saved with the newest (or best) checkpoint."""
         manager = self._best if best else self._newest
@@ -82,8 +86,13 @@ class Checkpoints:
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
         return manager.restore(manager.latest_step(), args=args).state
 
-    def restore_part(self, abstract: dict[str, Any], *, best: bool = False) -> dict[str, Any]:
-        """The named fields of the newest (or best) state, as `restore`; others are not read."""
+    def restore_part(
+        self, abstract: dict[str, Any], position: int, *, best: bool = False
+    ) -> dict[str, Any]:
+        """The named fields of the newest (or best) state of `position`, as `restore` gives them.
+
+        Others are not read.
+        """
         manager = self._best if best else self._newest
         args = ocp.args.Composite(
             state=ocp.args.PyTreeRestore(
@@ -92,7 +101,7 @@ class Checkpoints:
                 partial_restore=True,
             )
         )
-        return manager.restore(manager.latest_step(), args=args).state
+        return manager.restore(position, args=args).state
 
     def wait(self) -> None:
         """Wait until running saves are finished."""

@@ -31,6 +31,9 @@ from lm_jax.files import whole, write_json
 from lm_jax.models.families import FAMILIES, family
 from lm_jax.workdir import DOCUMENTS, SCORES, Trained, open_trained
 
+# Fields of config.data that say where the files lie; the hash of what is in them must stay.
+WHERE = "source_dir files valid_files test_files cache_dir".split()
+
 
 @dataclasses.dataclass(frozen=True)
 class Evaluator:
@@ -42,8 +45,8 @@ class Evaluator:
     eval_step: Callable[..., step.Metrics]
 
     @classmethod
-    def of(cls, run: Trained, stride: int | None = None) -> "Evaluator":
-        """The evaluator of a run, with another stride if one is given.
+    def of(cls, run: Trained, store: Store, stride: int | None = None) -> "Evaluator":
+        """The evaluator of a run on a store, with another stride if one is given.
 
         Raises:
             ConfigError: if the stride is impossible.
@@ -51,7 +54,7 @@ class Evaluator:
         cfg = run.cfg
         if stride is not None:
             cfg = rules.validate(config.replace(cfg, eval__stride=stride or cfg.data.seq_len))
-        return cls(cfg, run.store, run.mesh, step.make_eval_step(cfg, run.graphdef, run.mesh))
+        return cls(cfg, store, run.mesh, step.make_eval_step(cfg, run.graphdef, run.mesh))
 
     def __call__(self, params: Any, split_name: str) -> dict[str, Any]:
         """Score a whole split; see `score`."""
@@ -189,13 +192,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags.DEFINE_enum("split", "test", ["train", "valid", "test"], "What is scored.", given)
     stride = "Targets scored per window. Default: as in the run's config."
     flags.DEFINE_integer("stride", None, stride, flag_values=given)
+    checkpoint = "best, last, or its number of updates."
+    flags.DEFINE_string("checkpoint", "best", checkpoint, flag_values=given)
+    for name in WHERE:
+        help_text = "As in the config of the run, for data that lie elsewhere now."
+        flags.DEFINE_string(f"config.data.{name}", None, help_text, given)
     parse_flags(given, argv, __doc__, subject=["workdir"])
     folder = pathlib.Path(given.workdir)
     console.use(aside=True)
     with console.phase(f"opening {folder}"):
-        run = open_trained(folder)
+        run = open_trained(folder, checkpoint=given.checkpoint)
+        moved = {f"data__{name}": given[f"config.data.{name}"].value for name in WHERE}
+        moved = {path: value for path, value in moved.items() if value is not None}
+        run = dataclasses.replace(run, cfg=rules.validate(config.replace(run.cfg, **moved)))
         run.store.split(given.split)
-        evaluator = Evaluator.of(run, given.stride)
+        evaluator = Evaluator.of(run, run.store, given.stride)
     score_run(evaluator, run, folder, given.split)
 
 

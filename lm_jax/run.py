@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 from lm_jax.evaluate import Evaluator, score_run
@@ -28,20 +29,21 @@ class Run(Trained):
             The values of `eval_<split>.json`, see the README.
 
         Raises:
-            ValueError: if the corpus has no such split, or the stride is impossible.
+            ValueError: if the corpus has no such split or has changed since, or the stride is
+                impossible.
         """
-        return score_run(Evaluator.of(self, stride), self, self.workdir, split)
+        return score_run(Evaluator.of(self, self.store, stride), self, self.workdir, split)
 
-    def generate(self, prompt: str = "", **options: Any) -> list[Sample]:
-        """Continue a prompt; the options and errors are those of `lm_jax.generate.generate`."""
-        return generate(self, prompt, **options)
+    def generate(self, prompts: str | Sequence[str] = "", **options: Any) -> list[Sample]:
+        """Continue prompts; options and errors are those of `lm_jax.generate.generate`."""
+        return generate(self, prompts, **options)
 
     def history(self) -> list[dict[str, Any]]:
         """The rows of `metrics.jsonl` in order; a number that was not finite is None."""
         return list(read_metrics(self.workdir))
 
 
-def open_run(workdir: str | pathlib.Path, *, best: bool = True) -> Run:
+def open_run(workdir: str | pathlib.Path, *, checkpoint: str | int = "best") -> Run:
     """Open a finished or stopped run to use what it has learnt.
 
     Example:
@@ -54,11 +56,12 @@ def open_run(workdir: str | pathlib.Path, *, best: bool = True) -> Run:
 
     Args:
         workdir: folder of the run.
-        best: the checkpoint with the lowest valid loss rather than the newest.
+        checkpoint: that with the lowest valid loss ("best"; the newest where nothing was evaluated
+            yet, which is said), the newest ("last"), or that of an update, by its number.
 
     Raises:
-        FileNotFoundError: if the workdir holds no config or no checkpoint.
-        ConfigError: if the corpus or its tokenizer has changed since, or the run is of version 0.1.
+        FileNotFoundError: if the workdir holds no config, no tokenizer or no such checkpoint.
+        ConfigError: if the tokenizer is not that of the run, or the run is of version 0.1.
     """
     folder = pathlib.Path(workdir).absolute()  # the process may move to another folder
-    return Run(workdir=folder, **vars(open_trained(folder, best=best)))
+    return Run(workdir=folder, **vars(open_trained(folder, checkpoint=checkpoint)))

@@ -9,10 +9,21 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh
 
 import lm_jax
-from lm_jax import checkpoint, console, evaluate, preflight, report, sharding, step, workdir
+from lm_jax import (
+    checkpoint,
+    console,
+    evaluate,
+    generate,
+    preflight,
+    report,
+    sharding,
+    step,
+    workdir,
+)
 from lm_jax.checkpoint import Checkpoints, Manifest
 from lm_jax.config import Config, ConfigError, rules
 from lm_jax.config.resolve import resolve, spans
@@ -41,6 +52,7 @@ class Setup:
     store: Store
     mesh: Mesh
     windows: int  # of one epoch
+    graphdef: nnx.GraphDef
     objective: Objective
     init_state: Callable[[jax.Array], TrainState]
     train_steps: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
@@ -143,18 +155,23 @@ class Setup:
         return due(position, self.cfg.train.checkpoint_every, self.steps)
 
     def evaluate(self, state: TrainState) -> dict[str, Any]:
-        """Score the valid split with the averaged parameters, if there are any."""
-        return self.evaluator(state.ema if self.cfg.optim.ema_decay else state.params, "valid")
+        """Score the valid split with the averaged parameters, if there are any, and sample."""
+        params = state.ema if self.cfg.optim.ema_decay else state.params
+        if jax.process_count() == 1:
+            parts = self.cfg, self.store.tokenizer, self.mesh, self.graphdef, params
+            now = workdir.Trained(*parts, int(state.step), self.store.manifest)
+            generate.sample_prompts(now, self.folder)
+        return self.evaluator(params, "valid")
 
     def finish(self) -> dict[str, Any]:
         """Score the best checkpoint on the splits that the config names."""
-        best = workdir.open_trained(self.folder, mesh=self.mesh, store=self.store)
+        best = workdir.open_trained(self.folder, mesh=self.mesh)
         names = rules.eval_splits(self.cfg, self.store.manifest["splits"])
         results = {
             name: evaluate.score_run(self.evaluator, best, self.folder, name) for name in names
         }
         if self.teacher is not None:
-            scores.report_distillation(self.cfg, self.folder, best, self.teacher)
+            scores.report_distillation(self.cfg, self.folder, best, self.store, self.teacher)
         if jax.process_index() == 0:
             report.write(self.folder)
         return results
@@ -179,6 +196,8 @@ def assemble(cfg: Config, folder: pathlib.Path, store: Store | None = None) -> S
     epoch = windows.count_windows(train, cfg.data.seq_len, cfg.data.window_offset)
     cfg = resolve(asked, windows=epoch)
     mesh = sharding.make_mesh(cfg.mesh.fsdp)
+    for prompt in generate.evaluation_prompts(cfg):
+        generate.encode_prompt(store.tokenizer, prompt, "config.train.sample_prompts")
     graphdef, init = create_model(cfg, store.tokenizer.vocab_size, choose_attention(cfg)[0])
     teacher = None
     objective: Objective = NextToken.of(cfg, graphdef)
@@ -195,6 +214,7 @@ def assemble(cfg: Config, folder: pathlib.Path, store: Store | None = None) -> S
         store=store,
         mesh=mesh,
         windows=epoch,
+        graphdef=graphdef,
         objective=objective,
         init_state=init_state,
         train_steps=step.make_train_step(cfg, objective),

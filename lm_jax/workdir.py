@@ -3,12 +3,14 @@
 import contextlib
 import dataclasses
 import datetime
+import functools
 import importlib.metadata
 import json
 import pathlib
 import platform
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,16 +18,21 @@ import jax
 from jax.sharding import Mesh
 
 import lm_jax
-from lm_jax import checkpoint, config, sharding
+from lm_jax import config, sharding
+from lm_jax.checkpoint import Checkpoints, abstract_like, refuse_older
 from lm_jax.config import Config, ConfigError
 from lm_jax.data.files import hash_json
 from lm_jax.data.open import open_data
 from lm_jax.data.store import Store
+from lm_jax.data.tokenizers.base import Tokenizer
+from lm_jax.data.tokenizers.load import load_tokenizer
 from lm_jax.files import write_json
 from lm_jax.models.families import choose_attention, create_model
 
 RECORD = "config.json"
+TOKENIZER = "tokenizer"
 METRICS = "metrics.jsonl"
+SAMPLES = "samples.jsonl"
 SCORES = "eval_{}.json"  # of a split
 DOCUMENTS = "documents_{}.npz"  # of a split
 TEACHER = "teacher.json"
@@ -70,7 +77,7 @@ def read_record(workdir: pathlib.Path, *, checkpoints: bool = False) -> Record:
         what = f"{type(error).__name__}: {error}".rstrip(".")
         raise ConfigError(f"{path}: not as a run writes it ({what}); restore the file.") from error
     if checkpoints:
-        checkpoint.refuse_older(path, read)
+        refuse_older(path, read)
     return record
 
 
@@ -106,7 +113,7 @@ def record_config(
         "git_revision": git_revision(),
         "data": store.manifest,
     }
-    shutil.copytree(store.path / "tokenizer", workdir / "tokenizer", dirs_exist_ok=True)
+    shutil.copytree(store.path / TOKENIZER, workdir / TOKENIZER, dirs_exist_ok=True)
     write_json(workdir / RECORD, record)
 
 
@@ -197,57 +204,85 @@ class Trained:
     """A trained run, opened for use."""
 
     cfg: Config
-    store: Store = dataclasses.field(repr=False)
+    tokenizer: Tokenizer = dataclasses.field(repr=False)
     mesh: Mesh
     graphdef: Any = dataclasses.field(repr=False)
     params: Any = dataclasses.field(repr=False)
     step: int
+    data: Mapping[str, Any] = dataclasses.field(repr=False)  # the manifest of its store
+
+    @functools.cached_property
+    def store(self) -> Store:
+        """Its data, opened when they are first asked for.
+
+        Raises:
+            ConfigError: if they are not those on which the run was trained.
+            ValueError: if the corpus cannot be read.
+        """
+        store = open_data(self.cfg)
+        if store.manifest != self.data:
+            data = self.cfg.data
+            where = f" in config.data.source_dir={data.source_dir!r}" if data.source_dir else ""
+            raise ConfigError(
+                f"config.data.corpus: {data.corpus!r}{where} is another corpus or has another "
+                "tokenizer than the run was trained on; restore the data, or name their folder "
+                "with --config.data.source_dir."
+            )
+        return store
 
 
 def open_trained(
-    workdir: pathlib.Path,
-    *,
-    best: bool = True,
-    mesh: Mesh | None = None,
-    store: Store | None = None,
+    workdir: pathlib.Path, *, checkpoint: str | int = "best", mesh: Mesh | None = None
 ) -> Trained:
-    """Config, data and parameters of a workdir.
+    """Config, tokenizer and parameters of a workdir.
 
     Args:
         workdir: folder of the run.
-        best: the checkpoint with the lowest valid loss rather than the newest.
+        checkpoint: that with the lowest valid loss ("best"; the newest where nothing was evaluated
+            yet, which is said), the newest ("last"), or that of an update, by its number.
         mesh: where the parameters go; if None, a mesh of all devices with the run's `mesh.fsdp`.
-        store: its data, if they are open already.
 
     Raises:
-        FileNotFoundError: if the workdir holds no config or no checkpoint.
-        ConfigError: if the corpus or its tokenizer has changed since, or `read_record` refuses the
-            record.
+        FileNotFoundError: if the workdir holds no config, no tokenizer or no such checkpoint.
+        ConfigError: if the tokenizer is not that of the run, or `read_record` refuses the record.
     """
     record = read_record(workdir, checkpoints=True)
-    cfg = record.cfg
-    store = store or open_data(cfg)
-    if record.data != store.manifest:
+    cfg, tokenizer = record.cfg, load_tokenizer(workdir / TOKENIZER)
+    if tokenizer.content_hash != record.data["tokenizer_hash"]:
         raise ConfigError(
-            f"{record.path}: the run was trained on another corpus or tokenizer than "
-            f"{cfg.data.corpus} is now; restore the data."
+            f"{workdir / TOKENIZER}: is not the tokenizer that the run was trained with; "
+            "restore the folder."
         )
     mesh = mesh or sharding.make_mesh(cfg.mesh.fsdp)
     impl, _ = choose_attention(cfg)
-    graphdef, init = create_model(cfg, store.tokenizer.vocab_size, impl)
+    graphdef, init = create_model(cfg, tokenizer.vocab_size, impl)
     # Parameters and their average look alike; nothing else of the state is read.
     name = "ema" if cfg.optim.ema_decay else "params"
     abstract = {name: jax.eval_shape(init, jax.random.key(0))}
-    shardings = sharding.by_shape(mesh, abstract)
-    checkpoints = checkpoint.Checkpoints(workdir, cfg.train.keep, read_only=True)
-    position = checkpoints.position(best=best)
-    if position is None:
-        if best and checkpoints.position() is not None:
-            raise FileNotFoundError(
-                f"{workdir}: holds no best checkpoint, for nothing was evaluated yet; finish the "
-                "run, or open the newest: lm_jax.open_run(..., best=False)."
-            )
+    like = abstract_like(abstract, sharding.by_shape(mesh, abstract))
+    with contextlib.closing(Checkpoints(workdir, cfg.train.keep, read_only=True)) as checkpoints:
+        position, best = _choose(workdir, checkpoints, str(checkpoint))
+        part = checkpoints.restore_part(like, position, best=best)
+    return Trained(cfg, tokenizer, mesh, graphdef, part[name], position, record.data)
+
+
+def _choose(workdir: pathlib.Path, checkpoints: Checkpoints, which: str) -> tuple[int, bool]:
+    """The number of updates of a checkpoint, and whether it is kept as the best."""
+    best = checkpoints.positions(best=True)
+    found = dict.fromkeys(best, True) | dict.fromkeys(checkpoints.positions(), False)
+    if not found:
         raise FileNotFoundError(f"{workdir}: holds no checkpoint; train the run first.")
-    part = checkpoints.restore_part(checkpoint.abstract_like(abstract, shardings), best=best)
-    checkpoints.close()
-    return Trained(cfg, store, mesh, graphdef, part[name], position)
+    if which == "best" and best:
+        return best[-1], True
+    last = max(found)
+    if which == "best":
+        print(f"no evaluation yet: the newest checkpoint, update {last:,}", file=sys.stderr)
+    if which in ("best", "last"):
+        return last, found[last]
+    if which.isdecimal() and int(which) in found:
+        return int(which), found[int(which)]
+    there = ", ".join(map(str, sorted(found)))
+    raise FileNotFoundError(
+        f"--checkpoint={which}: {workdir} holds no such checkpoint; give best, last, or the number "
+        f"of updates of one that is there: {there}."
+    )

@@ -194,7 +194,7 @@ def rows(workdir):
 
 
 def final_state(workdir):
-    run = open_trained(pathlib.Path(workdir), best=False)
+    run = open_trained(pathlib.Path(workdir), checkpoint="last")
     assert run.step == int(run.cfg.train.steps)
     return [np.asarray(x) for x in jax.tree.leaves(run.params)]
 

@@ -129,7 +129,7 @@ def test_rising_valid_loss_leaves_the_newest_and_the_best(text, tmp_path, monkey
         manifest = checkpoints.manifest(best=best)
         assert manifest["best_loss"] == 2.0 and manifest["best_position"] == 2
     checkpoints.close()
-    newest, best = (open_trained(tmp_path, best=best) for best in (False, True))
+    newest, best = (open_trained(tmp_path, checkpoint=which) for which in ("last", "best"))
     assert (newest.step, best.step) == (4, 2)
     for a, b in zip(jax.tree.leaves(newest.params), jax.tree.leaves(best.params), strict=True):
         assert (a != b).any()

@@ -132,7 +132,7 @@ def test_a_killed_run_is_opened(examples, tmp_path):
     shutil.rmtree(folder / "best")
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 21, "tra')
-    run = lm_jax.open_run(str(folder), best=False)
+    run = lm_jax.open_run(str(folder))
     assert run.history() == examples["run"].history()
     assert run.step == 20 and run.generate(tokens=3)[0].ids
 

@@ -1,7 +1,11 @@
 """The cache against the full forward, the sampler's properties, and the command end to end."""
 
+import dataclasses
+import io
 import json
 import logging
+import re
+import shutil
 import sys
 
 import jax
@@ -10,10 +14,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lm_jax import config, generate, loss, train
-from lm_jax.config import Config
-from lm_jax.data.tokenizers.kinds import CharTokenizer
-from lm_jax.generate import ArgumentError, sample, shortlist
+import lm_jax
+from lm_jax import config, evaluate, generate, loss, train
+from lm_jax import workdir as workdir_module
+from lm_jax.config import Config, ConfigError
+from lm_jax.data.tokenizers.kinds import ByteTokenizer, CharTokenizer
+from lm_jax.decode import sample, shortlist
+from lm_jax.generate import ArgumentError
 from lm_jax.models.families import create_model
 from lm_jax.objective import NextToken
 from lm_jax.workdir import Trained, open_trained
@@ -37,18 +44,12 @@ LETTERS = CharTokenizer(" .abcdefghijklmnopqrstuvwxyz")
 V = LETTERS.vocab_size
 
 
-class Letters:
-    """Stands for a store that has only a tokenizer."""
-
-    tokenizer = LETTERS
-
-
-def make_run(std=0.3, **changes):
+def make_run(std=0.3, tokenizer=LETTERS, **changes):
     """A run with random parameters, as `open_trained` would return it."""
     cfg = tiny_config(**{"data__seq_len": 24} | changes)
-    graphdef, init = create_model(cfg, V, "reference")
+    graphdef, init = create_model(cfg, tokenizer.vocab_size, "reference")
     params = randomise(jax.jit(init)(jax.random.key(1)), 1, std)
-    return Trained(cfg, Letters(), None, graphdef, params, 7)
+    return Trained(cfg, tokenizer, None, graphdef, params, 7, {})
 
 
 def full_logits(run, tokens_BT, dtype=jnp.float32):
@@ -175,7 +176,8 @@ def test_temperature_divides_logits(temperature):
 def test_top_k_keeps_the_most_likely(top_k):
     for row, probs in zip(kept(LOGITS, top_k=top_k), softmax(LOGITS), strict=True):
         assert set(row) == set(np.argsort(-probs)[: min(top_k, 12)].tolist())
-    ties = np.zeros((1, 6), np.float32)
+    ties = jnp.zeros((1, 6))
+    assert sample(ties, jax.random.split(jax.random.key(0), 1), 1.0, 1, 1.0).tolist() == [1]
     assert set(kept(ties, top_k=2)[0]) == {1, 2}
 
 
@@ -201,7 +203,7 @@ def test_top_p_on_hard_rows():
 def test_sampler_follows_its_distribution():
     keys = jax.random.split(jax.random.key(0), 40_000)
     logits = jnp.broadcast_to(LOGITS[:1], (40_000, 13))
-    for settings in (dict(temperature=1.0, top_k=0, top_p=1.0), dict(top_k=6, top_p=0.9)):
+    for settings in (dict(top_k=0, top_p=1.0), dict(top_k=6, top_p=0.9)):
         settings = dict(temperature=0.7) | settings
         drawn = np.asarray(sample(logits, keys, **settings))
         expected = kept(LOGITS[:1], **settings)[0]
@@ -220,13 +222,75 @@ def test_separator_is_never_sampled():
     assert min(min(one.log_probs) for one in made) < -10, "the separator was likely somewhere"
 
 
-def test_whole_window_and_default_length():
-    run = make_run()
-    for prompt, count in (("", 24), ("a" * 23, 1)):
-        (one,) = generate.generate(run, prompt)
-        assert len(one.ids) == len(one.log_probs) == len(one.text) == count
-    long = make_run(data__seq_len=300)
-    assert len(generate.generate(long, "", top_k=3)[0].ids) == 200
+@pytest.mark.parametrize("family", ["rotary", "learned"])
+def test_a_text_longer_than_the_window_keeps_its_last_half(family, capsys):
+    run = make_run(**FAMILIES[family])
+    contexts, ids, log_probs = [], [], []
+    for prompt in ("", "ab", "abc " * 20):
+        (one,) = generate.generate(run, prompt, tokens=50, temperature=0)
+        assert capsys.readouterr().err.count("window of 24 tokens (config.data.seq_len)") == 1
+        row, start = [0, *LETTERS.encode(prompt).tolist()], 0
+        for token in one.ids:
+            if len(row) - start > 24:
+                start = len(row) - 12
+            contexts.append(row[start:])
+            row.append(token)
+        ids, log_probs = ids + one.ids, log_probs + one.log_probs
+    padded = np.zeros((150, 24), np.int32)  # behind, where a causal model does not look
+    for tokens, context in zip(padded, contexts, strict=True):
+        tokens[: len(context)] = context
+    last = [len(context) - 1 for context in contexts]
+    logits = np.array(full_logits(run, padded))[np.arange(150), last]
+    expected = np.asarray(jax.nn.log_softmax(logits))[np.arange(150), ids]
+    np.testing.assert_allclose(expected, log_probs, atol=1e-4)
+    logits[:, LETTERS.separator] = -np.inf
+    assert ids == logits.argmax(1).tolist()
+
+
+@pytest.mark.parametrize(
+    ("family", "temperature"),
+    [("rotary", 1.0), ("learned", 0), pytest.param("musota", 1.0, marks=pytest.mark.slow)],
+)
+def test_prompts_of_one_batch_are_continued_as_each_alone(family, temperature):
+    run = make_run(std=0.2, **FAMILIES[family])
+    prompts = ["", "the cat sat on the mat and ate", "a", "ab c.", "ab c."]
+    settings = dict(tokens=40, temperature=temperature, samples=2, seed=5)
+    together = generate.generate(run, prompts, **settings)
+    alone = [one for prompt in prompts for one in generate.generate(run, prompt, **settings)]
+    for one, other in zip(together, alone, strict=True):
+        assert (one.prompt, one.ids, one.text) == (other.prompt, other.ids, other.text)
+        np.testing.assert_allclose(one.log_probs, other.log_probs, atol=1e-4)
+
+
+def test_a_sample_ends_before_the_first_stop_string():
+    run = make_run(std=0.1)
+    (whole,) = generate.generate(run, "a", tokens=40, temperature=1)
+    first, second = whole.text[18:21], whole.text[9:12]
+    at = min(whole.text.find(first), whole.text.find(second))
+    shown = []
+    (one,) = generate.generate(
+        run, "a", tokens=40, temperature=1, stop=[first, second, "not there"], show=shown.append
+    )
+    assert one.text == "".join(shown) == whole.text[:at]
+    assert one.ids == whole.ids[: at + 3] and one.log_probs == whole.log_probs[: at + 3]
+    (all_of_it,) = generate.generate(run, "a", tokens=40, temperature=1, stop=["not there"])
+    assert all_of_it == whole
+
+
+def test_what_is_shown_is_never_taken_back():
+    row = generate._Row(ByteTokenizer(), ["<end>", "\n\n"])
+    seen = []
+    for byte in "é<en 日<<end>x".encode():
+        row.add(np.array([byte + 1]), [-1.0])
+        seen.append(row.text[: row.settled])
+    assert seen[-1] == row.text == "é<en 日<" and len(row.ids) == len("é<en 日<<end>".encode())
+    assert all(row.text.startswith(part) and "\ufffd" not in part for part in seen)
+    assert seen[:5] == ["", "é", "é", "é", "é"] and seen[5] == "é<en "
+    cut = generate._Row(ByteTokenizer(), [])
+    cut.add(np.array([byte + 1 for byte in "日".encode()[:2]]), [-1.0, -1.0])
+    assert cut.text == ""
+    cut.finish()
+    assert cut.text == "\ufffd"
 
 
 @pytest.mark.parametrize(
@@ -234,6 +298,7 @@ def test_whole_window_and_default_length():
     [
         ("", dict(tokens=0), r"--tokens=0 is impossible; give 1 or more\."),
         ("", dict(samples=0), "--samples=0"),
+        ([], {}, "--prompt=\\[\\] is impossible"),
         ("", dict(temperature=-0.1), "--temperature=-0.1 is impossible; give 0 or more"),
         ("", dict(temperature=float("nan")), "--temperature=nan"),
         ("", dict(temperature=float("inf")), "--temperature=inf"),
@@ -243,9 +308,7 @@ def test_whole_window_and_default_length():
         ("", dict(seed=2**32), "--seed"),
         ("", dict(seed=-1), "--seed"),
         ("aÉb", {}, r"--prompt: Character 'É' .* at position 1 .*leave it out of the prompt\."),
-        ("ab", dict(tokens=23), r"--tokens=23: .* 2 tokens .*seq_len=24.*--tokens to 22"),
-        ("a" * 24, {}, r"24 tokens of --prompt .*shorten --prompt by 1\."),
-        ("a" * 30, dict(tokens=5), r"30 tokens of --prompt .*shorten --prompt by 11\."),
+        ("ab", dict(stop=["x", ""]), "--stop='' is impossible"),
     ],
 )
 def test_errors_are_one_sentence(prompt, changes, said):
@@ -265,11 +328,10 @@ def test_second_call_compiles_nothing(caplog):
     run = make_run()
     generate.generate(run, "abc", tokens=5, temperature=0.5)
     with caplog.at_level(logging.WARNING), jax.log_compiles():
-        generate.generate(run, "cab", tokens=5, temperature=0, top_p=0.5, top_k=3, seed=4)
-        generate.generate(run, "bca", tokens=5, temperature=1)
+        generate.generate(run, "cab b", tokens=7, temperature=2.0, seed=4)
         assert not caplog.messages
-        generate.generate(run, "bca", tokens=6)
-        assert any("Compiling jit(_decode)" in message for message in caplog.messages)
+        generate.generate(run, "bca", tokens=5, temperature=0)
+        assert any("Compiling jit(_extend)" in message for message in caplog.messages)
 
 
 @pytest.fixture(scope="module")
@@ -293,6 +355,7 @@ def workdir(tmp_path_factory):
         model__d_model=16,
         model__heads=2,
         train__steps="4",
+        train__checkpoint_every="2",
         optim__warmup="2",
     )
     train.train_and_evaluate(cfg, folder / "run")
@@ -304,24 +367,114 @@ def command(monkeypatch, *flags):
     generate.main()
 
 
+def records(workdir):
+    return [json.loads(line) for line in (workdir / "samples.jsonl").read_text().splitlines()]
+
+
 def test_command(workdir, monkeypatch, capsys):
-    capsys.readouterr()
     flags = (f"--workdir={workdir}", "--prompt=to ", "--tokens=9", "--temperature=1.5")
+    (workdir / "samples.jsonl").unlink(missing_ok=True)
+    capsys.readouterr()
     command(monkeypatch, *flags, "--samples=2", "--top_k=5", "--top_p=0.9", "--seed=3")
-    command(monkeypatch, *flags)
-    records = [json.loads(line) for line in (workdir / "samples.jsonl").read_text().splitlines()]
-    assert len(records) == 3
-    assert records[0].items() >= {"step": 4, "prompt": "to ", "temperature": 1.5, "seed": 3}.items()
-    assert records[0]["samples"] == 2 and records[2]["top_p"] == 1.0
+    command(monkeypatch, *flags, "--logprobs")
+    command(monkeypatch, *flags, "--prompt=be", "--stop=o", "--stop=b", "--checkpoint=last")
+    made = records(workdir)
+    assert len(made) == 5
+    assert made[0].items() >= {"step": 4, "prompt": "to ", "temperature": 1.5, "seed": 3}.items()
+    assert made[0]["samples"] == 2 and made[2]["top_p"] == 1.0 and made[3]["stop"] == ["o", "b"]
     out = capsys.readouterr().out
-    for record in records:
-        assert len(record["ids"]) == len(record["log_probs"]) == len(record["text"]) == 9
-        assert f"to {record['text']}\n" in out
-    run = open_trained(workdir)
+    for record in made:
+        assert len(record["ids"]) == len(record["log_probs"]) <= 9
+        assert f"{record['prompt']}{record['text']}\n" in out
+        assert not set(record["text"]) & set(record["stop"])
+    table = re.findall(r"^ +(-\d+\.\d{4})  '(.*)'$", out, re.MULTILINE)
+    assert "".join(piece for _, piece in table).encode().decode("unicode_escape") == made[2]["text"]
+    np.testing.assert_allclose([float(n) for n, _ in table], made[2]["log_probs"], atol=1e-4)
     again = generate.generate(
-        run, "to ", tokens=9, samples=2, temperature=1.5, top_k=5, top_p=0.9, seed=3
+        open_trained(workdir),
+        "to ",
+        tokens=9,
+        samples=2,
+        temperature=1.5,
+        top_k=5,
+        top_p=0.9,
+        seed=3,
     )
-    assert [one.text for one in again] == [record["text"] for record in records[:2]]
+    assert [one.text for one in again] == [record["text"] for record in made[:2]]
+
+
+def test_interactive_and_a_terminal_of_few_characters(workdir, tmp_path, monkeypatch):
+    asked = iter(["to ", "É", "to "])
+    monkeypatch.setattr("builtins.input", lambda _: next(asked, None) or raise_(EOFError))
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    before = len(records(workdir)) if (workdir / "samples.jsonl").exists() else 0
+    command(monkeypatch, f"--workdir={workdir}", "--interactive", "--tokens=30", "--seed=2")
+    first, second = records(workdir)[before:]
+    assert (first["seed"], second["seed"]) == (2, 4) and first["text"] != second["text"]
+    assert "--prompt: Character 'É'" in sys.stderr.getvalue()
+    (tmp_path / "prompts.txt").write_text("to be\n\nor\n")
+    command(monkeypatch, f"--workdir={workdir}", f"--prompts={tmp_path / 'prompts.txt'}")
+    assert [record["prompt"] for record in records(workdir)[before + 2 :]] == ["to be", "", "or"]
+    print("naïve 日本", flush=True)
+    assert b"na?ve ??" in written.getvalue()
+
+
+def raise_(error):
+    raise error
+
+
+def test_the_workdir_alone_is_enough(workdir, tmp_path, monkeypatch, capsys):
+    """Neither the corpus nor the tokens that were made of it are opened; evaluation wants them."""
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(workdir, moved / "run")
+    shutil.copytree(workdir.parent, moved / "text", ignore=lambda *_: ["run", "cache"])
+    record = json.loads((moved / "run" / "config.json").read_text())
+    record["config"]["data"] |= {"source_dir": "/nowhere", "cache_dir": "/nowhere/cache"}
+    (moved / "run" / "config.json").write_text(json.dumps(record))
+    monkeypatch.setattr(workdir_module, "open_data", lambda cfg: raise_(AssertionError("opened")))
+    run = lm_jax.open_run(moved / "run")
+    assert run.generate("to ", tokens=3) == lm_jax.open_run(workdir).generate("to ", tokens=3)
+    monkeypatch.undo()
+    where = [f"--config.data.source_dir={moved / 'text'}", f"--config.data.cache_dir={moved}"]
+    flags = ["evaluate", f"--workdir={moved / 'run'}", *where]
+    evaluate.main(flags)
+    scores = [
+        json.loads((path / "eval_test.json").read_text()) for path in (moved / "run", workdir)
+    ]
+    assert scores[0] == scores[1]
+    (moved / "text" / "00.txt").write_text("not to be\n")
+    with pytest.raises(SystemExit):
+        evaluate.main(flags)
+    assert "config.data.corpus: 'text'" in capsys.readouterr().err
+
+
+def test_checkpoints_by_name_and_number(workdir, tmp_path, monkeypatch, capsys):
+    folder = shutil.copytree(workdir, tmp_path / "run")
+    assert open_trained(folder, checkpoint="last").step == 4
+    assert open_trained(folder, checkpoint=2).step == 2 and not capsys.readouterr().err
+    with pytest.raises(FileNotFoundError, match=r"--checkpoint=3: .*that is there: 2, 4\.$"):
+        open_trained(folder, checkpoint=3)
+    shutil.rmtree(folder / "best")
+    assert open_trained(folder).step == 4
+    said = "no evaluation yet: the newest checkpoint, update 4\n"
+    assert capsys.readouterr().err == said
+    (folder / "tokenizer" / "tokenizer.json").write_text('{"kind": "byte"}')
+    with pytest.raises(ConfigError, match="is not the tokenizer that the run was trained with"):
+        open_trained(folder)
+
+
+def test_samples_at_an_evaluation(workdir, tmp_path):
+    run = open_trained(workdir)
+    cfg = config.replace(run.cfg, train__sample_prompts="to be|or")
+    now = dataclasses.replace(run, cfg=cfg, step=3)
+    made = generate.sample_prompts(now, tmp_path)
+    assert [record["prompt"] for record in records(tmp_path)] == ["to be", "or"]
+    assert {record["step"] for record in records(tmp_path)} == {3}
+    assert made == generate.sample_prompts(now, tmp_path)
+    assert len(made[0].ids) == 17  # half a window, at most 64
+    assert generate.sample_prompts(run, tmp_path) == [] and len(records(tmp_path)) == 4
 
 
 def test_command_errors(workdir, tmp_path, monkeypatch):
@@ -329,7 +482,8 @@ def test_command_errors(workdir, tmp_path, monkeypatch):
         ([f"--workdir={tmp_path}"], "config.json: no such file"),
         ([f"--workdir={workdir}", "--prompt=Z"], "--prompt: Character 'Z'"),
         ([f"--workdir={workdir}", "--top_p=2"], "--top_p=2.0"),
-        ([f"--workdir={workdir}", "--tokens=33"], "--tokens=33"),
+        ([f"--workdir={workdir}", "--checkpoint=33"], "--checkpoint=33"),
+        ([f"--workdir={workdir}", "--interactive", "--prompt=to"], "leave out --prompt"),
     ):
         with pytest.raises(SystemExit) as stopped:
             command(monkeypatch, *flags)

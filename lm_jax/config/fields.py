@@ -146,6 +146,9 @@ class TrainConfig(Section):
     keep: int = incidental(positive(2))  # newest checkpoints kept, beside the best
     # a progress line stays this often; 0: when time has passed
     log_every: Duration = incidental(Duration("0"))
+    # continued at every evaluation, into samples.jsonl; "|" between prompts; empty: none (not with
+    # several processes)
+    sample_prompts: str = incidental("")
     layer_norms: bool = incidental(False)  # log grad_norm/<path> for every parameter
     tensorboard: bool = incidental(False)  # also write TensorBoard events (extra "tensorboard")
     # XLA keeps what it compiles under data.cache_dir, so that the next start is faster

@@ -92,7 +92,7 @@ def open_teacher(cfg: Config, store: Store, mesh: Mesh | None = None) -> Teacher
 
 def _shares(run: Trained, store: Store) -> bool:
     """True if a run has the tokenizer of a store."""
-    return run.store.tokenizer.content_hash == store.tokenizer.content_hash
+    return run.tokenizer.content_hash == store.tokenizer.content_hash
 
 
 def _is_hugging_face(folder: pathlib.Path) -> bool:
@@ -116,8 +116,7 @@ def _open(name: str, cfg: Config, store: Store, mesh: Mesh) -> Trained:
     how = config.replace(cfg, model=model, data__seq_len=max_len, eval__stride=max_len)
     graphdef, _ = create_model(how, vocab_size, choose_attention(how)[0])
     params = jax.device_put(params, sharding.by_shape(mesh, params))
-    own = Retokenised(store.path, store.manifest, tokenizer, store)
-    return Trained(how, own, mesh, graphdef, params, 0)
+    return Trained(how, tokenizer, mesh, graphdef, params, 0, {})
 
 
 def _open_run(field: str, workdir: str, mesh: Mesh) -> Trained:
@@ -136,7 +135,7 @@ def _as_read(run: Trained, cfg: Config) -> Trained:
     )
     # It reads without dropout.
     teaching = config.replace(cfg, model=run.cfg.model, model__attention_dropout=0.0)
-    vocab_size = run.store.tokenizer.vocab_size
+    vocab_size = run.tokenizer.vocab_size
     graphdef, _ = create_model(how, vocab_size, choose_attention(teaching)[0])
     windows = config.replace(
         how,
@@ -159,7 +158,7 @@ def _align(name: str, runs: tuple[Trained, ...], cfg: Config, store: Store) -> A
             "config.distill.support to full, config.distill.attention and routed_attention to 0."
         )
     limit = runs[0].cfg.data.seq_len if runs[0].cfg.model.positions == "learned" else None
-    teacher = runs[0].store.tokenizer
+    teacher = runs[0].tokenizer
     try:
         return alignment.open_aligner(cfg, store, teacher, limit)
     except ValueError as error:
@@ -169,8 +168,8 @@ def _align(name: str, runs: tuple[Trained, ...], cfg: Config, store: Store) -> A
 def score_teacher(run: Trained, store: Store, split: str) -> dict[str, Any]:
     """Exact evaluation of a run on a split of some store, in the run's own tokens and windows."""
     if not _shares(run, store):
-        store = Retokenised(store.path, store.manifest, run.store.tokenizer, store)
-    return Evaluator.of(dataclasses.replace(run, store=store))(run.params, split)
+        store = Retokenised(store.path, store.manifest, run.tokenizer, store)
+    return Evaluator.of(run, store)(run.params, split)
 
 
 def _windows(cfg: Config) -> tuple[Any, ...]:
@@ -196,7 +195,7 @@ def verify(teacher: Teacher, cfg: Config, store: Store) -> list[str]:
     lines = []
     for name, run in zip(teacher.names, teacher.runs, strict=True):
         result = score_teacher(run, store, "valid")
-        own = _shares(run, store) and run.store.manifest == store.manifest
+        own = _shares(run, store) and run.data == store.manifest
         said, record = "no record of it", pathlib.Path(name) / SCORES.format("valid")
         recorded = json.loads(record.read_text()) if record.exists() else {}
         same_windows = recorded.get("stride") == run.cfg.eval.stride

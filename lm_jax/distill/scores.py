@@ -35,7 +35,9 @@ SHOWN = (  # heading, value and its format
 )
 
 
-def report_distillation(cfg: Config, workdir: pathlib.Path, run: Trained, teacher: Teacher) -> None:
+def report_distillation(
+    cfg: Config, workdir: pathlib.Path, run: Trained, store: Store, teacher: Teacher
+) -> None:
     """Score all models on the last configured split; write `distillation.json` and print it.
 
     Nothing is written for a cache, whose teacher is not at hand. `run` is the best checkpoint in
@@ -43,7 +45,7 @@ def report_distillation(cfg: Config, workdir: pathlib.Path, run: Trained, teache
     """
     if not teacher.models:
         return
-    split = rules.eval_splits(cfg, run.store.manifest["splits"])[-1]
+    split = rules.eval_splits(cfg, store.manifest["splits"])[-1]
     models = {"distilled": _single("distilled", run.graphdef, run.params)}
     if cfg.distill.alone:
         alone = open_trained(pathlib.Path(cfg.distill.alone), mesh=run.mesh)
@@ -55,14 +57,14 @@ def report_distillation(cfg: Config, workdir: pathlib.Path, run: Trained, teache
             for member in zip(teacher.names, teacher.models, teacher.params, strict=True):
                 models[f"teacher {member[0]}"] = _single(*member)
             models |= {taught_by: teacher}
-            rows = score_models(cfg, run.store, split, models, taught_by)
+            rows = score_models(cfg, store, split, models, taught_by)
         else:  # its own tokens cannot be compared
-            rows = score_models(cfg, run.store, split, models, None)
-            found = opening.score_teacher(teacher.runs[0], run.store, split)
+            rows = score_models(cfg, store, split, models, None)
+            found = opening.score_teacher(teacher.runs[0], store, split)
             rows[taught_by] = _row(found, teacher)
     result: dict[str, Any] = {"split": split, "taught_by": taught_by, "models": rows}
     if isinstance(teacher.extend, Aligner):
-        result["aligned_share"] = alignment.aligned_share(teacher.extend, cfg, run.store)
+        result["aligned_share"] = alignment.aligned_share(teacher.extend, cfg, store)
     write_json(workdir / AGREEMENT, result)
     table = Table(title=f"{split}: agreement with and divergence from {taught_by}")
     table.add_column("", overflow="fold")

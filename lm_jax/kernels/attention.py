@@ -159,16 +159,23 @@ def attend(
 
 
 def attend_cache(
-    q_BTHC: jax.Array, k_BSKC: jax.Array, v_BSKC: jax.Array, *, start: jax.Array
+    q_BTHC: jax.Array, k_BKSC: jax.Array, v_BKSC: jax.Array, *, mask_BTS: jax.Array
 ) -> jax.Array:
-    """Causal attention of the queries of slots start, start + 1, ... to a cache: [B, T, H, C].
+    """Attention of queries to the slots of a cache that the mask leaves: [B, T, H, C].
 
-    The query in slot n attends to the slots up to n, in plain JAX on every device.
+    In plain JAX on every device. Keys and values lie head by head, so that the products read them
+    as they are.
     """
-    slots_TS = jnp.arange(k_BSKC.shape[1])[None]
-    mask_TS = slots_TS <= start + jnp.arange(q_BTHC.shape[1])[:, None]
-    scale = q_BTHC.shape[-1] ** -0.5
-    return _masked(q_BTHC, k_BSKC, v_BSKC, mask_TS[None, None], None, 0.0, scale, 0.0)[0]
+    B, T, H, C = q_BTHC.shape
+    K = k_BKSC.shape[1]
+    wide = jnp.promote_types(q_BTHC.dtype, jnp.float32)
+    q_BKNC = q_BTHC.reshape(B, T, K, H // K, C).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, C)
+    scores_BKNS = jnp.einsum("bknc,bksc->bkns", q_BKNC, k_BKSC, preferred_element_type=wide)
+    mask_B1NS = jnp.tile(mask_BTS, (1, H // K, 1))[:, None]
+    scores_BKNS = jnp.where(mask_B1NS, scores_BKNS * C**-0.5, MASKED)
+    probs_BKNS = jax.nn.softmax(scores_BKNS, axis=-1).astype(v_BKSC.dtype)
+    out_BKNC = jnp.einsum("bkns,bksc->bknc", probs_BKNS, v_BKSC)
+    return out_BKNC.reshape(B, K, H // K, T, C).transpose(0, 3, 1, 2, 4).reshape(q_BTHC.shape)
 
 
 def _check(q_BTHC, k_BTKC, v_BTKC, window, softcap: float, dropout_rate: float) -> None:

@@ -1,6 +1,6 @@
 """What models of every family share; letters as in `models.transformer`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -64,30 +64,43 @@ def rotary(x_BTHC: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Arra
 
 
 class Cache(NamedTuple):
-    """Keys and values of the tokens read so far, slot by slot; for decoding."""
+    """Keys and values of the tokens read so far, slot by slot; for decoding.
 
-    k_LBSKC: jax.Array
-    v_LBSKC: jax.Array
-    length: jax.Array  # int32, slots filled in every layer
-    layer: jax.Array  # int32, the layer that appends next
+    Every attention of the model has an array of each, in the order in which they are filled: that
+    in front is the next, and goes to the back.
+    """
+
+    k_BKSC: tuple[jax.Array, ...]
+    v_BKSC: tuple[jax.Array, ...]
+    length: jax.Array  # int32, slots filled in every array
+    first_B: jax.Array  # int32, the first slot of each row's text, after padding
 
     def append(self, k_BTKC: jax.Array, v_BTKC: jax.Array) -> tuple["Cache", jax.Array, jax.Array]:
-        """Fill the next T slots of the layer whose turn it is.
+        """Fill the next T slots of the attention whose turn it is.
 
-        Returns the longer cache, and all keys and values [B, S, K, C] of the layer.
+        Returns the longer cache, and all keys and values [B, K, S, C] of the attention.
         """
-        at = (self.layer, 0, self.length, 0, 0)
-        k_LBSKC = jax.lax.dynamic_update_slice(self.k_LBSKC, k_BTKC[None], at)
-        v_LBSKC = jax.lax.dynamic_update_slice(self.v_LBSKC, v_BTKC[None], at)
-        k_BSKC = jax.lax.dynamic_index_in_dim(k_LBSKC, self.layer, keepdims=False)
-        v_BSKC = jax.lax.dynamic_index_in_dim(v_LBSKC, self.layer, keepdims=False)
-        return Cache(k_LBSKC, v_LBSKC, self.length, self.layer + 1), k_BSKC, v_BSKC
+
+        def filled(x_BKSC: jax.Array, new_BTKC: jax.Array) -> jax.Array:
+            new_BKTC = new_BTKC.swapaxes(1, 2)
+            return jax.lax.dynamic_update_slice_in_dim(x_BKSC, new_BKTC, self.length, axis=2)
+
+        k, v = filled(self.k_BKSC[0], k_BTKC), filled(self.v_BKSC[0], v_BTKC)
+        longer = self._replace(k_BKSC=(*self.k_BKSC[1:], k), v_BKSC=(*self.v_BKSC[1:], v))
+        return longer, k, v
+
+    def mask(self, T: int) -> jax.Array:
+        """The slots [B, T, S] that the next T tokens attend to; one of padding sees padding."""
+        slots_11S = jnp.arange(self.k_BKSC[0].shape[2])[None, None]
+        own_1T1 = self.length + jnp.arange(T)[None, :, None]
+        first_B11 = self.first_B[:, None, None]
+        return (slots_11S <= own_1T1) & ((slots_11S >= first_B11) | (own_1T1 < first_B11))
 
 
-def zero_cache(shape: tuple[int, int, int, int, int], dtype: jnp.dtype) -> Cache:
-    """An empty cache of keys and values [L, B, S, K, C]."""
-    zero = jnp.zeros((), jnp.int32)
-    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), zero, zero)
+def zero_cache(shapes: Sequence[tuple[int, int, int, int]], dtype: jnp.dtype) -> Cache:
+    """An empty cache; `shapes` are those of each attention's keys, [B, K, S, C]."""
+    k, v = (tuple(jnp.zeros(shape, dtype) for shape in shapes) for _ in range(2))
+    return Cache(k, v, jnp.zeros((), jnp.int32), jnp.zeros(shapes[0][0], jnp.int32))
 
 
 class Decoder(nnx.Module):
@@ -138,8 +151,12 @@ class Decoder(nnx.Module):
         )
         return x_BTD, seen
 
+    def by_layer(self) -> list[Any]:
+        """The parameters of each layer, for `extend`."""
+        return unstack(nnx.split(self.blocks)[1], self.cfg.layers)
+
     def extend(
-        self, tokens_BT: jax.Array, cache: Cache, *, dtype: jnp.dtype
+        self, tokens_BT: jax.Array, cache: Cache, *, dtype: jnp.dtype, layers: Any = None
     ) -> tuple[jax.Array, Cache]:
         """Hidden states of tokens that continue one document, and the longer cache.
 
@@ -147,11 +164,13 @@ class Decoder(nnx.Module):
             tokens_BT: the next T tokens; the cache has free slots for them.
             cache: what went before, as returned by `empty_cache` or by this method.
             dtype: compute dtype, that of the cache.
+            layers: `by_layer()`, made once where it is called often; None: made here.
         """
         T = tokens_BT.shape[1]
-        positions_1T = cache.length + jnp.arange(T, dtype=jnp.int32)[None]
-        cache = cache._replace(layer=jnp.zeros((), jnp.int32))
-        x_BTD, cache, _ = self._forward(tokens_BT, None, positions_1T, dtype, None, cache)
+        slots_1T = cache.length + jnp.arange(T, dtype=jnp.int32)[None]
+        positions_BT = jnp.maximum(slots_1T - cache.first_B[:, None], 0)
+        layers = layers or self.by_layer()
+        x_BTD, cache, _ = self._forward(tokens_BT, None, positions_BT, dtype, None, cache, layers)
         return x_BTD, cache._replace(length=cache.length + T)
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
@@ -159,9 +178,20 @@ class Decoder(nnx.Module):
         return head_logits(x_BTD, self.head_VD(), self.cfg.logit_softcap)
 
     def _forward(
-        self, tokens_BT, segment_ids_BT, positions_BT, dtype, key, cache=None, observe=False
+        self,
+        tokens_BT,
+        segment_ids_BT,
+        positions_BT,
+        dtype,
+        key,
+        cache=None,
+        layers=None,
+        observe=False,
     ) -> tuple[jax.Array, Any, Any]:
-        """Hidden states, the longer cache, and what was seen with a leading axis of layers."""
+        """Hidden states, the longer cache, and what was seen with a leading axis of layers.
+
+        Layers that are given one by one are not scanned.
+        """
         cfg = self.cfg
         segment_ids_BT = segment_ids_BT if self.segmented else None
         keys: Any = [None] * (cfg.layers + 1)
@@ -177,11 +207,11 @@ class Decoder(nnx.Module):
 
         layer = jax.checkpoint(layer) if cfg.remat else layer
         carry = self.embed(tokens_BT, positions_BT, dtype, keys[-1]), cache
-        if cfg.scan_layers:
+        if cfg.scan_layers and layers is None:
             carry, seen = jax.lax.scan(layer, carry, (stacked, None if key is None else keys[:-1]))
         else:
             each = []
-            for of_layer in zip(unstack(stacked, cfg.layers), keys[:-1], strict=True):
+            for of_layer in zip(layers or unstack(stacked, cfg.layers), keys[:-1], strict=True):
                 carry, here = layer(carry, of_layer)
                 each.append(here)
             seen = jax.tree.map(lambda *layers: jnp.stack(layers), *each)

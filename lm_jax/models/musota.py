@@ -51,18 +51,6 @@ def glorot(inputs: int, outputs: int) -> float:
     return (2 / (inputs + outputs)) ** 0.5
 
 
-def remember(
-    cache: Cache, k_BTHC: jax.Array, v_BTHC: jax.Array
-) -> tuple[Cache, jax.Array, jax.Array]:
-    """The longer cache, and the keys and values [B, S, H, C] in it.
-
-    Each of a layer's two attentions is a layer of the cache, which holds its heads end to end.
-    """
-    B, T, H, C = k_BTHC.shape
-    cache, k, v = cache.append(k_BTHC.reshape(B, T, 1, D), v_BTHC.reshape(B, T, 1, D))
-    return cache, k.reshape(B, -1, H, C), v.reshape(B, -1, H, C)
-
-
 class BlockLinear(nnx.Module):
     """A linear map of its own for each block."""
 
@@ -92,8 +80,8 @@ class Within(nnx.Module):
         qkv = self.qkv(x_BTD.reshape(B, T, K, 4)).reshape(B, T, K, 3, BLOCK_HEADS, -1)
         q, k, v = (qkv[:, :, :, i].reshape(B, T, K * BLOCK_HEADS, -1) for i in range(3))
         if cache is not None:
-            cache, k, v = remember(cache, k, v)
-            y = attend_cache(q, k, v, start=cache.length)
+            cache, *kv = cache.append(k, v)
+            y = attend_cache(q, *kv, mask_BTS=cache.mask(T))
         else:
             y = attend(q, k, v, segment_ids_BT=segment_ids_BT, impl=self.impl)
         return self.out(y.reshape(B, T, K, 4)).reshape(x_BTD.shape), cache
@@ -113,11 +101,12 @@ class Across(nnx.Module):
         """The output, the entropy [B, T] as a share of its maximum, and the longer cache."""
         B, T, _ = x_BTD.shape
         q, k, v = jnp.split(self.qkv(x_BTD).reshape(B, T, 3 * CROSS_HEADS, -1), 3, axis=2)
-        start = 0 if cache is None else cache.length
         if cache is not None:
-            cache, k, v = remember(cache, k, v)
-        t_T1, s_1S = start + jnp.arange(T)[:, None], jnp.arange(k.shape[1])[None]
-        mask_BTS = (s_1S <= t_T1)[None]
+            cache, *kv = cache.append(k, v)
+            k, v = (x_BHSC.swapaxes(1, 2) for x_BHSC in kv)
+            mask_BTS = cache.mask(T)
+        else:
+            mask_BTS = jnp.tri(T, dtype=bool)[None]
         if segment_ids_BT is not None:
             mask_BTS &= segment_ids_BT[:, :, None] == segment_ids_BT[:, None]
         wide = jnp.promote_types(x_BTD.dtype, jnp.float32)
@@ -222,7 +211,9 @@ class MuSota(Decoder):
 
     def empty_cache(self, rows: int, slots: int, dtype: jnp.dtype) -> Cache:
         """A cache for `slots` tokens in each of `rows` rows."""
-        return zero_cache((2 * self.cfg.layers, rows, slots, 1, D), dtype)
+        within = (rows, HEADS, slots, D // HEADS)
+        across = (rows, CROSS_HEADS, slots, D // CROSS_HEADS)
+        return zero_cache([within, across] * self.cfg.layers, dtype)
 
     def embed(self, tokens_BT, positions_BT, dtype, key) -> jax.Array:
         """The blocks before the first layer; `key` switches dropout on."""

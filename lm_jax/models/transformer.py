@@ -50,7 +50,7 @@ class Attention(nnx.Module):
             k = rotary(k, positions_BT, cfg.rope_theta)
         if cache is not None:
             cache, *kv = cache.append(k, v)
-            y_BTHC = attend_cache(q, *kv, start=cache.length)
+            y_BTHC = attend_cache(q, *kv, mask_BTS=cache.mask(T))
         else:
             y_BTHC = attend(
                 q,
@@ -165,7 +165,7 @@ class Transformer(Decoder):
         """A cache for `slots` tokens in each of `rows` rows."""
         cfg = self.cfg
         width = cfg.d_model // cfg.heads
-        return zero_cache((cfg.layers, rows, slots, cfg.kv_heads, width), dtype)
+        return zero_cache([(rows, cfg.kv_heads, slots, width)] * cfg.layers, dtype)
 
     def embed(self, tokens_BT, positions_BT, dtype, key) -> jax.Array:
         """The hidden states before the first layer; `key` switches dropout on."""

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lm_jax import config, generate, sharding, step
+from lm_jax import config, decode, generate, sharding, step
 from lm_jax.config import Config
 from lm_jax.data import windows
 from lm_jax.data.store import Split
@@ -30,15 +30,15 @@ def facts(cfg: Config, vocab_size: int, graphdef: nnx.GraphDef, params: Any) -> 
     """
     T, split = cfg.data.seq_len, _split(cfg, vocab_size)
     # Generation asks a tokenizer for the prompt's ids, here none, and for the text.
-    tokenizer = types.SimpleNamespace(
+    tokenizer: Any = types.SimpleNamespace(
         separator=split.separator,
         vocab_size=vocab_size,
         encode=lambda text: np.zeros(0, np.int32),
-        decode=lambda ids: "",
+        token_bytes=lambda ids: [b""] * len(ids),
     )
-    store: Any = types.SimpleNamespace(tokenizer=tokenizer, split=lambda name: split)
+    store: Any = types.SimpleNamespace(split=lambda name: split)
     mesh = sharding.make_mesh(cfg.mesh.fsdp)
-    trained = Trained(cfg, store, mesh, graphdef, params, 0)
+    trained = Trained(cfg, tokenizer, mesh, graphdef, params, 0, {})
     made = generate.generate(trained, "", tokens=min(20, T), temperature=1.0, seed=cfg.seed)[0]
     return dict(
         evaluate_fn=_evaluation(cfg, vocab_size, store),
@@ -118,4 +118,4 @@ def _sampler(
     return _sample(logits, keys, temperature, top_k, top_p)
 
 
-_sample = jax.jit(generate.sample)
+_sample = jax.jit(decode.sample, static_argnames=("top_k", "top_p"))

@@ -87,7 +87,7 @@ def test_the_divergence_is_that_of_next_bytes(text, teacher):
         jnp.asarray(batch[f"teacher_{n}"]) for n in ("tokens", "segment_ids", "positions")
     )
     states = model(ids, segments, positions)
-    own = taught.runs[0].store.tokenizer
+    own = taught.runs[0].tokenizer
     log_p = log_softmax(np.float64(model.logits(states)), -1)
     first = [piece[:1] for piece in own.token_bytes(np.arange(own.vocab_size))]
     known = {character.encode()[:1] for character in store.tokenizer.characters}
@@ -239,7 +239,7 @@ def test_its_loss_is_that_of_the_whole_text(text, teacher):
     """Retokenised in memory or prepared on disk, a split has the same bits per byte."""
     cfg, store, taught, _ = opened(text, distill__teachers=teacher)
     run = taught.runs[0]
-    again = alignment.Retokenised(store.path, store.manifest, run.store.tokenizer, store)
+    again = alignment.Retokenised(store.path, store.manifest, run.tokenizer, store)
     for name in ("valid", "test"):
         one, other = run.store.split(name), again.split(name)
         np.testing.assert_array_equal(one.tokens, other.tokens)

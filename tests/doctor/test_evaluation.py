@@ -130,7 +130,7 @@ def package_model(dtype, name="adamw"):
     def given(seed, std=None):
         params = init(jax.random.key(seed))
         params = params if std is None else randomise(params, seed, std)
-        run = Trained(cfg, Letters(None), None, graphdef, params, 7)
+        run = Trained(cfg, Letters.tokenizer, None, graphdef, params, 7, {})
         empty_cache = nnx.merge(graphdef, params).empty_cache
         made = generate.generate(run, "abc", tokens=20, temperature=1.0, seed=seed)[0]
         context = [0, *Letters.tokenizer.encode("abc").tolist()]
