@@ -14,8 +14,9 @@ from ml_collections import config_flags
 
 from lm_jax import config
 from lm_jax.config import rules
-from lm_jax.config.flags import define_config, parse_flags, run_name
+from lm_jax.config.flags import define_config, load_config, parse_flags
 from lm_jax.data.open import open_data
+from lm_jax.rundir import changes, run_name
 
 
 def keep_freed_memory() -> None:
@@ -43,7 +44,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = flags.FlagValues()
     define_config(given, argv)
     flags.mark_flag_as_required("config", given)
-    folder = "Folder of the run; the same folder resumes it. Default: runs/<config>-<seed>."
+    folder = (
+        "Folder of the run; the same folder resumes it. Default: runs/<config>-<seed>, with what "
+        "flags change before the seed, but for train.steps: more of them lengthen it."
+    )
     flags.DEFINE_string("workdir", None, folder, given)
     parse_flags(given, argv, __doc__)
     keep_freed_memory()
@@ -53,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     sharding.initialize()
     cfg, spec = given.config, config_flags.get_config_filename(given["config"])
-    workdir = given.workdir or f"runs/{run_name(spec, cfg.seed)}"
+    changed = changes(load_config(spec), cfg)
+    workdir = given.workdir or f"runs/{run_name(spec, cfg.seed, changed)}"
     try:
         store = open_data(rules.validate(cfg))
     except (ValueError, OSError) as error:

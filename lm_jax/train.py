@@ -33,13 +33,18 @@ def train_and_evaluate(
         The results of the scored splits by name, as in `eval_<split>.json`.
 
     Raises:
-        ConfigError: for an impossible config, or one that differs from the workdir's.
+        ConfigError: for an impossible config, or one that differs from the workdir's, or if another
+            trainer has the workdir.
         FloatingPointError: after `train.max_nonfinite` skipped updates in a row.
         Unfit: if the doctor finds the run at fault before it starts.
         Interrupted: after SIGTERM or SIGINT, once the state is saved.
     """
-    run = setup.assemble(cfg, pathlib.Path(workdir), store)
-    state, manifest = run.restore() if run.start else run.begin()
+    with contextlib.ExitStack() as held:
+        return _train(setup.assemble(cfg, pathlib.Path(workdir), store, held))
+
+
+def _train(run: setup.Setup) -> dict[str, Any]:
+    state, manifest = run.restore() if run.resuming else run.begin()
     with (
         contextlib.closing(run.checkpoints) as checkpoints,
         Progress(run, manifest) as progress,

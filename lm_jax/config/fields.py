@@ -138,10 +138,15 @@ class LossConfig(Section):
 class TrainConfig(Section):
     """The loop."""
 
-    steps: Duration = Duration("1000")  # length of the run
+    steps: Duration = Duration("1000")  # length of the run; a run can be lengthened later
+    # RUN or RUN@UPDATE: the newest or another checkpoint in the folder of a run; or the folder of a
+    # Hugging Face checkpoint; empty: none
+    start_from: str = ""
+    # with its optimiser and its place in the data, from that update on, rather than its weights
+    start_state: bool = False
     eval_every: Duration = Duration("250")  # valid split scored this often and at the end; 0: end
     checkpoint_every: Duration = incidental(Duration("250"))  # and at the end; 0: at the end alone
-    keep: int = incidental(positive(2))  # newest checkpoints kept, beside the best
+    keep: int = incidental(not_negative(2))  # newest checkpoints kept, beside the best; 0: all
     log_every: Duration = incidental(Duration("10"))  # a progress line, and layer_norms
     layer_norms: bool = incidental(False)  # log grad_norm/<path> for every parameter
     tensorboard: bool = incidental(False)  # also write TensorBoard events (extra "tensorboard")

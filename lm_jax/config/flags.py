@@ -92,12 +92,6 @@ def check_names(paths: Sequence[str]) -> None:
             section = types[name]
 
 
-def run_name(spec: str, seed: int) -> str:
-    """The folder of a run: `phase1-emb25-0` for `configs/phase1.py:emb25` and seed 0."""
-    path, _, arm = spec.partition(":")
-    return "-".join(filter(None, [pathlib.Path(path).stem, arm, str(seed)]))
-
-
 def load_config(spec: str) -> Config:
     """The config of FILE or FILE:ARM.
 

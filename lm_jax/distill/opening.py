@@ -85,8 +85,7 @@ def _shares(run: Trained, store: Store) -> bool:
 def _open(name: str, cfg: Config, store: Store, mesh: Mesh) -> Trained:
     """A run, or a Hugging Face checkpoint as if it were one."""
     folder = pathlib.Path(name)
-    fields = folder / "config.json"
-    if not fields.exists() or "model_type" not in json.loads(fields.read_text()):
+    if not huggingface.is_checkpoint(folder):
         return _open_run(WHERE, name, mesh)
     try:
         model, vocab_size, max_len, params = huggingface.load(folder)
