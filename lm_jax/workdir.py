@@ -131,12 +131,14 @@ def resume_record(
             f"{workdir} has reached; give more, or {_elsewhere(workdir, old.cfg, cfg)}."
         )
     if jax.process_index() == 0:
-        record = json.loads(old.path.read_text()) | _configs(cfg, asked)
+        written = json.loads(old.path.read_text())
+        record = written | _configs(cfg, asked)
         if steps != before:
             clear_results(workdir, SCORES, DOCUMENTS, AGREEMENT, WATCH)
             change = {"from": before, "to": steps, "at": position, "when": _now()}
             record["lengthened"] = [*record.get("lengthened", ()), change]
-        write_json(old.path, record)
+        if record != written:
+            write_json(old.path, record)
     return old.cfg
 
 
