@@ -272,6 +272,11 @@ def _renewed(old: Config, cfg: Config, position: int) -> tuple[str, ...]:
             f"updates: the learning rate at update {position:,} goes from {then:.2e} to {now:.2e}"
             + curves
         )
+    if position not in {call.stop for call in dispatches(cfg, 0)}:
+        lines.append(
+            f"update {position:,} is no end of a call in a run like this one, which from the start "
+            "could differ in the last bits"
+        )
     changed = config.difference(old, cfg, {"train.steps"})
     if changed:
         lines.append(f"changed from here on: {'; '.join(changed)}")

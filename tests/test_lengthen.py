@@ -38,16 +38,16 @@ def trained(cfg, folder):
 
 @pytest.fixture(scope="module")
 def short(text, tmp_path_factory):
-    """A run of 7 updates, of which the last is a call of its own, and its batches."""
+    """A run of 8 updates and its batches."""
     folder = tmp_path_factory.mktemp("short") / "run-0"
-    return folder, trained(constant(text, train__steps="7"), folder)
+    return folder, trained(constant(text, train__steps="8"), folder)
 
 
 @pytest.fixture(scope="module")
 def long(text, tmp_path_factory):
-    """The same of 11 updates from the start."""
+    """The same of 12 updates from the start."""
     folder = tmp_path_factory.mktemp("long") / "run-0"
-    return folder, trained(constant(text, train__steps="11"), folder)
+    return folder, trained(constant(text, train__steps="12"), folder)
 
 
 @pytest.fixture
@@ -65,57 +65,58 @@ def read(folder, name="config.json"):
 
 
 def test_a_lengthened_run_is_one_of_that_length(short, long, copied, text, capsys):
-    assert short[1] + trained(constant(text, train__steps="11"), copied) == long[1]
+    assert short[1] + trained(constant(text, train__steps="12"), copied) == long[1]
     assert (
-        "lengthened from 7 to 11 updates: the learning rate at update 7 goes from 1.00e-03 to "
+        "lengthened from 8 to 12 updates: the learning rate at update 8 goes from 1.00e-03 to "
         "1.00e-03\n" in capsys.readouterr().out
     )
     for a, b in zip(final_state(long[0]), final_state(copied), strict=True):
         np.testing.assert_array_equal(a, b)
-    found = [row for row in plain(rows(copied)) if (row["step"], "train/loss" in row) != (7, False)]
-    assert [row.pop("resumed") for row in found if "resumed" in row] == [7]
+    found = [row for row in plain(rows(copied)) if (row["step"], "train/loss" in row) != (8, False)]
+    assert [row.pop("resumed") for row in found if "resumed" in row] == [8]
     assert found == plain(rows(long[0]))
     for name in ("eval_valid.json", "eval_test.json"):
         assert read(copied, name) == read(long[0], name)
     record = read(copied)
     (change,) = record.pop("lengthened")
-    assert change.pop("when") and change == {"from": 7, "to": 11, "at": 7}
+    assert change.pop("when") and change == {"from": 8, "to": 12, "at": 8}
     assert record["config"] == read(long[0])["config"] and record["hash"] == read(long[0])["hash"]
 
 
 def test_the_schedule_of_the_new_length_is_said(copied, text):
-    record, then = read(copied), constant(text, train__steps="7", optim__schedule="cosine")
+    record, then = read(copied), constant(text, train__steps="8", optim__schedule="cosine")
     record["config"]["optim"]["schedule"] = "cosine"
+    record["config"]["train"]["steps_per_call"] = 3
     (copied / "config.json").write_text(json.dumps(record))
-    now = config.replace(then, train__steps="11")
+    now = config.replace(then, train__steps="12", train__steps_per_call=3)
+    now.train.checkpoint_every = "0"
     with contextlib.ExitStack() as held:
-        *_, line = setup.assemble(now, copied, None, held).lines
-    before, after = (
-        float(learning_rate(cfg.optim, int(cfg.train.steps))(7)) for cfg in (then, now)
-    )
-    assert line.endswith(f"update 7 goes from {before:.2e} to {after:.2e}") and before < after
+        *_, line, bits, changed = setup.assemble(now, copied, None, held).lines
+    before, after = (float(learning_rate(x.optim, int(x.train.steps))(8)) for x in (then, now))
+    assert line.endswith(f"update 8 goes from {before:.2e} to {after:.2e}") and before < after
+    assert bits.startswith("update 8 is no end of a call") and "checkpoint_every" in changed
 
 
 def test_results_of_the_old_end_do_not_outlive_it(copied, text, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(train, "Signals", lambda: StopAfter(1))
         with pytest.raises(Interrupted):
-            train.train_and_evaluate(constant(text, train__steps="11"), copied)
+            train.train_and_evaluate(constant(text, train__steps="14"), copied)
     assert not [*copied.glob("eval_*"), *copied.glob("documents_*")]
     state = rundir.read_state(copied)
-    assert (state.position, state.steps, state.finished) == (8, 11, False)
-    with pytest.raises(ConfigError, match=r"train\.steps: 8 is not beyond update 8.*run-steps8-0"):
-        # What is shorter than that of now and no longer than what is done.
-        train.train_and_evaluate(constant(text, train__steps="8"), copied)
-    train.train_and_evaluate(constant(text, train__steps="9"), copied)
-    assert [change["to"] for change in read(copied)["lengthened"]] == [11, 9]
-    assert read(copied, "eval_test.json")["step"] <= 9 and rundir.read_state(copied).finished
+    assert (state.position, state.steps, state.finished) == (10, 14, False)
+    said = r"train\.steps: 10 is not beyond update 10,.*run-steps10-0"
+    with pytest.raises(ConfigError, match=said):
+        train.train_and_evaluate(constant(text, train__steps="10"), copied)
+    train.train_and_evaluate(constant(text, train__steps="12"), copied)
+    assert [change["to"] for change in read(copied)["lengthened"]] == [14, 12]
+    assert read(copied, "eval_test.json")["step"] <= 12 and rundir.read_state(copied).finished
 
 
 def test_incidental_fields_may_change_and_others_are_named(copied, text, tmp_path, capsys):
     moved = shutil.copytree(text, tmp_path / "moved")
     places = dict(data__source_dir=str(moved), data__files="[0-9]*.txt")
-    cfg = constant(text, train__steps="7", train__keep=5, data__threads=2, **places)
+    cfg = constant(text, train__steps="8", train__keep=5, data__threads=2, **places)
     train.train_and_evaluate(cfg, copied)
     assert "config.train.keep: 0 -> 5" in capsys.readouterr().out
     record = read(copied)
@@ -132,7 +133,7 @@ def test_incidental_fields_may_change_and_others_are_named(copied, text, tmp_pat
 
 def test_a_branch_goes_on_from_a_kept_update(short, long, text, tmp_path):
     trunk, folder = shutil.copytree(long[0], tmp_path / "trunk"), tmp_path / "branch"
-    given = dict(train__start_from=f"{trunk}@6", train__start_state=True, train__steps="11")
+    given = dict(train__start_from=f"{trunk}@6", train__start_state=True, train__steps="12")
     cfg = constant(text, **given)
     assert trained(cfg, folder) == long[1][6:]
     for a, b in zip(final_state(long[0]), final_state(folder), strict=True):
@@ -142,8 +143,7 @@ def test_a_branch_goes_on_from_a_kept_update(short, long, text, tmp_path):
     start = {"folder": str(trunk), "update": 6, "state": True, "config_hash": read(trunk)["hash"]}
     assert read(folder)["start"] == start
     shutil.rmtree(trunk)
-    train.train_and_evaluate(config.replace(cfg, train__steps="13"), folder)
-    assert rundir.read_state(folder).position == 13
+    assert train.train_and_evaluate(cfg, folder)["test"] == read(long[0], "eval_test.json")
 
 
 def begun(cfg, folder):
@@ -190,14 +190,14 @@ def test_a_checkpoint_of_hugging_face_starts_a_run(text, tmp_path):
     [
         (
             {"train__start_from": "{}@5"},
-            r"@5 is not kept; \S+ holds the updates: 2, 4, 6, 8, 10, 11\.",
+            r"@5 is not kept; \S+ holds the updates: 2, 4, 6, 8, 10, 12\.",
         ),
         ({"train__start_from": "{}0"}, r"config\.train\.start_from: .*give the workdir of a run"),
         ({"model__layers": 2, "model__bias": True}, r"layers=1 --config\.model\.bias=False\.$"),
         ({"tokenizer__kind": "byte"}, r"config\.tokenizer\.kind: .*\(char, \d+\).*\(byte, 257\)"),
         ({"optim__name": "muon"}, r"config\.optim\.name: 'muon' cannot go on.*'adamw'"),
         ({"optim__ema_decay": 0.9}, r"config\.optim\.ema_decay: 0\.9, but 0 in"),
-        ({"train__steps": "6"}, r"config\.train\.steps: 6 is not beyond update 11"),
+        ({"train__steps": "6"}, r"config\.train\.steps: 6 is not beyond update 12"),
     ],
 )
 def test_what_does_not_fit_is_named(long, text, tmp_path, changes, said):
@@ -211,7 +211,7 @@ def test_what_does_not_fit_is_named(long, text, tmp_path, changes, said):
 def test_a_state_with_other_leaves_is_refused(long, text, tmp_path, monkeypatch):
     shapes = checkpoint.Kept.shapes
     monkeypatch.setattr(checkpoint.Kept, "shapes", lambda self: shapes(self) | {"beside/x": (2,)})
-    cfg = constant(text, train__start_from=str(long[0]), train__start_state=True)
+    cfg = constant(text, train__start_from=f"{long[0]}@6", train__start_state=True)
     with pytest.raises(ConfigError, match=r"start_state: .* other leaves .*\(beside/x\)"):
         begun(cfg, tmp_path)
 
@@ -235,12 +235,12 @@ def test_one_trainer_to_a_folder(copied, text):
         text=True,
     )
     assert holder.stdout.readline() == "True\n"
-    cfg, before = constant(text, train__steps="7"), read(copied)
+    cfg, before = constant(text, train__steps="8"), read(copied)
     said = rf"run-0: process {holder.pid} on \S+ \(since 20.*\) is training there; wait"
     with pytest.raises(ConfigError, match=said):
         train.train_and_evaluate(cfg, copied)
     assert read(copied) == before
-    assert workdir.open_trained(copied, store=open_data(cfg)).step == 7  # readers are not kept out
+    assert workdir.open_trained(copied, store=open_data(cfg)).step == 8  # readers are not kept out
     holder.send_signal(signal.SIGKILL)
     holder.communicate()
     for _ in range(2):  # neither by the one that was killed nor by the one that has ended
