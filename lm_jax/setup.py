@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import itertools
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,8 +14,8 @@ from jax.sharding import Mesh
 import lm_jax
 from lm_jax import (
     checkpoint,
-    config,
     evaluate,
+    length,
     optim,
     preflight,
     rundir,
@@ -131,7 +130,7 @@ class Setup:
 
     def batches(self) -> Iterator[tuple[range, dict[str, np.ndarray]]]:
         """The remaining calls: the updates of each, and their batches."""
-        data, calls = self.cfg.data, dispatches(self.cfg, self.start)
+        data, calls = self.cfg.data, length.dispatches(self.cfg, self.start)
         batches = windows.train_batches(
             self.store.split("train"),
             seq_len=data.seq_len,
@@ -157,11 +156,11 @@ class Setup:
 
     def evaluates(self, position: int) -> bool:
         """True if the valid split is scored after this update."""
-        return due(position, self.cfg.train.eval_every, self.steps)
+        return length.due(position, self.cfg.train.eval_every, self.steps)
 
     def saves(self, position: int) -> bool:
         """True if a checkpoint is written after this update."""
-        return due(position, self.cfg.train.checkpoint_every, self.steps)
+        return length.due(position, self.cfg.train.checkpoint_every, self.steps)
 
     def evaluate(self, state: TrainState) -> dict[str, Any]:
         """Score the valid split with the averaged parameters, if there are any."""
@@ -249,38 +248,15 @@ def _enter(
     position = checkpoints.position()
     if position is not None:
         old = workdir.resume_record(folder, cfg, store, asked=asked, position=position)
-        return checkpoints, None, _renewed(old, cfg, position)
+        lines = length.renewed(old, cfg, position)
+        if cfg.distill.taught and old.train.steps != cfg.train.steps:
+            lines.append("the curves of config.distill.* run to the new end")
+        return checkpoints, None, tuple(lines)
     checkpoints.clear_best()  # another run may have left something here
     workdir.clear_results(folder, *workdir.RESULTS)
     start = None if origin is None else origin.record
     workdir.record_config(folder, cfg, store, asked=asked, start=start)
     return checkpoints, origin, () if origin is None else (origin.line,)
-
-
-def _renewed(old: Config, cfg: Config, position: int) -> tuple[str, ...]:
-    """In words, what of a resumed run is not as it was."""
-    before, steps = int(old.train.steps), int(cfg.train.steps)
-    lines = []
-    if steps != before:
-        then, now = (
-            float(optim.learning_rate(how.optim, length)(position))
-            for how, length in ((old, before), (cfg, steps))
-        )
-        curves = "; the curves of distill.* run to the new end" if cfg.distill.taught else ""
-        lines.append(
-            f"{'lengthened' if steps > before else 'shortened'} from {before:,} to {steps:,} "
-            f"updates: the learning rate at update {position:,} goes from {then:.2e} to {now:.2e}"
-            + curves
-        )
-    if position not in {call.stop for call in dispatches(cfg, 0)}:
-        lines.append(
-            f"update {position:,} is no end of a call in a run like this one, which from the start "
-            "could differ in the last bits"
-        )
-    changed = config.difference(old, cfg, {"train.steps"})
-    if changed:
-        lines.append(f"changed from here on: {'; '.join(changed)}")
-    return tuple(lines)
 
 
 def _choices(
@@ -331,21 +307,3 @@ def examine_run(cfg: Config, store: Store, folder: pathlib.Path) -> None:
             f"the doctor refuses this run: {', '.join(report.failed)} failed (above, and in "
             f"{folder / workdir.DOCTOR}); mend it, or give --config.doctor=off."
         )
-
-
-def dispatches(cfg: Config, start: int) -> list[range]:
-    """The updates from `start` to the end, cut into the calls that are dispatched.
-
-    Calls end on a grid that depends on the config alone, so that a resumed run compiles and runs
-    the same calls as one that was never stopped.
-    """
-    steps = int(cfg.train.steps)
-    every = (cfg.train.steps_per_call, int(cfg.train.eval_every), int(cfg.train.checkpoint_every))
-    ends = {end for span in every if span for end in range(span, steps, span)} | {steps}
-    bounds = [start, *sorted(end for end in ends if end > start)]
-    return [range(*pair) for pair in itertools.pairwise(bounds)]
-
-
-def due(position: int, every: str, steps: int) -> bool:
-    """True if an event that happens every `every` updates, and at the end, is due now."""
-    return position == steps or (int(every) > 0 and position % int(every) == 0)

@@ -13,8 +13,8 @@ PACKAGE = ROOT / "lm_jax"
 # A room imports what stands above it, or in its own folder.
 ORDER = (
     "cuda files doctor kernels config rundir data models sharding loss optim objective metrics "
-    "step checkpoint workdir start evaluate generate run writers signals distill preflight compare "
-    "setup progress train main __main__ __init__"
+    "step checkpoint workdir start length evaluate generate run writers signals distill preflight "
+    "compare setup progress train main __main__ __init__"
 ).split()
 FILES = {path: ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
 IDS = {path: str(path.relative_to(PACKAGE)) for path in FILES}

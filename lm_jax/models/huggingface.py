@@ -54,10 +54,9 @@ def load(folder: Path) -> tuple[ModelConfig, int, int, dict]:
             the dense family does not compute.
     """
     cfg, vocab_size, max_len = read_model(folder)
-    gpt2 = cfg.positions == "learned"
-    blocks = _gpt2_params if gpt2 else _llama_params
+    blocks = _gpt2_params if cfg.positions == "learned" else _llama_params
     with contextlib.ExitStack() as stack:
-        tensors = _Tensors(folder, stack, prefix="transformer." if gpt2 else "")
+        tensors = _Tensors(folder, stack, prefix="transformer." if blocks is _gpt2_params else "")
         params = blocks(cfg, tensors, vocab_size, max_len)
         if not cfg.tied or "lm_head.weight" in tensors.unused:
             head_VD = tensors.take("lm_head.weight", vocab_size, cfg.d_model)
