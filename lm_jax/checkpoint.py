@@ -1,6 +1,5 @@
 """Checkpoints: state, position in the data and manifest of one instant, written together."""
 
-import contextlib
 import dataclasses
 import pathlib
 from typing import Any
@@ -111,19 +110,25 @@ class Kept:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every leaf of the state, by name."""
-        with contextlib.closing(ocp.Checkpointer(ocp.PyTreeCheckpointHandler())) as reader:
-            return leaf_shapes(reader.metadata(self.path / "state").item_metadata.tree)
+        with self._reader() as reader:
+            return leaf_shapes(reader.metadata(self.path).item_metadata["state"].tree)
 
     def manifest(self) -> Manifest:
         """The manifest saved with it."""
-        with contextlib.closing(ocp.Checkpointer(ocp.JsonCheckpointHandler())) as reader:
-            found: Manifest = reader.restore(self.path / "manifest")
+        with self._reader() as reader:
+            args = ocp.args.Composite(manifest=ocp.args.JsonRestore())
+            found: Manifest = reader.restore(self.path, args=args)["manifest"]
             return found
 
     def restore(self, abstract: dict[str, Any]) -> Any:
         """The named fields of the state, with the shapes, dtypes and shardings of `abstract`."""
-        with contextlib.closing(ocp.Checkpointer(ocp.PyTreeCheckpointHandler())) as reader:
-            return reader.restore(self.path / "state", args=_part(abstract))
+        with self._reader() as reader:
+            args = ocp.args.Composite(state=_part(abstract))
+            return reader.restore(self.path, args=args)["state"]
+
+    def _reader(self) -> ocp.Checkpointer:
+        items = dict(state=ocp.PyTreeCheckpointHandler(), manifest=ocp.JsonCheckpointHandler())
+        return ocp.Checkpointer(ocp.CompositeCheckpointHandler(**items))
 
 
 def find_kept(workdir: pathlib.Path) -> dict[int, Kept]:

@@ -106,7 +106,8 @@ def resume_record(
     """Compare `config.json` with the config and the data that a run is to go on with; renew it.
 
     Other incidental fields, other places of the same data and another length are possible. Where
-    the length changes, what was scored at the old end is removed.
+    the length changes, what was scored at the old end is removed. `train.eval_every` must stay: it
+    decides between which checkpoints the best is chosen.
 
     Args:
         workdir: folder of the run.
