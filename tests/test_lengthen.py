@@ -15,10 +15,12 @@ import pytest
 
 from lm_jax import checkpoint, config, rundir, setup, train, workdir
 from lm_jax.config import ConfigError
+from lm_jax.config.resolve import resolve
 from lm_jax.data.open import open_data
 from lm_jax.models import huggingface
 from lm_jax.optim import learning_rate
 from lm_jax.signals import Interrupted
+from lm_jax.start import find_origin
 from tests.helpers import ROOT, StopAfter, final_state, record_batches, rows, small
 from tests.hugging_face import LLAMA, byte_level, random_tensors, save_checkpoint, save_tokenizer
 
@@ -163,6 +165,16 @@ def test_weights_start_a_run_of_its_own(long, text, tmp_path):
         jax.tree.map(np.testing.assert_array_equal, a, saved.restore({"params": like})["params"])
     assert run.start == state.step == manifest["position"] == manifest["tokens"] == 0
     assert read(tmp_path)["start"]["update"] == 6
+
+
+@pytest.mark.parametrize(("decay", "name"), [(0.0, "params"), (0.9, "ema")])
+def test_the_weights_taken_are_those_that_are_scored(copied, text, monkeypatch, decay, name):
+    record = read(copied)
+    record["config"]["optim"]["ema_decay"] = decay
+    (copied / "config.json").write_text(json.dumps(record))
+    monkeypatch.setattr(checkpoint.Kept, "restore", lambda self, like: dict.fromkeys(like, [*like]))
+    cfg = resolve(constant(text, train__start_from=str(copied)), windows=50)
+    assert find_origin(cfg, open_data(cfg)).weights(None) == [name]
 
 
 def test_a_checkpoint_of_hugging_face_starts_a_run(text, tmp_path):
