@@ -1,5 +1,6 @@
 """Checkpoints: state, position in the data and manifest of one instant, written together."""
 
+import dataclasses
 import pathlib
 from typing import Any
 
@@ -7,6 +8,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from lm_jax.config import ConfigError
+from lm_jax.rundir import BEST, CHECKPOINTS, updates
 
 Manifest = dict[str, Any]
 
@@ -23,19 +25,19 @@ class Checkpoints:
 
         Args:
             workdir: folder of the run.
-            keep: newest checkpoints kept.
+            keep: newest checkpoints kept; 0: all.
             read_only: leave alone what another process may be writing there.
         """
 
         def manager(name: str, keep: int) -> ocp.CheckpointManager:
             options = ocp.CheckpointManagerOptions(
-                max_to_keep=keep, cleanup_tmp_directories=not read_only
+                max_to_keep=keep or None, cleanup_tmp_directories=not read_only
             )
             path = (workdir / name).absolute()
             return ocp.CheckpointManager(path, item_names=("state", "manifest"), options=options)
 
-        self._newest = manager("checkpoints", keep)
-        self._best = manager("best", 1)
+        self._newest = manager(CHECKPOINTS, keep)
+        self._best = manager(BEST, 1)
 
     def save(self, state: Any, manifest: Manifest, *, best: bool = False) -> None:
         """Start saving `state`; `manifest["position"]` is the next batch's number and the name.
@@ -94,13 +96,7 @@ class Checkpoints:
         Others are not read.
         """
         manager = self._best if best else self._newest
-        args = ocp.args.Composite(
-            state=ocp.args.PyTreeRestore(
-                abstract,
-                restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
-                partial_restore=True,
-            )
-        )
+        args = ocp.args.Composite(state=_part(abstract))
         return manager.restore(position, args=args).state
 
     def wait(self) -> None:
@@ -113,6 +109,52 @@ class Checkpoints:
         self.wait()
         for manager in (self._newest, self._best):
             manager.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """One finished checkpoint of a run, read where it lies; the run may go on meanwhile."""
+
+    path: pathlib.Path
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every leaf of the state, by name."""
+        with self._reader() as reader:
+            return leaf_shapes(reader.metadata(self.path).item_metadata["state"].tree)
+
+    def manifest(self) -> Manifest:
+        """The manifest saved with it."""
+        with self._reader() as reader:
+            args = ocp.args.Composite(manifest=ocp.args.JsonRestore())
+            found: Manifest = reader.restore(self.path, args=args)["manifest"]
+            return found
+
+    def restore(self, abstract: dict[str, Any]) -> Any:
+        """The named fields of the state, with the shapes, dtypes and shardings of `abstract`."""
+        with self._reader() as reader:
+            args = ocp.args.Composite(state=_part(abstract))
+            return reader.restore(self.path, args=args)["state"]
+
+    def _reader(self) -> ocp.Checkpointer:
+        items = dict(state=ocp.PyTreeCheckpointHandler(), manifest=ocp.JsonCheckpointHandler())
+        return ocp.Checkpointer(ocp.CompositeCheckpointHandler(**items))
+
+
+def find_kept(workdir: pathlib.Path) -> dict[int, Kept]:
+    """The checkpoints in a folder, the best among them, by update."""
+    folders = [(workdir / name).absolute() for name in (BEST, CHECKPOINTS)]
+    return {update: Kept(folder / str(update)) for folder in folders for update in updates(folder)}
+
+
+def leaf_shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """The shape of every leaf by name."""
+    leaves = jax.tree.leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): x.shape for path, x in leaves}
+
+
+def _part(abstract: dict[str, Any]) -> ocp.args.PyTreeRestore:
+    restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
+    return ocp.args.PyTreeRestore(abstract, restore_args=restore_args, partial_restore=True)
 
 
 def refuse_older(config_json: pathlib.Path, record: dict[str, Any]) -> None:

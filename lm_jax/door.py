@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 from lm_jax import console, signals
 
-Main = Callable[[Sequence[str] | None], None]
+Main = Callable[..., None]  # takes the arguments, those of the process if there are none
 _FAILED = (RuntimeError, ArithmeticError, MemoryError, ChildProcessError)
 _PACKAGE = pathlib.Path(__file__).parent
 

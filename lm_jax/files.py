@@ -1,10 +1,15 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and locks on files."""
 
 import contextlib
+import datetime
+import errno
+import fcntl
 import json
 import math
 import os
-from collections.abc import Iterator
+import platform
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,6 +31,35 @@ def whole(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+@contextlib.contextmanager
+def locked(path: Path, taken: Callable[[str], None]) -> Iterator[None]:
+    """Holds the lock of a file, which the end of the process releases too, be it a kill.
+
+    Args:
+        path: the file, which stays and tells who has the lock.
+        taken: called with the process that has it, in words; if it returns, that one is waited for.
+    """
+    with path.open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            taken(lock.read() or "another process")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            print(f"{path}: not locked, for its file system has no locks", file=sys.stderr)
+        now = datetime.datetime.now().isoformat(" ", timespec="seconds")
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {platform.node()} (since {now})")
+        lock.flush()
+        yield
 
 
 def write_text(path: Path, text: str) -> None:

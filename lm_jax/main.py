@@ -13,11 +13,14 @@ from collections.abc import Sequence
 
 from absl import flags
 from ml_collections import config_flags
+from rich.console import Console
 
 from lm_jax import console
 from lm_jax.config import rules
-from lm_jax.config.flags import parse_flags, run_name
+from lm_jax.config.flags import load_config, parse_flags
 from lm_jax.door import command
+from lm_jax.files import read_json
+from lm_jax.rundir import SCORES, changes, read_state, run_name
 from lm_jax.signals import Interrupted
 
 
@@ -45,13 +48,26 @@ def keep_freed_memory() -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the training that the flags describe."""
     given = flags.FlagValues()
-    folder = "Folder of the run; the same folder resumes it. Default: runs/<config>-<seed>."
+    folder = (
+        "Folder of the run; the same folder resumes it. Default: runs/<config>-<seed>, with what "
+        "flags change before the seed, but for train.steps: more of them lengthen it."
+    )
     flags.DEFINE_string("workdir", None, folder, given)
     parse_flags(given, argv, __doc__, subject=["config"])
     cfg, spec = given.config, config_flags.get_config_filename(given["config"])
     rules.validate(cfg)
-    workdir = pathlib.Path(given.workdir or f"runs/{run_name(spec, cfg.seed)}")
-    console.say(f"{workdir}: {standing(workdir)}")
+    changed = changes(load_config(spec), cfg)
+    workdir = pathlib.Path(given.workdir or f"runs/{run_name(spec, cfg.seed, changed)}")
+    state = read_state(workdir)
+    console.say(f"{workdir}: {state or 'a new run'}")
+    if state is not None and state.answers(cfg) and state.scored(workdir):
+        from lm_jax.evaluate import report
+
+        for split in state.splits:
+            report(split, read_json(workdir / SCORES.format(split)), Console())
+        console.say("more updates go on from here: raise config.train.steps")
+        tell_the_way_on(workdir)
+        return
     keep_freed_memory()
     try:
         with console.phase("starting JAX"):
@@ -61,15 +77,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             sharding.initialize()
         train_and_evaluate(cfg, workdir)
     except Interrupted as stopped:
-        stopped.when += f"; {standing(workdir)}, and the same command goes on"
+        stopped.when += f"; {read_state(workdir) or 'nothing is saved'}, the same command goes on"
         raise
     tell_the_way_on(workdir)
-
-
-def standing(workdir: pathlib.Path) -> str:
-    """What a workdir holds, in words."""
-    saved = [int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdigit()]
-    return f"update {max(saved):,} is saved" if saved else "a new run"
 
 
 def tell_the_way_on(workdir: pathlib.Path) -> None:

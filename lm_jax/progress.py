@@ -55,7 +55,7 @@ class Progress:
         self._waited = 0.0  # seconds since then without a batch
         self._recent = 0.0, 0.0  # tokens and seconds of the last calls
         self._skipped: list[int] = []
-        self._valid = ()
+        self._valid: tuple[str, ...] = ()
         self._watch = preflight.Watch(run.folder)
         self._open = contextlib.ExitStack()
 

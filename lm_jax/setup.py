@@ -1,8 +1,8 @@
 """The parts of a run, put together before its first update."""
 
+import contextlib
 import dataclasses
 import functools
-import itertools
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,8 +18,10 @@ from lm_jax import (
     console,
     evaluate,
     generate,
+    length,
     preflight,
     report,
+    rundir,
     sharding,
     step,
     workdir,
@@ -40,6 +42,7 @@ from lm_jax.files import write_text
 from lm_jax.kernels.device import choose_dtype
 from lm_jax.models.families import choose_attention, create_model
 from lm_jax.objective import NextToken, Objective
+from lm_jax.start import Origin, find_origin
 from lm_jax.step import TrainState
 
 
@@ -54,12 +57,14 @@ class Setup:
     windows: int  # of one epoch
     graphdef: nnx.GraphDef
     objective: Objective
-    init_state: Callable[[jax.Array], TrainState]
+    init_state: Callable[..., TrainState]  # of a key and, unless they are drawn, the parameters
     train_steps: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
     evaluator: Evaluator
     checkpoints: Checkpoints
     lines: tuple[str, ...]  # what was chosen, in words
+    resuming: bool  # whether the folder holds a checkpoint of this run
     teacher: Teacher | None = None
+    origin: Origin | None = None  # what a new run starts from
 
     @property
     def steps(self) -> int:
@@ -69,6 +74,8 @@ class Setup:
     @functools.cached_property
     def start(self) -> int:
         """Updates that this run has behind it."""
+        if self.origin is not None and self.origin.whole:
+            return self.origin.update
         return self.checkpoints.position() or 0
 
     def restore(self) -> tuple[TrainState, Manifest]:
@@ -77,29 +84,30 @@ class Setup:
         Raises:
             ConfigError: if what is trained beside the model was saved by version 0.2.
         """
-        abstract = self.abstract
-        shardings = sharding.by_shape(self.mesh, abstract)
-        like = checkpoint.abstract_like(abstract.saved(), shardings.saved())
         manifest = self.checkpoints.manifest()
-        if self.objective.beside_lr and "version" not in manifest:
-            raise ConfigError(
-                f"{self.folder}: the projections of this distillation were saved by lm_jax 0.2, "
-                "and this version cannot go on from them; go on with that one, or train anew in "
-                "another --workdir."
-            )
+        self._refuse_older(manifest)
         if self.checkpoints.position(best=True) is not None:
             # After a kill the best checkpoint may be newer than the one to go on from.
             best = self.checkpoints.manifest(best=True)
             manifest |= {"best_loss": best["best_loss"], "best_position": best["best_position"]}
         else:
             manifest |= {"best_loss": None, "best_position": None}
-        return TrainState(**self.checkpoints.restore(like)), manifest
+        return TrainState(**self.checkpoints.restore(self._like.saved())), manifest
+
+    def _refuse_older(self, manifest: Manifest) -> None:
+        if self.objective.beside_lr and "version" not in manifest:
+            raise ConfigError(
+                f"{self.folder}: the projections of this distillation were saved by lm_jax 0.2, "
+                "and this version cannot go on from them; go on with that one, or train anew in "
+                "another --workdir."
+            )
 
     def begin(self) -> tuple[TrainState, Manifest]:
         """The state before the first update, once teachers and doctor have nothing against it.
 
         Raises:
-            ConfigError: if a teacher is not what its record says, or knows nothing of the text.
+            ConfigError: if a teacher is not what its record says, or knows nothing of the text, or
+                if the state to start from is another one.
             Unfit: if a check of the doctor failed.
         """
         if self.teacher:
@@ -108,21 +116,30 @@ class Setup:
             for line in taught:
                 console.say(line)
         examine_run(self.cfg, self.store, self.folder)
-        shardings = sharding.by_shape(self.mesh, self.abstract)
-        init = jax.jit(self.init_state, out_shardings=shardings)
-        manifest: Manifest = {"version": lm_jax.__version__, "position": 0, "tokens": 0}
-        manifest |= {"best_loss": None, "best_position": None}
-        with console.phase("drawing the parameters"):
-            return init(jax.random.key(self.cfg.seed)), manifest
+        manifest: Manifest = {"position": 0, "tokens": 0}
+        key, origin, like = jax.random.key(self.cfg.seed), self.origin, self._like
+        if origin is not None and origin.whole:
+            with console.phase("reading the state to start from"):
+                saved, manifest = origin.state(like.saved())
+            self._refuse_older(manifest)
+            state = TrainState(**saved)
+        else:
+            given = () if origin is None else (origin.weights(like.params),)
+            shardings = jax.tree.map(lambda x: x.sharding, like)
+            with console.phase("drawing the parameters"):
+                state = jax.jit(self.init_state, out_shardings=shardings)(key, *given)
+        manifest |= {"version": lm_jax.__version__, "best_loss": None, "best_position": None}
+        return state, manifest
 
     @property
-    def abstract(self) -> TrainState:
-        """Shapes and dtypes of the state."""
-        return jax.eval_shape(self.init_state, jax.random.key(self.cfg.seed))
+    def _like(self) -> TrainState:
+        """Shapes, dtypes and shardings of the state."""
+        abstract = jax.eval_shape(self.init_state, jax.random.key(self.cfg.seed))
+        return checkpoint.abstract_like(abstract, sharding.by_shape(self.mesh, abstract))
 
     def batches(self) -> Iterator[tuple[range, dict[str, np.ndarray]]]:
         """The remaining calls: the updates of each, and their batches."""
-        data, calls = self.cfg.data, dispatches(self.cfg, self.start)
+        data, calls = self.cfg.data, length.dispatches(self.cfg, self.start)
         batches = windows.train_batches(
             self.store.split("train"),
             seq_len=data.seq_len,
@@ -148,11 +165,11 @@ class Setup:
 
     def evaluates(self, position: int) -> bool:
         """True if the valid split is scored after this update."""
-        return due(position, self.cfg.train.eval_every, self.steps)
+        return length.due(position, self.cfg.train.eval_every, self.steps)
 
     def saves(self, position: int) -> bool:
         """True if a checkpoint is written after this update."""
-        return due(position, self.cfg.train.checkpoint_every, self.steps)
+        return length.due(position, self.cfg.train.checkpoint_every, self.steps)
 
     def evaluate(self, state: TrainState) -> dict[str, Any]:
         """Score the valid split with the averaged parameters, if there are any, and sample."""
@@ -177,16 +194,20 @@ class Setup:
         return results
 
 
-def assemble(cfg: Config, folder: pathlib.Path, store: Store | None = None) -> Setup:
+def assemble(
+    cfg: Config, folder: pathlib.Path, store: Store | None, held: contextlib.ExitStack
+) -> Setup:
     """Put a run together, and write its record into the workdir or compare with the one there.
 
     Args:
         cfg: the config as written; what it leaves open is resolved here.
         folder: the workdir.
         store: the data of the config, if they are open already.
+        held: takes the lock of the workdir, to be released when the run has ended.
 
     Raises:
-        ConfigError: for an impossible config, or one that differs from the workdir's.
+        ConfigError: for an impossible config, or one that differs from the workdir's, or if another
+            trainer has the workdir.
     """
     asked = rules.validate(cfg)
     check_environment(asked, folder)
@@ -205,10 +226,16 @@ def assemble(cfg: Config, folder: pathlib.Path, store: Store | None = None) -> S
         teacher = open_teacher(cfg, store, mesh)
         objective = distilled(cfg, graphdef, init, teacher)
 
-    def init_state(key: jax.Array) -> TrainState:
-        return step.init_state(cfg, init(key), objective.beside(key))
+    def init_state(key: jax.Array, params: Any = None) -> TrainState:
+        params = init(key) if params is None else params
+        return step.init_state(cfg, params, objective.beside(key))
 
-    setup = Setup(
+    lines = _choices(asked, cfg, store, mesh, epoch, init)  # refuses before there is a folder
+    checkpoints, origin, more = _enter(folder, cfg, store, asked, held)
+    resuming = checkpoints.position() is not None
+    if teacher is not None:
+        record_teacher(folder, teacher, resuming=resuming)
+    return Setup(
         cfg=cfg,
         folder=folder,
         store=store,
@@ -219,18 +246,38 @@ def assemble(cfg: Config, folder: pathlib.Path, store: Store | None = None) -> S
         init_state=init_state,
         train_steps=step.make_train_step(cfg, objective),
         evaluator=Evaluator(cfg, store, mesh, step.make_eval_step(cfg, graphdef, mesh)),
-        lines=_choices(asked, cfg, store, mesh, epoch, init),  # refuses before there is a folder
-        checkpoints=Checkpoints(folder, cfg.train.keep),
+        checkpoints=checkpoints,
+        lines=lines + more,
+        resuming=resuming,
         teacher=teacher,
+        origin=origin,
     )
-    resuming = setup.start > 0
-    if not resuming:  # another run may have left something here
-        setup.checkpoints.clear_best()
-        workdir.clear_results(folder)
-    workdir.record_config(folder, cfg, store, resuming=resuming, asked=asked)
-    if teacher is not None:
-        record_teacher(folder, teacher, resuming=resuming)
-    return setup
+
+
+def _enter(
+    folder: pathlib.Path, cfg: Config, store: Store, asked: Config, held: contextlib.ExitStack
+) -> tuple[Checkpoints, Origin | None, tuple[str, ...]]:
+    """Lock the workdir and write or renew the record in it.
+
+    Returns:
+        Its checkpoints; what a new run starts from; what is to be said of it.
+    """
+    origin = find_origin(cfg, store) if rundir.newest_update(folder) is None else None
+    if jax.process_index() == 0:
+        held.enter_context(rundir.held(folder))
+    checkpoints = Checkpoints(folder, cfg.train.keep)
+    position = checkpoints.position()
+    if position is not None:
+        old = workdir.resume_record(folder, cfg, store, asked=asked, position=position)
+        lines = length.renewed(old, cfg, position)
+        if cfg.distill.taught and old.train.steps != cfg.train.steps:
+            lines.append("the curves of config.distill.* run to the new end")
+        return checkpoints, None, tuple(lines)
+    checkpoints.clear_best()  # another run may have left something here
+    workdir.clear_results(folder, *workdir.RESULTS)
+    start = None if origin is None else origin.record
+    workdir.record_config(folder, cfg, store, asked=asked, start=start)
+    return checkpoints, origin, () if origin is None else (origin.line,)
 
 
 def _choices(
@@ -285,21 +332,3 @@ def examine_run(cfg: Config, store: Store, folder: pathlib.Path) -> None:
             f"the doctor refuses this run: {', '.join(report.failed)} failed (above, and in "
             f"{folder / workdir.DOCTOR}); mend it, or give --config.doctor=off."
         )
-
-
-def dispatches(cfg: Config, start: int) -> list[range]:
-    """The updates from `start` to the end, cut into the calls that are dispatched.
-
-    Calls end on a grid that depends on the config alone, so that a resumed run compiles and runs
-    the same calls as one that was never stopped.
-    """
-    steps = int(cfg.train.steps)
-    every = (cfg.train.steps_per_call, int(cfg.train.eval_every), int(cfg.train.checkpoint_every))
-    ends = {end for span in every if span for end in range(span, steps, span)} | {steps}
-    bounds = [start, *sorted(end for end in ends if end > start)]
-    return [range(*pair) for pair in itertools.pairwise(bounds)]
-
-
-def due(position: int, every: str, steps: int) -> bool:
-    """True if an event that happens every `every` updates, and at the end, is due now."""
-    return position == steps or (int(every) > 0 and position % int(every) == 0)

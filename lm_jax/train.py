@@ -34,42 +34,46 @@ def train_and_evaluate(
         The results of the scored splits by name, as in `eval_<split>.json`.
 
     Raises:
-        ConfigError: for an impossible config, or one that differs from the workdir's.
+        ConfigError: for an impossible config, or one that differs from the workdir's, or if another
+            trainer has the workdir.
         FloatingPointError: after `train.max_nonfinite` skipped updates in a row.
         Unfit: if the doctor finds the run at fault before it starts.
         Interrupted: after SIGINT, SIGTERM or SIGHUP, once the state is saved; in a notebook it is
             a KeyboardInterrupt like any other.
     """
-    with signals.handled():
-        run = setup.assemble(cfg, pathlib.Path(workdir), store)
-        for line in run.lines:
-            console.say(line)
-        state, manifest = run.restore() if run.start else run.begin()
-        with (
-            Progress(run, manifest) as progress,
-            contextlib.closing(run.checkpoints) as checkpoints,
-            jax.set_mesh(run.mesh),
-        ):
+    with signals.handled(), contextlib.ExitStack() as held:
+        return _train(setup.assemble(cfg, pathlib.Path(workdir), store, held))
 
-            def score(state: TrainState, position: int) -> None:
-                if progress.evaluate(state, position):
-                    checkpoints.save(state.saved(), manifest | {"position": position}, best=True)
 
-            if manifest.get("unscored"):
-                score(state, run.start)
-            for updates, batch in progress.waited(run.batches()):
-                state, metrics = run.step(state, batch)
-                progress.dispatched(updates, batch, metrics, state)
-                position = updates.stop
-                if run.evaluates(position):
-                    score(state, position)
-                stopping = signals.agreed()
-                if run.saves(position) or stopping:
-                    progress.catch_up(state)
-                    manifest["position"] = position
-                    checkpoints.save(state.saved(), manifest)
-                if stopping and position < run.steps:
-                    raise Interrupted(stopping, f"after update {position:,}")
-        del state  # the best parameters take its place
-        with jax.set_mesh(run.mesh), signals.let_through():
-            return run.finish()
+def _train(run: setup.Setup) -> dict[str, Any]:
+    for line in run.lines:
+        console.say(line)
+    state, manifest = run.restore() if run.resuming else run.begin()
+    with (
+        Progress(run, manifest) as progress,
+        contextlib.closing(run.checkpoints) as checkpoints,
+        jax.set_mesh(run.mesh),
+    ):
+
+        def score(state: TrainState, position: int) -> None:
+            if progress.evaluate(state, position):
+                checkpoints.save(state.saved(), manifest | {"position": position}, best=True)
+
+        if manifest.get("unscored"):
+            score(state, run.start)
+        for updates, batch in progress.waited(run.batches()):
+            state, metrics = run.step(state, batch)
+            progress.dispatched(updates, batch, metrics, state)
+            position = updates.stop
+            if run.evaluates(position):
+                score(state, position)
+            stopping = signals.agreed()
+            if run.saves(position) or stopping:
+                progress.catch_up(state)
+                manifest["position"] = position
+                checkpoints.save(state.saved(), manifest)
+            if stopping and position < run.steps:
+                raise Interrupted(stopping, f"after update {position:,}")
+    del state  # the best parameters take its place
+    with jax.set_mesh(run.mesh), signals.let_through():
+        return run.finish()

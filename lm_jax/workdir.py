@@ -5,6 +5,7 @@ import dataclasses
 import datetime
 import functools
 import importlib.metadata
+import itertools
 import json
 import pathlib
 import platform
@@ -18,7 +19,7 @@ import jax
 from jax.sharding import Mesh
 
 import lm_jax
-from lm_jax import config, sharding
+from lm_jax import config, rundir, sharding
 from lm_jax.checkpoint import Checkpoints, abstract_like, refuse_older
 from lm_jax.config import Config, ConfigError
 from lm_jax.data.files import hash_json
@@ -28,19 +29,18 @@ from lm_jax.data.tokenizers.base import Tokenizer
 from lm_jax.data.tokenizers.load import load_tokenizer
 from lm_jax.files import write_json
 from lm_jax.models.families import choose_attention, create_model
+from lm_jax.rundir import RECORD, SCORES
 
-RECORD = "config.json"
 TOKENIZER = "tokenizer"
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
-SCORES = "eval_{}.json"  # of a split
 DOCUMENTS = "documents_{}.npz"  # of a split
 TEACHER = "teacher.json"
 AGREEMENT = "distillation.json"
 DOCTOR = "doctor.json"
 WATCH = "watch.json"
-SAMPLES = "samples.jsonl"
 REPORT = "report.html"
+RESULTS = (METRICS, SCORES, DOCUMENTS, TEACHER, AGREEMENT, DOCTOR, WATCH, REPORT)
 _COMPILATIONS = 2 << 30  # bytes; what was not used for longest goes
 
 
@@ -82,39 +82,94 @@ def read_record(workdir: pathlib.Path, *, checkpoints: bool = False) -> Record:
 
 
 def record_config(
-    workdir: pathlib.Path, cfg: Config, store: Store, *, resuming: bool, asked: Config
+    workdir: pathlib.Path, cfg: Config, store: Store, *, asked: Config, start: Any = None
 ) -> None:
-    """Write `config.json` and the tokenizer, or compare with those of the run to be resumed.
+    """Write `config.json` and the tokenizer of a new run.
 
     Args:
         workdir: folder of the run.
         cfg: the config as resolved here.
         store: the data.
-        resuming: whether a run lives in the workdir.
         asked: the config as written.
-
-    Raises:
-        ConfigError: if a run with another config lives in the workdir, naming the keys.
+        start: what is kept of where its first state comes from; None if it is drawn.
     """
-    if resuming:
-        _require_same(read_record(workdir, checkpoints=True), cfg, store, asked)
-        return
     if jax.process_index():
         return
-    workdir.mkdir(parents=True, exist_ok=True)
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-    record = {
-        "config": config.to_dict(cfg),
-        "hash": config.config_hash(cfg),
-        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    record = _configs(cfg, asked) | {
+        "started": _now(),
         "versions": {"python": platform.python_version(), "lm_jax": lm_jax.__version__}
         | {name: importlib.metadata.version(name) for name in packages},
         "devices": [device.device_kind for device in jax.devices()],
         "git_revision": git_revision(),
         "data": store.manifest,
     }
+    if start is not None:
+        record["start"] = start
     shutil.copytree(store.path / TOKENIZER, workdir / TOKENIZER, dirs_exist_ok=True)
     write_json(workdir / RECORD, record)
+
+
+def resume_record(
+    workdir: pathlib.Path, cfg: Config, store: Store, *, asked: Config, position: int
+) -> Config:
+    """Compare `config.json` with the config and the data that a run is to go on with; renew it.
+
+    Other incidental fields, other places of the same data and another length are possible. Where
+    the length changes, what was scored at the old end is removed. `train.eval_every` must stay: it
+    decides between which checkpoints the best is chosen.
+
+    Args:
+        workdir: folder of the run.
+        cfg: the config as resolved here.
+        store: the data.
+        asked: the config as written.
+        position: updates that the run has behind it.
+
+    Returns:
+        The config that was there.
+
+    Raises:
+        ConfigError: if a run with another config or other data lives in the workdir, naming the
+            fields, or if it is longer already.
+    """
+    old = read_record(workdir, checkpoints=True)
+    _require_same(old, cfg, store, asked)
+    before, steps = int(old.cfg.train.steps), int(cfg.train.steps)
+    if steps < before and steps <= position:
+        raise ConfigError(
+            f"config.train.steps: {steps:,} is not beyond update {position:,}, which the run in "
+            f"{workdir} has reached; give more, or {_elsewhere(workdir, old.cfg, cfg)}."
+        )
+    if jax.process_index() == 0:
+        written = json.loads(old.path.read_text())
+        record = written | _configs(cfg, asked)
+        if steps != before:
+            clear_results(workdir, SCORES, DOCUMENTS, AGREEMENT, WATCH)
+            change = {"from": before, "to": steps, "at": position, "when": _now()}
+            record["lengthened"] = [*record.get("lengthened", ()), change]
+        if record != written:
+            write_json(old.path, record)
+    return old.cfg
+
+
+def _configs(cfg: Config, asked: Config) -> dict[str, Any]:
+    """What a record says of a config."""
+    resolved, written = config.to_dict(cfg), config.to_dict(asked)
+    return {"config": resolved, "hash": config.config_hash(cfg), "asked": written}
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _elsewhere(workdir: pathlib.Path, old: Config, cfg: Config) -> str:
+    """The flag for a run of `cfg` beside that of `old`."""
+    return f"--workdir={workdir.with_name(rundir.other_name(workdir.name, old, cfg))}"
+
+
+# Where data lie, which their hashes know better.
+_PLACES = {"data.files", "data.valid_files", "data.test_files", "tokenizer.folder"}
 
 
 def _require_same(old: Record, cfg: Config, store: Store, asked: Config) -> None:
@@ -125,11 +180,11 @@ def _require_same(old: Record, cfg: Config, store: Store, asked: Config) -> None
             f"{old.path.parent} computes in {own}; give --config.train.compute_dtype={own} to go "
             "on."
         )
-    changes = config.difference(old.cfg, cfg)
-    if changes:
+    may_differ = {"train.steps", *_PLACES, *config.incidental_fields()}
+    if lines := config.difference(old.cfg, cfg, may_differ):
         raise ConfigError(
-            f"{old.path}: the run there has another config ({'; '.join(changes)}); "
-            "give the same config or another --workdir."
+            f"{old.path}: the run there has another config ({'; '.join(lines)}); give the same "
+            f"config, or {_elsewhere(old.path.parent, old.cfg, cfg)}."
         )
     if old.data != store.manifest:
         raise ConfigError(
@@ -158,12 +213,11 @@ def read_rows(path: pathlib.Path) -> Iterator[dict[str, Any]]:
                     yield row
 
 
-def clear_results(workdir: pathlib.Path) -> None:
-    """Remove the results that an earlier run may have left in this folder."""
+def clear_results(workdir: pathlib.Path, *names: str) -> None:
+    """Remove files of an earlier run, or of an earlier end of this one, if they are there."""
     if jax.process_index() == 0:
-        for name in (SCORES, DOCUMENTS, TEACHER, AGREEMENT, DOCTOR, WATCH, REPORT):
-            for path in workdir.glob(name.format("*")):
-                path.unlink()
+        for path in itertools.chain.from_iterable(workdir.glob(name.format("*")) for name in names):
+            path.unlink()
 
 
 def keep_compilations(cfg: Config) -> None:

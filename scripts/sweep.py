@@ -26,9 +26,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lm_jax import console
-from lm_jax.config.flags import load_config, load_module, run_name
+from lm_jax.config.flags import load_config, load_module
 from lm_jax.config.manual import script_parser
 from lm_jax.door import command
+from lm_jax.rundir import run_name
 
 HEADROOM = 1.2  # free memory a run needs, over the most that one has used
 OWN_FLAGS = ("config", "config.seed", "workdir")  # set by the sweep for every run

@@ -15,7 +15,7 @@ from lm_jax import config
 from lm_jax.config import Config, rules
 from lm_jax.config.flags import load_module
 from lm_jax.config.resolve import resolve
-from lm_jax.data import synthetic
+from lm_jax.data import synthetic, windows
 from lm_jax.data.open import open_data
 from lm_jax.preflight import distill, run
 from lm_jax.workdir import open_trained
@@ -175,6 +175,22 @@ def small(text, **changes):
         optim__warmup="2",
     )
     return config.replace(Config(), **base | changes)
+
+
+def record_batches(monkeypatch):
+    """Hashes of all batches that are fed to the step from now on."""
+    seen, real = [], windows.train_batches
+
+    def train_batches(*args, **options):
+        for stacked in real(*args, **options):
+            seen.extend(
+                windows.batch_hash({k: v[i] for k, v in stacked.items()})
+                for i in range(len(stacked["tokens"]))
+            )
+            yield stacked
+
+    monkeypatch.setattr(windows, "train_batches", train_batches)
+    return seen
 
 
 class StopAfter:

@@ -146,6 +146,8 @@ TABLE = {
     "loss.impl": ("fused", "train_step eval_step", {"loss.impl": "materialised"}),
     "loss.label_smoothing": (0.1, "train_step", {}),
     "train.steps": ("7", "calls train_step", {}),
+    "train.start_from": ("{root}/none", "error: after 0 updates: config.train.start_from", {}),
+    "train.start_state": (True, "error: after 0 updates: config.train.start_state", {}),
     "train.eval_every": ("2", "evaluated_midway rows", {}),
     "train.checkpoint_every": (
         "4",

@@ -14,26 +14,9 @@ import pytest
 from lm_jax import config, evaluate, setup, signals, step, train
 from lm_jax.compare import compare
 from lm_jax.config import Config, ConfigError
-from lm_jax.data import windows
 from lm_jax.signals import Interrupted
 from lm_jax.workdir import open_trained
-from tests.helpers import ROOT, StopAfter, final_state, rows, small
-
-
-def record_batches(monkeypatch):
-    """Hashes of all batches that are fed to the step from now on."""
-    seen, real = [], windows.train_batches
-
-    def train_batches(*args, **options):
-        for stacked in real(*args, **options):
-            seen.extend(
-                windows.batch_hash({k: v[i] for k, v in stacked.items()})
-                for i in range(len(stacked["tokens"]))
-            )
-            yield stacked
-
-    monkeypatch.setattr(windows, "train_batches", train_batches)
-    return seen
+from tests.helpers import ROOT, StopAfter, final_state, record_batches, rows, small
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+from collections.abc import Container
 from typing import Any
 
 from lm_jax.config.fields import Config
@@ -58,10 +59,10 @@ def config_hash(cfg: Config) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def difference(old: Config, new: Config) -> list[str]:
-    """Lines `config.path: old -> new` for every field in which two configs differ."""
+def difference(old: Config, new: Config, without: Container[str] = ()) -> list[str]:
+    """Lines `config.path: old -> new` for every field, but these, in which two configs differ."""
     return [
         f"config.{path}: {value!r} -> {get(new, path)!r}"
         for path, value in named_fields(old)
-        if value != get(new, path)
+        if value != get(new, path) and path not in without
     ]

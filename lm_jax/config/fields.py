@@ -140,10 +140,15 @@ class LossConfig(Section):
 class TrainConfig(Section):
     """The loop."""
 
-    steps: Duration = Duration("1000")  # length of the run
+    steps: Duration = Duration("1000")  # length of the run; a run can be lengthened later
+    # RUN or RUN@UPDATE: the newest or another checkpoint in the folder of a run; or the folder of a
+    # Hugging Face checkpoint; empty: none
+    start_from: str = ""
+    # with its optimiser and its place in the data, from that update on, rather than its weights
+    start_state: bool = False
     eval_every: Duration = Duration("250")  # valid split scored this often and at the end; 0: end
     checkpoint_every: Duration = incidental(Duration("250"))  # and at the end; 0: at the end alone
-    keep: int = incidental(positive(2))  # newest checkpoints kept, beside the best
+    keep: int = incidental(not_negative(2))  # newest checkpoints kept, beside the best; 0: all
     # a progress line stays this often; 0: when time has passed
     log_every: Duration = incidental(Duration("0"))
     # continued at every evaluation, into samples.jsonl; "|" between prompts; empty: none (not with

@@ -171,12 +171,6 @@ def check_names(paths: Sequence[str]) -> None:
             )
 
 
-def run_name(spec: str, seed: int) -> str:
-    """The folder of a run: `phase1-emb25-0` for `configs/phase1.py:emb25` and seed 0."""
-    path, _, arm = spec.partition(":")
-    return "-".join(filter(None, [pathlib.Path(path).stem, arm, str(seed)]))
-
-
 def find_config(spec: str) -> str:
     """FILE or FILE:ARM for FILE, NAME, FILE:ARM or NAME:ARM, with the name of a shipped config.
 

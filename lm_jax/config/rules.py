@@ -13,7 +13,7 @@ from lm_jax.config.values import Curve
 
 def validate(cfg: Config) -> Config:
     """Return `cfg`, or raise ConfigError on the first impossible value or combination."""
-    for rule in (_values, _data, _spans, _tokenizer, _distillation, _model, _evaluation):
+    for rule in (_values, _data, _spans, _tokenizer, _distillation, _model, _start, _evaluation):
         for found in rule(cfg):
             path, _, problem = found.partition(": ")
             end = "" if problem[-1] in ".?" else "."
@@ -103,6 +103,12 @@ def _model(cfg: Config) -> Iterator[str]:
             f"model.attention_dropout: cannot be had from the {impl} implementation; "
             "set it to 0, or config.attention.impl to blockwise"
         )
+
+
+def _start(cfg: Config) -> Iterator[str]:
+    if cfg.train.start_state and not cfg.train.start_from:
+        why = "has no meaning without config.train.start_from"
+        yield f"train.start_state: {why}; name a run there, or leave it at False"
 
 
 def _evaluation(cfg: Config) -> Iterator[str]:

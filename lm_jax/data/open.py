@@ -1,16 +1,12 @@
 """The data of a config, prepared on first use."""
 
-import contextlib
-import fcntl
-import os
 import pathlib
-import platform
-from collections.abc import Iterator
 
 from lm_jax import console
 from lm_jax.config import Config, rules
 from lm_jax.data import corpora
 from lm_jax.data.store import Store, prepare
+from lm_jax.files import locked
 
 
 def open_data(cfg: Config) -> Store:
@@ -22,19 +18,22 @@ def open_data(cfg: Config) -> Store:
     data = cfg.data
     cache_dir = pathlib.Path(data.cache_dir).expanduser()
     cache_dir.mkdir(parents=True, exist_ok=True)
-    with _locked(cache_dir / "lock"):
-        with console.phase(f"reading {data.corpus}"):
-            corpus = corpora.open_corpus(
-                data.corpus,
-                source_dir=data.source_dir,
-                files=data.files,
-                valid_files=data.valid_files,
-                test_files=data.test_files,
-                document=data.document,
-                valid_fraction=data.valid_fraction,
-                test_fraction=data.test_fraction,
-                cache_dir=str(cache_dir),
-            )
+
+    def say(holder: str) -> None:
+        console.say(f"waiting until {holder} has prepared its data in {cache_dir}")
+
+    with console.phase(f"reading {data.corpus}"), locked(cache_dir / "lock", say):
+        corpus = corpora.open_corpus(
+            data.corpus,
+            source_dir=data.source_dir,
+            files=data.files,
+            valid_files=data.valid_files,
+            test_files=data.test_files,
+            document=data.document,
+            valid_fraction=data.valid_fraction,
+            test_fraction=data.test_fraction,
+            cache_dir=str(cache_dir),
+        )
         store = prepare(
             corpus,
             tokenizer_kind=cfg.tokenizer.kind,
@@ -47,21 +46,3 @@ def open_data(cfg: Config) -> Store:
     for name in ["valid", *rules.eval_splits(cfg, store.manifest["splits"])]:
         store.split(name)
     return store
-
-
-@contextlib.contextmanager
-def _locked(path: pathlib.Path) -> Iterator[None]:
-    """Holds the lock of a cache; a process that must wait says so, and for which one."""
-    with path.open("a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            holder = lock.read() or "another process"
-            console.say(f"waiting until {holder} has prepared its data in {path.parent}")
-            with console.phase("waiting"):
-                fcntl.flock(lock, fcntl.LOCK_EX)
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {platform.node()}")
-        lock.flush()
-        yield

@@ -104,7 +104,7 @@ def _is_hugging_face(folder: pathlib.Path) -> bool:
 def _open(name: str, cfg: Config, store: Store, mesh: Mesh) -> Trained:
     """A run, or a Hugging Face checkpoint as if it were one."""
     folder = pathlib.Path(name)
-    if not _is_hugging_face(folder):
+    if not huggingface.is_checkpoint(folder):
         return _open_run(WHERE, name, mesh)
     try:
         model, vocab_size, max_len, params = huggingface.load(folder)

@@ -7,6 +7,7 @@ else than its model here is refused.
 """
 
 import contextlib
+import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,6 +25,19 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _CONSTANT = re.compile(r"h\.\d+\.attn\.(masked_)?bias|.*\.rotary_emb\.inv_freq")
 
 
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder holds a checkpoint in this layout, and no run: by its config.json."""
+    path = folder / "config.json"
+    return path.is_file() and "model_type" in json.loads(path.read_text())
+
+
+def read_model(folder: Path) -> tuple[ModelConfig, int, int]:
+    """What `load` returns and raises, without the parameters."""
+    fields = _Fields(folder / "config.json")
+    kind = fields.choice("model_type", ("llama", "qwen3", "gpt2"))
+    return (_gpt2 if kind == "gpt2" else _llama)(fields)
+
+
 def load(folder: Path) -> tuple[ModelConfig, int, int, dict]:
     """The model of a checkpoint.
 
@@ -39,12 +53,10 @@ def load(folder: Path) -> tuple[ModelConfig, int, int, dict]:
         ValueError: if a file, field or tensor is missing, damaged, or stands for something that
             the dense family does not compute.
     """
-    fields = _Fields(folder / "config.json")
-    kind = fields.choice("model_type", ("llama", "qwen3", "gpt2"))
-    read, blocks = (_gpt2, _gpt2_params) if kind == "gpt2" else (_llama, _llama_params)
-    cfg, vocab_size, max_len = read(fields)
+    cfg, vocab_size, max_len = read_model(folder)
+    blocks = _gpt2_params if cfg.positions == "learned" else _llama_params
     with contextlib.ExitStack() as stack:
-        tensors = _Tensors(folder, stack, prefix="transformer." if kind == "gpt2" else "")
+        tensors = _Tensors(folder, stack, prefix="transformer." if blocks is _gpt2_params else "")
         params = blocks(cfg, tensors, vocab_size, max_len)
         if not cfg.tied or "lm_head.weight" in tensors.unused:
             head_VD = tensors.take("lm_head.weight", vocab_size, cfg.d_model)

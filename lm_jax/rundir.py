@@ -1,0 +1,149 @@
+"""The folder of a run, seen without JAX: its name, how far the run in it is, who trains there."""
+
+import collections
+import contextlib
+import dataclasses
+import hashlib
+import json
+import pathlib
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from lm_jax import config
+from lm_jax.config import Config, ConfigError, rules
+from lm_jax.files import locked
+
+RECORD = "config.json"
+SCORES = "eval_{}.json"  # of a split
+CHECKPOINTS, BEST = "checkpoints", "best"
+_LOCK = ".lock"
+_LONGEST = 80  # characters that say what was changed
+_READABLE = re.compile(r"[\w.+@-]{1,40}")
+
+
+@dataclasses.dataclass(frozen=True)
+class State:
+    """What a folder holds."""
+
+    position: int  # updates in its newest checkpoint
+    steps: int  # updates of the whole run
+    asked: Config | None  # the config as it was last given; None: from before it was kept
+    splits: list[str]  # that are scored at its end
+
+    def __str__(self) -> str:
+        """In words."""
+        how = "finished, " if self.finished else ""
+        return f"{how}update {self.position:,} of {self.steps:,} is saved"
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is no update left to make."""
+        return self.position >= self.steps
+
+    def answers(self, cfg: Config) -> bool:
+        """Whether the run was asked for by this config, apart from its incidental fields."""
+        return self.asked is not None and not changes(self.asked, cfg)
+
+    def scored(self, workdir: pathlib.Path) -> bool:
+        """Whether the run went to its end and every split was scored there."""
+        scores = (workdir / SCORES.format(split) for split in self.splits)
+        return self.finished and all(path.exists() for path in scores)
+
+
+def read_state(workdir: pathlib.Path) -> State | None:
+    """How far the run in a folder is; None if there is no checkpoint of one.
+
+    Raises:
+        ConfigError: if its record is not as a run writes it.
+    """
+    position = newest_update(workdir)
+    if position is None:
+        return None
+    path = workdir / RECORD
+    try:
+        record = json.loads(path.read_text())
+        asked = config.from_dict(record["asked"]) if "asked" in record else None
+        cfg = config.from_dict(record["config"])
+        splits = rules.eval_splits(cfg, record["data"]["splits"])
+        return State(position, int(cfg.train.steps), asked, splits)
+    except (OSError, LookupError, TypeError, ValueError) as error:
+        what = f"{type(error).__name__}: {error}".rstrip(".")
+        raise ConfigError(f"{path}: not as a run writes it ({what}); restore the file.") from error
+
+
+def newest_update(workdir: pathlib.Path) -> int | None:
+    """The update of the newest finished checkpoint of a run."""
+    return max(updates(workdir / CHECKPOINTS), default=None)
+
+
+def updates(folder: pathlib.Path) -> list[int]:
+    """The updates of the finished checkpoints in a folder of them, which are their names."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+@contextlib.contextmanager
+def held(workdir: pathlib.Path) -> Iterator[None]:
+    """Make the folder, and hold it for one trainer; those that read it are not kept out.
+
+    Raises:
+        ConfigError: if another trainer holds it.
+    """
+
+    def refuse(holder: str) -> None:
+        raise ConfigError(
+            f"{workdir}: {holder} is training there; wait for it, or give another --workdir."
+        )
+
+    workdir.mkdir(parents=True, exist_ok=True)
+    with locked(workdir / _LOCK, refuse):
+        yield
+
+
+def changes(old: Config, new: Config) -> dict[str, Any]:
+    """The fields of `new` that make it another run than `old`, by dotted path."""
+    before, free = dict(config.named_fields(old)), config.incidental_fields()
+    return {
+        path: value
+        for path, value in config.named_fields(new)
+        if value != before[path] and path not in free
+    }
+
+
+def run_name(spec: str, seed: int, changed: Mapping[str, Any] | None = None) -> str:
+    """The folder of a run: `phase1-emb25-0` for `configs/phase1.py:emb25` and seed 0.
+
+    What was changed on the command line stands before the seed, `phase1-emb25-peak_lr0.01-0`. The
+    length does not: the same command with more `train.steps` finds its run and lengthens it.
+    """
+    path, _, arm = spec.partition(":")
+    return "-".join(filter(None, [pathlib.Path(path).stem, arm, _label(changed or {}), str(seed)]))
+
+
+def other_name(name: str, old: Config, new: Config) -> str:
+    """A name beside `name`, the folder of a run of `old`, for a run of `new`."""
+    label = _label(changes(old, new)) or f"steps{new.train.steps}"
+    return f"{name.removesuffix(f'-{old.seed}')}-{label}-{new.seed}"
+
+
+def _label(changed: Mapping[str, Any]) -> str:
+    """What was changed, short and fit for a file system."""
+    free = {"seed", "train.steps", *config.incidental_fields()}
+    fields = [path for path, _ in config.named_fields(Config()) if path not in free]
+    times = collections.Counter(path.rpartition(".")[2] for path in fields)
+    parts = []
+    for path, value in changed.items():
+        if path in free:
+            continue
+        last = path.rpartition(".")[2]
+        name = last if times[last] == 1 else path.replace(".", "_")
+        text = str(value).replace(" ", "").rpartition("/")[2]
+        text = text if _READABLE.fullmatch(text) else _hash(str(value))
+        parts.append(f"{name}{text}" if text[0].isdigit() else f"{name}_{text}")
+    label = "-".join(parts)
+    return label if len(label) <= _LONGEST else _hash(label)
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]

@@ -1,0 +1,195 @@
+"""Where a run takes its first state from: a checkpoint of another run, or one of Hugging Face."""
+
+import dataclasses
+import pathlib
+import re
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+
+from lm_jax import checkpoint, config, rundir
+from lm_jax.checkpoint import Kept, Manifest
+from lm_jax.config import Config, ConfigError, ModelConfig
+from lm_jax.data.store import Store
+from lm_jax.data.tokenizers.hf import HfTokenizer
+from lm_jax.models import huggingface
+from lm_jax.workdir import Record, read_record
+
+T = TypeVar("T")
+WHERE = "config.train.start_from"
+# Fields of the model that may differ: its parameters stand for the same function.
+_FREE = {"init", "init_std", "scan_layers", "remat"}
+_FREE |= {"dropout", "attention_dropout", "embedding_dropout"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """What a run starts from."""
+
+    folder: pathlib.Path
+    update: int  # of the checkpoint; 0 for one of Hugging Face
+    config_hash: str  # of that run; empty for Hugging Face
+    line: str  # what is taken, in words
+    whole: bool  # the whole state rather than the weights
+    kept: Kept | None  # None: Hugging Face
+    averaged: bool = False  # whether the weights are those of the running average
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What the new run's `config.json` keeps of it."""
+        return {
+            "folder": str(self.folder.absolute()),
+            "update": self.update,
+            "config_hash": self.config_hash,
+            "state": self.whole,
+        }
+
+    def weights(self, like: Any) -> Any:
+        """The parameters, those that are evaluated, with the shapes and shardings of `like`.
+
+        Raises:
+            ConfigError: if a file of Hugging Face is missing, damaged or not supported.
+        """
+        if self.kept is None:
+            *_, params = _read(huggingface.load, self.folder)
+            return jax.tree.map(lambda x, wanted: jax.device_put(x, wanted.sharding), params, like)
+        name = "ema" if self.averaged else "params"
+        return self.kept.restore({name: like})[name]
+
+    def state(self, like: dict[str, Any]) -> tuple[dict[str, Any], Manifest]:
+        """The whole state, with the shapes and shardings of `like`, and its manifest.
+
+        Raises:
+            ConfigError: if the state there has other leaves.
+        """
+        assert self.kept is not None
+        there, here = self.kept.shapes(), checkpoint.leaf_shapes(like)
+        if there != here:
+            names = sorted({name for name, _ in there.items() ^ here.items()})
+            raise ConfigError(
+                f"config.train.start_state: the state in {self.kept.path} has other leaves than "
+                f"that of this run ({', '.join(names[:3])}{', ...' * (len(names) > 3)}); "
+                "leave it at False to take the weights alone."
+            )
+        return self.kept.restore(like), self.kept.manifest()
+
+
+def find_origin(cfg: Config, store: Store) -> Origin | None:
+    """What a resolved config starts from; None if its parameters are drawn.
+
+    Raises:
+        ConfigError: if it is not there, or does not fit, naming the fields.
+    """
+    given, whole = cfg.train.start_from, cfg.train.start_state
+    if not given:
+        return None
+    match = re.fullmatch(r"(.+?)(?:@(\d+))?", given, re.DOTALL)
+    assert match is not None
+    folder = pathlib.Path(match[1])
+    if huggingface.is_checkpoint(folder):
+        if whole or match[2]:
+            raise ConfigError(
+                f"{WHERE}: {given} is a checkpoint of Hugging Face, which holds weights alone; "
+                "give its folder, and config.train.start_state=False."
+            )
+        return _hugging_face(folder, cfg, store)
+    try:
+        record = read_record(folder, checkpoints=True)
+    except FileNotFoundError as error:
+        raise ConfigError(f"{WHERE}: {error}") from error
+    kept = checkpoint.find_kept(folder)
+    newest = rundir.newest_update(folder)
+    update = int(match[2]) if match[2] else newest
+    if update is None or update not in kept:
+        there = ", ".join(map(str, sorted(kept))) or "none"
+        raise ConfigError(f"{WHERE}: {given} is not kept; {folder} holds the updates: {there}.")
+    _require_architecture(cfg, record.cfg.model, record.cfg.data.seq_len)
+    if record.data["tokenizer_hash"] != store.manifest["tokenizer_hash"]:
+        raise ConfigError(
+            f"config.tokenizer.kind: {given} reads other ids ({_ids(record.data)}) than this run "
+            f"({_ids(store.manifest)}); give the tokenizer and the corpus that it learned from."
+        )
+    if whole:
+        _require_optimiser(cfg, record, update)
+    return Origin(
+        folder=folder,
+        update=update,
+        config_hash=config.config_hash(record.cfg),
+        line=_line(folder, update, cfg, store, record),
+        whole=whole,
+        kept=kept[update],
+        averaged=record.cfg.optim.ema_decay > 0,
+    )
+
+
+def _line(folder: pathlib.Path, update: int, cfg: Config, store: Store, record: Record) -> str:
+    if not cfg.train.start_state:
+        return f"starts with the weights of {folder} at update {update:,}"
+    own = {"train.start_from", "train.start_state", *config.incidental_fields()}
+    lines = config.difference(record.cfg, cfg, own)
+    if record.data != store.manifest:
+        lines.append("another corpus")
+    what = f"goes on from the state of {folder} at update {update:,}"
+    return f"{what}; changed from there: {'; '.join(lines) or 'nothing'}"
+
+
+def _hugging_face(folder: pathlib.Path, cfg: Config, store: Store) -> Origin:
+    model, _, max_len = _read(huggingface.read_model, folder)
+    _require_architecture(cfg, model, max_len)
+    tokenizer = _read(HfTokenizer.from_folder, folder)
+    if tokenizer.content_hash != store.tokenizer.content_hash:
+        raise ConfigError(
+            f"config.tokenizer.kind: {folder} reads other ids than this run "
+            f"({_ids(store.manifest)}); give --config.tokenizer.kind=hf "
+            f"--config.tokenizer.folder={folder}."
+        )
+    return Origin(folder, 0, "", f"starts with the weights of {folder}", whole=False, kept=None)
+
+
+def _read(reader: Callable[[pathlib.Path], T], folder: pathlib.Path) -> T:
+    try:
+        return reader(folder)
+    except ValueError as error:
+        raise ConfigError(f"{WHERE}: {error}") from error
+
+
+def _ids(data: Any) -> str:
+    return f"{data['tokenizer_kind']}, {data['vocab_size']:,}"
+
+
+def _require_architecture(cfg: Config, model: ModelConfig, seq_len: int) -> None:
+    """Refuse a model that would compute something else with the same parameters."""
+    flags = [
+        f"--config.model.{name}={value}"
+        for name, value in config.named_fields(model)
+        if name not in _FREE and value != getattr(cfg.model, name)
+    ]
+    if model.positions == "learned" and seq_len != cfg.data.seq_len:
+        flags.append(f"--config.data.seq_len={seq_len}")
+    if flags:
+        raise ConfigError(
+            f"{WHERE}: {cfg.train.start_from} has another architecture; give {' '.join(flags)}."
+        )
+
+
+def _require_optimiser(cfg: Config, record: Record, update: int) -> None:
+    """Refuse what the state of the other run cannot go on with."""
+    ours, others = cfg.optim, record.cfg.optim
+    if ours.name != others.name:
+        raise ConfigError(
+            f"config.optim.name: {ours.name!r} cannot go on from the state of {others.name!r} in "
+            f"{cfg.train.start_from}; give that one, or leave config.train.start_state at False."
+        )
+    if (ours.ema_decay > 0) != (others.ema_decay > 0):
+        raise ConfigError(
+            f"config.optim.ema_decay: {ours.ema_decay:g}, but {others.ema_decay:g} in "
+            f"{cfg.train.start_from}, and both must have an average or none; give that one, or "
+            "leave config.train.start_state at False."
+        )
+    if int(cfg.train.steps) <= update:
+        raise ConfigError(
+            f"config.train.steps: {int(cfg.train.steps):,} is not beyond update {update:,}, at "
+            f"which the run begins; give more, for updates are counted from those of "
+            f"{cfg.train.start_from}."
+        )
