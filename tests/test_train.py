@@ -225,7 +225,7 @@ def test_evaluation_refuses_another_corpus(straight, text):
     old = changed.read_text()
     changed.write_text(old.replace("ba", "ab"))
     try:
-        with pytest.raises(ConfigError, match="another corpus or tokenizer"):
+        with pytest.raises(ConfigError, match="another corpus or has another tokenizer"):
             open_trained(straight[0]).store  # noqa: B018
     finally:
         changed.write_text(old)

@@ -10,7 +10,7 @@ import pytest
 import scipy.special
 from flax import nnx
 
-from lm_jax import config, evaluate, generate, loss, metrics, sharding
+from lm_jax import config, decode, evaluate, generate, loss, metrics, sharding
 from lm_jax.config import rules
 from lm_jax.config.resolve import resolve
 from lm_jax.data import windows as pipeline
@@ -150,9 +150,7 @@ def package_model(dtype, name="adamw"):
     return given
 
 
-@jax.jit
-def package_sample(logits, keys, temperature, top_k, top_p):
-    return generate.sample(logits, keys, temperature, top_k, top_p)
+package_sample = jax.jit(decode.sample, static_argnames=("top_k", "top_p"))
 
 
 def package_sampler(logits, seed, temperature=1.0, top_k=0, top_p=1.0):
