@@ -43,6 +43,8 @@ def command(main: Main) -> Main:
                 raise
             console.complain(_sentence(error, main))
             sys.exit(1 if isinstance(error, _FAILED) else 2)
+        finally:
+            console.use()
 
     return ends
 

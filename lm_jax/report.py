@@ -1,4 +1,8 @@
-"""The page of a run: `python -m lm_jax.report --workdir=DIR` writes DIR/report.html.
+"""The page of a run.
+
+    python -m lm_jax.report runs/quickstart-0
+
+writes `report.html` into the folder of the run.
 
 It shows how far the run is, its scores among the reference lines, the course of its training, what
 the doctor found, samples and the config. All of it comes from the files in the workdir. Training
@@ -19,6 +23,7 @@ from lm_jax import config, curves, metrics, page, workdir
 from lm_jax.compare.tables import short
 from lm_jax.config.flags import parse_flags
 from lm_jax.data.references import in_nats
+from lm_jax.door import command
 from lm_jax.files import read_json, write_text
 from lm_jax.models.families import size
 
@@ -307,11 +312,12 @@ def _config(cfg: config.Config) -> str:
     return f"{text}<details><summary>All {len(table)} fields</summary>{whole}</details>"
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> None:
     """Write `report.html` of a run and print its path."""
     given = flags.FlagValues()
-    flags.DEFINE_string("workdir", None, "Folder of the run.", given, required=True)
-    parse_flags(given, argv, __doc__)
+    flags.DEFINE_string("workdir", None, "Folder of the run.", given)
+    parse_flags(given, argv, __doc__, subject=["workdir"])
     print(write(pathlib.Path(given.workdir)))
 
 

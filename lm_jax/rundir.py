@@ -84,7 +84,7 @@ def updates(folder: pathlib.Path) -> list[int]:
 
 
 @contextlib.contextmanager
-def held(workdir: pathlib.Path) -> Iterator[None]:
+def occupied(workdir: pathlib.Path) -> Iterator[None]:
     """Make the folder, and hold it for one trainer; those that read it are not kept out.
 
     Raises:

@@ -264,7 +264,7 @@ def _enter(
     """
     origin = find_origin(cfg, store) if rundir.newest_update(folder) is None else None
     if jax.process_index() == 0:
-        held.enter_context(rundir.held(folder))
+        held.enter_context(rundir.occupied(folder))
     checkpoints = Checkpoints(folder, cfg.train.keep)
     position = checkpoints.position()
     if position is not None:

@@ -114,7 +114,6 @@ def signal_while(monkeypatch):
         ("examining", signal.SIGINT),
         ("drawing", signal.SIGTERM),
         ("compiling", signal.SIGHUP),
-        ("scoring the references", signal.SIGINT),
     ],
 )
 def test_a_signal_stops_where_nothing_can_be_lost(text, tmp_path, signal_while, phase, number):

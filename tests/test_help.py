@@ -21,6 +21,7 @@ EXAMPLES = {
     "evaluate": "evaluate runs/quickstart-0 --split=test\n",
     "generate": "generate runs/quickstart-0 --prompt=",
     "compare": "compare runs/",
+    "report": "report runs/quickstart-0\n",
 }
 
 

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from lm_jax import checkpoint, config, rundir, setup, train, workdir
+from lm_jax import checkpoint, config, rundir, setup, signals, train, workdir
 from lm_jax.config import ConfigError
 from lm_jax.config.resolve import resolve
 from lm_jax.data.open import open_data
@@ -101,7 +101,7 @@ def test_the_schedule_of_the_new_length_is_said(copied, text):
 
 def test_results_of_the_old_end_do_not_outlive_it(copied, text, monkeypatch):
     with monkeypatch.context() as patched:
-        patched.setattr(train, "Signals", lambda: StopAfter(1))
+        patched.setattr(signals, "agreed", StopAfter(1))
         with pytest.raises(Interrupted):
             train.train_and_evaluate(constant(text, train__steps="14"), copied)
     assert not [*copied.glob("eval_*"), *copied.glob("documents_*")]
@@ -252,7 +252,7 @@ def test_one_trainer_to_a_folder(copied, text):
     with pytest.raises(ConfigError, match=said):
         train.train_and_evaluate(cfg, copied)
     assert read(copied) == before
-    assert workdir.open_trained(copied, store=open_data(cfg)).step == 8  # readers are not kept out
+    assert workdir.open_trained(copied).step == 8  # readers are not kept out
     holder.send_signal(signal.SIGKILL)
     holder.communicate()
     for _ in range(2):  # neither by the one that was killed nor by the one that has ended

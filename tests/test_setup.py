@@ -1,5 +1,6 @@
 """What a run puts together before its first update, and what it leaves alone."""
 
+import contextlib
 import shutil
 
 import pytest
@@ -80,7 +81,9 @@ def test_what_cannot_be_is_said_before_data_are_read(text, tmp_path, monkeypatch
 
 
 def test_a_run_says_what_became_of_its_warmup(text, tmp_path):
-    run = setup.assemble(small(text, train__steps="5", optim__warmup="100"), tmp_path)
+    with contextlib.ExitStack() as held:
+        cfg = small(text, train__steps="5", optim__warmup="100")
+        run = setup.assemble(cfg, tmp_path, None, held)
     (line,) = (line for line in run.lines if "warmup" in line)
     assert line == "config.optim.warmup: 100 updates made 1, a fifth of the 5 of the run"
     assert read_record(tmp_path).cfg.optim.warmup == "1"

@@ -241,7 +241,7 @@ def test_a_config_that_never_trained_can_be_mended(text, tmp_path):
 @pytest.mark.parametrize("split", ["valid", "test"])
 def test_a_split_to_be_scored_must_be_there(text, tmp_path, split):
     cfg = small(text, eval__splits="valid,test", **{f"data__{split}_fraction": 0.0})
-    with pytest.raises(ValueError, match=rf"--config\.data\.{split}_fraction"):
+    with pytest.raises(ValueError, match=rf"config\.data\.{split}_fraction"):
         train.train_and_evaluate(cfg, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
