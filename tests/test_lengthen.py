@@ -232,7 +232,7 @@ HOLD = """
 import pathlib, sys
 from lm_jax import rundir
 assert "jax" not in sys.modules
-with rundir.held(pathlib.Path(sys.argv[1])):
+with rundir.occupied(pathlib.Path(sys.argv[1])):
     print(rundir.read_state(pathlib.Path(sys.argv[1])).finished, flush=True)
     sys.stdin.read()
 """
