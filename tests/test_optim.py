@@ -42,7 +42,7 @@ def test_schedule_shapes():
 def params_of(**changes):
     cfg = tiny_config(model__norm="layernorm", model__bias=True, **changes)
     _, init = create_model(cfg, 29, "reference")
-    return cfg, init(jax.random.key(0))
+    return cfg, jax.jit(init)(jax.random.key(0))
 
 
 def test_decay_takes_matrices_only():

@@ -20,7 +20,7 @@ V = 29
 def build(seed=0, impl="reference", **changes):
     cfg = tiny_config(**changes)
     graphdef, init = create_model(cfg, V, impl)
-    return cfg, graphdef, randomise(jax.jit(init)(jax.random.key(seed)), seed)
+    return cfg, graphdef, randomise(jax.eval_shape(init, jax.random.key(seed)), seed)
 
 
 def logits(graphdef, params, batch, **kwargs):
@@ -242,7 +242,7 @@ def test_low_precision_follows_float32(dtype):
 def test_initialisation_is_declared():
     cfg = tiny_config(model__d_model=64, model__init="normal", model__tied=False)
     _, init = create_model(cfg, 500, "reference")
-    params = init(jax.random.key(0))
+    params = jax.jit(init)(jax.random.key(0))
     block = jax.tree.map(lambda x: x[1], params["blocks"])
     residual = 0.02 / np.sqrt(2 * cfg.model.layers)
     for leaf, std in (
