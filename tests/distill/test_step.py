@@ -36,7 +36,7 @@ class Lab:
         self.graphdef, init = create_model(self.cfg, V, "reference")
         self.objective = distilled(self.cfg, self.graphdef, init, self.teacher)
         self.params = randomise(jax.eval_shape(init, jax.random.key(0)), 1)
-        self.beside = self.objective.beside(jax.random.key(1))
+        self.beside = jax.jit(self.objective.beside)(jax.random.key(1))
         self.batch = random_batch(np.random.default_rng(0), (6, 12), V, padded=2)
         self.of_update = jax.jit(step.make_gradients(self.cfg, self.objective))
 
