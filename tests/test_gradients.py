@@ -106,8 +106,8 @@ def test_block():
 def test_whole_model(family):
     cfg = tiny_config(data__seq_len=5, **FAMILIES[family])
     graphdef, init = create_model(cfg, V, "reference")
-    params = jax.tree.map(lambda x: x.astype(jnp.float64), init(jax.random.key(0)))
-    params = randomise(params, 3)
+    like = jax.eval_shape(init, jax.random.key(0))
+    params = randomise(jax.tree.map(lambda x: x.update(dtype=jnp.float64), like), 3)
     batch = float64_batch(17, (2, 6))
 
     def f(params):

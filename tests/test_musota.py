@@ -116,7 +116,7 @@ def by_equations(params, tokens):
 def test_the_model_is_its_equations(impl):
     cfg = tiny_config(**MUSOTA)
     graphdef, init = create_model(cfg, V, impl)
-    params = randomise(jax.jit(init)(jax.random.key(0)), 1, 0.5)
+    params = randomise(jax.eval_shape(init, jax.random.key(0)), 1, 0.5)
     rng = np.random.default_rng(2)
     tokens_BT = rng.integers(0, V, (3, 9)).astype(np.int32)
     positions_BT = np.broadcast_to(np.arange(9, dtype=np.int32), (3, 9))
@@ -148,7 +148,7 @@ def test_dropout_reaches_the_gate():
     """In the first layer nothing before the gate is random but the gate itself."""
     cfg = tiny_config(**MUSOTA, model__dropout=0.5)
     graphdef, init = create_model(cfg, V, "reference")
-    model = nnx.merge(graphdef, randomise(jax.jit(init)(jax.random.key(0)), 1, 0.5))
+    model = nnx.merge(graphdef, randomise(jax.eval_shape(init, jax.random.key(0)), 1, 0.5))
     tokens_BT = np.arange(8, dtype=np.int32)[None]
     read = (tokens_BT, np.ones_like(tokens_BT), tokens_BT)
     first, second, still = (
@@ -171,7 +171,7 @@ def test_evaluation_reports_the_sensitivity_of_every_block(text):  # noqa: F811
     cfg = resolve(small(text, **kind), windows=50)
     store = open_data(cfg)
     graphdef, init = create_model(cfg, store.tokenizer.vocab_size, "reference")
-    params = randomise(jax.jit(init)(jax.random.key(0)), 3, 0.5)
+    params = randomise(jax.eval_shape(init, jax.random.key(0)), 3, 0.5)
     eval_step = step.make_eval_step(cfg, graphdef)
     evaluator = evaluate.Evaluator(cfg, store, sharding.make_mesh(1), eval_step)
     found = evaluator(params, "valid")["sensitivity"]

@@ -58,7 +58,7 @@ def made(**changes):
     objective: Objective = MaskedTokens(graphdef)
     key = jax.random.key(0)
     batch = objective.extend(random_batch(np.random.default_rng(0), (6, 12), MASK))
-    state = step.init_state(cfg, init(key), objective.beside(key))
+    state = jax.jit(lambda key: step.init_state(cfg, init(key), objective.beside(key)))(key)
     return cfg, objective, state, jax.tree.map(jnp.asarray, batch)
 
 

@@ -16,7 +16,8 @@ V = 29
 def make(**changes):
     cfg = tiny_config(**changes)
     graphdef, init = create_model(cfg, V, "reference")
-    return cfg, graphdef, step.init_state(cfg, init(jax.random.key(0)))
+    state = jax.jit(lambda key: step.init_state(cfg, init(key)))(jax.random.key(0))
+    return cfg, graphdef, state
 
 
 def ragged(rng, rows=6, width=12):

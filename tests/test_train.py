@@ -311,8 +311,9 @@ def test_what_metrics_rule_out_is_told_once_while_training(
     text, tmp_path, monkeypatch, capsys, changes, told
 ):
     monkeypatch.setattr(setup, "examine_run", lambda *_: None)
-    cfg = small(text, doctor="fast", train__eval_every="3", optim__clip_norm=100.0)
-    train.train_and_evaluate(config.replace(cfg, **changes), tmp_path)
+    changes = dict(train__eval_every="3", train__steps_per_call=1, optim__clip_norm=100.0) | changes
+    cfg = small(text, doctor="fast", **changes)
+    train.train_and_evaluate(cfg, tmp_path)
     lines = capsys.readouterr().out.splitlines()
     assert [" ".join(x.split()[1:3]).strip(":") for x in lines if x.startswith("doctor")] == told
     failed = json.loads((tmp_path / "watch.json").read_text())["failed"]

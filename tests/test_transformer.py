@@ -20,7 +20,7 @@ V = 29
 def build(seed=0, impl="reference", **changes):
     cfg = tiny_config(**changes)
     graphdef, init = create_model(cfg, V, impl)
-    return cfg, graphdef, randomise(jax.jit(init)(jax.random.key(seed)), seed)
+    return cfg, graphdef, randomise(jax.eval_shape(init, jax.random.key(seed)), seed)
 
 
 def logits(graphdef, params, batch, **kwargs):
@@ -118,7 +118,7 @@ def test_scan_and_remat_are_the_same_function():
         def total(params):
             return NextToken(graphdef).scored(params, batch).objective
 
-        return jax.value_and_grad(total)(params)
+        return jax.jit(jax.value_and_grad(total))(params)
 
     value, grad = grads(graphdef, params)
     for other in (scanned_def, remat_def):
@@ -168,7 +168,8 @@ def test_attention_against_a_loop(length):
             weight = np.exp(score - score.max())
             expected[b, t, h] = weight @ v[b, seen, h] / weight.sum()
     for impl in ("reference", "xla"):
-        out = attend(*np.float32((q, k, v)), segment_ids_BT=ids, impl=impl)
+        attended = jax.jit(functools.partial(attend, segment_ids_BT=ids, impl=impl))
+        out = attended(*np.float32((q, k, v)))
         np.testing.assert_allclose(out, expected, atol=2e-6)
 
     def total(q, impl):
@@ -176,7 +177,7 @@ def test_attention_against_a_loop(length):
         return (out**2).sum()
 
     for impl in ("reference", "xla"):
-        grad = jax.grad(total)(jnp.float32(q), impl)
+        grad = jax.jit(jax.grad(total), static_argnums=1)(jnp.float32(q), impl)
         np.testing.assert_array_equal(grad[1, length // 2 :], 0)
         assert np.isfinite(grad).all()
 
@@ -242,7 +243,7 @@ def test_low_precision_follows_float32(dtype):
 def test_initialisation_is_declared():
     cfg = tiny_config(model__d_model=64, model__init="normal", model__tied=False)
     _, init = create_model(cfg, 500, "reference")
-    params = init(jax.random.key(0))
+    params = jax.jit(init)(jax.random.key(0))
     block = jax.tree.map(lambda x: x[1], params["blocks"])
     residual = 0.02 / np.sqrt(2 * cfg.model.layers)
     for leaf, std in (

@@ -35,15 +35,18 @@ class Lab:
         self.teacher = teacher or toy_teacher()
         self.graphdef, init = create_model(self.cfg, V, "reference")
         self.objective = distilled(self.cfg, self.graphdef, init, self.teacher)
-        self.params = randomise(init(jax.random.key(0)), 1)
-        self.beside = self.objective.beside(jax.random.key(1))
+        self.params = randomise(jax.eval_shape(init, jax.random.key(0)), 1)
+        self.beside = jax.jit(self.objective.beside)(jax.random.key(1))
         self.batch = random_batch(np.random.default_rng(0), (6, 12), V, padded=2)
         self.of_update = jax.jit(step.make_gradients(self.cfg, self.objective))
+
+        init_state = functools.partial(step.init_state, self.cfg)
+        self.copies = jax.jit(lambda *own: jax.tree.map(jnp.copy, init_state(*own)))
 
     @property
     def state(self):
         """Fresh copies, since the step takes them over."""
-        return jax.tree.map(jnp.copy, step.init_state(self.cfg, self.params, self.beside))
+        return self.copies(self.params, self.beside)
 
     def gradients(self, update=0, batch=None):
         batch = self.batch if batch is None else batch
@@ -239,7 +242,7 @@ def test_no_gradient_reaches_a_teacher_and_it_stays_as_it_is():
 
 def test_teacher_runs_in_eval_mode():
     graphdef, init = create_model(tiny_config(model__dropout=0.5), V, "reference")
-    params = randomise(init(jax.random.key(3)), 3)
+    params = randomise(jax.eval_shape(init, jax.random.key(3)), 3)
     taught = [
         Lab(Teacher(("toy",), (graphdef,), (params,)), model__dropout=0.0).gradients(update)[3]
         for update in (0, 1)
@@ -374,10 +377,11 @@ def test_no_array_holds_the_logits_of_all_tokens():
     taught, init_teacher = create_model(
         config.replace(cfg, distill__teachers="", distill__temperature="2"), vocabulary, "blockwise"
     )
-    teacher = Teacher(("toy",), (taught,), (init_teacher(jax.random.key(1)),))
+    params = randomise(jax.eval_shape(init_teacher, jax.random.key(1)), 1)
+    teacher = Teacher(("toy",), (taught,), (params,))
     objective = distilled(cfg, graphdef, init, teacher)
     steps = functools.partial(step.make_train_step(cfg, objective), reads=objective.reads)
-    state = step.init_state(cfg, init(jax.random.key(0)))
+    state = jax.eval_shape(lambda key: step.init_state(cfg, init(key)), jax.random.key(0))
     batch = random_batch(np.random.default_rng(0), (1, 8, 257), vocabulary)
     traced = jax.make_jaxpr(steps)(state, batch)
     sizes = [v.aval.size for _, eqn in equations(traced.jaxpr) for v in eqn.outvars]

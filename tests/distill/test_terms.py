@@ -1,5 +1,7 @@
 """Terms on states, maps and rows against their definitions in NumPy."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,10 +43,10 @@ def test_squared_error_of_a_normalised_target():
 def test_padding_may_hold_anything(term):
     weights, _ = weights_and_segments()
     y, target = normal(B, T, E), normal(B, T, E, seed=1)
-    of_y = jax.value_and_grad(lambda y: jax.tree.leaves(term(y, target, weights))[0])
-    clean, gradient = of_y(y)
+    of_y = jax.jit(jax.value_and_grad(lambda *given: jax.tree.leaves(term(*given, weights))[0]))
+    clean, gradient = of_y(y, target)
     y[weights == 0] = target[weights == 0] = np.nan
-    found = of_y(y)
+    found = of_y(y, target)
     assert found[0] == clean
     np.testing.assert_array_equal(found[1], gradient)
 
@@ -81,15 +83,16 @@ def test_attention_maps_and_their_divergence():
     weights, segments = weights_and_segments()
     mine = normal(B, T, 4, 6), normal(B, T, 2, 6)
     theirs = normal(B, T, 2, 8, seed=1), normal(B, T, 2, 8, seed=1)
-    logs = [terms.log_map(*map(jnp.asarray, pair), segments) for pair in (mine, theirs)]
+    log_map, divergence = jax.jit(terms.log_map), jax.jit(terms.attention)
+    logs = [log_map(*pair, segments) for pair in (mine, theirs)]
     q, p = (maps(*pair, segments) for pair in (mine, theirs))
     np.testing.assert_allclose(np.exp(logs[0]), q, atol=1e-6)
-    total = terms.attention(*logs, weights)
+    total = divergence(*logs, weights)
     there = p > 0
     kl = np.where(there, p * np.log(np.where(there, p, 1) / np.where(there, q, 1)), 0).sum(-1)
     np.testing.assert_allclose(total, (weights * kl).sum(), rtol=1e-5)
-    assert terms.attention(logs[0], logs[0], weights) == 0
-    grads = jax.grad(lambda a, b: terms.attention(a, b, weights), (0, 1))(*logs)
+    assert divergence(logs[0], logs[0], weights) == 0
+    grads = jax.grad(divergence, (0, 1))(*logs, weights)
     assert np.isfinite(grads[0]).all() and grads[0].any() and not grads[1].any()
 
 
@@ -100,13 +103,14 @@ def test_contrastive_finds_rows():
     u, v = ((weights[..., None] * a).sum(1) for a in (y, target))
     u, v = (a / np.maximum(np.linalg.norm(a, axis=-1, keepdims=True), 1e-9) for a in (u, v))
     scores = (u @ v.T / CONTRAST_TEMPERATURE)[[0, 2]][:, [0, 2]]
-    nats, hits = terms.contrastive(jnp.asarray(y), jnp.asarray(target), jnp.asarray(weights))
+    contrastive = jax.jit(terms.contrastive)
+    nats, hits = contrastive(y, target, weights)
     np.testing.assert_allclose(nats, -np.diagonal(log_softmax(scores, -1)).sum(), rtol=1e-4)
     assert hits == (scores.argmax(-1) == np.arange(2)).sum()
-    nats, hits = terms.contrastive(*(jnp.asarray(a) for a in (y, y, weights)))
+    nats, hits = contrastive(y, y, weights)
     assert hits == 2 and nats < 0.1
     same = jnp.ones((B, T, E))
-    nats, _ = terms.contrastive(same, same, jnp.ones((B, T)))
+    nats, _ = contrastive(same, same, jnp.ones((B, T)))
     np.testing.assert_allclose(nats / B, np.log(B), rtol=1e-5)  # chance
 
 
@@ -134,11 +138,8 @@ def test_balance():
 
 
 def routed(module, x, teacher, experts, segments, weights, k=2.0):
-    return module(
-        *(jnp.asarray(a) for a in (x, teacher, experts, segments, weights)),
-        temperature=jnp.asarray(0.7),
-        k=jnp.asarray(k),
-    )
+    call = jax.jit(functools.partial(module, temperature=jnp.asarray(0.7), k=jnp.asarray(k)))
+    return call(*(jnp.asarray(a) for a in (x, teacher, experts, segments, weights)))
 
 
 def test_router_against_its_equations():
@@ -188,7 +189,7 @@ def test_router_gives_teacher_arrays_no_gradient_and_does_not_look_ahead():
     def total(x, teacher, experts):
         return sum(routed(module, x, teacher, experts, segments, weights).values())
 
-    grads = jax.grad(total, (0, 1, 2))(x, teacher, experts)
+    grads = jax.jit(jax.grad(total, (0, 1, 2)))(x, teacher, experts)
     assert grads[0].any() and not grads[1].any() and not grads[2].any()
     # The error at a position depends on nothing behind it.
     first = np.zeros_like(weights)

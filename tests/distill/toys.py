@@ -27,5 +27,5 @@ def toy_teacher(layers=3, d_model=24, seed=5, same=False):
     """A random teacher of another size; `same`: of the student's."""
     size = {} if same else dict(model__layers=layers, model__d_model=d_model)
     graphdef, init = create_model(tiny_config(**size), V, "reference")
-    params = randomise(init(jax.random.key(seed)), seed)
+    params = randomise(jax.eval_shape(init, jax.random.key(seed)), seed)
     return Teacher(("toy",), (graphdef,), (params,))

@@ -63,7 +63,7 @@ def test_a_jax_model_is_silent(seed):
 def own_model(dtype):
     cfg = tiny_config(data__seq_len=5)
     graphdef, init = create_model(cfg, 7, "reference")
-    params = randomise(init(jax.random.key(0)), 3)
+    params = randomise(jax.eval_shape(init, jax.random.key(0)), 3)
     batch = random_batch(np.random.default_rng(1), (2, 6), 7)
 
     @jax.jit

@@ -419,7 +419,7 @@ def test_transformers_of_the_package_are_silent(family):
     cfg = tiny_config(data__seq_len=T, **FAMILIES[family])
     dtype = jnp.dtype("bfloat16" if "bfloat16" in family else "float32")
     graphdef, init = create_model(cfg, V, "reference")
-    params = init(jax.random.key(1))
+    params = jax.jit(init)(jax.random.key(1))
 
     @jax.jit
     def segmented(params, tokens, ids):

@@ -62,7 +62,7 @@ def test_a_mask_of_infinities_is_passed_over_on_the_way_to_the_cause():
 def test_the_parameter_of_a_real_model_is_named(scan):
     cfg = tiny_config(model__scan_layers=scan)
     graphdef, init = create_model(cfg, 50, "reference")
-    params = init(jax.random.key(0))
+    params = jax.jit(init)(jax.random.key(0))
     up = params["blocks"]["mlp"]["up"]
     up["kernel"] = up["kernel"].at[1, 0, 0].set(3e38)
     batch = random_batch(np.random.default_rng(0), (6, 12), 50)
