@@ -24,7 +24,7 @@ _PEAK_FLOPS = {
     "V100": 125e12,
     "T4": 65e12,
 }
-_LONGEST_WORD = 20  # mean bytes of a word, where words are a unit of the text
+LONGEST_WORD = 20  # mean bytes of a word, where words are a unit of the text
 _MAX_NATS = math.log(sys.float_info.max)
 
 
@@ -72,7 +72,7 @@ def has_words(result: Mapping[str, float]) -> bool:
     """
     nats_per_byte = (result.get("bits_per_byte") or 0) * math.log(2)
     nats_per_word = math.log(result.get("word_ppl") or math.inf)  # JSON has null for inf
-    return nats_per_word <= _LONGEST_WORD * nats_per_byte
+    return nats_per_word <= LONGEST_WORD * nats_per_byte
 
 
 def exp(nats: float) -> float:

@@ -90,7 +90,8 @@ def compare_runs(
     runs = [run for arm in arms for run in arm.runs]
     first = runs[0]
     counts = first.data["splits"][split]
-    words = counts["words"] if metrics.has_words(first.result) else 0
+    has_words = counts["bytes"] <= metrics.LONGEST_WORD * counts["words"]
+    words = counts["words"] if has_words else 0
     one_tokenizer = len({run.data["tokenizer_hash"] for run in runs}) == 1
     weighed_by, bytes_D = _document_bytes(runs, counts["bytes"])
     pairs = _pairs(arms, bytes_D)
