@@ -10,7 +10,7 @@ import threading
 import numpy as np
 import pytest
 
-from lm_jax import config, evaluate, metrics
+from lm_jax import config, console, evaluate, metrics
 from lm_jax.config import Config
 from lm_jax.data import open as data_open
 from lm_jax.data import references as references_module
@@ -51,9 +51,7 @@ def test_entropy_rate_is_a_reference_of_symbols_only(tmp_path):
     assert "entropy_rate" not in references_module.references(byte, "valid")
 
 
-def test_one_process_at_a_time_prepares_data_and_others_say_that_they_wait(
-    tmp_path, monkeypatch, capsys
-):
+def test_one_process_at_a_time_prepares_data_and_others_say_that_they_wait(tmp_path, monkeypatch):
     cfg = config.replace(Config(), data__cache_dir=str(tmp_path), tokenizer__kind="byte")
     prepare, said, go_on = data_open.prepare, threading.Event(), threading.Event()
 
@@ -64,14 +62,15 @@ def test_one_process_at_a_time_prepares_data_and_others_say_that_they_wait(
         return prepare(*arguments, **options)
 
     monkeypatch.setattr(data_open, "prepare", prepare_under_lock)
-    monkeypatch.setattr(data_open, "print", lambda *a, **k: print(*a, **k) or said.set(), False)
+    lines = []
+    monkeypatch.setattr(console, "say", lambda line: lines.append(line) or said.set())
     with concurrent.futures.ThreadPoolExecutor() as pool:
         both = [pool.submit(open_data, cfg) for _ in range(2)]
         assert said.wait(60)
         assert not any(one.done() for one in both)
         go_on.set()
         assert [one.result(60).tokenizer.kind for one in both] == ["byte"] * 2
-    (line,) = capsys.readouterr().err.splitlines()
+    (line,) = lines
     holder = f"process {os.getpid()} on {platform.node()}"
     said = rf"waiting until {holder} \(since 20[\d :-]+\) has prepared its data in {tmp_path}"
     assert re.fullmatch(said, line)
