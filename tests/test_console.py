@@ -81,6 +81,14 @@ def test_a_line_fits_and_keeps_what_matters_most():
         assert len(line) <= width and "37%  loss 3.2140" in line and "eta" in line
 
 
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0:00"), (0.1, "0:01"), (59.5, "1:00"), (3599.2, "1:00:00"), (90061, "25:01:01")],
+)
+def test_seconds_are_told_as_a_clock_does(seconds, text):
+    assert console.clock(seconds) == text
+
+
 def test_a_pipe_gets_a_line_when_time_has_passed(capsys, monkeypatch):
     monkeypatch.setattr(console, "QUIET", 0.9)
     with console.phase("compiling"):

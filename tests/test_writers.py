@@ -1,5 +1,4 @@
 import importlib.machinery
-import io
 import json
 import math
 import sys
@@ -64,15 +63,13 @@ def test_resume_drops_later_rows_and_half_a_line(tmp_path):
     assert rows(tmp_path) == []
 
 
-def test_only_the_first_process_writes(tmp_path, monkeypatch, capsys):
+def test_only_the_first_process_writes(tmp_path, monkeypatch):
     monkeypatch.setattr(writers.jax, "process_index", lambda: 1)
     out = opened(tmp_path, tensorboard=True, wandb="project")
     out.write(1, ROW)
     out.text(1, "sample", "once")
-    out.progress(1, ROW)
-    out.say("hello")
     out.close()
-    assert not list(tmp_path.iterdir()) and capsys.readouterr().out == ""
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("start", [0, 3])
@@ -206,59 +203,3 @@ def test_wandb_without_login_is_one_sentence(monkeypatch, mode, login, refusal):
         f"config.train.wandb: 'project' cannot be opened ({refusal}); run `wandb login`, or set "
         "WANDB_MODE=offline and send the run later with `wandb sync`."
     )
-
-
-class Clock:
-    now = 0.0
-
-    def monotonic(self):
-        return self.now
-
-
-def test_progress_is_a_plain_line_without_a_terminal(tmp_path, monkeypatch, capsys):
-    clock = Clock()
-    monkeypatch.setattr(writers, "time", clock)
-    out = opened(tmp_path, steps=30, start=10)
-    clock.now += 40  # 2 updates in 40 s; 18 are left, 360 s
-    out.progress(12, ROW)
-    out.say("done")
-    out.close()
-    assert capsys.readouterr().out == (
-        "step 12/30  loss 2.5000  lr 1.00e-03  grad 0.75  12,346 tok/s  wait 1.2%  eta 6:00\ndone\n"
-    )
-
-
-def test_progress_is_one_line_on_a_terminal(tmp_path, monkeypatch):
-    screen = io.StringIO()
-    monkeypatch.setattr(screen, "isatty", lambda: True, raising=False)
-    monkeypatch.setattr(sys, "stdout", screen)
-    out = opened(tmp_path)
-    out.progress(1, ROW)
-    out.progress(2, ROW)
-    out.say("done")
-    out.close()
-    text = screen.getvalue()
-    assert text.count("\n") == 1 and text.endswith("\r\033[Kdone\n")
-    assert text.count("\r") == 3 and text.count("\033[K") == 3
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (0, "0:00"),
-        (0.1, "0:01"),
-        (59.5, "1:00"),
-        (61, "1:01"),
-        (3599.2, "1:00:00"),
-        (3600, "1:00:00"),
-        (90061, "25:01:01"),
-    ],
-)
-def test_time_left(tmp_path, monkeypatch, capsys, seconds, text):
-    clock = Clock()
-    monkeypatch.setattr(writers, "time", clock)
-    out = opened(tmp_path, steps=2)
-    clock.now += seconds  # for the first of two updates
-    out.progress(1, ROW)
-    out.close()
-    assert capsys.readouterr().out.endswith(f"  eta {text}\n")
