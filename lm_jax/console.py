@@ -7,6 +7,7 @@ Elsewhere a plain line is written when a phase begins, and whenever `QUIET` seco
 import contextlib
 import dataclasses
 import math
+import os
 import sys
 import textwrap
 import threading
@@ -78,6 +79,19 @@ class Phase:
         yield grid
 
 
+class Sheet(Console):
+    """What rich draws on standard output; on nothing once nobody reads that."""
+
+    def on_broken_pipe(self) -> None:
+        """Go on: a training is worth more than its lines."""
+        _give_up(self.file)
+
+
+def _give_up(stream: Any) -> None:
+    """Let a stream lead nowhere, once its reader has gone as after `| head`."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 class _Plain:
     """Lines in a file or a pipe."""
 
@@ -87,8 +101,11 @@ class _Plain:
         self.said = time.monotonic()
 
     def print(self, text: str) -> None:
-        with self.lock, contextlib.suppress(BrokenPipeError):
-            print(text, file=self.stream, flush=True)
+        with self.lock:
+            try:
+                print(text, file=self.stream, flush=True)
+            except BrokenPipeError:
+                _give_up(self.stream)
             self.said = time.monotonic()
 
     def begin(self) -> None:
@@ -141,19 +158,22 @@ class _Notebook(_Plain):
     """Lines under a cell, the live one in an output that is replaced."""
 
     def begin(self) -> None:
-        self.handle = self._display(display_id=True)
-
-    def _display(self, **options: Any) -> Any:
+        if len(self.phases) > 1:
+            self._update(self.phases[-1])
+            return
         from IPython.display import display
 
-        return display({"text/plain": self.phases[-1].line()}, raw=True, **options)
+        self.handle = display({"text/plain": self.phases[-1].line()}, raw=True, display_id=True)
 
     def tick(self) -> None:
         if time.monotonic() - self.said > 1:
-            self.handle.update({"text/plain": self.phases[-1].line()}, raw=True)
+            self._update(self.phases[-1])
             self.said = time.monotonic()
 
     def end(self, phase: Phase) -> None:
+        self._update(self.phases[-1] if self.phases else phase)
+
+    def _update(self, phase: Phase) -> None:
         self.handle.update({"text/plain": phase.line()}, raw=True)
 
 

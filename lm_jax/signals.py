@@ -1,19 +1,19 @@
 """SIGINT, SIGTERM and SIGHUP: stop at once, or after what must be whole."""
 
 import contextlib
+import functools
 import os
 import signal
 import socket
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from lm_jax import console
 
-_NUMBERS = tuple(
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
-)
+_NUMBERS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 _PATIENCE = 3.0  # seconds that a program which has nothing to lose may stay deaf
 _received: signal.Signals | None = None
 _holding = False
@@ -30,25 +30,33 @@ class Interrupted(KeyboardInterrupt):
 
     def __init__(self, number: signal.Signals, when: str = ""):
         """Note the signal and the phase that it came in."""
-        self.number, self.when = number, when or f"while {console.going_on() or 'starting'}"
+        phase = console.going_on()
+        self.number, self.when = number, when or (phase and f"while {phase}")
 
     def __str__(self) -> str:
         """As it is told."""
-        return f"stopped by {self.number.name} {self.when}"
+        return f"stopped by {self.number.name} {self.when}".rstrip()
 
 
 @contextlib.contextmanager
 def handled() -> Iterator[None]:
-    """Raise `Interrupted` at a signal, in the block; in the main thread only."""
+    """Raise `Interrupted` at a signal, in the block; in the main thread only.
+
+    A SIGHUP that is ignored, as under nohup, is still ignored.
+    """
     global _installed, _received
     if _installed or threading.current_thread() is not threading.main_thread():
         yield
         return
     _received, _installed = None, True
-    old = {number: signal.signal(number, _handle) for number in _NUMBERS}
+    ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()
+    old = {number: signal.signal(number, _handle) for number in _NUMBERS - ignored}
+    hook = sys.unraisablehook
+    sys.unraisablehook = functools.partial(_raise_again, hook)
     try:
         yield
     finally:
+        sys.unraisablehook = hook
         for number, handler in old.items():
             signal.signal(number, handler)
         _installed = False
@@ -76,6 +84,20 @@ def _handle(number: int, frame: Any) -> None:
     first, _received = _received is None, signal.Signals(number)
     if not (_holding and first):  # a second one does not wait
         raise Interrupted(_received)
+
+
+def _raise_again(hook: Callable[[Any], object], lost: Any) -> None:
+    """Send a signal again whose exception a destructor, or the garbage collection, has swallowed.
+
+    JAX collects garbage of its own in a callback, so that this is no rare case.
+    """
+    global _received
+    if not isinstance(lost.exc_value, Interrupted):
+        hook(lost)
+        return
+    _received = None
+    main, number = threading.main_thread().ident, lost.exc_value.number
+    threading.Timer(0.05, lambda: _installed and signal.pthread_kill(main, number)).start()
 
 
 def _listen(ear: socket.socket) -> None:

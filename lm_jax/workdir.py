@@ -134,7 +134,8 @@ def resume_record(
             fields, or if it is longer already.
     """
     old = read_record(workdir, checkpoints=True)
-    _require_same(old, cfg, store, asked)
+    written = json.loads(old.path.read_text())
+    _require_same(old, written.get("asked"), cfg, store, asked)
     before, steps = int(old.cfg.train.steps), int(cfg.train.steps)
     if steps < before and steps <= position:
         raise ConfigError(
@@ -142,7 +143,6 @@ def resume_record(
             f"{workdir} has reached; give more, or {_elsewhere(workdir, old.cfg, cfg)}."
         )
     if jax.process_index() == 0:
-        written = json.loads(old.path.read_text())
         record = written | _configs(cfg, asked)
         if steps != before:
             clear_results(workdir, SCORES, DOCUMENTS, AGREEMENT, WATCH)
@@ -172,7 +172,13 @@ def _elsewhere(workdir: pathlib.Path, old: Config, cfg: Config) -> str:
 _PLACES = {"data.files", "data.valid_files", "data.test_files", "tokenizer.folder"}
 
 
-def _require_same(old: Record, cfg: Config, store: Store, asked: Config) -> None:
+# What a length cuts short: another length does so elsewhere.
+_CUT = ("optim.warmup", "optim.decay")
+
+
+def _require_same(
+    old: Record, was_asked: dict[str, Any] | None, cfg: Config, store: Store, asked: Config
+) -> None:
     own, here = old.cfg.train.compute_dtype, cfg.train.compute_dtype
     if asked.train.compute_dtype == "auto" and own != here:
         raise ConfigError(
@@ -181,6 +187,9 @@ def _require_same(old: Record, cfg: Config, store: Store, asked: Config) -> None
             "on."
         )
     may_differ = {"train.steps", *_PLACES, *config.incidental_fields()}
+    if was_asked:
+        before, now = (dict(config.named_fields(c)) for c in (config.from_dict(was_asked), asked))
+        may_differ |= {path for path in _CUT if before[path] == now[path]}
     if lines := config.difference(old.cfg, cfg, may_differ):
         raise ConfigError(
             f"{old.path}: the run there has another config ({'; '.join(lines)}); give the same "

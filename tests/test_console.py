@@ -16,7 +16,7 @@ import time
 import numpy as np
 import pytest
 
-from lm_jax import console, train
+from lm_jax import console, signals, train
 from lm_jax.config import ConfigError
 from lm_jax.door import command
 from lm_jax.signals import Interrupted
@@ -89,8 +89,42 @@ def test_a_pipe_gets_a_line_when_time_has_passed(capsys, monkeypatch):
     assert lines[0] == "compiling" and lines[1].startswith("compiling  0:0") and len(lines) < 5
 
 
+def test_a_training_outlives_the_reader_of_its_lines(monkeypatch):
+    for line in (console.say, lambda text: console.Sheet().print(text)):
+        reader, writer = os.pipe()
+        os.close(reader)
+        with open(writer, "w") as stream, monkeypatch.context() as patched:
+            patched.setattr(sys, "stdout", stream)
+            line("one")
+            line("two")
+
+
 @pytest.fixture
-def signal_while(monkeypatch):
+def hangup():
+    """Has SIGHUP heard, although the tests may run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("hangup")
+def test_a_signal_that_is_swallowed_comes_again():
+    class Deaf:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+
+    with pytest.raises(Interrupted), signals.handled():
+        Deaf()
+        time.sleep(5)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
+    with signals.handled():
+        os.kill(os.getpid(), signal.SIGHUP)
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def signal_while(monkeypatch, hangup):
     """Sends this process a signal when a phase begins."""
     real, waiting = console.phase, {}
 

@@ -1,5 +1,6 @@
 """Findings kept for the next start of the same run."""
 
+import contextlib
 import datetime
 import hashlib
 import pathlib
@@ -28,9 +29,9 @@ def examine_once(cfg: Config, *, level: str, store: Store) -> tuple[Report, str]
     numbers = {path: x for path, x in config.named_fields(cfg) if path not in incidental_fields()}
     key = hash_json([numbers, level, store.manifest, _source(), jax.__version__])
     kept = pathlib.Path(cfg.data.cache_dir).expanduser() / "preflights" / f"{key}.json"
-    if kept.exists():
-        made = datetime.date.fromtimestamp(kept.stat().st_mtime)
-        return Report.from_json(kept.read_text()), made.isoformat()
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # none, or damaged
+        found = Report.from_json(kept.read_text())
+        return found, datetime.date.fromtimestamp(kept.stat().st_mtime).isoformat()
     report = examine_config(cfg, level=level, store=store)
     if report.clean and not cfg.distill.taught:
         kept.parent.mkdir(parents=True, exist_ok=True)
