@@ -6,14 +6,15 @@ Elsewhere a plain line is written when a phase begins, and whenever `QUIET` seco
 
 import contextlib
 import dataclasses
+import errno
 import math
 import os
 import sys
 import textwrap
 import threading
 import time
-from collections.abc import Iterator
-from typing import Any, TextIO
+from collections.abc import Callable, Iterator
+from typing import Any, TextIO, cast
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
@@ -79,17 +80,31 @@ class Phase:
         yield grid
 
 
-class Sheet(Console):
-    """What rich draws on standard output; on nothing once nobody reads that."""
+class _Lasting:
+    """A stream that leads nowhere once its reader has gone: after `| head`, with its terminal.
 
-    def on_broken_pipe(self) -> None:
-        """Go on: a training is worth more than its lines."""
-        _give_up(self.file)
+    A training is worth more than its lines.
+    """
 
+    def __init__(self, stream: TextIO):
+        self._stream = stream
 
-def _give_up(stream: Any) -> None:
-    """Let a stream lead nowhere, once its reader has gone as after `| head`."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> None:
+        self._try(self._stream.write, text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, method: Callable[..., Any], *arguments: str) -> None:
+        try:
+            method(*arguments)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
 
 
 class _Plain:
@@ -102,10 +117,7 @@ class _Plain:
 
     def print(self, text: str) -> None:
         with self.lock:
-            try:
-                print(text, file=self.stream, flush=True)
-            except BrokenPipeError:
-                _give_up(self.stream)
+            print(text, file=self.stream, flush=True)
             self.said = time.monotonic()
 
     def begin(self) -> None:
@@ -199,9 +211,24 @@ def say(text: str) -> None:
         (_screen or _open()).print(text)
 
 
+def sheet() -> Console:
+    """Where rich draws on standard output what is more than a line; for when no phase is open."""
+    return Console(file=cast(TextIO, _Lasting(sys.stdout)))
+
+
 def complain(text: str) -> None:
     """Print a line to standard error; for the end of a command, when no phase is open."""
     _open(sys.stderr).print(text)
+
+
+def leave(text: str) -> None:
+    """End what is shown, and complain; for a program that ends in the middle of a phase."""
+    if (screen := _screen) and screen.phases:
+        with screen.lock:
+            phase = screen.phases[-1]
+            screen.phases.clear()
+            screen.end(phase)
+    complain(text)
 
 
 @contextlib.contextmanager
@@ -265,4 +292,5 @@ def _open(stream: TextIO | None = None) -> _Plain:
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     if shell is not None and hasattr(shell, "kernel"):
         return _Notebook(stream)
-    return _Terminal(stream) if stream.isatty() else _Plain(stream)
+    lasting = cast(TextIO, _Lasting(stream))
+    return _Terminal(lasting) if stream.isatty() else _Plain(lasting)

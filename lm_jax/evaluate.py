@@ -156,7 +156,7 @@ def report(name: str, result: dict[str, Any]) -> None:
     for key, value in sorted(nats.items(), key=lambda item: -item[1]):
         style = "bold" if key == "this model" else None
         table.add_row(key, *(shown(value) for shown in columns.values()), style=style)
-    sheet = console.Sheet()
+    sheet = console.sheet()
     sheet.print(table)
     sheet.print(f"{knowledge}.", highlight=False)
     for observed in filter(None, (known.observed for known in FAMILIES.values())):

@@ -324,7 +324,7 @@ def examine_run(cfg: Config, store: Store, folder: pathlib.Path) -> None:
     report, kept = preflight.examine_once(cfg, level=cfg.doctor, store=store)
     if jax.process_index() == 0:
         write_text(folder / workdir.DOCTOR, report.to_json() + "\n")
-        report.show(console.Sheet())
+        report.show(console.sheet())
         if kept:
             console.say(f"these findings are of {kept}, for the same config, data and code")
     if report.failed:

@@ -109,7 +109,7 @@ def _listen(ear: socket.socket) -> None:
             if _holding:
                 console.say(f"{signal.Signals(number).name}: stopping after this update")
             elif _received is None:
-                console.say(str(Interrupted(signal.Signals(number))))
+                console.leave(str(Interrupted(signal.Signals(number))))
                 os._exit(128 + number)
 
 
