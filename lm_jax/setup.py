@@ -211,7 +211,7 @@ def assemble(
     """
     asked = rules.validate(cfg)
     check_environment(asked, folder)
-    workdir.keep_compilations(cfg)
+    preflight.keep_compilations(cfg)
     store = store or open_data(asked)
     train = store.split("train")
     epoch = windows.count_windows(train, cfg.data.seq_len, cfg.data.window_offset)
