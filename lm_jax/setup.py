@@ -42,6 +42,7 @@ from lm_jax.files import write_text
 from lm_jax.kernels.device import choose_dtype
 from lm_jax.models.families import choose_attention, create_model
 from lm_jax.objective import NextToken, Objective
+from lm_jax.preflight import once
 from lm_jax.start import Origin, find_origin
 from lm_jax.step import TrainState
 
@@ -211,7 +212,7 @@ def assemble(
     """
     asked = rules.validate(cfg)
     check_environment(asked, folder)
-    preflight.keep_compilations(cfg)
+    once.keep_compilations(cfg)
     store = store or open_data(asked)
     train = store.split("train")
     epoch = windows.count_windows(train, cfg.data.seq_len, cfg.data.window_offset)

@@ -114,10 +114,10 @@ def _listen(ear: socket.socket) -> None:
 
 
 @contextlib.contextmanager
-def held() -> Iterator[None]:
+def held(hold: bool = True) -> Iterator[None]:
     """Only note the first signal in the block, for `agreed`; a second one is not held."""
     global _holding
-    before, _holding = _holding, True
+    before, _holding = _holding, hold
     try:
         yield
     finally:
@@ -132,14 +132,10 @@ def let_through() -> Iterator[None]:
     """
     import jax  # late, for the first line of a command comes before it
 
-    global _holding
-    before, _holding = _holding, jax.process_count() > 1
-    try:
+    with held(jax.process_count() > 1):
         if _received is not None and not _holding:
             raise Interrupted(_received)
         yield
-    finally:
-        _holding = before
 
 
 def agreed() -> signal.Signals | None:

@@ -231,19 +231,15 @@ def clear_results(workdir: pathlib.Path, *names: str) -> None:
 
 def git_revision() -> str | None:
     """Commit of the source tree, with "+" if it has changes; None outside a checkout."""
-    root = pathlib.Path(__file__).parent
-    try:
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False
-        )
-        status = subprocess.run(
-            ["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True, check=False
-        )
-    except FileNotFoundError:  # git is not installed
-        return None
-    if commit.returncode:
-        return None
-    return commit.stdout.strip() + ("+" if status.stdout.strip() else "")
+
+    def git(*arguments: str) -> str:
+        command, folder = ["git", *arguments], pathlib.Path(__file__).parent
+        return subprocess.run(command, cwd=folder, capture_output=True, text=True).stdout.strip()
+
+    with contextlib.suppress(FileNotFoundError):  # git is not installed
+        if commit := git("rev-parse", "--quiet", "--verify", "HEAD"):
+            return commit + "+" * bool(git("status", "--porcelain"))
+    return None
 
 
 @dataclasses.dataclass(frozen=True)

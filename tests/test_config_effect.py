@@ -363,7 +363,7 @@ def loop(cfg, workdir):
         patch.setattr(run_files, "git_revision", lambda: None)
         patch.setattr(console, "say", lambda line: seen["progress"].append(line))
         patch.setattr(
-            preflight,
+            preflight.once,
             "keep_compilations",
             lambda cfg: seen.update(compilations=cfg.train.compilation_cache),
         )

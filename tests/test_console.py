@@ -8,6 +8,7 @@ import pty
 import re
 import signal
 import struct
+import subprocess
 import sys
 import termios
 import time
@@ -24,16 +25,23 @@ from tests.helpers import ROOT, final_state, rows, small
 
 def on_terminal(arguments, columns, **env):
     """What a command writes to a terminal, with the seconds to each piece, and its exit code."""
-    pid, terminal = pty.fork()
-    if not pid:
-        os.chdir(ROOT)
-        os.execvpe(sys.executable, [sys.executable, *arguments], os.environ | env)
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    terminal, end = pty.openpty()
+    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     began, pieces = time.monotonic(), []
-    with contextlib.suppress(OSError):  # its end
-        while piece := os.read(terminal, 1 << 16):
-            pieces.append((time.monotonic() - began, piece.decode()))
-    return pieces, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    process = subprocess.Popen(
+        [sys.executable, *arguments],
+        stdin=end,
+        stdout=end,
+        stderr=end,
+        cwd=ROOT,
+        env=os.environ | env,
+        start_new_session=True,
+    )
+    os.close(end)
+    with contextlib.suppress(OSError), open(terminal, "rb", buffering=0) as lines:  # its end
+        while piece := lines.read(1 << 16):
+            pieces.append((time.monotonic() - began, piece.decode(errors="replace")))
+    return pieces, process.wait()
 
 
 @pytest.mark.slow
