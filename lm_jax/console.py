@@ -49,7 +49,7 @@ class Phase:
 
     def update(self, done: int, *figures: str) -> None:
         """Say how far it is, and its figures, most important first."""
-        self.done, self.figures = done, figures
+        self.done, self.figures = done, tuple(filter(None, figures))
 
     def line(self, width: float = math.inf) -> str:
         """One line of at most `width` columns; figures that do not fit are left out."""

@@ -38,6 +38,8 @@ def command(main: Main) -> Main:
                 main(arguments)
         except signals.Interrupted as stopped:
             console.complain(str(stopped))
+            if stopped.again:  # XLA, which computes still, would abort the end
+                os._exit(128 + stopped.number)
             sys.exit(128 + stopped.number)
         except BrokenPipeError:
             sys.stderr.close()  # else Python complains at exit that it cannot flush

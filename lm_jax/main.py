@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         train_and_evaluate(cfg, workdir)
     except Interrupted as stopped:
         state = read_state(workdir)
-        stopped.when += f"; {state}, the same command goes on" if state else "; nothing is saved"
+        stopped.then = f"; {state}, the same command goes on" if state else "; nothing is saved"
         raise
     tell_the_way_on(workdir)
 

@@ -26,16 +26,19 @@ class Interrupted(KeyboardInterrupt):
     Attributes:
         number: the signal.
         when: what was going on; empty if nothing was told.
+        then: what follows from it.
+        again: whether it did not wait, as a second one, for what computes.
     """
 
     def __init__(self, number: signal.Signals, when: str = ""):
         """Note the signal and the phase that it came in."""
         phase = console.going_on()
         self.number, self.when = number, when or (phase and f"while {phase}")
+        self.then, self.again = "", False
 
     def __str__(self) -> str:
         """As it is told."""
-        return f"stopped by {self.number.name} {self.when}".rstrip()
+        return f"stopped by {self.number.name} {self.when}".rstrip() + self.then
 
 
 @contextlib.contextmanager
@@ -82,8 +85,10 @@ def heard() -> Iterator[None]:
 def _handle(number: int, frame: Any) -> None:
     global _received
     first, _received = _received is None, signal.Signals(number)
-    if not (_holding and first):  # a second one does not wait
-        raise Interrupted(_received)
+    if not (_holding and first):
+        stopped = Interrupted(_received)
+        stopped.again = _holding
+        raise stopped
 
 
 def _raise_again(hook: Callable[[Any], object], lost: Any) -> None:
@@ -96,8 +101,12 @@ def _raise_again(hook: Callable[[Any], object], lost: Any) -> None:
         hook(lost)
         return
     _received = None
-    main, number = threading.main_thread().ident, lost.exc_value.number
-    threading.Timer(0.05, lambda: _installed and signal.pthread_kill(main, number)).start()
+    threading.Timer(0.05, _again, [lost.exc_value.number]).start()
+
+
+def _again(number: signal.Signals) -> None:
+    if _installed:
+        signal.pthread_kill(threading.main_thread().ident or 0, number)
 
 
 def _listen(ear: socket.socket) -> None:
