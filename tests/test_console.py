@@ -23,7 +23,7 @@ from lm_jax.signals import Interrupted
 from tests.helpers import ROOT, final_state, rows, small
 
 
-def on_terminal(arguments, columns, **env):
+def on_terminal(arguments, columns, cwd=ROOT):
     """What a command writes to a terminal, with the seconds to each piece, and its exit code."""
     terminal, end = pty.openpty()
     fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
@@ -33,8 +33,9 @@ def on_terminal(arguments, columns, **env):
         stdin=end,
         stdout=end,
         stderr=end,
-        cwd=ROOT,
-        env=os.environ | env,
+        cwd=cwd,
+        env={k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")}
+        | {"PYTHONPATH": str(ROOT)},
         start_new_session=True,
     )
     os.close(end)
@@ -56,19 +57,20 @@ def test_a_terminal_shows_what_goes_on(columns, tmp_path):
         "optim.warmup": 5,
     }
     pieces, code = on_terminal(
-        ["-m", "lm_jax.main", "--config=configs/quickstart.py", f"--workdir={tmp_path / 'run'}"]
+        ["-m", "lm_jax.main", f"--config={ROOT}/configs/quickstart.py", "--workdir=run"]
         + [f"--config.{path}={value}" for path, value in overrides.items()],
         columns,
+        tmp_path,
     )
     text = "".join(piece for _, piece in pieces)
     assert code == 0, text
     times = [seconds for seconds, _ in pieces]
-    assert "a new run" in pieces[0][1] and times[0] < 2
+    assert "new run" in pieces[0][1] and times[0] < 2
     assert max(np.diff(times)) < 5
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
     assert max(map(len, re.split(r"[\r\n]+", plain))) <= columns
     told = ["starting JAX", "reading synthetic", "learning the tokenizer", "tokenising"]
-    told += ["compiling", "training", "scoring valid", "update 30: valid loss", "scoring test"]
+    told += ["compiling", "training  ", "scoring valid", "update 30: valid loss", "scoring test"]
     places = [plain.index(name) for name in told]
     assert places == sorted(places)
     assert re.search(r"training +\d+% +loss \d\.\d+ .* tok/s", plain)
