@@ -43,9 +43,14 @@ class Checkpoints:
         """Start saving `state`; `manifest["position"]` is the next batch's number and the name.
 
         Raises:
-            RuntimeError: if a later checkpoint is there, which this one cannot replace.
+            RuntimeError: if a later checkpoint is there, which this one cannot replace, or if the
+                folder is gone.
         """
         manager, position = (self._best if best else self._newest), manifest["position"]
+        if not manager.directory.exists():
+            raise RuntimeError(
+                f"{manager.directory}: was removed while the run went on, and with it the run."
+            )
         # A finished newest checkpoint may name the best one, so that must be finished before.
         self._best.wait_until_finished()
         if best:  # after a kill, one of an update that was made anew may be there

@@ -6,13 +6,15 @@ Elsewhere a plain line is written when a phase begins, and whenever `QUIET` seco
 
 import contextlib
 import dataclasses
+import errno
 import math
+import os
 import sys
 import textwrap
 import threading
 import time
-from collections.abc import Iterator
-from typing import Any, TextIO
+from collections.abc import Callable, Iterator
+from typing import Any, TextIO, cast
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
@@ -47,7 +49,7 @@ class Phase:
 
     def update(self, done: int, *figures: str) -> None:
         """Say how far it is, and its figures, most important first."""
-        self.done, self.figures = done, figures
+        self.done, self.figures = done, tuple(filter(None, figures))
 
     def line(self, width: float = math.inf) -> str:
         """One line of at most `width` columns; figures that do not fit are left out."""
@@ -78,6 +80,33 @@ class Phase:
         yield grid
 
 
+class _Lasting:
+    """A stream that leads nowhere once its reader has gone: after `| head`, with its terminal.
+
+    A training is worth more than its lines.
+    """
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> None:
+        self._try(self._stream.write, text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, method: Callable[..., Any], *arguments: str) -> None:
+        try:
+            method(*arguments)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+
 class _Plain:
     """Lines in a file or a pipe."""
 
@@ -87,7 +116,7 @@ class _Plain:
         self.said = time.monotonic()
 
     def print(self, text: str) -> None:
-        with self.lock, contextlib.suppress(BrokenPipeError):
+        with self.lock:
             print(text, file=self.stream, flush=True)
             self.said = time.monotonic()
 
@@ -141,19 +170,22 @@ class _Notebook(_Plain):
     """Lines under a cell, the live one in an output that is replaced."""
 
     def begin(self) -> None:
-        self.handle = self._display(display_id=True)
-
-    def _display(self, **options: Any) -> Any:
+        if len(self.phases) > 1:
+            self._update(self.phases[-1])
+            return
         from IPython.display import display
 
-        return display({"text/plain": self.phases[-1].line()}, raw=True, **options)
+        self.handle = display({"text/plain": self.phases[-1].line()}, raw=True, display_id=True)
 
     def tick(self) -> None:
         if time.monotonic() - self.said > 1:
-            self.handle.update({"text/plain": self.phases[-1].line()}, raw=True)
+            self._update(self.phases[-1])
             self.said = time.monotonic()
 
     def end(self, phase: Phase) -> None:
+        self._update(self.phases[-1] if self.phases else phase)
+
+    def _update(self, phase: Phase) -> None:
         self.handle.update({"text/plain": phase.line()}, raw=True)
 
 
@@ -179,9 +211,24 @@ def say(text: str) -> None:
         (_screen or _open()).print(text)
 
 
+def sheet() -> Console:
+    """Where rich draws on standard output what is more than a line; for when no phase is open."""
+    return Console(file=cast(TextIO, _Lasting(sys.stdout)))
+
+
 def complain(text: str) -> None:
     """Print a line to standard error; for the end of a command, when no phase is open."""
     _open(sys.stderr).print(text)
+
+
+def leave(text: str) -> None:
+    """End what is shown, and complain; for a program that ends in the middle of a phase."""
+    if (screen := _screen) and screen.phases:
+        with screen.lock:
+            phase = screen.phases[-1]
+            screen.phases.clear()
+            screen.end(phase)
+    complain(text)
 
 
 @contextlib.contextmanager
@@ -245,4 +292,5 @@ def _open(stream: TextIO | None = None) -> _Plain:
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     if shell is not None and hasattr(shell, "kernel"):
         return _Notebook(stream)
-    return _Terminal(stream) if stream.isatty() else _Plain(stream)
+    lasting = cast(TextIO, _Lasting(stream))
+    return _Terminal(lasting) if stream.isatty() else _Plain(lasting)

@@ -6,6 +6,7 @@ number after SIGINT, SIGTERM or SIGHUP.
 
 import functools
 import inspect
+import os
 import pathlib
 import sys
 import traceback
@@ -27,6 +28,9 @@ def command(main: Main) -> Main:
     @functools.wraps(main)
     def ends(argv: Sequence[str] | None = None) -> None:
         arguments = list(sys.argv if argv is None else argv)
+        for name in ("stdout", "stderr"):
+            if getattr(sys, name) is None:  # closed by whoever started the command
+                setattr(sys, name, open(os.devnull, "w"))
         debug = "--debug" in arguments
         arguments = [argument for argument in arguments if argument != "--debug"]
         try:
@@ -34,6 +38,8 @@ def command(main: Main) -> Main:
                 main(arguments)
         except signals.Interrupted as stopped:
             console.complain(str(stopped))
+            if stopped.again:  # XLA, which computes still, would abort the end
+                os._exit(128 + stopped.number)
             sys.exit(128 + stopped.number)
         except BrokenPipeError:
             sys.stderr.close()  # else Python complains at exit that it cannot flush

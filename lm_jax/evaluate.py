@@ -17,7 +17,6 @@ import jax
 import numpy as np
 from absl import flags
 from jax.sharding import Mesh
-from rich.console import Console
 from rich.table import Table
 
 from lm_jax import config, console, metrics, sharding, step
@@ -133,7 +132,7 @@ def documents(store: Store, split_name: str, nats_D: np.ndarray) -> dict[str, np
     return result
 
 
-def report(name: str, result: dict[str, Any], console: Console) -> None:
+def report(name: str, result: dict[str, Any]) -> None:
     """Print one split's line among its references, worst first, and what they know."""
     lines = in_nats(result["references"]).items()
     nats = {name.replace("_", " "): value for name, value in lines} | {"this model": result["loss"]}
@@ -157,8 +156,9 @@ def report(name: str, result: dict[str, Any], console: Console) -> None:
     for key, value in sorted(nats.items(), key=lambda item: -item[1]):
         style = "bold" if key == "this model" else None
         table.add_row(key, *(shown(value) for shown in columns.values()), style=style)
-    console.print(table)
-    console.print(f"{knowledge}.", highlight=False)
+    sheet = console.sheet()
+    sheet.print(table)
+    sheet.print(f"{knowledge}.", highlight=False)
     for observed in filter(None, (known.observed for known in FAMILIES.values())):
         if by_column := result.get(observed.name):
             table = Table(title=f"mean {observed.name}, by layer")
@@ -166,7 +166,7 @@ def report(name: str, result: dict[str, Any], console: Console) -> None:
                 table.add_column(str(heading), justify="right")
             for column, means in by_column.items():
                 table.add_row(column, *(f"{mean:.3f}" for mean in means))
-            console.print(table)
+            sheet.print(table)
 
 
 def score_run(
@@ -180,7 +180,7 @@ def score_run(
         with whole(workdir / DOCUMENTS.format(name)) as file:
             np.savez(file, allow_pickle=False, **arrays)
         write_json(workdir / SCORES.format(name), result)
-        report(name, result, Console())
+        report(name, result)
     return result
 
 

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 
 from absl import flags
 from ml_collections import config_flags
-from rich.console import Console
 
 from lm_jax import console
 from lm_jax.config import rules
@@ -60,11 +59,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     workdir = pathlib.Path(given.workdir or f"runs/{run_name(spec, cfg.seed, changed)}")
     state = read_state(workdir)
     console.say(f"{workdir}: {state or 'a new run'}")
-    if state is not None and state.answers(cfg) and state.scored(workdir):
+    if state is not None and state.finished and state.answers(cfg):
         from lm_jax.evaluate import report
 
         for split in state.splits:
-            report(split, read_json(workdir / SCORES.format(split)), Console())
+            report(split, read_json(workdir / SCORES.format(split)))
         console.say("more updates go on from here: raise config.train.steps")
         tell_the_way_on(workdir)
         return
@@ -77,14 +76,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             sharding.initialize()
         train_and_evaluate(cfg, workdir)
     except Interrupted as stopped:
-        stopped.when += f"; {read_state(workdir) or 'nothing is saved'}, the same command goes on"
+        state = read_state(workdir)
+        stopped.then = f"; {state}, the same command goes on" if state else "; nothing is saved"
         raise
     tell_the_way_on(workdir)
 
 
 def tell_the_way_on(workdir: pathlib.Path) -> None:
     """Say where everything lies, and which commands follow."""
-    console.say(f"everything is in {workdir}; look at it, sample from it, examine it, compare it:")
+    console.say(f"{workdir / 'report.html'} shows all of it; sample, examine, compare:")
     for command_line in (
         f"python -m lm_jax.generate --workdir={workdir}",
         f"python -m lm_jax.doctor --workdir={workdir}",

@@ -59,11 +59,7 @@ class Progress:
         self._watch = preflight.Watch(run.folder)
         self._open = contextlib.ExitStack()
 
-    def __enter__(self) -> "Progress":
-        """Itself."""
-        return self
-
-    def __exit__(self, *error: object) -> None:
+    def close(self) -> None:
         """Close the files."""
         self._open.close()
         self._trace.close()

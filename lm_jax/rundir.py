@@ -30,25 +30,16 @@ class State:
     steps: int  # updates of the whole run
     asked: Config | None  # the config as it was last given; None: from before it was kept
     splits: list[str]  # that are scored at its end
+    finished: bool  # whether it went to its end and they were
 
     def __str__(self) -> str:
         """In words."""
         how = "finished, " if self.finished else ""
         return f"{how}update {self.position:,} of {self.steps:,} is saved"
 
-    @property
-    def finished(self) -> bool:
-        """Whether there is no update left to make."""
-        return self.position >= self.steps
-
     def answers(self, cfg: Config) -> bool:
         """Whether the run was asked for by this config, apart from its incidental fields."""
         return self.asked is not None and not changes(self.asked, cfg)
-
-    def scored(self, workdir: pathlib.Path) -> bool:
-        """Whether the run went to its end and every split was scored there."""
-        scores = (workdir / SCORES.format(split) for split in self.splits)
-        return self.finished and all(path.exists() for path in scores)
 
 
 def read_state(workdir: pathlib.Path) -> State | None:
@@ -66,7 +57,9 @@ def read_state(workdir: pathlib.Path) -> State | None:
         asked = config.from_dict(record["asked"]) if "asked" in record else None
         cfg = config.from_dict(record["config"])
         splits = rules.eval_splits(cfg, record["data"]["splits"])
-        return State(position, int(cfg.train.steps), asked, splits)
+        scored = all((workdir / SCORES.format(split)).exists() for split in splits)
+        steps = int(cfg.train.steps)
+        return State(position, steps, asked, splits, finished=scored and position >= steps)
     except (OSError, LookupError, TypeError, ValueError) as error:
         what = f"{type(error).__name__}: {error}".rstrip(".")
         raise ConfigError(f"{path}: not as a run writes it ({what}); restore the file.") from error

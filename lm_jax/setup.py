@@ -42,6 +42,7 @@ from lm_jax.files import write_text
 from lm_jax.kernels.device import choose_dtype
 from lm_jax.models.families import choose_attention, create_model
 from lm_jax.objective import NextToken, Objective
+from lm_jax.preflight import once
 from lm_jax.start import Origin, find_origin
 from lm_jax.step import TrainState
 
@@ -211,7 +212,7 @@ def assemble(
     """
     asked = rules.validate(cfg)
     check_environment(asked, folder)
-    workdir.keep_compilations(cfg)
+    once.keep_compilations(cfg)
     store = store or open_data(asked)
     train = store.split("train")
     epoch = windows.count_windows(train, cfg.data.seq_len, cfg.data.window_offset)
@@ -324,7 +325,7 @@ def examine_run(cfg: Config, store: Store, folder: pathlib.Path) -> None:
     report, kept = preflight.examine_once(cfg, level=cfg.doctor, store=store)
     if jax.process_index() == 0:
         write_text(folder / workdir.DOCTOR, report.to_json() + "\n")
-        report.show()
+        report.show(console.sheet())
         if kept:
             console.say(f"these findings are of {kept}, for the same config, data and code")
     if report.failed:

@@ -1,19 +1,19 @@
 """SIGINT, SIGTERM and SIGHUP: stop at once, or after what must be whole."""
 
 import contextlib
+import functools
 import os
 import signal
 import socket
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from lm_jax import console
 
-_NUMBERS = tuple(
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
-)
+_NUMBERS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 _PATIENCE = 3.0  # seconds that a program which has nothing to lose may stay deaf
 _received: signal.Signals | None = None
 _holding = False
@@ -26,29 +26,40 @@ class Interrupted(KeyboardInterrupt):
     Attributes:
         number: the signal.
         when: what was going on; empty if nothing was told.
+        then: what follows from it.
+        again: whether it did not wait, as a second one, for what computes.
     """
 
     def __init__(self, number: signal.Signals, when: str = ""):
         """Note the signal and the phase that it came in."""
-        self.number, self.when = number, when or f"while {console.going_on() or 'starting'}"
+        phase = console.going_on()
+        self.number, self.when = number, when or (phase and f"while {phase}")
+        self.then, self.again = "", False
 
     def __str__(self) -> str:
         """As it is told."""
-        return f"stopped by {self.number.name} {self.when}"
+        return f"stopped by {self.number.name} {self.when}".rstrip() + self.then
 
 
 @contextlib.contextmanager
 def handled() -> Iterator[None]:
-    """Raise `Interrupted` at a signal, in the block; in the main thread only."""
+    """Raise `Interrupted` at a signal, in the block; in the main thread only.
+
+    A SIGHUP that is ignored, as under nohup, is still ignored.
+    """
     global _installed, _received
     if _installed or threading.current_thread() is not threading.main_thread():
         yield
         return
     _received, _installed = None, True
-    old = {number: signal.signal(number, _handle) for number in _NUMBERS}
+    ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()
+    old = {number: signal.signal(number, _handle) for number in _NUMBERS - ignored}
+    hook = sys.unraisablehook
+    sys.unraisablehook = functools.partial(_raise_again, hook)
     try:
         yield
     finally:
+        sys.unraisablehook = hook
         for number, handler in old.items():
             signal.signal(number, handler)
         _installed = False
@@ -74,8 +85,28 @@ def heard() -> Iterator[None]:
 def _handle(number: int, frame: Any) -> None:
     global _received
     first, _received = _received is None, signal.Signals(number)
-    if not (_holding and first):  # a second one does not wait
-        raise Interrupted(_received)
+    if not (_holding and first):
+        stopped = Interrupted(_received)
+        stopped.again = _holding
+        raise stopped
+
+
+def _raise_again(hook: Callable[[Any], object], lost: Any) -> None:
+    """Send a signal again whose exception a destructor, or the garbage collection, has swallowed.
+
+    JAX collects garbage of its own in a callback, so that this is no rare case.
+    """
+    global _received
+    if not isinstance(lost.exc_value, Interrupted):
+        hook(lost)
+        return
+    _received = None
+    threading.Timer(0.05, _again, [lost.exc_value.number]).start()
+
+
+def _again(number: signal.Signals) -> None:
+    if _installed:
+        signal.pthread_kill(threading.main_thread().ident or 0, number)
 
 
 def _listen(ear: socket.socket) -> None:
@@ -87,15 +118,15 @@ def _listen(ear: socket.socket) -> None:
             if _holding:
                 console.say(f"{signal.Signals(number).name}: stopping after this update")
             elif _received is None:
-                console.say(str(Interrupted(signal.Signals(number))))
+                console.leave(str(Interrupted(signal.Signals(number))))
                 os._exit(128 + number)
 
 
 @contextlib.contextmanager
-def held() -> Iterator[None]:
+def held(hold: bool = True) -> Iterator[None]:
     """Only note the first signal in the block, for `agreed`; a second one is not held."""
     global _holding
-    before, _holding = _holding, True
+    before, _holding = _holding, hold
     try:
         yield
     finally:
@@ -110,14 +141,10 @@ def let_through() -> Iterator[None]:
     """
     import jax  # late, for the first line of a command comes before it
 
-    global _holding
-    before, _holding = _holding, jax.process_count() > 1
-    try:
+    with held(jax.process_count() > 1):
         if _received is not None and not _holding:
             raise Interrupted(_received)
         yield
-    finally:
-        _holding = before
 
 
 def agreed() -> signal.Signals | None:

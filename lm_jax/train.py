@@ -50,7 +50,7 @@ def _train(run: setup.Setup) -> dict[str, Any]:
         console.say(line)
     state, manifest = run.restore() if run.resuming else run.begin()
     with (
-        Progress(run, manifest) as progress,
+        contextlib.closing(Progress(run, manifest)) as progress,
         contextlib.closing(run.checkpoints) as checkpoints,
         jax.set_mesh(run.mesh),
     ):

@@ -22,7 +22,6 @@ import lm_jax
 from lm_jax import config, rundir, sharding
 from lm_jax.checkpoint import Checkpoints, abstract_like, refuse_older
 from lm_jax.config import Config, ConfigError
-from lm_jax.data.files import hash_json
 from lm_jax.data.open import open_data
 from lm_jax.data.store import Store
 from lm_jax.data.tokenizers.base import Tokenizer
@@ -41,7 +40,6 @@ DOCTOR = "doctor.json"
 WATCH = "watch.json"
 REPORT = "report.html"
 RESULTS = (METRICS, SCORES, DOCUMENTS, TEACHER, AGREEMENT, DOCTOR, WATCH, REPORT)
-_COMPILATIONS = 2 << 30  # bytes; what was not used for longest goes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +48,7 @@ class Record:
 
     path: pathlib.Path
     cfg: Config  # resolved
+    asked: Config | None  # as written; None: from before it was kept
     data: Mapping[str, Any]  # the manifest of its store
     devices: Sequence[str]  # their kinds
 
@@ -71,7 +70,8 @@ def read_record(workdir: pathlib.Path, *, checkpoints: bool = False) -> Record:
         raise FileNotFoundError(f"{path}: no such file; give the workdir of a run.")
     try:
         read = json.loads(path.read_text())
-        record = Record(path, config.from_record(read), read["data"], read["devices"])
+        asked = config.from_dict(read["asked"]) if "asked" in read else None
+        record = Record(path, config.from_record(read), asked, read["data"], read["devices"])
         _ = record.data["vocab_size"], record.data["splits"]["train"]["tokens"], record.devices[0]
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         what = f"{type(error).__name__}: {error}".rstrip(".")
@@ -139,7 +139,7 @@ def resume_record(
     if steps < before and steps <= position:
         raise ConfigError(
             f"config.train.steps: {steps:,} is not beyond update {position:,}, which the run in "
-            f"{workdir} has reached; give more, or {_elsewhere(workdir, old.cfg, cfg)}."
+            f"{workdir} has reached; give more, or {_elsewhere(old, cfg, asked)}."
         )
     if jax.process_index() == 0:
         written = json.loads(old.path.read_text())
@@ -163,13 +163,19 @@ def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def _elsewhere(workdir: pathlib.Path, old: Config, cfg: Config) -> str:
-    """The flag for a run of `cfg` beside that of `old`."""
-    return f"--workdir={workdir.with_name(rundir.other_name(workdir.name, old, cfg))}"
+def _elsewhere(old: Record, cfg: Config, asked: Config) -> str:
+    """The flag for a run of a config, here as resolved and as written, beside that of `old`."""
+    before, now = (old.asked, asked) if old.asked else (old.cfg, cfg)
+    there = old.path.parent
+    return f"--workdir={there.with_name(rundir.other_name(there.name, before, now))}"
 
 
 # Where data lie, which their hashes know better.
 _PLACES = {"data.files", "data.valid_files", "data.test_files", "tokenizer.folder"}
+
+
+# What a length cuts short: another length does so elsewhere.
+_CUT = ("optim.warmup", "optim.decay")
 
 
 def _require_same(old: Record, cfg: Config, store: Store, asked: Config) -> None:
@@ -181,10 +187,13 @@ def _require_same(old: Record, cfg: Config, store: Store, asked: Config) -> None
             "on."
         )
     may_differ = {"train.steps", *_PLACES, *config.incidental_fields()}
+    if old.asked:
+        before, now = (dict(config.named_fields(c)) for c in (old.asked, asked))
+        may_differ |= {path for path in _CUT if before[path] == now[path]}
     if lines := config.difference(old.cfg, cfg, may_differ):
         raise ConfigError(
             f"{old.path}: the run there has another config ({'; '.join(lines)}); give the same "
-            f"config, or {_elsewhere(old.path.parent, old.cfg, cfg)}."
+            f"config, or {_elsewhere(old, cfg, asked)}."
         )
     if old.data != store.manifest:
         raise ConfigError(
@@ -220,37 +229,17 @@ def clear_results(workdir: pathlib.Path, *names: str) -> None:
             path.unlink()
 
 
-def keep_compilations(cfg: Config) -> None:
-    """Let XLA keep what it compiles, unless the user has named a folder for that already.
-
-    The folder is one for each kind of processor, for XLA uses every instruction that it finds.
-    """
-    if not cfg.train.compilation_cache or jax.config.jax_compilation_cache_dir:
-        return
-    processor = pathlib.Path("/proc/cpuinfo")
-    lines = processor.read_text().splitlines() if processor.exists() else [platform.processor()]
-    kind = hash_json(sorted({line for line in lines if line.startswith(("flags", "model name"))}))
-    folder = pathlib.Path(cfg.data.cache_dir).expanduser() / "compilations" / kind[:12]
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_compilation_cache_max_size", _COMPILATIONS)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-
-
 def git_revision() -> str | None:
     """Commit of the source tree, with "+" if it has changes; None outside a checkout."""
-    root = pathlib.Path(__file__).parent
-    try:
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False
-        )
-        status = subprocess.run(
-            ["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True, check=False
-        )
-    except FileNotFoundError:  # git is not installed
-        return None
-    if commit.returncode:
-        return None
-    return commit.stdout.strip() + ("+" if status.stdout.strip() else "")
+
+    def git(*arguments: str) -> str:
+        command, folder = ["git", *arguments], pathlib.Path(__file__).parent
+        return subprocess.run(command, cwd=folder, capture_output=True, text=True).stdout.strip()
+
+    with contextlib.suppress(FileNotFoundError):  # git is not installed
+        if commit := git("rev-parse", "--quiet", "--verify", "HEAD"):
+            return commit + "+" * bool(git("status", "--porcelain"))
+    return None
 
 
 @dataclasses.dataclass(frozen=True)

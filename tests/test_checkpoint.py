@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -150,11 +151,14 @@ def test_a_manifest_may_change_after_it_was_handed_over(checkpoints):
     assert checkpoints.manifest()["best_loss"] == 0.5
 
 
-def test_what_cannot_be_saved_is_no_silence(checkpoints):
+def test_what_cannot_be_saved_is_no_silence(checkpoints, tmp_path):
     checkpoints.save(state(6), {"position": 6})
     checkpoints.wait()
     with pytest.raises(RuntimeError, match="update 3 could not be saved beside that of update 6"):
         checkpoints.save(state(3), {"position": 3})
+    shutil.rmtree(tmp_path / "checkpoints")
+    with pytest.raises(RuntimeError, match="checkpoints: was removed while the run went on"):
+        checkpoints.save(state(7), {"position": 7})
 
 
 def test_the_best_of_updates_made_anew_replaces_that_of_before_a_kill(checkpoints, tmp_path):

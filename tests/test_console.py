@@ -16,25 +16,33 @@ import time
 import numpy as np
 import pytest
 
-from lm_jax import console, train
+from lm_jax import console, signals, train
 from lm_jax.config import ConfigError
 from lm_jax.door import command
 from lm_jax.signals import Interrupted
 from tests.helpers import ROOT, final_state, rows, small
 
 
-def on_terminal(arguments, columns, **env):
+def on_terminal(arguments, columns, cwd=ROOT):
     """What a command writes to a terminal, with the seconds to each piece, and its exit code."""
-    pid, terminal = pty.fork()
-    if not pid:
-        os.chdir(ROOT)
-        os.execvpe(sys.executable, [sys.executable, *arguments], os.environ | env)
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    terminal, end = pty.openpty()
+    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     began, pieces = time.monotonic(), []
-    with contextlib.suppress(OSError):  # its end
-        while piece := os.read(terminal, 1 << 16):
-            pieces.append((time.monotonic() - began, piece.decode()))
-    return pieces, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    process = subprocess.Popen(
+        [sys.executable, *arguments],
+        stdin=end,
+        stdout=end,
+        stderr=end,
+        cwd=cwd,
+        env={k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")}
+        | {"PYTHONPATH": str(ROOT)},
+        start_new_session=True,
+    )
+    os.close(end)
+    with contextlib.suppress(OSError), open(terminal, "rb", buffering=0) as lines:  # its end
+        while piece := lines.read(1 << 16):
+            pieces.append((time.monotonic() - began, piece.decode(errors="replace")))
+    return pieces, process.wait()
 
 
 @pytest.mark.slow
@@ -49,19 +57,20 @@ def test_a_terminal_shows_what_goes_on(columns, tmp_path):
         "optim.warmup": 5,
     }
     pieces, code = on_terminal(
-        ["-m", "lm_jax.main", "--config=configs/quickstart.py", f"--workdir={tmp_path / 'run'}"]
+        ["-m", "lm_jax.main", f"--config={ROOT}/configs/quickstart.py", "--workdir=run"]
         + [f"--config.{path}={value}" for path, value in overrides.items()],
         columns,
+        tmp_path,
     )
     text = "".join(piece for _, piece in pieces)
     assert code == 0, text
     times = [seconds for seconds, _ in pieces]
-    assert "a new run" in pieces[0][1] and times[0] < 2
+    assert "new run" in pieces[0][1] and times[0] < 2
     assert max(np.diff(times)) < 5
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
     assert max(map(len, re.split(r"[\r\n]+", plain))) <= columns
     told = ["starting JAX", "reading synthetic", "learning the tokenizer", "tokenising"]
-    told += ["compiling", "training", "scoring valid", "update 30: valid loss", "scoring test"]
+    told += ["compiling", "training  ", "scoring valid", "update 30: valid loss", "scoring test"]
     places = [plain.index(name) for name in told]
     assert places == sorted(places)
     assert re.search(r"training +\d+% +loss \d\.\d+ .* tok/s", plain)
@@ -97,8 +106,42 @@ def test_a_pipe_gets_a_line_when_time_has_passed(capsys, monkeypatch):
     assert lines[0] == "compiling" and lines[1].startswith("compiling  0:0") and len(lines) < 5
 
 
+def test_a_training_outlives_the_reader_of_its_lines(monkeypatch):
+    for line in (console.say, lambda text: console.sheet().print(text)):
+        reader, writer = os.pipe()
+        os.close(reader)
+        with open(writer, "w") as stream, monkeypatch.context() as patched:
+            patched.setattr(sys, "stdout", stream)
+            line("one")
+            line("two")
+
+
 @pytest.fixture
-def signal_while(monkeypatch):
+def hangup():
+    """Has SIGHUP heard, although the tests may run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("hangup")
+def test_a_signal_that_is_swallowed_comes_again():
+    class Deaf:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+
+    with pytest.raises(Interrupted), signals.handled():
+        Deaf()
+        time.sleep(5)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
+    with signals.handled():
+        os.kill(os.getpid(), signal.SIGHUP)
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def signal_while(monkeypatch, hangup):
     """Sends this process a signal when a phase begins."""
     real, waiting = console.phase, {}
 
@@ -190,20 +233,18 @@ def test_an_error_of_a_library_says_what_it_is(capsys):
 @pytest.mark.slow
 def test_a_deaf_program_ends_all_the_same():
     code = (
-        "import numpy as np\n"
+        "import hashlib, os, threading\n"
         "from lm_jax import console\n"
         "from lm_jax.door import command\n"
         "@command\n"
         "def main(argv=None):\n"
         "    with console.phase('compiling'):\n"
-        "        np.linalg.svd(np.random.default_rng(0).normal(size=(5000, 5000)))\n"
+        "        threading.Timer(0.5, os.kill, (os.getpid(), 15)).start()\n"
+        "        hashlib.pbkdf2_hmac('sha256', b'', b'', 1 << 27)\n"
         "main()\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "compiling\n"
-    time.sleep(1)
-    began = time.monotonic()
-    process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=100)
-    assert process.returncode == 143 and time.monotonic() - began < 6
-    assert out.splitlines()[-1] == "stopped by SIGTERM while compiling"
+    pieces, code = on_terminal(["-c", code], 80)
+    text = "".join(piece for _, piece in pieces)
+    assert code == 143 and pieces[-1][0] < 10
+    assert text.splitlines()[-1] == "stopped by SIGTERM while compiling"
+    assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")  # the cursor is back

@@ -9,12 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from lm_jax import loss as losses
 from lm_jax import metrics, sharding
 from lm_jax.config import Config, rules
+from lm_jax.console import sheet
 from lm_jax.data import windows
 from lm_jax.data.store import Store
 from lm_jax.distill import alignment, opening
@@ -72,7 +72,7 @@ def report_distillation(
         table.add_column(heading, justify="right", no_wrap=True)
     for name, row in rows.items():
         table.add_row(name, *(_cell(row[value], form) for _, value, form in SHOWN))
-    Console().print(table)
+    sheet().print(table)
 
 
 def _single(name: str, graphdef: Any, params: Any) -> Teacher:

@@ -1,8 +1,10 @@
-"""Findings kept for the next start of the same run."""
+"""What is kept for the next start: findings, and what XLA compiled."""
 
+import contextlib
 import datetime
 import hashlib
 import pathlib
+import platform
 
 import jax
 
@@ -14,6 +16,8 @@ from lm_jax.data.store import Store
 from lm_jax.doctor.findings import Report
 from lm_jax.files import write_text
 from lm_jax.preflight.run import examine_config
+
+_COMPILATIONS = 2 << 30  # bytes; what was not used for longest goes
 
 
 def examine_once(cfg: Config, *, level: str, store: Store) -> tuple[Report, str]:
@@ -28,9 +32,9 @@ def examine_once(cfg: Config, *, level: str, store: Store) -> tuple[Report, str]
     numbers = {path: x for path, x in config.named_fields(cfg) if path not in incidental_fields()}
     key = hash_json([numbers, level, store.manifest, _source(), jax.__version__])
     kept = pathlib.Path(cfg.data.cache_dir).expanduser() / "preflights" / f"{key}.json"
-    if kept.exists():
-        made = datetime.date.fromtimestamp(kept.stat().st_mtime)
-        return Report.from_json(kept.read_text()), made.isoformat()
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # none, or damaged
+        found = Report.from_json(kept.read_text())
+        return found, datetime.date.fromtimestamp(kept.stat().st_mtime).isoformat()
     report = examine_config(cfg, level=level, store=store)
     if report.clean and not cfg.distill.taught:
         kept.parent.mkdir(parents=True, exist_ok=True)
@@ -44,3 +48,19 @@ def _source() -> list[str]:
     for path in sorted(pathlib.Path(lm_jax.__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())
     return [digest.hexdigest(), jax.devices()[0].device_kind, str(jax.device_count())]
+
+
+def keep_compilations(cfg: Config) -> None:
+    """Let XLA keep what it compiles, unless the user has named a folder for that already.
+
+    The folder is one for each kind of processor, for XLA uses every instruction that it finds.
+    """
+    if not cfg.train.compilation_cache or jax.config.jax_compilation_cache_dir:
+        return
+    processor = pathlib.Path("/proc/cpuinfo")
+    lines = processor.read_text().splitlines() if processor.exists() else [platform.processor()]
+    kind = hash_json(sorted({line for line in lines if line.startswith(("flags", "model name"))}))
+    folder = pathlib.Path(cfg.data.cache_dir).expanduser() / "compilations" / kind[:12]
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_compilation_cache_max_size", _COMPILATIONS)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
