@@ -22,6 +22,7 @@ from absl import flags
 from lm_jax import config, curves, metrics, page, workdir
 from lm_jax.compare.tables import short
 from lm_jax.config.flags import parse_flags
+from lm_jax.curves import finite
 from lm_jax.data.references import in_nats
 from lm_jax.door import command
 from lm_jax.files import read_json, write_text
@@ -34,7 +35,6 @@ _LINES = (
     "tokens as the model: uniform gives every token the same probability, unigram its frequency, "
     "and a Kneser-Ney bigram or trigram looks at the one or two tokens before."
 )
-_FEW = "More reference lines are known once the run is finished."
 _ENTROPY = " The entropy rate is the least that any predictor can reach on this source."
 _NEWEST = 8  # evaluations that are shown at once
 _STYLE = """
@@ -69,18 +69,22 @@ class _Run:
         return int(self.record.cfg.train.steps)
 
     @property
-    def trained(self) -> list[Mapping[str, Any]]:
-        """The rows of updates."""
-        return [row for row in self.rows if "train/loss" in row]
-
-    @property
     def done(self) -> int:
         """Updates that are finished."""
-        return max((row["step"] for row in self.trained), default=0)
+        return max((row["step"] for row in self.rows if "train/loss" in row), default=0)
+
+    @property
+    def evaluations(self) -> list[dict[str, Any]]:
+        """Those of the valid split, if their loss was finite."""
+        return [
+            {name.removeprefix("valid/"): x for name, x in row.items()}
+            for row in self.rows
+            if finite(row.get("valid/loss"))
+        ]
 
     def values(self, name: str) -> np.ndarray:
         """The finite values of a metric."""
-        return np.array([row[name] for row in self.rows if _number(row.get(name))], float)
+        return np.array([row[name] for row in self.rows if finite(row.get(name))], float)
 
 
 def write(folder: pathlib.Path, references: Mapping[str, float] | None = None) -> pathlib.Path:
@@ -102,9 +106,9 @@ def write(folder: pathlib.Path, references: Mapping[str, float] | None = None) -
     paths = {name: folder / workdir.SCORES.format(name) for name in ("valid", "test", "train")}
     scores = {name: read_json(path) for name, path in paths.items() if path.exists()}
     if references is None:
-        references = scores.get("valid", {}).get("references") or _known(record)
+        references = scores.get("valid", {}).get("references", {})
     made = read_json(record.path)
-    rows = [row for row in workdir.read_metrics(folder) if _number(row.get("step"))]
+    rows = [row for row in workdir.read_metrics(folder) if finite(row.get("step"))]
     run = _Run(folder, record, made, rows, scores, references)
     # A page that is still to change looks for its newer self.
     head = "" if run.done >= run.steps else '<meta http-equiv="refresh" content="60">\n'
@@ -112,13 +116,6 @@ def write(folder: pathlib.Path, references: Mapping[str, float] | None = None) -
     text = page.document(f"{name}, {_state(run)}", _body(run, name), style=_STYLE, head=head)
     write_text(folder / workdir.REPORT, text)
     return folder / workdir.REPORT
-
-
-def _known(record: workdir.Record) -> dict[str, float]:
-    """The reference lines that need no data."""
-    rate = record.data.get("entropy_rate")
-    known = {"uniform": record.data["vocab_size"] - 1.0}
-    return known | ({"entropy_rate": rate} if rate and record.cfg.tokenizer.kind == "char" else {})
 
 
 def _body(run: _Run, name: str) -> str:
@@ -148,7 +145,7 @@ def _head(run: _Run, name: str) -> str:
     speed, step_ms = run.values("perf/tokens_per_second"), run.values("perf/step_ms")
     skipped = run.values("optim/skipped_updates").sum()
     devices = [f"{made['devices'].count(k)} {k}" for k in dict.fromkeys(made["devices"])]
-    seen = run.trained[-1].get("data/tokens") if run.trained else 0
+    seen = run.values("data/tokens")[-1:].sum()
     facts = {
         "Parameters": short(size(cfg.model, data["vocab_size"], cfg.data.seq_len).total),
         "Data": f"{data['corpus']}, {short(train)} training tokens",
@@ -188,53 +185,37 @@ def _spoken(seconds: Any) -> str:
 
 def _results(run: _Run) -> str:
     """The scored splits among their reference lines; before the end, the newest evaluation."""
-    parts = [
-        f"<h3>{name}: {result['token_count']:,} tokens, after update {result['step']:,}</h3>"
-        + _among_lines(result, result["references"], name)
-        for name, result in run.scores.items()
-    ]
-    newest = [row for row in run.rows if _number(row.get("valid/loss"))][-1:]
-    if newest and not parts:
-        result = {k.removeprefix("valid/"): x for k, x in newest[0].items()}
-        parts = [
-            f"<h3>valid, after update {result['step']:,}</h3>"
-            + _among_lines(result, run.references, "valid")
-        ]
-    if not parts:
-        return ""
-    told = _LINES if "unigram" in run.references else _FEW
+    results = dict(run.scores)
+    if run.evaluations and not results:
+        results["valid"] = run.evaluations[-1] | {"references": run.references}
+    tables = "".join(
+        f"<div><h3>{name}: {result['token_count']:,.0f} tokens, after update {result['step']:,}"
+        f"</h3>{_among_lines(result, name)}</div>"
+        for name, result in results.items()
+    )
+    told = _LINES if "unigram" in run.references else ""
     told += _ENTROPY if "entropy_rate" in run.references else ""
-    tables = "".join(f"<div>{part}</div>" for part in parts)
-    return f'<div class="figures">{tables}</div><p class="soft">{told}</p>'
+    return f'<div class="tables">{tables}</div><p class="soft">{told}</p>' if tables else ""
 
 
-def _among_lines(result: Mapping[str, Any], references: Mapping[str, float], split: str) -> str:
+def _among_lines(result: Mapping[str, Any], split: str) -> str:
     """A result among its reference lines, worst first."""
     loss = result["loss"]
-    if not _number(loss):
+    if not finite(loss):
         return "<p>The loss is not finite.</p>"
-    nats_of = {_NAMES.get(k, k): nats for k, nats in in_nats(references).items()} | {_OWN: loss}
+    lines = {_NAMES.get(k, k): x for k, x in in_nats(result["references"]).items()}
     words = math.log(result["word_ppl"]) / loss if metrics.has_words(result) else 0
     table = []
-    for name, nats in sorted(nats_of.items(), key=lambda item: -item[1]):
-        row = {
-            "": name,
-            "nats per token": f"{nats:.4f}",
-            "token ppl": _ppl(metrics.exp(nats)),
-        }
+    for name, nats in sorted((lines | {_OWN: loss}).items(), key=lambda item: -item[1]):
+        row = {"": name, "nats per token": f"{nats:.4f}", "token ppl": _ppl(metrics.exp(nats))}
         if words:
             row["word ppl"] = _ppl(metrics.exp(nats * words))
-        row["bits per byte"] = f"{result['bits_per_byte'] * nats / loss:.4f}"
-        table.append(row)
+        table.append(row | {"bits per byte": f"{result['bits_per_byte'] * nats / loss:.4f}"})
     return page.table(table, f"Result on {split}", own=_OWN)
 
 
 def _ppl(value: float) -> str:
-    return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}"
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}" if value < 1e6 else f"{value:.1e}"
 
 
 def _doctor(folder: pathlib.Path) -> str:
@@ -265,7 +246,11 @@ def _samples(folder: pathlib.Path, most: int = 5) -> str:
     parts = []
     for row in rows[: -most - 1 : -1]:
         how = ("step", "temperature", "top_k", "top_p", "seed")
-        told = ", ".join(f"{name} {row[name]}" for name in how if row.get(name) is not None)
+        told = ", ".join(
+            f"{name.replace('step', 'update')} {row[name]}"
+            for name in how
+            if row.get(name) is not None
+        )
         prompt, text = escape(str(row.get("prompt", ""))), escape(str(row["text"]))
         parts.append(f'<blockquote><b>{prompt}</b>{text}</blockquote><p class="soft">{told}</p>')
     return "\n".join(parts)
@@ -273,24 +258,22 @@ def _samples(folder: pathlib.Path, most: int = 5) -> str:
 
 def _evaluations(run: _Run) -> str:
     """Every evaluation of the valid split, newest first."""
-    rows = [row for row in run.rows if _number(row.get("valid/loss"))]
-    if not rows:
+    if not run.evaluations:
         return ""
-    best = min(rows, key=lambda row: row["valid/loss"])
-    forms: dict[str, Any] = {"loss": "{:.4f}".format, "token_ppl": _ppl}
-    if metrics.has_words({name.removeprefix("valid/"): x for name, x in best.items()}):
-        forms["word_ppl"] = _ppl
-    forms |= {"bits_per_byte": "{:.4f}".format, "accuracy": "{:.1%}".format}
-    forms = {name: form for name, form in forms.items() if _number(best.get(f"valid/{name}"))}
-
-    def cells(row: Mapping[str, Any]) -> dict[str, str]:
-        values = {name: row.get(f"valid/{name}") for name in forms}
-        return {"update": f"{row['step']:,}{' (best)' * (row is best)}"} | {
-            name.replace("_", " "): forms[name](x) if _number(x) else "-"
-            for name, x in values.items()
+    best = min(run.evaluations, key=lambda row: row["loss"])
+    four = "{:.4f}".format
+    forms = {"loss": four, "token_ppl": _ppl, "word_ppl": _ppl, "bits_per_byte": four}
+    forms |= {"accuracy": "{:.1%}".format}
+    if not metrics.has_words(best):
+        del forms["word_ppl"]
+    table = [
+        {"update": f"{row['step']:,}{' (best)' * (row == best)}"}
+        | {
+            name.replace("_", " "): form(row[name]) if finite(row.get(name)) else "-"
+            for name, form in forms.items()
         }
-
-    table = [cells(row) for row in reversed(rows)]
+        for row in reversed(run.evaluations)
+    ]
     own = f"{best['step']:,} (best)"
     text = page.table(table[:_NEWEST], "Evaluations", own=own)
     if len(table) > _NEWEST:
