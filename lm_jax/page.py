@@ -3,7 +3,7 @@
 import html
 import io
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart, and lighter ones for a dark
@@ -87,21 +87,19 @@ def table(rows: Sequence[Mapping[str, str]], label: str, *, own: str = "") -> st
         own: name of the row that stands out.
     """
     kinds = [_kind([row[heading] for row in rows]) for heading in list(rows[0])[1:]]
-    first, *others = map(html.escape, rows[0])
-    head = f'<th scope="col">{first}</th>' + "".join(
-        f'<th scope="col" class="{kind}">{x}</th>' for x, kind in zip(others, kinds, strict=True)
-    )
-    body = ""
-    for row in rows:
-        first, *others = map(html.escape, row.values())
-        cells = "".join(
-            f'<td class="{kind}">{x}</td>' for x, kind in zip(others, kinds, strict=True)
-        )
+
+    def line(cells: Iterable[str], scope: str, tag: str) -> str:
+        first, *others = map(html.escape, cells)
         start = '<tr class="own">' if first == own else "<tr>"
-        body += f'{start}<th scope="row">{first}</th>{cells}</tr>'
+        pairs = zip(others, kinds, strict=True)
+        rest = "".join(f'<{tag} class="{kind}">{x}</{tag[:2]}>' for x, kind in pairs)
+        return f'{start}<th scope="{scope}">{first}</th>{rest}</tr>'
+
+    head = line(rows[0], "col", 'th scope="col"')
+    body = "".join(line(row.values(), "row", "td") for row in rows)
     return (
         f'<div class="scroll" role="region" aria-label="{html.escape(label)}" tabindex="0"><table>'
-        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+        f"<thead>{head}</thead><tbody>{body}</tbody></table></div>"
     )
 
 
@@ -109,7 +107,7 @@ def _kind(cells: Sequence[str]) -> str:
     """How a column is set: words to the left, numbers to the right; what is long is wrapped."""
     if any(len(x) > 40 for x in cells):
         return "text long"
-    return "number" if any(x.startswith(tuple("-[0123456789")) for x in cells) else "text"
+    return "number" if any(x.startswith((*"-[0123456789", "nan")) for x in cells) else "text"
 
 
 def figure(title: str, caption: str, draw: Callable[[Any], str]) -> str:

@@ -10,7 +10,6 @@ writes the page at every evaluation and at its end.
 """
 
 import dataclasses
-import math
 import pathlib
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -23,19 +22,11 @@ from lm_jax import config, curves, metrics, page, workdir
 from lm_jax.compare.tables import short
 from lm_jax.config.flags import parse_flags
 from lm_jax.curves import finite
-from lm_jax.data.references import in_nats
 from lm_jax.door import command
+from lm_jax.evaluate import OWN, among_references, knowledge, named_lines, perplexity
 from lm_jax.files import read_json, write_text
 from lm_jax.models.families import size
 
-_NAMES = {"kn2": "Kneser-Ney bigram", "kn3": "Kneser-Ney trigram", "entropy_rate": "entropy rate"}
-_OWN = "this model"
-_LINES = (
-    "The other rows are simple predictors, fitted on the training tokens and scored on the same "
-    "tokens as the model: uniform gives every token the same probability, unigram its frequency, "
-    "and a Kneser-Ney bigram or trigram looks at the one or two tokens before."
-)
-_ENTROPY = " The entropy rate is the least that any predictor can reach on this source."
 _NEWEST = 8  # evaluations that are shown at once
 _STYLE = """
 .facts { display: grid; gap: .9rem 1.25rem; margin: 1.25rem 0 0;
@@ -103,8 +94,11 @@ def write(folder: pathlib.Path, references: Mapping[str, float] | None = None) -
         ConfigError: if the record is not as a run writes it.
     """
     record = workdir.read_record(folder)
-    paths = {name: folder / workdir.SCORES.format(name) for name in ("valid", "test", "train")}
-    scores = {name: read_json(path) for name, path in paths.items() if path.exists()}
+    scores = {
+        split: read_json(path)
+        for split in ("valid", "test", "train")
+        if (path := folder / workdir.SCORES.format(split)).exists()
+    }
     if references is None:
         references = scores.get("valid", {}).get("references", {})
     made = read_json(record.path)
@@ -119,8 +113,7 @@ def write(folder: pathlib.Path, references: Mapping[str, float] | None = None) -
 
 
 def _body(run: _Run, name: str) -> str:
-    lines = {_NAMES.get(k, k): nats for k, nats in in_nats(run.references).items()}
-    drawn = curves.figures(run.rows, run.record.cfg, lines)
+    drawn = curves.figures(run.rows, run.record.cfg, named_lines(run.references))
     sections = {
         "Result": _results(run),
         "Course": f'<div class="figures">{drawn}</div>' if drawn else "",
@@ -144,8 +137,9 @@ def _head(run: _Run, name: str) -> str:
     train = data["splits"]["train"]["tokens"]
     speed, step_ms = run.values("perf/tokens_per_second"), run.values("perf/step_ms")
     skipped = run.values("optim/skipped_updates").sum()
+    revision = made["git_revision"] or ""
     devices = [f"{made['devices'].count(k)} {k}" for k in dict.fromkeys(made["devices"])]
-    seen = run.values("data/tokens")[-1:].sum()
+    seen = float(run.values("data/tokens")[-1:].sum())
     facts = {
         "Parameters": short(size(cfg.model, data["vocab_size"], cfg.data.seq_len).total),
         "Data": f"{data['corpus']}, {short(train)} training tokens",
@@ -159,8 +153,8 @@ def _head(run: _Run, name: str) -> str:
         else "",
         "Skipped updates": f"{skipped:,.0f}" if skipped else "",
         "Resumed after update": ", ".join(f"{x:,.0f}" for x in run.values("resumed")),
-        "Started": made.get("started", "")[:16].replace("T", " "),
-        "lm_jax": f"{made.get('versions', {}).get('lm_jax', '')} {_revision(made)}".strip(),
+        "Started": made["started"][:16].replace("T", " "),
+        "lm_jax": f"{made['versions']['lm_jax']} {revision[:8]}{revision[40:]}",  # and its "+"
     }
     told = "".join(f"<div><dt>{k}</dt><dd>{escape(x)}</dd></div>" for k, x in facts.items() if x)
     share = min(1, run.done / run.steps)
@@ -170,11 +164,6 @@ def _head(run: _Run, name: str) -> str:
         f'<div class="bar"><div style="width: {share:.1%}"></div></div>\n'
         f'<dl class="facts">{told}</dl>'
     )
-
-
-def _revision(made: Mapping[str, Any]) -> str:
-    revision = made.get("git_revision") or ""
-    return f"({revision[:8]}{'+' * revision.endswith('+')})" if revision else ""
 
 
 def _spoken(seconds: Any) -> str:
@@ -190,32 +179,11 @@ def _results(run: _Run) -> str:
         results["valid"] = run.evaluations[-1] | {"references": run.references}
     tables = "".join(
         f"<div><h3>{name}: {result['token_count']:,.0f} tokens, after update {result['step']:,}"
-        f"</h3>{_among_lines(result, name)}</div>"
+        f"</h3>{page.table(among_references(result), name, own=OWN)}</div>"
         for name, result in results.items()
     )
-    told = _LINES if "unigram" in run.references else ""
-    told += _ENTROPY if "entropy_rate" in run.references else ""
+    told = knowledge(run.references) if run.references else ""
     return f'<div class="tables">{tables}</div><p class="soft">{told}</p>' if tables else ""
-
-
-def _among_lines(result: Mapping[str, Any], split: str) -> str:
-    """A result among its reference lines, worst first."""
-    loss = result["loss"]
-    if not finite(loss):
-        return "<p>The loss is not finite.</p>"
-    lines = {_NAMES.get(k, k): x for k, x in in_nats(result["references"]).items()}
-    words = math.log(result["word_ppl"]) / loss if metrics.has_words(result) else 0
-    table = []
-    for name, nats in sorted((lines | {_OWN: loss}).items(), key=lambda item: -item[1]):
-        row = {"": name, "nats per token": f"{nats:.4f}", "token ppl": _ppl(metrics.exp(nats))}
-        if words:
-            row["word ppl"] = _ppl(metrics.exp(nats * words))
-        table.append(row | {"bits per byte": f"{result['bits_per_byte'] * nats / loss:.4f}"})
-    return page.table(table, f"Result on {split}", own=_OWN)
-
-
-def _ppl(value: float) -> str:
-    return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}" if value < 1e6 else f"{value:.1e}"
 
 
 def _doctor(folder: pathlib.Path) -> str:
@@ -262,10 +230,9 @@ def _evaluations(run: _Run) -> str:
         return ""
     best = min(run.evaluations, key=lambda row: row["loss"])
     four = "{:.4f}".format
-    forms = {"loss": four, "token_ppl": _ppl, "word_ppl": _ppl, "bits_per_byte": four}
-    forms |= {"accuracy": "{:.1%}".format}
-    if not metrics.has_words(best):
-        del forms["word_ppl"]
+    forms: dict[str, Any] = {"loss": four, "token_ppl": perplexity}
+    forms |= {"word_ppl": perplexity} if metrics.has_words(best) else {}
+    forms |= {"bits_per_byte": four, "accuracy": "{:.1%}".format}
     table = [
         {"update": f"{row['step']:,}{' (best)' * (row == best)}"}
         | {
