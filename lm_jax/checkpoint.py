@@ -20,18 +20,17 @@ class Checkpoints:
     a kill at any moment loses no more than the updates since the last finished checkpoint.
     """
 
-    def __init__(self, workdir: pathlib.Path, keep: int, *, read_only: bool = False):
+    def __init__(self, workdir: pathlib.Path, keep: int):
         """Open or create `workdir/checkpoints` and `workdir/best`.
 
         Args:
-            workdir: folder of the run.
+            workdir: folder of the run, which no other process trains.
             keep: newest checkpoints kept; 0: all.
-            read_only: leave alone what another process may be writing there.
         """
 
         def manager(name: str, keep: int) -> ocp.CheckpointManager:
             options = ocp.CheckpointManagerOptions(
-                max_to_keep=keep or None, cleanup_tmp_directories=not read_only
+                max_to_keep=keep or None, cleanup_tmp_directories=True
             )
             path = (workdir / name).absolute()
             return ocp.CheckpointManager(path, item_names=("state", "manifest"), options=options)
@@ -77,10 +76,6 @@ class Checkpoints:
         """Number of updates in the newest (or best) finished checkpoint; None if there is none."""
         return (self._best if best else self._newest).latest_step()
 
-    def positions(self, *, best: bool = False) -> list[int]:
-        """Numbers of updates of all finished newest (or best) checkpoints, in order."""
-        return sorted((self._best if best else self._newest).all_steps())
-
     def manifest(self, *, best: bool = False) -> Manifest:
         """The manifest saved with the newest (or best) checkpoint."""
         manager = self._best if best else self._newest
@@ -92,17 +87,6 @@ class Checkpoints:
         manager = self._best if best else self._newest
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
         return manager.restore(manager.latest_step(), args=args).state
-
-    def restore_part(
-        self, abstract: dict[str, Any], position: int, *, best: bool = False
-    ) -> dict[str, Any]:
-        """The named fields of the newest (or best) state of `position`, as `restore` gives them.
-
-        Others are not read.
-        """
-        manager = self._best if best else self._newest
-        args = ocp.args.Composite(state=_part(abstract))
-        return manager.restore(position, args=args).state
 
     def wait(self) -> None:
         """Wait until running saves are finished."""
@@ -137,7 +121,9 @@ class Kept:
     def restore(self, abstract: dict[str, Any]) -> Any:
         """The named fields of the state, with the shapes, dtypes and shardings of `abstract`."""
         with self._reader() as reader:
-            args = ocp.args.Composite(state=_part(abstract))
+            how = ocp.checkpoint_utils.construct_restore_args(abstract)
+            part = ocp.args.PyTreeRestore(abstract, restore_args=how, partial_restore=True)
+            args = ocp.args.Composite(state=part)
             return reader.restore(self.path, args=args)["state"]
 
     def _reader(self) -> ocp.Checkpointer:
@@ -155,11 +141,6 @@ def leaf_shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     """The shape of every leaf by name."""
     leaves = jax.tree.leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): x.shape for path, x in leaves}
-
-
-def _part(abstract: dict[str, Any]) -> ocp.args.PyTreeRestore:
-    restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
-    return ocp.args.PyTreeRestore(abstract, restore_args=restore_args, partial_restore=True)
 
 
 def refuse_older(config_json: pathlib.Path, record: dict[str, Any]) -> None:

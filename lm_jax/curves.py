@@ -1,6 +1,8 @@
 """The figures of a run: what it logged, against its updates."""
 
 import functools
+import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -8,7 +10,6 @@ import numpy as np
 
 from lm_jax import page
 from lm_jax.config import Config
-from lm_jax.page import Drawn
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -17,7 +18,6 @@ _SHARES = 40  # of a share, which is 0 or 1 in a single update
 _LAYERS = 6  # lines of a figure with one for every layer
 _TRAIN, _SECOND = page.COLOURS[:2]
 _LINE: dict[str, Any] = {"color": page.SOFT, "linestyle": "--"}
-_BAND = {"linestyle": "band"}
 
 
 class Course(NamedTuple):
@@ -28,13 +28,20 @@ class Course(NamedTuple):
     low: np.ndarray
     high: np.ndarray
 
+    def __bool__(self) -> bool:
+        """Whether there is anything."""
+        return len(self.steps) > 0
+
+
+def finite(value: Any) -> bool:
+    """Whether a value of a row is a finite number."""
+    return isinstance(value, int | float) and math.isfinite(value)
+
 
 def course(rows: Rows, name: str, most: int = _MOST) -> Course:
     """The course of a metric in at most so many stretches, without what is no finite number."""
-    found = [(row.get("step"), row.get(name)) for row in rows if name in row]
-    numbers = [pair for pair in found if all(isinstance(x, int | float) for x in pair)]
-    points_N2 = np.array(numbers, float).reshape(-1, 2)
-    points_N2 = points_N2[np.isfinite(points_N2).all(1)]
+    found = [(row["step"], row[name]) for row in rows if finite(row.get(name))]
+    points_N2 = np.array(found, float).reshape(-1, 2)
     if not len(points_N2):
         return Course(*np.zeros((4, 0)))
     edges = np.linspace(0, len(points_N2), min(len(points_N2), most) + 1).astype(int)
@@ -49,42 +56,42 @@ def figures(rows: Rows, cfg: Config, lines: Mapping[str, float]) -> str:
     """All figures for which something was logged, as HTML.
 
     Args:
-        rows: of `metrics.jsonl`.
+        rows: of `metrics.jsonl`, each with its step.
         cfg: the config of the run.
         lines: nats per token of the reference predictors, by the names that are shown.
     """
     train, valid = course(rows, "train/loss"), course(rows, "valid/loss")
+    if not train:
+        return ""
     band = "The band spans the lowest and the highest update of each stretch. "
     band *= len(train.steps) == _MOST
     made = [("Loss.", f"Nats per token. {band}", functools.partial(_loss, train, valid, lines, 0))]
     if len(train.steps) > 20:
         close = functools.partial(_loss, train, valid, lines, 0.2)
         made.append(("Loss, close up.", "The same without the first fifth of the run.", close))
-    clip = cfg.optim.clip_norm
-    rate = course(rows, "optim/clip_rate", _SHARES)
-    if len(rate.mean):
-        told = f"{_mean(rows, 'optim/clip_rate'):.1%} of all updates were cut to {clip:g}."
+    clip, clipped = cfg.optim.clip_norm, course(rows, "optim/clip_rate", _SHARES)
+    if norm := course(rows, "optim/grad_norm"):
+        told = f"{_mean(rows, 'optim/clip_rate')} of all updates were clipped."
         told = told if clip else "Gradients are not clipped."
-        draw = functools.partial(_gradient, course(rows, "optim/grad_norm"), rate, clip)
+        draw = functools.partial(_gradient, norm, clipped, clip)
         made.append(("Gradient norm.", f"Before clipping. {band}{told}", draw))
-    rates = course(rows, "optim/lr")
-    if len(rates.mean):
+    if rates := course(rows, "optim/lr"):
         made.append(("Learning rate.", "Of each update.", functools.partial(_rate, rates)))
-    speed, wait = course(rows, "perf/tokens_per_second"), course(rows, "perf/input_wait", _SHARES)
-    if len(speed.mean) and len(wait.mean):
-        told = f"{_mean(rows, 'perf/input_wait'):.1%} of the time was spent waiting for data."
-        made.append(("Speed.", told, functools.partial(_speed, speed, wait)))
+    if speed := course(rows, "perf/tokens_per_second"):
+        told = f"{_mean(rows, 'perf/input_wait')} of the time was spent waiting for data."
+        draw = functools.partial(_speed, speed, course(rows, "perf/input_wait", _SHARES))
+        made.append(("Speed.", told, draw))
     if layers := _layers(rows):
         chosen = np.linspace(0, len(layers) - 1, min(len(layers), _LAYERS)).round().astype(int)
-        named = list(layers.items())
         some = f"{len(chosen)} of {len(layers)} layers. " if len(chosen) < len(layers) else ""
+        named = list(layers.items())
         draw = functools.partial(_by_layer, dict(named[i] for i in chosen))
         made.append(("Gradient norm by layer.", f"{some}Before clipping.", draw))
-    return "".join(page.figure(*figure) for figure in made if len(train.mean))
+    return "".join(page.figure(*figure) for figure in made)
 
 
-def _mean(rows: Rows, name: str) -> float:
-    return float(np.mean([row[name] for row in rows if isinstance(row.get(name), int | float)]))
+def _mean(rows: Rows, name: str) -> str:
+    return f"{course(rows, name, 1).mean[0]:.1%}"
 
 
 def _axis(axes: Any, label: str) -> None:
@@ -92,43 +99,35 @@ def _axis(axes: Any, label: str) -> None:
     axes.set_ylabel(label)
 
 
-def _plot(axes: Any, line: Course, **look: Any) -> None:
-    axes.plot(line.steps, line.mean, **{"linewidth": 1.3} | look)
+def _plot(axes: Any, line: Course, name: str, colour: str, marker: str = "") -> None:
+    """The means of the stretches, and a band from the lowest to the highest."""
+    marker = marker or "o" * (len(line.steps) == 1)
+    look = {"color": colour, "marker": marker, "markersize": 3.5, "linewidth": 1.3}
+    axes.plot(line.steps, line.mean, label=name, **look)
+    axes.set_xlim(left=0)
+    axes.fill_between(line.steps, line.low, line.high, color=colour, alpha=0.2, linewidth=0)
 
 
-def _shade(axes: Any, line: Course) -> None:
-    axes.fill_between(line.steps, line.low, line.high, color=_TRAIN, alpha=0.2, linewidth=0)
-
-
-def _loss(
-    train: Course, valid: Course, lines: Mapping[str, float], begin: float, axes: Any
-) -> Drawn:
+def _loss(train: Course, valid: Course, lines: Mapping[str, float], begin: float, axes: Any) -> str:
     """Both losses from a share of the run on, with the reference lines that are in reach."""
     first = begin * train.steps[-1]
     shown = [line.mean[line.steps >= first] for line in (train, valid)]
-    values = np.concatenate(shown)
+    # What rises far above the beginning, as a run that diverges, leaves the figure.
+    values = np.minimum(np.concatenate(shown), 2 * max(train.mean[0], *lines.values(), 1))
     reach = (0.2 if begin else np.inf) * (np.ptp(values) or 1)
     near = {k: y for k, y in lines.items() if values.min() - reach <= y <= values.max() + reach}
     values = np.append(values, list(near.values()))
     margin = 0.1 * (np.ptp(values) or 1)
     axes.set_ylim(values.min() - margin, values.max() + margin)
+    _plot(axes, train, "train", _TRAIN)
+    words = f"train ends at {train.mean[-1]:.3f}"
+    if valid:
+        _plot(axes, valid, "valid", _SECOND, "o" * (len(valid.steps) < 40))
+        words += f", valid at {valid.mean[-1]:.3f}"
     axes.set_xlim(first, train.steps[-1] * 1.01 + 1)
-    _shade(axes, train)
-    _plot(axes, train, color=_TRAIN)
-    look = {"color": _SECOND, "marker": "o" if len(valid.steps) < 40 else ""}
-    _plot(axes, valid, markersize=3.5, **look)
     _name_lines(axes, near, final=shown[0][-1])
     _axis(axes, "nats per token")
-    words = f"train ends at {train.mean[-1]:.3f}"
-    if len(valid.mean):
-        words += f", valid at {valid.mean[-1]:.3f}"
-    words += "".join(f"; {name} {nats:.3f}" for name, nats in lines.items())
-    legend = {"train": {"color": _TRAIN}}
-    if len(valid.mean):
-        legend["valid"] = look
-    if near:
-        legend["reference lines"] = _LINE
-    return words, legend
+    return words + "".join(f"; {name} {nats:.3f}" for name, nats in lines.items())
 
 
 def _name_lines(axes: Any, lines: Mapping[str, float], final: float) -> None:
@@ -140,7 +139,7 @@ def _name_lines(axes: Any, lines: Mapping[str, float], final: float) -> None:
     bottom, top = axes.get_ylim()
     groups: list[list[tuple[str, float]]] = []
     for name, nats in sorted(lines.items(), key=lambda item: -item[1]):
-        axes.axhline(nats, linewidth=0.8, zorder=1, **_LINE)
+        axes.axhline(nats, linewidth=0.8, zorder=1, label="reference lines", **_LINE)
         close = groups and groups[-1][-1][1] - nats < 0.075 * (top - bottom)
         if close and (groups[-1][-1][1] > final) == (nats > final):
             groups[-1].append((name, nats))
@@ -161,7 +160,7 @@ def _name_lines(axes: Any, lines: Mapping[str, float], final: float) -> None:
         )
 
 
-def _beside(axes: Any, share: Course, label: str, most: float) -> None:
+def _beside(axes: Any, share: Course, name: str, label: str, most: float) -> None:
     """A share of the updates or of the time, shaded, with its axis at the right."""
     from matplotlib.ticker import PercentFormatter
 
@@ -169,7 +168,8 @@ def _beside(axes: Any, share: Course, label: str, most: float) -> None:
     axes.set_position((left, bottom, width - 0.12, height))
     right = axes.twinx()
     right.grid(visible=False)
-    right.fill_between(share.steps, share.mean, color=_SECOND, alpha=0.25, linewidth=0)
+    look: dict[str, Any] = {"color": _SECOND, "alpha": 0.25, "linewidth": 0}
+    right.fill_between(share.steps, share.mean, label=name, **look)
     right.set_ylim(0, most)
     right.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     right.set_ylabel(label)
@@ -178,40 +178,35 @@ def _beside(axes: Any, share: Course, label: str, most: float) -> None:
     axes.patch.set_visible(False)
 
 
-def _gradient(norm: Course, rate: Course, clip: float, axes: Any) -> Drawn:
-    _shade(axes, norm)
-    _plot(axes, norm, color=_TRAIN)
+def _gradient(norm: Course, clipped: Course, clip: float, axes: Any) -> str:
+    _plot(axes, norm, "gradient norm", _TRAIN)
     axes.set_ylim(0, 1.15 * max(norm.mean.max(), clip))
+    axes.yaxis.set_major_formatter("{x:.3g}")
     _axis(axes, "norm")
-    legend = {"gradient norm": {"color": _TRAIN}}
     if clip:
-        axes.axhline(clip, linewidth=1, **_LINE)
-        _beside(axes, rate, "updates clipped", 1)
-        legend["clip threshold"] = _LINE
-        legend["updates clipped"] = {"color": _SECOND, **_BAND}
-    return f"ends at {norm.mean[-1]:.3f}; clip threshold {clip:g}", legend
+        axes.axhline(clip, linewidth=1, label="clip threshold", **_LINE)
+        _beside(axes, clipped, "updates clipped", "updates clipped", 1)
+    return f"ends at {norm.mean[-1]:.3f}; clip threshold {clip:g}"
 
 
-def _rate(rates: Course, axes: Any) -> Drawn:
-    _plot(axes, rates, color=_TRAIN)
+def _rate(rates: Course, axes: Any) -> str:
+    _plot(axes, rates, "learning rate", _TRAIN)
     axes.set_ylim(0, 1.1 * rates.high.max() or 1)
-    axes.yaxis.set_major_formatter(lambda y, _: f"{y:.2g}")
-    _axis(axes, "learning rate")
-    words = f"highest {rates.high.max():.3g}, now {rates.mean[-1]:.3g}"
-    return words, {"learning rate": {"color": _TRAIN}}
+    axes.yaxis.set_major_formatter("{x:.2g}")
+    axes.set_xlabel("update")
+    return f"highest {rates.high.max():.3g}, now {rates.mean[-1]:.3g}"
 
 
-def _speed(speed: Course, wait: Course, axes: Any) -> Drawn:
+def _speed(speed: Course, wait: Course, axes: Any) -> str:
     from matplotlib.ticker import EngFormatter
 
-    _plot(axes, speed, color=_TRAIN)
+    _plot(axes, speed, "tokens per second", _TRAIN)
     axes.set_ylim(0, 1.15 * speed.mean.max())
     axes.yaxis.set_major_formatter(EngFormatter(sep=""))
     _axis(axes, "tokens per second")
-    _beside(axes, wait, "time waiting for data", max(0.05, 1.2 * wait.mean.max()))
-    words = f"median {np.median(speed.mean):,.0f} tokens per second"
-    waiting = {"color": _SECOND, **_BAND}
-    return words, {"tokens per second": {"color": _TRAIN}, "waiting for data": waiting}
+    most = max(0.05, 1.2 * wait.mean.max())
+    _beside(axes, wait, "waiting for data", "time waiting for data", most)
+    return f"median {np.median(speed.mean):,.0f} tokens per second"
 
 
 def _layers(rows: Rows) -> dict[str, Course]:
@@ -219,34 +214,31 @@ def _layers(rows: Rows) -> dict[str, Course]:
 
     `grad_norm/blocks/3/mlp/up/kernel` belongs to the layer `blocks/3`, others to their first word.
     """
-    members: dict[str, list[str]] = {}
-    for name in next((row for row in rows if any(k.startswith("grad_norm/") for k in row)), {}):
-        if name.startswith("grad_norm/"):
-            path = name.split("/")[1:]
-            layer = "/".join(path[: 2 if path[1:2] and path[1].isdigit() else 1])
-            members.setdefault(layer, []).append(name)
+    logged = [row for row in rows if any(name.startswith("grad_norm/") for name in row)]
+    members: dict[str, list[str]] = defaultdict(list)
+    for name in logged[0] if logged else ():
+        kind, layer, *rest = [*name.split("/"), ""]
+        if kind == "grad_norm":
+            members[f"{layer}/{rest[0]}" if rest[0].isdigit() else layer].append(name)
 
-    def norm(row: Mapping[str, Any], names: list[str]) -> float:
-        return float(np.linalg.norm([row[name] or np.nan for name in names if name in row]))
+    def norm(row: Mapping[str, Any], names: Sequence[str]) -> float:
+        return float(np.linalg.norm(np.array([row.get(name) for name in names], float)))
 
-    logged = [row for row in rows if all(names[0] in row for names in members.values())]
     courses = {
         layer: course([{"step": row["step"], layer: norm(row, names)} for row in logged], layer)
         for layer, names in members.items()
     }
-    return {layer: line for layer, line in courses.items() if len(line.mean)}
+    return {layer: line for layer, line in courses.items() if line}
 
 
-def _by_layer(layers: Mapping[str, Course], axes: Any) -> Drawn:
+def _by_layer(layers: Mapping[str, Course], axes: Any) -> str:
     from matplotlib.ticker import LogLocator, NullLocator
 
-    legend = {}
     for (layer, line), colour in zip(layers.items(), page.COLOURS, strict=False):
-        legend[layer] = {"color": colour}
-        _plot(axes, line, color=colour, linewidth=1.0)
+        axes.plot(line.steps, line.mean, color=colour, linewidth=1.0, label=layer)
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
+    axes.yaxis.set_major_formatter("{x:g}")
     _axis(axes, "norm")
-    return "; ".join(f"{name} ends at {x.mean[-1]:.3g}" for name, x in layers.items()), legend
+    return "; ".join(f"{name} ends at {x.mean[-1]:.3g}" for name, x in layers.items())

@@ -4,6 +4,7 @@ Compiled are a pass over a padded context and a loop over new tokens, whose numb
 shapes: a second prompt of about the same length compiles nothing.
 """
 
+import dataclasses
 import functools
 import sys
 from collections.abc import Iterator, Sequence
@@ -30,22 +31,14 @@ class Sampling(NamedTuple):
     seed: int
 
 
+@dataclasses.dataclass(frozen=True)
 class _Model:
-    """The structure of a run and how it computes; compared by identity, for jit needs a hash."""
+    """The structure of a run and how it computes; jit needs a hash, which a structure has not."""
 
-    def __init__(self, run: Trained):
-        self.graphdef, self.precision = run.graphdef, run.cfg.train.matmul_precision
-        self.dtype = jnp.dtype(run.cfg.train.compute_dtype)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Model) and self._key == other._key
-
-    def __hash__(self) -> int:
-        return hash(self._key)
-
-    @property
-    def _key(self) -> tuple[Any, ...]:
-        return id(self.graphdef), self.precision, self.dtype
+    graphdef: Any = dataclasses.field(compare=False)
+    identity: int  # of the structure
+    precision: str
+    dtype: jnp.dtype
 
 
 def continuations(
@@ -70,7 +63,8 @@ def continuations(
     Raises:
         FloatingPointError: if the logits are not finite.
     """
-    window, model = run.cfg.data.seq_len, _Model(run)
+    window, dtype = run.cfg.data.seq_len, jnp.dtype(run.cfg.train.compute_dtype)
+    model = _Model(run.graphdef, id(run.graphdef), run.cfg.train.matmul_precision, dtype)
     layers = _layers(run.params, model=model)
     rows, starts = [list(context) for context in contexts], [0] * len(contexts)
     drawn = (

@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import math
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -30,6 +30,8 @@ from lm_jax.files import whole, write_json
 from lm_jax.models.families import FAMILIES, family
 from lm_jax.workdir import DOCUMENTS, SCORES, Trained, open_trained
 
+OWN = "this model"
+_NAMES = {"kn2": "Kneser-Ney bigram", "kn3": "Kneser-Ney trigram", "entropy_rate": "entropy rate"}
 # Fields of config.data that say where the files lie; the hash of what is in them must stay.
 WHERE = "source_dir files valid_files test_files cache_dir".split()
 
@@ -132,33 +134,60 @@ def documents(store: Store, split_name: str, nats_D: np.ndarray) -> dict[str, np
     return result
 
 
-def report(name: str, result: dict[str, Any]) -> None:
-    """Print one split's line among its references, worst first, and what they know."""
-    lines = in_nats(result["references"]).items()
-    nats = {name.replace("_", " "): value for name, value in lines} | {"this model": result["loss"]}
-    knowledge = (
-        "uniform knows nothing, unigram how often each token occurs, kn2 and kn3 the one or two "
-        "tokens before it"
-    )
-    if "entropy rate" in nats:
-        knowledge += "; no model can stay below the entropy rate"
-    columns: dict[str, Callable[[float], str]] = {
-        "nats per token": lambda x: f"{x:.4f}",
-        "token ppl": lambda x: f"{metrics.exp(x):,.2f}",
-        "bits per byte": lambda x: f"{result['bits_per_byte'] * x / result['loss']:.4f}",
+def named_lines(references: Mapping[str, float]) -> dict[str, float]:
+    """The scores of `references` in nats per token, by the names that are shown."""
+    return {_NAMES.get(name, name): nats for name, nats in in_nats(references).items()}
+
+
+def among_references(result: Mapping[str, Any]) -> list[dict[str, str]]:
+    """A result among its reference lines, worst first, as rows of a table by their headings.
+
+    Args:
+        result: of `score_run`, perhaps read from JSON, which has null for what is not finite.
+    """
+    loss = result["loss"] or math.nan
+    bits_per_nat = (result["bits_per_byte"] or math.nan) / loss
+    forms: dict[str, Callable[[float], str]] = {
+        "nats per token": "{:.4f}".format,
+        "token ppl": lambda nats: perplexity(metrics.exp(nats)),
+        "bits per byte": lambda nats: f"{bits_per_nat * nats:.4f}",
     }
     if metrics.has_words(result):
-        tokens_per_word = math.log(result["word_ppl"]) / result["loss"]
-        columns["word ppl"] = lambda x: f"{metrics.exp(x * tokens_per_word):,.2f}"
+        tokens_per_word = math.log(result["word_ppl"]) / loss
+        forms["word ppl"] = lambda nats: perplexity(metrics.exp(nats * tokens_per_word))
+    lines = named_lines(result["references"]) | {OWN: loss}
+    return [
+        {"": name} | {heading: form(lines[name]) for heading, form in forms.items()}
+        for name in sorted(lines, key=lines.__getitem__, reverse=True)
+    ]
+
+
+def perplexity(value: float) -> str:
+    """A perplexity as it is shown."""
+    return f"{value:,.2f}" if value < 1e6 else f"{value:.1e}"
+
+
+def knowledge(references: Mapping[str, float]) -> str:
+    """What the reference lines know, in a sentence."""
+    told = (
+        "Of these, uniform knows nothing, unigram how often each token occurs, a Kneser-Ney bigram "
+        "or trigram the one or two tokens before it"
+    )
+    least = "; no model can stay below the entropy rate" * ("entropy_rate" in references)
+    return f"{told}{least}."
+
+
+def report(name: str, result: dict[str, Any]) -> None:
+    """Print one split's line among its references, worst first, and what they know."""
+    rows = among_references(result)
     table = Table(title=f"{name}: {result['token_count']:,} tokens, each scored once")
-    for heading in ("", *columns):
+    for heading in rows[0]:
         table.add_column(heading, justify="right")
-    for key, value in sorted(nats.items(), key=lambda item: -item[1]):
-        style = "bold" if key == "this model" else None
-        table.add_row(key, *(shown(value) for shown in columns.values()), style=style)
+    for row in rows:
+        table.add_row(*row.values(), style="bold" if row[""] == OWN else None)
     sheet = console.sheet()
     sheet.print(table)
-    sheet.print(f"{knowledge}.", highlight=False)
+    sheet.print(knowledge(result["references"]), highlight=False)
     for observed in filter(None, (known.observed for known in FAMILIES.values())):
         if by_column := result.get(observed.name):
             table = Table(title=f"mean {observed.name}, by layer")

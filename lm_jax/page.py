@@ -3,11 +3,8 @@
 import html
 import io
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
-
-Look = dict[str, Any]  # colour, marker and line style, by matplotlib's names
-Drawn = tuple[str, Mapping[str, Look]]  # the content in words; the legend
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart, and lighter ones for a dark
 # page. Figures are drawn in the light colours, which then become CSS variables.
@@ -51,8 +48,9 @@ td:last-child, th:last-child { padding-right: 0; } td:last-child { white-space: 
 tr.own > * { font-weight: 650; }
 td.long { white-space: normal; overflow-wrap: anywhere; min-width: 9rem; }
 .figures { display: grid; gap: 2rem 2.5rem; align-items: start; margin-top: 1rem;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); }
-figure { margin: 0; min-width: 0; display: grid; grid-row: span 3; gap: 0;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); }
+.tables { display: flex; flex-wrap: wrap; gap: 0 2.5rem; } .tables > * { min-width: 0; }
+figure { margin: 0; min-width: 0; max-width: 36rem; display: grid; grid-row: span 3; gap: 0;
   grid-template-rows: subgrid; align-content: start; }
 figcaption { line-height: 1.45; margin-bottom: .4rem; align-self: end; }
 figcaption b { color: var(--ink); font-weight: 600; }
@@ -89,21 +87,19 @@ def table(rows: Sequence[Mapping[str, str]], label: str, *, own: str = "") -> st
         own: name of the row that stands out.
     """
     kinds = [_kind([row[heading] for row in rows]) for heading in list(rows[0])[1:]]
-    first, *others = map(html.escape, rows[0])
-    head = f'<th scope="col">{first}</th>' + "".join(
-        f'<th scope="col" class="{kind}">{x}</th>' for x, kind in zip(others, kinds, strict=True)
-    )
-    body = ""
-    for row in rows:
-        first, *others = map(html.escape, row.values())
-        cells = "".join(
-            f'<td class="{kind}">{x}</td>' for x, kind in zip(others, kinds, strict=True)
-        )
+
+    def line(cells: Iterable[str], scope: str, tag: str) -> str:
+        first, *others = map(html.escape, cells)
         start = '<tr class="own">' if first == own else "<tr>"
-        body += f'{start}<th scope="row">{first}</th>{cells}</tr>'
+        pairs = zip(others, kinds, strict=True)
+        rest = "".join(f'<{tag} class="{kind}">{x}</{tag[:2]}>' for x, kind in pairs)
+        return f'{start}<th scope="{scope}">{first}</th>{rest}</tr>'
+
+    head = line(rows[0], "col", 'th scope="col"')
+    body = "".join(line(row.values(), "row", "td") for row in rows)
     return (
         f'<div class="scroll" role="region" aria-label="{html.escape(label)}" tabindex="0"><table>'
-        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+        f"<thead>{head}</thead><tbody>{body}</tbody></table></div>"
     )
 
 
@@ -111,11 +107,14 @@ def _kind(cells: Sequence[str]) -> str:
     """How a column is set: words to the left, numbers to the right; what is long is wrapped."""
     if any(len(x) > 40 for x in cells):
         return "text long"
-    return "number" if any(x.startswith(tuple("-[0123456789")) for x in cells) else "text"
+    return "number" if any(x.startswith((*"-[0123456789", "nan")) for x in cells) else "text"
 
 
-def figure(title: str, caption: str, draw: Callable[[Any], Drawn]) -> str:
-    """A captioned SVG with a legend; `draw` fills matplotlib's axes."""
+def figure(title: str, caption: str, draw: Callable[[Any], str]) -> str:
+    """A captioned SVG with a legend; `draw` fills matplotlib's axes and tells what they show.
+
+    What has a label there stands in the legend.
+    """
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
@@ -139,14 +138,19 @@ def figure(title: str, caption: str, draw: Callable[[Any], Drawn]) -> str:
         # Margins of one width let the figures of a page stand in line.
         axes = whole.add_axes((0.145, 0.155, 0.835, 0.815))
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        axes.locator_params(axis="x", nbins=5)
-        words, legend = draw(axes)
+        axes.locator_params(axis="x", nbins=5, integer=True)
+        words = draw(axes)
         file = io.StringIO()
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         whole.savefig(file, format="svg", transparent=True, metadata=nothing)
     label = html.escape(f"{title}. {words}")
     svg = _themed(file.getvalue()).replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
-    entries = "".join(_entry(name, look) for name, look in legend.items())
+    legend = {
+        name: handle
+        for some in whole.axes
+        for handle, name in zip(*some.get_legend_handles_labels(), strict=True)
+    }
+    entries = "".join(_entry(name, handle) for name, handle in legend.items())
     told = f"<b>{html.escape(title)}</b> {html.escape(caption)}"
     return (
         f'<figure><figcaption>{told}</figcaption>{svg}<ul class="legend">{entries}</ul></figure>\n'
@@ -169,11 +173,17 @@ def _coloured(text: str) -> str:
     return text.replace(RULE, "var(--rule)")
 
 
-def _entry(name: str, look: Look) -> str:
-    """One line of a legend."""
-    kind = {"--": "dashed", "none": "none", "band": "band"}.get(look.get("linestyle", "-"), "line")
-    marker = MARKERS.get(look.get("marker", ""), "")
+def _entry(name: str, handle: Any) -> str:
+    """One line of a legend, for a line, an area or points with their intervals."""
+    from matplotlib.colors import rgb2hex
+
+    line = handle[0] if isinstance(handle, tuple) else handle
+    if hasattr(line, "get_marker"):
+        kind = {"--": "dashed", "None": "none"}.get(line.get_linestyle(), "line")
+        colour, marker = line.get_color(), MARKERS.get(line.get_marker(), "")
+    else:
+        kind, colour, marker = "band", rgb2hex(line.get_facecolor()[0]), ""
     return (
-        f'<li><i class="{kind}" style="color: {_coloured(look["color"])}">'
+        f'<li><i class="{kind}" style="color: {_coloured(colour)}">'
         f"<span>{marker}</span></i>{html.escape(name)}</li>"
     )

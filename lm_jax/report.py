@@ -10,7 +10,6 @@ writes the page at every evaluation and at its end.
 """
 
 import dataclasses
-import math
 import pathlib
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -22,20 +21,12 @@ from absl import flags
 from lm_jax import config, curves, metrics, page, workdir
 from lm_jax.compare.tables import short
 from lm_jax.config.flags import parse_flags
-from lm_jax.data.references import in_nats
+from lm_jax.curves import finite
 from lm_jax.door import command
+from lm_jax.evaluate import OWN, among_references, knowledge, named_lines, perplexity
 from lm_jax.files import read_json, write_text
 from lm_jax.models.families import size
 
-_NAMES = {"kn2": "Kneser-Ney bigram", "kn3": "Kneser-Ney trigram", "entropy_rate": "entropy rate"}
-_OWN = "this model"
-_LINES = (
-    "The other rows are simple predictors, fitted on the training tokens and scored on the same "
-    "tokens as the model: uniform gives every token the same probability, unigram its frequency, "
-    "and a Kneser-Ney bigram or trigram looks at the one or two tokens before."
-)
-_FEW = "More reference lines are known once the run is finished."
-_ENTROPY = " The entropy rate is the least that any predictor can reach on this source."
 _NEWEST = 8  # evaluations that are shown at once
 _STYLE = """
 .facts { display: grid; gap: .9rem 1.25rem; margin: 1.25rem 0 0;
@@ -69,18 +60,22 @@ class _Run:
         return int(self.record.cfg.train.steps)
 
     @property
-    def trained(self) -> list[Mapping[str, Any]]:
-        """The rows of updates."""
-        return [row for row in self.rows if "train/loss" in row]
-
-    @property
     def done(self) -> int:
         """Updates that are finished."""
-        return max((row["step"] for row in self.trained), default=0)
+        return max((row["step"] for row in self.rows if "train/loss" in row), default=0)
+
+    @property
+    def evaluations(self) -> list[dict[str, Any]]:
+        """Those of the valid split, if their loss was finite."""
+        return [
+            {name.removeprefix("valid/"): x for name, x in row.items()}
+            for row in self.rows
+            if finite(row.get("valid/loss"))
+        ]
 
     def values(self, name: str) -> np.ndarray:
         """The finite values of a metric."""
-        return np.array([row[name] for row in self.rows if _number(row.get(name))], float)
+        return np.array([row[name] for row in self.rows if finite(row.get(name))], float)
 
 
 def write(folder: pathlib.Path, references: Mapping[str, float] | None = None) -> pathlib.Path:
@@ -99,12 +94,15 @@ def write(folder: pathlib.Path, references: Mapping[str, float] | None = None) -
         ConfigError: if the record is not as a run writes it.
     """
     record = workdir.read_record(folder)
-    paths = {name: folder / workdir.SCORES.format(name) for name in ("valid", "test", "train")}
-    scores = {name: read_json(path) for name, path in paths.items() if path.exists()}
+    scores = {
+        split: read_json(path)
+        for split in ("valid", "test", "train")
+        if (path := folder / workdir.SCORES.format(split)).exists()
+    }
     if references is None:
-        references = scores.get("valid", {}).get("references") or _known(record)
+        references = scores.get("valid", {}).get("references", {})
     made = read_json(record.path)
-    rows = [row for row in workdir.read_metrics(folder) if _number(row.get("step"))]
+    rows = [row for row in workdir.read_metrics(folder) if finite(row.get("step"))]
     run = _Run(folder, record, made, rows, scores, references)
     # A page that is still to change looks for its newer self.
     head = "" if run.done >= run.steps else '<meta http-equiv="refresh" content="60">\n'
@@ -114,16 +112,8 @@ def write(folder: pathlib.Path, references: Mapping[str, float] | None = None) -
     return folder / workdir.REPORT
 
 
-def _known(record: workdir.Record) -> dict[str, float]:
-    """The reference lines that need no data."""
-    rate = record.data.get("entropy_rate")
-    known = {"uniform": record.data["vocab_size"] - 1.0}
-    return known | ({"entropy_rate": rate} if rate and record.cfg.tokenizer.kind == "char" else {})
-
-
 def _body(run: _Run, name: str) -> str:
-    lines = {_NAMES.get(k, k): nats for k, nats in in_nats(run.references).items()}
-    drawn = curves.figures(run.rows, run.record.cfg, lines)
+    drawn = curves.figures(run.rows, run.record.cfg, named_lines(run.references))
     sections = {
         "Result": _results(run),
         "Course": f'<div class="figures">{drawn}</div>' if drawn else "",
@@ -147,8 +137,9 @@ def _head(run: _Run, name: str) -> str:
     train = data["splits"]["train"]["tokens"]
     speed, step_ms = run.values("perf/tokens_per_second"), run.values("perf/step_ms")
     skipped = run.values("optim/skipped_updates").sum()
+    revision = made["git_revision"] or ""
     devices = [f"{made['devices'].count(k)} {k}" for k in dict.fromkeys(made["devices"])]
-    seen = run.trained[-1].get("data/tokens") if run.trained else 0
+    seen = float(run.values("data/tokens")[-1:].sum())
     facts = {
         "Parameters": short(size(cfg.model, data["vocab_size"], cfg.data.seq_len).total),
         "Data": f"{data['corpus']}, {short(train)} training tokens",
@@ -162,8 +153,8 @@ def _head(run: _Run, name: str) -> str:
         else "",
         "Skipped updates": f"{skipped:,.0f}" if skipped else "",
         "Resumed after update": ", ".join(f"{x:,.0f}" for x in run.values("resumed")),
-        "Started": made.get("started", "")[:16].replace("T", " "),
-        "lm_jax": f"{made.get('versions', {}).get('lm_jax', '')} {_revision(made)}".strip(),
+        "Started": made["started"][:16].replace("T", " "),
+        "lm_jax": f"{made['versions']['lm_jax']} {revision[:8]}{revision[40:]}",  # and its "+"
     }
     told = "".join(f"<div><dt>{k}</dt><dd>{escape(x)}</dd></div>" for k, x in facts.items() if x)
     share = min(1, run.done / run.steps)
@@ -175,11 +166,6 @@ def _head(run: _Run, name: str) -> str:
     )
 
 
-def _revision(made: Mapping[str, Any]) -> str:
-    revision = made.get("git_revision") or ""
-    return f"({revision[:8]}{'+' * revision.endswith('+')})" if revision else ""
-
-
 def _spoken(seconds: Any) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
@@ -188,53 +174,16 @@ def _spoken(seconds: Any) -> str:
 
 def _results(run: _Run) -> str:
     """The scored splits among their reference lines; before the end, the newest evaluation."""
-    parts = [
-        f"<h3>{name}: {result['token_count']:,} tokens, after update {result['step']:,}</h3>"
-        + _among_lines(result, result["references"], name)
-        for name, result in run.scores.items()
-    ]
-    newest = [row for row in run.rows if _number(row.get("valid/loss"))][-1:]
-    if newest and not parts:
-        result = {k.removeprefix("valid/"): x for k, x in newest[0].items()}
-        parts = [
-            f"<h3>valid, after update {result['step']:,}</h3>"
-            + _among_lines(result, run.references, "valid")
-        ]
-    if not parts:
-        return ""
-    told = _LINES if "unigram" in run.references else _FEW
-    told += _ENTROPY if "entropy_rate" in run.references else ""
-    tables = "".join(f"<div>{part}</div>" for part in parts)
-    return f'<div class="figures">{tables}</div><p class="soft">{told}</p>'
-
-
-def _among_lines(result: Mapping[str, Any], references: Mapping[str, float], split: str) -> str:
-    """A result among its reference lines, worst first."""
-    loss = result["loss"]
-    if not _number(loss):
-        return "<p>The loss is not finite.</p>"
-    nats_of = {_NAMES.get(k, k): nats for k, nats in in_nats(references).items()} | {_OWN: loss}
-    words = math.log(result["word_ppl"]) / loss if metrics.has_words(result) else 0
-    table = []
-    for name, nats in sorted(nats_of.items(), key=lambda item: -item[1]):
-        row = {
-            "": name,
-            "nats per token": f"{nats:.4f}",
-            "token ppl": _ppl(metrics.exp(nats)),
-        }
-        if words:
-            row["word ppl"] = _ppl(metrics.exp(nats * words))
-        row["bits per byte"] = f"{result['bits_per_byte'] * nats / loss:.4f}"
-        table.append(row)
-    return page.table(table, f"Result on {split}", own=_OWN)
-
-
-def _ppl(value: float) -> str:
-    return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}"
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    results = dict(run.scores)
+    if run.evaluations and not results:
+        results["valid"] = run.evaluations[-1] | {"references": run.references}
+    tables = "".join(
+        f"<div><h3>{name}: {result['token_count']:,.0f} tokens, after update {result['step']:,}"
+        f"</h3>{page.table(among_references(result), name, own=OWN)}</div>"
+        for name, result in results.items()
+    )
+    told = knowledge(run.references) if run.references else ""
+    return f'<div class="tables">{tables}</div><p class="soft">{told}</p>' if tables else ""
 
 
 def _doctor(folder: pathlib.Path) -> str:
@@ -265,7 +214,11 @@ def _samples(folder: pathlib.Path, most: int = 5) -> str:
     parts = []
     for row in rows[: -most - 1 : -1]:
         how = ("step", "temperature", "top_k", "top_p", "seed")
-        told = ", ".join(f"{name} {row[name]}" for name in how if row.get(name) is not None)
+        told = ", ".join(
+            f"{name.replace('step', 'update')} {row[name]}"
+            for name in how
+            if row.get(name) is not None
+        )
         prompt, text = escape(str(row.get("prompt", ""))), escape(str(row["text"]))
         parts.append(f'<blockquote><b>{prompt}</b>{text}</blockquote><p class="soft">{told}</p>')
     return "\n".join(parts)
@@ -273,24 +226,21 @@ def _samples(folder: pathlib.Path, most: int = 5) -> str:
 
 def _evaluations(run: _Run) -> str:
     """Every evaluation of the valid split, newest first."""
-    rows = [row for row in run.rows if _number(row.get("valid/loss"))]
-    if not rows:
+    if not run.evaluations:
         return ""
-    best = min(rows, key=lambda row: row["valid/loss"])
-    forms: dict[str, Any] = {"loss": "{:.4f}".format, "token_ppl": _ppl}
-    if metrics.has_words({name.removeprefix("valid/"): x for name, x in best.items()}):
-        forms["word_ppl"] = _ppl
-    forms |= {"bits_per_byte": "{:.4f}".format, "accuracy": "{:.1%}".format}
-    forms = {name: form for name, form in forms.items() if _number(best.get(f"valid/{name}"))}
-
-    def cells(row: Mapping[str, Any]) -> dict[str, str]:
-        values = {name: row.get(f"valid/{name}") for name in forms}
-        return {"update": f"{row['step']:,}{' (best)' * (row is best)}"} | {
-            name.replace("_", " "): forms[name](x) if _number(x) else "-"
-            for name, x in values.items()
+    best = min(run.evaluations, key=lambda row: row["loss"])
+    four = "{:.4f}".format
+    forms: dict[str, Any] = {"loss": four, "token_ppl": perplexity}
+    forms |= {"word_ppl": perplexity} if metrics.has_words(best) else {}
+    forms |= {"bits_per_byte": four, "accuracy": "{:.1%}".format}
+    table = [
+        {"update": f"{row['step']:,}{' (best)' * (row == best)}"}
+        | {
+            name.replace("_", " "): form(row[name]) if finite(row.get(name)) else "-"
+            for name, form in forms.items()
         }
-
-    table = [cells(row) for row in reversed(rows)]
+        for row in reversed(run.evaluations)
+    ]
     own = f"{best['step']:,} (best)"
     text = page.table(table[:_NEWEST], "Evaluations", own=own)
     if len(table) > _NEWEST:

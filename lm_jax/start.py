@@ -3,20 +3,19 @@
 import dataclasses
 import pathlib
 import re
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 
 from lm_jax import checkpoint, config, rundir
 from lm_jax.checkpoint import Kept, Manifest
 from lm_jax.config import Config, ConfigError, ModelConfig
+from lm_jax.config.section import errors_of
 from lm_jax.data.store import Store
 from lm_jax.data.tokenizers.hf import HfTokenizer
 from lm_jax.models import huggingface
 from lm_jax.workdir import Record, read_record
 
-T = TypeVar("T")
 WHERE = "config.train.start_from"
 # Fields of the model that may differ: its parameters stand for the same function.
 _FREE = {"init", "init_std", "scan_layers", "remat"}
@@ -52,7 +51,8 @@ class Origin:
             ConfigError: if a file of Hugging Face is missing, damaged or not supported.
         """
         if self.kept is None:
-            *_, params = _read(huggingface.load, self.folder)
+            with errors_of(WHERE):
+                *_, params = huggingface.load(self.folder)
             return jax.tree.map(lambda x, wanted: jax.device_put(x, wanted.sharding), params, like)
         name = "ema" if self.averaged else "params"
         return self.kept.restore({name: like})[name]
@@ -94,10 +94,8 @@ def find_origin(cfg: Config, store: Store) -> Origin | None:
                 "give its folder, and config.train.start_state=False."
             )
         return _hugging_face(folder, cfg, store)
-    try:
+    with errors_of(WHERE):
         record = read_record(folder, checkpoints=True)
-    except FileNotFoundError as error:
-        raise ConfigError(f"{WHERE}: {error}") from error
     kept = checkpoint.find_kept(folder)
     newest = rundir.newest_update(folder)
     update = int(match[2]) if match[2] else newest
@@ -135,9 +133,10 @@ def _line(folder: pathlib.Path, update: int, cfg: Config, store: Store, record: 
 
 
 def _hugging_face(folder: pathlib.Path, cfg: Config, store: Store) -> Origin:
-    model, _, max_len = _read(huggingface.read_model, folder)
+    with errors_of(WHERE):
+        model, _, max_len = huggingface.read_model(folder)
+        tokenizer = HfTokenizer.from_folder(folder)
     _require_architecture(cfg, model, max_len)
-    tokenizer = _read(HfTokenizer.from_folder, folder)
     if tokenizer.content_hash != store.tokenizer.content_hash:
         raise ConfigError(
             f"config.tokenizer.kind: {folder} reads other ids than this run "
@@ -145,13 +144,6 @@ def _hugging_face(folder: pathlib.Path, cfg: Config, store: Store) -> Origin:
             f"--config.tokenizer.folder={folder}."
         )
     return Origin(folder, 0, "", f"starts with the weights of {folder}", whole=False, kept=None)
-
-
-def _read(reader: Callable[[pathlib.Path], T], folder: pathlib.Path) -> T:
-    try:
-        return reader(folder)
-    except ValueError as error:
-        raise ConfigError(f"{WHERE}: {error}") from error
 
 
 def _ids(data: Any) -> str:
@@ -176,16 +168,15 @@ def _require_architecture(cfg: Config, model: ModelConfig, seq_len: int) -> None
 def _require_optimiser(cfg: Config, record: Record, update: int) -> None:
     """Refuse what the state of the other run cannot go on with."""
     ours, others = cfg.optim, record.cfg.optim
-    if ours.name != others.name:
+    fits = {
+        "name": ours.name == others.name,
+        "ema_decay": (ours.ema_decay > 0) == (others.ema_decay > 0),
+    }
+    if unfit := next((name for name, fit in fits.items() if not fit), None):
         raise ConfigError(
-            f"config.optim.name: {ours.name!r} cannot go on from the state of {others.name!r} in "
-            f"{cfg.train.start_from}; give that one, or leave config.train.start_state at False."
-        )
-    if (ours.ema_decay > 0) != (others.ema_decay > 0):
-        raise ConfigError(
-            f"config.optim.ema_decay: {ours.ema_decay:g}, but {others.ema_decay:g} in "
-            f"{cfg.train.start_from}, and both must have an average or none; give that one, or "
-            "leave config.train.start_state at False."
+            f"config.optim.{unfit}: {getattr(ours, unfit)} cannot go on from the state of "
+            f"{cfg.train.start_from}, where it is {getattr(others, unfit)}; give that, or leave "
+            "config.train.start_state at False."
         )
     if int(cfg.train.steps) <= update:
         raise ConfigError(

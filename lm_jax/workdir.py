@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 import lm_jax
 from lm_jax import config, rundir, sharding
-from lm_jax.checkpoint import Checkpoints, abstract_like, refuse_older
+from lm_jax.checkpoint import abstract_like, find_kept, refuse_older
 from lm_jax.config import Config, ConfigError
 from lm_jax.data.open import open_data
 from lm_jax.data.store import Store
@@ -303,27 +303,24 @@ def open_trained(
     name = "ema" if cfg.optim.ema_decay else "params"
     abstract = {name: jax.eval_shape(init, jax.random.key(0))}
     like = abstract_like(abstract, sharding.by_shape(mesh, abstract))
-    with contextlib.closing(Checkpoints(workdir, cfg.train.keep, read_only=True)) as checkpoints:
-        position, best = _choose(workdir, checkpoints, str(checkpoint))
-        part = checkpoints.restore_part(like, position, best=best)
+    position = _choose(workdir, str(checkpoint))
+    part = find_kept(workdir)[position].restore(like)
     return Trained(cfg, tokenizer, mesh, graphdef, part[name], position, record.data)
 
 
-def _choose(workdir: pathlib.Path, checkpoints: Checkpoints, which: str) -> tuple[int, bool]:
-    """The number of updates of a checkpoint, and whether it is kept as the best."""
-    best = checkpoints.positions(best=True)
-    found = dict.fromkeys(best, True) | dict.fromkeys(checkpoints.positions(), False)
+def _choose(workdir: pathlib.Path, which: str) -> int:
+    """The number of updates of a checkpoint."""
+    best, found = rundir.updates(workdir / rundir.BEST), find_kept(workdir)
     if not found:
         raise FileNotFoundError(f"{workdir}: holds no checkpoint; train the run first.")
     if which == "best" and best:
-        return best[-1], True
-    last = max(found)
+        return best[-1]
     if which == "best":
-        print(f"no evaluation yet: the newest checkpoint, update {last:,}", file=sys.stderr)
+        print(f"no evaluation yet: the newest checkpoint, update {max(found):,}", file=sys.stderr)
     if which in ("best", "last"):
-        return last, found[last]
+        return max(found)
     if which.isdecimal() and int(which) in found:
-        return int(which), found[int(which)]
+        return int(which)
     there = ", ".join(map(str, sorted(found)))
     raise FileNotFoundError(
         f"--checkpoint={which}: {workdir} holds no such checkpoint; give best, last, or the number "

@@ -6,7 +6,6 @@ import pathlib
 import secrets
 from collections.abc import Mapping
 from html import escape
-from typing import Protocol
 
 import jax
 
@@ -16,19 +15,6 @@ from lm_jax.files import finite_or_none, whole, write_text
 from lm_jax.workdir import METRICS, read_metrics
 
 Row = Mapping[str, float]
-
-
-class Board(Protocol):
-    """A place outside the workdir's own files that shows a run."""
-
-    def row(self, step: int, row: Row) -> None:
-        """Show metrics of an update."""
-
-    def text(self, step: int, name: str, text: str) -> None:
-        """Show a text."""
-
-    def close(self) -> None:
-        """Finish."""
 
 
 def check(cfg: Config) -> None:
@@ -134,7 +120,7 @@ class Writers:
             start: update from which the run goes on.
         """
         self._active = jax.process_index() == 0
-        self._boards: list[Board] = []
+        self._boards: list[_TensorBoard | _Wandb] = []
         if not self._active:
             return
         with whole(workdir / METRICS) as file:

@@ -71,7 +71,7 @@ def test_the_page_holds_what_the_files_say(trained):
     names = [name for legend in Page(source).legends for name in legend]
     assert {"train", "valid", "reference lines", "gradient norm", "clip threshold"} <= set(names)
     assert {"learning rate", "tokens per second", "blocks/0", "embedding"} <= set(names)
-    assert "of all updates were cut to 1." in said and "waiting for data" in said
+    assert "of all updates were clipped." in said and "waiting for data" in said
     assert "model.d_model 16 128" in " ".join(said.split())  # value and default
 
 
@@ -102,6 +102,16 @@ def test_a_broken_row_stops_nothing(run):
         path.unlink()
     bare = write(run).read_text()
     assert "Update 0 of 12" in words(bare) and not Page(bare).legends
+
+
+def test_a_single_update_is_a_point_and_a_diverged_loss_leaves_the_figure(run):
+    first = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+    (run / "metrics.jsonl").write_text(json.dumps(first) + "\n")
+    assert "<span>●</span></i>train</li>" in write(run).read_text()
+    worse = {"step": 2, "train/loss": 1e30}
+    (run / "metrics.jsonl").write_text(json.dumps(first) + "\n" + json.dumps(worse) + "\n")
+    source = write(run).read_text()
+    assert "train ends at 1000000000" in source and "1e30" not in words(source)
 
 
 def test_the_command_says_where_the_page_is(run, monkeypatch, capsys):

@@ -9,7 +9,6 @@ from typing import Any
 from lm_jax import page
 from lm_jax.compare import tables
 from lm_jax.compare.tables import Values
-from lm_jax.page import Drawn, Look
 
 
 def html(c: Values) -> str:
@@ -50,15 +49,18 @@ def _figures(c: Values) -> str:
     )
 
 
-def _looks(c: Values) -> list[tuple[Values, Look]]:
-    """Every arm with its colour and marker."""
+def _looks(c: Values) -> list[tuple[Values, dict[str, str]]]:
+    """Every arm with its name, colour and marker for matplotlib."""
     looks = zip(
         c["arms"], itertools.cycle(page.COLOURS), itertools.cycle(page.MARKERS), strict=False
     )
-    return [(arm, {"color": colour, "marker": marker}) for arm, colour, marker in looks]
+    return [
+        (arm, {"label": arm["name"], "color": colour, "marker": marker})
+        for arm, colour, marker in looks
+    ]
 
 
-def _curves(c: Values, kind: str, axes: Any) -> Drawn:
+def _curves(c: Values, kind: str, axes: Any) -> str:
     words, late = [], []
     for arm, look in _looks(c):
         for curve in arm["curves"]:
@@ -73,24 +75,23 @@ def _curves(c: Values, kind: str, axes: Any) -> Drawn:
         axes.set_ylim(min(late) - margin, max(late) + margin)
     axes.set_xlabel("training tokens seen")
     axes.set_ylabel("bits per byte")
-    return "; ".join(words), {arm["name"]: look for arm, look in _looks(c)}
+    return "; ".join(words)
 
 
-def _pareto(c: Values, key: str, axes: Any) -> Drawn:
-    points, words, legend = [], [], {}
+def _pareto(c: Values, key: str, axes: Any) -> str:
+    points, words = [], []
     for arm, look in _looks(c):
         bits, error = arm["bits_per_byte"], None
         if bits["low95"] is not None:
             error = [[bits["mean"] - bits["low95"]], [bits["high95"] - bits["mean"]]]
         points.append((arm[key], bits["mean"]))
-        legend[arm["name"]] = look = look | {"linestyle": "none"}
-        axes.errorbar(*points[-1], error, **look, capsize=3)
+        axes.errorbar(*points[-1], error, **look, linestyle="none", capsize=3)
         words.append(f"{arm['name']}: {tables.short(arm[key])}, {bits['mean']:.4f}")
-    axes.plot(*zip(*_front(points), strict=True), color=page.SOFT, linewidth=1, zorder=0)
-    legend["not beaten in both"] = {"color": page.SOFT}
+    front = zip(*_front(points), strict=True)
+    axes.plot(*front, color=page.SOFT, linewidth=1, zorder=0, label="not beaten in both")
     axes.set_xlabel(key.replace("_total", "").replace("_", " ").replace("flops", "FLOPs"))
     axes.set_ylabel("bits per byte")
-    return "; ".join(words), legend
+    return "; ".join(words)
 
 
 def _front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

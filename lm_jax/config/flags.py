@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from absl import flags, logging
 from ml_collections import config_flags
@@ -154,15 +154,14 @@ def _sentence(error: Exception, given: flags.FlagValues) -> str:
 def check_names(paths: Sequence[str]) -> None:
     """Raise ConfigError if a dotted path names no field."""
     for path in paths:
-        section: Any = Config
-        parts = path.split(".")
-        for depth, name in enumerate(parts, start=1):
+        section, place = Config, "config"
+        for name in path.split("."):
             types = field_types(section)
             if not types:
-                own = ".".join(["config", *parts[: depth - 1]])
-                raise ConfigError(f"config.{path}: {own} has no fields; give --{own}.")
+                raise ConfigError(f"config.{path}: {place} has no fields; give --{place}.")
+            place = f"{place}.{name}"
             if name not in types:
-                raise ConfigError(unknown_field(".".join(parts[:depth]), list(types)))
+                raise ConfigError(unknown_field(place.removeprefix("config."), list(types)))
             section = types[name]
         if types := field_types(section):
             raise ConfigError(

@@ -3,10 +3,10 @@
 import argparse
 import ast
 import inspect
-import io
+import itertools
 import pathlib
-import tokenize
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Sequence
 from typing import Any
 
 from absl import flags
@@ -34,35 +34,20 @@ def shipped() -> dict[str, pathlib.Path]:
 def meanings() -> dict[str, str]:
     """What each field of the config means, by dotted path: its comments in `fields.py`.
 
-    A comment may stand on the lines of a field or, alone, above it.
+    A comment may stand on the first line of a field or, alone, above it.
     """
-    source = inspect.getsource(fields)
-    comments = {
-        token.start[0]: token.string.lstrip("# ")
-        for token in tokenize.generate_tokens(io.StringIO(source).readline)
-        if token.type == tokenize.COMMENT
-    }
-    alone = {i for i, line in enumerate(source.splitlines(), 1) if line.lstrip().startswith("#")}
-    by_class: dict[str, dict[str, str]] = {}
-    for section in ast.parse(source).body:
-        if isinstance(section, ast.ClassDef):
-            found = by_class.setdefault(section.name, {})
-            for node in section.body:
-                if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-                    first = node.lineno
-                    while first - 1 in alone:
-                        first -= 1
-                    lines = range(first, (node.end_lineno or first) + 1)
-                    found[node.target.id] = " ".join(comments[i] for i in lines if i in comments)
-    return dict(_by_path(Config, by_class))
-
-
-def _by_path(section: type, by_class: dict[str, dict[str, str]]) -> Iterator[tuple[str, str]]:
-    for name, kind in field_types(section).items():
-        if field_types(kind):
-            yield from ((f"{name}.{path}", text) for path, text in _by_path(kind, by_class))
-        else:
-            yield name, by_class[section.__name__][name]
+    found: dict[str, str] = {}
+    section, words = "", []
+    for line in inspect.getsource(fields).splitlines():
+        code, _, comment = line.partition("# ")
+        words += [comment] if comment else []
+        if line.startswith("class "):
+            section = re.split(r"\W|Config", line)[1].lower()
+        if field := re.match(r"    (\w+): ", code):
+            found[f"{section}.{field[1]}".lstrip(".")] = " ".join(words)
+        if code.strip():
+            words = []
+    return {path: found[path] for path, _ in marks(Config)}
 
 
 def show(usage: str, about: str, given: flags.FlagValues, *, fields: bool) -> None:
@@ -85,13 +70,11 @@ def show(usage: str, about: str, given: flags.FlagValues, *, fields: bool) -> No
         return
     _print_rows(console, "Configs", [(str(path), _summary(path)) for path in shipped().values()])
     means = meanings()
-    sections = {name: kind for name, kind in field_types(Config).items() if field_types(kind)}
-    single = [_field_row(name, means) for name in means if "." not in name]
-    title = "Fields of a config, as --config.seed=1 and --config.optim.peak_lr=1e-3"
-    _print_rows(console, title, single)
-    for name, kind in sections.items():
-        rows = [_field_row(f"{name}.{field}", means) for field in field_types(kind)]
-        _print_rows(console, f"{name}: {inspect.getdoc(kind)}", rows)
+    for section, paths in itertools.groupby(means, lambda path: path.rpartition(".")[0]):
+        title = "Fields of a config, as --config.seed=1 and --config.optim.peak_lr=1e-3"
+        if section:
+            title = f"{section}: {inspect.getdoc(field_types(Config)[section])}"
+        _print_rows(console, title, [_field_row(path, means) for path in paths])
 
 
 def script_parser(about: str | None) -> argparse.ArgumentParser:

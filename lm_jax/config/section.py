@@ -1,5 +1,6 @@
 """Sections of the config: what a field may hold, and assignment that checks names and types."""
 
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -12,15 +13,22 @@ from lm_jax.config.values import Curve, Duration, Span
 T = TypeVar("T")
 Number = TypeVar("Number", int, float)
 # Types that are written as text, and what reads them.
-_WRITTEN: dict[Any, Callable] = {
-    Duration: Duration.parts,
-    Curve: Curve.points,
-    Span: Span.updates,
-}
+_WRITTEN: dict[Any, Any] = {Duration: Duration.parts, Curve: Curve.points, Span: Span.updates}
 
 
 class ConfigError(ValueError):
     """A config field that is unknown, of the wrong type or impossible."""
+
+
+@contextlib.contextmanager
+def errors_of(field: str) -> Iterator[None]:
+    """What is wrong with files inside becomes an error of the field that names them."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (FileNotFoundError, ValueError) as error:
+        raise ConfigError(f"{field}: {error}") from error
 
 
 class Bound(NamedTuple):
@@ -123,20 +131,19 @@ def advice(name: str, names: Sequence[str]) -> str:
 def unknown_field(path: str, names: Sequence[str]) -> str:
     """The sentence for an unknown field at dotted `path`; `names` are the fields there are."""
     *parents, last = path.split(".")
-    here = {name: ".".join([*parents, name]) for name in names}
     everywhere = [
         (name, ".".join(filter(None, (_place(section), name))))
         for section in Section.__subclasses__()
         for name, kind in field_types(section).items()
         if not field_types(kind)
     ]
+    near = close(last, [name for name, _ in everywhere])
+    alike = [found for name, found in everywhere if last in name.split("_")]
     meant = (
-        [here[name] for name in close(last, names)]
-        or [found for name, found in here.items() if last in name.split("_")]
-        or [found for name, found in everywhere if last in (name, *name.split("_"))]
-        or [
-            found for name, found in everywhere if [name] == close(last, [n for n, _ in everywhere])
-        ]
+        [".".join([*parents, name]) for name in close(last, names)]
+        or [found for found in alike if found.startswith(f"{'.'.join(parents)}.")]
+        or alike
+        or [found for name, found in everywhere if name in near]
     )
     if meant:
         advised = f"did you mean {' or '.join(f'config.{found}' for found in meant)}?"

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from lm_jax import config, sharding
 from lm_jax.config import INSIDE, Config, ConfigError
+from lm_jax.config.section import errors_of
 from lm_jax.data.references import references
 from lm_jax.data.store import Store
 from lm_jax.data.tokenizers.hf import HfTokenizer
@@ -33,11 +34,9 @@ def require_teachers(cfg: Config) -> None:
         cache.require_cache(pathlib.Path(cfg.distill.cache))
     named = [(WHERE, name.strip()) for name in cfg.distill.teachers.split(",")]
     for field, name in [*named, ("config.distill.alone", cfg.distill.alone)]:
-        if name and not (field == WHERE and _is_hugging_face(pathlib.Path(name))):
-            try:
+        if name and not (field == WHERE and huggingface.is_checkpoint(pathlib.Path(name))):
+            with errors_of(field):
                 read_record(pathlib.Path(name), checkpoints=True)
-            except FileNotFoundError as error:
-                raise ConfigError(f"{field}: {error}") from error
 
 
 def open_teacher(cfg: Config, store: Store, mesh: Mesh | None = None) -> Teacher:
@@ -80,7 +79,8 @@ def open_teacher(cfg: Config, store: Store, mesh: Mesh | None = None) -> Teacher
                 f"{length}; lower config.data.seq_len."
             )
     if cfg.distill.alone:  # needed at the end only
-        run = _open_run("config.distill.alone", cfg.distill.alone, mesh)
+        with errors_of("config.distill.alone"):
+            run = open_trained(pathlib.Path(cfg.distill.alone), mesh=mesh)
         same = run.cfg.model == cfg.model and run.cfg.data.seq_len == cfg.data.seq_len
         if not (same and _shares(run, store)):
             raise ConfigError(
@@ -95,35 +95,21 @@ def _shares(run: Trained, store: Store) -> bool:
     return run.tokenizer.content_hash == store.tokenizer.content_hash
 
 
-def _is_hugging_face(folder: pathlib.Path) -> bool:
-    """True for a checkpoint of Hugging Face, False for a run or nothing."""
-    fields = folder / "config.json"
-    return fields.exists() and "model_type" in json.loads(fields.read_text())
-
-
 def _open(name: str, cfg: Config, store: Store, mesh: Mesh) -> Trained:
     """A run, or a Hugging Face checkpoint as if it were one."""
     folder = pathlib.Path(name)
     if not huggingface.is_checkpoint(folder):
-        return _open_run(WHERE, name, mesh)
-    try:
+        with errors_of(WHERE):
+            return open_trained(folder, mesh=mesh)
+    with errors_of(WHERE):
         model, vocab_size, max_len, params = huggingface.load(folder)
         tokenizer = HfTokenizer.from_folder(folder)
-    except ValueError as error:
-        raise ConfigError(f"{WHERE}: {error}") from error
     if model.positions != "learned":  # any length is possible, and a shorter one costs less
         max_len = min(max_len, cfg.data.seq_len)
     how = config.replace(cfg, model=model, data__seq_len=max_len, eval__stride=max_len)
     graphdef, _ = create_model(how, vocab_size, choose_attention(how)[0])
     params = jax.device_put(params, sharding.by_shape(mesh, params))
     return Trained(how, tokenizer, mesh, graphdef, params, 0, {})
-
-
-def _open_run(field: str, workdir: str, mesh: Mesh) -> Trained:
-    try:
-        return open_trained(pathlib.Path(workdir), mesh=mesh)
-    except FileNotFoundError as error:
-        raise ConfigError(f"{field}: {error}") from error
 
 
 def _as_read(run: Trained, cfg: Config) -> Trained:

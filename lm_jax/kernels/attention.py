@@ -47,10 +47,8 @@ def choose(
         return "blockwise", f"trains faster than reference on a cpu at {seq_len}, and is leaner"
     dtype = jnp.dtype(dtype)
     facts = f"{devices.describe(device)}, {dtype}, head width {head_dim}"
-    sizes: dict[str, Any] = dict(
-        seq_len=seq_len, head_dim=head_dim, attention_dropout=attention_dropout
-    )
-    refused = {name: refusal(name, dtype=dtype, **sizes) for name in ("cudnn", "pallas")}
+    sizes = seq_len, head_dim, dtype, attention_dropout
+    refused = {name: refusal(name, *sizes) for name in ("cudnn", "pallas")}
     if not refused["cudnn"]:
         times = measured.times_of(device.device_kind, dtype, head_dim, seq_len, segments)
         if times is None:
@@ -65,15 +63,13 @@ def choose(
     return "xla", why
 
 
-def refusal(
-    impl: str, *, seq_len: int, head_dim: int, dtype: Any, attention_dropout: float = 0.0
-) -> str | None:
+def refusal(impl: str, seq_len: int, head_dim: int, dtype: Any, dropout: float) -> str | None:
     """Why the causal self-attention of a model cannot run on the device, and what to do about it.
 
     The arguments are those of `choose`, with a name in `impl`.
     """
     q_BTHC = jax.ShapeDtypeStruct((1, seq_len, 1, head_dim), jnp.dtype(dtype))
-    options = dict(softcap=0.0, dropout_rate=attention_dropout, window=None, causal=True)
+    options = dict(softcap=0.0, dropout_rate=dropout, window=None, causal=True)
     return _refusal(impl, q_BTHC, options, False)
 
 

@@ -94,13 +94,9 @@ def require_attention(cfg: Config, dtype: str) -> None:
     """Raise ConfigError if the attention that a config names cannot compute in `dtype` here."""
     if cfg.attention.impl == "auto":
         return
-    reason = attention.refusal(
-        cfg.attention.impl,
-        seq_len=cfg.data.seq_len,
-        head_dim=family(cfg.model).heads(cfg.model)[2],
-        dtype=dtype,
-        attention_dropout=cfg.model.attention_dropout,
-    )
+    model, head_dim = cfg.model, family(cfg.model).heads(cfg.model)[2]
+    sizes = cfg.data.seq_len, head_dim, dtype, model.attention_dropout
+    reason = attention.refusal(cfg.attention.impl, *sizes)
     if reason:
         raise ConfigError(f"config.attention.impl: {cfg.attention.impl} {reason}.")
 
