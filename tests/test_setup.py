@@ -52,7 +52,6 @@ def test_a_refused_run_leaves_no_results_of_another(text, tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"train__log_every": "0"}, r"config\.train\.log_every"),
         ({"optim__schedule": "wsd"}, r"config\.optim\.decay"),
         ({"mesh__fsdp": 7}, r"config\.mesh\.fsdp: 7 does not divide"),
         ({"data__batch_size": 7, "data__micro_batch": 3}, r"config\.data\.micro_batch"),

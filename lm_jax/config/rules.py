@@ -49,9 +49,8 @@ def _data(cfg: Config) -> Iterator[str]:
 def _spans(cfg: Config) -> Iterator[str]:
     """Durations that are nothing in any unit."""
     decays, schedule = bool(cfg.optim.decay.parts()[0]), cfg.optim.schedule
-    for name in ("steps", "log_every"):
-        if not getattr(cfg.train, name).parts()[0]:
-            yield f"train.{name}: is no update; give 1 or more"
+    if not cfg.train.steps.parts()[0]:
+        yield "train.steps: is no update; give 1 or more"
     if schedule == "wsd" and not decays:
         yield "optim.decay: is nothing, but schedule wsd ends with it; give a part of the run"
     if schedule != "wsd" and decays:
