@@ -156,9 +156,8 @@ def _sentence(error: Exception, given: flags.FlagValues) -> str:
     text = str(error)
     if wrong := re.match(r"flag --(\w+)=(.*): (?:invalid|could not|\('Non-b|value should)", text):
         name, value = wrong.groups()
-        if isinstance(given[name], flags.EnumFlag):
-            remedy = advice(value, given[name].parser.enum_values)
-            return f"--{name}: {value!r} does not exist; {remedy}"
+        if choices := getattr(given[name].parser, "enum_values", None):
+            return f"--{name}: {value!r} does not exist; {advice(value, choices)}"
         return f"--{name}: {value!r} is no {given[name].flag_type()}; give one."
     if missing := re.fullmatch(r"flag --(\w+)=None: .* other than None\.", text):
         return f"--{missing[1]} is missing; give it."
