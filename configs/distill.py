@@ -13,7 +13,7 @@ Measured on one CPU core each: test word perplexity 144.4 of the teacher (one se
 
 import pathlib
 
-from lm_jax.config import Config, Curve, Duration
+from lm_jax.config import Config, ConfigError, Curve, Duration
 from lm_jax.config.flags import load_module
 
 ARMS = ("teacher", "alone", "distilled", "cached")
@@ -22,7 +22,7 @@ ARMS = ("teacher", "alone", "distilled", "cached")
 def get_config(arm: str = "distilled") -> Config:
     """One arm of the study."""
     if arm not in ARMS:
-        raise ValueError(f"configs/distill.py:{arm}: no such arm; use one of {', '.join(ARMS)}.")
+        raise ConfigError(f"configs/distill.py:{arm}: no such arm; use one of {', '.join(ARMS)}.")
     cfg = load_module(pathlib.Path(__file__).with_name("wikitext2_cpu.py")).get_config()
     if arm == "teacher":
         return cfg

@@ -14,7 +14,7 @@ Measured on 2 CPU cores that other work shared, two runs at a time, seeds 0 to 2
 perplexity 452 (musota), 493 (total), 543 (flops), 561 (blocks); 3 to 10 minutes a run.
 """
 
-from lm_jax.config import Config, Duration
+from lm_jax.config import Config, ConfigError, Duration
 from lm_jax.models.families import size
 from lm_jax.models.sizing import Quantity, matched
 
@@ -30,7 +30,7 @@ def get_config(
 ) -> Config:
     """One arm of the comparison."""
     if arm not in ARMS:
-        raise ValueError(f"configs/musota.py:{arm}: no such arm; use one of {', '.join(ARMS)}.")
+        raise ConfigError(f"configs/musota.py:{arm}: no such arm; use one of {', '.join(ARMS)}.")
     cfg = Config()
     cfg.data.corpus = "wikitext2"
     cfg.data.seq_len = seq_len

@@ -11,7 +11,7 @@ Measured on 2 CPU cores with 200 updates of 4 rows, three seeds (README, Studies
 byte emb45 1.943, glu4x to glu2x 1.968 to 1.976, emb25 2.005. The full 5M tokens: not measured.
 """
 
-from lm_jax.config import Config, Duration
+from lm_jax.config import Config, ConfigError, Duration
 from lm_jax.models.sizing import allocated
 
 ARMS = {  # share of the token table, width of the MLP over that of the model
@@ -28,7 +28,7 @@ ARMS = {  # share of the token table, width of the MLP over that of the model
 def get_config(arm: str = "emb35") -> Config:
     """One arm of the study."""
     if arm not in ARMS:
-        raise ValueError(f"configs/phase1.py:{arm}: no such arm; use one of {', '.join(ARMS)}.")
+        raise ConfigError(f"configs/phase1.py:{arm}: no such arm; use one of {', '.join(ARMS)}.")
     cfg = Config()
     cfg.data.corpus = "wikitext2"
     cfg.data.seq_len = 512

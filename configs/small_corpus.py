@@ -15,7 +15,7 @@ import pathlib
 from typing import Any
 
 from lm_jax import config
-from lm_jax.config import Config, Duration
+from lm_jax.config import Config, ConfigError, Duration
 from lm_jax.config.flags import load_module
 
 ARMS: dict[str, dict[str, Any]] = {
@@ -36,7 +36,7 @@ ARMS: dict[str, dict[str, Any]] = {
 def get_config(arm: str = "base") -> Config:
     """One arm of the study."""
     if arm not in ARMS:
-        raise ValueError(
+        raise ConfigError(
             f"configs/small_corpus.py:{arm}: no such arm; use one of {', '.join(ARMS)}."
         )
     base = load_module(pathlib.Path(__file__).with_name("wikitext2_cpu.py"))

@@ -6,7 +6,6 @@ shapes: a second prompt of about the same length compiles nothing.
 
 import dataclasses
 import functools
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -73,17 +72,15 @@ def continuations(
         np.asarray(numbers, np.int32),
         run.tokenizer.separator,
     )
-    made = 0
+    made = slots = 0
     while made < tokens:
         for b, row in enumerate(rows):
             if len(row) - starts[b] > window:
-                if not any(starts):
-                    _say_window(window)
                 starts[b] = len(row) - max(1, window // 2)
         texts = [row[start:] for row, start in zip(rows, starts, strict=True)]
         room = min(tokens - made, window + 1 - max(map(len, texts)))
         context_BP, first_B = _padded([text[:-1] for text in texts])
-        slots = -(-(context_BP.shape[1] + room) // LEAST) * LEAST
+        slots = max(slots, -(-(context_BP.shape[1] + room) // LEAST) * LEAST)
         cache = _read(run.params, layers, context_BP, first_B, slots=slots, model=model)
         last_B1 = np.array([text[-1:] for text in texts], np.int32)
         for done in range(0, room, CHUNK):
@@ -118,14 +115,6 @@ def _require_finite(run: Trained, log_probs_Bn: np.ndarray) -> None:
             f"The logits at step {run.step} are not finite: the run diverged, or its numbers leave "
             f"the range of config.train.compute_dtype={run.cfg.train.compute_dtype!r}."
         )
-
-
-def _say_window(window: int) -> None:
-    print(
-        f"the text is longer than the model's window of {window} tokens (config.data.seq_len): "
-        "each time it is full, the last half is kept",
-        file=sys.stderr,
-    )
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -202,12 +191,10 @@ def sample(
 ) -> jax.Array:
     """One id per row, int32 [B], never the separator; every row has a random key of its own.
 
-    The arguments are those of `shortlist`. Only what is cut is sorted.
+    The arguments are those of `shortlist`.
     """
     if top_k == 1:
         return jnp.argmax(_without(separator, logits_BV), axis=1).astype(jnp.int32)
-    if top_k == 0 and top_p >= 1:
-        return _draw(_tempered(_without(separator, logits_BV), temperature), keys_B)
     ids_BK, scores_BK = shortlist(logits_BV, temperature, top_k, top_p, separator)
     places_B = _draw(scores_BK, keys_B)
     return jnp.take_along_axis(ids_BK, places_B[:, None], axis=1)[:, 0]
@@ -220,7 +207,7 @@ def shortlist(
     top_p: float,
     separator: jax.typing.ArrayLike = 0,
 ) -> tuple[jax.Array, jax.Array]:
-    """Ids from most to least likely and their logits / temperature, -inf for those cut, [B, K].
+    """Ids and their logits / temperature, -inf for those cut, [B, K].
 
     Args:
         logits_BV: scores of the next token.
@@ -230,13 +217,36 @@ def shortlist(
         separator: id that is never drawn.
     """
     V = logits_BV.shape[1]
-    scores_BK, ids_BK = jax.lax.top_k(_without(separator, logits_BV), min(top_k or V, V))
+    scores_BK = _without(separator, logits_BV)
+    ids_BK = jnp.broadcast_to(jnp.arange(V), scores_BK.shape)
+    if 0 < top_k < V:
+        scores_BK, ids_BK = jax.lax.top_k(scores_BK, top_k)
     scores_BK = _tempered(scores_BK, temperature)
-    probs_BK = jax.nn.softmax(scores_BK)
-    before_BK = jnp.cumsum(probs_BK, axis=1) - probs_BK
-    # Rank 0 and top_p 1 are named, for rounding may leave `before` off 0 or at 1.
-    keep_BK = (before_BK < top_p) | (jnp.arange(scores_BK.shape[1])[None] == 0) | (top_p >= 1)
-    return ids_BK, jnp.where(keep_BK, scores_BK, -jnp.inf)
+    if top_p < 1:
+        scores_BK = jnp.where(_fewest(scores_BK, top_p), scores_BK, -jnp.inf)
+    return ids_BK, scores_BK
+
+
+def _fewest(scores_BK: jax.Array, top_p: float) -> jax.Array:
+    """Whether a place belongs to the fewest that together have this probability.
+
+    Of equals the first ones do. The least probability among them is found bit by bit, which takes a
+    thirtieth of the time of a sort on a CPU.
+    """
+    probs_BK = jax.nn.softmax(scores_BK).astype(jnp.float32)
+
+    def longer(n, bits_B1):
+        tried_B1 = bits_B1 | (1 << (30 - n))
+        kept_BK = probs_BK >= jax.lax.bitcast_convert_type(tried_B1, jnp.float32)
+        sums_B1 = jnp.where(kept_BK, probs_BK, 0).sum(axis=1, keepdims=True)
+        return jnp.where(sums_B1 >= top_p, tried_B1, bits_B1)
+
+    bits_B1 = jax.lax.fori_loop(0, 31, longer, jnp.zeros((len(probs_BK), 1), jnp.int32))
+    least_B1 = jax.lax.bitcast_convert_type(bits_B1, jnp.float32)
+    more_BK, equal_BK = probs_BK > least_B1, probs_BK == least_B1
+    missing_B1 = top_p - jnp.where(more_BK, probs_BK, 0).sum(axis=1, keepdims=True)
+    before_BK = jnp.cumsum(equal_BK, axis=1) - 1
+    return more_BK | (equal_BK & ((before_BK == 0) | (before_BK * least_B1 < missing_B1)))
 
 
 def _without(separator: jax.typing.ArrayLike, logits_BV: jax.Array) -> jax.Array:

@@ -20,8 +20,9 @@ from jax.sharding import Mesh
 from rich.table import Table
 
 from lm_jax import config, console, metrics, sharding, step
-from lm_jax.config import Config, rules
+from lm_jax.config import Config, ConfigError, rules
 from lm_jax.config.flags import parse_flags
+from lm_jax.config.section import advice
 from lm_jax.data import windows
 from lm_jax.data.references import in_nats, references
 from lm_jax.data.store import Store
@@ -46,16 +47,9 @@ class Evaluator:
     eval_step: Callable[..., step.Metrics]
 
     @classmethod
-    def of(cls, run: Trained, store: Store, stride: int | None = None) -> "Evaluator":
-        """The evaluator of a run on a store, with another stride if one is given.
-
-        Raises:
-            ConfigError: if the stride is impossible.
-        """
-        cfg = run.cfg
-        if stride is not None:
-            cfg = rules.validate(config.replace(cfg, eval__stride=stride or cfg.data.seq_len))
-        return cls(cfg, store, run.mesh, step.make_eval_step(cfg, run.graphdef, run.mesh))
+    def of(cls, run: Trained, store: Store) -> "Evaluator":
+        """The evaluator of a run on a store."""
+        return cls(run.cfg, store, run.mesh, step.make_eval_step(run.cfg, run.graphdef, run.mesh))
 
     def __call__(self, params: Any, split_name: str) -> dict[str, Any]:
         """Score a whole split; see `score`."""
@@ -213,6 +207,23 @@ def score_run(
     return result
 
 
+def score_split(
+    run: Trained, workdir: pathlib.Path, name: str, stride: int | None
+) -> dict[str, Any]:
+    """As `score_run`, with another stride if one is given.
+
+    Raises:
+        ConfigError: if there is no such split or the stride is impossible, before data are opened.
+    """
+    cfg, splits = run.cfg, run.data["splits"]
+    if stride is not None:
+        cfg = rules.validate(config.replace(cfg, eval__stride=stride or cfg.data.seq_len))
+    if name not in splits:
+        raise ConfigError(f"--split={name}: the run has no such data; {advice(name, [*splits])}")
+    evaluator = Evaluator.of(dataclasses.replace(run, cfg=cfg), run.store)
+    return score_run(evaluator, run, workdir, name)
+
+
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Score one split of a run; write `eval_<split>.json` and `documents_<split>.npz`."""
@@ -234,9 +245,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         moved = {f"data__{name}": given[f"config.data.{name}"].value for name in WHERE}
         moved = {path: value for path, value in moved.items() if value is not None}
         run = dataclasses.replace(run, cfg=rules.validate(config.replace(run.cfg, **moved)))
-        run.store.split(given.split)
-        evaluator = Evaluator.of(run, run.store, given.stride)
-    score_run(evaluator, run, folder, given.split)
+    score_split(run, folder, given.split, given.stride)
 
 
 if __name__ == "__main__":

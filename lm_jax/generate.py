@@ -7,6 +7,7 @@ prints samples as they come and appends them to `samples.jsonl` of the run; in a
 """
 
 import codecs
+import contextlib
 import dataclasses
 import io
 import json
@@ -55,7 +56,7 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
     show: Callable[[str], Any] | None = None,
 ) -> list[Sample]:
     """Continue prompts, each of which opens a document, as each would be continued alone.
@@ -71,7 +72,7 @@ def generate(
         top_p: keep the fewest tokens whose probability, after temperature and top_k, sums to
             this or more.
         seed: the same seed gives the same samples.
-        stop: texts before the first of which a continuation ends.
+        stop: one text or several, before the first of which a continuation ends.
         show: called with each new piece of the first continuation.
 
     Returns:
@@ -81,12 +82,13 @@ def generate(
         ArgumentError: if an argument is impossible, naming the command's flag and the remedy.
         FloatingPointError: if the logits are not finite.
     """
+    prompts, stop = ([text] if isinstance(text, str) else text for text in (prompts, stop))
     _check_options(tokens, samples, temperature, top_k, top_p, seed, stop)
-    prompts = [prompts] if isinstance(prompts, str) else prompts
     _check(len(prompts) > 0, "--prompt=[]", "give one or more; '' starts from nothing")
     # A document starts with its separator, in training too.
     separator = run.tokenizer.separator
     contexts = [[separator, *encode_prompt(run.tokenizer, prompt)] for prompt in prompts]
+    _say_window(run.cfg.data.seq_len, max(map(len, contexts)) + tokens - 1)
     rows = [_Row(run.tokenizer, stop) for _ in prompts for _ in range(samples)]
     rows[0].show = show
     chunks = continuations(
@@ -103,8 +105,15 @@ def generate(
             break
     for row in rows:
         row.finish()
-    made = enumerate(rows)
-    return [Sample(prompts[n // samples], r.text, r.ids, r.log_probs) for n, r in made]
+    return [Sample(prompts[n // samples], r.text, r.ids, r.log_probs) for n, r in enumerate(rows)]
+
+
+def _say_window(window: int, length: int) -> None:
+    if length > window:
+        console.say(
+            f"the model's window is {window} tokens (config.data.seq_len): whenever a text fills "
+            "it, its last half is kept"
+        )
 
 
 class _Row:
@@ -170,8 +179,8 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str, where: str = "--prompt") ->
     try:
         return tokenizer.encode(prompt).tolist()
     except ValueError as error:
-        reason = str(error).rstrip(".")
-        raise ArgumentError(f"{where}: {reason}, or leave it out of the prompt.") from error
+        reason, _, _ = str(error).partition(": set ")  # another tokenizer, which comes too late
+        raise ArgumentError(f"{where}={prompt[:40]!r}: {reason}; leave it out.") from error
 
 
 def _check_options(
@@ -215,7 +224,8 @@ def sample_prompts(run: Trained, folder: pathlib.Path) -> list[Sample]:
     prompts = evaluation_prompts(run.cfg)
     if not prompts:
         return []
-    made = generate(run, prompts, tokens=min(EVALUATED, run.cfg.data.seq_len // 2 + 1))
+    with console.phase("sampling"):
+        made = generate(run, prompts, tokens=min(EVALUATED, run.cfg.data.seq_len // 2 + 1))
     _record(folder, {"step": run.step, "evaluation": True}, made)
     return made
 
@@ -236,7 +246,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags.DEFINE_integer("top_k", 0, "Most likely tokens kept; 0: all.", flag_values=given)
     flags.DEFINE_float("top_p", 1.0, "Probability mass kept.", flag_values=given)
     flags.DEFINE_integer("seed", 0, "The same seed gives the same samples.", flag_values=given)
-    stop = "A sample ends before this text; may be repeated."
+    stop = "A sample ends before this text, in which \\n is a line end; may be repeated."
     flags.DEFINE_multi_string("stop", [], stop, flag_values=given)
     names = list(given)  # the arguments of `generate`
     flags.DEFINE_string("workdir", None, "Folder of the run.", given)
@@ -251,6 +261,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal may lack some characters
         sys.stdout.reconfigure(errors="replace")
     options: dict[str, Any] = {name: given[name].value for name in names}
+    options["stop"] = [text.replace("\\n", "\n") for text in given.stop]
     folder = pathlib.Path(given.workdir)
     prompts = _prompts(given)
     with console.phase(f"opening {folder}"):
@@ -267,7 +278,10 @@ def _prompts(given: flags.FlagValues) -> list[str]:
         raise ArgumentError("--interactive asks for its prompts; leave out --prompt and --prompts.")
     lines = []
     if given.prompts:
-        text = pathlib.Path(given.prompts).read_text(encoding="utf-8")
+        try:
+            text = pathlib.Path(given.prompts).read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ArgumentError(f"--prompts={given.prompts}: is no UTF-8; convert it.") from error
         lines = text.removesuffix("\n").split("\n")
     return [*given.prompt, *lines] or [""]
 
@@ -279,9 +293,8 @@ def _interact(
     seed = options["seed"]
     while True:
         try:
-            prompt = input("prompt> ")
+            prompt = input("prompt> " if sys.stdin.isatty() else "")
         except EOFError:
-            print()
             return
         try:
             _print_samples(run, folder, [prompt], {**options, "seed": seed}, log_probs)
@@ -300,12 +313,15 @@ def _print_samples(
     """Print samples, one alone as it comes, and append them to `samples.jsonl`."""
     alone = len(prompts) * options["samples"] == 1
     unsaid = [prompts[0]]  # by the first piece the options are known to be possible
+    with contextlib.ExitStack() as silence:
+        silence.enter_context(console.phase("sampling"))
 
-    def show(piece: str) -> None:
-        print(*unsaid, piece, sep="", end="", flush=True)
-        unsaid.clear()
+        def show(piece: str) -> None:
+            silence.close()
+            print(*unsaid, piece, sep="", end="", flush=True)
+            unsaid.clear()
 
-    made = generate(run, prompts, **options, show=show if alone else None)
+        made = generate(run, prompts, **options, show=show if alone else None)
     facts = {name: value for name, value in options.items() if name != "tokens"}
     _record(folder, {"step": run.step, **facts}, made)
     for number, one in enumerate(made, start=1):

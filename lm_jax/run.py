@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from lm_jax.evaluate import Evaluator, score_run
+from lm_jax.evaluate import score_split
 from lm_jax.generate import Sample, generate
 from lm_jax.workdir import Trained, open_trained, read_metrics
 
@@ -32,7 +32,7 @@ class Run(Trained):
             ValueError: if the corpus has no such split or has changed since, or the stride is
                 impossible.
         """
-        return score_run(Evaluator.of(self, self.store, stride), self, self.workdir, split)
+        return score_split(self, self.workdir, split, stride)
 
     def generate(self, prompts: str | Sequence[str] = "", **options: Any) -> list[Sample]:
         """Continue prompts; options and errors are those of `lm_jax.generate.generate`."""

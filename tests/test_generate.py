@@ -228,7 +228,7 @@ def test_a_text_longer_than_the_window_keeps_its_last_half(family, capsys):
     contexts, ids, log_probs = [], [], []
     for prompt in ("", "ab", "abc " * 20):
         (one,) = generate.generate(run, prompt, tokens=50, temperature=0)
-        assert capsys.readouterr().err.count("window of 24 tokens (config.data.seq_len)") == 1
+        assert capsys.readouterr().out.count("window is 24 tokens (config.data.seq_len)") == 1
         row, start = [0, *LETTERS.encode(prompt).tolist()], 0
         for token in one.ids:
             if len(row) - start > 24:
@@ -273,6 +273,8 @@ def test_a_sample_ends_before_the_first_stop_string():
     )
     assert one.text == "".join(shown) == whole.text[:at]
     assert one.ids == whole.ids[: at + 3] and one.log_probs == whole.log_probs[: at + 3]
+    alone = generate.generate(run, "a", tokens=40, temperature=1, stop=second)
+    assert alone[0].text == whole.text[: whole.text.find(second)]
     (all_of_it,) = generate.generate(run, "a", tokens=40, temperature=1, stop=["not there"])
     assert all_of_it == whole
 
@@ -307,7 +309,11 @@ def test_what_is_shown_is_never_taken_back():
         ("", dict(top_p=1.1), "--top_p=1.1"),
         ("", dict(seed=2**32), "--seed"),
         ("", dict(seed=-1), "--seed"),
-        ("aÉb", {}, r"--prompt: Character 'É' .* at position 1 .*leave it out of the prompt\."),
+        (
+            "aÉb",
+            {},
+            r"--prompt='aÉb': Character 'É' .* at position 1 .* no id.*; leave it out\.",
+        ),
         ("ab", dict(stop=["x", ""]), "--stop='' is impossible"),
     ],
 )
@@ -413,8 +419,8 @@ def test_interactive_and_a_terminal_of_few_characters(workdir, tmp_path, monkeyp
     command(monkeypatch, f"--workdir={workdir}", "--interactive", "--tokens=30", "--seed=2")
     first, second = records(workdir)[before:]
     assert (first["seed"], second["seed"]) == (2, 4) and first["text"] != second["text"]
-    assert "--prompt: Character 'É'" in sys.stderr.getvalue()
-    (tmp_path / "prompts.txt").write_text("to be\n\nor\n")
+    assert "--prompt='É': Character 'É'" in sys.stderr.getvalue()
+    (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbfto be\r\n\r\nor\r\n")
     command(monkeypatch, f"--workdir={workdir}", f"--prompts={tmp_path / 'prompts.txt'}")
     assert [record["prompt"] for record in records(workdir)[before + 2 :]] == ["to be", "", "or"]
     print("naïve 日本", flush=True)
@@ -477,14 +483,18 @@ def test_samples_at_an_evaluation(workdir, tmp_path):
     assert generate.sample_prompts(run, tmp_path) == [] and len(records(tmp_path)) == 4
 
 
-def test_command_errors(workdir, tmp_path, monkeypatch):
+def test_command_errors(workdir, tmp_path, monkeypatch, capsys):
+    latin = tmp_path / "latin.txt"
+    latin.write_bytes("é".encode("latin-1"))
     for flags, said in (
         ([f"--workdir={tmp_path}"], "config.json: no such file"),
-        ([f"--workdir={workdir}", "--prompt=Z"], "--prompt: Character 'Z'"),
+        ([f"--workdir={workdir}", "--prompt=Z"], "--prompt='Z': Character 'Z'"),
         ([f"--workdir={workdir}", "--top_p=2"], "--top_p=2.0"),
         ([f"--workdir={workdir}", "--checkpoint=33"], "--checkpoint=33"),
         ([f"--workdir={workdir}", "--interactive", "--prompt=to"], "leave out --prompt"),
+        ([f"--workdir={workdir}", f"--prompts={latin}"], "is no UTF-8; convert it."),
     ):
         with pytest.raises(SystemExit) as stopped:
             command(monkeypatch, *flags)
-        assert said in stopped.value.code and "\n" not in stopped.value.code
+        err = capsys.readouterr().err
+        assert stopped.value.code == 2 and said in err.splitlines()[-1]

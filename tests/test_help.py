@@ -10,7 +10,7 @@ from absl import flags
 from lm_jax import config
 from lm_jax.__main__ import COMMANDS, main
 from lm_jax.config import Config, ConfigError
-from lm_jax.config.flags import find_config, load_module, parse_flags
+from lm_jax.config.flags import find_config, load_config, load_module, parse_flags
 from lm_jax.config.manual import WIDEST, meanings, script_parser, shipped
 from lm_jax.preflight import command
 from tests.helpers import CONFIGS, ROOT
@@ -156,13 +156,17 @@ def test_the_doctor_looks_at_what_is_there(tmp_path):
         (["quikstart"], "quikstart: no such config; did you mean quickstart?"),
         (["xyz.py"], "xyz.py: no such config; choose from distill, gpt2_124m"),
         (["phase1:emb9"], "emb9: no such arm; use one of"),
-        (["a", "b"], "give CONFIG, just one; see --help."),
-        (["--loud"], "give CONFIG, just one; see --help."),
+        (["a", "b"], "give exactly one CONFIG; see --help."),
+        (["--loud"], "give exactly one CONFIG; see --help."),
         (
             ["quickstart", "--worksdir=x"],
             "--worksdir: there is no such flag; did you mean --workdir?",
         ),
         (["quickstart", "--zzz=x"], "--zzz: there is no such flag; choose from --workdir, --loud"),
+        (["quickstart", "--workdir", "--loud"], "--workdir: has no value; write --workdir=VALUE."),
+        (["quickstart", "--steps=5"], "did you mean --config.train.steps or "),
+        (["quickstart", "--loud=maybe"], "--loud: 'maybe' is no bool; give one."),
+        (["quickstart:a"], "quickstart.py: has no arms; leave out :a."),
         (["quickstart", "--config.peak_lr=1"], "did you mean config.optim.peak_lr?"),
         (["quickstart", "--config.peek_lr=1"], "did you mean config.optim.peak_lr?"),
         (
@@ -181,6 +185,24 @@ def test_a_mistake_is_one_sentence(parse, arguments, said, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     _, err, code = shown(capsys, *arguments, run=lambda a: parse(*a))
     assert code == 2 and said in err and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("def get_config(:", ", line 1: SyntaxError: invalid syntax."),
+        ("import nowhere_at_all", ", line 1: ModuleNotFoundError: No module named"),
+        ("get = 1", ": has no function get_config, which returns the config."),
+        ("def get_config():\n    return {}['x']", ", line 2: KeyError: 'x'."),
+        ("def get_config():\n    pass", ": get_config returns a NoneType; return a Config."),
+        ("def get_config(arm):\n    pass", ": has arms; name one, {}:ARM."),
+    ],
+)
+def test_a_config_that_fails_is_one_sentence(body, said, tmp_path):
+    (path := tmp_path / "own.py").write_text(body)
+    with pytest.raises(ConfigError) as raised:
+        load_config(str(path))
+    assert str(raised.value).startswith(f"{path}{said.format(path)}")
 
 
 def test_assignment_in_a_config_file_names_the_field():

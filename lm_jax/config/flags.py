@@ -2,10 +2,11 @@
 
 import faulthandler
 import importlib.util
-import itertools
+import inspect
 import pathlib
 import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import NoReturn
@@ -61,7 +62,7 @@ def parse_flags(
         named, rest = _split(arguments, given)
         if subject:
             if len({_name(word) for word in named} & set(subject)) + len(rest) != 1:
-                raise ConfigError(f"give {takes.replace(' |', ' or')}, just one; see --help.")
+                raise ConfigError(f"give exactly one {takes.replace(' |', ' or')}; see --help.")
             choose = which or (lambda _: subject[0])
             named += [f"--{choose(argument)}={argument}" for argument in rest]
             rest = []
@@ -99,16 +100,21 @@ def _split(arguments: Sequence[str], given: flags.FlagValues) -> tuple[list[str]
     alone |= {f"config.{path}" for path, value in named_fields(Config()) if isinstance(value, bool)}
     named: list[str] = []
     rest: list[str] = []
-    words = iter(arguments)
-    for word in words:
+    words = [*arguments]
+    while words:
+        word, *words = words
         if word == "--":
-            rest += words
-        elif not word.startswith("-"):
+            return named, rest + words
+        if not word.startswith("-"):
             rest.append(word)
         elif "=" in word or not {_name(word), _name(word).removeprefix("no")}.isdisjoint(alone):
             named.append(word)
+        elif words and not words[0].startswith("--"):
+            named.append(f"{word}={words.pop(0)}")
+        elif _name(word) in given or _name(word).startswith("config."):
+            raise ConfigError(f"{word}: has no value; write {word}=VALUE.")
         else:
-            named.append("=".join([word, *itertools.islice(words, 1)]))
+            named.append(word)
     return named, rest
 
 
@@ -117,7 +123,7 @@ def _define_config(given: flags.FlagValues, program: str, named: Sequence[str]) 
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it has no such arm, or a field that is overridden does not exist.
+        ConfigError: if it is no config, or a field that is overridden does not exist.
     """
     check_names([path for word in named if (path := _name(word).partition("config.")[2])])
     about = "File, or name of a shipped config; FILE:ARM where it has arms."
@@ -140,15 +146,31 @@ def _sentence(error: Exception, given: flags.FlagValues) -> str:
     """What is wrong with the flags."""
     if isinstance(error, flags.UnrecognizedFlagError):
         name = f"--{error.flagname}"
-        known = [f"--{own}" for own in given if own not in flags.FLAGS and "." not in own]
+        meant = [path for path, _ in named_fields(Config()) if error.flagname in _words(path)]
+        if "config" in given and meant:
+            fields = " or ".join(f"--config.{path}" for path in meant)
+            return f"{name}: there is no such flag; did you mean {fields}?"
+        own = [flag for flag in given if flag not in flags.FLAGS and ("." in name) >= ("." in flag)]
+        known = [f"--{flag}" for flag in own]
         return f"{name}: there is no such flag; {advice(name, known)}"
     text = str(error)
+    if wrong := re.match(r"flag --(\w+)=(.*): (?:invalid|could not|\('Non-b|value should)", text):
+        name, value = wrong.groups()
+        if choices := getattr(given[name].parser, "enum_values", None):
+            return f"--{name}: {value!r} does not exist; {advice(value, choices)}"
+        return f"--{name}: {value!r} is no {given[name].flag_type()}; give one."
     if missing := re.fullmatch(r"flag --(\w+)=None: .* other than None\.", text):
         return f"--{missing[1]} is missing; give it."
     if wrong := re.match(r"flag --config\.([\w.]+)=(.*?): (?!config\.)", text):
         kind = type(get(Config(), wrong[1])).__name__
         return f"config.{wrong[1]}: {wrong[2]!r} is no {kind}; give one."
     return text
+
+
+def _words(path: str) -> set[str]:
+    """What people call the field at a path."""
+    name = path.rpartition(".")[2]
+    return {name, *name.split("_")}
 
 
 def check_names(paths: Sequence[str]) -> None:
@@ -197,10 +219,29 @@ def load_config(spec: str) -> Config:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it has no such arm.
+        ConfigError: if it has no such arm, or is no config.
     """
     path, _, arm = find_config(spec).partition(":")
-    return load_module(pathlib.Path(path)).get_config(*([arm] if arm else []))
+    try:
+        module = load_module(pathlib.Path(path))
+        if not hasattr(module, "get_config"):
+            raise ConfigError(f"{path}: has no function get_config, which returns the config.")
+        takes = inspect.signature(module.get_config).parameters.values()
+        if not takes if arm else any(one.default is one.empty for one in takes):
+            remedy = f"has no arms; leave out :{arm}" if arm else f"has arms; name one, {path}:ARM"
+            raise ConfigError(f"{path}: {remedy}.")
+        cfg = module.get_config(*([arm] if arm else []))
+    except ConfigError:
+        raise
+    except Exception as error:
+        passed = traceback.extract_tb(error.__traceback__)
+        lines = [at.lineno for at in passed if at.filename == str(pathlib.Path(path).absolute())]
+        line = getattr(error, "lineno", None) or [0, *lines][-1]
+        what = f"{type(error).__name__}: {getattr(error, 'msg', error)}".rstrip(".")
+        raise ConfigError(f"{path}, line {line}: {what}.") from error
+    if not isinstance(cfg, Config):
+        raise ConfigError(f"{path}: get_config returns a {type(cfg).__name__}; return a Config.")
+    return cfg
 
 
 def load_module(path: pathlib.Path) -> ModuleType:

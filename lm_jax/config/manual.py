@@ -107,7 +107,7 @@ def _print_rows(console: Console, title: str, rows: Sequence[Sequence[str]]) -> 
 def _flag_row(flag: Any) -> Row:
     name = f"--[no]{flag.name}" if flag.boolean else f"--{flag.name}"
     default = "" if flag.default in (None, []) else str(flag.default)
-    return name, default, flag.help
+    return name, default, flag.help.partition(";\n")[0]  # what absl adds to a repeated one
 
 
 def _field_row(path: str, means: dict[str, str]) -> Row:
