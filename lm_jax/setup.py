@@ -27,6 +27,7 @@ from lm_jax import (
     workdir,
 )
 from lm_jax.checkpoint import Checkpoints, Manifest
+from lm_jax.compilations import keep_compilations
 from lm_jax.config import Config, ConfigError, rules
 from lm_jax.config.resolve import resolve, spans
 from lm_jax.data import windows
@@ -42,7 +43,6 @@ from lm_jax.files import write_text
 from lm_jax.kernels.device import choose_dtype
 from lm_jax.models.families import choose_attention, create_model
 from lm_jax.objective import NextToken, Objective
-from lm_jax.preflight import once
 from lm_jax.start import Origin, find_origin
 from lm_jax.step import TrainState
 
@@ -212,7 +212,7 @@ def assemble(
     """
     asked = rules.validate(cfg)
     check_environment(asked, folder)
-    once.keep_compilations(cfg)
+    keep_compilations(cfg)
     store = store or open_data(asked)
     train = store.split("train")
     epoch = windows.count_windows(train, cfg.data.seq_len, cfg.data.window_offset)

@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 import lm_jax
 from lm_jax import config, rundir, sharding
 from lm_jax.checkpoint import abstract_like, find_kept, refuse_older
+from lm_jax.compilations import keep_compilations
 from lm_jax.config import Config, ConfigError
 from lm_jax.data.open import open_data
 from lm_jax.data.store import Store
@@ -291,6 +292,7 @@ def open_trained(
     """
     record = read_record(workdir, checkpoints=True)
     cfg, tokenizer = record.cfg, load_tokenizer(workdir / TOKENIZER)
+    keep_compilations(cfg)
     if tokenizer.content_hash != record.data["tokenizer_hash"]:
         raise ConfigError(
             f"{workdir / TOKENIZER}: is not the tokenizer that the run was trained with; "

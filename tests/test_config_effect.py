@@ -366,7 +366,7 @@ def loop(cfg, workdir):
         )
         patch.setattr(setup, "check_environment", lambda *_: None)  # it need not be of this machine
         patch.setattr(
-            preflight.once,
+            setup,
             "keep_compilations",
             lambda cfg: seen.update(compilations=cfg.train.compilation_cache),
         )

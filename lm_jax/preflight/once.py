@@ -1,10 +1,9 @@
-"""What is kept for the next start: findings, and what XLA compiled."""
+"""Findings kept for the next start of the same run."""
 
 import contextlib
 import datetime
 import hashlib
 import pathlib
-import platform
 
 import jax
 
@@ -16,8 +15,6 @@ from lm_jax.data.store import Store
 from lm_jax.doctor.findings import Report
 from lm_jax.files import write_text
 from lm_jax.preflight.run import examine_config
-
-_COMPILATIONS = 2 << 30  # bytes; what was not used for longest goes
 
 
 def examine_once(cfg: Config, *, level: str, store: Store) -> tuple[Report, str]:
@@ -48,19 +45,3 @@ def _source() -> list[str]:
     for path in sorted(pathlib.Path(lm_jax.__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())
     return [digest.hexdigest(), jax.devices()[0].device_kind, str(jax.device_count())]
-
-
-def keep_compilations(cfg: Config) -> None:
-    """Let XLA keep what it compiles, unless the user has named a folder for that already.
-
-    The folder is one for each kind of processor, for XLA uses every instruction that it finds.
-    """
-    if not cfg.train.compilation_cache or jax.config.jax_compilation_cache_dir:
-        return
-    processor = pathlib.Path("/proc/cpuinfo")
-    lines = processor.read_text().splitlines() if processor.exists() else [platform.processor()]
-    kind = hash_json(sorted({line for line in lines if line.startswith(("flags", "model name"))}))
-    folder = pathlib.Path(cfg.data.cache_dir).expanduser() / "compilations" / kind[:12]
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_compilation_cache_max_size", _COMPILATIONS)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
