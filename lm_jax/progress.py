@@ -21,6 +21,7 @@ from lm_jax.trace import Trace
 from lm_jax.writers import Writers
 
 Batch = dict[str, np.ndarray]
+_SHOWN = 300  # characters of a sample
 _LOGGED = ("loss", "token_ppl", "word_ppl", "bits_per_byte", "accuracy", "token_count")
 
 
@@ -131,24 +132,30 @@ class Progress:
                 row["resumed"] = run.start
             self._writers.write(now, row)
             self._guard(now, row, {key: value[i] for key, value in call.batch.items()}, state)
-        self._tell(now, float(row["train/loss"]), len(call.updates) * per_update, seconds)
+        self._loss = float(row["train/loss"])
+        self._told(now, len(call.updates) * per_update, seconds)
 
-    def _tell(self, now: int, loss: float, tokens: int, seconds: float) -> None:
+    def _told(self, now: int, tokens: int, seconds: float) -> None:
+        """Tell how far the run is, after a call of `tokens` that took `seconds`."""
         before = self._phase.done
         if before == self.run.start:  # the first call was compiled
             self._phase.restart(now)
         else:
             self._recent = tokens + 0.9 * self._recent[0], seconds + 0.9 * self._recent[1]
-            self._phase.update(
-                now,
-                f"loss {loss:.4f}",
-                *self._valid,
-                f"{self._recent[0] / self._recent[1]:,.0f} tok/s",
-                f"{now:,}/{self.run.steps:,}",
-            )
+            self._show(now)
         every = int(self.run.cfg.train.log_every)
         if every and now // every > before // every:
             console.say(self._phase.line())
+
+    def _show(self, now: int) -> None:
+        tokens, seconds = self._recent
+        self._phase.update(
+            now,
+            f"loss {self._loss:.4f}",
+            *self._valid,
+            f"{tokens / seconds:,.0f} tok/s",
+            f"{now:,}/{self.run.steps:,}",
+        )
 
     def _guard(self, now: int, row: dict[str, Any], batch: Batch, state: TrainState) -> None:
         """Name skipped updates and what spoiled them, and stop after too many in a row."""
@@ -181,7 +188,7 @@ class Progress:
         self.manifest["unscored"] = True
         try:
             with signals.let_through():
-                result = self.run.evaluate(state)
+                result, samples = self.run.evaluate(state)
         except Interrupted:
             return False
         self.manifest["unscored"] = False
@@ -195,11 +202,16 @@ class Progress:
         if better:
             self.manifest |= {"best_loss": result["loss"], "best_position": position}
         self._valid = (f"valid {result['loss']:.4f}",)
+        if self._recent[1]:
+            self._show(position)
         words = f", word perplexity {result['word_ppl']:,.2f}" if metrics.has_words(result) else ""
         console.say(
             f"update {position:,}: valid loss {result['loss']:.4f}, bits per byte "
             f"{result['bits_per_byte']:.4f}{words}" + (", the best so far" if better else "")
         )
+        for number, one in enumerate(samples):
+            self._writers.text(position, f"samples/{number}", one.prompt + one.text)
+            console.say(f"sample: {' '.join((one.prompt + one.text).split())[:_SHOWN]}")
         if jax.process_index() == 0:
             lines = references(self.run.store, "valid")
             if self.run.cfg.doctor != "off":

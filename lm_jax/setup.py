@@ -40,6 +40,7 @@ from lm_jax.distill.teachers import Teacher
 from lm_jax.environment import check_environment
 from lm_jax.evaluate import Evaluator
 from lm_jax.files import write_text
+from lm_jax.generate import Sample
 from lm_jax.kernels.device import choose_dtype
 from lm_jax.models.families import choose_attention, create_model
 from lm_jax.objective import NextToken, Objective
@@ -172,14 +173,15 @@ class Setup:
         """True if a checkpoint is written after this update."""
         return length.due(position, self.cfg.train.checkpoint_every, self.steps)
 
-    def evaluate(self, state: TrainState) -> dict[str, Any]:
-        """Score the valid split with the averaged parameters, if there are any, and sample."""
+    def evaluate(self, state: TrainState) -> tuple[dict[str, Any], list[Sample]]:
+        """Score the valid split and sample, with averaged parameters if there are any."""
         params = state.ema if self.cfg.optim.ema_decay else state.params
-        if jax.process_count() == 1:
-            parts = self.cfg, self.store.tokenizer, self.mesh, self.graphdef, params
-            now = workdir.Trained(*parts, int(state.step), self.store.manifest)
-            generate.sample_prompts(now, self.folder)
-        return self.evaluator(params, "valid")
+        result = self.evaluator(params, "valid")
+        if jax.process_count() > 1:
+            return result, []
+        parts = self.cfg, self.store.tokenizer, self.mesh, self.graphdef, params
+        now = workdir.Trained(*parts, int(state.step), self.store.manifest)
+        return result, generate.sample_prompts(now, self.folder)
 
     def finish(self) -> dict[str, Any]:
         """Score the best checkpoint on the splits that the config names."""

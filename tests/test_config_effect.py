@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm_jax import checkpoint, config, console, generate, preflight, setup, step, train
+from lm_jax import checkpoint, config, console, generate, preflight, setup, step, train, writers
 from lm_jax import workdir as run_files
 from lm_jax.config import Config
 from lm_jax.config.resolve import resolve
@@ -156,7 +156,7 @@ TABLE = {
     ),
     "train.keep": (2, "kept", {}),
     "train.log_every": ("2", "progress", {}),
-    "train.sample_prompts": ("ba|du", "sampled", {}),
+    "train.sample_prompts": ("ba|du", "sampled texts", {}),
     "train.layer_norms": (True, "train_step", {}),
     "train.tensorboard": (True, "tensorboard", {}),
     "train.compilation_cache": (True, "compilations", {"train.compilation_cache": False}),
@@ -266,7 +266,7 @@ def loop(cfg, workdir):
     """The real loop around a step that notes what it is given; updates 2 and 3 are not finite."""
     seen = {name: [] for name in "train_batches eval_batches calls evaluated saved".split()}
     seen |= {name: [] for name in "tensorboard wandb traced reader_threads examined".split()}
-    seen |= {name: [] for name in "processes progress sampled".split()}
+    seen |= {name: [] for name in "processes progress sampled texts".split()}
 
     def examine_once(cfg, *, level, store):
         seen["examined"].append(level)
@@ -350,7 +350,7 @@ def loop(cfg, workdir):
 
     def sample(run, prompts, **_):
         seen["sampled"].append((run.step, prompts))
-        return []
+        return [generate.Sample(prompt, " and on", [], []) for prompt in prompts]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(setup, "create_model", create_model)
@@ -360,6 +360,7 @@ def loop(cfg, workdir):
         patch.setattr(setup, "Checkpoints", Checkpoints)
         patch.setattr(setup, "open_data", open_data)
         patch.setattr(generate, "generate", sample)
+        patch.setattr(writers.Writers, "text", lambda self, *one: seen["texts"].append(one))
         patch.setattr(run_files, "git_revision", lambda: None)
         patch.setattr(
             console, "say", lambda line: seen["progress"].extend(re.findall(r" (\d+)/\d+ ", line))
