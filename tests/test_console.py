@@ -200,6 +200,8 @@ def test_a_signal_saves_before_an_evaluation(text, tmp_path, signal_while):
         (FloatingPointError("updates 1 to 9 were all skipped."), 1, "all skipped"),
         (RuntimeError("RESOURCE_EXHAUSTED: 3 GiB"), 1, "lower config.data.micro_batch"),
         (Interrupted(signal.SIGHUP, "while reading"), 129, "stopped by SIGHUP while reading"),
+        (Interrupted(signal.SIGINT, "while reading"), 130, "stopped by SIGINT while reading"),
+        (Interrupted(signal.SIGTERM, "while reading"), 143, "stopped by SIGTERM while reading"),
     ],
 )
 def test_an_error_is_one_sentence_and_an_exit_code(error, code, said, capsys):
