@@ -53,11 +53,12 @@ def test_entropy_rate_is_a_reference_of_symbols_only(tmp_path):
 
 def test_one_process_at_a_time_prepares_data_and_others_say_that_they_wait(tmp_path, monkeypatch):
     cfg = config.replace(Config(), data__cache_dir=str(tmp_path), tokenizer__kind="byte")
-    prepare, said, go_on = data_open.prepare, threading.Event(), threading.Event()
+    prepare, inside, said, go_on = data_open.prepare, *(threading.Event() for _ in range(3))
 
     def prepare_under_lock(*arguments, **options):
         with (tmp_path / "lock").open() as lock, pytest.raises(BlockingIOError):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        inside.set()
         assert go_on.wait(60)
         return prepare(*arguments, **options)
 
@@ -65,7 +66,9 @@ def test_one_process_at_a_time_prepares_data_and_others_say_that_they_wait(tmp_p
     lines = []
     monkeypatch.setattr(console, "say", lambda line: lines.append(line) or said.set())
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        both = [pool.submit(open_data, cfg) for _ in range(2)]
+        first = pool.submit(open_data, cfg)
+        assert inside.wait(60)
+        both = [first, pool.submit(open_data, cfg)]
         assert said.wait(60)
         assert not any(one.done() for one in both)
         go_on.set()

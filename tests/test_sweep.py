@@ -40,11 +40,14 @@ sys.exit(code)
 """
 
 
+CONFIG = "from lm_jax.config import Config\n\n\ndef get_config():\n    return Config()\n"
+
+
 @pytest.fixture
 def specs(tmp_path):
     """Two config files."""
     for name in "ab":
-        (tmp_path / f"{name}.py").write_text("def get_config():\n    return None\n")
+        (tmp_path / f"{name}.py").write_text(CONFIG)
     return [str(tmp_path / "a.py"), str(tmp_path / "b.py")]
 
 
@@ -146,7 +149,7 @@ def test_another_run_in_the_folder_of_a_finished_one_is_refused(tmp_path, specs)
     message = "a-0: was finished with other flags or another text of .*a.py; give another --root"
     with pytest.raises(ValueError, match=message):
         sweep.plan(specs[:1], [0], tmp_path, ["--config.optim.peak_lr=2"])
-    pathlib.Path(specs[0]).write_text("def get_config():\n    return 1\n")
+    pathlib.Path(specs[0]).write_text(CONFIG + "# another text\n")
     with pytest.raises(ValueError, match=message):
         sweep.plan(specs[:1], [0], tmp_path, flags)
 
