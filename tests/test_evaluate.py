@@ -53,7 +53,8 @@ def test_entropy_rate_is_a_reference_of_symbols_only(tmp_path):
 
 def test_one_process_at_a_time_prepares_data_and_others_say_that_they_wait(tmp_path, monkeypatch):
     cfg = config.replace(Config(), data__cache_dir=str(tmp_path), tokenizer__kind="byte")
-    prepare, inside, said, go_on = data_open.prepare, *(threading.Event() for _ in range(3))
+    prepare, inside = data_open.prepare, threading.Event()
+    said, go_on = threading.Event(), threading.Event()
 
     def prepare_under_lock(*arguments, **options):
         with (tmp_path / "lock").open() as lock, pytest.raises(BlockingIOError):
