@@ -184,7 +184,7 @@ def test_the_dtype_of_a_run_is_recorded_and_kept(small_wikitext2, tmp_path, monk
     recorded = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
     own, reason = device.choose_dtype("auto")
     assert recorded["train"]["compute_dtype"] == own and recorded["attention"]["impl"] == "auto"
-    assert f"{own} ({reason}); attention " in capsys.readouterr().out.replace("\n", " ")
+    assert f"computed in {own}: {reason}\n" in capsys.readouterr().out
     other = {"float32": "Tesla T4"}.get(own, "Tesla P100-PCIE-16GB")
     gpu = types.SimpleNamespace(platform="gpu", device_kind=other)
     with monkeypatch.context() as patch:

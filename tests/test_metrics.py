@@ -162,3 +162,9 @@ def test_throughput_by_hand():
         tokens=6000, seconds=3.0, steps=4, input_wait=0.75, flops=5e8, peak=None
     )
     assert "perf/mfu" not in unknown and len(unknown) == 3
+
+
+@pytest.mark.parametrize(("words", "expected"), [(100, True), (20, False), (0, False)])
+def test_a_word_of_many_bytes_is_no_unit(words, expected):
+    result = metrics.summarise(Sums(900.0, 600, 1), split_bytes=600, split_words=words)
+    assert metrics.has_words(result) is expected
