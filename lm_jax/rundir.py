@@ -55,7 +55,7 @@ def read_state(workdir: pathlib.Path) -> State | None:
     try:
         record = json.loads(path.read_text())
         asked = config.from_dict(record["asked"]) if "asked" in record else None
-        cfg = config.from_dict(record["config"])
+        cfg = config.from_record(record)
         splits = rules.eval_splits(cfg, record["data"]["splits"])
         scored = all((workdir / SCORES.format(split)).exists() for split in splits)
         steps = int(cfg.train.steps)
