@@ -21,6 +21,7 @@ from lm_jax.trace import Trace
 from lm_jax.writers import Writers
 
 Batch = dict[str, np.ndarray]
+_TELLING = 1e6  # perplexities of a word beyond it say nothing to a person
 _SHOWN = 300  # characters of a sample
 _LOGGED = ("loss", "token_ppl", "word_ppl", "bits_per_byte", "accuracy", "token_count")
 
@@ -204,7 +205,8 @@ class Progress:
         self._valid = (f"valid {result['loss']:.4f}",)
         if self._recent[1]:
             self._show(position)
-        words = f", word perplexity {result['word_ppl']:,.2f}" if metrics.has_words(result) else ""
+        telling = metrics.has_words(result) and result["word_ppl"] < _TELLING
+        words = f", word perplexity {result['word_ppl']:,.2f}" if telling else ""
         console.say(
             f"update {position:,}: valid loss {result['loss']:.4f}, bits per byte "
             f"{result['bits_per_byte']:.4f}{words}" + (", the best so far" if better else "")
