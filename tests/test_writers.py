@@ -129,7 +129,7 @@ def test_wandb_keeps_its_id(tmp_path, monkeypatch):
         out.close()
         ids.append((tmp_path / "wandb_id").read_text())
     assert ids[0] == ids[1]
-    assert len(list((tmp_path / "wandb").glob(f"offline-run-*-{ids[0]}/*.wandb"))) == 2
+    assert len(list((tmp_path / "wandb").glob(f"offline-run-*-{ids[0]}*/*.wandb"))) == 2
     texts = [p.read_text() for p in tmp_path.glob("wandb/*/files/media/html/sample_*.html")]
     assert texts and all("<pre>once &lt; twice</pre>" in text for text in texts)
 
