@@ -11,7 +11,7 @@ from lm_jax import checkpoint, config, rundir
 from lm_jax.checkpoint import Kept, Manifest
 from lm_jax.config import Config, ConfigError, ModelConfig
 from lm_jax.config.section import errors_of
-from lm_jax.data.store import Store
+from lm_jax.data.store import Store, same_data
 from lm_jax.data.tokenizers.hf import HfTokenizer
 from lm_jax.models import huggingface
 from lm_jax.workdir import Record, read_record
@@ -126,7 +126,7 @@ def _line(folder: pathlib.Path, update: int, cfg: Config, store: Store, record: 
         return f"starts with the weights of {folder} at update {update:,}"
     own = {"train.start_from", "train.start_state", *config.incidental_fields()}
     lines = config.difference(record.cfg, cfg, own)
-    if record.data != store.manifest:
+    if not same_data(record.data, store.manifest):
         lines.append("another corpus")
     what = f"goes on from the state of {folder} at update {update:,}"
     return f"{what}; changed from there: {'; '.join(lines) or 'nothing'}"

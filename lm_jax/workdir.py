@@ -24,7 +24,7 @@ from lm_jax.checkpoint import abstract_like, find_kept, refuse_older
 from lm_jax.compilations import keep_compilations
 from lm_jax.config import Config, ConfigError
 from lm_jax.data.open import open_data
-from lm_jax.data.store import Store
+from lm_jax.data.store import Store, same_data
 from lm_jax.data.tokenizers.base import Tokenizer
 from lm_jax.data.tokenizers.load import load_tokenizer
 from lm_jax.files import write_json
@@ -196,7 +196,7 @@ def _require_same(old: Record, cfg: Config, store: Store, asked: Config) -> None
             f"{old.path}: the run there has another config ({'; '.join(lines)}); give the same "
             f"config, or {_elsewhere(old, cfg, asked)}."
         )
-    if old.data != store.manifest:
+    if not same_data(old.data, store.manifest):
         raise ConfigError(
             f"{old.path}: the run there was trained on another corpus or tokenizer; "
             "restore the data or give another --workdir."
@@ -264,7 +264,7 @@ class Trained:
             ValueError: if the corpus cannot be read.
         """
         store = open_data(self.cfg)
-        if store.manifest != self.data:
+        if not same_data(self.data, store.manifest):
             data = self.cfg.data
             where = f" in config.data.source_dir={data.source_dir!r}" if data.source_dir else ""
             raise ConfigError(

@@ -12,7 +12,7 @@ import pytest
 from lm_jax.data import parts
 from lm_jax.data import store as store_module
 from lm_jax.data.corpora import Corpus, open_corpus
-from lm_jax.data.store import open_store, prepare
+from lm_jax.data.store import open_store, prepare, same_data
 from lm_jax.data.tokenizers.base import count_words
 from tests.helpers import shared_data
 
@@ -380,3 +380,9 @@ def test_wikitext2_by_bpe_loses_nothing(wikitext2):
     valid = store.split("valid")
     text = (shared_data("wikitext-2") / "wiki.valid.tokens").read_text(encoding="utf-8")
     assert store.tokenizer.decode(valid.tokens) == text
+
+
+def test_data_are_the_same_whatever_the_last_bits_of_their_entropy_rate():
+    one = {"entropy_rate": 1.8036170964696578, "splits": {"train": {"sha256": "a"}}}
+    assert same_data(one, one | {"entropy_rate": 1.803617096469658})
+    assert not same_data(one, one | {"splits": {"train": {"sha256": "b"}}})

@@ -13,7 +13,7 @@ from lm_jax import config, sharding
 from lm_jax.config import INSIDE, Config, ConfigError
 from lm_jax.config.section import errors_of
 from lm_jax.data.references import references
-from lm_jax.data.store import Store
+from lm_jax.data.store import Store, same_data
 from lm_jax.data.tokenizers.hf import HfTokenizer
 from lm_jax.distill import alignment, cache
 from lm_jax.distill.alignment import Aligner, Retokenised
@@ -181,7 +181,7 @@ def verify(teacher: Teacher, cfg: Config, store: Store) -> list[str]:
     lines = []
     for name, run in zip(teacher.names, teacher.runs, strict=True):
         result = score_teacher(run, store, "valid")
-        own = _shares(run, store) and run.data == store.manifest
+        own = _shares(run, store) and same_data(run.data, store.manifest)
         said, record = "no record of it", pathlib.Path(name) / SCORES.format("valid")
         recorded = json.loads(record.read_text()) if record.exists() else {}
         same_windows = recorded.get("stride") == run.cfg.eval.stride
