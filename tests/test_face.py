@@ -75,14 +75,14 @@ def example(thing):
 @pytest.fixture(scope="module")
 def examples(tmp_path_factory):
     """What the examples of all public names leave, run one after the other in a folder."""
-    left = {"lm_jax": lm_jax}
-    with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("examples")
-        patch.chdir(folder)
-        patch.setenv("HOME", str(folder))  # of the prepared corpus
-        for name in ("Config", "train_and_evaluate", "open_run", "compare_runs", "doctor"):
-            exec(example(getattr(lm_jax, name)), left)
-    return left | {"run": lm_jax.open_run(folder / "runs" / "example")}
+    left, folder = {"lm_jax": lm_jax}, tmp_path_factory.mktemp("examples")
+    with pytest.MonkeyPatch.context() as home:
+        home.setenv("HOME", str(folder))  # of the prepared corpus
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(folder)
+            for name in ("Config", "train_and_evaluate", "open_run", "compare_runs", "doctor"):
+                exec(example(getattr(lm_jax, name)), left)
+        yield left | {"run": lm_jax.open_run(folder / "runs" / "example")}
 
 
 def test_examples_do_what_they_show(examples):
