@@ -50,8 +50,9 @@ class Checkpoints:
             raise RuntimeError(
                 f"{manager.directory}: was removed while the run went on, and with it the run."
             )
-        # A finished newest checkpoint may name the best one, so that must be finished before.
-        self._best.wait_until_finished()
+        # A finished newest checkpoint may name the best one, so that must be finished before; and
+        # of several processes, orbax's barriers are one for both folders.
+        self.wait()
         if best:  # after a kill, one of an update that was made anew may be there
             self.clear_best(position)
         # The manifest changes while it is being written.
