@@ -41,6 +41,7 @@ def train_and_evaluate(
         Interrupted: after SIGINT, SIGTERM or SIGHUP, once the state is saved; in a notebook it is
             a KeyboardInterrupt like any other.
     """
+    console.use(silent=jax.process_index() > 0)
     with signals.handled(), contextlib.ExitStack() as held:
         return _train(setup.assemble(cfg, pathlib.Path(workdir), store, held))
 

@@ -311,14 +311,14 @@ def two(tmp_path_factory):
     ]
     try:
         single = train.train_and_evaluate(text_config(text), workdirs / "one")
-        for child in children:
-            out, _ = child.communicate(timeout=300)
+        said = [child.communicate(timeout=300)[0] for child in children]
+        for child, out in zip(children, said, strict=True):
             assert child.returncode == 0, out
     finally:
         for child in children:
             child.kill()
             child.communicate()
-    return workdirs, single
+    return workdirs, single, said
 
 
 def rows(workdir):
@@ -327,7 +327,8 @@ def rows(workdir):
 
 @pytest.mark.slow
 def test_two_processes_are_one_run(two):
-    workdirs, single = two
+    workdirs, single, said = two
+    assert ["compiling" in out for out in said] == [True, False]  # the first one speaks
     one, both = rows(workdirs / "one"), rows(workdirs / "two")
     assert [(row["step"], sorted(row)) for row in one] == [
         (row["step"], sorted(row)) for row in both
