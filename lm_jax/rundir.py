@@ -61,8 +61,13 @@ def read_state(workdir: pathlib.Path) -> State | None:
         steps = int(cfg.train.steps)
         return State(position, steps, asked, splits, finished=scored and position >= steps)
     except (OSError, LookupError, TypeError, ValueError) as error:
-        what = f"{type(error).__name__}: {error}".rstrip(".")
-        raise ConfigError(f"{path}: not as a run writes it ({what}); restore the file.") from error
+        raise unreadable(path, error) from error
+
+
+def unreadable(record: pathlib.Path, error: Exception) -> ConfigError:
+    """What is said of a record that is not as a run writes it."""
+    what = f"{type(error).__name__}: {error}".rstrip(".")
+    return ConfigError(f"{record}: not as a run writes it ({what}); restore the file.")
 
 
 def newest_update(workdir: pathlib.Path) -> int | None:

@@ -75,8 +75,7 @@ def read_record(workdir: pathlib.Path, *, checkpoints: bool = False) -> Record:
         record = Record(path, config.from_record(read), asked, read["data"], read["devices"])
         _ = record.data["vocab_size"], record.data["splits"]["train"]["tokens"], record.devices[0]
     except (AttributeError, LookupError, TypeError, ValueError) as error:
-        what = f"{type(error).__name__}: {error}".rstrip(".")
-        raise ConfigError(f"{path}: not as a run writes it ({what}); restore the file.") from error
+        raise rundir.unreadable(path, error) from error
     if checkpoints:
         refuse_older(path, read)
     return record
@@ -173,8 +172,6 @@ def _elsewhere(old: Record, cfg: Config, asked: Config) -> str:
 
 # Where data lie, which their hashes know better.
 _PLACES = {"data.files", "data.valid_files", "data.test_files", "tokenizer.folder"}
-
-
 # What a length cuts short: another length does so elsewhere.
 _CUT = ("optim.warmup", "optim.decay")
 
