@@ -1,0 +1,50 @@
+"""Fill the figures of README.md and docs/ from `scripts/results/`, so that none is stale.
+
+    python scripts/figures.py           # write every block anew
+    python scripts/figures.py --check   # name the blocks that are not current; exit code 1
+    python scripts/figures.py --list    # print every block
+
+In Markdown a block stands between two comments, each alone on its line, with an empty line inside:
+
+    <!-- figures: quickstart -->
+
+    (a table or sentences, written by this script: change nothing here)
+
+    <!-- end -->
+
+A measured number (ms, tokens/s, GB, perplexity, "1.3x", ...) stands in README.md and docs/ nowhere
+else; `pytest tests/test_docs.py` holds that. A block says on which device, when and by which command
+its figures were measured. A new figure is a record in `scripts/results/` and a function beside the
+others, in `figures_cpu.py`, `figures_gpu.py` or `figures_studies.py`; its name is the name of the
+block, with hyphens.
+
+| block | tells |
+|---|---|
+| `quickstart` | one sentence: loss, entropy rate and time of `configs/quickstart.py` |
+| `runs` | table of whole runs on 2 CPU cores: quickstart, WikiText-2, Tiny Shakespeare |
+| `optimisers` | Tiny Shakespeare by AdamW and by Muon |
+| `start` | first update of a first and of a second start |
+| `loop` | waiting for input, evaluation against the forward part, first update |
+| `doctor` | seconds and number of checks, fast and full |
+| `baselines` | WikiText-2 by words: perplexity of counting, and of the neural baseline |
+| `decoding` | table: tokens/s against Hugging Face transformers |
+| `step-cpu` | table: train step against PyTorch |
+| `attention-cpu` | table: blockwise attention against xla |
+| `loss-cpu` | table: fused loss and divergence against all logits at once |
+| `stream` | table: tokenising and reading up to 2.15 GB |
+| `stream-rest` | sentences: hashing, opening, reading, formats, references, doctor of that corpus |
+| `stream-long` | sentence: memory that one long document takes |
+| `temperature` | table: what the temperature does to divergence and gradient |
+| `gradients` | sentence: the table of verified gradients |
+| `musota` | table, verdict and step time of MU-SOTA against dense models |
+| `phase1` | table and verdict: where 10M parameters go |
+| `distillation` | table, verdict and step time of the distillation study |
+| `small-corpus` | table and verdict: options for a small corpus |
+| `step-h200` | table: train step against PyTorch on an H200 |
+| `step-h200-rest` | sentences: uneven blocks, pallas, xla and 8 updates a call at 17M |
+| `attention-h200` | table: one attention, all implementations |
+| `loss-h200` | table: linear layer with its loss |
+| `correct-h200` | sentence: values on the GPU against float32 |
+| `wikitext2-h200` | table: WikiText-2 arms |
+| `aot` | table: kernels, roofline and memory of the steps compiled for an H200 |
+"""
