@@ -13,7 +13,7 @@ In Markdown a block stands between two comments, each alone on its line, with an
     <!-- end -->
 
 A measured number (ms, tokens/s, GB, perplexity, "1.3x", ...) stands in README.md and docs/ nowhere
-else; `pytest tests/test_docs.py` holds that. A block says on which device, when and by which command
+else; `pytest tests/test_docs.py` holds that. A block says on which device, when and by what command
 its figures were measured. A new figure is a record in `scripts/results/` and a function beside the
 others, in `figures_cpu.py`, `figures_gpu.py` or `figures_studies.py`; its name is the name of the
 block, with hyphens.
@@ -48,3 +48,75 @@ block, with hyphens.
 | `wikitext2-h200` | table: WikiText-2 arms |
 | `aot` | table: kernels, roofline and memory of the steps compiled for an H200 |
 """
+
+import inspect
+import pathlib
+import re
+from collections.abc import Callable, Iterable
+
+import figures_cpu
+import figures_gpu
+import figures_studies
+from records import ROOT
+
+from lm_jax.config.manual import script_parser
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    name.replace("_", "-"): function
+    for module in (figures_cpu, figures_gpu, figures_studies)
+    for name, function in vars(module).items()
+    if inspect.isfunction(function)
+    if function.__module__ == module.__name__ and not name.startswith("_")
+}
+BLOCK = re.compile(r"^<!-- figures: (.*) -->\n(.*?)^<!-- end -->$", re.MULTILINE | re.DOTALL)
+
+
+def pages() -> list[pathlib.Path]:
+    """The Markdown files that may hold blocks."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def filled(text: str) -> str:
+    """The Markdown with every block written anew.
+
+    Raises:
+        ValueError: for a block whose name is unknown, or that has no end.
+    """
+
+    def block(match: re.Match[str]) -> str:
+        if match[1] not in BLOCKS:
+            raise ValueError(f"figures: {match[1]} is no block; write one of {', '.join(BLOCKS)}.")
+        if "<!-- figures:" in match[2]:
+            raise ValueError(f"figures: {match[1]} has no end; write <!-- end --> after it.")
+        return f"<!-- figures: {match[1]} -->\n\n{BLOCKS[match[1]]().strip()}\n\n<!-- end -->"
+
+    return BLOCK.sub(block, text)
+
+
+def stale(paths: Iterable[pathlib.Path]) -> dict[pathlib.Path, str]:
+    """The files of which a block is not current, with the text that they should have."""
+    texts = {path: (path.read_text(), filled(path.read_text())) for path in paths}
+    return {path: new for path, (old, new) in texts.items() if old != new}
+
+
+def main() -> None:
+    """Write, check or print the blocks."""
+    parser = script_parser(__doc__)
+    parser.add_argument("--check", action="store_true", help="name what is not current")
+    parser.add_argument("--list", action="store_true", help="print every block")
+    args = parser.parse_args()
+    if args.list:
+        for name, block in BLOCKS.items():
+            print(f"<!-- figures: {name} -->\n\n{block().strip()}\n\n<!-- end -->\n")
+        return
+    found = stale(pages())
+    for path, text in found.items():
+        print(f"{path.relative_to(ROOT)}: {'not current' if args.check else 'written'}")
+        if not args.check:
+            path.write_text(text)
+    if args.check and found:
+        raise SystemExit("run `python scripts/figures.py`")
+
+
+if __name__ == "__main__":
+    main()
