@@ -3,7 +3,8 @@
     python -m lm_jax.generate runs/quickstart-0 --prompt="..." --samples=3
 
 prints samples as they come and appends them to `samples.jsonl` of the run; in a notebook
-`lm_jax.open_run(workdir).generate(prompt)` returns them.
+`lm_jax.open_run(workdir).generate(prompt)` returns them. In place of a run, the folder of a
+Hugging Face checkpoint may be given; nothing is written there.
 """
 
 import codecs
@@ -26,7 +27,8 @@ from lm_jax.config.flags import parse_flags
 from lm_jax.data.tokenizers.base import Tokenizer
 from lm_jax.decode import Sampling, continuations
 from lm_jax.door import command
-from lm_jax.workdir import SAMPLES, Trained, open_trained
+from lm_jax.pretrained import open_model
+from lm_jax.workdir import SAMPLES, Trained
 
 TOKENS = 200  # of a sample, where no number is given
 EVALUATED = 64  # tokens of a sample at an evaluation
@@ -238,7 +240,7 @@ def _record(folder: pathlib.Path, facts: Mapping[str, Any], made: Iterable[Sampl
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print samples of a run and append them to its `samples.jsonl`."""
+    """Print samples; append those of a run to its `samples.jsonl`."""
     given = flags.FlagValues()
     flags.DEFINE_integer("tokens", TOKENS, "Length of a sample.", flag_values=given)
     flags.DEFINE_integer("samples", 1, "Number of samples of a prompt.", flag_values=given)
@@ -249,7 +251,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     stop = "A sample ends before this text, in which \\n is a line end; may be repeated."
     flags.DEFINE_multi_string("stop", [], stop, flag_values=given)
     names = list(given)  # the arguments of `generate`
-    flags.DEFINE_string("workdir", None, "Folder of the run.", given)
+    about = "Folder of the run, or of a Hugging Face checkpoint."
+    flags.DEFINE_string("workdir", None, about, given)
     checkpoint = "best, last, or its number of updates."
     flags.DEFINE_string("checkpoint", "best", checkpoint, flag_values=given)
     flags.DEFINE_multi_string("prompt", [], "Opens a document; may be repeated.", given)
@@ -265,7 +268,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = pathlib.Path(given.workdir)
     prompts = _prompts(given)
     with console.phase(f"opening {folder}"):
-        run = open_trained(folder, checkpoint=given.checkpoint)
+        run = open_model(folder, checkpoint=given.checkpoint)
     if given.interactive:
         _interact(run, folder, options, given.logprobs)
     else:
@@ -323,7 +326,8 @@ def _print_samples(
 
         made = generate(run, prompts, **options, show=show if alone else None)
     facts = {name: value for name, value in options.items() if name != "tokens"}
-    _record(folder, {"step": run.step, **facts}, made)
+    if run.data:  # of a run; the folder of a Hugging Face checkpoint stays as it is
+        _record(folder, {"step": run.step, **facts}, made)
     for number, one in enumerate(made, start=1):
         if alone:
             print()

@@ -260,16 +260,7 @@ class Trained:
             ConfigError: if they are not those on which the run was trained.
             ValueError: if the corpus cannot be read.
         """
-        store = open_data(self.cfg)
-        if not same_data(self.data, store.manifest):
-            data = self.cfg.data
-            where = f" in config.data.source_dir={data.source_dir!r}" if data.source_dir else ""
-            raise ConfigError(
-                f"config.data.corpus: {data.corpus!r}{where} is another corpus or has another "
-                "tokenizer than the run was trained on; restore the data, or name their folder "
-                "with --config.data.source_dir."
-            )
-        return store
+        return open_data(self.cfg, self.data)
 
 
 def open_trained(
