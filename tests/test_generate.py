@@ -33,6 +33,7 @@ FAMILIES = {
     ),
     "none": dict(model__positions="none", model__logit_softcap=5.0),
     "grouped": dict(model__kv_heads=2, model__qk_norm=True, model__tied=False),
+    "windowed": dict(model__window=5, model__head_dim=6, model__kv_heads=2),
     "scanned": dict(model__scan_layers=True, model__remat=True, model__kv_heads=1),
     "factorised": dict(model__embedding_rank=7),
     "musota": dict(
