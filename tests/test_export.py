@@ -118,6 +118,7 @@ def test_the_folder_and_its_card(workdir, tmp_path, capsys, monkeypatch):
         "tokenizer_config.json",
     ]
     assert [path.name for path in to.parent.iterdir()] == ["small"]
+    assert len({path.stat().st_mode for path in to.iterdir()}) == 1
     card, result = (
         (to / "README.md").read_text(),
         json.loads((workdir / "eval_test.json").read_text()),
