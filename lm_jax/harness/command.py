@@ -84,12 +84,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _unknown(manager: Any, tasks: Sequence[str]) -> list[str]:
-    """The names that a TaskManager does not know."""
-    return [
-        name
-        for name in tasks
-        if not manager.match_tasks([name]) and not pathlib.Path(name).exists()
-    ]
+    """The names that a TaskManager does not know and that are no files."""
+    others = [name for name in tasks if not pathlib.Path(name).exists()]
+    return [name for name in others if not manager.match_tasks([name])]
 
 
 if __name__ == "__main__":
