@@ -13,6 +13,7 @@ COMMANDS = {
     "evaluate": ("lm_jax.evaluate", "score a whole split of a run, each token once"),
     "harness": ("lm_jax.harness.command", "run tasks of lm-evaluation-harness on a run"),
     "generate": ("lm_jax.generate", "print samples of a run"),
+    "export": ("lm_jax.export", "write a run as a folder that Hugging Face transformers loads"),
     "report": ("lm_jax.report", "write the page of a run, as training does at every evaluation"),
     "compare": ("lm_jax.compare.compare", "put finished runs side by side and rank them"),
 }

@@ -22,6 +22,7 @@ EXAMPLES = {
     "generate": "generate runs/quickstart-0 --prompt=",
     "harness": "harness runs/quickstart-0 --tasks=",
     "compare": "compare runs/",
+    "export": "export runs/quickstart-0 --to=",
     "report": "report runs/quickstart-0\n",
 }
 
