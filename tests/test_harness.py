@@ -147,9 +147,17 @@ def test_the_command_runs_tasks_of_a_folder(lm_eval, run, workdir, tmp_path, mon
     accuracy = np.mean([(second > first) == one["gold"] for one in questions])
     assert results["results"]["choose"]["acc,none"] == pytest.approx(accuracy)
     assert results["config"]["step"] == run.step
-    with pytest.raises(SystemExit):
-        command.main(["harness", str(workdir), "--tasks=chooses", *flags])
-    assert "--tasks=chooses: there is no such task; did you mean choose?" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_task_that_does_not_exist(lm_eval, workdir, capsys):
+    """The tasks of lm_eval are listed to find its neighbour."""
+    with pytest.raises(SystemExit) as stopped:
+        command.main(["harness", str(workdir), "--tasks=hellaswagg"])
+    assert stopped.value.code == 2
+    said = "--tasks=hellaswagg: there is no such task; did you mean hellaswag?"
+    assert capsys.readouterr().err.splitlines()[-1] == said
 
 
 @pytest.mark.filterwarnings("ignore")

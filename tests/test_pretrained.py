@@ -125,6 +125,8 @@ def test_what_cannot_be_scored(folders, corpus, capsys, tmp_path, monkeypatch):
     ):
         assert said in refused(capsys, folders["llama"], *corpus, *flags)
     assert not list(tmp_path.iterdir())
+    (tmp_path / "config.json").write_text("{broken")
+    assert "config.json: not as a run writes it" in refused(capsys, tmp_path)
 
 
 def test_out_names_where_the_results_lie(folders, scored, tmp_path):

@@ -108,7 +108,11 @@ class RunLM(TemplateLM):
         return [likelihood.log_prob for likelihood in found]
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Each context continued to the first of its stop texts, without it."""
+        """Each context continued to the first of its stop texts, without it.
+
+        Only these end a text: as in `lm_jax.generate`, the token that opens a document is never
+        drawn, and other special tokens stand for no text.
+        """
         made = [""] * len(requests)
         by_options: dict[str, list[int]] = {}
         for place, request in enumerate(requests):
