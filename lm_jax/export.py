@@ -14,10 +14,11 @@ from absl import flags
 
 from lm_jax import console
 from lm_jax.card import model_card
+from lm_jax.config import ConfigError
 from lm_jax.config.flags import parse_flags
 from lm_jax.data.tokenizers.base import FILE_NAME, Tokenizer
 from lm_jax.door import command
-from lm_jax.evaluate import MOVED, define_fields, given_fields
+from lm_jax.evaluate import PLACES, define_fields, given_fields
 from lm_jax.files import whole_folder, write_json, write_text
 from lm_jax.models.huggingface import architecture, is_checkpoint, write_model
 from lm_jax.pretrained import open_model
@@ -104,13 +105,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags.DEFINE_string("checkpoint", "best", checkpoint, flag_values=given)
     scored = "Let transformers compute the perplexity of the whole test split too."
     flags.DEFINE_bool("scored", True, scored, given)
-    define_fields(given, MOVED)
+    define_fields(PLACES, given)
     parse_flags(given, argv, __doc__, subject=["workdir"])
     folder = pathlib.Path(given.workdir)
     if is_checkpoint(folder):
-        raise ValueError(f"{folder} is a Hugging Face checkpoint already; copy the folder.")
+        raise ConfigError(f"--workdir={folder}: is a Hugging Face checkpoint already; name a run.")
     with console.phase(f"opening {folder}"):
-        run = open_model(folder, checkpoint=given.checkpoint, **given_fields(given, MOVED))
+        changes = given_fields(PLACES, given)
+        run = open_model(folder, checkpoint=given.checkpoint, **changes)
     export(run, folder, given.to, scored=given.scored)
 
 

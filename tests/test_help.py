@@ -20,6 +20,7 @@ EXAMPLES = {
     "doctor": "doctor configs/quickstart.py --level=full\n",
     "evaluate": "evaluate runs/quickstart-0 --split=test\n",
     "generate": "generate runs/quickstart-0 --prompt=",
+    "harness": "harness runs/quickstart-0 --tasks=",
     "compare": "compare runs/",
     "export": "export runs/quickstart-0 --to=",
     "report": "report runs/quickstart-0\n",
