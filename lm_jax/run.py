@@ -137,8 +137,8 @@ class Run:
     def _repr_html_(self) -> str:
         """The same with tables."""
         return page.fragment(
-            f'<p><b>{escape(self.workdir.name)}</b>: {self._state()}<br><span class="soft">'
-            f"{escape(str(self.workdir / REPORT))} shows all of it</span></p>"
+            f"<p><b>{escape(self.workdir.name)}</b>: {self._state()}</p>"
+            f'<p class="soft">{escape(str(self.workdir / REPORT))} shows all of it.</p>'
             f'{results_html(self._results())}<p class="soft">Next: {escape(_NEXT)}</p>'
         )
 
