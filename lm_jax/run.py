@@ -13,6 +13,7 @@ from lm_jax.config import Config
 from lm_jax.data.store import Store
 from lm_jax.data.tokenizers.base import Tokenizer
 from lm_jax.evaluate import OWN, among_references, named_lines, score_split
+from lm_jax.export import export
 from lm_jax.generate import generate
 from lm_jax.history import History
 from lm_jax.report import results_html
@@ -89,6 +90,10 @@ class Run:
         `lm_jax.generate.generate`.
         """
         return generate(self._trained, prompts, samples=n, **options)
+
+    def export(self, to: str | os.PathLike, *, scored: bool = True) -> pathlib.Path:
+        """Write a folder that Hugging Face transformers loads; see `lm_jax.export.export`."""
+        return export(self._trained, self.workdir, pathlib.Path(to), scored=scored)
 
     def samples(self) -> Samples:
         """Those of `samples.jsonl`: of the evaluations of the run and of the command `generate`."""

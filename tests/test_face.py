@@ -131,6 +131,12 @@ def test_a_finished_run_is_opened_and_not_trained_again(examples, monkeypatch, c
     assert run.scores == examples["run"].scores
 
 
+def test_a_run_is_exported(examples, tmp_path):
+    run = lm_jax.open_run(str(examples["run"].workdir), checkpoint="last")
+    folder = run.export(str(tmp_path / "exported"), scored=False)
+    assert json.loads((folder / "config.json").read_text())["model_type"] == "llama"
+
+
 def test_a_run_without_a_folder_is_named_as_by_the_command(tmp_path, monkeypatch):
     named = []
     monkeypatch.setattr(run_command, "train_in", lambda folder, cfg: named.append(str(folder)))
