@@ -10,8 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-import lm_jax
-from lm_jax import config, export, proof
+from lm_jax import config, export, loop, proof
 from lm_jax.data.tokenizers.hf import HfTokenizer
 from lm_jax.data.tokenizers.load import train_tokenizer
 from lm_jax.models.families import create_model
@@ -35,7 +34,7 @@ def workdir(text, tmp_path_factory):
     """The folder of a run with a test split, and its data."""
     folder = tmp_path_factory.mktemp("exported") / "run"
     cfg = small(text, train__steps="4", train__eval_every="0", eval__splits="test")
-    lm_jax.train_and_evaluate(cfg, folder)
+    loop.train_and_evaluate(cfg, folder)
     return folder
 
 
