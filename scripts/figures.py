@@ -68,7 +68,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     if inspect.isfunction(function)
     if function.__module__ == module.__name__ and not name.startswith("_")
 }
-BLOCK = re.compile(r"^<!-- figures: (.*) -->\n(.*?)^<!-- end -->$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^<!-- figures: (\S+) -->\n(.*?)^<!-- end -->$", re.MULTILINE | re.DOTALL)
 
 
 def pages() -> list[pathlib.Path]:
