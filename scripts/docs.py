@@ -54,23 +54,24 @@ def config_page() -> str:
         "",
         "Every field of a run. A flag sets one, `--config.optim.peak_lr=1e-3`; so does Python, "
         "`cfg.optim.peak_lr = 1e-3`. Durations are written in steps, tokens or epochs: `2000`, "
-        "`2M tokens`, `3 epochs`. A field marked with * may change when a run goes on: no number of "
-        "the trained model depends on it.",
+        "`2M tokens`, `3 epochs`. A field marked with * may change when a run goes on: no number "
+        "of the trained model depends on it.",
     ]
     means, found = meanings(), dict(marks(Config))
     for section, paths in itertools.groupby(means, lambda path: path.rpartition(".")[0]):
         kind = field_types(Config)[section] if section else Config
         about = inspect.getdoc(kind) if section else "The run as a whole."
         lines += ["", f"## {section or 'Top level'}", "", str(about), ""]
-        lines += ["| field | type | default | meaning |", "|---|---|---|---|"]
         for path in paths:
             name = path.rpartition(".")[2]
-            choices = " | ".join(f"`{choice}`" for choice in found[path].get("choices", ()))
-            meaning = "; ".join(filter(None, (choices, _code(means[path]))))
-            field = f"`{path}`{{ #{path} }}" + "\\*" * ("incidental" in found[path])
-            default = str(get(Config(), path))
-            cells = (field, field_types(kind)[name].__name__, default and f"`{default}`", meaning)
-            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+            default, choices = str(get(Config(), path)), found[path].get("choices", ())
+            parts = [
+                f"{field_types(kind)[name].__name__}, " + (f"`{default}`" if default else "empty"),
+                *([" | ".join(f"`{choice}`" for choice in choices)] if choices else []),
+                _code(means[path]),
+            ]
+            star = " \\*" * ("incidental" in found[path])
+            lines.append(f"- `{path}`{{ #{path} }}{star}: {'; '.join(parts)}")
     return "\n".join(lines) + "\n"
 
 
@@ -171,11 +172,12 @@ def faults_page() -> str:
 
 def api_page() -> str:
     """The public names of `lm_jax` and of its doctor."""
-    lines = ["# API", "", "## lm_jax", "", inspect.getdoc(lm_jax) or "", ""]
+    lines = ["# API", "", _first(lm_jax), "", "## lm_jax", ""]
+    lines += ["Every field of `lm_jax.Config` is on [its own page](config.md).", ""]
     skipped = ("__version__", "doctor")
     for name in (name for name in lm_jax.__all__ if name not in skipped):
         lines += [f"::: lm_jax.{name}", ""]
-    lines += ["## lm_jax.doctor", "", inspect.getdoc(doctor) or "", ""]
+    lines += ["## lm_jax.doctor", "", f"{_first(doctor)} See [the doctor](doctor.md).", ""]
     for name in doctor.__all__:
         if name.startswith("examine_"):
             lines += [_examination(name), ""]
@@ -184,12 +186,20 @@ def api_page() -> str:
     return "\n".join(lines)
 
 
+def _first(described: Any) -> str:
+    """The first sentence of a docstring."""
+    return (inspect.getdoc(described) or "").partition("\n")[0]
+
+
 def _examination(name: str) -> str:
     """An entry point of the doctor, whose signature and docstring are made of its facts."""
     function = getattr(doctor, name)
     about, *sections = re.split(r"^(Args|Raises):\n", inspect.getdoc(function) or "", flags=re.M)
-    parts = [f"### `lm_jax.doctor.{name}` {{ #lm_jax.doctor.{name} }}"]
-    parts.append(f"```python\n{name}{inspect.signature(function)}\n```")
+    parts = [f'### lm_jax.doctor.{name} {{ #lm_jax.doctor.{name} data-toc-label="{name}" }}']
+    arguments = list(inspect.signature(function).parameters.values())
+    named = [p for p in arguments if p.kind is p.KEYWORD_ONLY]
+    lines = [*arguments[: len(arguments) - len(named)], *(["*"] if named else []), *named]
+    parts.append("\n".join([f"```python\n{name}(", *(f"    {line}," for line in lines), ")\n```"]))
     parts.append(about.strip())
     for title, body in zip(sections[::2], sections[1::2], strict=True):
         body = re.sub(r"\n {8}", " ", body)
@@ -241,8 +251,10 @@ def errors() -> str:
     for path in sorted(PACKAGE.rglob("*.py")):
         place = path.relative_to(PACKAGE)
         area = area_of.get(place.parts[0].removesuffix(".py"), "Elsewhere")
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Raise) and (sentence := _sentence(node.exc)):
+        tree = ast.parse(path.read_text())
+        constants = _constants(tree)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Raise) and (sentence := _sentence(node.exc, constants)):
                 found[area].append(f"- {sentence}")
     text = (
         "Each is one sentence that names the field, the flag or the file and what to do. Words in "
@@ -251,34 +263,47 @@ def errors() -> str:
     )
     for area in (*AREAS, "Elsewhere"):
         if found[area]:
-            text += f"\n### {area}\n\n" + "\n".join(sorted(set(found[area]))) + "\n"
+            text += f"\n### {area}\n\n" + "\n".join(sorted(set(found[area]), key=_letters)) + "\n"
     return text
 
 
-def _sentence(raised: ast.expr | None) -> str:
+def _letters(line: str) -> str:
+    """What a line is sorted by."""
+    return line.replace("*", "").replace("\\", "").lower()
+
+
+def _constants(tree: ast.Module) -> dict[str, str]:
+    """The texts that a module gives names to."""
+    return {
+        target.id: node.value.value
+        for node in tree.body
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
+        for target in node.targets
+        if isinstance(target, ast.Name) and isinstance(node.value.value, str)
+    }
+
+
+def _sentence(raised: ast.expr | None, constants: dict[str, str]) -> str:
     """The message of an error as Markdown; empty if it is no sentence of its own."""
     if not (isinstance(raised, ast.Call) and len(raised.args) == 1):
         return ""
     kind, message = ast.unparse(raised.func).rpartition(".")[2], raised.args[0]
-    if kind not in ERRORS.split():
+    if kind not in ERRORS.split() or not isinstance(message, ast.Constant | ast.JoinedStr):
         return ""
-    if isinstance(message, ast.Constant):
-        parts: list[ast.expr] = [message]
-    elif isinstance(message, ast.JoinedStr):
-        parts = message.values
-    else:
-        return ""
-    text = "".join(
-        _code(str(part.value)) if isinstance(part, ast.Constant) else f"*{_placeholder(part)}*"
-        for part in parts
-    )
-    return text.strip() if len(re.sub(r"\*[^*]*\*", "", text).split()) > 2 else ""
+    text, own = "", 0
+    for part in [message] if isinstance(message, ast.Constant) else message.values:
+        said = part.value if isinstance(part, ast.Constant) else constants.get(_name(part))
+        if said is not None:
+            text, own = text + _code(str(said)), own + len(str(said).split())
+        elif not text.endswith("*"):  # two in a row are one
+            text += f"*{_name(part).strip('_').replace('_', ' ')}*"
+    return text if own > 2 else ""
 
 
-def _placeholder(part: ast.expr) -> str:
-    """The last name of a replaced expression, in words: the path for `config.folder / "x"`."""
+def _name(part: ast.expr) -> str:
+    """The last name of a replaced expression: that of the field for `cfg.train.steps`."""
     names = re.findall(r"[A-Za-z]\w*", ast.unparse(part.value))  # type: ignore[attr-defined]
-    return names[-1].strip("_").replace("_", " ") if names else "value"
+    return names[-1] if names else "value"
 
 
 PAGES: dict[str, Callable[[], str]] = {
