@@ -10,7 +10,6 @@ Nothing made here is kept, so nothing can be stale: the fields of the config com
 from the `raise` statements of the package, where each message is one sentence.
 """
 
-import ast
 import collections
 import contextlib
 import dataclasses
@@ -23,6 +22,8 @@ import pkgutil
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
+
+from docs_errors import errors, escaped
 
 import lm_jax
 from lm_jax import doctor
@@ -68,16 +69,11 @@ def config_page() -> str:
             parts = [
                 f"{field_types(kind)[name].__name__}, " + (f"`{default}`" if default else "empty"),
                 *([" | ".join(f"`{choice}`" for choice in choices)] if choices else []),
-                _code(means[path]),
+                escaped(means[path]),
             ]
             star = " \\*" * ("incidental" in found[path])
             lines.append(f"- `{path}`{{ #{path} }}{star}: {'; '.join(parts)}")
     return "\n".join(lines) + "\n"
-
-
-def _code(text: str) -> str:
-    """Prose in which what Markdown would take for markup is none."""
-    return re.sub(r"([*<>\[\]])", r"\\\1", text)
 
 
 @dataclasses.dataclass
@@ -147,9 +143,9 @@ def checks_page() -> str:
                 "",
                 f"### `{check.name}` {{ #{_anchor(check.name)} }}",
                 "",
-                _code(" ".join((inspect.getdoc(check.body) or "").split())),
+                escaped(" ".join((inspect.getdoc(check.body) or "").split())),
                 "",
-                f"- If it fails: {_code(check.remedy)}",
+                f"- If it fails: {escaped(check.remedy)}",
                 f"- Looked at: {family.level(check)}",
                 *([f"- Needs: {needs}"] if needs else []),
             ]
@@ -228,82 +224,6 @@ def commands_page() -> str:
         if "\nConfigs\n" in told.getvalue():
             lines += ["", "The fields of a config are on [their own page](config.md)."]
     return "\n".join(lines) + "\n"
-
-
-AREAS = {
-    "Config and flags": "config rundir workdir start length __main__ door",
-    "Data and tokenizers": "data",
-    "Models, attention and losses": "models kernels loss optim objective sharding step",
-    "Training": "setup train progress checkpoint files writers trace environment main metrics",
-    "Evaluation and samples": "evaluate decode generate run report curves page",
-    "Export": "export harness",
-    "Distillation": "distill",
-    "Comparing": "compare",
-    "The doctor": "doctor preflight",
-}
-ERRORS = "ValueError ConfigError OSError FileNotFoundError FileExistsError RuntimeError Broken"
-
-
-def errors() -> str:
-    """The sentences of the errors that the package raises, by area."""
-    area_of = {room: area for area, rooms in AREAS.items() for room in rooms.split()}
-    found: dict[str, list[str]] = collections.defaultdict(list)
-    for path in sorted(PACKAGE.rglob("*.py")):
-        place = path.relative_to(PACKAGE)
-        area = area_of.get(place.parts[0].removesuffix(".py"), "Elsewhere")
-        tree = ast.parse(path.read_text())
-        constants = _constants(tree)
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Raise) and (sentence := _sentence(node.exc, constants)):
-                found[area].append(f"- {sentence}")
-    text = (
-        "Each is one sentence that names the field, the flag or the file and what to do. Words in "
-        "*italics* stand for what your message has in their place: search this page for a few of "
-        "the others.\n"
-    )
-    for area in (*AREAS, "Elsewhere"):
-        if found[area]:
-            text += f"\n### {area}\n\n" + "\n".join(sorted(set(found[area]), key=_letters)) + "\n"
-    return text
-
-
-def _letters(line: str) -> str:
-    """What a line is sorted by."""
-    return line.replace("*", "").replace("\\", "").lower()
-
-
-def _constants(tree: ast.Module) -> dict[str, str]:
-    """The texts that a module gives names to."""
-    return {
-        target.id: node.value.value
-        for node in tree.body
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
-        for target in node.targets
-        if isinstance(target, ast.Name) and isinstance(node.value.value, str)
-    }
-
-
-def _sentence(raised: ast.expr | None, constants: dict[str, str]) -> str:
-    """The message of an error as Markdown; empty if it is no sentence of its own."""
-    if not (isinstance(raised, ast.Call) and len(raised.args) == 1):
-        return ""
-    kind, message = ast.unparse(raised.func).rpartition(".")[2], raised.args[0]
-    if kind not in ERRORS.split() or not isinstance(message, ast.Constant | ast.JoinedStr):
-        return ""
-    text, own = "", 0
-    for part in [message] if isinstance(message, ast.Constant) else message.values:
-        said = part.value if isinstance(part, ast.Constant) else constants.get(_name(part))
-        if said is not None:
-            text, own = text + _code(str(said)), own + len(str(said).split())
-        elif not text.endswith("*"):  # two in a row are one
-            text += f"*{_name(part).strip('_').replace('_', ' ')}*"
-    return text if own > 2 else ""
-
-
-def _name(part: ast.expr) -> str:
-    """The last name of a replaced expression: that of the field for `cfg.train.steps`."""
-    names = re.findall(r"[A-Za-z]\w*", ast.unparse(part.value))  # type: ignore[attr-defined]
-    return names[-1] if names else "value"
 
 
 PAGES: dict[str, Callable[[], str]] = {
