@@ -12,6 +12,7 @@ COMMANDS = {
     "doctor": ("lm_jax.preflight.command", "look for what is wrong in a config, a run or a log"),
     "evaluate": ("lm_jax.evaluate", "score a whole split of a run, each token once"),
     "generate": ("lm_jax.generate", "print samples of a run"),
+    "export": ("lm_jax.export", "write a run as a folder that Hugging Face transformers loads"),
     "report": ("lm_jax.report", "write the page of a run, as training does at every evaluation"),
     "compare": ("lm_jax.compare.compare", "put finished runs side by side and rank them"),
 }

@@ -224,6 +224,20 @@ def score_split(
     return score_run(evaluator, run, workdir, name)
 
 
+def define_places(given: flags.FlagValues) -> None:
+    """Define the flags that say where the data of a run lie now."""
+    for name in WHERE:
+        help_text = "As in the config of the run, for data that lie elsewhere now."
+        flags.DEFINE_string(f"config.data.{name}", None, help_text, given)
+
+
+def with_places(run: Trained, given: flags.FlagValues) -> Trained:
+    """The run with its data where these flags say."""
+    moved = {f"data__{name}": given[f"config.data.{name}"].value for name in WHERE}
+    moved = {path: value for path, value in moved.items() if value is not None}
+    return dataclasses.replace(run, cfg=rules.validate(config.replace(run.cfg, **moved)))
+
+
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Score one split of a run; write `eval_<split>.json` and `documents_<split>.npz`."""
@@ -234,17 +248,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags.DEFINE_integer("stride", None, stride, flag_values=given)
     checkpoint = "best, last, or its number of updates."
     flags.DEFINE_string("checkpoint", "best", checkpoint, flag_values=given)
-    for name in WHERE:
-        help_text = "As in the config of the run, for data that lie elsewhere now."
-        flags.DEFINE_string(f"config.data.{name}", None, help_text, given)
+    define_places(given)
     parse_flags(given, argv, __doc__, subject=["workdir"])
     folder = pathlib.Path(given.workdir)
     console.use(aside=True)
     with console.phase(f"opening {folder}"):
-        run = open_trained(folder, checkpoint=given.checkpoint)
-        moved = {f"data__{name}": given[f"config.data.{name}"].value for name in WHERE}
-        moved = {path: value for path, value in moved.items() if value is not None}
-        run = dataclasses.replace(run, cfg=rules.validate(config.replace(run.cfg, **moved)))
+        run = with_places(open_trained(folder, checkpoint=given.checkpoint), given)
     score_split(run, folder, given.split, given.stride)
 
 

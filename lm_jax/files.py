@@ -8,6 +8,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,6 +31,28 @@ def whole(path: Path) -> Iterator[BinaryIO]:
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A new folder that takes the name `path` at the end of the block.
+
+    Until then it is a hidden one beside it; an error removes it, a kill leaves it.
+
+    Raises:
+        ValueError: if there is something at `path` that is no empty folder.
+    """
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        what = "holds files already" if path.is_dir() else "is a file"
+        raise ValueError(f"{path} {what}; name a folder that is new or empty.")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary)
         raise
 
 

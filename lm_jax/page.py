@@ -103,6 +103,15 @@ def table(rows: Sequence[Mapping[str, str]], label: str, *, own: str = "") -> st
     )
 
 
+def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
+    """Rows, cells by their headings, in Markdown."""
+    headings = list(rows[0])
+    lines = [headings, ["---", *["---:"] * (len(headings) - 1)], *(row.values() for row in rows)]
+    return "\n".join(
+        f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines
+    )
+
+
 def _kind(cells: Sequence[str]) -> str:
     """How a column is set: words to the left, numbers to the right; what is long is wrapped."""
     if any(len(x) > 40 for x in cells):

@@ -10,7 +10,8 @@ from jax.test_util import check_grads
 from lm_jax import loss
 from lm_jax.kernels.attention import attend
 from lm_jax.models.families import create_model
-from lm_jax.models.layers import Norm, head_logits, rotary
+from lm_jax.models.layers import Norm, head_logits
+from lm_jax.models.rotary import rotary
 from lm_jax.models.transformer import MLP, Block
 from lm_jax.objective import NextToken
 from tests.differences import check_gradient, directional_error

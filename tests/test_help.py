@@ -21,6 +21,7 @@ EXAMPLES = {
     "evaluate": "evaluate runs/quickstart-0 --split=test\n",
     "generate": "generate runs/quickstart-0 --prompt=",
     "compare": "compare runs/",
+    "export": "export runs/quickstart-0 --to=",
     "report": "report runs/quickstart-0\n",
 }
 

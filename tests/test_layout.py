@@ -14,8 +14,8 @@ PACKAGE = ROOT / "lm_jax"
 ORDER = (
     "cuda files console signals door page doctor kernels config rundir data compilations models "
     "sharding loss optim objective metrics step checkpoint workdir start length evaluate decode "
-    "generate run writers trace distill environment preflight compare curves report setup progress "
-    "train main __main__ __init__"
+    "generate proof card export run writers trace distill environment preflight compare curves "
+    "report setup progress train main __main__ __init__"
 ).split()
 FILES = {path: ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
 IDS = {path: str(path.relative_to(PACKAGE)) for path in FILES}

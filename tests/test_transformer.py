@@ -10,7 +10,8 @@ from lm_jax import loss
 from lm_jax.kernels.attention import attend
 from lm_jax.kernels.rowwise import along_last, normalise, swiglu
 from lm_jax.models.families import create_model
-from lm_jax.models.layers import Norm, add_bias, rotary
+from lm_jax.models.layers import Norm, add_bias
+from lm_jax.models.rotary import rotary
 from lm_jax.objective import NextToken
 from tests.helpers import FAMILIES, every, random_batch, randomise, tiny_config
 

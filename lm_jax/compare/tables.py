@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from lm_jax.page import markdown_table
+
 Table = list[dict[str, str]]  # rows: the cells by their headings
 Values = Mapping[str, Any]
 
@@ -13,7 +15,7 @@ def markdown(c: Values) -> str:
     """The whole comparison; of the pairs, those of the best arm."""
     parts = [f"# {title(c)}", ranking_sentence(c)]
     for heading, table in all_tables(c, best_only=True).items():
-        parts += [f"## {heading}", _markdown_table(table)]
+        parts += [f"## {heading}", markdown_table(table)]
         if heading == "Results":
             parts.append(BRACKETS)
     if c["notes"]:
@@ -127,11 +129,3 @@ def short(value: float) -> str:
         if value >= size:
             return f"{value / size:.4g}{unit}"
     return f"{value:.4g}"
-
-
-def _markdown_table(table: Table) -> str:
-    headings = list(table[0])
-    lines = [headings, ["---", *["---:"] * (len(headings) - 1)], *(row.values() for row in table)]
-    return "\n".join(
-        f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines
-    )

@@ -11,8 +11,8 @@ from lm_jax.config.fields import (
     incidental_fields,
 )
 from lm_jax.config.section import ConfigError, named_fields
-from lm_jax.config.values import Curve, Duration, Span
+from lm_jax.config.values import Curve, Duration, RopeScaling, Span
 
 __all__ = ["INSIDE", "ROUTED", "STATES", "Config", "ConfigError", "Curve", "Duration"]
 __all__ += ["ModelConfig", "OptimConfig", "config_hash", "difference", "from_dict", "from_record"]
-__all__ += ["Span", "incidental_fields", "named_fields", "replace", "to_dict"]
+__all__ += ["RopeScaling", "Span", "incidental_fields", "named_fields", "replace", "to_dict"]

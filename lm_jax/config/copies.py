@@ -8,7 +8,7 @@ import json
 from collections.abc import Container
 from typing import Any
 
-from lm_jax.config.fields import Config
+from lm_jax.config.fields import Config, ModelConfig
 from lm_jax.config.section import Section, get, named_fields
 
 
@@ -41,9 +41,15 @@ def from_dict(tree: dict[str, Any]) -> Config:
 def from_record(record: dict[str, Any]) -> Config:
     """The config in a run's `config.json`.
 
-    Version 0.1 wrote the number of micro-batches there, this one writes their size on a device.
+    Version 0.1 wrote the number of micro-batches there, this one writes their size on a device, and
+    the width of a head.
     """
     tree = record["config"]
+    model = tree["model"]
+    if "head_dim" not in model and "heads" in model:
+        family = ModelConfig(family=model.get("family", "dense"))
+        width = model["d_model"] // model["heads"] if family.reads("head_dim") else 0
+        tree = {**tree, "model": {**model, "head_dim": width}}
     optim = dict(tree.get("optim", {}))
     if count := optim.pop("accumulation", 0):
         data = dict(tree["data"])

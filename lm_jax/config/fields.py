@@ -7,7 +7,7 @@ names the remedy.
 import dataclasses
 
 from lm_jax.config.section import Section, incidental, marks, not_negative, one_of, positive, share
-from lm_jax.config.values import Curve, Duration, Span
+from lm_jax.config.values import Curve, Duration, RopeScaling, Span
 
 
 @dataclasses.dataclass
@@ -67,15 +67,22 @@ class ModelConfig(Section):
     d_model: int = positive(128)  # D, width of the residual stream
     heads: int = positive(4)  # H, query heads
     kv_heads: int = not_negative(0)  # key/value heads, a divisor of heads; 0: as many as heads
+    head_dim: int = not_negative(0)  # C, width of a head; 0: d_model / heads
     d_ff: int = not_negative(0)  # F, inside the MLP; 0: 4 D, for swiglu 8/3 D (multiple of 8)
     norm: str = one_of("rmsnorm layernorm", default="rmsnorm")  # before each branch and the head
     norm_eps: float = positive(1e-6)  # added to the mean square
     positions: str = one_of("rotary learned none", default="rotary")  # how order is told
     rope_theta: float = positive(10_000.0)  # base of the rotary wavelengths
+    # of the rotary wavelengths for longer texts: linear:factor=2, llama3:... or yarn:..., see
+    # models/rotary.py; empty: none
+    rope_scaling: RopeScaling = RopeScaling("")
+    window: int = not_negative(0)  # positions that attention sees, its own included; 0: all
     # activation of the MLP; gelu_tanh: the approximation in GPT-2; relu2: squared ReLU
     mlp: str = one_of("swiglu gelu gelu_tanh relu2", default="swiglu")
     qk_norm: bool = False  # RMS-normalise queries and keys per head before rotary
     bias: bool = False  # biases in the linear maps of the blocks and in layernorm
+    # linear maps that have them under bias; qkv: those of queries, keys and values
+    bias_in: str = one_of("all attention qkv", default="all")
     tied: bool = True  # the head is the embedding table
     # r of a token table [V, r] times [r, D]; 0: one table [V, D]
     embedding_rank: int = not_negative(0)

@@ -17,7 +17,7 @@ from ml_collections import config_flags
 from lm_jax.config import manual
 from lm_jax.config.fields import Config
 from lm_jax.config.section import ConfigError, advice, field_types, get, named_fields, unknown_field
-from lm_jax.config.values import Curve, Duration, Span
+from lm_jax.config.values import Curve, Duration, RopeScaling, Span
 
 # What a command may be about, and what its usage calls it.
 SUBJECTS = {"config": "CONFIG", "workdir": "RUN", "log": "LOG"}
@@ -134,7 +134,7 @@ def _define_config(given: flags.FlagValues, program: str, named: Sequence[str]) 
     spec = find_config(specs[-1])
     cfg = load_config(spec)
     named = [f"--config={spec}", *(word for word in named if _name(word) != "config")]
-    for kind in (Duration, Curve, Span):
+    for kind in (Duration, Curve, RopeScaling, Span):
         config_flags.register_flag_parser_for_type(kind, flags.ArgumentParser())
     config_flags.DEFINE_config_dataclass(
         "config", cfg, about, given, sys_argv=[program, *named], parse_fn=lambda _: cfg

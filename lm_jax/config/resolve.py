@@ -71,6 +71,8 @@ def resolve(cfg: Config, *, windows: int) -> Config:
     model = cfg.model
     if model.reads("kv_heads"):
         model.kv_heads = model.kv_heads or model.heads
+    if model.reads("head_dim"):
+        model.head_dim = model.head_dim or model.d_model // model.heads
     if model.reads("d_ff") and model.d_ff == 0:
         width = 8 * model.d_model / 3 if model.mlp == "swiglu" else 4 * model.d_model
         model.d_ff = 8 * round(width / 8)

@@ -82,8 +82,11 @@ def _model(cfg: Config) -> Iterator[str]:
         if getattr(model, name) != default and not model.reads(name):
             family = f"config.model.family={model.family!r}"
             yield f"model.{name}: has no meaning for {family}; leave it at {default!r}"
-    if D % H:
-        yield f"model.heads: does not divide config.model.d_model={D}; choose a divisor"
+    if D % H and not model.head_dim:
+        yield (
+            f"model.heads: does not divide config.model.d_model={D}; choose a divisor, or give "
+            "config.model.head_dim"
+        )
     if model.embedding_rank >= D:
         yield (
             f"model.embedding_rank: is not below config.model.d_model={D} and would save nothing; "
@@ -92,11 +95,14 @@ def _model(cfg: Config) -> Iterator[str]:
     if K and H % K:
         remedy = "choose a divisor, or 0 for as many"
         yield f"model.kv_heads: does not divide config.model.heads={H}; {remedy}"
-    if model.positions == "rotary" and D // H % 2:
+    if model.positions == "rotary" and (C := model.head_dim or D // H) % 2:
         yield (
-            f"model.heads: gives an odd head width of {D // H}, which rotary cannot pair; "
-            "choose an even head width"
+            f"model.{'head_dim' if model.head_dim else 'heads'}: gives an odd head width of {C}, "
+            "which rotary cannot pair; choose an even head width"
         )
+    if model.bias_in != "all" and not model.bias:
+        why = "has no meaning without config.model.bias"
+        yield f"model.bias_in: {why}; set that to True, or leave this at 'all'"
     if impl in ("xla", "cudnn") and model.attention_dropout:
         yield (
             f"model.attention_dropout: cannot be had from the {impl} implementation; "

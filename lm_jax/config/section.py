@@ -8,12 +8,17 @@ import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
-from lm_jax.config.values import Curve, Duration, Span
+from lm_jax.config.values import Curve, Duration, RopeScaling, Span
 
 T = TypeVar("T")
 Number = TypeVar("Number", int, float)
 # Types that are written as text, and what reads them.
-_WRITTEN: dict[Any, Any] = {Duration: Duration.parts, Curve: Curve.points, Span: Span.updates}
+_WRITTEN: dict[Any, Any] = {
+    Duration: Duration.parts,
+    Curve: Curve.points,
+    Span: Span.updates,
+    RopeScaling: RopeScaling.parts,
+}
 
 
 class ConfigError(ValueError):

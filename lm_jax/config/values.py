@@ -1,4 +1,4 @@
-"""Values of config fields that are written as text: spans of a run and curves over it."""
+"""Values of config fields that are written as text, such as spans of a run and curves over it."""
 
 import math
 import re
@@ -61,6 +61,55 @@ class Curve(str):
     def zero(self) -> bool:
         """Whether it is 0 throughout."""
         return not any(value for _, value in self.points())
+
+
+class RopeScaling(str):
+    """How rotary wavelengths grow: "linear:factor=2", "llama3:..." or "yarn:..."; empty: not."""
+
+    def parts(self) -> tuple[str, dict[str, float]]:
+        """Kind and numbers by name, as `models.rotary.frequencies` reads them; none if empty.
+
+        Raises:
+            ValueError: if it is not written like that.
+        """
+        if not self.strip():
+            return "", {}
+        kind, _, rest = self.strip().partition(":")
+        if kind not in SCALINGS:
+            raise ValueError(f"is of no kind that there is; begin with {', '.join(SCALINGS)}")
+        required, optional = (names.split() for names in SCALINGS[kind])
+        pairs = [part.strip().partition("=") for part in rest.split(",") if part.strip()]
+        numbers = {name: _number(name, value) for name, _, value in pairs}
+        known = numbers.keys() <= {*required, *optional} and len(numbers) == len(pairs)
+        if not known or not numbers.keys() >= {*required}:
+            also = f" and perhaps {', '.join(optional)}" if optional else ""
+            wanted = f"{', '.join(required)}{also}"
+            raise ValueError(f"does not give {kind} its numbers; they are {wanted}")
+        return kind, numbers
+
+
+# The numbers that each kind must and may have.
+SCALINGS = {
+    "linear": ("factor", ""),
+    "llama3": ("factor low_freq_factor high_freq_factor original_max_position_embeddings", ""),
+    "yarn": (
+        "factor original_max_position_embeddings",
+        "beta_fast beta_slow attention_factor mscale mscale_all_dim truncate",
+    ),
+}
+
+
+def _number(name: str, text: str) -> float:
+    """A number above 0; 0 or 1 for `truncate`."""
+    try:
+        value = float(text)
+    except ValueError as error:
+        raise ValueError(f"has {name}={text!r}; give a number") from error
+    good = value in (0, 1) if name == "truncate" else 0 < value < math.inf
+    if not good:
+        wanted = "0 or 1" if name == "truncate" else "a number above 0"
+        raise ValueError(f"has {name}={text}; give {wanted}")
+    return value
 
 
 def _points(text: str) -> list[tuple[float, float]]:

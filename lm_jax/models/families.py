@@ -45,7 +45,7 @@ FAMILIES = {
     "dense": Family(
         Transformer,
         dense_size,
-        heads=lambda cfg: (cfg.heads, cfg.kv_heads or cfg.heads, cfg.d_model // cfg.heads),
+        heads=lambda cfg: (cfg.heads, cfg.kv_heads, cfg.head_dim),
     ),
     "musota": Family(
         MuSota,

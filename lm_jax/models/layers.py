@@ -52,17 +52,6 @@ class Norm(nnx.Module):
         return normalise(x, self.scale[...], bias, self.kind == "layernorm", self.eps)
 
 
-def rotary(x_BTHC: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Array:
-    """Rotate pairs (i, i + C/2) by position * theta^(-2i/C) (Su et al. 2021, half-split)."""
-    half = x_BTHC.shape[-1] // 2
-    wide = jnp.promote_types(x_BTHC.dtype, jnp.float32)
-    frequencies = theta ** (-jnp.arange(half, dtype=wide) / half)
-    angles_BT1C = positions_BT[:, :, None, None].astype(wide) * along_last(frequencies, x_BTHC)
-    cos, sin = (f(angles_BT1C).astype(x_BTHC.dtype) for f in (jnp.cos, jnp.sin))
-    a, b = x_BTHC[..., :half], x_BTHC[..., half:]
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
-
-
 class Cache(NamedTuple):
     """Keys and values of the tokens read so far, slot by slot; for decoding.
 
@@ -89,12 +78,16 @@ class Cache(NamedTuple):
         longer = self._replace(k_BKSC=(*self.k_BKSC[1:], k), v_BKSC=(*self.v_BKSC[1:], v))
         return longer, k, v
 
-    def mask(self, T: int) -> jax.Array:
-        """The slots [B, T, S] that the next T tokens attend to; one of padding sees padding."""
+    def mask(self, T: int, window: int = 0) -> jax.Array:
+        """The slots [B, T, S] that the next T tokens attend to; one of padding sees padding.
+
+        Of a window above 0 they are the last so many, the token's own included.
+        """
         slots_11S = jnp.arange(self.k_BKSC[0].shape[2])[None, None]
         own_1T1 = self.length + jnp.arange(T)[None, :, None]
         first_B11 = self.first_B[:, None, None]
-        return (slots_11S <= own_1T1) & ((slots_11S >= first_B11) | (own_1T1 < first_B11))
+        seen_BTS = (slots_11S <= own_1T1) & ((slots_11S >= first_B11) | (own_1T1 < first_B11))
+        return seen_BTS & (own_1T1 - slots_11S < window) if window else seen_BTS
 
 
 def zero_cache(shapes: Sequence[tuple[int, int, int, int]], dtype: jnp.dtype) -> Cache:

@@ -43,10 +43,10 @@ def matched(
     step = _width_step(cfg)
     for D in range((cfg.embedding_rank // step + 1) * step, 1 << 16, step):
         usual = max(1, round(proportion * D))
-        widths = [dataclasses.replace(cfg, d_model=D, d_ff=F) for F in (usual, usual + 1)]
+        widths = [_of_width(cfg, D, d_ff=F) for F in (usual, usual + 1)]
         have, more = (getattr(size(c, vocab_size, seq_len), on) for c in widths)
         F = max(1, usual + round((wanted - have) / (more - have)))
-        for candidate in (widths[0], dataclasses.replace(cfg, d_model=D, d_ff=F)):
+        for candidate in (widths[0], _of_width(cfg, D, d_ff=F)):
             got = getattr(size(candidate, vocab_size, seq_len), on)
             bend = abs(math.log(candidate.d_ff / (proportion * D)))
             tried.append((abs(got / wanted - 1), bend, got, candidate))
@@ -106,7 +106,7 @@ def allocated(
 
     def deep(layers: int) -> ModelConfig:
         F = max(1, int(expansion * D))
-        return dataclasses.replace(cfg, d_model=D, d_ff=F, layers=layers)
+        return _of_width(cfg, D, d_ff=F, layers=layers)
 
     def total(layers: int) -> int:
         return size(deep(layers), vocab_size, seq_len).total
@@ -130,6 +130,19 @@ def _check(cfg: ModelConfig, **positive: float) -> None:
             raise ValueError(f"{name}={value}: give a positive number.")
 
 
+def _has_own_heads(cfg: ModelConfig) -> bool:
+    """Whether the heads have another width than D / H, which they then keep."""
+    return cfg.head_dim not in (0, cfg.d_model // cfg.heads)
+
+
+def _of_width(cfg: ModelConfig, D: int, **changes: int) -> ModelConfig:
+    """The model with D as its width."""
+    C = cfg.head_dim if _has_own_heads(cfg) else D // cfg.heads
+    return dataclasses.replace(cfg, d_model=D, head_dim=C, **changes)
+
+
 def _width_step(cfg: ModelConfig) -> int:
     """D must be a multiple of this: heads have equal width, and rotary positions turn pairs."""
+    if _has_own_heads(cfg):
+        return 8
     return cfg.heads * (2 if cfg.positions == "rotary" else 1)

@@ -15,7 +15,8 @@ from lm_jax.kernels.attention import attend, attend_cache
 from lm_jax.kernels.dropout import dropout
 from lm_jax.kernels.linear import linear
 from lm_jax.kernels.rowwise import swiglu
-from lm_jax.models.layers import Cache, Decoder, Linear, Norm, normal, rotary, zero_cache
+from lm_jax.models.layers import Cache, Decoder, Linear, Norm, normal, zero_cache
+from lm_jax.models.rotary import rotary
 from lm_jax.models.size import Size
 
 
@@ -25,10 +26,10 @@ class Attention(nnx.Module):
     def __init__(self, cfg: ModelConfig, impl: str, rngs: nnx.Rngs):
         """One matrix makes queries, keys and values: [D, (H + 2 K) C]."""
         self.cfg, self.impl = cfg, impl
-        D, C = cfg.d_model, cfg.d_model // cfg.heads
-        heads = cfg.heads + 2 * cfg.kv_heads
-        self.qkv = Linear(D, heads * C, matrix_std(cfg, D), cfg.bias, rngs)
-        self.out = Linear(D, D, residual_std(cfg, D), cfg.bias, rngs)
+        D, H, C = cfg.d_model, cfg.heads, cfg.head_dim
+        self.qkv = Linear(D, (H + 2 * cfg.kv_heads) * C, matrix_std(cfg, D), cfg.bias, rngs)
+        out_bias = cfg.bias and cfg.bias_in != "qkv"
+        self.out = Linear(H * C, D, residual_std(cfg, H * C), out_bias, rngs)
         self.q_norm = Norm(C, "rmsnorm", False, cfg.norm_eps) if cfg.qk_norm else None
         self.k_norm = Norm(C, "rmsnorm", False, cfg.norm_eps) if cfg.qk_norm else None
 
@@ -41,16 +42,15 @@ class Attention(nnx.Module):
         """
         cfg = self.cfg
         B, T, _ = x_BTD.shape
-        qkv_BTNC = self.qkv(x_BTD).reshape(B, T, -1, cfg.d_model // cfg.heads)
+        qkv_BTNC = self.qkv(x_BTD).reshape(B, T, -1, cfg.head_dim)
         q, k, v = jnp.split(qkv_BTNC, (cfg.heads, cfg.heads + cfg.kv_heads), axis=2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if cfg.positions == "rotary":
-            q = rotary(q, positions_BT, cfg.rope_theta)
-            k = rotary(k, positions_BT, cfg.rope_theta)
+            q, k = (rotary(x, positions_BT, cfg.rope_theta, cfg.rope_scaling) for x in (q, k))
         if cache is not None:
             cache, *kv = cache.append(k, v)
-            y_BTHC = attend_cache(q, *kv, mask_BTS=cache.mask(T))
+            y_BTHC = attend_cache(q, *kv, mask_BTS=cache.mask(T, cfg.window))
         else:
             y_BTHC = attend(
                 q,
@@ -58,11 +58,12 @@ class Attention(nnx.Module):
                 v,
                 segment_ids_BT=segment_ids_BT,
                 impl=self.impl,
+                window=cfg.window or None,
                 dropout_rate=cfg.attention_dropout,
                 dropout_key=key,
                 finite_padding=True,
             )
-        return self.out(y_BTHC.reshape(x_BTD.shape)), cache, (q, k)
+        return self.out(y_BTHC.reshape(B, T, -1)), cache, (q, k)
 
 
 class MLP(nnx.Module):
@@ -75,8 +76,9 @@ class MLP(nnx.Module):
         """For swiglu one matrix makes gate and value: [D, 2 F]."""
         self.kind = cfg.mlp
         inner = 2 * cfg.d_ff if cfg.mlp == "swiglu" else cfg.d_ff
-        self.up = Linear(cfg.d_model, inner, matrix_std(cfg, cfg.d_model), cfg.bias, rngs)
-        self.down = Linear(cfg.d_ff, cfg.d_model, residual_std(cfg, cfg.d_ff), cfg.bias, rngs)
+        bias = cfg.bias and cfg.bias_in == "all"
+        self.up = Linear(cfg.d_model, inner, matrix_std(cfg, cfg.d_model), bias, rngs)
+        self.down = Linear(cfg.d_ff, cfg.d_model, residual_std(cfg, cfg.d_ff), bias, rngs)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """Apply position by position."""
@@ -164,8 +166,7 @@ class Transformer(Decoder):
     def empty_cache(self, rows: int, slots: int, dtype: jnp.dtype) -> Cache:
         """A cache for `slots` tokens in each of `rows` rows."""
         cfg = self.cfg
-        width = cfg.d_model // cfg.heads
-        return zero_cache([(rows, cfg.kv_heads, slots, width)] * cfg.layers, dtype)
+        return zero_cache([(rows, cfg.kv_heads, slots, cfg.head_dim)] * cfg.layers, dtype)
 
     def embed(self, tokens_BT, positions_BT, dtype, key) -> jax.Array:
         """The hidden states before the first layer; `key` switches dropout on."""
@@ -202,20 +203,25 @@ def residual_std(cfg: ModelConfig, inputs: int) -> float:
 
 def dense_size(cfg: ModelConfig, vocab_size: int, seq_len: int) -> Size:
     """The size of a dense model; arguments as for `models.families.size`."""
-    D, H, K, F = cfg.d_model, cfg.heads, cfg.kv_heads, cfg.d_ff
-    C = D // H
+    D, H, K, C, F = cfg.d_model, cfg.heads, cfg.kv_heads, cfg.head_dim, cfg.d_ff
     inner = 2 * F if cfg.mlp == "swiglu" else F
-    matrices = D * (H + 2 * K) * C + D * D + D * inner + F * D
-    biases = (H + 2 * K) * C + D + inner + D if cfg.bias else 0
+    matrices = D * (H + 2 * K) * C + H * C * D + D * inner + F * D
+    biases = 0
+    if cfg.bias:
+        biases = (H + 2 * K) * C
+        biases += D if cfg.bias_in != "qkv" else 0
+        biases += inner + D if cfg.bias_in == "all" else 0
     norm = D * (2 if cfg.norm == "layernorm" and cfg.bias else 1)
     layer = matrices + biases + 2 * norm + (2 * C if cfg.qk_norm else 0)
     rank = cfg.embedding_rank
     table = vocab_size * rank + rank * D if rank else vocab_size * D
     head = table if cfg.tied else vocab_size * D
     products = cfg.layers * matrices + head + rank * D
+    seen = min(cfg.window or seq_len, seq_len)  # by a late position; the mean is less
+    scores = 2 * seen * (1 - seen / (2 * seq_len))
     return Size(
         table=table + (0 if cfg.tied else head),
         positions=seq_len * D if cfg.positions == "learned" else 0,
         blocks=cfg.layers * layer + norm,
-        forward_flops=2.0 * products + 2.0 * cfg.layers * seq_len * D,
+        forward_flops=2.0 * products + 2.0 * cfg.layers * scores * H * C,
     )

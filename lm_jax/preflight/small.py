@@ -35,7 +35,7 @@ def _narrow(model: ModelConfig) -> dict[str, int]:
     """A dense model with few heads of the same kind and proportions."""
     group = model.heads // model.kv_heads
     heads = group * (1 if group > 1 else min(2, model.kv_heads))
-    width = heads * (model.d_model // model.heads)
+    width = max(1, heads * model.d_model // model.heads)
     return {
         "model__heads": heads,
         "model__kv_heads": heads // group,
@@ -264,14 +264,15 @@ class Small:
     def attention(self) -> Report:
         """The attention of the run against the plain one, at lengths around those of blocks."""
         queries, keys, width = self.family.heads(self.cfg.model)
+        window = self.cfg.model.window or None
 
         def make(length: int, rng: np.random.Generator) -> tuple[jax.Array, ...]:
             shapes = [(1, length, heads, width) for heads in (queries, keys, keys)]
             return tuple(jnp.asarray(rng.standard_normal(shape), self.dtype) for shape in shapes)
 
         return examine_kernel(
-            functools.partial(attention.attend, impl=self.attention_impl),
-            functools.partial(attention.attend, impl="reference"),
+            functools.partial(attention.attend, impl=self.attention_impl, window=window),
+            functools.partial(attention.attend, impl="reference", window=window),
             make,
             sizes=sorted({min(size, self.full.data.seq_len) for size in (1, 127, 128, 129, 513)}),
             seed=self.cfg.seed,

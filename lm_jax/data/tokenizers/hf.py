@@ -6,12 +6,15 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
 from lm_jax.data.tokenizers.base import Tokenizer, byte_alphabet
 from lm_jax.files import read_json
+
+if TYPE_CHECKING:
+    import tokenizers
 
 PARTS = ("normalizer", "pre_tokenizer")  # parts of tokenizer.json that may change the text
 _SPACE = "\u2581"  # SentencePiece's space
@@ -53,6 +56,7 @@ class HfTokenizer(Tokenizer):
         tree |= {"truncation": None, "padding": None}
         for part in PARTS:
             tree[part] = _without_prefix(tree[part])
+        tree["decoder"] = _without_prefix(tree["decoder"], removed="Strip")
         self._parts = {part: list(_components(tree[part])) for part in PARTS}
         self._bytes_of = _writing(tree["model"], itertools.chain(*self._parts.values()))
         self._bytes = self._table(tree, vocab_size)
@@ -107,6 +111,11 @@ class HfTokenizer(Tokenizer):
                     "every byte."
                 )
         return documents
+
+    def _library_parts(self) -> "tokenizers.Tokenizer":
+        import tokenizers
+
+        return tokenizers.Tokenizer.from_str(self._library.to_str())
 
     def _table(self, tree: dict[str, Any], vocab_size: int) -> list[bytes]:
         """The bytes of each id below `vocab_size`: none of special tokens and of padding rows."""
@@ -171,14 +180,17 @@ def _writing(model: dict[str, Any], parts: Iterable[dict[str, Any]]) -> Callable
     )
 
 
-def _without_prefix(part: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The same normaliser or pre-tokeniser without the space before the text."""
-    if part is None or part["type"] == "Prepend":
+def _without_prefix(part: dict[str, Any] | None, removed: str = "Prepend") -> dict[str, Any] | None:
+    """The same normaliser, pre-tokeniser or decoder without the space before the text.
+
+    `removed` is the type that puts it there, or takes it away.
+    """
+    if part is None or part["type"] == removed:
         return None
     part = dict(part)
-    for name in ("normalizers", "pretokenizers"):
+    for name in ("normalizers", "pretokenizers", "decoders"):
         if name in part:
-            inner = map(_without_prefix, part[name])
+            inner = (_without_prefix(one, removed) for one in part[name])
             part[name] = [one for one in inner if one is not None]
             if not part[name]:
                 return None

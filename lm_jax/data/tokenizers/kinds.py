@@ -7,13 +7,19 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
 from lm_jax.data.tokenizers.base import Tokenizer, byte_alphabet, split_words
 
+if TYPE_CHECKING:
+    import tokenizers
+
 UNKNOWN = "<unk>"
+SEPARATOR = "<|endoftext|>"  # what the separator is called outside
+# What str.split takes for white space, but the newline; the library's \s lacks the last four.
+_BLANKS = r"(?:[^\S\n]|[\x1c-\x1f])+"
 
 
 class ByteTokenizer(Tokenizer):
@@ -25,6 +31,9 @@ class ByteTokenizer(Tokenizer):
     def encode(self, text: str) -> np.ndarray:
         """Ids of the text's UTF-8 bytes, int32."""
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32) + 1
+
+    def _library_parts(self) -> "tokenizers.Tokenizer":
+        return _byte_level([SEPARATOR, *byte_alphabet()], [])
 
 
 class CharTokenizer(Tokenizer):
@@ -56,6 +65,16 @@ class CharTokenizer(Tokenizer):
                 "--config.tokenizer.kind=byte or bpe."
             )
         return (places + 1).astype(np.int32)
+
+    def _library_parts(self) -> "tokenizers.Tokenizer":
+        import tokenizers
+
+        library = _whole_pieces([SEPARATOR, *self.characters])
+        library.pre_tokenizer = tokenizers.pre_tokenizers.Split(
+            tokenizers.Regex(r"[\s\S]"), "isolated"
+        )
+        library.decoder = tokenizers.decoders.Fuse()
+        return library
 
 
 class WordTokenizer(Tokenizer):
@@ -95,6 +114,23 @@ class WordTokenizer(Tokenizer):
             )
         return ids
 
+    def _library_parts(self) -> "tokenizers.Tokenizer":
+        import tokenizers
+
+        name = SEPARATOR
+        while name in self._ids:  # a word like any other
+            name = f"<{name}>"
+        library = _whole_pieces([name, *self.types])
+        library.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+            [
+                tokenizers.pre_tokenizers.Split(tokenizers.Regex(_BLANKS), "removed"),
+                tokenizers.pre_tokenizers.Split("\n", "isolated"),
+            ]
+        )
+        space = tokenizers.decoders.Replace(tokenizers.Regex("^"), " ")
+        library.decoder = tokenizers.decoders.Sequence([space, tokenizers.decoders.Fuse()])
+        return library
+
 
 class BpeTokenizer(Tokenizer):
     """Byte-level byte-pair encoding with GPT-2's pre-tokenisation; any text round trips.
@@ -110,15 +146,9 @@ class BpeTokenizer(Tokenizer):
 
     def __init__(self, vocabulary: list[str], merges: list[list[str]]) -> None:
         """Tokens in id order from 1 and merges by rank, in the byte-level alphabet."""
-        import tokenizers
-
         self.vocabulary = vocabulary
         self.merges = merges
-        model = tokenizers.models.BPE(
-            {token: i for i, token in enumerate(vocabulary)}, [(a, b) for a, b in merges]
-        )
-        self._library = tokenizers.Tokenizer(model)
-        self._library.pre_tokenizer = _gpt2_words()
+        self._library = _byte_level(vocabulary, merges)
         bytes_of = byte_alphabet()
         self._bytes = [b"", *(bytes(bytes_of[c] for c in token) for token in vocabulary)]
 
@@ -152,6 +182,9 @@ class BpeTokenizer(Tokenizer):
             yield text[start : boundary.end()]
             start = boundary.end()
         yield text[start:]
+
+    def _library_parts(self) -> "tokenizers.Tokenizer":
+        return _byte_level([SEPARATOR, *self.vocabulary], self.merges)
 
     def encode(self, text: str) -> np.ndarray:
         """Ids of the text, int32."""
@@ -189,3 +222,22 @@ def _gpt2_words() -> Any:
     import tokenizers
 
     return tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+
+
+def _byte_level(vocabulary: Sequence[str], merges: Iterable[Sequence[str]]) -> Any:
+    """Tokens in id order and merges by rank, in the byte-level alphabet."""
+    import tokenizers
+
+    ids = {token: i for i, token in enumerate(vocabulary)}
+    library = tokenizers.Tokenizer(tokenizers.models.BPE(ids, [(a, b) for a, b in merges]))
+    library.pre_tokenizer = _gpt2_words()
+    library.decoder = tokenizers.decoders.ByteLevel()
+    return library
+
+
+def _whole_pieces(vocabulary: Sequence[str]) -> Any:
+    """Tokens in id order; a piece that is none is <unk>, or an error where that is no token."""
+    import tokenizers
+
+    ids = {token: i for i, token in enumerate(vocabulary)}
+    return tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token=UNKNOWN))

@@ -1,0 +1,194 @@
+"""What the config.json of a checkpoint says of the model."""
+
+import json
+from pathlib import Path
+from typing import Any, NoReturn
+
+from lm_jax.config import ModelConfig, RopeScaling
+from lm_jax.files import read_json
+from lm_jax.models.huggingface.names import ARCHITECTURES
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder holds a checkpoint in this layout, and no run: by its config.json."""
+    path = folder / "config.json"
+    return path.is_file() and "model_type" in json.loads(path.read_text())
+
+
+def read_model(folder: Path) -> tuple[ModelConfig, int, int]:
+    """What `load` returns and raises, without the parameters."""
+    fields = _Fields(folder / "config.json")
+    kind = fields.choice("model_type", tuple(ARCHITECTURES))
+    own = ARCHITECTURES[kind]
+    max_len = fields.count(own.max_len)
+    special = _gpt2(fields) if kind == "gpt2" else _llama(fields, kind, max_len)
+    counted = {
+        field: fields.count(name, special.pop(field, None)) for name, field in own.counts.items()
+    }
+    cfg = ModelConfig(
+        **counted,
+        norm_eps=fields.number(own.norm_eps),
+        mlp=own.mlps[fields.choice(own.activation, tuple(own.mlps))],
+        tied=fields.flag("tie_word_embeddings", kind == "gpt2"),
+        **special,
+    )
+    if cfg.heads % cfg.kv_heads:
+        fields.refuse("num_key_value_heads", f"a divisor of num_attention_heads, {cfg.heads}")
+    return cfg, fields.count("vocab_size"), max_len
+
+
+class _Fields:
+    """The fields of config.json; null counts as absent. A wrong one is an error that names it."""
+
+    def __init__(self, path: Path):
+        self.path, self.values = path, read_json(path)
+
+    def refuse(self, name: str, supported: str) -> NoReturn:
+        """Raise ValueError for a field whose value is not among those supported."""
+        raise ValueError(
+            f"{self.path}: {name} is {self.values.get(name)!r}; supported is {supported}."
+        )
+
+    def count(self, name: str, default: int | None = None) -> int:
+        """A whole number above 0."""
+        value = self._get(name, default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            self.refuse(name, "a whole number above 0")
+        return value
+
+    def number(self, name: str, default: float | None = None) -> float:
+        """A number above 0."""
+        value = self._get(name, default)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+            self.refuse(name, "a number above 0")
+        return float(value)
+
+    def choice(self, name: str, choices: tuple, default: Any = None) -> Any:
+        """One of several values."""
+        value = self._get(name, default)
+        if value not in choices:
+            self.refuse(name, " or ".join(map(repr, choices)))
+        return value
+
+    def flag(self, name: str, default: bool) -> bool:
+        """Either true or false."""
+        return bool(self.choice(name, (False, True), default))
+
+    def _get(self, name: str, default: Any) -> Any:
+        value = self.values.get(name)
+        return default if value is None else value
+
+
+def _head_dim(fields: _Fields, width: str, heads: str) -> int:
+    """The width of heads that divide that of the model."""
+    D, H = fields.count(width), fields.count(heads)
+    if D % H:
+        fields.refuse(heads, f"a divisor of {width}, {D}")
+    return D // H
+
+
+def _gpt2(fields: _Fields) -> dict[str, Any]:
+    """Fields of the model, and defaults of those that are counted."""
+    fields.choice("scale_attn_weights", (True,), True)
+    fields.choice("scale_attn_by_inverse_layer_idx", (False,), False)
+    fields.choice("add_cross_attention", (False,), False)
+    return {
+        "kv_heads": fields.count("n_head"),
+        "head_dim": _head_dim(fields, "n_embd", "n_head"),
+        "d_ff": 4 * fields.count("n_embd"),
+        "norm": "layernorm",
+        "positions": "learned",
+        "bias": True,
+    }
+
+
+def _llama(fields: _Fields, kind: str, max_len: int) -> dict[str, Any]:
+    """The same for Llama and those that follow it."""
+    if fields.values.get("head_dim") is None and kind != "qwen3":
+        C = _head_dim(fields, "hidden_size", "num_attention_heads")
+    else:
+        C = fields.count("head_dim", 128)
+    if C % 2:
+        fields.refuse("head_dim", f"an even width, not {C}")
+    theta, scaling = _rope(fields, max_len)
+    return {
+        "kv_heads": fields.count("num_attention_heads"),
+        "head_dim": C,
+        "norm": "rmsnorm",
+        "positions": "rotary",
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        "window": _window(fields, kind, max_len),
+        "qk_norm": kind == "qwen3",
+        **_biases(fields, kind),
+    }
+
+
+def _biases(fields: _Fields, kind: str) -> dict[str, Any]:
+    """Which linear maps have biases; Qwen2 and Mistral say nothing of it."""
+    if kind == "qwen2":
+        return {"bias": True, "bias_in": "qkv"}
+    attention = kind != "mistral" and fields.flag("attention_bias", False)
+    if kind == "llama" and fields.flag("mlp_bias", False):
+        if not attention:
+            fields.refuse("mlp_bias", "false, or true with attention_bias true")
+        return {"bias": True}
+    return {"bias": True, "bias_in": "attention"} if attention else {}
+
+
+def _window(fields: _Fields, kind: str, max_len: int) -> int:
+    """Positions that attention sees; 0: all."""
+    default = {"llama": "sliding_window" in fields.values, "mistral": True}.get(kind, False)
+    if kind == "mistral" and "sliding_window" in fields.values:
+        default = fields.values["sliding_window"] is not None
+    windowed = default if kind == "mistral" else fields.flag("use_sliding_window", default)
+    window = fields.count("sliding_window", max_len if kind == "llama" else 4096)
+    if not windowed or window >= max_len:
+        return 0
+    if kind == "llama":
+        fields.refuse("sliding_window", f"null, or max_position_embeddings, {max_len}, and more")
+    if kind == "mistral":
+        return window
+    layers = fields.count("num_hidden_layers")
+    types = fields.values.get("layer_types")
+    if types is None:
+        full = fields.values.get("max_window_layers", 28)
+        types = ["full_attention"] * full + ["sliding_attention"] * (layers - full)
+    some = {str(kind) for kind in types[:layers]}
+    if len(some) > 1:
+        name = "layer_types" if fields.values.get("layer_types") else "max_window_layers"
+        fields.refuse(name, "a window in all layers or in none")
+    return window if some == {"sliding_attention"} else 0
+
+
+def _rope(fields: _Fields, max_len: int) -> tuple[float, RopeScaling]:
+    """Base and scaling of rotary positions, which version 5 writes into `rope_parameters`."""
+    fields.choice("partial_rotary_factor", (1,), 1)
+    scaling = RopeScaling("")
+    for name in ("rope_parameters", "rope_scaling"):
+        rope = {key: x for key, x in (fields.values.get(name) or {}).items() if x is not None}
+        if "rope_theta" in rope:
+            fields.values["rope_theta"] = rope.pop("rope_theta")
+        kinds = {rope.pop(key) for key in ("type", "rope_type") if key in rope} - {"default"}
+        if not rope and not kinds:
+            continue
+        if kinds <= {"llama3", "yarn"}:
+            length = fields.values.get("original_max_position_embeddings")
+            rope.setdefault("original_max_position_embeddings", max_len)
+            if length is not None:
+                rope["original_max_position_embeddings"] = length
+        text = ",".join(f"{key}={_plain(value)}" for key, value in rope.items())
+        scaling = RopeScaling(f"{' '.join(map(str, kinds))}:{text}")
+        try:
+            scaling.parts()
+        except ValueError as error:
+            raise ValueError(
+                f"{fields.path}: {name} is {fields.values[name]!r}, which {error}."
+            ) from error
+    return fields.number("rope_theta", 10_000.0), scaling
+
+
+def _plain(value: Any) -> str:
+    """A number as short as it can be written."""
+    value = int(value) if isinstance(value, bool) else value
+    return repr(value).removesuffix(".0")

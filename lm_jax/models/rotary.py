@@ -1,0 +1,78 @@
+"""Rotary positions (Su et al. 2021), and their wavelengths for texts longer than those learned."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from lm_jax.config import RopeScaling
+from lm_jax.kernels.rowwise import along_last
+
+
+def rotary(
+    x_BTHC: jax.Array, positions_BT: jax.Array, theta: float, scaling: str = ""
+) -> jax.Array:
+    """Rotate pairs (i, i + C/2) by position * frequency_i; half-split, section 3.4.2."""
+    half = x_BTHC.shape[-1] // 2
+    wide = jnp.promote_types(x_BTHC.dtype, jnp.float32)
+    per_position, factor = frequencies(2 * half, theta, scaling, wide)
+    angles_BT1C = positions_BT[:, :, None, None].astype(wide) * along_last(per_position, x_BTHC)
+    cos, sin = ((factor * f(angles_BT1C)).astype(x_BTHC.dtype) for f in (jnp.cos, jnp.sin))
+    a, b = x_BTHC[..., :half], x_BTHC[..., half:]
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+def frequencies(
+    width: int, theta: float, scaling: str = "", dtype: jax.typing.DTypeLike = jnp.float32
+) -> tuple[jax.Array, float]:
+    """Angles per position [C/2] in radians, and the factor on cosine and sine.
+
+    Without scaling theta^(-2i/C), and 1. `linear` divides them by its factor (Chen et al. 2023,
+    Position Interpolation, section 3.2). `llama3` divides those alone whose wavelength is long
+    beside the text learned from, with a ramp in between (Grattafiori et al. 2024, Llama 3, section
+    3.4.1 and the code of Llama 3.1). `yarn` has that ramp over the coordinates, and the factor
+    (Peng et al. 2023, YaRN, sections 3.2 to 3.4).
+
+    Args:
+        width: C, of a head.
+        theta: base of the wavelengths.
+        scaling: as in `config.model.rope_scaling`.
+        dtype: of the angles.
+    """
+    half = width // 2
+    plain = theta ** (-jnp.arange(half, dtype=dtype) / half)
+    kind, numbers = RopeScaling(scaling).parts()
+    if not kind:
+        return plain, 1.0
+    divided = plain / numbers["factor"]
+    if kind == "linear":
+        return divided, 1.0
+    learned = numbers["original_max_position_embeddings"]
+    if kind == "llama3":
+        low, high = numbers["low_freq_factor"], numbers["high_freq_factor"]
+        turns = learned * plain / (2 * math.pi)
+        kept = jnp.clip((turns - low) / (high - low), 0, 1)
+        return kept * plain + (1 - kept) * divided, 1.0
+    fast, slow = (
+        width * math.log(learned / (turns * 2 * math.pi)) / (2 * math.log(theta))
+        for turns in (numbers.get("beta_fast", 32), numbers.get("beta_slow", 1))
+    )
+    if numbers.get("truncate", 1):
+        fast, slow = math.floor(fast), math.ceil(slow)
+    fast, slow = max(fast, 0), min(slow, width - 1)
+    ramp = (jnp.arange(half, dtype=dtype) - fast) / (slow - fast or 0.001)
+    kept = 1 - jnp.clip(ramp, 0, 1)
+    return kept * plain + (1 - kept) * divided, _yarn_factor(numbers)
+
+
+def _yarn_factor(numbers: dict[str, float]) -> float:
+    """The factor on cosine and sine, whose square sharpens the scores: section 3.4."""
+
+    def sharpened(scale: float) -> float:
+        return max(0.0, 0.1 * scale * math.log(numbers["factor"])) + 1
+
+    if "attention_factor" in numbers:
+        return numbers["attention_factor"]
+    if "mscale" in numbers and "mscale_all_dim" in numbers:
+        return sharpened(numbers["mscale"]) / sharpened(numbers["mscale_all_dim"])
+    return sharpened(1)
