@@ -12,18 +12,20 @@ if TYPE_CHECKING:
     from lm_jax import doctor
     from lm_jax.compare.compare import compare_runs
     from lm_jax.config import Config
+    from lm_jax.config.flags import load_config
+    from lm_jax.main import train
     from lm_jax.run import open_run
-    from lm_jax.train import train_and_evaluate
 
-__all__ = ["Config", "__version__", "compare_runs", "doctor", "open_run", "train_and_evaluate"]
+__all__ = ["Config", "__version__", "compare_runs", "doctor", "load_config", "open_run", "train"]
 __version__ = "0.3.0"
 
 _LAZY = {
     "Config": "lm_jax.config:Config",
     "compare_runs": "lm_jax.compare.compare:compare_runs",
     "doctor": "lm_jax.doctor:",
+    "load_config": "lm_jax.config.flags:load_config",
     "open_run": "lm_jax.run:open_run",
-    "train_and_evaluate": "lm_jax.train:train_and_evaluate",
+    "train": "lm_jax.main:train",
 }
 
 name_cuda_folder()

@@ -11,6 +11,7 @@ COMMANDS = {
     "train": ("lm_jax.main", "train, evaluate and save a run, or go on with one that was stopped"),
     "doctor": ("lm_jax.preflight.command", "look for what is wrong in a config, a run or a log"),
     "evaluate": ("lm_jax.evaluate", "score a whole split of a run, each token once"),
+    "harness": ("lm_jax.harness.command", "run tasks of lm-evaluation-harness on a run"),
     "generate": ("lm_jax.generate", "print samples of a run"),
     "export": ("lm_jax.export", "write a run as a folder that Hugging Face transformers loads"),
     "report": ("lm_jax.report", "write the page of a run, as training does at every evaluation"),

@@ -3,13 +3,16 @@
 import functools
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from lm_jax import page
 from lm_jax.config import Config
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -52,8 +55,31 @@ def course(rows: Rows, name: str, most: int = _MOST) -> Course:
     return Course(steps, mean, low, high)
 
 
-def figures(rows: Rows, cfg: Config, lines: Mapping[str, float]) -> str:
-    """All figures for which something was logged, as HTML.
+class Drawing(NamedTuple):
+    """One figure: its name, what stands below it, and what draws it into matplotlib's axes."""
+
+    title: str
+    caption: str
+    draw: Callable[[Any], str]
+
+
+def plot(drawings: Sequence[Drawing]) -> "Figure":
+    """All of them in one figure of matplotlib, two in a row."""
+    from matplotlib.figure import Figure
+
+    width, height = page.SIZE
+    with page.drawn_plainly():
+        count = -(-len(drawings) // 2)
+        whole = Figure(figsize=(2 * width, count * (height + 0.6)))
+        parts = whole.subfigures(count, 2, squeeze=False).flat
+        for drawing, part in zip(drawings, parts, strict=False):
+            _, legend = page.panel(part, drawing.draw)
+            part.legend(legend.values(), legend, loc="upper center", ncols=len(legend))
+    return whole
+
+
+def drawings(rows: Rows, cfg: Config, lines: Mapping[str, float]) -> list[Drawing]:
+    """All figures for which something was logged.
 
     Args:
         rows: of `metrics.jsonl`, each with its step.
@@ -62,7 +88,7 @@ def figures(rows: Rows, cfg: Config, lines: Mapping[str, float]) -> str:
     """
     train, valid = course(rows, "train/loss"), course(rows, "valid/loss")
     if not train:
-        return ""
+        return []
     band = "The band spans the lowest and the highest update of each stretch. "
     band *= len(train.steps) == _MOST
     made = [("Loss.", f"Nats per token. {band}", functools.partial(_loss, train, valid, lines, 0))]
@@ -87,7 +113,7 @@ def figures(rows: Rows, cfg: Config, lines: Mapping[str, float]) -> str:
         named = list(layers.items())
         draw = functools.partial(_by_layer, dict(named[i] for i in chosen))
         made.append(("Gradient norm by layer.", f"{some}Before clipping.", draw))
-    return "".join(page.figure(*figure) for figure in made)
+    return [Drawing(*one) for one in made]
 
 
 def _mean(rows: Rows, name: str) -> str:

@@ -3,7 +3,12 @@
     python -m lm_jax.evaluate runs/quickstart-0 --split=test
 
 scores the best checkpoint of a run and writes `eval_<split>.json` and, document by document,
-`documents_<split>.npz`.
+`documents_<split>.npz` into its folder.
+
+    python -m lm_jax.evaluate FOLDER --config.data.corpus=wikitext2 --config.data.seq_len=1024
+
+scores a Hugging Face checkpoint on a corpus, in the checkpoint's own tokens, and writes the same
+files into `scores/`, or where `--out` says.
 """
 
 import dataclasses
@@ -20,21 +25,27 @@ from jax.sharding import Mesh
 from rich.table import Table
 
 from lm_jax import config, console, metrics, sharding, step
-from lm_jax.config import Config, ConfigError, rules
+from lm_jax.config import Config, ConfigError, manual, rules
 from lm_jax.config.flags import parse_flags
-from lm_jax.config.section import advice
+from lm_jax.config.section import advice, get
 from lm_jax.data import windows
 from lm_jax.data.references import in_nats, references
 from lm_jax.data.store import Store
 from lm_jax.door import command
 from lm_jax.files import whole, write_json
+from lm_jax.models import huggingface
 from lm_jax.models.families import FAMILIES, family
-from lm_jax.workdir import DOCUMENTS, SCORES, Trained, open_trained
+from lm_jax.pretrained import open_model
+from lm_jax.workdir import DOCUMENTS, SCORES, Trained
 
 OWN = "this model"
 _NAMES = {"kn2": "Kneser-Ney bigram", "kn3": "Kneser-Ney trigram", "entropy_rate": "entropy rate"}
-# Fields of config.data that say where the files lie; the hash of what is in them must stay.
-WHERE = "source_dir files valid_files test_files cache_dir".split()
+# Fields that may be given: where the data of a run lie now, whose hash must stay the same ...
+_PLACES = "source_dir files valid_files test_files cache_dir workers".split()
+MOVED = [*(f"data.{name}" for name in _PLACES), "eval.batch_size"]
+# ... and what a Hugging Face checkpoint reads, and how.
+_READ = "corpus document valid_fraction test_fraction seq_len document_mask".split()
+_ASKED = [*(f"data.{name}" for name in _READ), "train.compute_dtype"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,7 +209,10 @@ def score_run(
     """Score one split of a run; write and print the result, which is `eval_<split>.json`."""
     result, nats_D = evaluator.score(run.params, name)
     result = {"step": run.step, **result, "references": references(evaluator.store, name)}
+    if not run.data:  # there is no record of a run beside it
+        result |= {"config": config.to_dict(run.cfg), "data": evaluator.store.manifest}
     if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
         arrays: dict[str, Any] = documents(evaluator.store, name, nats_D)
         with whole(workdir / DOCUMENTS.format(name)) as file:
             np.savez(file, allow_pickle=False, **arrays)
@@ -215,46 +229,64 @@ def score_split(
     Raises:
         ConfigError: if there is no such split or the stride is impossible, before data are opened.
     """
-    cfg, splits = run.cfg, run.data["splits"]
+    cfg = run.cfg
     if stride is not None:
         cfg = rules.validate(config.replace(cfg, eval__stride=stride or cfg.data.seq_len))
-    if name not in splits:
-        raise ConfigError(f"--split={name}: the run has no such data; {advice(name, [*splits])}")
+    if name not in (splits := (run.data or run.store.manifest)["splits"]):
+        raise ConfigError(f"--split={name}: there are no such data; {advice(name, [*splits])}")
     evaluator = Evaluator.of(dataclasses.replace(run, cfg=cfg), run.store)
     return score_run(evaluator, run, workdir, name)
 
 
-def define_places(given: flags.FlagValues) -> None:
-    """Define the flags that say where the data of a run lie now."""
-    for name in WHERE:
-        help_text = "As in the config of the run, for data that lie elsewhere now."
-        flags.DEFINE_string(f"config.data.{name}", None, help_text, given)
+def define_fields(given: flags.FlagValues, paths: Sequence[str]) -> None:
+    """Define the flags of fields of the config; each is None where it is not given."""
+    define: dict[type, Callable[..., Any]] = {
+        str: flags.DEFINE_string,
+        bool: flags.DEFINE_bool,
+        int: flags.DEFINE_integer,
+        float: flags.DEFINE_float,
+    }
+    for path in paths:
+        kind = type(get(Config(), path))
+        define[kind](f"config.{path}", None, manual.meanings()[path], flag_values=given)
 
 
-def with_places(run: Trained, given: flags.FlagValues) -> Trained:
-    """The run with its data where these flags say."""
-    moved = {f"data__{name}": given[f"config.data.{name}"].value for name in WHERE}
-    moved = {path: value for path, value in moved.items() if value is not None}
-    return dataclasses.replace(run, cfg=rules.validate(config.replace(run.cfg, **moved)))
+def given_fields(given: flags.FlagValues, paths: Sequence[str]) -> dict[str, Any]:
+    """The fields that were given among those, as `config.replace` takes them."""
+    values = {path.replace(".", "__"): given[f"config.{path}"].value for path in paths}
+    return {path: value for path, value in values.items() if value is not None}
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    """Score one split of a run; write `eval_<split>.json` and `documents_<split>.npz`."""
+    """Score one split; write `eval_<split>.json` and `documents_<split>.npz`."""
     given = flags.FlagValues()
-    flags.DEFINE_string("workdir", None, "Folder of the run.", given)
+    about = "Folder of the run, or of a Hugging Face checkpoint."
+    flags.DEFINE_string("workdir", None, about, given)
     flags.DEFINE_enum("split", "test", ["train", "valid", "test"], "What is scored.", given)
-    stride = "Targets scored per window. Default: as in the run's config."
+    stride = "Targets scored per window. Default: as in the run's config, or all."
     flags.DEFINE_integer("stride", None, stride, flag_values=given)
     checkpoint = "best, last, or its number of updates."
     flags.DEFINE_string("checkpoint", "best", checkpoint, flag_values=given)
-    define_places(given)
+    results = "Folder of the results. Default: that of the run; of a checkpoint scores/NAME-CORPUS."
+    flags.DEFINE_string("out", None, results, given)
+    define_fields(given, (*MOVED, *_ASKED))
     parse_flags(given, argv, __doc__, subject=["workdir"])
     folder = pathlib.Path(given.workdir)
     console.use(aside=True)
+    trained, asked = not huggingface.is_checkpoint(folder), given_fields(given, _ASKED)
+    if trained and asked:
+        raise ConfigError(
+            f"config.{min(asked).replace('__', '.')}: a run is scored on its own data, as it was "
+            "trained; leave it out, or export the run and score that folder."
+        )
     with console.phase(f"opening {folder}"):
-        run = with_places(open_trained(folder, checkpoint=given.checkpoint), given)
-    score_split(run, folder, given.split, given.stride)
+        moved = given_fields(given, MOVED)
+        run = open_model(folder, checkpoint=given.checkpoint, **moved, **asked)
+    beside = pathlib.Path("scores", f"{folder.resolve().name}-{run.cfg.data.corpus}")
+    out = pathlib.Path(given.out or (folder if trained else beside))
+    score_split(run, out, given.split, given.stride)
+    console.say(f"{out / SCORES.format(given.split)} holds the result")
 
 
 if __name__ == "__main__":

@@ -17,12 +17,13 @@ from lm_jax.card import model_card
 from lm_jax.config.flags import parse_flags
 from lm_jax.data.tokenizers.base import FILE_NAME, Tokenizer
 from lm_jax.door import command
-from lm_jax.evaluate import define_places, with_places
+from lm_jax.evaluate import MOVED, define_fields, given_fields
 from lm_jax.files import whole_folder, write_json, write_text
 from lm_jax.models.families import size
-from lm_jax.models.huggingface import architecture, write_model
+from lm_jax.models.huggingface import architecture, is_checkpoint, write_model
+from lm_jax.pretrained import open_model
 from lm_jax.proof import prove
-from lm_jax.workdir import Trained, open_trained
+from lm_jax.workdir import Trained
 
 KINDS = {"llama": "Llama", "qwen3": "Qwen3", "gpt2": "GPT-2"}
 
@@ -102,11 +103,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags.DEFINE_string("checkpoint", "best", checkpoint, flag_values=given)
     scored = "Let transformers compute the perplexity of the whole test split too."
     flags.DEFINE_bool("scored", True, scored, given)
-    define_places(given)
+    define_fields(given, MOVED)
     parse_flags(given, argv, __doc__, subject=["workdir"])
     folder = pathlib.Path(given.workdir)
+    if is_checkpoint(folder):
+        raise ValueError(f"{folder} is a Hugging Face checkpoint already; copy the folder.")
     with console.phase(f"opening {folder}"):
-        run = with_places(open_trained(folder, checkpoint=given.checkpoint), given)
+        run = open_model(folder, checkpoint=given.checkpoint, **given_fields(given, MOVED))
     export(run, folder, given.to, scored=given.scored)
 
 

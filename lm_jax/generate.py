@@ -3,18 +3,17 @@
     python -m lm_jax.generate runs/quickstart-0 --prompt="..." --samples=3
 
 prints samples as they come and appends them to `samples.jsonl` of the run; in a notebook
-`lm_jax.open_run(workdir).generate(prompt)` returns them.
+`lm_jax.open_run(workdir).generate(prompt)` returns them. In place of a run, the folder of a
+Hugging Face checkpoint may be given; nothing is written there.
 """
 
 import codecs
 import contextlib
-import dataclasses
 import io
-import json
 import math
 import pathlib
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,7 +25,9 @@ from lm_jax.config.flags import parse_flags
 from lm_jax.data.tokenizers.base import Tokenizer
 from lm_jax.decode import Sampling, continuations
 from lm_jax.door import command
-from lm_jax.workdir import SAMPLES, Trained, open_trained
+from lm_jax.pretrained import open_model
+from lm_jax.samples import Sample, Samples, record_samples
+from lm_jax.workdir import Trained
 
 TOKENS = 200  # of a sample, where no number is given
 EVALUATED = 64  # tokens of a sample at an evaluation
@@ -34,16 +35,6 @@ EVALUATED = 64  # tokens of a sample at an evaluation
 
 class ArgumentError(ValueError):
     """An argument that is impossible, or impossible with this run."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Sample:
-    """A prompt and one continuation of it."""
-
-    prompt: str
-    text: str  # the continuation alone, before the first stop string
-    ids: list[int]  # its tokens, to that which completed a stop string
-    log_probs: list[float]  # nats, of each token under the model itself: temperature 1, no cuts
 
 
 def generate(
@@ -58,19 +49,18 @@ def generate(
     seed: int = 0,
     stop: str | Sequence[str] = (),
     show: Callable[[str], Any] | None = None,
-) -> list[Sample]:
+) -> Samples:
     """Continue prompts, each of which opens a document, as each would be continued alone.
 
     Args:
-        run: from `open_trained` or `open_run`.
+        run: from `open_trained`.
         prompts: one text or several; empty to start from nothing. Where a text grows longer than
             the window of the model, its last part is kept.
         tokens: length of each continuation.
         samples: number of continuations of each prompt.
         temperature: divides the logits; 0 takes the most likely token.
         top_k: keep only so many of the most likely tokens; 0: all.
-        top_p: keep the fewest tokens whose probability, after temperature and top_k, sums to
-            this or more.
+        top_p: keep the fewest tokens that have this probability, after temperature and top_k.
         seed: the same seed gives the same samples.
         stop: one text or several, before the first of which a continuation ends.
         show: called with each new piece of the first continuation.
@@ -105,7 +95,10 @@ def generate(
             break
     for row in rows:
         row.finish()
-    return [Sample(prompts[n // samples], r.text, r.ids, r.log_probs) for n, r in enumerate(rows)]
+    return Samples(
+        Sample(prompts[n // samples], row.text, row.ids, row.log_probs, run.step)
+        for n, row in enumerate(rows)
+    )
 
 
 def _say_window(window: int, length: int) -> None:
@@ -212,7 +205,7 @@ def evaluation_prompts(cfg: Config) -> list[str]:
     return cfg.train.sample_prompts.split("|") if cfg.train.sample_prompts else []
 
 
-def sample_prompts(run: Trained, folder: pathlib.Path) -> list[Sample]:
+def sample_prompts(run: Trained, folder: pathlib.Path) -> Samples:
     """Continue each of `config.train.sample_prompts`, the same way at every evaluation of a run.
 
     The samples are appended to `samples.jsonl`.
@@ -223,22 +216,16 @@ def sample_prompts(run: Trained, folder: pathlib.Path) -> list[Sample]:
     """
     prompts = evaluation_prompts(run.cfg)
     if not prompts:
-        return []
+        return Samples()
     with console.phase("sampling"):
         made = generate(run, prompts, tokens=min(EVALUATED, run.cfg.data.seq_len // 2 + 1))
-    _record(folder, {"step": run.step, "evaluation": True}, made)
+    record_samples(folder, {"evaluation": True}, made)
     return made
-
-
-def _record(folder: pathlib.Path, facts: Mapping[str, Any], made: Iterable[Sample]) -> None:
-    with (folder / SAMPLES).open("a") as file:
-        for one in made:
-            file.write(json.dumps({**facts, **dataclasses.asdict(one)}) + "\n")
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print samples of a run and append them to its `samples.jsonl`."""
+    """Print samples; append those of a run to its `samples.jsonl`."""
     given = flags.FlagValues()
     flags.DEFINE_integer("tokens", TOKENS, "Length of a sample.", flag_values=given)
     flags.DEFINE_integer("samples", 1, "Number of samples of a prompt.", flag_values=given)
@@ -249,7 +236,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     stop = "A sample ends before this text, in which \\n is a line end; may be repeated."
     flags.DEFINE_multi_string("stop", [], stop, flag_values=given)
     names = list(given)  # the arguments of `generate`
-    flags.DEFINE_string("workdir", None, "Folder of the run.", given)
+    about = "Folder of the run, or of a Hugging Face checkpoint."
+    flags.DEFINE_string("workdir", None, about, given)
     checkpoint = "best, last, or its number of updates."
     flags.DEFINE_string("checkpoint", "best", checkpoint, flag_values=given)
     flags.DEFINE_multi_string("prompt", [], "Opens a document; may be repeated.", given)
@@ -265,7 +253,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = pathlib.Path(given.workdir)
     prompts = _prompts(given)
     with console.phase(f"opening {folder}"):
-        run = open_trained(folder, checkpoint=given.checkpoint)
+        run = open_model(folder, checkpoint=given.checkpoint)
     if given.interactive:
         _interact(run, folder, options, given.logprobs)
     else:
@@ -323,7 +311,8 @@ def _print_samples(
 
         made = generate(run, prompts, **options, show=show if alone else None)
     facts = {name: value for name, value in options.items() if name != "tokens"}
-    _record(folder, {"step": run.step, **facts}, made)
+    if run.data:  # of a run; the folder of a Hugging Face checkpoint stays as it is
+        record_samples(folder, facts, made)
     for number, one in enumerate(made, start=1):
         if alone:
             print()

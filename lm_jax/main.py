@@ -7,20 +7,24 @@ Any field of the config can be set by a flag; all of them are listed at the end.
 """
 
 import ctypes
+import os
 import pathlib
 import platform
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from absl import flags
 from ml_collections import config_flags
 
-from lm_jax import console
-from lm_jax.config import rules
+from lm_jax import config, console
+from lm_jax.config import Config, rules
 from lm_jax.config.flags import load_config, parse_flags
 from lm_jax.door import command
-from lm_jax.files import read_json
-from lm_jax.rundir import SCORES, changes, read_state, run_name
+from lm_jax.rundir import changes, read_scores, read_state, run_name
 from lm_jax.signals import Interrupted
+
+if TYPE_CHECKING:
+    from lm_jax.run import Run
 
 
 def keep_freed_memory() -> None:
@@ -43,6 +47,44 @@ def keep_freed_memory() -> None:
         libc.mallopt(option, value)
 
 
+def train(cfg: Config | str, workdir: str | os.PathLike | None = None) -> "Run":
+    """Train, evaluate and save a run, as the command does; called again, it goes on.
+
+    A run that is finished is opened. An interrupt saves the state first.
+
+    Example:
+        ```python
+        run = lm_jax.train(cfg, "runs/example")
+        run.scores["valid"]["loss"], run.scores["valid"]["references"]
+        ```
+
+    Args:
+        cfg: the config as written, whose durations are resolved here; or the file or the name of
+            one, as `load_config` takes it.
+        workdir: folder for everything that the run leaves behind. None: as the command names it,
+            `runs/<config>-<seed>`; a `Config` is named after its corpus and what it changes.
+
+    Raises:
+        ConfigError: for an impossible config, or one that differs from the workdir's, or if another
+            trainer has the workdir.
+        FloatingPointError: after `train.max_nonfinite` skipped updates in a row.
+        Unfit: if the doctor finds the run at fault before it starts.
+        Interrupted: after SIGINT, SIGTERM or SIGHUP, once the state is saved; in a notebook it is
+            a KeyboardInterrupt like any other.
+    """
+    if isinstance(cfg, str):
+        spec, usual = cfg, load_config(cfg)
+        cfg = usual
+    else:
+        spec, usual = cfg.data.corpus, config.replace(Config(), data__corpus=cfg.data.corpus)
+    rules.validate(cfg)
+    folder = pathlib.Path(workdir or default_folder(spec, usual, cfg))
+    train_in(folder, cfg)
+    from lm_jax.run import open_run
+
+    return open_run(folder)
+
+
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the training that the flags describe."""
@@ -55,31 +97,40 @@ def main(argv: Sequence[str] | None = None) -> None:
     parse_flags(given, argv, __doc__, subject=["config"])
     cfg, spec = given.config, config_flags.get_config_filename(given["config"])
     rules.validate(cfg)
-    changed = changes(load_config(spec), cfg)
-    workdir = pathlib.Path(given.workdir or f"runs/{run_name(spec, cfg.seed, changed)}")
+    workdir = pathlib.Path(given.workdir or default_folder(spec, load_config(spec), cfg))
+    if not train_in(workdir, cfg):
+        from lm_jax.evaluate import report
+
+        for split, result in read_scores(workdir).items():
+            report(split, result)
+        console.say("more updates go on from here: raise config.train.steps")
+    tell_the_way_on(workdir)
+
+
+def default_folder(spec: str, usual: Config, cfg: Config) -> str:
+    """Where a run of `cfg` lives: `usual`, the config of `spec`, with changes."""
+    return f"runs/{run_name(spec, cfg.seed, changes(usual, cfg))}"
+
+
+def train_in(workdir: pathlib.Path, cfg: Config) -> bool:
+    """Say what the folder holds, and train there unless `cfg` is finished; whether it was."""
     state = read_state(workdir)
     console.say(f"{workdir}: {state or 'a new run'}")
     if state is not None and state.finished and state.answers(cfg):
-        from lm_jax.evaluate import report
-
-        for split in state.splits:
-            report(split, read_json(workdir / SCORES.format(split)))
-        console.say("more updates go on from here: raise config.train.steps")
-        tell_the_way_on(workdir)
-        return
+        return False
     keep_freed_memory()
     try:
         with console.phase("starting JAX"):
             from lm_jax import sharding
-            from lm_jax.train import train_and_evaluate
+            from lm_jax.loop import train_and_evaluate
 
             sharding.initialize()
         train_and_evaluate(cfg, workdir)
     except Interrupted as stopped:
         state = read_state(workdir)
-        stopped.then = f"; {state}, the same command goes on" if state else "; nothing is saved"
+        stopped.then = f"; {state}, the same again goes on" if state else "; nothing is saved"
         raise
-    tell_the_way_on(workdir)
+    return True
 
 
 def tell_the_way_on(workdir: pathlib.Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 COLOURS = ("#0072b2", "#d55e00", "#007a5a", "#a8518a", "#8a6500", "#2f2f2f")
 _DARK = ("#56b4e9", "#ff8c3f", "#2fc79b", "#e3a0c8", "#e6b31e", "#dddddd")
 MARKERS = {"o": "●", "s": "■", "D": "◆", "^": "▲", "v": "▼", "P": "✚", "X": "✖"}
+SIZE = (4.8, 3.0)  # of a figure, inches
 INK, SOFT, RULE = "#010203", "#505152", "#b0b1b2"  # stand for the page's text, notes and rules
 
 
@@ -18,7 +19,7 @@ def _variables(palette: Sequence[str]) -> str:
     return " ".join(f"--c{i}: {colour};" for i, colour in enumerate(palette))
 
 
-_STYLE = """
+_PAGE = """
 :root { color-scheme: light dark; --page: #fff; --ink: #1f2328; --soft: #5b636d; --rule: #d9dce1;
   --panel: #f6f7f8; LIGHT }
 @media (prefers-color-scheme: dark) {
@@ -31,6 +32,8 @@ h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .75rem; }
 h2 { font-size: 1.15rem; margin: 2.75rem 0 .75rem; padding-bottom: .3rem;
   border-bottom: 1px solid var(--rule); }
 h3 { font-size: .9375rem; margin: 1rem 0 .3rem; }
+""".replace("LIGHT", _variables(COLOURS)).replace("DARK", _variables(_DARK))
+_PARTS = """
 p, ul { max-width: 46rem; margin: .6rem 0; }
 .soft, figcaption { color: var(--soft); font-size: .875rem; }
 .panel { background: var(--panel); border-left: 3px solid var(--c0); border-radius: 3px;
@@ -65,7 +68,15 @@ svg { display: block; width: 100%; height: auto; } svg text { font-family: inher
 @media (max-width: 40rem) { table { font-size: .8rem; } th, td { padding: .3rem; }
   tbody th { white-space: normal; min-width: 5.5rem; } }
 summary { cursor: pointer; color: var(--soft); padding: .3rem 0; }
-""".replace("LIGHT", _variables(COLOURS)).replace("DARK", _variables(_DARK))
+.finding { border-left-color: var(--c1); max-width: 52rem; } .finding p { margin: .3rem 0 0; }
+.good { border-left-color: var(--c2); max-width: 52rem; }
+.sample { white-space: pre-wrap; max-width: 52rem; } .sample b { font-weight: 650; }
+"""
+# What stands in a notebook takes the colours of its theme, of which a page is not told.
+_FRAGMENT = f""".lm-jax {{ --soft: color-mix(in srgb, currentColor 65%, transparent);
+  --rule: rgb(128 128 128 / .35); --panel: rgb(128 128 128 / .12); --page: transparent;
+  {_variables(COLOURS)} color: inherit; font-size: .875rem; line-height: 1.5; {_PARTS} }}
+.lm-jax th:first-child {{ position: static; }}"""
 
 
 def document(title: str, body: str, *, style: str = "", head: str = "") -> str:
@@ -73,9 +84,14 @@ def document(title: str, body: str, *, style: str = "", head: str = "") -> str:
     return (
         '<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n{head}'
-        f"<title>{html.escape(title)}</title>\n<style>{_STYLE}{style}</style></head>\n"
+        f"<title>{html.escape(title)}</title>\n<style>{_PAGE}{_PARTS}{style}</style></head>\n"
         f"<body>\n{body}\n</body>\n</html>\n"
     )
+
+
+def fragment(body: str) -> str:
+    """What a notebook shows under a cell; `body` is HTML."""
+    return f'<div class="lm-jax"><style>{_FRAGMENT}</style>{body}</div>'
 
 
 def table(rows: Sequence[Mapping[str, str]], label: str, *, own: str = "") -> str:
@@ -120,13 +136,47 @@ def _kind(cells: Sequence[str]) -> str:
 
 
 def figure(title: str, caption: str, draw: Callable[[Any], str]) -> str:
-    """A captioned SVG with a legend; `draw` fills matplotlib's axes and tells what they show.
-
-    What has a label there stands in the legend.
-    """
-    import matplotlib
+    """A captioned SVG with a legend; see `panel` for `draw`."""
     from matplotlib.figure import Figure
+
+    with drawn_plainly():
+        whole = Figure(figsize=SIZE)
+        words, legend = panel(whole, draw)
+        file = io.StringIO()
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        whole.savefig(file, format="svg", transparent=True, metadata=nothing)
+    label = html.escape(f"{title}. {words}")
+    svg = _themed(file.getvalue()).replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
+    entries = "".join(_entry(name, handle) for name, handle in legend.items())
+    told = f"<b>{html.escape(title)}</b> {html.escape(caption)}"
+    return (
+        f'<figure><figcaption>{told}</figcaption>{svg}<ul class="legend">{entries}</ul></figure>\n'
+    )
+
+
+def panel(figure: Any, draw: Callable[[Any], str]) -> tuple[str, dict[str, Any]]:
+    """Let `draw` fill axes in matplotlib's figure, or a part of one, and tell what they show.
+
+    Returns:
+        Its words; and the handles of what has a label there, by the labels.
+    """
     from matplotlib.ticker import EngFormatter
+
+    # Margins of one width let the figures of a page stand in line.
+    axes = figure.add_axes((0.145, 0.155, 0.835, 0.815))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.locator_params(axis="x", nbins=5, integer=True)
+    words = draw(axes)
+    return words, {
+        name: handle
+        for some in figure.axes
+        for handle, name in zip(*some.get_legend_handles_labels(), strict=True)
+    }
+
+
+def drawn_plainly() -> Any:
+    """The context in which matplotlib draws as a page has it."""
+    import matplotlib
 
     inked = "text.color axes.labelcolor xtick.labelcolor ytick.labelcolor".split()
     style: dict[Any, Any] = {
@@ -142,28 +192,7 @@ def figure(title: str, caption: str, draw: Callable[[Any], str]) -> str:
         "text.parse_math": False,
         "svg.hashsalt": "lm_jax",  # else the page would differ from one time to the next
     }
-    with matplotlib.rc_context(style):
-        whole = Figure(figsize=(4.8, 3.0))
-        # Margins of one width let the figures of a page stand in line.
-        axes = whole.add_axes((0.145, 0.155, 0.835, 0.815))
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        axes.locator_params(axis="x", nbins=5, integer=True)
-        words = draw(axes)
-        file = io.StringIO()
-        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        whole.savefig(file, format="svg", transparent=True, metadata=nothing)
-    label = html.escape(f"{title}. {words}")
-    svg = _themed(file.getvalue()).replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
-    legend = {
-        name: handle
-        for some in whole.axes
-        for handle, name in zip(*some.get_legend_handles_labels(), strict=True)
-    }
-    entries = "".join(_entry(name, handle) for name, handle in legend.items())
-    told = f"<b>{html.escape(title)}</b> {html.escape(caption)}"
-    return (
-        f'<figure><figcaption>{told}</figcaption>{svg}<ul class="legend">{entries}</ul></figure>\n'
-    )
+    return matplotlib.rc_context(style)
 
 
 def _themed(svg: str) -> str:

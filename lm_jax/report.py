@@ -18,14 +18,16 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from lm_jax import config, curves, metrics, page, workdir
+from lm_jax import curves, metrics, page, workdir
 from lm_jax.compare.tables import short
 from lm_jax.config.flags import parse_flags
+from lm_jax.config.section import fields_html
 from lm_jax.curves import finite
 from lm_jax.door import command
 from lm_jax.evaluate import OWN, among_references, knowledge, named_lines, perplexity
 from lm_jax.files import read_json, write_text
 from lm_jax.models.families import size
+from lm_jax.rundir import read_scores
 
 _NEWEST = 8  # evaluations that are shown at once
 _STYLE = """
@@ -35,8 +37,6 @@ _STYLE = """
 .path { color: var(--soft); margin: 0 0 1.25rem; }
 .bar { height: 6px; background: var(--rule); border-radius: 3px; margin: .4rem 0 0; }
 .bar div { height: 100%; background: var(--c0); border-radius: 3px; min-width: 2px; }
-.finding { border-left-color: var(--c1); max-width: 52rem; } .finding p { margin: .3rem 0 0; }
-.good { border-left-color: var(--c2); max-width: 52rem; }
 blockquote { margin: .9rem 0; padding: .7rem 1rem; background: var(--panel); border-radius: 3px;
   white-space: pre-wrap; max-width: 52rem; font: .9rem/1.6 ui-serif, Georgia, serif; }
 blockquote b { font-weight: 650; } blockquote + .soft { margin-top: -.6rem; }
@@ -94,11 +94,7 @@ def write(folder: pathlib.Path, references: Mapping[str, float] | None = None) -
         ConfigError: if the record is not as a run writes it.
     """
     record = workdir.read_record(folder)
-    scores = {
-        split: read_json(path)
-        for split in ("valid", "test", "train")
-        if (path := folder / workdir.SCORES.format(split)).exists()
-    }
+    scores = read_scores(folder)
     if references is None:
         references = scores.get("valid", {}).get("references", {})
     made = read_json(record.path)
@@ -113,14 +109,15 @@ def write(folder: pathlib.Path, references: Mapping[str, float] | None = None) -
 
 
 def _body(run: _Run, name: str) -> str:
-    drawn = curves.figures(run.rows, run.record.cfg, named_lines(run.references))
+    drawings = curves.drawings(run.rows, run.record.cfg, named_lines(run.references))
+    drawn = "".join(page.figure(*one) for one in drawings)
     sections = {
         "Result": _results(run),
         "Course": f'<div class="figures">{drawn}</div>' if drawn else "",
         "Doctor": _doctor(run.folder),
         "Samples": _samples(run.folder),
         "Evaluations": _evaluations(run),
-        "Config": _config(run.record.cfg),
+        "Config": fields_html(run.record.cfg),
     }
     parts = [f"<section><h2>{k}</h2>\n{text}</section>" for k, text in sections.items() if text]
     return "\n".join([_head(run, name), *parts])
@@ -177,13 +174,18 @@ def _results(run: _Run) -> str:
     results = dict(run.scores)
     if run.evaluations and not results:
         results["valid"] = run.evaluations[-1] | {"references": run.references}
+    told = knowledge(run.references) if run.references else ""
+    return f'{results_html(results)}<p class="soft">{told}</p>' if results else ""
+
+
+def results_html(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """The scores of splits, by their names, among their reference lines; side by side."""
     tables = "".join(
         f"<div><h3>{name}: {result['token_count']:,.0f} tokens, after update {result['step']:,}"
         f"</h3>{page.table(among_references(result), name, own=OWN)}</div>"
         for name, result in results.items()
     )
-    told = knowledge(run.references) if run.references else ""
-    return f'<div class="tables">{tables}</div><p class="soft">{told}</p>' if tables else ""
+    return f'<div class="tables">{tables}</div>'
 
 
 def _doctor(folder: pathlib.Path) -> str:
@@ -247,19 +249,6 @@ def _evaluations(run: _Run) -> str:
         older = page.table(table[_NEWEST:], "Older evaluations", own=own)
         text += f"<details><summary>{len(table) - _NEWEST} older</summary>{older}</details>"
     return text
-
-
-def _config(cfg: config.Config) -> str:
-    """What differs from the defaults, and all fields folded away."""
-    defaults = dict(config.named_fields(config.Config()))
-    table = [
-        {"field": path, "value": str(x), "default": str(defaults[path])}
-        for path, x in config.named_fields(cfg)
-    ]
-    changed = [row for row in table if row["value"] != row["default"]]
-    text = page.table(changed, "Fields that differ from their defaults") if changed else ""
-    whole = page.table(table, "All fields")
-    return f"{text}<details><summary>All {len(table)} fields</summary>{whole}</details>"
 
 
 @command

@@ -12,7 +12,7 @@ from typing import Any
 
 from lm_jax import config
 from lm_jax.config import Config, ConfigError, rules
-from lm_jax.files import locked
+from lm_jax.files import locked, read_json
 
 RECORD = "config.json"
 SCORES = "eval_{}.json"  # of a split
@@ -62,6 +62,15 @@ def read_state(workdir: pathlib.Path) -> State | None:
         return State(position, steps, asked, splits, finished=scored and position >= steps)
     except (OSError, LookupError, TypeError, ValueError) as error:
         raise unreadable(path, error) from error
+
+
+def read_scores(workdir: pathlib.Path) -> dict[str, dict[str, Any]]:
+    """The values of each `eval_<split>.json` of a run that is there, by split."""
+    return {
+        split: read_json(path)
+        for split in ("valid", "test", "train")
+        if (path := workdir / SCORES.format(split)).exists()
+    }
 
 
 def unreadable(record: pathlib.Path, error: Exception) -> ConfigError:

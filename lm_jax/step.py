@@ -263,9 +263,9 @@ def next_scale(
 def make_eval_step(cfg: Config, graphdef: nnx.GraphDef, mesh: Mesh | None = None) -> Callable:
     """`(params, batch) -> metrics` of one batch, jitted; on a mesh, every process gets them whole.
 
-    `nats`, `count` and `correct` are sums; `token_nats` and `token_weights` [B, T] hold the terms
-    of the first two. Where evaluation observes something of the family, `observed` [L, columns]
-    are its sums over the scored tokens.
+    `nats`, `count` and `correct` are sums, whose terms are `token_nats`, `token_weights` and
+    `token_correct` [B, T]. Where evaluation observes something of the family, `observed`
+    [L, columns] are its sums over the scored tokens.
     """
     dtype = jnp.dtype(cfg.train.compute_dtype)
     observed = family(cfg.model).observed
@@ -288,7 +288,12 @@ def make_eval_step(cfg: Config, graphdef: nnx.GraphDef, mesh: Mesh | None = None
                 summed=False,
             )
         sums = {name: getattr(terms, name).sum() for name in ("nats", "count", "correct")}
-        return sums | {"token_nats": terms.nats, "token_weights": terms.count} | seen
+        by_token = {
+            "token_nats": terms.nats,
+            "token_weights": terms.count,
+            "token_correct": terms.correct,
+        }
+        return sums | by_token | seen
 
     if mesh is None:
         return jax.jit(eval_step)

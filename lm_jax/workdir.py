@@ -260,16 +260,7 @@ class Trained:
             ConfigError: if they are not those on which the run was trained.
             ValueError: if the corpus cannot be read.
         """
-        store = open_data(self.cfg)
-        if not same_data(self.data, store.manifest):
-            data = self.cfg.data
-            where = f" in config.data.source_dir={data.source_dir!r}" if data.source_dir else ""
-            raise ConfigError(
-                f"config.data.corpus: {data.corpus!r}{where} is another corpus or has another "
-                "tokenizer than the run was trained on; restore the data, or name their folder "
-                "with --config.data.source_dir."
-            )
-        return store
+        return open_data(self.cfg, self.data)
 
 
 def open_trained(
@@ -302,13 +293,13 @@ def open_trained(
     name = "ema" if cfg.optim.ema_decay else "params"
     abstract = {name: jax.eval_shape(init, jax.random.key(0))}
     like = abstract_like(abstract, sharding.by_shape(mesh, abstract))
-    position = _choose(workdir, str(checkpoint))
+    position = choose_update(workdir, str(checkpoint))
     part = find_kept(workdir)[position].restore(like)
     return Trained(cfg, tokenizer, mesh, graphdef, part[name], position, record.data)
 
 
-def _choose(workdir: pathlib.Path, which: str) -> int:
-    """The number of updates of a checkpoint."""
+def choose_update(workdir: pathlib.Path, which: str) -> int:
+    """The update of a checkpoint, which is best, last or a number; see `open_trained`."""
     best, found = rundir.updates(workdir / rundir.BEST), find_kept(workdir)
     if not found:
         raise FileNotFoundError(f"{workdir}: holds no checkpoint; train the run first.")

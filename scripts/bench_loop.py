@@ -31,7 +31,7 @@ def bench_loop(cfg: Any, workdir: pathlib.Path, updates: int) -> dict[str, float
     from lm_jax import evaluate, sharding, step
     from lm_jax.config import Duration
     from lm_jax.data import windows
-    from lm_jax.train import train_and_evaluate
+    from lm_jax.loop import train_and_evaluate
 
     cfg.train.steps, cfg.optim.warmup = Duration(str(updates)), Duration("1")
     cfg.train.eval_every, cfg.eval.splits = Duration("0"), "valid"

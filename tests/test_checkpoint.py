@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm_jax import checkpoint, config, evaluate, train
+from lm_jax import checkpoint, config, evaluate, loop
 from lm_jax.checkpoint import Checkpoints, abstract_like, find_kept
 from lm_jax.config import Config, ConfigError
 from lm_jax.workdir import open_trained, read_record
@@ -121,7 +121,7 @@ def test_rising_valid_loss_leaves_the_newest_and_the_best(text, tmp_path, monkey
         train__steps_per_call=1,
         optim__warmup="1",
     )
-    results = train.train_and_evaluate(cfg, tmp_path)
+    results = loop.train_and_evaluate(cfg, tmp_path)
     assert folders(tmp_path / "checkpoints") == [3, 4] and folders(tmp_path / "best") == [2]
     assert results["valid"]["step"] == results["test"]["step"] == 2
     checkpoints = Checkpoints(tmp_path, 2)

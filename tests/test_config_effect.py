@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm_jax import checkpoint, config, console, generate, preflight, setup, step, train, writers
+from lm_jax import checkpoint, config, console, generate, loop, preflight, setup, step, writers
 from lm_jax import workdir as run_files
 from lm_jax.config import Config
 from lm_jax.config.resolve import resolve
@@ -262,7 +262,7 @@ def trace(cfg):
 double = jax.jit(lambda params: jax.tree.map(lambda x: 2 * x, params))
 
 
-def loop(cfg, workdir):
+def run_loop(cfg, workdir):
     """The real loop around a step that notes what it is given; updates 2 and 3 are not finite."""
     seen = {name: [] for name in "train_batches eval_batches calls evaluated saved".split()}
     seen |= {name: [] for name in "tensorboard wandb traced reader_threads examined".split()}
@@ -350,7 +350,7 @@ def loop(cfg, workdir):
 
     def sample(run, prompts, **_):
         seen["sampled"].append((run.step, prompts))
-        return [generate.Sample(prompt, " and on", [], []) for prompt in prompts]
+        return [generate.Sample(prompt, " and on", [], [], 0) for prompt in prompts]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(setup, "create_model", create_model)
@@ -388,7 +388,7 @@ def loop(cfg, workdir):
         patch.setattr(jax.profiler, "start_trace", lambda folder: seen["traced"].append("begun"))
         patch.setattr(jax.profiler, "stop_trace", lambda: seen["traced"].append(seen["calls"][:]))
         try:
-            train.train_and_evaluate(cfg, workdir)
+            loop.train_and_evaluate(cfg, workdir)
         except (ValueError, OSError, FloatingPointError) as error:
             return {"error": f"after {sum(seen['calls'])} updates: {error}"}
     rows = (workdir / "metrics.jsonl").read_text().splitlines()
@@ -425,7 +425,7 @@ class Lab:
             return self.traces[key][aspect]
         if key not in self.runs:
             workdir = self.root / "runs" / str(len(self.runs))
-            self.runs[key] = loop(self.config(changes), workdir)
+            self.runs[key] = run_loop(self.config(changes), workdir)
         run = self.runs[key]
         if aspect == "error":
             return run.get("error")
@@ -513,7 +513,7 @@ def test_the_same_config_gives_the_same_run(lab):
     """Otherwise every change above would show an effect."""
     for aspect in TRACED - {"distill_step"}:
         assert lab.observe({}, aspect) == lab.observe({}, aspect, again=True)
-    once, twice = (loop(lab.config({}), lab.root / name) for name in ("once", "twice"))
+    once, twice = (run_loop(lab.config({}), lab.root / name) for name in ("once", "twice"))
     assert once == twice
 
 

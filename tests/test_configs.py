@@ -6,7 +6,7 @@ import types
 import jax
 import pytest
 
-from lm_jax import config, generate, train
+from lm_jax import config, generate, loop
 from lm_jax.config import Duration
 from lm_jax.config.resolve import resolve
 from lm_jax.kernels import device
@@ -98,7 +98,7 @@ def test_the_character_config_trains_from_one_text_file(tmp_path):
     cfg.doctor = "off"
     cfg.data.source_dir, cfg.data.cache_dir = str(tmp_path), str(tmp_path / "cache")
     cfg.train.steps, cfg.optim.warmup = Duration("2"), Duration("1")
-    assert list(train.train_and_evaluate(cfg, tmp_path / "run")) == ["valid"]
+    assert list(loop.train_and_evaluate(cfg, tmp_path / "run")) == ["valid"]
 
 
 GPU_CONFIGS = ("gpt2_124m", "stream_226m", "wikitext2")
@@ -164,7 +164,7 @@ def small_wikitext2(tmp_path_factory):
 @pytest.mark.slow
 def test_wikitext2_trains_in_float16(small_wikitext2, tmp_path):
     """As on a T4: dropout, Muon, the average of the weights, query norms and the fused loss."""
-    result = train.train_and_evaluate(small_wikitext2("float16"), tmp_path / "run")
+    result = loop.train_and_evaluate(small_wikitext2("float16"), tmp_path / "run")
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     scales = [row["optim/loss_scale"] for row in rows if "optim/loss_scale" in row]
@@ -180,7 +180,7 @@ def test_wikitext2_trains_in_float16(small_wikitext2, tmp_path):
 @pytest.mark.slow
 def test_the_dtype_of_a_run_is_recorded_and_kept(small_wikitext2, tmp_path, monkeypatch, capsys):
     cfg = small_wikitext2("auto")
-    train.train_and_evaluate(cfg, tmp_path / "run")
+    loop.train_and_evaluate(cfg, tmp_path / "run")
     recorded = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
     own, reason = device.choose_dtype("auto")
     assert recorded["train"]["compute_dtype"] == own and recorded["attention"]["impl"] == "auto"
@@ -190,8 +190,8 @@ def test_the_dtype_of_a_run_is_recorded_and_kept(small_wikitext2, tmp_path, monk
     with monkeypatch.context() as patch:
         patch.setattr(device, "target", lambda: gpu)
         with pytest.raises(config.ConfigError) as error:
-            train.train_and_evaluate(cfg, tmp_path / "run")
+            loop.train_and_evaluate(cfg, tmp_path / "run")
     sentence = str(error.value)
     assert sentence.startswith("config.train.compute_dtype: 'auto' is ")
     assert sentence.endswith(f"; give --config.train.compute_dtype={own} to go on.")
-    train.train_and_evaluate(small_wikitext2(own), tmp_path / "run")
+    loop.train_and_evaluate(small_wikitext2(own), tmp_path / "run")

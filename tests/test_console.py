@@ -16,7 +16,7 @@ import time
 import numpy as np
 import pytest
 
-from lm_jax import console, signals, train
+from lm_jax import console, loop, signals
 from lm_jax.config import ConfigError
 from lm_jax.door import command
 from lm_jax.signals import Interrupted
@@ -174,20 +174,20 @@ def test_a_signal_stops_where_nothing_can_be_lost(text, tmp_path, signal_while, 
     before = signal.getsignal(number)
     signal_while(number, phase)
     with pytest.raises(Interrupted, match=f"stopped by {number.name} while {phase}") as stopped:
-        train.train_and_evaluate(cfg, tmp_path / "run")
+        loop.train_and_evaluate(cfg, tmp_path / "run")
     assert stopped.value.number == number
     assert console.going_on() == "" and signal.getsignal(number) is before
 
 
 def test_a_signal_saves_before_an_evaluation(text, tmp_path, signal_while):
-    straight = train.train_and_evaluate(small(text), tmp_path / "straight")
+    straight = loop.train_and_evaluate(small(text), tmp_path / "straight")
     workdir = tmp_path / "run"
     signal_while(signal.SIGTERM, "scoring valid")
     with pytest.raises(Interrupted, match="after update 6"):
-        train.train_and_evaluate(small(text), workdir)
+        loop.train_and_evaluate(small(text), workdir)
     assert (workdir / "checkpoints" / "6").is_dir()
     assert not any("valid/loss" in row for row in rows(workdir))
-    assert train.train_and_evaluate(small(text), workdir) == straight
+    assert loop.train_and_evaluate(small(text), workdir) == straight
     for a, b in zip(final_state(tmp_path / "straight"), final_state(workdir), strict=True):
         np.testing.assert_array_equal(a, b)
     assert [row["step"] for row in rows(workdir) if "valid/loss" in row] == [6, 12]

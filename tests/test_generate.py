@@ -15,7 +15,7 @@ import pytest
 from flax import nnx
 
 import lm_jax
-from lm_jax import config, evaluate, generate, loss, train
+from lm_jax import config, evaluate, generate, loop, loss
 from lm_jax import workdir as workdir_module
 from lm_jax.config import Config, ConfigError
 from lm_jax.data.tokenizers.kinds import ByteTokenizer, CharTokenizer
@@ -364,7 +364,7 @@ def workdir(tmp_path_factory):
         train__checkpoint_every="2",
         optim__warmup="2",
     )
-    train.train_and_evaluate(cfg, folder / "run")
+    loop.train_and_evaluate(cfg, folder / "run")
     return folder / "run"
 
 

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from lm_jax import checkpoint, config, rundir, setup, signals, train, workdir
+from lm_jax import checkpoint, config, loop, rundir, setup, signals, workdir
 from lm_jax.config import ConfigError
 from lm_jax.config.resolve import resolve
 from lm_jax.data.open import open_data
@@ -34,7 +34,7 @@ def trained(cfg, folder):
     """Hashes of the batches of a run, which is trained."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         seen = record_batches(monkeypatch)
-        train.train_and_evaluate(cfg, folder)
+        loop.train_and_evaluate(cfg, folder)
     return seen
 
 
@@ -107,14 +107,14 @@ def test_results_of_the_old_end_do_not_outlive_it(copied, text, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(signals, "agreed", StopAfter(1))
         with pytest.raises(Interrupted):
-            train.train_and_evaluate(constant(text, train__steps="14"), copied)
+            loop.train_and_evaluate(constant(text, train__steps="14"), copied)
     assert not [*copied.glob("eval_*"), *copied.glob("documents_*")]
     state = rundir.read_state(copied)
     assert (state.position, state.steps, state.finished) == (10, 14, False)
     said = r"train\.steps: 10 is not beyond update 10,.*run-steps10-0"
     with pytest.raises(ConfigError, match=said):
-        train.train_and_evaluate(constant(text, train__steps="10"), copied)
-    train.train_and_evaluate(constant(text, train__steps="12"), copied)
+        loop.train_and_evaluate(constant(text, train__steps="10"), copied)
+    loop.train_and_evaluate(constant(text, train__steps="12"), copied)
     assert [change["to"] for change in read(copied)["lengthened"]] == [14, 12]
     assert read(copied, "eval_test.json")["step"] <= 12 and rundir.read_state(copied).finished
 
@@ -123,7 +123,7 @@ def test_incidental_fields_may_change_and_others_are_named(copied, text, tmp_pat
     moved = shutil.copytree(text, tmp_path / "moved")
     places = dict(data__source_dir=str(moved), data__files="[0-9]*.txt")
     cfg = constant(text, train__steps="8", train__keep=5, data__threads=2, **places)
-    train.train_and_evaluate(cfg, copied)
+    loop.train_and_evaluate(cfg, copied)
     assert "config.train.keep: 0 -> 5" in capsys.readouterr().out
     record = read(copied)
     assert record["config"]["train"]["keep"] == record["asked"]["train"]["keep"] == 5
@@ -132,7 +132,7 @@ def test_incidental_fields_may_change_and_others_are_named(copied, text, tmp_pat
     assert not rundir.read_state(copied).answers(other)
     said = r"eval_every: '6' -> '3'.*--workdir=\S*run-peak_lr0.5-eval_every3-0\.$"
     with pytest.raises(ConfigError, match=said) as refused:
-        train.train_and_evaluate(other, copied)
+        loop.train_and_evaluate(other, copied)
     assert "keep" not in str(refused.value) and "files" not in str(refused.value)
     assert read(copied) == record
 
@@ -149,7 +149,7 @@ def test_a_branch_goes_on_from_a_kept_update(short, long, text, tmp_path):
     start = {"folder": str(trunk), "update": 6, "state": True, "config_hash": read(trunk)["hash"]}
     assert read(folder)["start"] == start
     shutil.rmtree(trunk)
-    assert train.train_and_evaluate(cfg, folder)["test"] == read(long[0], "eval_test.json")
+    assert loop.train_and_evaluate(cfg, folder)["test"] == read(long[0], "eval_test.json")
 
 
 def begun(cfg, folder):
@@ -220,7 +220,7 @@ def test_what_does_not_fit_is_named(long, text, tmp_path, changes, said):
     given = dict(train__start_from="{}", train__start_state=True) | changes
     given["train__start_from"] = given["train__start_from"].format(long[0])
     with pytest.raises(ConfigError, match=said) as refused:
-        train.train_and_evaluate(constant(text, **given), tmp_path / "run")
+        loop.train_and_evaluate(constant(text, **given), tmp_path / "run")
     assert not (tmp_path / "run").exists() and "\n" not in str(refused.value)
 
 
@@ -254,13 +254,13 @@ def test_one_trainer_to_a_folder(copied, text):
     cfg, before = constant(text, train__steps="8"), read(copied)
     said = rf"run-0: process {holder.pid} on \S+ \(since 20.*\) is training there; wait"
     with pytest.raises(ConfigError, match=said):
-        train.train_and_evaluate(cfg, copied)
+        loop.train_and_evaluate(cfg, copied)
     assert read(copied) == before
     assert workdir.open_trained(copied).step == 8  # readers are not kept out
     holder.send_signal(signal.SIGKILL)
     holder.communicate()
     for _ in range(2):  # neither by the one that was killed nor by the one that has ended
-        train.train_and_evaluate(cfg, copied)
+        loop.train_and_evaluate(cfg, copied)
 
 
 @pytest.mark.parametrize(

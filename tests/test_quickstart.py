@@ -12,7 +12,7 @@ import pytest
 from lm_jax import config
 from lm_jax.data.open import open_data
 from lm_jax.data.synthetic import MarkovSource
-from lm_jax.train import train_and_evaluate
+from lm_jax.loop import train_and_evaluate
 from tests.helpers import ROOT, load_config, source_nats, source_symbols
 
 

@@ -12,8 +12,8 @@ import pytest
 from lm_jax import report
 from lm_jax.compare.compare import compare_runs
 from lm_jax.config import ConfigError
+from lm_jax.loop import train_and_evaluate
 from lm_jax.report import write  # before conftest puts it out of action
-from lm_jax.train import train_and_evaluate
 from tests.helpers import Page, small
 
 _NO_STATE = shutil.ignore_patterns("checkpoints", "best")

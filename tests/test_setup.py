@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from lm_jax import preflight, setup, train
+from lm_jax import loop, preflight, setup
 from lm_jax.checkpoint import find_kept
 from lm_jax.config import ConfigError
 from lm_jax.data import open as data_open
@@ -21,23 +21,23 @@ def test_a_run_opens_its_data_once(text, tmp_path, monkeypatch):
         return real(*arguments, **options)
 
     monkeypatch.setattr(data_open, "prepare", prepare)
-    train.train_and_evaluate(small(text, train__steps="4", optim__warmup="1"), tmp_path)
+    loop.train_and_evaluate(small(text, train__steps="4", optim__warmup="1"), tmp_path)
     assert len(opened) == 1
 
 
 def test_the_best_checkpoint_and_scores_of_another_run_are_not_those_of_this_one(text, tmp_path):
-    train.train_and_evaluate(small(text), tmp_path)
+    loop.train_and_evaluate(small(text), tmp_path)
     shutil.rmtree(tmp_path / "checkpoints")
     left = tmp_path / "eval_train.json"
     left.write_text("{}")
     changes = dict(train__steps="4", train__eval_every="2", optim__peak_lr=1e-6)
-    results = train.train_and_evaluate(small(text, optim__warmup="1", **changes), tmp_path)
+    results = loop.train_and_evaluate(small(text, optim__warmup="1", **changes), tmp_path)
     assert results["valid"]["step"] <= 4 and not left.exists()
     assert [int(path.name) for path in (tmp_path / "best").iterdir()] == [results["test"]["step"]]
 
 
 def test_a_refused_run_leaves_no_results_of_another(text, tmp_path, monkeypatch):
-    train.train_and_evaluate(small(text), tmp_path)
+    loop.train_and_evaluate(small(text), tmp_path)
     shutil.rmtree(tmp_path / "checkpoints")
 
     def refuse(*arguments, **options):
@@ -45,7 +45,7 @@ def test_a_refused_run_leaves_no_results_of_another(text, tmp_path, monkeypatch)
 
     monkeypatch.setattr(preflight, "examine_once", refuse)
     with pytest.raises(preflight.Unfit):
-        train.train_and_evaluate(small(text, doctor="fast", model__d_model=8), tmp_path)
+        loop.train_and_evaluate(small(text, doctor="fast", model__d_model=8), tmp_path)
     assert not list(tmp_path.glob("eval_*")) and not list((tmp_path / "best").iterdir())
 
 
@@ -75,7 +75,7 @@ def test_what_cannot_be_is_said_before_data_are_read(text, tmp_path, monkeypatch
     monkeypatch.setattr(data_open, "prepare", lambda *_, **__: pytest.fail("data were read"))
     cfg = small(text, **{"data__cache_dir": str(tmp_path / "cache")} | changes)
     with pytest.raises(ConfigError, match=said):
-        train.train_and_evaluate(cfg, tmp_path / ("run" if changes else "file"))
+        loop.train_and_evaluate(cfg, tmp_path / ("run" if changes else "file"))
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
@@ -90,7 +90,7 @@ def test_a_run_says_what_became_of_its_warmup(text, tmp_path):
 
 def test_an_impossible_config_leaves_no_folder(text, tmp_path):
     with pytest.raises(ConfigError, match=r"config\.data\.micro_batch"):
-        train.train_and_evaluate(
+        loop.train_and_evaluate(
             small(text, data__batch_size=7, data__micro_batch=3), tmp_path / "run"
         )
     assert not (tmp_path / "run").exists()
@@ -99,11 +99,11 @@ def test_an_impossible_config_leaves_no_folder(text, tmp_path):
 def test_without_a_best_checkpoint_the_next_evaluation_gives_one(text, tmp_path):
     # The learning rate rises until the model is worse than at the start.
     cfg = small(text, optim__peak_lr=10.0, optim__warmup="11", train__eval_every="2")
-    train.train_and_evaluate(cfg, tmp_path)
+    loop.train_and_evaluate(cfg, tmp_path)
     kept = find_kept(tmp_path)
     assert kept[12].manifest()["best_position"] <= 8 and max(kept) == 12
     shutil.rmtree(tmp_path / "best")
     assert open_trained(tmp_path).step == 12
     shutil.rmtree(tmp_path / "checkpoints" / "12")
-    train.train_and_evaluate(cfg, tmp_path)
+    loop.train_and_evaluate(cfg, tmp_path)
     assert open_trained(tmp_path).step in (10, 12)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from lm_jax import checkpoint, sharding, step, train
+from lm_jax import checkpoint, loop, sharding, step
 from lm_jax.models.families import create_model
 from lm_jax.objective import NextToken
 from tests.helpers import ROOT, random_batch, small, tiny_config
@@ -123,7 +123,7 @@ def sharded_config(accumulation, devices):
 
 
 def run_on(mesh, accumulation):
-    """Metrics, state on the host and shard shapes after the updates; as train.py does it."""
+    """Metrics, state on the host and shard shapes after the updates; as loop.py does it."""
     cfg = sharded_config(accumulation, mesh.size)
     graphdef, init = create_model(cfg, V, "reference")
 
@@ -280,12 +280,12 @@ def text_config(folder):
 
 TWO = """
 import jax
-from lm_jax import config, sharding, train
+from lm_jax import config, sharding, loop
 sharding.initialize()
 from tests import test_sharding as t
 # Two micro-batches, as one process has: each has draws of dropout of its own.
 cfg = config.replace(t.text_config(t.pathlib.Path({text!r})), mesh__fsdp=2, data__micro_batch=1)
-train.train_and_evaluate(cfg, {workdir!r})
+loop.train_and_evaluate(cfg, {workdir!r})
 """
 
 
@@ -310,7 +310,7 @@ def two(tmp_path_factory):
         for i in range(2)
     ]
     try:
-        single = train.train_and_evaluate(text_config(text), workdirs / "one")
+        single = loop.train_and_evaluate(text_config(text), workdirs / "one")
         said = [child.communicate(timeout=300)[0] for child in children]
         for child, out in zip(children, said, strict=True):
             assert child.returncode == 0, out

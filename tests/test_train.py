@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 
-from lm_jax import config, evaluate, setup, signals, step, train
+from lm_jax import config, evaluate, loop, setup, signals, step
 from lm_jax.compare import compare
 from lm_jax.config import Config, ConfigError
 from lm_jax.main import main
@@ -26,7 +26,7 @@ def straight_batches(text, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("straight")
     with pytest.MonkeyPatch.context() as monkeypatch:
         seen = record_batches(monkeypatch)
-        results = train.train_and_evaluate(small(text), workdir)
+        results = loop.train_and_evaluate(small(text), workdir)
     return workdir, results, seen
 
 
@@ -78,10 +78,10 @@ def test_stop_and_resume_is_bit_identical(straight_batches, text, tmp_path, monk
         before = record_batches(patched)
         patched.setattr(signals, "agreed", StopAfter(stop))
         with pytest.raises(Interrupted) as stopped:
-            train.train_and_evaluate(small(text), tmp_path)
+            loop.train_and_evaluate(small(text), tmp_path)
     assert str(stopped.value) == f"stopped by SIGTERM after update {stop}" and len(before) == stop
     after = record_batches(monkeypatch)
-    results = train.train_and_evaluate(small(text), tmp_path)
+    results = loop.train_and_evaluate(small(text), tmp_path)
     assert before + after == straight_batches[2] and len(after) == 12 - stop
     for a, b in zip(final_state(straight[0]), final_state(tmp_path), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -136,7 +136,7 @@ def wait_for(condition, process, seconds=120):
 @pytest.mark.slow
 def test_kill_at_any_moment_loses_only_unsaved_steps(text, tmp_path):
     changes = dict(train__steps="80", train__checkpoint_every="2", train__eval_every="0")
-    train.train_and_evaluate(small(text, **changes), tmp_path / "straight")
+    loop.train_and_evaluate(small(text, **changes), tmp_path / "straight")
     workdir = tmp_path / "killed"
     for delay in (0.0, 0.13):
         before = saved(workdir)
@@ -207,13 +207,13 @@ def test_another_config_is_refused_by_name(straight, text):
     workdir, _ = straight
     before = (workdir / "config.json").read_bytes()
     with pytest.raises(ConfigError, match=r"config\.optim\.peak_lr: 0\.001 -> 0\.5.*--workdir"):
-        train.train_and_evaluate(small(text, optim__peak_lr=0.5), workdir)
+        loop.train_and_evaluate(small(text, optim__peak_lr=0.5), workdir)
     with pytest.raises(ConfigError, match="another corpus or tokenizer"):
         changed = text / "00.txt"
         old = changed.read_text()
         changed.write_text(old + "ba\n")
         try:
-            train.train_and_evaluate(small(text), workdir)
+            loop.train_and_evaluate(small(text), workdir)
         finally:
             changed.write_text(old)
     assert (workdir / "config.json").read_bytes() == before
@@ -233,21 +233,21 @@ def test_evaluation_refuses_another_corpus(straight, text):
 def test_a_config_that_never_trained_can_be_mended(text, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"config\.mesh\.fsdp"):
-        train.train_and_evaluate(small(text, mesh__fsdp=3), tmp_path)
-    train.train_and_evaluate(small(text, train__steps="4", optim__warmup="1"), tmp_path)
+        loop.train_and_evaluate(small(text, mesh__fsdp=3), tmp_path)
+    loop.train_and_evaluate(small(text, train__steps="4", optim__warmup="1"), tmp_path)
 
 
 @pytest.mark.parametrize("split", ["valid", "test"])
 def test_a_split_to_be_scored_must_be_there(text, tmp_path, split):
     cfg = small(text, eval__splits="valid,test", **{f"data__{split}_fraction": 0.0})
     with pytest.raises(ValueError, match=rf"config\.data\.{split}_fraction"):
-        train.train_and_evaluate(cfg, tmp_path / "run")
+        loop.train_and_evaluate(cfg, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_lines_without_ends_have_references(text, tmp_path):
     cfg = small(text, data__document="line", tokenizer__kind="word", data__seq_len=8)
-    results = train.train_and_evaluate(cfg, tmp_path)
+    results = loop.train_and_evaluate(cfg, tmp_path)
     assert results["test"]["token_count"] == results["test"]["split_token_count"]
 
 
@@ -257,13 +257,13 @@ def test_a_run_from_before_a_field_was_there_goes_on(straight, text, tmp_path):
     record = json.loads(path.read_text())
     del record["config"]["distill"], record["config"]["model"]["norm_eps"]
     path.write_text(json.dumps(record))
-    assert train.train_and_evaluate(small(text), tmp_path / "run") == straight[1]
+    assert loop.train_and_evaluate(small(text), tmp_path / "run") == straight[1]
 
 
 def test_finished_run_is_only_reported_again(straight, text):
     workdir, results = straight
     written = (workdir / "metrics.jsonl").read_text()
-    assert train.train_and_evaluate(small(text), workdir) == results
+    assert loop.train_and_evaluate(small(text), workdir) == results
     assert (workdir / "metrics.jsonl").read_text() == written
 
 
@@ -290,7 +290,7 @@ def test_batch_size_and_stride_of_evaluation(straight):
 def test_divergence_stops_with_the_reason(text, tmp_path, capsys):
     cfg = small(text, optim__peak_lr=1e30, train__max_nonfinite=3)
     with pytest.raises(FloatingPointError, match=r"updates 2 to 4 were all skipped"):
-        train.train_and_evaluate(cfg, tmp_path)
+        loop.train_and_evaluate(cfg, tmp_path)
     said = " ".join(capsys.readouterr().out.split())
     assert "update 2 skipped: loss or gradient of batch 1 is not finite" in said
     assert said.count("first nan in `") == 1
@@ -312,7 +312,7 @@ def test_what_metrics_rule_out_is_told_once_while_training(
     monkeypatch.setattr(setup, "examine_run", lambda *_: None)
     changes = dict(train__eval_every="3", train__steps_per_call=1, optim__clip_norm=100.0) | changes
     cfg = small(text, doctor="fast", **changes)
-    train.train_and_evaluate(cfg, tmp_path)
+    loop.train_and_evaluate(cfg, tmp_path)
     lines = capsys.readouterr().out.splitlines()
     assert [" ".join(x.split()[1:3]).strip(":") for x in lines if x.startswith("doctor")] == told
     failed = json.loads((tmp_path / "watch.json").read_text())["failed"]

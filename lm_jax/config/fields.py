@@ -10,7 +10,7 @@ from lm_jax.config.section import Section, incidental, marks, not_negative, one_
 from lm_jax.config.values import Curve, Duration, RopeScaling, Span
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(repr=False)
 class DataConfig(Section):
     """What is read and how it is cut into windows."""
 
@@ -36,7 +36,7 @@ class DataConfig(Section):
     threads: int = incidental(not_negative(1))
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(repr=False)
 class TokenizerConfig(Section):
     """How text becomes ids."""
 
@@ -57,7 +57,7 @@ FAMILY_FIELDS = {
 }
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(repr=False)
 class ModelConfig(Section):
     """The decoder."""
 
@@ -102,7 +102,7 @@ class ModelConfig(Section):
         return fields is None or name in fields.split()
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(repr=False)
 class OptimConfig(Section):
     """Optimiser, schedule and clipping."""
 
@@ -123,7 +123,7 @@ class OptimConfig(Section):
     ema_decay: float = share(0.0)  # weight average used for evaluation; 0: off
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(repr=False)
 class AttentionConfig(Section):
     """Which attention implementation runs."""
 
@@ -133,7 +133,7 @@ class AttentionConfig(Section):
     )
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(repr=False)
 class LossConfig(Section):
     """How the loss is computed from hidden states and head."""
 
@@ -143,7 +143,7 @@ class LossConfig(Section):
     label_smoothing: float = share(0.0)
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(repr=False)
 class TrainConfig(Section):
     """The loop."""
 
@@ -178,7 +178,7 @@ class TrainConfig(Section):
     max_nonfinite: int = positive(10)  # stop after this many skipped updates in a row
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(repr=False)
 class EvalConfig(Section):
     """Exact evaluation of whole splits."""
 
@@ -188,7 +188,7 @@ class EvalConfig(Section):
     splits: str = incidental("")
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(repr=False)
 class MeshConfig(Section):
     """How devices are arranged."""
 
@@ -201,7 +201,7 @@ INSIDE = ["layer", "attention", *ROUTED]  # weights of terms on what layers comp
 STATES = ["feature", "contrastive", *INSIDE]  # weights of terms on the states of one teacher
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(repr=False)
 class DistillConfig(Section):
     """Training from teachers; the fields of type Curve are raised and lowered over the run."""
 
@@ -239,7 +239,7 @@ class DistillConfig(Section):
         return bool(self.teachers or self.cache)
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(repr=False)
 class Config(Section):
     """One run.
 

@@ -8,6 +8,7 @@ import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
+from lm_jax import page
 from lm_jax.config.values import Curve, Duration, RopeScaling, Span
 
 T = TypeVar("T")
@@ -90,6 +91,19 @@ class Section:
             raise ConfigError(unknown_field(path, list(types)))
         object.__setattr__(self, name, _typed(path, value, types[name]))
 
+    def __repr__(self) -> str:
+        """What differs from the defaults, as Python; a section a line."""
+        default, name = type(self)(), type(self).__name__
+        given = {key: x for key, x in vars(self).items() if x != getattr(default, key)}
+        parts = [f"{key}={value!r}" for key, value in given.items()]
+        if any(isinstance(value, Section) for value in given.values()):
+            return "\n".join([f"{name}(", *(f"    {part}," for part in parts), ")"])
+        return f"{name}({', '.join(parts)})"
+
+    def _repr_html_(self) -> str:
+        """The same as a table."""
+        return page.fragment(fields_html(self))
+
 
 def _place(section: type[Section]) -> str:
     """The name of the field of `Config` that a section is; empty for `Config` itself."""
@@ -114,6 +128,21 @@ def marks(section: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
 def named_fields(section: Section) -> Iterator[tuple[str, Any]]:
     """Yield (dotted path, value) of every leaf field."""
     return ((path, get(section, path)) for path, _ in marks(type(section)))
+
+
+def fields_html(section: Section) -> str:
+    """The fields that differ from their defaults as a table, and all of them folded away."""
+    default = type(section)()
+    table = [
+        {"field": path, "value": str(value), "default": str(get(default, path))}
+        for path, value in named_fields(section)
+    ]
+    changed = [row for row in table if row["value"] != row["default"]]
+    told = "<p>All fields have their defaults.</p>"
+    if changed:
+        told = page.table(changed, "Fields that differ from their defaults")
+    whole = page.table(table, "All fields")
+    return f"{told}<details><summary>All {len(table)} fields</summary>{whole}</details>"
 
 
 def get(section: Section, path: str) -> Any:

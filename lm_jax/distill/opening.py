@@ -14,7 +14,6 @@ from lm_jax.config import INSIDE, Config, ConfigError
 from lm_jax.config.section import errors_of
 from lm_jax.data.references import references
 from lm_jax.data.store import Store, same_data
-from lm_jax.data.tokenizers.hf import HfTokenizer
 from lm_jax.distill import alignment, cache
 from lm_jax.distill.alignment import Aligner, Retokenised
 from lm_jax.distill.teachers import Teacher
@@ -22,6 +21,7 @@ from lm_jax.evaluate import Evaluator
 from lm_jax.files import write_json
 from lm_jax.models import huggingface
 from lm_jax.models.families import choose_attention, create_model
+from lm_jax.pretrained import open_pretrained
 from lm_jax.workdir import SCORES, TEACHER, Trained, open_trained, read_record
 
 TOLERANCE = 1e-3  # of a teacher's loss on another device or in another precision
@@ -50,7 +50,7 @@ def open_teacher(cfg: Config, store: Store, mesh: Mesh | None = None) -> Teacher
         return Teacher((), (), (), *cache.open_cache(cfg, store))
     mesh = mesh or sharding.make_mesh(cfg.mesh.fsdp)
     names = tuple(name.strip() for name in cfg.distill.teachers.split(","))
-    runs = tuple(_open(name, cfg, store, mesh) for name in names)
+    runs = tuple(_open(name, cfg, mesh) for name in names)
     models = tuple(_as_read(run, cfg).graphdef for run in runs)
     teacher = Teacher(names, models, tuple(run.params for run in runs), runs=runs)
     if cfg.distill.top_k > store.tokenizer.vocab_size:
@@ -95,21 +95,17 @@ def _shares(run: Trained, store: Store) -> bool:
     return run.tokenizer.content_hash == store.tokenizer.content_hash
 
 
-def _open(name: str, cfg: Config, store: Store, mesh: Mesh) -> Trained:
+def _open(name: str, cfg: Config, mesh: Mesh) -> Trained:
     """A run, or a Hugging Face checkpoint as if it were one."""
     folder = pathlib.Path(name)
-    if not huggingface.is_checkpoint(folder):
-        with errors_of(WHERE):
-            return open_trained(folder, mesh=mesh)
     with errors_of(WHERE):
-        model, vocab_size, max_len, params = huggingface.load(folder)
-        tokenizer = HfTokenizer.from_folder(folder)
-    if model.positions != "learned":  # any length is possible, and a shorter one costs less
-        max_len = min(max_len, cfg.data.seq_len)
-    how = config.replace(cfg, model=model, data__seq_len=max_len, eval__stride=max_len)
-    graphdef, _ = create_model(how, vocab_size, choose_attention(how)[0])
-    params = jax.device_put(params, sharding.by_shape(mesh, params))
-    return Trained(how, tokenizer, mesh, graphdef, params, 0, {})
+        if not huggingface.is_checkpoint(folder):
+            return open_trained(folder, mesh=mesh)
+        model, _, max_len = huggingface.read_model(folder)
+        if model.positions != "learned":  # any length is possible, and a shorter one costs less
+            max_len = min(max_len, cfg.data.seq_len)
+        how = config.replace(cfg, data__seq_len=max_len, eval__stride=max_len)
+        return open_pretrained(folder, how, mesh)
 
 
 def _as_read(run: Trained, cfg: Config) -> Trained:

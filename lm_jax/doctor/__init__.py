@@ -6,7 +6,7 @@ A model written in PyTorch (does a position see later tokens? does a fresh model
 
 Example, the metrics of a run:
     ```python
-    report = lm_jax.doctor.examine_log(lm_jax.open_run("runs/example").history())
+    report = lm_jax.doctor.examine_log(lm_jax.open_run("runs/example").history().rows)
     report.show()
     ```
 """

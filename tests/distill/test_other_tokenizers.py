@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from scipy.special import log_softmax, logsumexp
 
-from lm_jax import config, generate, step, train
+from lm_jax import config, generate, loop, step
 from lm_jax import loss as losses
 from lm_jax.config import ConfigError, rules
 from lm_jax.config.resolve import resolve
@@ -62,7 +62,7 @@ def teacher(text, tmp_path_factory):
         train__steps="120",
         train__eval_every="120",
     )
-    train.train_and_evaluate(cfg, workdir)
+    loop.train_and_evaluate(cfg, workdir)
     return str(workdir)
 
 
@@ -144,7 +144,7 @@ def test_a_run_learns_from_it(text, teacher, tmp_path, capsys):
         train__eval_every="40",
         **terms,
     )
-    train.train_and_evaluate(cfg, tmp_path)
+    loop.train_and_evaluate(cfg, tmp_path)
     assert "has another tokenizer: " in capsys.readouterr().out
     logged = [row for row in rows(tmp_path) if "train/loss" in row]
     assert all(0.2 < row["distill/aligned_fraction"] < 1 for row in logged)
@@ -225,7 +225,7 @@ def test_a_student_with_the_tokenizer_of_a_checkpoint(text, tmp_path):
     assert reading.members[0].head_UE.shape[0] == store.tokenizer.vocab_size == 320
 
     alone = config.replace(small(text), **own, doctor="fast", data__batch_size=16)
-    result = train.train_and_evaluate(alone, tmp_path / "run")
+    result = loop.train_and_evaluate(alone, tmp_path / "run")
     split = store.split("valid")
     assert result["valid"]["token_count"] == len(split.tokens)
     assert len(store.tokenizer.decode(split.tokens).encode()) == split.bytes

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from scipy.special import log_softmax
 
-from lm_jax import config, signals, train
+from lm_jax import config, loop, signals
 from lm_jax import loss as losses
 from lm_jax.config import ConfigError, rules
 from lm_jax.config.flags import load_module
@@ -47,8 +47,8 @@ def runs(text, tmp_path_factory):
             train__steps="40",
             train__eval_every="20",
         )
-        train.train_and_evaluate(cfg, root / f"teacher-{seed}")
-    train.train_and_evaluate(student(text), root / "alone")
+        loop.train_and_evaluate(cfg, root / f"teacher-{seed}")
+    loop.train_and_evaluate(student(text), root / "alone")
     return root
 
 
@@ -56,7 +56,7 @@ def runs(text, tmp_path_factory):
 def distilled(text, runs):
     """A student with every term."""
     cfg = student(text, model__layers=2, distill__teachers=str(runs / "teacher-0"), **EVERYTHING)
-    train.train_and_evaluate(cfg, runs / "distilled")
+    loop.train_and_evaluate(cfg, runs / "distilled")
     return cfg, runs / "distilled"
 
 
@@ -65,8 +65,8 @@ def test_resuming_is_bit_identical(distilled, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(signals, "agreed", StopAfter(4))
         with pytest.raises(Interrupted):
-            train.train_and_evaluate(cfg, tmp_path)
-    train.train_and_evaluate(cfg, tmp_path)
+            loop.train_and_evaluate(cfg, tmp_path)
+    loop.train_and_evaluate(cfg, tmp_path)
     for a, b in zip(final_state(straight), final_state(tmp_path), strict=True):
         np.testing.assert_array_equal(a, b)
     for a, b in zip(rows(straight), rows(tmp_path), strict=True):
@@ -82,7 +82,7 @@ def test_projections_that_an_older_version_saved_are_refused_in_one_sentence(dis
     del kept["version"]
     manifest.write_text(json.dumps(kept))
     with pytest.raises(ConfigError, match=r"saved by lm_jax 0\.2, and this version cannot go on"):
-        train.train_and_evaluate(cfg, tmp_path / "run")
+        loop.train_and_evaluate(cfg, tmp_path / "run")
 
 
 def test_another_teacher_on_resuming_is_refused(text, runs, tmp_path, monkeypatch):
@@ -92,11 +92,11 @@ def test_another_teacher_on_resuming_is_refused(text, runs, tmp_path, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(signals, "agreed", StopAfter(4))
         with pytest.raises(Interrupted):
-            train.train_and_evaluate(cfg, tmp_path / "run")
+            loop.train_and_evaluate(cfg, tmp_path / "run")
     shutil.rmtree(teacher)
     shutil.copytree(runs / "teacher-1", teacher)
     with pytest.raises(ConfigError, match=r"teacher.json: .* learned from another teacher"):
-        train.train_and_evaluate(cfg, tmp_path / "run")
+        loop.train_and_evaluate(cfg, tmp_path / "run")
 
 
 def test_a_distilled_run_is_a_run(distilled, runs):
@@ -116,7 +116,7 @@ def test_a_distilled_run_is_a_run(distilled, runs):
 def test_the_report(text, runs, tmp_path):
     names = [str(runs / f"teacher-{seed}") for seed in (0, 1)]
     cfg = student(text, distill__teachers=",".join(names), distill__alone=str(runs / "alone"))
-    train.train_and_evaluate(cfg, tmp_path)
+    loop.train_and_evaluate(cfg, tmp_path)
     scores = json.loads((tmp_path / "distillation.json").read_text())
     mean = scores["taught_by"]
     taught = [f"teacher {name}" for name in names]
@@ -211,7 +211,7 @@ def test_a_cache_teaches_as_its_teacher_does(text, runs, kept, tmp_path):
         assert report[f"distill.{name}"].status == "pass", report[f"distill.{name}"]
     found = []
     for name, cfg in (("live", live), ("disk", from_disk)):
-        train.train_and_evaluate(cfg, tmp_path / name)
+        loop.train_and_evaluate(cfg, tmp_path / name)
         found.append([r["distill/kd_kl"] for r in rows(tmp_path / name) if "train/loss" in r])
     np.testing.assert_allclose(*found, rtol=1e-4)
     assert min(found[0]) > 0.01
@@ -254,13 +254,13 @@ def test_an_unfinished_cache_is_none(text, kept, tmp_path):
 def test_a_teacher_of_another_tokenizer_is_refused(text, runs, tmp_path):
     cfg = student(text, distill__teachers=str(runs / "teacher-0"), tokenizer__kind="byte")
     with pytest.raises(ConfigError, match="config.distill.teachers: .* another tokenizer"):
-        train.train_and_evaluate(cfg, tmp_path)
+        loop.train_and_evaluate(cfg, tmp_path)
 
 
 def test_a_teacher_that_is_not_there(text, tmp_path):
     cfg = student(text, distill__teachers=str(tmp_path / "nothing"))
     with pytest.raises(ConfigError, match="config.distill.teachers: .*no such file"):
-        train.train_and_evaluate(cfg, tmp_path / "run")
+        loop.train_and_evaluate(cfg, tmp_path / "run")
 
 
 def test_a_teacher_must_have_the_loss_on_its_record(text, runs, tmp_path):
@@ -270,7 +270,7 @@ def test_a_teacher_must_have_the_loss_on_its_record(text, runs, tmp_path):
     record["loss"] *= 1.01
     (other / "eval_valid.json").write_text(json.dumps(record))
     with pytest.raises(ConfigError, match=r"eval_valid.json says .*; restore the run"):
-        train.train_and_evaluate(student(text, distill__teachers=str(other)), tmp_path / "run")
+        loop.train_and_evaluate(student(text, distill__teachers=str(other)), tmp_path / "run")
 
 
 def test_a_teacher_is_scored_in_the_students_windows(text, runs, tmp_path):
@@ -295,7 +295,7 @@ def test_a_teacher_of_other_text_is_refused(text, runs, tmp_path):
     cfg = student(other, distill__teachers=str(runs / "teacher-0"), tokenizer__kind="byte")
     store = open_data(rules.validate(cfg))
     teacher_cfg = small(text, tokenizer__kind="byte", optim__peak_lr=1e-2, train__steps="40")
-    train.train_and_evaluate(teacher_cfg, tmp_path / "teacher")
+    loop.train_and_evaluate(teacher_cfg, tmp_path / "teacher")
     cfg = config.replace(cfg, distill__teachers=str(tmp_path / "teacher"))
     cfg = resolve(cfg, windows=50)
     with pytest.raises(ConfigError, match="train it first, on such text"):
@@ -304,10 +304,10 @@ def test_a_teacher_of_other_text_is_refused(text, runs, tmp_path):
 
 def test_a_teacher_that_knows_nothing_is_refused(text, tmp_path):
     cfg = student(text, train__steps="1", optim__warmup="0", optim__peak_lr=1e-9)
-    train.train_and_evaluate(cfg, tmp_path / "teacher")
+    loop.train_and_evaluate(cfg, tmp_path / "teacher")
     cfg = student(text, distill__teachers=str(tmp_path / "teacher"))
     with pytest.raises(ConfigError, match="no better than the .* of the frequencies"):
-        train.train_and_evaluate(cfg, tmp_path / "run")
+        loop.train_and_evaluate(cfg, tmp_path / "run")
 
 
 def test_the_preflight_is_in_order(distilled, text, runs):

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from lm_jax import config, loss, preflight, train
+from lm_jax import config, loop, loss, preflight
 from lm_jax.config import Config, rules
 from tests.helpers import CONFIGS, load_config, shared_data, small
 
@@ -94,7 +94,7 @@ def test_a_run_with_a_broken_loss_is_refused(text, tmp_path, monkeypatch, capsys
 
     monkeypatch.setattr(loss, "shift", no_shift)
     with pytest.raises(preflight.Unfit, match=r"loss\.oracle.*--config\.doctor=off"):
-        train.train_and_evaluate(small(text, doctor="fast"), tmp_path)
+        loop.train_and_evaluate(small(text, doctor="fast"), tmp_path)
     found = json.loads((tmp_path / "doctor.json").read_text())
     assert "loss.oracle" in found["failed"]
     assert "loss.oracle" in capsys.readouterr().out
@@ -199,7 +199,7 @@ def test_a_broken_folder_ends_the_command_with_one_sentence(tmp_path):
 
 
 def test_a_run_is_examined_from_its_folder(text, tmp_path):
-    train.train_and_evaluate(small(text), tmp_path)
+    loop.train_and_evaluate(small(text), tmp_path)
     result = command(f"--workdir={tmp_path}", "--json")
     findings = json.loads(result.stdout)["findings"]
     assert result.returncode == 0, result.stdout

@@ -1,0 +1,58 @@
+"""Samples of a run, and the file in its workdir that keeps them."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Iterable, Mapping
+from html import escape
+from typing import Any
+
+from lm_jax import page
+from lm_jax.workdir import SAMPLES, read_rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """A prompt and one continuation of it."""
+
+    prompt: str
+    text: str  # the continuation alone, before the first stop string
+    # its tokens, to that which completed a stop string
+    ids: list[int] = dataclasses.field(repr=False)
+    # nats, of each token under the model itself: temperature 1, no cuts
+    log_probs: list[float] = dataclasses.field(repr=False)
+    step: int  # updates behind the parameters that wrote it
+
+
+class Samples(list[Sample]):
+    """Samples, which show themselves as text."""
+
+    def __repr__(self) -> str:
+        """One after the other, each with its number."""
+        return "\n".join(
+            f"--- sample {number} of {len(self)}\n{one.prompt}{one.text}"
+            for number, one in enumerate(self, start=1)
+        )
+
+    def _repr_html_(self) -> str:
+        """One after the other; the prompts are bold."""
+        return page.fragment(
+            "".join(
+                f'<p class="panel sample"><b>{escape(one.prompt)}</b>{escape(one.text)}</p>'
+                for one in self
+            )
+        )
+
+
+def record_samples(folder: pathlib.Path, facts: Mapping[str, Any], made: Iterable[Sample]) -> None:
+    """Append samples to `samples.jsonl` in a workdir, each with how it was made."""
+    with (folder / SAMPLES).open("a") as file:
+        for one in made:
+            file.write(json.dumps({**facts, **dataclasses.asdict(one)}) + "\n")
+
+
+def read_samples(folder: pathlib.Path) -> Samples:
+    """Those that were appended, oldest first."""
+    names = [field.name for field in dataclasses.fields(Sample)]
+    rows = (row for row in read_rows(folder / SAMPLES) if row.keys() >= {*names})
+    return Samples(Sample(**{name: row[name] for name in names}) for row in rows)
