@@ -10,7 +10,6 @@ Nothing made here is kept, so nothing can be stale: the fields of the config com
 from the `raise` statements of the package, where each message is one sentence.
 """
 
-import ast
 import collections
 import contextlib
 import dataclasses
@@ -23,6 +22,8 @@ import pkgutil
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
+
+from docs_errors import errors, escaped
 
 import lm_jax
 from lm_jax import doctor
@@ -54,29 +55,25 @@ def config_page() -> str:
         "",
         "Every field of a run. A flag sets one, `--config.optim.peak_lr=1e-3`; so does Python, "
         "`cfg.optim.peak_lr = 1e-3`. Durations are written in steps, tokens or epochs: `2000`, "
-        "`2M tokens`, `3 epochs`. A field marked with * may change when a run goes on: no number of "
-        "the trained model depends on it.",
+        "`2M tokens`, `3 epochs`. A field marked with * may change when a run goes on: no number "
+        "of the trained model depends on it.",
     ]
     means, found = meanings(), dict(marks(Config))
     for section, paths in itertools.groupby(means, lambda path: path.rpartition(".")[0]):
         kind = field_types(Config)[section] if section else Config
         about = inspect.getdoc(kind) if section else "The run as a whole."
         lines += ["", f"## {section or 'Top level'}", "", str(about), ""]
-        lines += ["| field | type | default | meaning |", "|---|---|---|---|"]
         for path in paths:
             name = path.rpartition(".")[2]
-            choices = " | ".join(f"`{choice}`" for choice in found[path].get("choices", ()))
-            meaning = "; ".join(filter(None, (choices, _code(means[path]))))
-            field = f"`{path}`{{ #{path} }}" + "\\*" * ("incidental" in found[path])
-            default = str(get(Config(), path))
-            cells = (field, field_types(kind)[name].__name__, default and f"`{default}`", meaning)
-            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+            default, choices = str(get(Config(), path)), found[path].get("choices", ())
+            parts = [
+                f"{field_types(kind)[name].__name__}, " + (f"`{default}`" if default else "empty"),
+                *([" | ".join(f"`{choice}`" for choice in choices)] if choices else []),
+                escaped(means[path]),
+            ]
+            star = " \\*" * ("incidental" in found[path])
+            lines.append(f"- `{path}`{{ #{path} }}{star}: {'; '.join(parts)}")
     return "\n".join(lines) + "\n"
-
-
-def _code(text: str) -> str:
-    """Prose in which what Markdown would take for markup is none."""
-    return re.sub(r"([*<>\[\]])", r"\\\1", text)
 
 
 @dataclasses.dataclass
@@ -146,9 +143,9 @@ def checks_page() -> str:
                 "",
                 f"### `{check.name}` {{ #{_anchor(check.name)} }}",
                 "",
-                _code(" ".join((inspect.getdoc(check.body) or "").split())),
+                escaped(" ".join((inspect.getdoc(check.body) or "").split())),
                 "",
-                f"- If it fails: {_code(check.remedy)}",
+                f"- If it fails: {escaped(check.remedy)}",
                 f"- Looked at: {family.level(check)}",
                 *([f"- Needs: {needs}"] if needs else []),
             ]
@@ -171,11 +168,12 @@ def faults_page() -> str:
 
 def api_page() -> str:
     """The public names of `lm_jax` and of its doctor."""
-    lines = ["# API", "", "## lm_jax", "", inspect.getdoc(lm_jax) or "", ""]
+    lines = ["# API", "", _first(lm_jax), "", "## lm_jax", ""]
+    lines += ["Every field of `lm_jax.Config` is on [its own page](config.md).", ""]
     skipped = ("__version__", "doctor")
     for name in (name for name in lm_jax.__all__ if name not in skipped):
         lines += [f"::: lm_jax.{name}", ""]
-    lines += ["## lm_jax.doctor", "", inspect.getdoc(doctor) or "", ""]
+    lines += ["## lm_jax.doctor", "", f"{_first(doctor)} See [the doctor](doctor.md).", ""]
     for name in doctor.__all__:
         if name.startswith("examine_"):
             lines += [_examination(name), ""]
@@ -184,12 +182,20 @@ def api_page() -> str:
     return "\n".join(lines)
 
 
+def _first(described: Any) -> str:
+    """The first sentence of a docstring."""
+    return (inspect.getdoc(described) or "").partition("\n")[0]
+
+
 def _examination(name: str) -> str:
     """An entry point of the doctor, whose signature and docstring are made of its facts."""
     function = getattr(doctor, name)
     about, *sections = re.split(r"^(Args|Raises):\n", inspect.getdoc(function) or "", flags=re.M)
-    parts = [f"### `lm_jax.doctor.{name}` {{ #lm_jax.doctor.{name} }}"]
-    parts.append(f"```python\n{name}{inspect.signature(function)}\n```")
+    parts = [f'### lm_jax.doctor.{name} {{ #lm_jax.doctor.{name} data-toc-label="{name}" }}']
+    arguments = list(inspect.signature(function).parameters.values())
+    named = [p for p in arguments if p.kind is p.KEYWORD_ONLY]
+    lines = [*arguments[: len(arguments) - len(named)], *(["*"] if named else []), *named]
+    parts.append("\n".join([f"```python\n{name}(", *(f"    {line}," for line in lines), ")\n```"]))
     parts.append(about.strip())
     for title, body in zip(sections[::2], sections[1::2], strict=True):
         body = re.sub(r"\n {8}", " ", body)
@@ -218,67 +224,6 @@ def commands_page() -> str:
         if "\nConfigs\n" in told.getvalue():
             lines += ["", "The fields of a config are on [their own page](config.md)."]
     return "\n".join(lines) + "\n"
-
-
-AREAS = {
-    "Config and flags": "config rundir workdir start length __main__ door",
-    "Data and tokenizers": "data",
-    "Models, attention and losses": "models kernels loss optim objective sharding step",
-    "Training": "setup train progress checkpoint files writers trace environment main metrics",
-    "Evaluation and samples": "evaluate decode generate run report curves page",
-    "Export": "export harness",
-    "Distillation": "distill",
-    "Comparing": "compare",
-    "The doctor": "doctor preflight",
-}
-ERRORS = "ValueError ConfigError OSError FileNotFoundError FileExistsError RuntimeError Broken"
-
-
-def errors() -> str:
-    """The sentences of the errors that the package raises, by area."""
-    area_of = {room: area for area, rooms in AREAS.items() for room in rooms.split()}
-    found: dict[str, list[str]] = collections.defaultdict(list)
-    for path in sorted(PACKAGE.rglob("*.py")):
-        place = path.relative_to(PACKAGE)
-        area = area_of.get(place.parts[0].removesuffix(".py"), "Elsewhere")
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Raise) and (sentence := _sentence(node.exc)):
-                found[area].append(f"- {sentence}")
-    text = (
-        "Each is one sentence that names the field, the flag or the file and what to do. Words in "
-        "*italics* stand for what your message has in their place: search this page for a few of "
-        "the others.\n"
-    )
-    for area in (*AREAS, "Elsewhere"):
-        if found[area]:
-            text += f"\n### {area}\n\n" + "\n".join(sorted(set(found[area]))) + "\n"
-    return text
-
-
-def _sentence(raised: ast.expr | None) -> str:
-    """The message of an error as Markdown; empty if it is no sentence of its own."""
-    if not (isinstance(raised, ast.Call) and len(raised.args) == 1):
-        return ""
-    kind, message = ast.unparse(raised.func).rpartition(".")[2], raised.args[0]
-    if kind not in ERRORS.split():
-        return ""
-    if isinstance(message, ast.Constant):
-        parts: list[ast.expr] = [message]
-    elif isinstance(message, ast.JoinedStr):
-        parts = message.values
-    else:
-        return ""
-    text = "".join(
-        _code(str(part.value)) if isinstance(part, ast.Constant) else f"*{_placeholder(part)}*"
-        for part in parts
-    )
-    return text.strip() if len(re.sub(r"\*[^*]*\*", "", text).split()) > 2 else ""
-
-
-def _placeholder(part: ast.expr) -> str:
-    """The last name of a replaced expression, in words: the path for `config.folder / "x"`."""
-    names = re.findall(r"[A-Za-z]\w*", ast.unparse(part.value))  # type: ignore[attr-defined]
-    return names[-1].strip("_").replace("_", " ") if names else "value"
 
 
 PAGES: dict[str, Callable[[], str]] = {
