@@ -79,7 +79,7 @@ def _messages(nodes: Iterable[ast.AST]) -> Iterator[list[ast.expr]]:
         elif isinstance(node, ast.Yield):
             prefix, message = "config.", node.value
         if isinstance(message, ast.Constant):
-            yield [ast.Constant(f"{prefix}{message.value}")]
+            yield [ast.Constant(prefix), message]
         elif isinstance(message, ast.JoinedStr):
             yield [ast.Constant(prefix), *message.values]
 
