@@ -58,25 +58,32 @@ def save_tokenizer(folder, tree, special="<s>", **changes):
     return folder
 
 
+def head_dim(c):
+    return c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
+
+
 def llama_shapes(c):
     D, F, L = c["hidden_size"], c["intermediate_size"], c["num_hidden_layers"]
-    C = D // c["num_attention_heads"]
-    kv = c.get("num_key_value_heads", c["num_attention_heads"]) * C
+    C, H = head_dim(c), c["num_attention_heads"]
+    kv = c.get("num_key_value_heads", H) * C
+    biased = {"q", "k", "v"} if c["model_type"] == "qwen2" else set()
+    biased |= set("qkvo") if c.get("attention_bias") else set()
+    biased |= {"gate", "up", "down"} if c.get("mlp_bias") else set()
     yield "model.embed_tokens.weight", (c["vocab_size"], D)
     for i in range(L):
         yield f"model.layers.{i}.input_layernorm.weight", (D,)
         yield f"model.layers.{i}.post_attention_layernorm.weight", (D,)
         for part, name, shape in (
-            ("self_attn", "q", (D, D)),
+            ("self_attn", "q", (H * C, D)),
             ("self_attn", "k", (kv, D)),
             ("self_attn", "v", (kv, D)),
-            ("self_attn", "o", (D, D)),
+            ("self_attn", "o", (D, H * C)),
             ("mlp", "gate", (F, D)),
             ("mlp", "up", (F, D)),
             ("mlp", "down", (D, F)),
         ):
             yield f"model.layers.{i}.{part}.{name}_proj.weight", shape
-            if c.get("mlp_bias"):
+            if name in biased:
                 yield f"model.layers.{i}.{part}.{name}_proj.bias", shape[:1]
         if c["model_type"] == "qwen3":
             yield f"model.layers.{i}.self_attn.q_norm.weight", (C,)

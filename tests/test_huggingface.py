@@ -14,22 +14,54 @@ import pytest
 from flax import nnx
 
 from lm_jax import config
+from lm_jax.config import ConfigError
 from lm_jax.config.resolve import resolve
 from lm_jax.models import huggingface
 from lm_jax.models.families import create_model
-from tests.hugging_face import GPT2, LLAMA, V, random_tensors, save_checkpoint
+from tests.helpers import randomise
+from tests.hugging_face import GPT2, LLAMA, V, head_dim, random_tensors, save_checkpoint
 
 QWEN3 = LLAMA | {"model_type": "qwen3", "head_dim": 4, "rms_norm_eps": 1e-3}
+MISTRAL = LLAMA | {"model_type": "mistral", "sliding_window": 5}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+WIDE = {"head_dim": 12, "rope_theta": 30.0}  # wavelengths on both sides of every ramp
+WINDOWED = {"sliding_window": 5, "use_sliding_window": True, "max_window_layers": 0}
 VARIANTS = {
     "llama": LLAMA,
     "llama tied": LLAMA | {"tie_word_embeddings": True, "rms_norm_eps": 1e-6},
     "llama with biases": LLAMA | {"attention_bias": True, "mlp_bias": True},
+    "llama with biases in attention": LLAMA | {"attention_bias": True},
     "llama of one head a group": {
         name: value for name, value in LLAMA.items() if name != "num_key_value_heads"
     },
+    "llama with wide heads": LLAMA | {"head_dim": 10},
     "llama as version 5 writes it": {k: v for k, v in LLAMA.items() if k != "rope_theta"}
     | {"rope_parameters": {"rope_type": "default", "rope_theta": 300.0}, "rope_scaling": None},
+    "linear": LLAMA | {"rope_scaling": {"type": "linear", "factor": 2.5}},
+    "llama3": LLAMA | WIDE | {"rope_scaling": LLAMA3},
+    "llama3 as version 5 writes it": LLAMA
+    | {"head_dim": 12, "rope_parameters": LLAMA3 | {"rope_theta": 30.0}},
+    "yarn": LLAMA | WIDE | {"rope_scaling": YARN},
+    "yarn with scales": LLAMA
+    | WIDE
+    | {"rope_scaling": YARN | {"mscale": 1.5, "mscale_all_dim": 0.5, "truncate": False}},
+    "yarn with betas": LLAMA
+    | WIDE
+    | {"rope_scaling": YARN | {"beta_fast": 3.0, "beta_slow": 0.5, "attention_factor": 1.3}},
+    "mistral": MISTRAL,
+    "mistral without window": MISTRAL | {"sliding_window": None},
+    "qwen2": LLAMA | {"model_type": "qwen2"},
+    "qwen2 with windows": LLAMA | {"model_type": "qwen2"} | WINDOWED,
     "qwen3": QWEN3,
+    "qwen3 with wide heads": QWEN3 | {"head_dim": 10, "attention_bias": True},
+    "qwen3 with windows": QWEN3 | WINDOWED | {"layer_types": ["sliding_attention"] * 2},
     "gpt2": GPT2,
     "gpt2 untied": GPT2 | {"tie_word_embeddings": False, "n_inner": 40},
     "gpt2 with exact gelu": GPT2 | {"activation_function": "gelu"},
@@ -52,30 +84,67 @@ def layer_norm(x, weight, bias, eps):
     return (x - x.mean()) / np.sqrt(x.var() + eps) * weight + bias
 
 
-def rotated(x, position, theta):
+def rotary_angles(c):
+    """Angles per position, and the factor on the rotated vectors; one pair after the other."""
+    rope = c.get("rope_scaling") or c.get("rope_parameters") or {}
+    kind = rope.get("rope_type") or rope.get("type")
+    theta = rope.get("rope_theta") or c["rope_theta"]
+    C, s = head_dim(c), rope.get("factor", 1.0)
+    learned = rope.get("original_max_position_embeddings")
+    angles = []
+    for i in range(C // 2):
+        angle = theta ** (-2 * i / C)
+        turns = learned and learned * angle / (2 * np.pi)
+        if kind == "linear":  # Chen et al. 2023, equation 4
+            angle /= s
+        if kind == "llama3":
+            low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+            if turns < low:
+                angle /= s
+            elif turns <= high:
+                share = (turns - low) / (high - low)
+                angle = (1 - share) * angle / s + share * angle
+        if kind == "yarn":  # Peng et al. 2023, section 3.2: between the pairs that turn so often
+            ends = [
+                C * np.log(learned / (2 * np.pi * beta)) / (2 * np.log(theta))
+                for beta in (rope.get("beta_fast", 32), rope.get("beta_slow", 1))
+            ]
+            if rope.get("truncate", True):
+                ends = [np.floor(ends[0]), np.ceil(ends[1])]
+            first, last = max(ends[0], 0), min(ends[1], C - 1)
+            share = min(max((i - first) / (last - first), 0), 1)
+            angle = (1 - share) * angle + share * angle / s
+        angles.append(angle)
+    factor = 1.0
+    if kind == "yarn":
+        scales = rope.get("mscale", 1), rope.get("mscale_all_dim", 0)
+        up, down = (0.1 * scale * np.log(s) + 1 for scale in scales)
+        factor = rope.get("attention_factor", up / down)
+    return np.array(angles), factor
+
+
+def rotated(x, position, angles, factor):
     """Coordinates i and i + C/2 are the parts of a complex number, turned by p theta^(-2i/C)."""
     half = len(x) // 2
-    turned = x[:half] + 1j * x[half:]
-    turned = turned * np.exp(1j * position / theta ** (2 * np.arange(half) / len(x)))
+    turned = factor * (x[:half] + 1j * x[half:]) * np.exp(1j * position * angles)
     return np.concatenate([turned.real, turned.imag])
 
 
-def attended(queries, keys, values):
+def attended(queries, keys, values, window=None):
     """Each query with the keys up to its own place; all of one head, [T, C]."""
-    return np.array(
-        [
-            softmax(keys[: t + 1] @ query / np.sqrt(len(query))) @ values[: t + 1]
-            for t, query in enumerate(queries)
-        ]
-    )
+    out = []
+    for t, query in enumerate(queries):
+        seen = slice(max(0, t + 1 - window) if window else 0, t + 1)
+        out.append(softmax(keys[seen] @ query / np.sqrt(len(query))) @ values[seen])
+    return np.array(out)
 
 
 def llama_logits(c, w, tokens):
     """Touvron et al. 2023, section 2.2, on one sequence; queries and keys normalised for Qwen3."""
     H, eps = c["num_attention_heads"], c["rms_norm_eps"]
     K = c.get("num_key_value_heads", H)
-    C = c["hidden_size"] // H
-    theta = c.get("rope_theta") or c["rope_parameters"]["rope_theta"]
+    C, turn = head_dim(c), rotary_angles(c)
+    window = c.get("sliding_window")
 
     def linear(name, x):
         return w[f"{name}.weight"] @ x + w.get(f"{name}.bias", 0.0)
@@ -94,8 +163,9 @@ def llama_logits(c, w, tokens):
             g = h // (H // K)
             q = [head(f"{own}.q_proj", v, h, f"{own}.q_norm.weight") for v in normed]
             k = [head(f"{own}.k_proj", v, g, f"{own}.k_norm.weight") for v in normed]
-            q, k = (np.array([rotated(v, p, theta) for p, v in enumerate(z)]) for z in (q, k))
-            heads.append(attended(q, k, np.array([head(f"{own}.v_proj", v, g) for v in normed])))
+            q, k = (np.array([rotated(v, p, *turn) for p, v in enumerate(z)]) for z in (q, k))
+            values = np.array([head(f"{own}.v_proj", v, g) for v in normed])
+            heads.append(attended(q, k, values, window))
         joined = np.concatenate(heads, axis=1)
         x = [v + linear(f"{own}.o_proj", y) for v, y in zip(x, joined, strict=True)]
         for t, v in enumerate(x):
@@ -230,19 +300,15 @@ def test_what_old_checkpoints_hold_beside_parameters(tmp_path):
     )
 
 
-def library_config(transformers, c):
-    kinds = {"llama": "LlamaConfig", "qwen3": "Qwen3Config", "gpt2": "GPT2Config"}
-    options = {name: value for name, value in c.items() if name != "model_type"}
-    made = getattr(transformers, kinds[c["model_type"]])
-    return made(**options, bos_token_id=1, eos_token_id=2, attn_implementation="eager")
-
-
-@pytest.mark.parametrize("variant", ["llama", "llama tied", "qwen3", "gpt2"])
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_logits_of_transformers(tmp_path, variant):
+    """Of checkpoints that transformers saves, as it computes them."""
     torch = pytest.importorskip("torch", reason="torch is not installed")
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     c = VARIANTS[variant]
-    own = library_config(transformers, c)
+    options = {name: value for name, value in c.items() if name != "model_type"}
+    kind = type(transformers.AutoConfig.for_model(c["model_type"]))
+    own = kind(**options, bos_token_id=1, eos_token_id=2, attn_implementation="eager")
     model = transformers.AutoModelForCausalLM.from_config(own).eval()
     tensors = {name: torch.from_numpy(value) for name, value in random_tensors(c, 1).items()}
     missing, unexpected = model.load_state_dict(tensors, strict=False)
@@ -258,26 +324,38 @@ def test_logits_of_transformers(tmp_path, variant):
 # --- what is refused -----------------------------------------------------------------------------
 
 
-LINEAR = {"rope_type": "linear", "factor": 2.0}
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0}
 REFUSED = {
-    "other type": (LLAMA, {"model_type": "mamba"}, "model_type is 'mamba'.*'llama' or 'qwen3'"),
+    "other type": (LLAMA, {"model_type": "mamba"}, "model_type is 'mamba'.*'llama' or 'mistral'"),
     "no type": (LLAMA, {"model_type": None}, "model_type is None"),
-    "scaled rope": (LLAMA, {"rope_scaling": LINEAR}, "rope_scaling is .*linear.*null"),
-    "scaled rope of version 5": (LLAMA, {"rope_parameters": LINEAR}, "rope_parameters is .*linear"),
+    "scaled rope": (LLAMA, {"rope_scaling": DYNAMIC}, "rope_scaling is .*dynamic.*linear, llama3"),
+    "scaled rope of version 5": (LLAMA, {"rope_parameters": DYNAMIC}, "rope_parameters is .*dyna"),
+    "scale without factor": (LLAMA, {"rope_scaling": {"type": "linear"}}, "they are factor"),
+    "more of a scale": (LLAMA, {"rope_scaling": YARN | {"mscal": 1.0}}, "mscal.*perhaps beta_fast"),
+    "scale of 0": (LLAMA, {"rope_scaling": {"type": "linear", "factor": 0}}, "factor=0; give a n"),
     "rope by layer": (LLAMA, {"rope_parameters": {"full": {}}}, "rope_parameters is .*full"),
     "partial rope": (LLAMA, {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
-    "head width": (LLAMA, {"head_dim": 8}, "head_dim is 8; .*num_attention_heads, 4"),
-    "Qwen3's own head width": (QWEN3, {"head_dim": None}, "head_dim is None; .*, 4"),
-    "odd heads": (LLAMA, {"num_attention_heads": 8, "num_key_value_heads": 8}, "even width"),
+    "head width": (LLAMA, {"head_dim": 8}, r"o_proj.weight has shape \[24, 24\], .*\[24, 48\]"),
+    "Qwen3's own head width": (QWEN3, {"head_dim": None}, r"shape \[4\], .* asks for \[128\]"),
+    "odd heads": (LLAMA, {"num_attention_heads": 8}, "an even width, not 3"),
     "heads": (LLAMA, {"num_attention_heads": 5}, "num_attention_heads is 5; .*divisor of hidden"),
     "groups": (LLAMA, {"num_key_value_heads": 4}, "num_key_value_heads is 4; .*divisor"),
-    "one bias": (LLAMA, {"attention_bias": True}, "mlp_bias is None; .*attention_bias, True"),
-    "other bias": (LLAMA, {"mlp_bias": True}, "mlp_bias is True; .*attention_bias, False"),
+    "biases left over": (
+        LLAMA | {"attention_bias": True},
+        {"attention_bias": False},
+        "q_proj|k_proj.bias and 7 more are no part",
+    ),
+    "other bias": (LLAMA, {"mlp_bias": True}, "mlp_bias is True; .*attention_bias true"),
     "window": (LLAMA, {"sliding_window": 8}, "sliding_window is 8; .*max_position_embeddings, 16"),
-    "Qwen3's window": (
+    "windows in some layers": (
         QWEN3,
-        {"sliding_window": 15, "use_sliding_window": True},
-        "sliding_window is 15",
+        WINDOWED | {"max_window_layers": 1},
+        "max_window_layers is 1; supported is a window in all layers or in none",
+    ),
+    "windows by layer": (
+        QWEN3,
+        WINDOWED | {"layer_types": ["sliding_attention", "full_attention"]},
+        "layer_types is .*; supported is a window in all layers or in none",
     ),
     "activation": (LLAMA, {"hidden_act": "gelu"}, "hidden_act is 'gelu'; .*'silu'"),
     "width": (LLAMA, {"hidden_size": "24"}, "hidden_size is '24'; .*whole number above 0"),
@@ -293,11 +371,23 @@ REFUSED = {
         "scale_attn_by_inverse_layer_idx is True",
     ),
     "cross-attention": (GPT2, {"add_cross_attention": True}, "add_cross_attention is True"),
-    "layers beyond": (GPT2, {"n_layer": 3}, "tensor h.2.ln_1.weight is missing"),
-    "layers left over": (GPT2, {"n_layer": 1}, "tensor h.1.attn.c_attn.bias and 11 more are no"),
-    "untied without head": (GPT2, {"tie_word_embeddings": False}, "lm_head.weight is missing"),
+    "layers beyond": (
+        GPT2,
+        {"n_layer": 3},
+        r"tensor h\.2\.\S+ is missing, the nearest of the others are transformer\.h\.1",
+    ),
+    "layers left over": (
+        GPT2,
+        {"n_layer": 1},
+        "tensor transformer.h.1.attn.c_attn.bias and 11 more are no",
+    ),
+    "untied without head": (
+        GPT2,
+        {"tie_word_embeddings": False},
+        "lm_head.weight is missing.* to true, or save it with its head",
+    ),
     "tied with another head": (LLAMA, {"tie_word_embeddings": True}, "lm_head.weight is not the"),
-    "rows": (LLAMA, {"vocab_size": 40}, r"embed_tokens.weight has shape \[37, 24\]; .*\[40, 24\]"),
+    "rows": (LLAMA, {"vocab_size": 40}, r"embed_tokens.weight has shape \[37, 24\], .*\[40, 24\]"),
 }
 
 
@@ -319,6 +409,8 @@ def test_what_would_be_another_model_is_refused(tmp_path, case):
         {"sliding_window": 4, "use_sliding_window": False},
         {"rope_scaling": {"type": "default"}},
         {"head_dim": 4, "hidden_act": "swish"},
+        {"model_type": "mistral", "sliding_window": None},
+        {"model_type": "mistral"},
     ],
     ids=str,
 )
@@ -363,10 +455,132 @@ def test_damaged_files_are_named(tmp_path):
 
     name = "model.layers.1.mlp.up_proj.weight"
     save_checkpoint(folder, LLAMA, tensors | {name: tensors[name].T.copy()})
-    refused(r"layers.1.mlp.up_proj.weight has shape \[24, 20\]; config.json asks for \[20, 24\]")
+    refused(r"layers.1.mlp.up_proj.weight has shape \[24, 20\], .* asks for \[20, 24\]")
     save_checkpoint(folder, LLAMA, tensors | {name: tensors[name].astype(np.int8)})
     refused("layers.1.mlp.up_proj.weight is of type I8; save it as float32")
     save_checkpoint(folder, LLAMA, {key: value for key, value in tensors.items() if key != name})
     refused("layers.1.mlp.up_proj.weight is missing")
     save_checkpoint(folder, LLAMA, tensors | {"score.weight": tensors[name]})
     refused("score.weight is no part of the model")
+
+
+@pytest.mark.parametrize("c", [LLAMA, GPT2], ids=["llama", "gpt2"])
+def test_names_with_other_prefixes(tmp_path, c):
+    """Of a model inside another module, of one that was compiled, and of one without its head."""
+    tensors = random_tensors(c)
+    expected = huggingface.load(save_checkpoint(tmp_path / "plain", c, tensors))[-1]
+    base = "transformer." if c is GPT2 else "model."
+    for before, without in (("module.", ""), ("_orig_mod.", ""), ("model._orig_mod.", base)):
+        named = {before + name.removeprefix(without): x for name, x in tensors.items()}
+        found = huggingface.load(save_checkpoint(tmp_path / before, c, named))[-1]
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
+    twice = tensors | {"module." + name: x for name, x in tensors.items()}
+    with pytest.raises(ValueError, match=r"tensors \S+ and \S+ are the same parameter"):
+        huggingface.load(save_checkpoint(tmp_path / "twice", c, twice))
+
+
+# --- written -------------------------------------------------------------------------------------
+
+
+L3 = "llama3:factor=8,low_freq_factor=1,high_freq_factor=4,original_max_position_embeddings=32"
+GPT = dict(norm="layernorm", positions="learned", mlp="gelu_tanh", bias=True, kv_heads=6)
+WRITTEN = {  # architecture and fields of the model
+    "llama": ("llama", dict()),
+    "llama, everything": (
+        "llama",
+        dict(tied=False, bias=True, head_dim=10, rope_scaling=L3, rope_theta=30.0),
+    ),
+    "biases in attention": ("llama", dict(bias=True, bias_in="attention")),
+    "yarn": (
+        "llama",
+        dict(rope_scaling="yarn:factor=2,original_max_position_embeddings=8,truncate=0"),
+    ),
+    "qwen3": ("qwen3", dict(qk_norm=True, head_dim=10)),
+    "qwen3, everything": (
+        "qwen3",
+        dict(qk_norm=True, bias=True, bias_in="attention", window=5)
+        | dict(rope_scaling="linear:factor=2"),
+    ),
+    "qwen2": ("qwen2", dict(bias=True, bias_in="qkv", window=5, head_dim=10)),
+    "mistral": ("mistral", dict(window=5)),
+    "gpt2": ("gpt2", GPT),
+    "gpt2 untied": ("gpt2", GPT | dict(tied=False, mlp="gelu", d_ff=40)),
+}
+
+
+def drawn(**changes):
+    """A resolved config, the structure and parameters at random, after JAX has drawn none."""
+    own = dict(layers=2, d_model=24, heads=6, kv_heads=2) | changes
+    given = {f"model__{name}": value for name, value in own.items()}
+    cfg = resolve(config.replace(config.Config(), data__seq_len=16, **given), windows=500)
+    graphdef, init = create_model(cfg, V, "reference")
+    return cfg, graphdef, randomise(jax.eval_shape(init, jax.random.key(0)), 2)
+
+
+def own_logits(graphdef, params, tokens_BT):
+    model = nnx.merge(graphdef, params)
+    positions_BT = np.broadcast_to(np.arange(tokens_BT.shape[1]), tokens_BT.shape)
+    return np.asarray(model.logits(model(tokens_BT, np.ones_like(tokens_BT), positions_BT)))
+
+
+@pytest.mark.parametrize("case", WRITTEN)
+def test_what_is_written_is_read_back(tmp_path, case):
+    kind, changes = WRITTEN[case]
+    cfg, _, params = drawn(**changes)
+    huggingface.write_model(tmp_path, cfg.model, V, 16, params, {"eos_token_id": 3})
+    assert huggingface.architecture(cfg.model) == kind
+    c = json.loads((tmp_path / "config.json").read_text())
+    assert (c["model_type"], c["eos_token_id"], c["bos_token_id"]) == (kind, 3, None)
+    *found, again = huggingface.load(tmp_path)
+    assert found == [cfg.model, V, 16]
+    jax.tree.map(np.testing.assert_array_equal, again, params)
+
+
+@pytest.mark.parametrize("case", WRITTEN)
+def test_transformers_computes_what_is_written(tmp_path, case):
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    cfg, graphdef, params = drawn(**WRITTEN[case][1])
+    huggingface.write_model(tmp_path, cfg.model, V, 16, params)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert model.dtype == torch.float32
+    tokens_BT = random_tokens(2)
+    with torch.no_grad():
+        expected = model(torch.from_numpy(tokens_BT).long()).logits.numpy()
+    assert_close(own_logits(graphdef, params, tokens_BT), expected)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_factorised_table_is_multiplied_out(tmp_path, tied):
+    cfg, graphdef, params = drawn(embedding_rank=7, tied=tied)
+    huggingface.write_model(tmp_path, cfg.model, V, 16, params)
+    tokens_BT = random_tokens(3)
+    assert_close(package_logits(tmp_path, tokens_BT), own_logits(graphdef, params, tokens_BT))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(mlp="relu2"), r"model\.mlp: 'relu2' .* llama, has 'swiglu'"),
+        (dict(positions="none"), r"model\.positions: 'none' .* llama, has 'rotary'"),
+        (dict(logit_softcap=30.0), r"model\.logit_softcap: 30\.0 .* has 0\.0"),
+        (dict(norm="layernorm", bias=True), r"model\.positions: 'rotary' .* gpt2, has 'learned'"),
+        (GPT | dict(bias=False), r"model\.bias: False .* gpt2, has True"),
+        (GPT | dict(kv_heads=2), r"model\.kv_heads: 2 .* gpt2, has 6"),
+        (GPT | dict(head_dim=8), r"model\.head_dim: 8 .* gpt2, has 4"),
+        (GPT | dict(window=5), r"model\.window: 5 .* gpt2, has 0"),
+        (dict(qk_norm=True, bias=True), r"model\.bias_in: 'all' .* qwen3, has 'attention'"),
+        (dict(bias=True, window=5), r"model\.window: 5 .* llama, has 0"),
+        (dict(d_model=28, head_dim=4), r"model\.heads: 6 .* llama, has a divisor of d_model=28"),
+        (
+            dict(family="musota", d_model=128, heads=4, kv_heads=0),
+            r"model\.family: 'musota' .* 'dense'",
+        ),
+    ],
+)
+def test_what_no_architecture_computes_is_named(changes, message):
+    own = dict(layers=2, d_model=24, heads=6, kv_heads=2) | changes
+    given = {f"model__{name}": value for name, value in own.items()}
+    cfg = resolve(config.replace(config.Config(), **given), windows=500)
+    with pytest.raises(ConfigError, match=message):
+        huggingface.architecture(cfg.model)

@@ -208,6 +208,7 @@ class Auxiliary(nnx.Module):
             ConfigError: for more experts than the teacher has layers.
         """
         self.cfg, self.teacher_layers = cfg, teacher.layers
+        self.windows = cfg.model.window, teacher.window
         names, L, experts = set(used(cfg)), cfg.model.layers, cfg.distill.experts
         if "feature" in names:
             self.feature = projection(width, teacher_width, rngs)
@@ -279,8 +280,8 @@ class Auxiliary(nnx.Module):
         layers = [int(number) % L for number in self.cfg.distill.attention_layers.split(",")]
         for i in layers:
             mine, theirs = (
-                terms.log_map(o.q_LBTHC[at], o.k_LBTKC[at], b.segment_ids)
-                for o, at in ((seen, i), (inside, as_deep[i]))
+                terms.log_map(o.q_LBTHC[at], o.k_LBTKC[at], b.segment_ids, window)
+                for o, at, window in zip((seen, inside), (i, as_deep[i]), self.windows, strict=True)
             )
             total += terms.attention(mine, theirs, b.weights) / len(layers)
         return total

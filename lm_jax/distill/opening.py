@@ -65,6 +65,12 @@ def open_teacher(cfg: Config, store: Store, mesh: Mesh | None = None) -> Teacher
                     f"config.distill.{term}: {name} is of family {run.cfg.model.family!r}, whose "
                     "layers cannot be compared; set it to 0."
                 )
+        least = run.cfg.model.window or run.cfg.data.seq_len
+        if not cfg.distill.attention.zero and 0 < cfg.model.window < least:
+            raise ConfigError(
+                f"config.model.window: {cfg.model.window} hides positions from the student that "
+                f"{name} attends to; raise it to {least} or set config.distill.attention to 0."
+            )
     length = cfg.data.seq_len
     others = (name for name, run in zip(names, runs, strict=True) if not _shares(run, store))
     if other := next(others, None):

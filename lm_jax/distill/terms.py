@@ -50,16 +50,21 @@ def layers(
     return (jax.nn.softmax(share_L) * jnp.stack(errors)).sum()
 
 
-def log_map(q_BTHC: jax.Array, k_BTKC: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
+def log_map(
+    q_BTHC: jax.Array, k_BTKC: jax.Array, segment_ids_BT: jax.Array, window: int = 0
+) -> jax.Array:
     """Logarithm of the attention of position t to s, mean over heads, [B, T, T] in float32.
 
-    Causal and inside segments, computed with all scores; what is masked has about -1e30.
+    Causal, inside segments and inside a window above 0, computed with all scores; what is masked
+    has about -1e30.
     """
     T, groups = q_BTHC.shape[1], q_BTHC.shape[2] // k_BTKC.shape[2]
     k_BTHC = jnp.repeat(k_BTKC, groups, axis=2)
     scores_BHTS = jnp.einsum("bthc,bshc->bhts", q_BTHC, k_BTHC, preferred_element_type=jnp.float32)
     same_BTS = segment_ids_BT[:, :, None] == segment_ids_BT[:, None]
     mask_BTS = same_BTS & jnp.tri(T, dtype=bool)[None]
+    if window:
+        mask_BTS &= ~jnp.tri(T, k=-window, dtype=bool)[None]
     scores_BHTS = jnp.where(mask_BTS[:, None], scores_BHTS * q_BTHC.shape[-1] ** -0.5, EXCLUDED)
     log_BHTS = jax.nn.log_softmax(scores_BHTS)
     return jax.nn.logsumexp(log_BHTS, axis=1) - jnp.log(q_BTHC.shape[2])

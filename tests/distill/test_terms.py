@@ -68,12 +68,12 @@ def test_layers_are_weighed_by_learned_shares():
     np.testing.assert_allclose(total, softmax(share) @ np.array(each), rtol=1e-5)
 
 
-def maps(q, k, segments):
+def maps(q, k, segments, window=T):
     """Mean over heads of causal attention inside segments, position by position."""
     H, C = q.shape[2:]
     out = np.zeros((B, T, T))
     for b, t, h in np.ndindex(B, T, H):
-        seen = [s for s in range(t + 1) if segments[b, s] == segments[b, t]]
+        seen = [s for s in range(t + 1) if segments[b, s] == segments[b, t] and t - s < window]
         scores = [q[b, t, h] @ k[b, s, h * k.shape[2] // H] / np.sqrt(C) for s in seen]
         out[b, t, seen] += softmax(scores) / H
     return out
@@ -87,6 +87,8 @@ def test_attention_maps_and_their_divergence():
     logs = [log_map(*pair, segments) for pair in (mine, theirs)]
     q, p = (maps(*pair, segments) for pair in (mine, theirs))
     np.testing.assert_allclose(np.exp(logs[0]), q, atol=1e-6)
+    narrow = np.exp(terms.log_map(*mine, segments, 2))
+    np.testing.assert_allclose(narrow, maps(*mine, segments, 2), atol=1e-6)
     total = divergence(*logs, weights)
     there = p > 0
     kl = np.where(there, p * np.log(np.where(there, p, 1) / np.where(there, q, 1)), 0).sum(-1)
