@@ -184,7 +184,7 @@ def _accumulation(lr: Series, ratio: float) -> tuple[int, str] | None:
 def clipping(subject: Subject) -> list[Measure]:
     """How often gradients were clipped; a fact, not a fault."""
     late = float(subject.finite("optim/clip_rate").tail(0.5).values.mean())
-    text = "this explains no bad loss; a loss summed over tokens does it (loss.repetition)"
+    text = "this explains no bad loss; a loss summed over tokens does it (loss.split)"
     rate = note("share of updates clipped in the second half", late, key="rate")
     return [rate, note(text)] if late > 0.9 else [rate]
 
