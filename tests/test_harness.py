@@ -10,8 +10,8 @@ import yaml
 from lm_jax import generate
 from lm_jax.harness import command
 from lm_jax.harness.scoring import Scorer, rows_of
+from lm_jax.loop import train_and_evaluate
 from lm_jax.pretrained import open_model
-from lm_jax.train import train_and_evaluate
 from tests.helpers import small
 from tests.test_pretrained import LONGEST, folders  # noqa: F401
 
