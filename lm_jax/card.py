@@ -1,5 +1,6 @@
 """The model card of an exported run: what was measured, how it was trained, how it is loaded."""
 
+import dataclasses
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -53,7 +54,9 @@ def model_card(
         proof: what `lm_jax.proof.prove` found.
     """
     cfg, data = run.cfg, run.data
-    parameters = size(cfg.model, data["vocab_size"], cfg.data.seq_len)
+    # A factorised table is multiplied out.
+    exported = dataclasses.replace(cfg.model, embedding_rank=0)
+    parameters = size(exported, data["vocab_size"], cfg.data.seq_len)
     parts = [
         f"# {folder.name}",
         f"A {kind} language model of {parameters.total:,} parameters ({parameters.table:,} in "

@@ -1,6 +1,7 @@
 """The figures of a run: what it logged, against its updates."""
 
 import functools
+import io
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -64,18 +65,28 @@ class Drawing(NamedTuple):
 
 
 def plot(drawings: Sequence[Drawing]) -> "Figure":
-    """All of them in one figure of matplotlib, two in a row."""
+    """All of them in one figure of matplotlib, two in a row; as an image in a notebook."""
     from matplotlib.figure import Figure
 
     width, height = page.SIZE
+    count = -(-len(drawings) // 2)
     with page.drawn_plainly():
-        count = -(-len(drawings) // 2)
-        whole = Figure(figsize=(2 * width, count * (height + 0.6)))
+        whole = Figure(figsize=(2 * width, count * (height + 0.5)))
         parts = whole.subfigures(count, 2, squeeze=False).flat
         for drawing, part in zip(drawings, parts, strict=False):
-            _, legend = page.panel(part, drawing.draw)
-            part.legend(legend.values(), legend, loc="upper center", ncols=len(legend))
+            _, legend = page.panel(part, drawing.draw, height=0.65)
+            part.text(0.145, 0.93, drawing.title.rstrip("."), weight="bold")
+            place = {"loc": "lower left", "bbox_to_anchor": (0.13, 0.8), "ncols": 3}
+            part.legend(legend.values(), legend, frameon=False, fontsize=8.5, **place)
+    # A backend that was not chosen yet would show no figure.
+    whole._repr_png_ = functools.partial(_png, whole)  # type: ignore[attr-defined]
     return whole
+
+
+def _png(figure: "Figure") -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    return file.getvalue()
 
 
 def drawings(rows: Rows, cfg: Config, lines: Mapping[str, float]) -> list[Drawing]:

@@ -15,7 +15,7 @@ import dataclasses
 import itertools
 import math
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -41,11 +41,15 @@ from lm_jax.workdir import DOCUMENTS, SCORES, Trained
 OWN = "this model"
 _NAMES = {"kn2": "Kneser-Ney bigram", "kn3": "Kneser-Ney trigram", "entropy_rate": "entropy rate"}
 # Fields that may be given: where the data of a run lie now, whose hash must stay the same ...
-_PLACES = "source_dir files valid_files test_files cache_dir workers".split()
-MOVED = [*(f"data.{name}" for name in _PLACES), "eval.batch_size"]
+PLACES = [
+    *("data.source_dir", "data.files", "data.valid_files", "data.test_files", "data.cache_dir"),
+    *("data.workers", "eval.batch_size"),
+]
 # ... and what a Hugging Face checkpoint reads, and how.
-_READ = "corpus document valid_fraction test_fraction seq_len document_mask".split()
-_ASKED = [*(f"data.{name}" for name in _READ), "train.compute_dtype"]
+_READ = [
+    *("data.corpus", "data.document", "data.valid_fraction", "data.test_fraction"),
+    *("data.seq_len", "data.document_mask", "train.compute_dtype"),
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,8 +242,8 @@ def score_split(
     return score_run(evaluator, run, workdir, name)
 
 
-def define_fields(given: flags.FlagValues, paths: Sequence[str]) -> None:
-    """Define the flags of fields of the config; each is None where it is not given."""
+def define_fields(paths: Iterable[str], given: flags.FlagValues) -> None:
+    """Define flags of some fields of the config, which are None where they are not given."""
     define: dict[type, Callable[..., Any]] = {
         str: flags.DEFINE_string,
         bool: flags.DEFINE_bool,
@@ -251,8 +255,8 @@ def define_fields(given: flags.FlagValues, paths: Sequence[str]) -> None:
         define[kind](f"config.{path}", None, manual.meanings()[path], flag_values=given)
 
 
-def given_fields(given: flags.FlagValues, paths: Sequence[str]) -> dict[str, Any]:
-    """The fields that were given among those, as `config.replace` takes them."""
+def given_fields(paths: Iterable[str], given: flags.FlagValues) -> dict[str, Any]:
+    """Those of these flags that were given, as changes for `config.replace`."""
     values = {path.replace(".", "__"): given[f"config.{path}"].value for path in paths}
     return {path: value for path, value in values.items() if value is not None}
 
@@ -270,19 +274,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags.DEFINE_string("checkpoint", "best", checkpoint, flag_values=given)
     results = "Folder of the results. Default: that of the run; of a checkpoint scores/NAME-CORPUS."
     flags.DEFINE_string("out", None, results, given)
-    define_fields(given, (*MOVED, *_ASKED))
+    define_fields(PLACES + _READ, given)
     parse_flags(given, argv, __doc__, subject=["workdir"])
     folder = pathlib.Path(given.workdir)
     console.use(aside=True)
-    trained, asked = not huggingface.is_checkpoint(folder), given_fields(given, _ASKED)
-    if trained and asked:
+    trained = not huggingface.is_checkpoint(folder)
+    if trained and (asked := next(iter(given_fields(_READ, given)), None)):
         raise ConfigError(
-            f"config.{min(asked).replace('__', '.')}: a run is scored on its own data, as it was "
+            f"config.{asked.replace('__', '.')}: a run is scored on its own data, as it was "
             "trained; leave it out, or export the run and score that folder."
         )
     with console.phase(f"opening {folder}"):
-        moved = given_fields(given, MOVED)
-        run = open_model(folder, checkpoint=given.checkpoint, **moved, **asked)
+        changes = given_fields(PLACES + _READ, given)
+        run = open_model(folder, checkpoint=given.checkpoint, **changes)
     beside = pathlib.Path("scores", f"{folder.resolve().name}-{run.cfg.data.corpus}")
     out = pathlib.Path(given.out or (folder if trained else beside))
     score_split(run, out, given.split, given.stride)

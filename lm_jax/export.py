@@ -14,18 +14,24 @@ from absl import flags
 
 from lm_jax import console
 from lm_jax.card import model_card
+from lm_jax.config import ConfigError
 from lm_jax.config.flags import parse_flags
 from lm_jax.data.tokenizers.base import FILE_NAME, Tokenizer
 from lm_jax.door import command
-from lm_jax.evaluate import MOVED, define_fields, given_fields
+from lm_jax.evaluate import PLACES, define_fields, given_fields
 from lm_jax.files import whole_folder, write_json, write_text
-from lm_jax.models.families import size
 from lm_jax.models.huggingface import architecture, is_checkpoint, write_model
 from lm_jax.pretrained import open_model
 from lm_jax.proof import prove
 from lm_jax.workdir import Trained
 
-KINDS = {"llama": "Llama", "qwen3": "Qwen3", "gpt2": "GPT-2"}
+KINDS = {
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "gpt2": "GPT-2",
+}
 
 
 def export(
@@ -48,25 +54,21 @@ def export(
         ValueError: if `to` is not empty.
         RuntimeError: if transformers computes something else; nothing is written then.
     """
-    to, cfg = pathlib.Path(to), run.cfg
+    to, cfg, separator = pathlib.Path(to), run.cfg, run.tokenizer.separator
     kind = KINDS[architecture(cfg.model)]
-    parameters = size(cfg.model, run.tokenizer.vocab_size, cfg.data.seq_len).total
-    console.say(f"{workdir} at update {run.step:,} becomes {kind}, {parameters:,} parameters")
+    console.say(f"{workdir} after update {run.step:,} becomes a {kind} model in {to}")
     with whole_folder(to) as folder:
-        own = dict.fromkeys(("bos_token_id", "eos_token_id"), run.tokenizer.separator)
         with console.phase("writing"):
-            write_model(
-                folder, cfg.model, run.tokenizer.vocab_size, cfg.data.seq_len, run.params, **own
-            )
+            ids = {"bos_token_id": separator, "eos_token_id": separator}
+            sizes = run.tokenizer.vocab_size, cfg.data.seq_len
+            write_model(folder, cfg.model, *sizes, run.params, ids)
             write_tokenizer(folder, run.tokenizer, cfg.data.seq_len)
-        write_json(
-            folder / "generation_config.json", own | {"pad_token_id": run.tokenizer.separator}
-        )
+            write_json(folder / "generation_config.json", ids | {"pad_token_id": separator})
         proof = prove(run, workdir, folder, scored=scored)
         for sentence in proof:
             console.say(sentence)
         write_text(folder / "README.md", model_card(run, workdir, to, kind, proof))
-    console.say(f"written: {to}")
+    console.say(f"{to} is written")
     return to
 
 
@@ -103,13 +105,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags.DEFINE_string("checkpoint", "best", checkpoint, flag_values=given)
     scored = "Let transformers compute the perplexity of the whole test split too."
     flags.DEFINE_bool("scored", True, scored, given)
-    define_fields(given, MOVED)
+    define_fields(PLACES, given)
     parse_flags(given, argv, __doc__, subject=["workdir"])
     folder = pathlib.Path(given.workdir)
     if is_checkpoint(folder):
-        raise ValueError(f"{folder} is a Hugging Face checkpoint already; copy the folder.")
+        raise ConfigError(f"--workdir={folder}: is a Hugging Face checkpoint already; name a run.")
     with console.phase(f"opening {folder}"):
-        run = open_model(folder, checkpoint=given.checkpoint, **given_fields(given, MOVED))
+        changes = given_fields(PLACES, given)
+        run = open_model(folder, checkpoint=given.checkpoint, **changes)
     export(run, folder, given.to, scored=given.scored)
 
 

@@ -93,12 +93,7 @@ def generate(
             row.add(ids, log_probs)
         if all(row.ended for row in rows):
             break
-    for row in rows:
-        row.finish()
-    return Samples(
-        Sample(prompts[n // samples], row.text, row.ids, row.log_probs, run.step)
-        for n, row in enumerate(rows)
-    )
+    return Samples(row.finish(prompts[n // samples], run.step) for n, row in enumerate(rows))
 
 
 def _say_window(window: int, length: int) -> None:
@@ -132,12 +127,13 @@ class _Row:
             self._grow(self._decoder.decode(piece))
         self._tell()
 
-    def finish(self) -> None:
-        """A character that was left unfinished shows as U+FFFD."""
+    def finish(self, prompt: str, step: int) -> Sample:
+        """The sample as it is now; a character that was left unfinished shows as U+FFFD."""
         if not self.ended:
             self._grow(self._decoder.decode(b"", final=True))
         self.ended = True
         self._tell()
+        return Sample(prompt, self.text, self.ids, self.log_probs, step)
 
     def _tell(self) -> None:
         if self.show is not None:

@@ -77,7 +77,8 @@ class Table:
         count = len(self)
         chosen = [n for n in range(count) if not _ENDS <= n < count - _ENDS]
         names = self.columns[:_COLUMNS]
-        rows = [{name: f"{self[name][n]:.6g}" for name in names} for n in chosen]
+        forms = {name: "d" if self[name].dtype.kind == "i" else ".6g" for name in names}
+        rows = [{k: format(self[k][n], form) for k, form in forms.items()} for n in chosen]
         if count > 2 * _ENDS:
             rows.insert(_ENDS, dict.fromkeys(names, "..."))
         return rows

@@ -47,7 +47,7 @@ def keep_freed_memory() -> None:
         libc.mallopt(option, value)
 
 
-def train(cfg: Config | str, workdir: str | os.PathLike | None = None) -> "Run":
+def train(cfg: Config | str | os.PathLike, workdir: str | os.PathLike | None = None) -> "Run":
     """Train, evaluate and save a run, as the command does; called again, it goes on.
 
     A run that is finished is opened. An interrupt saves the state first.
@@ -72,11 +72,11 @@ def train(cfg: Config | str, workdir: str | os.PathLike | None = None) -> "Run":
         Interrupted: after SIGINT, SIGTERM or SIGHUP, once the state is saved; in a notebook it is
             a KeyboardInterrupt like any other.
     """
-    if isinstance(cfg, str):
-        spec, usual = cfg, load_config(cfg)
-        cfg = usual
-    else:
+    if isinstance(cfg, Config):
         spec, usual = cfg.data.corpus, config.replace(Config(), data__corpus=cfg.data.corpus)
+    else:
+        spec = os.fspath(cfg)
+        cfg = usual = load_config(spec)
     rules.validate(cfg)
     folder = pathlib.Path(workdir or default_folder(spec, usual, cfg))
     train_in(folder, cfg)

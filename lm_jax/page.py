@@ -76,6 +76,7 @@ summary { cursor: pointer; color: var(--soft); padding: .3rem 0; }
 _FRAGMENT = f""".lm-jax {{ --soft: color-mix(in srgb, currentColor 65%, transparent);
   --rule: rgb(128 128 128 / .35); --panel: rgb(128 128 128 / .12); --page: transparent;
   {_variables(COLOURS)} color: inherit; font-size: .875rem; line-height: 1.5; {_PARTS} }}
+.lm-jax :is(h1, h2, h3) {{ font-size: 1rem; margin: 1rem 0 .3rem; }}
 .lm-jax th:first-child {{ position: static; }}"""
 
 
@@ -154,8 +155,15 @@ def figure(title: str, caption: str, draw: Callable[[Any], str]) -> str:
     )
 
 
-def panel(figure: Any, draw: Callable[[Any], str]) -> tuple[str, dict[str, Any]]:
+def panel(
+    figure: Any, draw: Callable[[Any], str], *, height: float = 0.815
+) -> tuple[str, dict[str, Any]]:
     """Let `draw` fill axes in matplotlib's figure, or a part of one, and tell what they show.
+
+    Args:
+        figure: where the axes are added.
+        draw: is called with them.
+        height: of the axes, as a share of the figure.
 
     Returns:
         Its words; and the handles of what has a label there, by the labels.
@@ -163,7 +171,7 @@ def panel(figure: Any, draw: Callable[[Any], str]) -> tuple[str, dict[str, Any]]
     from matplotlib.ticker import EngFormatter
 
     # Margins of one width let the figures of a page stand in line.
-    axes = figure.add_axes((0.145, 0.155, 0.835, 0.815))
+    axes = figure.add_axes((0.145, 0.155, 0.835, height))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.locator_params(axis="x", nbins=5, integer=True)
     words = draw(axes)

@@ -23,6 +23,7 @@ from lm_jax.compare.tables import short
 from lm_jax.config.flags import parse_flags
 from lm_jax.config.section import fields_html
 from lm_jax.curves import finite
+from lm_jax.doctor.findings import Report
 from lm_jax.door import command
 from lm_jax.evaluate import OWN, among_references, knowledge, named_lines, perplexity
 from lm_jax.files import read_json, write_text
@@ -194,17 +195,11 @@ def _doctor(folder: pathlib.Path) -> str:
     for name, when in ((workdir.DOCTOR, "before the run"), (workdir.WATCH, "in the run")):
         if not (folder / name).exists():
             continue
-        findings = read_json(folder / name)["findings"]
-        bad = [f for f in findings if f["status"] in ("fail", "error", "warn")]
-        parts += [
-            f'<div class="panel finding"><b>{escape(f["status"])}: {escape(f["check"])}</b> '
-            f'<span class="soft">{when}</span><p>{escape(f["evidence"])}</p>'
-            f"<p>{escape(f['remedy'])}</p></div>"
-            for f in bad
-        ]
-        passed = sum(f["status"] == "pass" for f in findings)
-        idle = sum(f["status"] == "skip" for f in findings)
-        told = f"{passed} other checks" if bad else f"all {passed} checks"
+        found = Report.from_json((folder / name).read_text())
+        parts += [finding.html(when) for finding in found.amiss]
+        passed = sum(f.status == "pass" for f in found)
+        idle = sum(f.status == "skip" for f in found)
+        told = f"{passed} other checks" if found.amiss else f"all {passed} checks"
         told += f" passed; {idle} had nothing to look at" if idle else " passed"
         parts.append(f'<p class="panel good">{when.capitalize()}: {told}.</p>')
     return "".join(parts)

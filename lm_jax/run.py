@@ -92,7 +92,7 @@ class Run:
         return generate(self._trained, prompts, samples=n, **options)
 
     def export(self, to: str | os.PathLike, *, scored: bool = True) -> pathlib.Path:
-        """Write it as a folder for Hugging Face transformers; as `lm_jax.export.export`."""
+        """Write a folder that Hugging Face transformers loads; see `lm_jax.export.export`."""
         return export(self._trained, self.workdir, pathlib.Path(to), scored=scored)
 
     def samples(self) -> Samples:
@@ -142,8 +142,8 @@ class Run:
     def _repr_html_(self) -> str:
         """The same with tables."""
         return page.fragment(
-            f'<p><b>{escape(self.workdir.name)}</b>: {self._state()}<br><span class="soft">'
-            f"{escape(str(self.workdir / REPORT))} shows all of it</span></p>"
+            f"<p><b>{escape(self.workdir.name)}</b>: {self._state()}</p>"
+            f'<p class="soft">{escape(str(self.workdir / REPORT))} shows all of it.</p>'
             f'{results_html(self._results())}<p class="soft">Next: {escape(_NEXT)}</p>'
         )
 

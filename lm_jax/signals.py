@@ -36,6 +36,10 @@ class Interrupted(KeyboardInterrupt):
         self.number, self.when = number, when or (phase and f"while {phase}")
         self.then, self.again = "", False
 
+    def _render_traceback_(self) -> list[str]:
+        """What a notebook shows: where the loop was is no news."""
+        return [str(self)]
+
     def __str__(self) -> str:
         """As it is told."""
         return f"stopped by {self.number.name} {self.when}".rstrip() + self.then

@@ -152,11 +152,11 @@ def _ids(data: Any) -> str:
 
 def _require_architecture(cfg: Config, model: ModelConfig, seq_len: int) -> None:
     """Refuse a model that would compute something else with the same parameters."""
-    flags = [
-        f"--config.model.{name}={value}"
-        for name, value in config.named_fields(model)
-        if name not in _FREE and value != getattr(cfg.model, name)
-    ]
+    wanted = {name: value for name, value in config.named_fields(model) if name not in _FREE}
+    other = {name for name, value in wanted.items() if value != getattr(cfg.model, name)}
+    if other & {"d_model", "heads", "mlp"}:
+        other |= {"kv_heads", "head_dim", "d_ff"}  # 0 would stand for something else now
+    flags = [f"--config.model.{name}={wanted[name]}" for name in wanted if name in other]
     if model.positions == "learned" and seq_len != cfg.data.seq_len:
         flags.append(f"--config.data.seq_len={seq_len}")
     if flags:

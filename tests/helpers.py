@@ -1,5 +1,6 @@
 """What several tests share."""
 
+import html
 import html.parser
 import json
 import os
@@ -227,6 +228,11 @@ def equations(jaxpr, inside=""):
 def load_config(name):
     """The module of a shipped config."""
     return load_module(ROOT / "configs" / f"{name}.py")
+
+
+def words(source):
+    """The text of a page."""
+    return html.unescape(re.sub(r"<style>.*?</style>|<[^>]+>", " ", source, flags=re.DOTALL))
 
 
 class Page(html.parser.HTMLParser):

@@ -32,6 +32,14 @@ GPT2 = {
     "activation_function": "gelu_new",
     "layer_norm_epsilon": 1e-5,
 }
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 
 
 def byte_level():

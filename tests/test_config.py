@@ -239,6 +239,51 @@ def test_a_record_of_version_0_1_counts_micro_batches(count, devices, rows):
     assert tree["optim"]["accumulation"] == count  # the record stays as it was
 
 
+def test_a_record_without_the_width_of_heads_is_that_of_the_same_run():
+    """Versions before head_dim resolved to what it is today; the other new fields are off."""
+    for family in ({}, {"model__family": "musota", "model__d_model": 128}):
+        cfg = resolved(**family)
+        tree = config.to_dict(cfg)
+        for name in ("head_dim", "rope_scaling", "window", "bias_in"):
+            del tree["model"][name]
+        found = config.from_record({"config": tree, "devices": ["cpu"]})
+        assert found == cfg and config.config_hash(found) == config.config_hash(cfg)
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("", ("", {})),
+        (" linear:factor=2 ", ("linear", {"factor": 2.0})),
+        (
+            "yarn:factor=4, original_max_position_embeddings=64,truncate=0",
+            ("yarn", {"factor": 4.0, "original_max_position_embeddings": 64.0, "truncate": 0.0}),
+        ),
+    ],
+)
+def test_rope_scaling(text, parts):
+    cfg = Config()
+    cfg.model.rope_scaling = text
+    assert cfg.model.rope_scaling.parts() == parts and cfg.model.rope_scaling == text.strip()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("ntk:factor=2", "is of no kind that there is; begin with linear, llama3, yarn"),
+        ("linear", "does not give linear its numbers; they are factor"),
+        ("linear:factor=2,factor=2", "does not give linear its numbers"),
+        ("llama3:factor=8", "does not give llama3 its numbers; they are factor, low_freq_factor"),
+        ("linear:factor=two", "has factor='two'; give a number"),
+        ("linear:factor=-1", "has factor=-1; give a number above 0"),
+        ("yarn:factor=2,truncate=3", "has truncate=3; give 0 or 1"),
+    ],
+)
+def test_other_scalings_are_refused(text, message):
+    with pytest.raises(ConfigError, match=rf"config\.model\.rope_scaling: '{text}' {message}.*\.$"):
+        Config().model.rope_scaling = text
+
+
 def fake(platform, kind, **attributes):
     return types.SimpleNamespace(platform=platform, device_kind=kind, **attributes)
 

@@ -176,6 +176,7 @@ def test_a_signal_stops_where_nothing_can_be_lost(text, tmp_path, signal_while, 
     with pytest.raises(Interrupted, match=f"stopped by {number.name} while {phase}") as stopped:
         loop.train_and_evaluate(cfg, tmp_path / "run")
     assert stopped.value.number == number
+    assert stopped.value._render_traceback_() == [str(stopped.value)]  # in a notebook
     assert console.going_on() == "" and signal.getsignal(number) is before
 
 

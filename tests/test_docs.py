@@ -20,7 +20,7 @@ import docs
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
-UNIT = r"""(?:ms|us|s|seconds|min|minutes|h|hours|k?\ ?tokens(?:/s|\ a\ second|\ per\ second)
+UNIT = r"""(?:ms|us|s|seconds|min|minutes|h|hours|[kM]?\ ?tokens(?:/s|\ a\ second|\ per\ second)
     |[KMGT]i?B(?:/s)?|[MGT]FLOP/s|%|x|times|nats|bits\ per\ byte)"""
 MEASURED = re.compile(
     rf"""(?<![\w.$])\d[\d.,]*\s?{UNIT}(?![\w/])
@@ -176,7 +176,7 @@ def test_every_block_names_its_record():
     ("text", "found"),
     [
         ("It takes 8.05 ms.", ["8.05 ms"]),
-        ("It is 1.25x the speed, 41M tokens a second.", ["1.25x"]),
+        ("It is 1.25x the speed, 41M tokens a second.", ["1.25x", "41M tokens a second"]),
         ("a test perplexity of 79.71", ["perplexity of 79.71"]),
         ("0.5 % of the step; `12 ms`; T 512, 8 x 8 blocks, jax 0.11.2", ["0.5 %"]),
         ("<!-- figures: loop -->\n\n3 s\n\n<!-- end -->\n", []),

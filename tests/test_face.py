@@ -1,6 +1,7 @@
 """What users see first: the names of `lm_jax`, a run with its verbs, the command `lm-jax`."""
 
 import ast
+import importlib.machinery
 import inspect
 import json
 import pathlib
@@ -11,13 +12,19 @@ import subprocess
 import sys
 import time
 import tomllib
+import types
 
+import numpy as np
 import pytest
 from absl import flags
 
 import lm_jax
+from lm_jax import loop, page
+from lm_jax import main as run_command
 from lm_jax.__main__ import COMMANDS, main
 from lm_jax.files import finite_or_none
+from lm_jax.history import History
+from tests.helpers import Page, words
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -115,6 +122,85 @@ def test_a_run_does_what_the_commands_do(examples, capsys):
     with pytest.raises(ValueError, match="config.eval.stride"):
         run.evaluate("valid", stride=-1)
     assert len(repr(run)) < 5000
+
+
+def test_a_finished_run_is_opened_and_not_trained_again(examples, monkeypatch, capsys):
+    monkeypatch.setattr(loop, "train_and_evaluate", lambda *_: pytest.fail("trained"))
+    run = lm_jax.train(examples["cfg"], examples["run"].workdir)
+    assert capsys.readouterr().out == f"{run.workdir}: finished, update 20 of 20 is saved\n"
+    assert run.scores == examples["run"].scores
+
+
+def test_a_run_is_exported(examples, tmp_path):
+    run = lm_jax.open_run(str(examples["run"].workdir), checkpoint="last")
+    folder = run.export(str(tmp_path / "exported"), scored=False)
+    assert json.loads((folder / "config.json").read_text())["model_type"] == "llama"
+
+
+def test_a_run_without_a_folder_is_named_as_by_the_command(tmp_path, monkeypatch):
+    named = []
+    monkeypatch.setattr(run_command, "train_in", lambda folder, cfg: named.append(str(folder)))
+    monkeypatch.setattr("lm_jax.run.open_run", lambda folder: folder)
+    path = tmp_path / "own.py"
+    path.write_text("import lm_jax\n\ndef get_config():\n    return lm_jax.Config(seed=3)\n")
+    cfg = lm_jax.load_config(str(path))
+    cfg.model.layers, cfg.train.steps, cfg.data.corpus = 2, "7", "wikitext2"
+    lm_jax.train(path)
+    lm_jax.train(cfg)
+    assert named == ["runs/own-3", "runs/wikitext2-layers2-3"]
+    with pytest.raises(FileNotFoundError, match="nothing: no such config"):
+        lm_jax.train("nothing")
+
+
+def test_history_is_tables_with_pandas_and_without(examples, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    history = examples["run"].history()
+    assert list(history.train)[:2] == history.train.columns[:2] == ["step", "loss"]
+    assert len(history.train) == 20 and list(history.train["step"]) == list(range(1, 21))
+    assert [row["train/loss"] for row in history.rows[:20]] == list(history.train["loss"])
+    assert len(history.valid) == 1 and history.valid["step"][0] == 20
+    assert np.isnan(history.valid["word_ppl"]).all() and "optim/lr" in history.train.columns
+    shown = repr(history.train).splitlines()
+    assert len(shown) == 13 and shown[1].split()[0] == "1" and "20 rows; also " in shown[-1]
+    assert repr(History([]).train) == "step  loss\n0 rows"
+    frames = types.ModuleType("pandas")
+    frames.__spec__, frames.DataFrame = importlib.machinery.ModuleSpec("pandas", None), dict
+    monkeypatch.setitem(sys.modules, "pandas", frames)
+    framed = examples["run"].history().train
+    assert type(framed) is dict and list(framed["loss"]) == list(history.train["loss"])
+
+
+def test_a_run_is_plotted(examples, tmp_path):
+    figure = examples["run"].plot()
+    titles = [part.texts[0].get_text() for part in figure.subfigs if part.texts]
+    assert titles == ["Loss", "Gradient norm", "Learning rate", "Speed"]
+    names = [text.get_text() for text in figure.subfigs[0].legends[0].texts]
+    assert names == ["train", "valid", "reference lines"]
+    assert figure._repr_png_().startswith(b"\x89PNG")
+    folder = shutil.copytree(examples["run"].workdir, tmp_path / "run")
+    (folder / "metrics.jsonl").write_text("")
+    with pytest.raises(ValueError, match="no update is logged yet"):
+        lm_jax.open_run(folder).plot()
+
+
+def test_a_notebook_shows_what_is_there(examples, tmp_path):
+    """Each as text and as HTML, which is escaped and loads nothing."""
+    run = lm_jax.open_run(shutil.copytree(examples["run"].workdir, tmp_path / "<b>"))
+    valid, cfg = run.scores["valid"], lm_jax.Config(doctor="off")
+    cfg.data.source_dir = "<i>"
+    finding = lm_jax.doctor.Finding("log.x", "fail", "7 > <u>.", "Lower it.")
+    shown = [
+        (run, ["<b>", "finished, update 20 of 20", f"{valid['loss']:.4f}", "entropy rate"]),
+        (cfg, ["doctor", "off", "source_dir", "<i>"]),
+        (lm_jax.doctor.Report((finding,)), ["doctor: 1 failed: log.x", "7 > <u>.", "Lower it."]),
+        (examples["comparison"], ["One arm: nothing to rank.", "example", "tokens/s"]),
+        (examples["samples"], [examples["samples"][1].text]),
+        (run.history(), ["train", "loss"]),
+    ]
+    for thing, said in shown:
+        for text in (repr(thing), words(thing._repr_html_())):
+            assert all(word in text for word in said), text
+    Page(page.document("shown", "".join(thing._repr_html_() for thing, _ in shown[:-1])))
 
 
 def test_a_relative_folder_stays_where_it_was(examples, tmp_path, monkeypatch):

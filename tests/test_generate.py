@@ -33,6 +33,7 @@ FAMILIES = {
     ),
     "none": dict(model__positions="none", model__logit_softcap=5.0),
     "grouped": dict(model__kv_heads=2, model__qk_norm=True, model__tied=False),
+    "windowed": dict(model__window=5, model__head_dim=6, model__kv_heads=2),
     "scanned": dict(model__scan_layers=True, model__remat=True, model__kv_heads=1),
     "factorised": dict(model__embedding_rank=7),
     "musota": dict(
@@ -291,7 +292,7 @@ def test_what_is_shown_is_never_taken_back():
     cut = generate._Row(ByteTokenizer(), [])
     cut.add(np.array([byte + 1 for byte in "日".encode()[:2]]), [-1.0, -1.0])
     assert cut.text == ""
-    cut.finish()
+    cut.finish("", 0)
     assert cut.text == "\ufffd"
 
 

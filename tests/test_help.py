@@ -20,6 +20,7 @@ EXAMPLES = {
     "doctor": "doctor configs/quickstart.py --level=full\n",
     "evaluate": "evaluate runs/quickstart-0 --split=test\n",
     "generate": "generate runs/quickstart-0 --prompt=",
+    "harness": "harness runs/quickstart-0 --tasks=",
     "compare": "compare runs/",
     "export": "export runs/quickstart-0 --to=",
     "report": "report runs/quickstart-0\n",
@@ -78,7 +79,7 @@ def test_help_of_training_lists_configs_and_fields(capsys):
     said = " ".join(out.split())
     for name in CONFIGS:
         first = (load_module(ROOT / "configs" / f"{name}.py").__doc__ or "").splitlines()[0]
-        assert f"configs/{name}.py {first}" in said
+        assert f" {name} {first}" in said
     for path, default in config.named_fields(Config()):
         name = path.rpartition(".")[2]
         assert re.search(rf"^  {name} +{re.escape(str(default))}", out, re.MULTILINE), path
@@ -128,11 +129,15 @@ def test_a_config_needs_no_flag(parse, arguments, monkeypatch):
 
 def test_a_shipped_config_is_found_from_everywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert find_config("musota:flops") == f"{ROOT / 'configs' / 'musota.py'}:flops"
+    flops = f"{ROOT / 'configs' / 'musota.py'}:flops"
+    assert find_config("musota:flops") == find_config("configs/musota.py:flops") == flops
     assert list(shipped()) == CONFIGS
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "mine.py").touch()
     assert find_config("mine") == "configs/mine.py"
+    assert find_config("musota:flops") == flops
+    (tmp_path / "configs" / "musota.py").touch()
+    assert find_config("musota:flops") == "configs/musota.py:flops"
     for spec in ("mien", "configs/mien.py:arm"):
         with pytest.raises(FileNotFoundError, match=r"no such config; did you mean mine\?"):
             find_config(spec)

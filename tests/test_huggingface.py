@@ -19,18 +19,19 @@ from lm_jax.config.resolve import resolve
 from lm_jax.models import huggingface
 from lm_jax.models.families import create_model
 from tests.helpers import randomise
-from tests.hugging_face import GPT2, LLAMA, V, head_dim, random_tensors, save_checkpoint
+from tests.hugging_face import (
+    GPT2,
+    LLAMA,
+    LLAMA3,
+    YARN,
+    V,
+    head_dim,
+    random_tensors,
+    save_checkpoint,
+)
 
 QWEN3 = LLAMA | {"model_type": "qwen3", "head_dim": 4, "rms_norm_eps": 1e-3}
 MISTRAL = LLAMA | {"model_type": "mistral", "sliding_window": 5}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 WIDE = {"head_dim": 12, "rope_theta": 30.0}  # wavelengths on both sides of every ramp
 WINDOWED = {"sliding_window": 5, "use_sliding_window": True, "max_window_layers": 0}
 VARIANTS = {

@@ -9,12 +9,14 @@ import signal
 import subprocess
 import sys
 
+import absl.flags
 import jax
 import numpy as np
 import pytest
 
 from lm_jax import checkpoint, config, loop, rundir, setup, signals, workdir
 from lm_jax.config import ConfigError
+from lm_jax.config.flags import parse_flags
 from lm_jax.config.resolve import resolve
 from lm_jax.data.open import open_data
 from lm_jax.models import huggingface
@@ -22,7 +24,15 @@ from lm_jax.optim import learning_rate
 from lm_jax.signals import Interrupted
 from lm_jax.start import find_origin
 from tests.helpers import ROOT, StopAfter, final_state, record_batches, rows, small
-from tests.hugging_face import LLAMA, byte_level, random_tensors, save_checkpoint, save_tokenizer
+from tests.hugging_face import (
+    LLAMA,
+    LLAMA3,
+    YARN,
+    byte_level,
+    random_tensors,
+    save_checkpoint,
+    save_tokenizer,
+)
 
 
 def constant(text, **changes):
@@ -199,6 +209,34 @@ def test_a_checkpoint_of_hugging_face_starts_a_run(text, tmp_path):
         with pytest.raises(ConfigError, match=said):
             begun(config.replace(cfg, **changes), tmp_path / "refused")
     assert not (tmp_path / "refused").exists()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(head_dim=6, rope_scaling=LLAMA3, attention_bias=True),
+        dict(model_type="mistral", sliding_window=5),
+        dict(model_type="qwen2", rope_scaling={"type": "linear", "factor": 2.5}),
+        dict(model_type="qwen3", head_dim=6, rope_scaling=YARN),
+    ],
+    ids=["llama", "mistral", "qwen2", "qwen3"],
+)
+def test_the_flags_that_the_error_gives_start_the_run(text, tmp_path, changes):
+    folder = save_tokenizer(tmp_path / "hf", byte_level(), special="<|endoftext|>")
+    fields = LLAMA | {"vocab_size": 340} | changes
+    save_checkpoint(folder, fields, random_tensors(fields))
+    hf = dict(tokenizer__kind="hf", tokenizer__folder=str(folder))
+    cfg = small(text, train__start_from=str(folder), **hf)
+    with pytest.raises(ConfigError, match="another architecture; give --config") as refused:
+        begun(cfg, tmp_path / "run")
+    named = re.findall(r"--config\.model\.\S+=\S+(?<!\.)", str(refused.value))
+    given = absl.flags.FlagValues()
+    parse_flags(given, ["main", "--config=quickstart", *named], None, subject=["config"])
+    told = {flag.partition("=")[0].rpartition(".")[2] for flag in named}
+    own = {f"model__{name}": getattr(given.config.model, name) for name in told}
+    cfg = config.replace(cfg, **own, train__steps="1", train__eval_every="0", optim__warmup="0")
+    _, state, _ = begun(cfg, tmp_path / "run")
+    jax.tree.map(np.testing.assert_array_equal, state.params, huggingface.load(folder)[-1])
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from lm_jax.compare.compare import compare_runs
 from lm_jax.config import ConfigError
 from lm_jax.loop import train_and_evaluate
 from lm_jax.report import write  # before conftest puts it out of action
-from tests.helpers import Page, small
+from tests.helpers import Page, small, words
 
 _NO_STATE = shutil.ignore_patterns("checkpoints", "best")
 FAILED = {
@@ -46,10 +46,6 @@ def run(trained, tmp_path):
     return shutil.copytree(
         trained[0], tmp_path / "tiny-0", ignore=lambda *_: ["checkpoints", "best"]
     )
-
-
-def words(source):
-    return html.unescape(re.sub(r"<style>.*?</style>|<[^>]+>", " ", source, flags=re.DOTALL))
 
 
 def test_the_page_follows_the_run(trained):

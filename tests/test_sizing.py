@@ -35,6 +35,8 @@ STELLUX = dataclasses.replace(GPT, mlp="swiglu", bias=False)
         dict(kv_heads=1, qk_norm=True, bias=True, mlp="relu2"),
         dict(scan_layers=True, d_ff=50, positions="none"),
         dict(embedding_rank=20),
+        dict(head_dim=10, bias=True, bias_in="attention", qk_norm=True),
+        dict(head_dim=20, bias=True, bias_in="qkv", window=7),
         dict(embedding_rank=20, tied=False),
     ],
 )
@@ -50,6 +52,22 @@ def test_size_counts_the_parameters_of_the_model(changes):
     assert found.table == table + (0 if cfg.model.tied else 101 * 48)
     assert found.positions == (cfg.data.seq_len * 48 if "position_embedding" in params else 0)
     assert found.flops == 3 * found.forward_flops
+
+
+@pytest.mark.parametrize("window", [1, 7, 128, 500])
+def test_pairs_outside_of_a_window_cost_nothing(window):
+    """A query's products with a key and with a value take 2 C FLOPs each; its own counts half."""
+    cfg = dataclasses.replace(GPT, head_dim=24)
+    pairs = sum(t + 0.5 - min(t + 0.5, window) for t in range(T))
+    saved = [size(dataclasses.replace(cfg, window=w), V, T).forward_flops for w in (0, window)]
+    assert saved[0] - saved[1] == pytest.approx(12 * 8 * 4 * 24 * pairs / T)
+
+
+def test_heads_of_their_own_width_keep_it():
+    own = matched(dataclasses.replace(GPT, head_dim=24), V, T, on="total", wanted=5e6)
+    assert own.head_dim == 24 and own.d_model % 8 == 0
+    derived = matched(GPT, V, T, on="total", wanted=5e6)
+    assert derived.head_dim == derived.d_model // 8
 
 
 def test_the_published_baseline_of_mu_sota():

@@ -32,6 +32,7 @@ The values of `compare.json`:
 import dataclasses
 import itertools
 import math
+import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -46,11 +47,12 @@ from lm_jax.config.flags import misuse, parse_flags
 from lm_jax.data.references import in_nats
 from lm_jax.door import command
 from lm_jax.files import finite_or_none, write_json, write_text
+from lm_jax.page import fragment
 
 _PARTS = ("total", "table", "positions", "blocks")  # of the parameters of a model
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Comparison:
     """A finished comparison; `values` is described at the top of this module."""
 
@@ -64,11 +66,19 @@ class Comparison:
         """One page with the figures."""
         return page.html(self.values)
 
+    def __repr__(self) -> str:
+        """As Markdown."""
+        return self.markdown().rstrip()
+
+    def _repr_html_(self) -> str:
+        """The ranking, the tables and the notes, without the figures of the page."""
+        return fragment(page.body(self.values, figures=False))
+
 
 def compare_runs(
-    workdirs: str | pathlib.Path | Sequence[str | pathlib.Path], split: str = "test"
+    workdirs: str | os.PathLike | Sequence[str | os.PathLike], split: str = "test"
 ) -> Comparison:
-    """Compare finished runs by their exact evaluations of a split.
+    """Compare finished runs, opened or by their folders, by their exact evaluations of a split.
 
     Example:
         ```python
@@ -80,7 +90,7 @@ def compare_runs(
         FileNotFoundError: for a folder that lacks a file of a finished and evaluated run.
         ValueError: for runs that cannot be compared; the sentence names them.
     """
-    if isinstance(workdirs, str | pathlib.Path):
+    if isinstance(workdirs, str | os.PathLike):
         workdirs = [workdirs]
     if not workdirs:
         raise ValueError("workdirs: no run is given; name one or several.")

@@ -17,19 +17,23 @@ def html(c: Values) -> str:
     Args:
         c: the values of `compare.json`.
     """
-    title = tables.title(c)
+    return page.document(tables.title(c), body(c))
+
+
+def body(c: Values, *, figures: bool = True) -> str:
+    """The whole comparison as a part of a page."""
     ranking = f'<p class="panel">{escape(tables.ranking_sentence(c))}</p>'
-    sections = [f"<h1>{escape(title)}</h1>", ranking]
+    sections = [f"<h1>{escape(tables.title(c))}</h1>", ranking]
     for heading, table in tables.all_tables(c).items():
         sections.append(f"<h2>{escape(heading)}</h2>" + page.table(table, heading))
         if heading == "Results":
             sections.append(f'<p class="soft">{tables.BRACKETS}</p>')
-        if heading == "Size and cost":
+        if heading == "Size and cost" and figures:
             sections.append(f'<h2>Figures</h2><div class="figures">{_figures(c)}</div>')
     if c["notes"]:
         items = "".join(f"<li>{escape(note)}</li>" for note in c["notes"])
         sections.append(f"<h2>Notes</h2><ul>{items}</ul>")
-    return page.document(title, "\n".join(sections))
+    return "\n".join(sections)
 
 
 def _figures(c: Values) -> str:

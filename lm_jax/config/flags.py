@@ -195,6 +195,8 @@ def check_names(paths: Sequence[str]) -> None:
 def find_config(spec: str) -> str:
     """FILE or FILE:ARM for FILE, NAME, FILE:ARM or NAME:ARM, with the name of a shipped config.
 
+    `configs/NAME.py`, which names its file in a checkout, is that name everywhere else.
+
     Raises:
         FileNotFoundError: if there is no such file.
     """
@@ -202,8 +204,9 @@ def find_config(spec: str) -> str:
     known = manual.shipped()
     if pathlib.Path(path).is_file():
         return spec
-    if path in known:
-        return f"{known[path]}{colon}{arm}"
+    name = re.sub(r"configs/(\w+)\.py", r"\1", path)
+    if name in known:
+        return f"{known[name]}{colon}{arm}"
     hint = advice(pathlib.Path(path).stem, list(known)) if known else "give the path of a file."
     raise FileNotFoundError(f"{path}: no such config; {hint}")
 

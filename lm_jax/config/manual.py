@@ -25,10 +25,12 @@ Row = tuple[str, str, str]  # name, default, meaning
 
 
 def shipped() -> dict[str, pathlib.Path]:
-    """The configs by name: those in `./configs`, else those that lie beside the package."""
-    beside = pathlib.Path(lm_jax.__file__).parents[1] / "configs"
-    folder = next((f for f in (pathlib.Path("configs"), beside) if f.is_dir()), beside)
-    return {path.stem: path for path in sorted(folder.glob("*.py"))}
+    """The configs by name: those of the package, and those in `./configs`, which go before them."""
+    package = pathlib.Path(lm_jax.__file__).parent
+    inside = package / "configs"  # of a wheel; a checkout has them beside the package
+    folders = (inside if inside.is_dir() else package.parent / "configs", pathlib.Path("configs"))
+    found = {path.stem: path for folder in folders for path in folder.glob("*.py")}
+    return dict(sorted(found.items()))
 
 
 def meanings() -> dict[str, str]:
@@ -68,7 +70,7 @@ def show(usage: str, about: str, given: flags.FlagValues, *, fields: bool) -> No
     _print_rows(console, "Flags", [_flag_row(given[name]) for name in sorted(given)])
     if not fields:
         return
-    _print_rows(console, "Configs", [(str(path), _summary(path)) for path in shipped().values()])
+    _print_rows(console, "Configs", [(name, _summary(path)) for name, path in shipped().items()])
     means = meanings()
     for section, paths in itertools.groupby(means, lambda path: path.rpartition(".")[0]):
         title = "Fields of a config, as --config.seed=1 and --config.optim.peak_lr=1e-3"

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import functools
+import html
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,6 +13,8 @@ import numpy as np
 from rich.console import Console
 from rich.markup import escape
 from rich.padding import Padding
+
+from lm_jax import page
 
 Status = Literal["pass", "warn", "fail", "error", "skip"]
 _COLOURS = {"fail": "red", "error": "red", "warn": "yellow", "pass": "green", "skip": "dim"}
@@ -161,8 +164,16 @@ class Finding:
             values={m.key or m.what: m.value for m in rows if m.value is not None},
         )
 
+    def html(self, when: str = "") -> str:
+        """What it says, as a part of a page."""
+        return (
+            f'<div class="panel finding"><b>{html.escape(f"{self.status}: {self.check}")}</b> '
+            f'<span class="soft">{html.escape(when)}</span><p>{html.escape(self.evidence)}</p>'
+            f"<p>{html.escape(self.remedy)}</p></div>"
+        )
 
-@dataclasses.dataclass(frozen=True)
+
+@dataclasses.dataclass(frozen=True, repr=False)
 class Report:
     """Findings in the order in which the checks were made."""
 
@@ -177,6 +188,11 @@ class Report:
     def warned(self) -> list[str]:
         """Names of the checks that warn."""
         return self._with("warn")
+
+    @property
+    def amiss(self) -> list[Finding]:
+        """The findings that fail, could not be made or warn, worst first."""
+        return [f for status in ("fail", "error", "warn") for f in self if f.status == status]
 
     @property
     def clean(self) -> bool:
@@ -210,7 +226,22 @@ class Report:
     def from_json(cls, text: str) -> "Report":
         """The inverse of `to_json`, but that null stays None."""
         rows = json.loads(text)["findings"]
-        return cls(tuple(Finding(**row | {"needs": tuple(row["needs"])}) for row in rows))
+        return cls(tuple(Finding(**row | {"needs": tuple(row.get("needs", ()))}) for row in rows))
+
+    def __repr__(self) -> str:
+        """What `show` prints."""
+        with (text := Console(width=100, force_jupyter=False)).capture() as shown:
+            self.show(text)
+        return shown.get().rstrip()
+
+    def _repr_html_(self) -> str:
+        """The same for a notebook."""
+        told = "".join(finding.html() for finding in self.amiss)
+        rest = " ".join([*([f"{self._rest}."] if told else []), self._gaps()])
+        return page.fragment(
+            f"<p><b>{html.escape(self.verdict)}</b></p>{told}"
+            f'<p class="soft">{html.escape(rest)}</p>'
+        )
 
     @property
     def verdict(self) -> str:
@@ -237,8 +268,9 @@ class Report:
         """
         say = functools.partial((console or Console()).print, highlight=False)
         say(escape(self.verdict))
-        order = ["fail", "error", "warn", *(["pass", "skip"] if everything else [])]
-        told = [f for status in order for f in self.findings if f.status == status]
+        told = self.amiss
+        if everything:
+            told += [f for status in ("pass", "skip") for f in self if f.status == status]
         for f in told:
             say(f"[{_COLOURS[f.status]}]{f.status:5}[/] [bold]{escape(f.check)}[/]")
             for text in (f.evidence, f.remedy and f"→ {f.remedy}"):

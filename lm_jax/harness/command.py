@@ -10,6 +10,7 @@ import importlib.util
 import json
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 from absl import flags
 
@@ -54,15 +55,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     from lm_jax.harness.model import RunLM
 
     with console.phase("looking for the tasks"):
-        manager = TaskManager(include_path=given.include_path)
-        known = manager.all_tasks
-        for name in given.tasks:
-            if not manager.match_tasks([name]) and not pathlib.Path(name).is_file():
-                near = "".join(f"; did you mean {other}?" for other in close(name, known))
-                raise ValueError(
-                    f"--tasks={name}: there is no such task"
-                    + (near or "; name one of lm_eval, or its folder with --include_path.")
-                )
+        manager = TaskManager(include_path=given.include_path, include_defaults=False)
+        if unknown := _unknown(manager, given.tasks):  # the thousands of lm_eval take a while
+            manager = TaskManager(include_path=given.include_path)
+            unknown = _unknown(manager, unknown)
+    if unknown:
+        near = "".join(f"; did you mean {name}?" for name in close(unknown[0], manager.all_tasks))
+        remedy = near or "; name one of lm_eval, or the folder of yours with --include_path."
+        raise ValueError(f"--tasks={unknown[0]}: there is no such task{remedy}")
     with console.phase(f"opening {given.workdir}"):
         model = RunLM(given.workdir, given.checkpoint, given.add_bos_token, given.batch_size)
     results = simple_evaluate(
@@ -81,6 +81,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         text = json.dumps(finite_or_none(json.loads(text)), indent=2, allow_nan=False)
         write_text(pathlib.Path(given.out), text + "\n")
         console.say(f"{given.out} holds the results")
+
+
+def _unknown(manager: Any, tasks: Sequence[str]) -> list[str]:
+    """The names that a TaskManager does not know and that are no files."""
+    others = [name for name in tasks if not pathlib.Path(name).exists()]
+    return [name for name in others if not manager.match_tasks([name])]
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
@@ -92,7 +93,7 @@ class RunLM(TemplateLM):
         found = self._score([(context, ids) for _, context, ids in requests])
         for (texts, _, _), likelihood in zip(requests, found, strict=True):
             self.cache_hook.add_partial("loglikelihood", texts, tuple(likelihood))
-        return [tuple(likelihood) for likelihood in found]
+        return [(log_prob, greedy) for log_prob, greedy in found]
 
     def loglikelihood_rolling(
         self, requests: Sequence[Instance], disable_tqdm: bool = False
@@ -107,7 +108,11 @@ class RunLM(TemplateLM):
         return [likelihood.log_prob for likelihood in found]
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Each context continued to the first of its stop texts, without it."""
+        """Each context continued to the first of its stop texts, without it.
+
+        Only these end a text: as in `lm_jax.generate`, the token that opens a document is never
+        drawn, and other special tokens stand for no text.
+        """
         made = [""] * len(requests)
         by_options: dict[str, list[int]] = {}
         for place, request in enumerate(requests):
@@ -140,7 +145,7 @@ class RunLM(TemplateLM):
         for ids_Bn, _ in continuations(self.run, ids, range(len(ids)), tokens, how):
             for row, new in zip(rows, ids_Bn.tolist(), strict=True):
                 row += new
-            texts = [self.run.tokenizer.decode(row) for row in rows]
+            texts = [self.run.tokenizer.decode(np.array(row)) for row in rows]
             if all(any(stop in text for stop in until) for text in texts):
                 break
         return [_before(text, until) for text in texts]

@@ -189,7 +189,8 @@ def test_the_preflight_sees_a_state_of_later_text(text, teacher, monkeypatch):
 
 
 def test_a_hugging_face_checkpoint_is_read(text, tmp_path):
-    for name, fields in (("llama", LLAMA), ("gpt2", GPT2)):
+    mistral = LLAMA | {"model_type": "mistral", "sliding_window": 5, "head_dim": 6}
+    for name, fields in (("llama", LLAMA), ("mistral", mistral), ("gpt2", GPT2)):
         c = fields | {"vocab_size": 320, "max_position_embeddings": 64, "n_positions": 64}
         folder = tmp_path / name
         save_tokenizer(folder, byte_level(), special="<|endoftext|>")

@@ -86,7 +86,7 @@ class Tokenizer(abc.ABC):
         library.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False)])
         library.post_processor = tokenizers.processors.TemplateProcessing(
             single=f"{name} $A",
-            pair=f"{name} $A {name} $B",
+            pair=f"{name} $A $B",
             special_tokens=[(name, self.separator)],
         )
         return library

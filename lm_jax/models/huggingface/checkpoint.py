@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import os
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -113,6 +115,8 @@ def write_model(
     with whole(folder / WEIGHTS) as file:
         # By the name, for a file of some gigabytes that is built in memory would double them.
         save_file(tensors, file.name, metadata={"format": "pt"})
+        # It puts a file in the place of this one that none but its owner may read.
+        os.chmod(file.name, stat.S_IMODE(os.fstat(file.fileno()).st_mode))
     write_json(folder / "config.json", fields)
 
 

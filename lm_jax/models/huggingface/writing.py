@@ -91,6 +91,7 @@ def written_fields(cfg: ModelConfig, vocab_size: int, max_len: int) -> dict[str,
     }
     if kind == "gpt2":
         return fields | {
+            "n_ctx": max_len,  # as in the first GPT-2; llama.cpp reads it
             "resid_pdrop": cfg.dropout,
             "attn_pdrop": cfg.attention_dropout,
             "embd_pdrop": cfg.embedding_dropout,
