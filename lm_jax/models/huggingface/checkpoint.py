@@ -15,7 +15,7 @@ from lm_jax.config import ModelConfig
 from lm_jax.files import read_json, whole, write_json
 from lm_jax.models.huggingface.names import ARCHITECTURES, WEIGHTS, Parameter, parameters
 from lm_jax.models.huggingface.reading import read_model
-from lm_jax.models.huggingface.tensors import Tensors
+from lm_jax.models.huggingface.tensors import Tensors, require_safetensors
 from lm_jax.models.huggingface.writing import architecture, written_fields
 
 
@@ -93,10 +93,9 @@ def write_model(
 
     Raises:
         ConfigError: if no architecture of transformers computes the model, see `architecture`.
-        ImportError: if the package safetensors is missing.
+        ValueError: if the package safetensors is missing.
     """
-    from safetensors.numpy import save_file
-
+    safetensors = require_safetensors(folder)
     fields = written_fields(cfg, vocab_size, max_len) | dict(extra or {})
     kind = architecture(cfg)
     flat = traverse_util.flatten_dict(jax.tree.map(np.asarray, dict(params)))
@@ -112,7 +111,7 @@ def write_model(
     folder.mkdir(parents=True, exist_ok=True)
     with whole(folder / WEIGHTS) as file:
         # By the name, for a file of some gigabytes that is built in memory would double them.
-        save_file(tensors, file.name, metadata={"format": "pt"})
+        safetensors.numpy.save_file(tensors, file.name, metadata={"format": "pt"})
     write_json(folder / "config.json", fields)
 
 
