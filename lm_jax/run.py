@@ -12,10 +12,12 @@ from lm_jax import curves, page
 from lm_jax.config import Config
 from lm_jax.data.store import Store
 from lm_jax.data.tokenizers.base import Tokenizer
+from lm_jax.doctor.findings import Report
 from lm_jax.evaluate import OWN, among_references, named_lines, score_split
 from lm_jax.export import export
 from lm_jax.generate import generate
 from lm_jax.history import History
+from lm_jax.preflight import examine_workdir
 from lm_jax.report import results_html
 from lm_jax.rundir import read_scores, read_state
 from lm_jax.samples import Samples, read_samples
@@ -24,7 +26,10 @@ from lm_jax.workdir import REPORT, Trained, choose_update, open_trained, read_me
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_NEXT = '.generate("..."), .evaluate("test"), .history(), .plot(), .samples(), .config, .params'
+_NEXT = (
+    '.generate("..."), .evaluate("test"), .examine(), .history(), .plot(), .samples(), '
+    '.export("..."), .config, .params'
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -94,6 +99,10 @@ class Run:
     def export(self, to: str | os.PathLike, *, scored: bool = True) -> pathlib.Path:
         """Write a folder that Hugging Face transformers loads; see `lm_jax.export.export`."""
         return export(self._trained, self.workdir, pathlib.Path(to), scored=scored)
+
+    def examine(self) -> Report:
+        """What the doctor finds in its metrics and scores; see `lm_jax.preflight`."""
+        return examine_workdir(self.workdir)
 
     def samples(self) -> Samples:
         """Those of `samples.jsonl`: of the evaluations of the run and of the command `generate`."""
