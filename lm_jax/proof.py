@@ -101,7 +101,8 @@ def _of_random(run: Trained) -> _Sample:
     return _Sample("of random tokens", tokenizer.encode_all(texts), batch)
 
 
-Encode, Decode = Callable[[str], list[int]], Callable[[list[int]], str]
+Encode = Callable[[str], list[int]]
+Decode = Callable[[list[int]], str]
 
 
 def _tokenizers(folder: pathlib.Path) -> tuple[str, Encode, Decode]:

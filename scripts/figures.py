@@ -22,6 +22,8 @@ block, with hyphens.
 |---|---|
 | `quickstart` | one sentence: loss, entropy rate and time of `configs/quickstart.py` |
 | `runs` | table of whole runs on 2 CPU cores: quickstart, WikiText-2, Tiny Shakespeare |
+| `newcomer` | sentences: the first two runs of the README |
+| `own-text` | one sentence: time and bits per byte of `configs/text.py` on a megabyte |
 | `optimisers` | Tiny Shakespeare by AdamW and by Muon |
 | `start` | first update of a first and of a second start |
 | `loop` | waiting for input, evaluation against the forward part, first update |

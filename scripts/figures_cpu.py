@@ -86,6 +86,28 @@ def optimisers() -> str:
     return table(heads, lines) + "\n" + prose(about, told(found[0]))
 
 
+def own_text() -> str:
+    """What `configs/text.py` makes of a megabyte."""
+    run = figure("own_text")
+    return prose(
+        f"With {run['text']}, {run['bytes'] / 1e6:.1f} MB, the run takes {_clock(run['seconds'])} "
+        f"and reaches {run['bits_per_byte']:.3f} bits per byte on the valid split, where a "
+        f"Kneser-Ney trigram reaches {run['trigram_bits_per_byte']:.3f}.",
+        told(run),
+    )
+
+
+def newcomer() -> str:
+    """The first two runs of the README."""
+    first, text = figure("quickstart")[0], figure("own_text")
+    return prose(
+        f"The quickstart takes {_clock(first['seconds'])}. Your own text, here {text['text']} "
+        f"({text['bytes'] / 1e6:.1f} MB), takes {_clock(text['seconds'])} and ends with "
+        f"{text['bits_per_byte']:.3f} bits per byte, a Kneser-Ney trigram with "
+        f"{text['trigram_bits_per_byte']:.3f}. Measured on {text['device']}, {text['date']}.",
+    )
+
+
 def start() -> str:
     """First update of a first and of later starts."""
     run = figure("start")

@@ -20,9 +20,20 @@ import numpy as np
 import pytest
 from absl import flags
 
+# Begun first, so that at the end no worker waits for another with one of these.
+LONG = (
+    "test_all_parts_run test_a_terminal_shows_what_goes_on test_shipped_configs_are_in_order "
+    "test_the_preflight_is_in_order test_the_full_set_is_in_order test_every_block_runs "
+    "test_kill_at_any_moment_loses_only_unsaved_steps"
+).split()
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # What is compiled stays for the whole session: looking through all of it for garbage takes time.
 gc.set_threshold(20_000, 50, 50)
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: getattr(item, "originalname", "") not in LONG)
 
 
 @pytest.fixture(scope="session")

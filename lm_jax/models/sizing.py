@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from lm_jax.config import ModelConfig
 from lm_jax.models.families import size
@@ -135,7 +135,7 @@ def _has_own_heads(cfg: ModelConfig) -> bool:
     return cfg.head_dim not in (0, cfg.d_model // cfg.heads)
 
 
-def _of_width(cfg: ModelConfig, D: int, **changes: int) -> ModelConfig:
+def _of_width(cfg: ModelConfig, D: int, **changes: Any) -> ModelConfig:
     """The model with D as its width."""
     C = cfg.head_dim if _has_own_heads(cfg) else D // cfg.heads
     return dataclasses.replace(cfg, d_model=D, head_dim=C, **changes)

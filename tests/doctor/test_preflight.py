@@ -9,6 +9,7 @@ import pytest
 
 from lm_jax import config, loop, loss, preflight
 from lm_jax.config import Config, rules
+from lm_jax.preflight.command import main
 from tests.helpers import CONFIGS, load_config, shared_data, small
 
 
@@ -114,18 +115,23 @@ def command(*arguments):
     )
 
 
-@pytest.mark.slow
-def test_exit_codes_of_the_command(tmp_path):
+def test_exit_codes_of_the_command(tmp_path, capsys):
+    def called(*arguments):
+        """Exit code, output and errors of the command, in this process."""
+        with pytest.raises(SystemExit) as ended:
+            main(["doctor", *arguments])
+        return ended.value.code or 0, *capsys.readouterr()
+
     log = tmp_path / "log.csv"
     log.write_text("it,train_loss\n" + "".join(f"{10 * i},{12 + i % 3}\n" for i in range(200)))
     arguments = (f"--log={log}", "--map=step=it,loss=train_loss", "--vocab_size=1000")
-    failed = command(*arguments, "--json")
-    assert failed.returncode == 1, failed.stderr
-    assert "log.above_uniform" in json.loads(failed.stdout)["failed"]
+    code, out, err = called(*arguments, "--json")
+    assert code == 1, err
+    assert "log.above_uniform" in json.loads(out)["failed"]
     log.write_text("it,train_loss\n" + "".join(f"{10 * i},{6.5 - i / 200}\n" for i in range(200)))
-    clean = command(*arguments)
-    assert clean.returncode == 0, clean.stdout + clean.stderr
-    assert clean.stdout.startswith("read 200 rows of CSV: it -> step, train_loss -> train/loss\n")
+    code, out, err = called(*arguments)
+    assert code == 0, out + err
+    assert out.startswith("read 200 rows of CSV: it -> step, train_loss -> train/loss\n")
     for misuse in (
         (),
         (f"--log={tmp_path / 'none'}",),
@@ -137,13 +143,13 @@ def test_exit_codes_of_the_command(tmp_path):
         (*arguments, "--references=unigram=many"),
         (*arguments, "--references=kn9=3"),
     ):
-        result = command(*misuse)
-        assert result.returncode == 2 and len(result.stderr.strip().splitlines()) == 1, misuse
-        assert "Traceback" not in result.stderr
+        code, out, err = called(*misuse)
+        assert code == 2 and len(err.strip().splitlines()) == 1, misuse
+        assert "Traceback" not in err
     facts = ("--steps=9000", "--train_tokens=1e6", "--tokens_per_step=100", "--lr_peak=0.1")
-    described = command(*arguments, *facts, "--references=unigram=760,kn2=250", "--json")
-    assert described.returncode == 0, described.stderr
-    found = {f["check"]: f["evidence"] for f in json.loads(described.stdout)["findings"]}
+    code, out, err = called(*arguments, *facts, "--references=unigram=760,kn2=250", "--json")
+    assert code == 0, err
+    found = {f["check"]: f["evidence"] for f in json.loads(out)["findings"]}
     assert "6.633 (unigram)" in found["log.baseline"]  # ln 760
 
 

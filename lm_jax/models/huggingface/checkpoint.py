@@ -17,7 +17,7 @@ from lm_jax.config import ModelConfig
 from lm_jax.files import read_json, whole, write_json
 from lm_jax.models.huggingface.names import ARCHITECTURES, WEIGHTS, Parameter, parameters
 from lm_jax.models.huggingface.reading import read_model
-from lm_jax.models.huggingface.tensors import Tensors
+from lm_jax.models.huggingface.tensors import Tensors, require_safetensors
 from lm_jax.models.huggingface.writing import architecture, written_fields
 
 
@@ -95,10 +95,9 @@ def write_model(
 
     Raises:
         ConfigError: if no architecture of transformers computes the model, see `architecture`.
-        ImportError: if the package safetensors is missing.
+        ValueError: if the package safetensors is missing.
     """
-    from safetensors.numpy import save_file
-
+    safetensors = require_safetensors(folder)
     fields = written_fields(cfg, vocab_size, max_len) | dict(extra or {})
     kind = architecture(cfg)
     flat = traverse_util.flatten_dict(jax.tree.map(np.asarray, dict(params)))
@@ -114,7 +113,7 @@ def write_model(
     folder.mkdir(parents=True, exist_ok=True)
     with whole(folder / WEIGHTS) as file:
         # By the name, for a file of some gigabytes that is built in memory would double them.
-        save_file(tensors, file.name, metadata={"format": "pt"})
+        safetensors.numpy.save_file(tensors, file.name, metadata={"format": "pt"})
         # It puts a file in the place of this one that none but its owner may read.
         os.chmod(file.name, stat.S_IMODE(os.fstat(file.fileno()).st_mode))
     write_json(folder / "config.json", fields)

@@ -22,7 +22,7 @@ def read_model(folder: Path) -> tuple[ModelConfig, int, int]:
     own = ARCHITECTURES[kind]
     max_len = fields.count(own.max_len)
     special = _gpt2(fields) if kind == "gpt2" else _llama(fields, kind, max_len)
-    counted = {
+    counted: dict[str, Any] = {
         field: fields.count(name, special.pop(field, None)) for name, field in own.counts.items()
     }
     cfg = ModelConfig(
@@ -137,28 +137,30 @@ def _biases(fields: _Fields, kind: str) -> dict[str, Any]:
 
 
 def _window(fields: _Fields, kind: str, max_len: int) -> int:
-    """Positions that attention sees; 0: all."""
-    default = {"llama": "sliding_window" in fields.values, "mistral": True}.get(kind, False)
-    if kind == "mistral" and "sliding_window" in fields.values:
-        default = fields.values["sliding_window"] is not None
-    windowed = default if kind == "mistral" else fields.flag("use_sliding_window", default)
-    window = fields.count("sliding_window", max_len if kind == "llama" else 4096)
-    if not windowed or window >= max_len:
+    """Positions that attention sees in every layer; 0: all."""
+    given = fields.values.get("sliding_window", 4096 if kind == "mistral" else None)
+    windowed = given is not None
+    if kind != "mistral":
+        windowed = fields.flag("use_sliding_window", windowed and kind == "llama")
+    window = fields.count("sliding_window", 4096) if windowed else max_len
+    if window >= max_len:
         return 0
-    if kind == "llama":
+    if kind == "llama":  # transformers would not read it
         fields.refuse("sliding_window", f"null, or max_position_embeddings, {max_len}, and more")
-    if kind == "mistral":
-        return window
-    layers = fields.count("num_hidden_layers")
-    types = fields.values.get("layer_types")
+    return window if kind == "mistral" or _has_windows(fields) else 0
+
+
+def _has_windows(fields: _Fields) -> bool:
+    """Whether all layers of a Qwen have the window, or none."""
+    layers, name = fields.count("num_hidden_layers"), "layer_types"
+    types = fields.values.get(name)
     if types is None:
-        full = fields.values.get("max_window_layers", 28)
+        name, full = "max_window_layers", fields.values.get("max_window_layers", 28)
         types = ["full_attention"] * full + ["sliding_attention"] * (layers - full)
-    some = {str(kind) for kind in types[:layers]}
-    if len(some) > 1:
-        name = "layer_types" if fields.values.get("layer_types") else "max_window_layers"
+    found = set(types[:layers])
+    if len(found) > 1:
         fields.refuse(name, "a window in all layers or in none")
-    return window if some == {"sliding_attention"} else 0
+    return found == {"sliding_attention"}
 
 
 def _rope(fields: _Fields, max_len: int) -> tuple[float, RopeScaling]:

@@ -18,6 +18,17 @@ _CONSTANT = re.compile(r"h\.\d+\.attn\.(masked_)?bias|.*\.?rotary_emb\.inv_freq"
 _PREFIX = re.compile(r"((_orig_mod|module|model|transformer)\.)+")
 
 
+def require_safetensors(folder: Path) -> Any:
+    """The package that reads and writes weights, or ValueError if it is missing."""
+    try:
+        import safetensors.numpy
+    except ImportError as error:
+        raise ValueError(
+            f"{folder} needs the package safetensors: pip install 'lm_jax[hf]'."
+        ) from error
+    return safetensors
+
+
 class Tensors:
     """The named tensors of a checkpoint, each to be taken once."""
 
@@ -27,12 +38,7 @@ class Tensors:
         Raises:
             ValueError: if one is missing or damaged, or two tensors are the same parameter.
         """
-        try:
-            import safetensors
-        except ImportError as error:
-            raise ValueError(
-                f"{folder} needs the package safetensors: pip install 'lm_jax[hf]'."
-            ) from error
+        safetensors = require_safetensors(folder)
         self.folder = folder
         self.unused: dict[str, tuple[Any, str]] = {}  # file and name there, by name without prefix
         for path in _weight_files(folder):

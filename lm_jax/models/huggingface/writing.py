@@ -5,23 +5,6 @@ from typing import Any
 from lm_jax.config import ConfigError, ModelConfig
 from lm_jax.models.huggingface.names import ARCHITECTURES
 
-# What each architecture must have beside what `_nearest` looks at.
-_NEEDED: dict[str, dict[str, tuple]] = {
-    "llama": {"bias_in": ("all", "attention"), "window": (0,)},
-    "mistral": {},
-    "qwen2": {},
-    "qwen3": {"bias_in": ("attention",)},
-    "gpt2": {
-        "positions": ("learned",),
-        "mlp": ("gelu_tanh", "gelu"),
-        "bias": (True,),
-        "bias_in": ("all",),
-        "qk_norm": (False,),
-        "window": (0,),
-    },
-}
-_ROTARY = {"positions": ("rotary",), "mlp": ("swiglu",)}
-
 
 def architecture(cfg: ModelConfig) -> str:
     """The architecture of transformers that computes a resolved model.
@@ -39,14 +22,19 @@ def architecture(cfg: ModelConfig) -> str:
             "train a model of family 'dense' to export it."
         )
     kind = _nearest(cfg)
-    needed = _NEEDED[kind] | {"logit_softcap": (0.0,)}
-    needed |= _ROTARY if kind != "gpt2" else {"kv_heads": (cfg.heads,)}
-    if not cfg.bias and kind != "gpt2":
-        needed.pop("bias_in", None)
-    if kind in ("gpt2", "llama"):
-        needed["heads"] = tuple(H for H in (cfg.heads,) if cfg.d_model % H == 0)
+    needed: dict[str, tuple] = {"logit_softcap": (0.0,)}
     if kind == "gpt2":
-        needed["head_dim"] = (cfg.d_model // cfg.heads,)
+        needed |= {"positions": ("learned",), "mlp": ("gelu_tanh", "gelu"), "qk_norm": (False,)}
+        needed |= {"bias": (True,), "bias_in": ("all",), "kv_heads": (cfg.heads,)}
+        needed |= {"window": (0,), "head_dim": (cfg.d_model // cfg.heads,)}
+    else:
+        needed |= {"positions": ("rotary",), "mlp": ("swiglu",)}
+    if kind == "llama":
+        needed["window"] = (0,)
+    if kind == "qwen3" and cfg.bias:
+        needed["bias_in"] = ("attention",)
+    if kind in ("gpt2", "llama"):
+        needed["heads"] = (cfg.heads,) if cfg.d_model % cfg.heads == 0 else ()
     for name, allowed in needed.items():
         if getattr(cfg, name) not in allowed:
             wanted = " or ".join(map(repr, allowed)) or f"a divisor of d_model={cfg.d_model}"
