@@ -25,7 +25,7 @@ from lm_jax.config.flags import parse_flags
 from lm_jax.data.tokenizers.base import Tokenizer
 from lm_jax.decode import Sampling, continuations
 from lm_jax.door import command
-from lm_jax.pretrained import open_model
+from lm_jax.pretrained import define_model, open_model
 from lm_jax.samples import Sample, Samples, record_samples
 from lm_jax.workdir import Trained
 
@@ -232,10 +232,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     stop = "A sample ends before this text, in which \\n is a line end; may be repeated."
     flags.DEFINE_multi_string("stop", [], stop, flag_values=given)
     names = list(given)  # the arguments of `generate`
-    about = "Folder of the run, or of a Hugging Face checkpoint."
-    flags.DEFINE_string("workdir", None, about, given)
-    checkpoint = "best, last, or its number of updates."
-    flags.DEFINE_string("checkpoint", "best", checkpoint, flag_values=given)
+    define_model(given)
     flags.DEFINE_multi_string("prompt", [], "Opens a document; may be repeated.", given)
     flags.DEFINE_string("prompts", None, "File of prompts, one a line.", given)
     flags.DEFINE_bool("interactive", False, "Ask for prompts until Ctrl-D.", given)

@@ -2,7 +2,7 @@
 
 import json
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -121,7 +121,8 @@ class RunLM(TemplateLM):
             for places in by_options.values():
                 places.sort(key=lambda place: len(requests[place].args[0]))
                 options = requests[places[0]].args[1]
-                for now in _chunks(places, self.run.cfg.eval.batch_size):
+                for first in range(0, len(places), self.run.cfg.eval.batch_size):
+                    now = places[first : first + self.run.cfg.eval.batch_size]
                     texts = self._continue([requests[place].args[0] for place in now], options)
                     for place, text in zip(now, texts, strict=True):
                         made[place] = text
@@ -149,10 +150,6 @@ class RunLM(TemplateLM):
             if all(any(stop in text for stop in until) for text in texts):
                 break
         return [_before(text, until) for text in texts]
-
-
-def _chunks(places: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    return (places[first : first + size] for first in range(0, len(places), size))
 
 
 def _before(text: str, until: Sequence[str]) -> str:

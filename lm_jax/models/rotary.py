@@ -33,11 +33,11 @@ def frequencies(
 ) -> tuple[jax.Array, float | None]:
     """Angles per position [C/2] in radians, and the factor on cosine and sine, if there is one.
 
-    Without scaling the angles are theta^(-2i/C). `linear` divides them by its factor (Chen et al. 2023,
-    Position Interpolation, section 3.2). `llama3` divides those alone whose wavelength is long
-    beside the text learned from, with a ramp in between (Grattafiori et al. 2024, Llama 3, section
-    3.4.1 and the code of Llama 3.1). `yarn` has that ramp over the coordinates, and the factor
-    (Peng et al. 2023, YaRN, sections 3.2 to 3.4).
+    Without scaling the angles are theta^(-2i/C). `linear` divides them by its factor (Chen et al.
+    2023, Position Interpolation, section 3.2). `llama3` divides those alone whose wavelength is
+    long beside the text learned from, with a ramp in between (Grattafiori et al. 2024, Llama 3,
+    section 3.4.1 and the code of Llama 3.1). `yarn` has that ramp over the coordinates, and the
+    factor (Peng et al. 2023, YaRN, sections 3.2 to 3.4).
 
     Args:
         width: C, of a head.
