@@ -107,7 +107,7 @@ def test_the_folder_and_its_card(workdir, tmp_path, capsys, monkeypatch):
     to = tmp_path / "made" / "small"
     out, err, code = command(capsys, workdir, f"--to={to}")
     assert code == 0, err
-    assert "becomes a Llama model" in out and "pip install torch transformers" in out
+    assert "becomes a llama model" in out and "pip install torch transformers" in out
     assert sorted(path.name for path in to.iterdir()) == [
         "README.md",
         "config.json",
