@@ -25,6 +25,7 @@ from lm_jax.config.flags import parse_flags
 from lm_jax.data.tokenizers.base import Tokenizer
 from lm_jax.decode import Sampling, continuations
 from lm_jax.door import command
+from lm_jax.files import user_path
 from lm_jax.pretrained import open_model
 from lm_jax.samples import Sample, Samples, record_samples
 from lm_jax.workdir import Trained
@@ -73,7 +74,8 @@ def generate(
         FloatingPointError: if the logits are not finite.
     """
     prompts, stop = ([text] if isinstance(text, str) else text for text in (prompts, stop))
-    _check_options(tokens, samples, temperature, top_k, top_p, seed, stop)
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    _check_options(tokens, samples, sampling, stop)
     _check(len(prompts) > 0, "--prompt=[]", "give one or more; '' starts from nothing")
     # A document starts with its separator, in training too.
     separator = run.tokenizer.separator
@@ -86,7 +88,7 @@ def generate(
         [context for context in contexts for _ in range(samples)],
         [number for _ in prompts for number in range(samples)],
         tokens,
-        Sampling(temperature, top_k, top_p, seed),
+        sampling,
     )
     for ids_Bn, log_probs_Bn in chunks:
         for row, ids, log_probs in zip(rows, ids_Bn, log_probs_Bn.tolist(), strict=True):
@@ -172,22 +174,14 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str, where: str = "--prompt") ->
         raise ArgumentError(f"{where}={prompt[:40]!r}: {reason}; leave it out.") from error
 
 
-def _check_options(
-    tokens: int,
-    samples: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    seed: int,
-    stop: Sequence[str],
-) -> None:
+def _check_options(tokens: int, samples: int, how: Sampling, stop: Sequence[str]) -> None:
     _check(tokens >= 1, f"--tokens={tokens}", "give 1 or more")
     _check(samples >= 1, f"--samples={samples}", "give 1 or more")
-    _check(0 <= temperature < math.inf, f"--temperature={temperature}", "give 0 or more")
-    _check(top_k >= 0, f"--top_k={top_k}", "give 1 or more, or 0 for all tokens")
-    _check(0 < top_p <= 1, f"--top_p={top_p}", "give more than 0 and at most 1")
+    _check(0 <= how.temperature < math.inf, f"--temperature={how.temperature}", "give 0 or more")
+    _check(how.top_k >= 0, f"--top_k={how.top_k}", "give 1 or more, or 0 for all tokens")
+    _check(0 < how.top_p <= 1, f"--top_p={how.top_p}", "give more than 0 and at most 1")
     # JAX drops the higher bits of a seed, so two of them would give the same samples.
-    _check(0 <= seed < 2**32, f"--seed={seed}", "give 0 or more and below 2**32")
+    _check(0 <= how.seed < 2**32, f"--seed={how.seed}", "give 0 or more and below 2**32")
     _check("" not in stop, "--stop=''", "give a text, or leave it out")
 
 
@@ -246,7 +240,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.stdout.reconfigure(errors="replace")
     options: dict[str, Any] = {name: given[name].value for name in names}
     options["stop"] = [text.replace("\\n", "\n") for text in given.stop]
-    folder = pathlib.Path(given.workdir)
+    folder = user_path(given.workdir)
     prompts = _prompts(given)
     with console.phase(f"opening {folder}"):
         run = open_model(folder, checkpoint=given.checkpoint)
@@ -263,7 +257,7 @@ def _prompts(given: flags.FlagValues) -> list[str]:
     lines = []
     if given.prompts:
         try:
-            text = pathlib.Path(given.prompts).read_text(encoding="utf-8-sig")
+            text = user_path(given.prompts).read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
             raise ArgumentError(f"--prompts={given.prompts}: is no UTF-8; convert it.") from error
         lines = text.removesuffix("\n").split("\n")

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import importlib.util
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -48,29 +48,17 @@ class History:
         return "".join(f"<p><b>{k}</b></p>{one._repr_html_()}" for k, one in tables.items())
 
 
-class Table:
-    """Columns of numbers by name, where pandas is not installed; what is here reads as there."""
-
-    def __init__(self, columns: Mapping[str, np.ndarray]):
-        """Columns of one length."""
-        self._columns = dict(columns)
+class Table(dict[str, np.ndarray]):
+    """Columns of one length by name, where pandas is not installed; what is here reads as there."""
 
     @property
     def columns(self) -> list[str]:
         """Their names."""
-        return list(self._columns)
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        """The column of that name; KeyError if there is none."""
-        return self._columns[name]
-
-    def __iter__(self) -> Iterator[str]:
-        """Iterate over the names of the columns."""
-        return iter(self._columns)
+        return [*self]
 
     def __len__(self) -> int:
         """Number of rows."""
-        return len(next(iter(self._columns.values()), ()))
+        return len(next(iter(self.values()), ()))
 
     def _shown(self) -> list[dict[str, str]]:
         """The first and the last rows of the first columns, as text."""
