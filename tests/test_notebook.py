@@ -34,6 +34,7 @@ class Executed:
         self.cells["config"].source += TOY
         resources = {"metadata": {"path": str(folder)}}
         environment = {"LM_JAX_SHARED_DATA": str(folder), "PYTHONPATH": str(ROOT)}
+        environment["OMP_NUM_THREADS"] = "1"  # PyTorch's wait for each other on a busy machine
         client = nbclient.NotebookClient(notebook, timeout=120, resources=resources)
         client.execute(env=os.environ | environment)
 
