@@ -32,7 +32,7 @@ from lm_jax.data import windows
 from lm_jax.data.references import in_nats, references
 from lm_jax.data.store import Store
 from lm_jax.door import command
-from lm_jax.files import whole, write_json
+from lm_jax.files import user_path, whole, write_json
 from lm_jax.models import huggingface
 from lm_jax.models.families import FAMILIES, family
 from lm_jax.pretrained import define_model, open_model
@@ -273,7 +273,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags.DEFINE_string("out", None, results, given)
     define_fields(PLACES + _READ, given)
     parse_flags(given, argv, __doc__, subject=["workdir"])
-    folder = pathlib.Path(given.workdir)
+    folder = user_path(given.workdir)
     console.use(aside=True)
     trained = not huggingface.is_checkpoint(folder)
     if trained and (asked := next(iter(given_fields(_READ, given)), None)):
@@ -285,7 +285,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         changes = given_fields(PLACES + _READ, given)
         run = open_model(folder, checkpoint=given.checkpoint, **changes)
     beside = pathlib.Path("scores", f"{folder.resolve().name}-{run.cfg.data.corpus}")
-    out = pathlib.Path(given.out or (folder if trained else beside))
+    out = user_path(given.out or (folder if trained else beside))
     score_split(run, out, given.split, given.stride)
     console.say(f"{out / SCORES.format(given.split)} holds the result")
 

@@ -7,6 +7,7 @@ gets its name, transformers, if it is installed with PyTorch, opens it and must 
 the same logits and the same perplexity of the test split as the run.
 """
 
+import os
 import pathlib
 from collections.abc import Sequence
 
@@ -19,7 +20,7 @@ from lm_jax.config.flags import parse_flags
 from lm_jax.data.tokenizers.base import FILE_NAME, Tokenizer
 from lm_jax.door import command
 from lm_jax.evaluate import PLACES, define_fields, given_fields
-from lm_jax.files import whole_folder, write_json, write_text
+from lm_jax.files import user_path, whole_folder, write_json, write_text
 from lm_jax.models.huggingface import architecture, is_checkpoint, write_model
 from lm_jax.pretrained import define_model, open_model
 from lm_jax.proof import prove
@@ -27,7 +28,7 @@ from lm_jax.workdir import Trained
 
 
 def export(
-    run: Trained, workdir: pathlib.Path, to: str | pathlib.Path, *, scored: bool = True
+    run: Trained, workdir: pathlib.Path, to: str | os.PathLike, *, scored: bool = True
 ) -> pathlib.Path:
     """Write a run as a folder for Hugging Face transformers, whole or not at all.
 
@@ -46,7 +47,7 @@ def export(
         ValueError: if `to` is not empty.
         RuntimeError: if transformers computes something else; nothing is written then.
     """
-    to, cfg, separator = pathlib.Path(to), run.cfg, run.tokenizer.separator
+    to, cfg, separator = user_path(to), run.cfg, run.tokenizer.separator
     kind = architecture(cfg.model)
     console.say(f"{workdir} after update {run.step:,} becomes a {kind} model in {to}")
     with whole_folder(to) as folder:
@@ -97,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags.DEFINE_bool("scored", True, scored, given)
     define_fields(PLACES, given)
     parse_flags(given, argv, __doc__, subject=["workdir"])
-    folder = pathlib.Path(given.workdir)
+    folder = user_path(given.workdir)
     if is_checkpoint(folder):
         raise ConfigError(f"--workdir={folder}: is a Hugging Face checkpoint already; name a run.")
     with console.phase(f"opening {folder}"):

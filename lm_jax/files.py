@@ -15,6 +15,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 
+def user_path(given: str | os.PathLike) -> Path:
+    """The path that a user named: `~` is their home, also in `--flag=~/x`, where shells keep it."""
+    return Path(given).expanduser()
+
+
 @contextlib.contextmanager
 def whole(path: Path) -> Iterator[BinaryIO]:
     """Opens a file that takes the name `path` once all of it is on the disk.

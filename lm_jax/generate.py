@@ -25,6 +25,7 @@ from lm_jax.config.flags import parse_flags
 from lm_jax.data.tokenizers.base import Tokenizer
 from lm_jax.decode import Sampling, continuations
 from lm_jax.door import command
+from lm_jax.files import user_path
 from lm_jax.pretrained import define_model, open_model
 from lm_jax.samples import Sample, Samples, record_samples
 from lm_jax.workdir import Trained
@@ -73,15 +74,16 @@ def generate(
         FloatingPointError: if the logits are not finite.
     """
     prompts, stop = ([text] if isinstance(text, str) else text for text in (prompts, stop))
-    _check_options(tokens, samples, temperature, top_k, top_p, seed, stop)
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    _check_options(tokens, samples, sampling, stop)
     _check(len(prompts) > 0, "--prompt=[]", "give one or more; '' starts from nothing")
     # A document starts with its separator, in training too.
     separator = run.tokenizer.separator
     contexts = [[separator, *encode_prompt(run.tokenizer, prompt)] for prompt in prompts]
     _say_window(run.cfg.data.seq_len, max(map(len, contexts)) + tokens - 1)
-    numbers, how = [*range(samples)] * len(prompts), Sampling(temperature, top_k, top_p, seed)
+    numbers = [*range(samples)] * len(prompts)
     several = [context for context in contexts for _ in range(samples)]
-    rows = continued(run, several, numbers, tokens, how, stop, show)
+    rows = continued(run, several, numbers, tokens, sampling, stop, show)
     return Samples(
         Sample(prompts[n // samples], row.text, row.ids, row.log_probs, run.step)
         for n, row in enumerate(rows)
@@ -185,22 +187,14 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str, where: str = "--prompt") ->
         raise ArgumentError(f"{where}={prompt[:40]!r}: {reason}; leave it out.") from error
 
 
-def _check_options(
-    tokens: int,
-    samples: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    seed: int,
-    stop: Sequence[str],
-) -> None:
+def _check_options(tokens: int, samples: int, how: Sampling, stop: Sequence[str]) -> None:
     _check(tokens >= 1, f"--tokens={tokens}", "give 1 or more")
     _check(samples >= 1, f"--samples={samples}", "give 1 or more")
-    _check(0 <= temperature < math.inf, f"--temperature={temperature}", "give 0 or more")
-    _check(top_k >= 0, f"--top_k={top_k}", "give 1 or more, or 0 for all tokens")
-    _check(0 < top_p <= 1, f"--top_p={top_p}", "give more than 0 and at most 1")
+    _check(0 <= how.temperature < math.inf, f"--temperature={how.temperature}", "give 0 or more")
+    _check(how.top_k >= 0, f"--top_k={how.top_k}", "give 1 or more, or 0 for all tokens")
+    _check(0 < how.top_p <= 1, f"--top_p={how.top_p}", "give more than 0 and at most 1")
     # JAX drops the higher bits of a seed, so two of them would give the same samples.
-    _check(0 <= seed < 2**32, f"--seed={seed}", "give 0 or more and below 2**32")
+    _check(0 <= how.seed < 2**32, f"--seed={how.seed}", "give 0 or more and below 2**32")
     _check("" not in stop, "--stop=''", "give a text, or leave it out")
 
 
@@ -256,7 +250,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.stdout.reconfigure(errors="replace")
     options: dict[str, Any] = {name: given[name].value for name in names}
     options["stop"] = [text.replace("\\n", "\n") for text in given.stop]
-    folder = pathlib.Path(given.workdir)
+    folder = user_path(given.workdir)
     prompts = _prompts(given)
     with console.phase(f"opening {folder}"):
         run = open_model(folder, checkpoint=given.checkpoint)
@@ -273,7 +267,7 @@ def _prompts(given: flags.FlagValues) -> list[str]:
     lines = []
     if given.prompts:
         try:
-            text = pathlib.Path(given.prompts).read_text(encoding="utf-8-sig")
+            text = user_path(given.prompts).read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
             raise ArgumentError(f"--prompts={given.prompts}: is no UTF-8; convert it.") from error
         lines = text.removesuffix("\n").split("\n")

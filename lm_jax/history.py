@@ -1,6 +1,5 @@
 """The metrics of a run as tables."""
 
-import collections
 import dataclasses
 import functools
 import importlib.util
@@ -49,17 +48,17 @@ class History:
         return "".join(f"<p><b>{k}</b></p>{one._repr_html_()}" for k, one in tables.items())
 
 
-class Table(collections.UserDict[str, np.ndarray]):
+class Table(dict[str, np.ndarray]):
     """Columns of one length by name, where pandas is not installed; what is here reads as there."""
 
     @property
     def columns(self) -> list[str]:
         """Their names."""
-        return list(self.data)
+        return [*self]
 
     def __len__(self) -> int:
         """Number of rows."""
-        return len(next(iter(self.data.values()), ()))
+        return len(next(iter(self.values()), ()))
 
     def _shown(self) -> list[dict[str, str]]:
         """The first and the last rows of the first columns, as text."""

@@ -10,6 +10,7 @@ import ctypes
 import os
 import pathlib
 import platform
+import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ from lm_jax import config, console
 from lm_jax.config import Config, rules
 from lm_jax.config.flags import load_config, parse_flags
 from lm_jax.door import command
+from lm_jax.files import user_path
 from lm_jax.rundir import changes, read_scores, read_state, run_name
 from lm_jax.signals import Interrupted
 
@@ -78,7 +80,7 @@ def train(cfg: Config | str | os.PathLike, workdir: str | os.PathLike | None = N
         spec = os.fspath(cfg)
         cfg = usual = load_config(spec)
     rules.validate(cfg)
-    folder = pathlib.Path(workdir or default_folder(spec, usual, cfg))
+    folder = user_path(workdir or default_folder(spec, usual, cfg))
     train_in(folder, cfg)
     from lm_jax.run import open_run
 
@@ -97,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parse_flags(given, argv, __doc__, subject=["config"])
     cfg, spec = given.config, config_flags.get_config_filename(given["config"])
     rules.validate(cfg)
-    workdir = pathlib.Path(given.workdir or default_folder(spec, load_config(spec), cfg))
+    workdir = user_path(given.workdir or default_folder(spec, load_config(spec), cfg))
     if not train_in(workdir, cfg):
         from lm_jax.evaluate import report
 
@@ -136,12 +138,9 @@ def train_in(workdir: pathlib.Path, cfg: Config) -> bool:
 def tell_the_way_on(workdir: pathlib.Path) -> None:
     """Say where everything lies, and which commands follow."""
     console.say(f"{workdir / 'report.html'} shows all of it; sample, examine, compare:")
-    for command_line in (
-        f"python -m lm_jax.generate --workdir={workdir}",
-        f"python -m lm_jax.doctor --workdir={workdir}",
-        f"python -m lm_jax.compare {workdir} OTHER_RUN",
-    ):
-        console.say(f"  {command_line}")
+    named = shlex.quote(str(workdir))
+    for words in ("generate --workdir={}", "doctor --workdir={}", "compare {} OTHER_RUN"):
+        console.say(f"  python -m lm_jax.{words.format(named)}")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from lm_jax.data.tokenizers.base import Tokenizer
 from lm_jax.doctor.findings import Report
 from lm_jax.evaluate import OWN, among_references, named_lines, score_split
 from lm_jax.export import export
+from lm_jax.files import user_path
 from lm_jax.generate import generate
 from lm_jax.history import History
 from lm_jax.preflight import examine_workdir
@@ -98,7 +99,7 @@ class Run:
 
     def export(self, to: str | os.PathLike, *, scored: bool = True) -> pathlib.Path:
         """Write a folder that Hugging Face transformers loads; see `lm_jax.export.export`."""
-        return export(self._trained, self.workdir, pathlib.Path(to), scored=scored)
+        return export(self._trained, self.workdir, to, scored=scored)
 
     def examine(self) -> Report:
         """What the doctor finds in its metrics and scores; see `lm_jax.preflight`."""
@@ -123,6 +124,10 @@ class Run:
         if not drawings:
             raise ValueError(f"{self.workdir}: no update is logged yet; train the run first.")
         return curves.plot(drawings)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy, also in another process, reads the parameters anew."""
+        return Run, (self.workdir, self.config, self.step)
 
     def __fspath__(self) -> str:
         """Its folder, so that a run stands wherever one is asked for."""
@@ -180,6 +185,6 @@ def open_run(workdir: str | os.PathLike, *, checkpoint: str | int = "best") -> R
         FileNotFoundError: if the workdir holds no config or no such checkpoint.
         ConfigError: if the record of the run cannot be read, or the run is of version 0.1.
     """
-    folder = pathlib.Path(workdir).absolute()  # the process may move to another folder
+    folder = user_path(workdir).absolute()  # the process may move to another folder
     record = read_record(folder, checkpoints=True)
     return Run(folder, record.cfg, choose_update(folder, str(checkpoint)))

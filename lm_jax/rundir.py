@@ -101,7 +101,7 @@ def occupied(workdir: pathlib.Path) -> Iterator[None]:
     def refuse(holder: str) -> None:
         raise ConfigError(
             f"{workdir}: {holder} is training there; wait for it, or give another --workdir."
-        )
+        ) from None
 
     workdir.mkdir(parents=True, exist_ok=True)
     with locked(workdir / _LOCK, refuse):

@@ -30,18 +30,23 @@ def sample_html(prompt: str, text: str) -> str:
 
 
 class Samples(list[Sample]):
-    """Samples, which show themselves as text."""
+    """Samples, which show themselves as text; so does a slice of them."""
+
+    def __getitem__(self, at: Any) -> Any:
+        """One, or those of a slice."""
+        found = super().__getitem__(at)
+        return Samples(found) if isinstance(at, slice) else found
 
     def __repr__(self) -> str:
         """One after the other, each with its number."""
-        return "\n".join(
-            f"--- sample {number} of {len(self)}\n{one.prompt}{one.text}"
-            for number, one in enumerate(self, start=1)
-        )
+        texts = (f"{one.prompt}{one.text}" for one in self)
+        told = [f"--- sample {n} of {len(self)}\n{text}" for n, text in enumerate(texts, start=1)]
+        return "\n".join(told) or "no samples"
 
     def _repr_html_(self) -> str:
         """One after the other; the prompts are bold."""
-        return page.fragment("".join(sample_html(one.prompt, one.text) for one in self))
+        shown = "".join(sample_html(one.prompt, one.text) for one in self)
+        return page.fragment(shown or '<p class="soft">no samples</p>')
 
 
 def record_samples(folder: pathlib.Path, facts: Mapping[str, Any], made: Iterable[Sample]) -> None:

@@ -55,7 +55,7 @@ def handled() -> Iterator[None]:
     if _installed or threading.current_thread() is not threading.main_thread():
         yield
         return
-    _received, _installed = None, True
+    _installed = True
     ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()
     old = {number: signal.signal(number, _handle) for number in _NUMBERS - ignored}
     hook = sys.unraisablehook
@@ -66,7 +66,7 @@ def handled() -> Iterator[None]:
         sys.unraisablehook = hook
         for number, handler in old.items():
             signal.signal(number, handler)
-        _installed = False
+        _received, _installed = None, False  # what trains next may be a thread
 
 
 @contextlib.contextmanager
@@ -121,7 +121,7 @@ def _listen(ear: socket.socket) -> None:
             time.sleep(_PATIENCE)
             if _holding:
                 console.say(f"{signal.Signals(number).name}: stopping after this update")
-            elif _received is None:
+            elif _installed and _received is None:
                 console.leave(str(Interrupted(signal.Signals(number))))
                 os._exit(128 + number)
 

@@ -9,6 +9,7 @@ import itertools
 import json
 import pathlib
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -167,7 +168,8 @@ def _elsewhere(old: Record, cfg: Config, asked: Config) -> str:
     """The flag for a run of a config, here as resolved and as written, beside that of `old`."""
     before, now = (old.asked, asked) if old.asked else (old.cfg, cfg)
     there = old.path.parent
-    return f"--workdir={there.with_name(rundir.other_name(there.name, before, now))}"
+    named = there.with_name(rundir.other_name(there.name, before, now))
+    return f"--workdir={shlex.quote(str(named))}"
 
 
 # Where data lie, which their hashes know better.
@@ -302,7 +304,7 @@ def choose_update(workdir: pathlib.Path, which: str) -> int:
     """The update of a checkpoint, which is best, last or a number; see `open_trained`."""
     best, found = rundir.updates(workdir / rundir.BEST), find_kept(workdir)
     if not found:
-        raise FileNotFoundError(f"{workdir}: holds no checkpoint; train the run first.")
+        raise FileNotFoundError(f"{workdir}: holds no checkpoint yet; wait for one, or train.")
     if which == "best" and best:
         return best[-1]
     if which == "best":

@@ -320,7 +320,7 @@ def test_one_document_is_no_sample(tmp_path):
 
 def refused(folders, *said, error=ValueError, split="test"):
     with pytest.raises(error) as caught:
-        compare.compare_runs(folders, split)
+        compare.compare_runs(folders, split=split)
     sentence = str(caught.value)
     assert all(part in sentence for part in said), sentence
     assert sentence.count(". ") == 0 and sentence.endswith("."), sentence

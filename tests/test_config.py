@@ -1,3 +1,4 @@
+import pathlib
 import subprocess
 import sys
 import types
@@ -5,6 +6,7 @@ import typing
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
@@ -62,6 +64,18 @@ def test_unknown_override(path, said):
 def test_wrong_type_names_the_field(path, value):
     with pytest.raises(ConfigError, match=path.replace("__", r"\.")):
         config.replace(Config(), **{path: value})
+
+
+def test_numbers_of_numpy_and_paths_are_taken_as_what_they_say():
+    cfg = config.replace(
+        Config(),
+        optim__peak_lr=np.float64(0.25),
+        model__layers=np.int64(3),
+        train__steps=np.int32(30),
+        data__source_dir=pathlib.Path("here"),
+    )
+    assert repr(cfg.optim) == "OptimConfig(peak_lr=0.25)"
+    assert (cfg.model.layers, cfg.train.steps, cfg.data.source_dir) == (3, "30", "here")
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ SIZES = {
     "shakespeare_char": (66, None),
     "small_corpus": (8192, None),
     "stream_226m": (32_768, 226.546432),
+    "text": (1024, 0.9),
     "wikitext2": (16_384, 17.0),
     "wikitext2_cpu": (8192, None),
 }

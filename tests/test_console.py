@@ -145,6 +145,12 @@ def test_a_signal_that_is_swallowed_comes_again():
         time.sleep(0.01)
 
 
+def test_a_signal_is_forgotten_by_what_comes_after_the_stopped_run():
+    with pytest.raises(Interrupted), signals.handled():
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signals.agreed() is None  # as a thread asks, which cannot handle signals itself
+
+
 @pytest.fixture
 def signal_while(monkeypatch, hangup):
     """Sends this process a signal when a phase begins."""

@@ -5,6 +5,7 @@ import importlib.machinery
 import inspect
 import json
 import pathlib
+import pickle
 import pkgutil
 import re
 import shutil
@@ -143,11 +144,13 @@ def test_a_run_without_a_folder_is_named_as_by_the_command(tmp_path, monkeypatch
     monkeypatch.setattr("lm_jax.run.open_run", lambda folder: folder)
     path = tmp_path / "own.py"
     path.write_text("import lm_jax\n\ndef get_config():\n    return lm_jax.Config(seed=3)\n")
-    cfg = lm_jax.load_config(str(path))
+    cfg = lm_jax.load_config(path)
     cfg.model.layers, cfg.train.steps, cfg.data.corpus = 2, "7", "wikitext2"
+    monkeypatch.setenv("HOME", str(tmp_path))
     lm_jax.train(path)
     lm_jax.train(cfg)
-    assert named == ["runs/own-3", "runs/wikitext2-layers2-3"]
+    lm_jax.train("~/own.py", "~/own")  # which a shell leaves so in --workdir=~/own
+    assert named == ["runs/own-3", "runs/wikitext2-layers2-3", str(tmp_path / "own")]
     with pytest.raises(FileNotFoundError, match="nothing: no such config"):
         lm_jax.train("nothing")
 
@@ -163,6 +166,7 @@ def test_history_is_tables_with_pandas_and_without(examples, monkeypatch):
     shown = repr(history.train).splitlines()
     assert len(shown) == 13 and shown[1].split()[0] == "1" and "20 rows; also " in shown[-1]
     assert repr(History([]).train) == "step  loss\n0 rows"
+    assert list(dict(history.train)["loss"]) == list(history.train["loss"])
     frames = types.ModuleType("pandas")
     frames.__spec__, frames.DataFrame = importlib.machinery.ModuleSpec("pandas", None), dict
     monkeypatch.setitem(sys.modules, "pandas", frames)
@@ -195,6 +199,8 @@ def test_a_notebook_shows_what_is_there(examples, tmp_path):
         (lm_jax.doctor.Report((finding,)), ["doctor: 1 failed: log.x", "7 > <u>.", "Lower it."]),
         (examples["comparison"], ["One arm: nothing to rank.", "example", "tokens/s"]),
         (examples["samples"], [examples["samples"][1].text]),
+        (examples["samples"][:1], [examples["samples"][0].text]),
+        (examples["samples"][:0], ["no samples"]),
         (run.history(), ["train", "loss"]),
     ]
     for thing, said in shown:
@@ -221,6 +227,7 @@ def test_a_killed_run_is_opened(examples, tmp_path):
     run = lm_jax.open_run(str(folder))
     assert run.history().rows == examples["run"].history().rows
     assert run.step == 20 and run.generate(tokens=3)[0].ids
+    assert pickle.loads(pickle.dumps(run)).workdir == folder
 
 
 def test_the_list_of_commands_is_quick():

@@ -33,7 +33,6 @@ import dataclasses
 import itertools
 import math
 import os
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -46,7 +45,7 @@ from lm_jax.compare.runs import Arm, Run, group_runs, load_run
 from lm_jax.config.flags import misuse, parse_flags
 from lm_jax.data.references import in_nats
 from lm_jax.door import command
-from lm_jax.files import finite_or_none, write_json, write_text
+from lm_jax.files import finite_or_none, user_path, write_json, write_text
 from lm_jax.page import fragment
 
 _PARTS = ("total", "table", "positions", "blocks")  # of the parameters of a model
@@ -76,7 +75,7 @@ class Comparison:
 
 
 def compare_runs(
-    workdirs: str | os.PathLike | Sequence[str | os.PathLike], split: str = "test"
+    workdirs: str | os.PathLike | Sequence[str | os.PathLike], *, split: str = "test"
 ) -> Comparison:
     """Compare finished runs, opened or by their folders, by their exact evaluations of a split.
 
@@ -94,7 +93,7 @@ def compare_runs(
         workdirs = [workdirs]
     if not workdirs:
         raise ValueError("workdirs: no run is given; name one or several.")
-    arms = group_runs([load_run(pathlib.Path(workdir), split) for workdir in workdirs])
+    arms = group_runs([load_run(user_path(workdir), split) for workdir in workdirs])
     _require_one_text(arms, split)
     arms.sort(key=lambda arm: arm.bits_per_byte.mean())
     runs = [run for arm in arms for run in arm.runs]
@@ -294,11 +293,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         misuse("no RUN is given; give the workdirs of finished runs.")
     console.use(aside=True)
     with console.phase("comparing"):
-        comparison = compare_runs(folders, given.split)
+        comparison = compare_runs(folders, split=given.split)
     print(comparison.markdown())
     if given.out is None:
         return
-    folder = pathlib.Path(given.out)
+    folder = user_path(given.out)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "compare.md", comparison.markdown())
     write_json(folder / "compare.json", comparison.values)

@@ -3,6 +3,7 @@
 import faulthandler
 import importlib.util
 import inspect
+import os
 import pathlib
 import re
 import sys
@@ -192,7 +193,7 @@ def check_names(paths: Sequence[str]) -> None:
             )
 
 
-def find_config(spec: str) -> str:
+def find_config(spec: str | os.PathLike) -> str:
     """FILE or FILE:ARM for FILE, NAME, FILE:ARM or NAME:ARM, with the name of a shipped config.
 
     `configs/NAME.py`, which names its file in a checkout, is that name everywhere else.
@@ -200,10 +201,10 @@ def find_config(spec: str) -> str:
     Raises:
         FileNotFoundError: if there is no such file.
     """
-    path, colon, arm = spec.partition(":")
+    path, colon, arm = os.path.expanduser(spec).partition(":")
     known = manual.shipped()
     if pathlib.Path(path).is_file():
-        return spec
+        return f"{path}{colon}{arm}"
     name = re.sub(r"configs/(\w+)\.py", r"\1", path)
     if name in known:
         return f"{known[name]}{colon}{arm}"
@@ -217,7 +218,7 @@ def is_config(spec: str) -> bool:
     return path.endswith(".py") or path in manual.shipped()
 
 
-def load_config(spec: str) -> Config:
+def load_config(spec: str | os.PathLike) -> Config:
     """The config of what `find_config` takes.
 
     Raises:

@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import math
 import operator
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -193,6 +194,10 @@ def unknown_field(path: str, names: Sequence[str]) -> str:
 
 def _typed(path: str, value: Any, expected: Any) -> Any:
     """`value` as the type of the field at `path`, or raise ConfigError."""
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    elif getattr(value, "shape", None) == ():  # a number of NumPy or JAX
+        value = value.item()
     if expected in _WRITTEN:
         try:
             _WRITTEN[expected](expected(value))
@@ -202,10 +207,7 @@ def _typed(path: str, value: Any, expected: Any) -> Any:
     if expected is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
-        raise ConfigError(
-            f"config.{path}: {value!r} is a {type(value).__name__}; "
-            f"give a {expected.__name__} instead."
-        )
+        raise ConfigError(f"config.{path}: {value!r} is no {expected.__name__}; give one.")
     if expected is float and not math.isfinite(value):
         raise ConfigError(f"config.{path}: {value!r} is not finite; give a finite number.")
     return value

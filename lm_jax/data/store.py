@@ -48,7 +48,7 @@ class Store:
     """A finished folder of splits and the tokenizer they were made with."""
 
     path: Path
-    manifest: dict[str, Any]
+    manifest: dict[str, Any] = dataclasses.field(repr=False)
     tokenizer: Tokenizer
 
     def split(self, name: str) -> Split:

@@ -18,7 +18,7 @@ from lm_jax import console
 from lm_jax.config.flags import parse_flags
 from lm_jax.config.section import close
 from lm_jax.door import command
-from lm_jax.files import finite_or_none, write_text
+from lm_jax.files import finite_or_none, user_path, write_text
 from lm_jax.pretrained import define_model
 
 
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if given.out:
         text = json.dumps(results, default=handle_non_serializable)
         text = json.dumps(finite_or_none(json.loads(text)), indent=2, allow_nan=False)
-        write_text(pathlib.Path(given.out), text + "\n")
+        write_text(user_path(given.out), text + "\n")
         console.say(f"{given.out} holds the results")
 
 

@@ -1,7 +1,6 @@
 """A run as a model of lm_eval; importing this registers it there as `lm_jax`."""
 
 import json
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 
 from lm_jax import console
 from lm_jax.decode import Sampling
+from lm_jax.files import user_path
 from lm_jax.generate import continued, encode_prompt
 from lm_jax.harness.scoring import Scorer
 from lm_jax.pretrained import open_model
@@ -45,7 +45,7 @@ class RunLM(TemplateLM):
         super().__init__()
         rows = {} if batch_size in (None, "auto") else {"eval__batch_size": int(batch_size)}
         self.workdir, self.add_bos_token = workdir, add_bos_token
-        self.run = open_model(pathlib.Path(workdir), checkpoint=checkpoint, **rows)
+        self.run = open_model(user_path(workdir), checkpoint=checkpoint, **rows)
         self._score = Scorer(self.run)
 
     @property

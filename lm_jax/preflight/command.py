@@ -15,7 +15,6 @@ be followed.
 """
 
 import json
-import pathlib
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -28,6 +27,7 @@ from lm_jax.doctor.facts import annotations, require
 from lm_jax.doctor.log.read import LogFile, number, read_log
 from lm_jax.doctor.log.subject import Subject
 from lm_jax.door import command
+from lm_jax.files import user_path
 from lm_jax.workdir import METRICS
 
 # Facts of a log that are numbers; their help is that of `examine_log`.
@@ -90,7 +90,7 @@ def _which(argument: str) -> str:
     """Whether an argument without a flag is a config, the folder of a run or a log."""
     if is_config(argument):
         return "config"
-    return "workdir" if (pathlib.Path(argument) / METRICS).exists() else "log"
+    return "workdir" if (user_path(argument) / METRICS).exists() else "log"
 
 
 @command
@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if given.config is not None:
         report = preflight.examine_config(given.config, level=given.level)
     elif given.workdir is not None:
-        report = preflight.examine_workdir(pathlib.Path(given.workdir))
+        report = preflight.examine_workdir(user_path(given.workdir))
     else:
         log, report = examine_file(given)
     if given.json and log:

@@ -37,6 +37,10 @@ class Tokenizer(abc.ABC):
     separator: int = 0
     _bytes: list[bytes]  # of each id
 
+    def __repr__(self) -> str:
+        """Its kind and size."""
+        return f"{type(self).__name__}(vocab_size={self.vocab_size})"
+
     @property
     def vocab_size(self) -> int:
         """Number of ids, the separator included."""
