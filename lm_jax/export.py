@@ -56,8 +56,8 @@ def export(
     """
     to, cfg, separator = pathlib.Path(to), run.cfg, run.tokenizer.separator
     kind = KINDS[architecture(cfg.model)]
-    console.say(f"{workdir} after update {run.step:,} becomes a {kind} model in {to}")
     with whole_folder(to) as folder:
+        console.say(f"{workdir} after update {run.step:,} becomes a {kind} model in {to}")
         with console.phase("writing"):
             ids = {"bos_token_id": separator, "eos_token_id": separator}
             sizes = run.tokenizer.vocab_size, cfg.data.seq_len
