@@ -49,8 +49,8 @@ def export(
     """
     to, cfg, separator = user_path(to), run.cfg, run.tokenizer.separator
     kind = architecture(cfg.model)
-    console.say(f"{workdir} after update {run.step:,} becomes a {kind} model in {to}")
     with whole_folder(to) as folder:
+        console.say(f"{workdir} after update {run.step:,} becomes a {kind} model in {to}")
         with console.phase("writing"):
             ids = {"bos_token_id": separator, "eos_token_id": separator}
             sizes = run.tokenizer.vocab_size, cfg.data.seq_len

@@ -60,13 +60,16 @@ class Tensors:
         """
         if name not in self.unused:
             near = difflib.get_close_matches(name, self.unused, cutoff=0)
-            there = ", ".join(self.unused[other][1] for other in near) or "none"
+            there = ", ".join(self.unused[other][1] for other in near)
             remedy = "copy the checkpoint again, or correct config.json"
             if name == "lm_head.weight":
-                remedy = "set tie_word_embeddings in config.json to true, or save it with its head"
+                remedy = (
+                    "save the model with its head, or set tie_word_embeddings in config.json to "
+                    "true if that is the token table"
+                )
             raise ValueError(
-                f"{self.folder}: tensor {name} is missing, the nearest of the others are {there}; "
-                f"{remedy}."
+                f"{self.folder}: tensor {name} is missing"
+                f"{there and f', the nearest of the others are {there}'}; {remedy}."
             )
         file, stored = self.unused.pop(name)
         header = file.get_slice(stored)
