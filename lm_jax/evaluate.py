@@ -29,7 +29,6 @@ from lm_jax.config import Config, ConfigError, manual, rules
 from lm_jax.config.flags import parse_flags
 from lm_jax.config.section import advice, get
 from lm_jax.data import windows
-from lm_jax.data.corpora import CORPORA
 from lm_jax.data.references import in_nats, references
 from lm_jax.data.store import Store
 from lm_jax.door import command
@@ -284,8 +283,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     if not trained and given["config.data.corpus"].value is None:
         raise ConfigError(
-            f"config.data.corpus: {folder} is a Hugging Face checkpoint, which has no data of its "
-            f"own; name the corpus on which it is scored: {', '.join(CORPORA)}."
+            f"config.data.corpus: {folder} is a Hugging Face checkpoint; name the corpus on which "
+            "it is scored."
         )
     with console.phase(f"opening {folder}"):
         changes = given_fields(PLACES + _READ, given)

@@ -46,17 +46,14 @@ def whole_folder(path: Path) -> Iterator[Path]:
     Until then it is a hidden one beside it; an error removes it, a kill leaves it.
 
     Raises:
-        ValueError: if `path` can be no new folder: it is a file or not empty, lies in a file, or is
-            the current folder.
+        ValueError: if there is something at `path` that is no empty folder, or if it is the current
+            one.
     """
-    given, path = path, path.resolve()
-    what = ""
+    given, path, what = path, path.resolve(), ""
     if path == Path.cwd():  # a shell would stay in the old one
         what = "is the folder in which you are"
-    elif path.is_dir() and any(path.iterdir()):
-        what = "holds files already"
-    elif other := next((one for one in (path, *path.parents) if one.is_file()), None):
-        what = "is a file" if other == path else f"would lie in {other.name}, which is a file"
+    elif path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        what = "holds files already" if path.is_dir() else "is a file"
     if what:
         raise ValueError(f"{given} {what}; name a folder that is new or empty.")
     temporary = path.with_name(f".{path.name}.{os.getpid()}")

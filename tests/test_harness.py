@@ -88,13 +88,6 @@ def test_without_the_package_one_sentence_says_how_to_get_it(workdir, capsys, mo
     assert "pip install 'lm_jax[eval]'" in line
 
 
-def test_no_task_is_refused(workdir, capsys, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _: True)
-    with pytest.raises(SystemExit):
-        command.main(["harness", str(workdir), "--tasks="])
-    assert capsys.readouterr().err == "--tasks names none; give at least one.\n"
-
-
 # --- with lm_eval --------------------------------------------------------------------------------
 
 

@@ -395,7 +395,7 @@ REFUSED = {
     "untied without head": (
         GPT2,
         {"tie_word_embeddings": False},
-        "lm_head.weight is missing.*; save the model with its head, or set tie_word.* to true if",
+        "lm_head.weight is missing.*; save it with its head, .* set tie_word_embeddings .* to true",
     ),
     "tied with another head": (LLAMA, {"tie_word_embeddings": True}, "lm_head.weight is not the"),
     "rows": (LLAMA, {"vocab_size": 40}, r"embed_tokens.weight has shape \[37, 24\], .*\[40, 24\]"),

@@ -8,7 +8,6 @@ lm_eval. DIR holds tasks of your own as YAML.
 
 import importlib.util
 import json
-import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -45,11 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(
             "lm_jax.harness needs the package lm_eval: pip install 'lm_jax[eval]', or lm_eval."
         )
-    if not given.tasks:
-        raise ValueError("--tasks names none; give at least one.")
     console.use(aside=True)
-    # Else it computes errors of perplexities in forks of this process, which JAX does not survive.
-    os.environ["DISABLE_MULTIPROC"] = "1"
     # Imported here, for they take seconds and may be missing.
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager

@@ -1,6 +1,7 @@
 """A run as a model of lm_eval; importing this registers it there as `lm_jax`."""
 
 import json
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,6 +44,8 @@ class RunLM(TemplateLM):
             device: not used; JAX has chosen it.
         """
         super().__init__()
+        # Else lm_eval forks this process for errors of perplexities, and a fork of JAX may hang.
+        os.environ["DISABLE_MULTIPROC"] = "1"
         rows = {} if batch_size in (None, "auto") else {"eval__batch_size": int(batch_size)}
         self.workdir, self.add_bos_token = workdir, add_bos_token
         self.run = open_model(user_path(workdir), checkpoint=checkpoint, **rows)

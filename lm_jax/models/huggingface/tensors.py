@@ -63,10 +63,8 @@ class Tensors:
             there = ", ".join(self.unused[other][1] for other in near)
             remedy = "copy the checkpoint again, or correct config.json"
             if name == "lm_head.weight":
-                remedy = (
-                    "save the model with its head, or set tie_word_embeddings in config.json to "
-                    "true if that is the token table"
-                )
+                remedy = "save it with its head, or, if that is the token table, set "
+                remedy += "tie_word_embeddings in config.json to true"
             raise ValueError(
                 f"{self.folder}: tensor {name} is missing"
                 f"{there and f', the nearest of the others are {there}'}; {remedy}."
