@@ -29,7 +29,7 @@ from lm_jax.config import Config, ConfigError, manual, rules
 from lm_jax.config.flags import parse_flags
 from lm_jax.config.section import advice, get
 from lm_jax.data import windows
-from lm_jax.data.references import in_nats, references
+from lm_jax.data.references import NAMES, in_nats, references
 from lm_jax.data.store import Store
 from lm_jax.door import command
 from lm_jax.files import user_path, whole, write_json
@@ -39,7 +39,6 @@ from lm_jax.pretrained import define_model, open_model
 from lm_jax.workdir import DOCUMENTS, SCORES, Trained
 
 OWN = "this model"
-_NAMES = {"kn2": "Kneser-Ney bigram", "kn3": "Kneser-Ney trigram", "entropy_rate": "entropy rate"}
 # Fields that may be given: where the data of a run lie now, whose hash must stay the same ...
 PLACES = [
     *("data.source_dir", "data.files", "data.valid_files", "data.test_files", "data.cache_dir"),
@@ -145,7 +144,7 @@ def documents(store: Store, split_name: str, nats_D: np.ndarray) -> dict[str, np
 
 def named_lines(references: Mapping[str, float]) -> dict[str, float]:
     """The scores of `references` in nats per token, by the names that are shown."""
-    return {_NAMES.get(name, name): nats for name, nats in in_nats(references).items()}
+    return {NAMES.get(name, name): nats for name, nats in in_nats(references).items()}
 
 
 def among_references(result: Mapping[str, Any]) -> list[dict[str, str]]:

@@ -64,11 +64,10 @@ class Table(dict[str, np.ndarray]):
         """The first and the last rows of the first columns, as text."""
         count = len(self)
         chosen = [n for n in range(count) if not _ENDS <= n < count - _ENDS]
-        names = self.columns[:_COLUMNS]
-        forms = {name: "d" if self[name].dtype.kind == "i" else ".6g" for name in names}
+        forms = {k: "d" if self[k].dtype.kind == "i" else ".6g" for k in self.columns[:_COLUMNS]}
         rows = [{k: format(self[k][n], form) for k, form in forms.items()} for n in chosen]
         if count > 2 * _ENDS:
-            rows.insert(_ENDS, dict.fromkeys(names, "..."))
+            rows.insert(_ENDS, dict.fromkeys(forms, "..."))
         return rows
 
     def _size(self) -> str:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from lm_jax.data.references import NAMES
 from lm_jax.page import markdown_table
 
 Table = list[dict[str, str]]  # rows: the cells by their headings
@@ -88,7 +89,7 @@ def _size_row(arm: Values) -> dict[str, str]:
 
 def _reference_row(c: Values, line: Values) -> dict[str, str]:
     row = {
-        "predictor": line["name"],
+        "predictor": NAMES.get(line["name"], line["name"]),
         "bits per byte": _cell(line["bits_per_byte"], ".4f"),
         "word perplexity": _cell(line["word_perplexity"], ",.2f"),
     }

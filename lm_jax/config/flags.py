@@ -219,7 +219,7 @@ def is_config(spec: str) -> bool:
 
 
 def load_config(spec: str | os.PathLike) -> Config:
-    """The config of what `find_config` takes.
+    """The config of a file or a shipped name; with arms, of FILE:ARM or NAME:ARM.
 
     Raises:
         FileNotFoundError: if there is no such file.

@@ -19,6 +19,8 @@ from lm_jax.files import write_json
 # Tokens to fit on and to score at most: sorting takes seconds, and 140 bytes of memory for each.
 _REFERENCE_TOKENS = 20_000_000
 _REFERENCE_SCORED = 4_000_000
+# Their names where they are shown.
+NAMES = {"kn2": "Kneser-Ney bigram", "kn3": "Kneser-Ney trigram", "entropy_rate": "entropy rate"}
 
 
 def references(store: Store, split_name: str) -> dict[str, float]:
