@@ -89,7 +89,7 @@ def _size_row(arm: Values) -> dict[str, str]:
 
 def _reference_row(c: Values, line: Values) -> dict[str, str]:
     row = {
-        "predictor": NAMES.get(line["name"], line["name"]),
+        "predictor": NAMES.get(line["name"], str(line["name"])),
         "bits per byte": _cell(line["bits_per_byte"], ".4f"),
         "word perplexity": _cell(line["word_perplexity"], ",.2f"),
     }
