@@ -7,6 +7,7 @@ from typing import Any
 
 import lm_jax
 from lm_jax import config
+from lm_jax.config.section import field_rows
 from lm_jax.evaluate import among_references, knowledge
 from lm_jax.files import read_json
 from lm_jax.models.families import size
@@ -50,7 +51,7 @@ def model_card(
         run: what is exported.
         workdir: its folder, whose figures of this checkpoint are shown.
         folder: where it is exported to.
-        kind: its architecture in words.
+        kind: its `model_type` in transformers.
         proof: what `lm_jax.proof.prove` found.
     """
     cfg, data = run.cfg, run.data
@@ -120,13 +121,9 @@ def _training(run: Trained, workdir: pathlib.Path) -> list[dict[str, str]]:
 
 def _changed(workdir: pathlib.Path, cfg: config.Config) -> list[str]:
     """The fields that were set, but those on which no number depends."""
-    written = read_record(workdir).asked or cfg
-    defaults, incidental = dict(config.named_fields(config.Config())), config.incidental_fields()
-    rows = [
-        {"field": path, "value": str(value), "default": str(defaults[path])}
-        for path, value in config.named_fields(written)
-        if value != defaults[path] and path not in incidental
-    ]
+    _, changed = field_rows(read_record(workdir).asked or cfg)
+    incidental = config.incidental_fields()
+    rows = [row for row in changed if row["field"] not in incidental]
     if not rows:
         return ["Every field of the config has its default."]
     return ["Fields of the config that differ from their defaults:", markdown_table(rows)]

@@ -35,7 +35,7 @@ from lm_jax.door import command
 from lm_jax.files import user_path, whole, write_json
 from lm_jax.models import huggingface
 from lm_jax.models.families import FAMILIES, family
-from lm_jax.pretrained import open_model
+from lm_jax.pretrained import define_model, open_model
 from lm_jax.workdir import DOCUMENTS, SCORES, Trained
 
 OWN = "this model"
@@ -264,13 +264,10 @@ def given_fields(paths: Iterable[str], given: flags.FlagValues) -> dict[str, Any
 def main(argv: Sequence[str] | None = None) -> None:
     """Score one split; write `eval_<split>.json` and `documents_<split>.npz`."""
     given = flags.FlagValues()
-    about = "Folder of the run, or of a Hugging Face checkpoint."
-    flags.DEFINE_string("workdir", None, about, given)
+    define_model(given)
     flags.DEFINE_enum("split", "test", ["train", "valid", "test"], "What is scored.", given)
     stride = "Targets scored per window. Default: as in the run's config, or all."
     flags.DEFINE_integer("stride", None, stride, flag_values=given)
-    checkpoint = "best, last, or its number of updates."
-    flags.DEFINE_string("checkpoint", "best", checkpoint, flag_values=given)
     results = "Folder of the results. Default: that of the run; of a checkpoint scores/NAME-CORPUS."
     flags.DEFINE_string("out", None, results, given)
     define_fields(PLACES + _READ, given)
@@ -282,6 +279,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ConfigError(
             f"config.{asked.replace('__', '.')}: a run is scored on its own data, as it was "
             "trained; leave it out, or export the run and score that folder."
+        )
+    if not trained and given["config.data.corpus"].value is None:
+        raise ConfigError(
+            f"config.data.corpus: {folder} is a Hugging Face checkpoint; name the corpus on which "
+            "it is scored."
         )
     with console.phase(f"opening {folder}"):
         changes = given_fields(PLACES + _READ, given)

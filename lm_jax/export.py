@@ -22,17 +22,9 @@ from lm_jax.door import command
 from lm_jax.evaluate import PLACES, define_fields, given_fields
 from lm_jax.files import user_path, whole_folder, write_json, write_text
 from lm_jax.models.huggingface import architecture, is_checkpoint, write_model
-from lm_jax.pretrained import open_model
+from lm_jax.pretrained import define_model, open_model
 from lm_jax.proof import prove
 from lm_jax.workdir import Trained
-
-KINDS = {
-    "llama": "Llama",
-    "mistral": "Mistral",
-    "qwen2": "Qwen2",
-    "qwen3": "Qwen3",
-    "gpt2": "GPT-2",
-}
 
 
 def export(
@@ -56,9 +48,9 @@ def export(
         RuntimeError: if transformers computes something else; nothing is written then.
     """
     to, cfg, separator = user_path(to), run.cfg, run.tokenizer.separator
-    kind = KINDS[architecture(cfg.model)]
-    console.say(f"{workdir} after update {run.step:,} becomes a {kind} model in {to}")
+    kind = architecture(cfg.model)
     with whole_folder(to) as folder:
+        console.say(f"{workdir} after update {run.step:,} becomes a {kind} model in {to}")
         with console.phase("writing"):
             ids = {"bos_token_id": separator, "eos_token_id": separator}
             sizes = run.tokenizer.vocab_size, cfg.data.seq_len
@@ -100,10 +92,8 @@ def write_tokenizer(folder: pathlib.Path, tokenizer: Tokenizer, max_len: int) ->
 def main(argv: Sequence[str] | None = None) -> None:
     """Export a run and say what was compared."""
     given = flags.FlagValues()
-    flags.DEFINE_string("workdir", None, "Folder of the run.", given)
+    define_model(given, "Folder of the run.")
     flags.DEFINE_string("to", None, "Folder that is written, new or empty.", given, required=True)
-    checkpoint = "best, last, or its number of updates."
-    flags.DEFINE_string("checkpoint", "best", checkpoint, flag_values=given)
     scored = "Let transformers compute the perplexity of the whole test split too."
     flags.DEFINE_bool("scored", True, scored, given)
     define_fields(PLACES, given)

@@ -46,11 +46,16 @@ def whole_folder(path: Path) -> Iterator[Path]:
     Until then it is a hidden one beside it; an error removes it, a kill leaves it.
 
     Raises:
-        ValueError: if there is something at `path` that is no empty folder.
+        ValueError: if there is something at `path` that is no empty folder, or if it is the current
+            one.
     """
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+    given, path, what = path, path.resolve(), ""
+    if path == Path.cwd():  # a shell would stay in the old one
+        what = "is the folder in which you are"
+    elif path.exists() and not (path.is_dir() and not any(path.iterdir())):
         what = "holds files already" if path.is_dir() else "is a file"
-        raise ValueError(f"{path} {what}; name a folder that is new or empty.")
+    if what:
+        raise ValueError(f"{given} {what}; name a folder that is new or empty.")
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.mkdir(parents=True)
     try:

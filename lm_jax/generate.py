@@ -26,7 +26,7 @@ from lm_jax.data.tokenizers.base import Tokenizer
 from lm_jax.decode import Sampling, continuations
 from lm_jax.door import command
 from lm_jax.files import user_path
-from lm_jax.pretrained import open_model
+from lm_jax.pretrained import define_model, open_model
 from lm_jax.samples import Sample, Samples, record_samples
 from lm_jax.workdir import Trained
 
@@ -81,21 +81,35 @@ def generate(
     separator = run.tokenizer.separator
     contexts = [[separator, *encode_prompt(run.tokenizer, prompt)] for prompt in prompts]
     _say_window(run.cfg.data.seq_len, max(map(len, contexts)) + tokens - 1)
-    rows = [_Row(run.tokenizer, stop) for _ in prompts for _ in range(samples)]
-    rows[0].show = show
-    chunks = continuations(
-        run,
-        [context for context in contexts for _ in range(samples)],
-        [number for _ in prompts for number in range(samples)],
-        tokens,
-        sampling,
+    numbers = [*range(samples)] * len(prompts)
+    several = [context for context in contexts for _ in range(samples)]
+    rows = continued(run, several, numbers, tokens, sampling, stop, show)
+    return Samples(
+        Sample(prompts[n // samples], row.text, row.ids, row.log_probs, run.step)
+        for n, row in enumerate(rows)
     )
-    for ids_Bn, log_probs_Bn in chunks:
+
+
+def continued(
+    run: Trained,
+    contexts: Sequence[Sequence[int]],
+    numbers: Sequence[int],
+    tokens: int,
+    how: Sampling,
+    stop: Sequence[str],
+    show: Callable[[str], Any] | None = None,
+) -> list["_Row"]:
+    """Rows with the text of `continuations`, each before the first of the stop texts."""
+    rows = [_Row(run.tokenizer, stop) for _ in contexts]
+    rows[0].show = show
+    for ids_Bn, log_probs_Bn in continuations(run, contexts, numbers, tokens, how):
         for row, ids, log_probs in zip(rows, ids_Bn, log_probs_Bn.tolist(), strict=True):
             row.add(ids, log_probs)
         if all(row.ended for row in rows):
             break
-    return Samples(row.finish(prompts[n // samples], run.step) for n, row in enumerate(rows))
+    for row in rows:
+        row.finish()
+    return rows
 
 
 def _say_window(window: int, length: int) -> None:
@@ -129,13 +143,12 @@ class _Row:
             self._grow(self._decoder.decode(piece))
         self._tell()
 
-    def finish(self, prompt: str, step: int) -> Sample:
-        """The sample as it is now; a character that was left unfinished shows as U+FFFD."""
+    def finish(self) -> None:
+        """A character that was left unfinished shows as U+FFFD."""
         if not self.ended:
             self._grow(self._decoder.decode(b"", final=True))
         self.ended = True
         self._tell()
-        return Sample(prompt, self.text, self.ids, self.log_probs, step)
 
     def _tell(self) -> None:
         if self.show is not None:
@@ -226,10 +239,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     stop = "A sample ends before this text, in which \\n is a line end; may be repeated."
     flags.DEFINE_multi_string("stop", [], stop, flag_values=given)
     names = list(given)  # the arguments of `generate`
-    about = "Folder of the run, or of a Hugging Face checkpoint."
-    flags.DEFINE_string("workdir", None, about, given)
-    checkpoint = "best, last, or its number of updates."
-    flags.DEFINE_string("checkpoint", "best", checkpoint, flag_values=given)
+    define_model(given)
     flags.DEFINE_multi_string("prompt", [], "Opens a document; may be repeated.", given)
     flags.DEFINE_string("prompts", None, "File of prompts, one a line.", given)
     flags.DEFINE_bool("interactive", False, "Ask for prompts until Ctrl-D.", given)

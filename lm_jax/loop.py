@@ -19,12 +19,6 @@ def train_and_evaluate(
 ) -> dict[str, Any]:
     """Train, evaluate and checkpoint one run; with the same workdir, go on where it stopped.
 
-    Example:
-        ```python
-        results = lm_jax.train_and_evaluate(cfg, "runs/example")
-        results["valid"]["loss"], results["valid"]["references"]
-        ```
-
     Args:
         cfg: the config as written; durations are resolved here.
         workdir: folder for everything the run leaves behind.
@@ -33,13 +27,7 @@ def train_and_evaluate(
     Returns:
         The results of the scored splits by name, as in `eval_<split>.json`.
 
-    Raises:
-        ConfigError: for an impossible config, or one that differs from the workdir's, or if another
-            trainer has the workdir.
-        FloatingPointError: after `train.max_nonfinite` skipped updates in a row.
-        Unfit: if the doctor finds the run at fault before it starts.
-        Interrupted: after SIGINT, SIGTERM or SIGHUP, once the state is saved; in a notebook it is
-            a KeyboardInterrupt like any other.
+    Raises the errors of `lm_jax.train`.
     """
     console.use(silent=jax.process_index() > 0)
     with signals.handled(), contextlib.ExitStack() as held:

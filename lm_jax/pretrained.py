@@ -5,6 +5,7 @@ import pathlib
 from typing import Any
 
 import jax
+from absl import flags
 from jax.sharding import Mesh
 
 from lm_jax import config, sharding
@@ -18,6 +19,15 @@ from lm_jax.workdir import Trained, open_trained
 
 LONGEST = 2048  # tokens of a window, unless another length is asked for: memory is finite
 ROWS = 8  # windows scored at a time, likewise
+
+
+def define_model(
+    given: flags.FlagValues, about: str = "Folder of the run, or of a Hugging Face checkpoint."
+) -> None:
+    """Define the flags `--workdir` and `--checkpoint`, which name what `open_model` opens."""
+    flags.DEFINE_string("workdir", None, about, given)
+    checkpoint = "best, last, or its number of updates."
+    flags.DEFINE_string("checkpoint", "best", checkpoint, flag_values=given)
 
 
 def open_model(folder: pathlib.Path, *, checkpoint: str | int = "best", **changes: Any) -> Trained:

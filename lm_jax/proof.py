@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.util
-import json
 import math
 import pathlib
 import sys
@@ -12,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tokenizers
 from flax import nnx
 
 from lm_jax import config, console, loss, metrics
@@ -20,7 +20,8 @@ from lm_jax.data.store import Split
 from lm_jax.data.tokenizers.base import FILE_NAME
 from lm_jax.evaluate import Evaluator
 from lm_jax.models.families import choose_attention, create_model
-from lm_jax.workdir import SCORES, Trained
+from lm_jax.rundir import SCORES, read_scores
+from lm_jax.workdir import Trained
 
 WINDOWS = 4  # whose logits are compared
 TEXT = 1_000_000  # tokens of documents whose text is compared
@@ -54,17 +55,25 @@ def prove(run: Trained, workdir: pathlib.Path, folder: pathlib.Path, *, scored: 
     """
     split = _split(run)
     sample = _of_random(run) if split is None else _of_split(run, split)
-    told = [_compare_texts(run, sample, *_tokenizers(folder))]
+    library = tokenizers.Tokenizer.from_file(str(folder / FILE_NAME))
+    library.encode_special_tokens = True
+    by = f"tokenizers {tokenizers.__version__}"
+    told = [_compare_texts(run, sample, by, lambda x: library.encode(x).ids, library.decode)]
     missing = [name for name in ("torch", "transformers") if not importlib.util.find_spec(name)]
     if missing:
-        told.append(
-            f"logits were not compared, for that needs {' and '.join(missing)}: "
-            f"pip install {' '.join(missing)}"
-        )
-    else:
-        told += _compare_with_transformers(run, folder, sample)
-        if scored and split is not None:
-            told.append(_compare_perplexity(run, workdir, folder, split))
+        why = f"logits were not compared, for that needs {' and '.join(missing)}"
+        return [*told, f"{why}: pip install {' '.join(missing)}"]
+    import transformers
+
+    by = f"transformers {transformers.__version__}"
+    with console.phase("comparing with transformers"):
+        # Documents may be longer than the window, of which there would be a warning.
+        own = transformers.AutoTokenizer.from_pretrained(folder, model_max_length=sys.maxsize)
+        told.append(_compare_texts(run, sample, by, lambda x: own(x)["input_ids"], own.decode))
+        model = _open(folder)
+        told.append(_compare_logits(_in_float32(run), model, sample, by))
+    if scored and split is not None:
+        told.append(_compare_perplexity(run, workdir, model, split, by))
     return told
 
 
@@ -101,20 +110,13 @@ def _of_random(run: Trained) -> _Sample:
     return _Sample("of random tokens", tokenizer.encode_all(texts), batch)
 
 
-Encode = Callable[[str], list[int]]
-Decode = Callable[[list[int]], str]
-
-
-def _tokenizers(folder: pathlib.Path) -> tuple[str, Encode, Decode]:
-    """The tokenizers library with a folder's file: its name, and how it encodes and decodes."""
-    import tokenizers
-
-    library = tokenizers.Tokenizer.from_file(str(folder / FILE_NAME))
-    library.encode_special_tokens = True
-    return f"tokenizers {tokenizers.__version__}", lambda x: library.encode(x).ids, library.decode
-
-
-def _compare_texts(run: Trained, sample: _Sample, by: str, encode: Encode, decode: Decode) -> str:
+def _compare_texts(
+    run: Trained,
+    sample: _Sample,
+    by: str,
+    encode: Callable[[str], list[int]],
+    decode: Callable[[list[int]], str],
+) -> str:
     """Raise RuntimeError unless documents are opened, encoded and decoded as by the run."""
     for number, ids in enumerate(sample.documents):
         text = run.tokenizer.decode(ids)
@@ -124,18 +126,6 @@ def _compare_texts(run: Trained, sample: _Sample, by: str, encode: Encode, decod
             raise _differs(f"the text of document {number} {sample.origin}", by)
     tokens = sum(map(len, sample.documents))
     return f"{by}: same ids and text of {tokens:,} tokens {sample.origin}"
-
-
-def _compare_with_transformers(run: Trained, folder: pathlib.Path, sample: _Sample) -> list[str]:
-    """Sentences about tokenizer and logits; RuntimeError if they differ."""
-    import transformers
-
-    by = f"transformers {transformers.__version__}"
-    with console.phase("comparing with transformers"):
-        # Documents may be longer than the window, of which there would be a warning.
-        own = transformers.AutoTokenizer.from_pretrained(folder, model_max_length=sys.maxsize)
-        texts = _compare_texts(run, sample, by, lambda x: own(x)["input_ids"], own.decode)
-        return [texts, _compare_logits(_in_float32(run), _open(folder), sample, by)]
 
 
 def _open(folder: pathlib.Path) -> Any:
@@ -158,13 +148,12 @@ def _in_float32(run: Trained) -> Trained:
     return dataclasses.replace(run, cfg=cfg, graphdef=graphdef)
 
 
-def _segments(batch: windows.Batch) -> Iterator[tuple[int, slice]]:
-    """Row and columns of each document in windows; for transformers it is a row of its own."""
-    for row, segment_ids_T in enumerate(batch["segment_ids"]):
-        for segment in np.unique(segment_ids_T[segment_ids_T > 0]):
-            columns = np.flatnonzero(segment_ids_T == segment)
-            if len(columns) > 1:
-                yield row, slice(columns[0], columns[-1] + 1)
+def _segments(segment_ids_T: np.ndarray) -> Iterator[slice]:
+    """The places of each document in a window; for transformers it is a row of its own."""
+    for segment in np.unique(segment_ids_T[segment_ids_T > 0]):
+        places = np.flatnonzero(segment_ids_T == segment)
+        if len(places) > 1:
+            yield slice(places[0], places[-1] + 1)
 
 
 def _compare_logits(run: Trained, model: Any, sample: _Sample, by: str) -> str:
@@ -178,16 +167,18 @@ def _compare_logits(run: Trained, model: Any, sample: _Sample, by: str) -> str:
             return decoder.logits(decoder(b.inputs, b.segment_ids, b.positions, dtype=jnp.float32))
 
     batch, widest = sample.batch, 0.0
-    for row, columns in _segments(batch):
+    for row, tokens_T in enumerate(batch["tokens"]):
         one = {name: array[row : row + 1] for name, array in batch.items()}
-        inputs = slice(columns.start, columns.stop - 1)
-        expected_TV = np.asarray(ours(run.params, one))[0, inputs]
-        with torch.no_grad():
-            found_TV = model(torch.tensor(batch["tokens"][None, row, inputs])).logits[0].numpy()
-        difference_TV = np.abs(found_TV - expected_TV)
-        widest = max(widest, float(difference_TV.max()))
-        if not (difference_TV <= LOGIT + OF_SIZE * np.abs(expected_TV)).all():
-            raise _differs(f"the logits {sample.origin}, by up to {widest:.1e},", by)
+        all_TV = np.asarray(ours(run.params, one))[0]
+        for places in _segments(batch["segment_ids"][row]):
+            inputs = slice(places.start, places.stop - 1)
+            with torch.no_grad():
+                found_TV = model(torch.tensor(tokens_T[None, inputs])).logits[0].numpy()
+            expected_TV = all_TV[inputs]
+            difference_TV = np.abs(found_TV - expected_TV)
+            widest = max(widest, float(difference_TV.max()))
+            if not (difference_TV <= LOGIT + OF_SIZE * np.abs(expected_TV)).all():
+                raise _differs(f"the logits {sample.origin}, by up to {widest:.1e},", by)
     return (
         f"{by}: same logits of {len(batch['tokens'])} windows {sample.origin}, "
         f"largest difference {widest:.1e}"
@@ -195,13 +186,10 @@ def _compare_logits(run: Trained, model: Any, sample: _Sample, by: str) -> str:
 
 
 def _compare_perplexity(
-    run: Trained, workdir: pathlib.Path, folder: pathlib.Path, split: Split
+    run: Trained, workdir: pathlib.Path, model: Any, split: Split, by: str
 ) -> str:
     """Raise RuntimeError unless the perplexity of a split is that of the run."""
-    import transformers
-
-    by, data = f"transformers {transformers.__version__}", run.cfg.data
-    ours = _scored(run, workdir, split.name)
+    data, ours = run.cfg.data, _scored(run, workdir, split.name)
     batches = windows.eval_batches(
         split,
         seq_len=data.seq_len,
@@ -209,7 +197,7 @@ def _compare_perplexity(
         document_mask=data.document_mask,
         stride=ours["stride"],
     )
-    model, nats, count = _open(folder), 0.0, 0
+    nats, count = 0.0, 0
     with console.phase(f"scoring {split.name} with transformers", len(split.tokens)) as scoring:
         for batch in batches:
             nats += _nats(model, batch, run.tokenizer.vocab_size)
@@ -224,14 +212,14 @@ def _compare_perplexity(
 
 def _scored(run: Trained, workdir: pathlib.Path, name: str) -> dict[str, Any]:
     """The score of a split at this checkpoint in float32: the one on record, or a new one."""
-    path, train = workdir / SCORES.format(name), run.cfg.train
-    record = json.loads(path.read_text()) if path.is_file() else {}
+    train, record = run.cfg.train, read_scores(workdir).get(name, {})
     if record.get("step") != run.step:
-        console.say(f"{path} is not of update {run.step:,}, so {name} is scored anew")
+        other = f"update {run.step:,}"
     elif (train.compute_dtype, train.matmul_precision) != ("float32", "float32"):
-        console.say(f"{path} is not of float32, so {name} is scored anew")
+        other = "float32"
     else:
         return record
+    console.say(f"{workdir / SCORES.format(name)} is not of {other}, so {name} is scored anew")
     return Evaluator.of(_in_float32(run), run.store)(run.params, name)
 
 
@@ -239,13 +227,18 @@ def _nats(model: Any, batch: windows.Batch, vocab_size: int) -> float:
     """Summed nats of the scored tokens of windows."""
     import torch
 
-    pieces = [(batch["tokens"][at], batch["weights"][at]) for at in _segments(batch)]
+    rows = zip(batch["tokens"], batch["weights"], batch["segment_ids"], strict=True)
+    pieces = [
+        (tokens_T[at], weights_T[at])
+        for tokens_T, weights_T, ids_T in rows
+        for at in _segments(ids_T)
+    ]
     pieces = sorted((piece for piece in pieces if piece[1].any()), key=lambda piece: len(piece[0]))
     nats = 0.0
     while pieces:
         width = len(pieces[-1][0])
-        rows = max(1, _AT_ONCE // (width * vocab_size))
-        some, pieces = pieces[-rows:], pieces[:-rows]
+        count = max(1, _AT_ONCE // (width * vocab_size))
+        some, pieces = pieces[-count:], pieces[:-count]
         tokens_BT = np.zeros((len(some), width), np.int64)  # padded at the end, where none looks
         weights_BT = np.zeros((len(some), width))
         for row, (tokens_T, weights_T) in enumerate(some):

@@ -29,6 +29,7 @@ from lm_jax.evaluate import OWN, among_references, knowledge, named_lines, perpl
 from lm_jax.files import read_json, user_path, write_text
 from lm_jax.models.families import size
 from lm_jax.rundir import read_scores
+from lm_jax.samples import sample_html
 
 _NEWEST = 8  # evaluations that are shown at once
 _STYLE = """
@@ -38,9 +39,6 @@ _STYLE = """
 .path { color: var(--soft); margin: 0 0 1.25rem; }
 .bar { height: 6px; background: var(--rule); border-radius: 3px; margin: .4rem 0 0; }
 .bar div { height: 100%; background: var(--c0); border-radius: 3px; min-width: 2px; }
-blockquote { margin: .9rem 0; padding: .7rem 1rem; background: var(--panel); border-radius: 3px;
-  white-space: pre-wrap; max-width: 52rem; font: .9rem/1.6 ui-serif, Georgia, serif; }
-blockquote b { font-weight: 650; } blockquote + .soft { margin-top: -.6rem; }
 """
 
 
@@ -216,8 +214,8 @@ def _samples(folder: pathlib.Path, most: int = 5) -> str:
             for name in how
             if row.get(name) is not None
         )
-        prompt, text = escape(str(row.get("prompt", ""))), escape(str(row["text"]))
-        parts.append(f'<blockquote><b>{prompt}</b>{text}</blockquote><p class="soft">{told}</p>')
+        sample = sample_html(str(row.get("prompt", "")), str(row["text"]))
+        parts.append(f'{sample}<p class="soft">{told}</p>')
     return "\n".join(parts)
 
 

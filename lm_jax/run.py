@@ -68,7 +68,7 @@ class Run:
 
     @property
     def scores(self) -> dict[str, dict[str, Any]]:
-        """The newest results of each scored split, as in `eval_<split>.json`, see the README."""
+        """The newest results of each scored split, as in `eval_<split>.json`."""
         return read_scores(self.workdir)
 
     def evaluate(self, split: str = "test", stride: int | None = None) -> dict[str, Any]:
@@ -81,7 +81,7 @@ class Run:
             stride: targets scored per window; None: as in the run's config.
 
         Returns:
-            The values of `eval_<split>.json`, see the README.
+            The values of `eval_<split>.json`, see docs/evaluation.md.
 
         Raises:
             ValueError: if the corpus has no such split or has changed since, or the stride is

@@ -24,6 +24,11 @@ class Sample:
     step: int  # updates behind the parameters that wrote it
 
 
+def sample_html(prompt: str, text: str) -> str:
+    """One as a part of a page; the prompt is bold."""
+    return f'<p class="panel sample"><b>{escape(prompt)}</b>{escape(text)}</p>'
+
+
 class Samples(list[Sample]):
     """Samples, which show themselves as text; so does a slice of them."""
 
@@ -40,11 +45,8 @@ class Samples(list[Sample]):
 
     def _repr_html_(self) -> str:
         """One after the other; the prompts are bold."""
-        shown = (
-            f'<p class="panel sample"><b>{escape(one.prompt)}</b>{escape(one.text)}</p>'
-            for one in self
-        )
-        return page.fragment("".join(shown) or '<p class="soft">no samples</p>')
+        shown = "".join(sample_html(one.prompt, one.text) for one in self)
+        return page.fragment(shown or '<p class="soft">no samples</p>')
 
 
 def record_samples(folder: pathlib.Path, facts: Mapping[str, Any], made: Iterable[Sample]) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 import re
+import shlex
 from typing import Any
 
 import jax
@@ -102,7 +103,7 @@ def find_origin(cfg: Config, store: Store) -> Origin | None:
     if update is None or update not in kept:
         there = ", ".join(map(str, sorted(kept))) or "none"
         raise ConfigError(f"{WHERE}: {given} is not kept; {folder} holds the updates: {there}.")
-    _require_architecture(cfg, record.cfg.model, record.cfg.data.seq_len)
+    _give(cfg, _architecture_flags(cfg, record.cfg.model, record.cfg.data.seq_len))
     if record.data["tokenizer_hash"] != store.manifest["tokenizer_hash"]:
         raise ConfigError(
             f"config.tokenizer.kind: {given} reads other ids ({_ids(record.data)}) than this run "
@@ -136,13 +137,11 @@ def _hugging_face(folder: pathlib.Path, cfg: Config, store: Store) -> Origin:
     with errors_of(WHERE):
         model, _, max_len = huggingface.read_model(folder)
         tokenizer = HfTokenizer.from_folder(folder)
-    _require_architecture(cfg, model, max_len)
+    flags = _architecture_flags(cfg, model, max_len)
     if tokenizer.content_hash != store.tokenizer.content_hash:
-        raise ConfigError(
-            f"config.tokenizer.kind: {folder} reads other ids than this run "
-            f"({_ids(store.manifest)}); give --config.tokenizer.kind=hf "
-            f"--config.tokenizer.folder={folder}."
-        )
+        own = {"kind": "hf", "folder": folder, "vocab_size": 0}
+        flags += [f"--config.tokenizer.{name}={value}" for name, value in own.items()]
+    _give(cfg, flags)
     return Origin(folder, 0, "", f"starts with the weights of {folder}", whole=False, kept=None)
 
 
@@ -150,8 +149,8 @@ def _ids(data: Any) -> str:
     return f"{data['tokenizer_kind']}, {data['vocab_size']:,}"
 
 
-def _require_architecture(cfg: Config, model: ModelConfig, seq_len: int) -> None:
-    """Refuse a model that would compute something else with the same parameters."""
+def _architecture_flags(cfg: Config, model: ModelConfig, seq_len: int) -> list[str]:
+    """Those without which the same parameters would compute something else."""
     wanted = {name: value for name, value in config.named_fields(model) if name not in _FREE}
     other = {name for name, value in wanted.items() if value != getattr(cfg.model, name)}
     if other & {"d_model", "heads", "mlp"}:
@@ -159,9 +158,16 @@ def _require_architecture(cfg: Config, model: ModelConfig, seq_len: int) -> None
     flags = [f"--config.model.{name}={wanted[name]}" for name in wanted if name in other]
     if model.positions == "learned" and seq_len != cfg.data.seq_len:
         flags.append(f"--config.data.seq_len={seq_len}")
+    return flags
+
+
+def _give(cfg: Config, flags: list[str]) -> None:
+    """Raise ConfigError if there are any."""
     if flags:
+        tokenizer = " or tokenizer" * any("tokenizer" in flag for flag in flags)
         raise ConfigError(
-            f"{WHERE}: {cfg.train.start_from} has another architecture; give {' '.join(flags)}."
+            f"{WHERE}: {cfg.train.start_from} has another architecture{tokenizer}; "
+            f"give {shlex.join(flags)} to start from it."
         )
 
 

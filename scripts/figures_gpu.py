@@ -52,7 +52,7 @@ def step_h200() -> str:
             32_768,
         ),
         ("124M", 0, "lm_jax plain", "cudnn", "the same, one document", 32_768),
-        ("124M", 1, "lm_jax pallas", "pallas", "the same step in another session", 32_768),
+        ("124M", 1, "lm_jax pallas", "pallas", "the same step in another run", 32_768),
         ("124M", 1, "lm_jax pallas plain", "pallas", "that, one document", 32_768),
     ):
         ms = {p: statistics.median(blocks) for p, blocks in _sessions(case)[number].items()}

@@ -107,7 +107,7 @@ def test_the_folder_and_its_card(workdir, tmp_path, capsys, monkeypatch):
     to = tmp_path / "made" / "small"
     out, err, code = command(capsys, workdir, f"--to={to}")
     assert code == 0, err
-    assert "becomes a Llama model" in out and "pip install torch transformers" in out
+    assert "becomes a llama model" in out and "pip install torch transformers" in out
     assert sorted(path.name for path in to.iterdir()) == [
         "README.md",
         "config.json",
@@ -143,6 +143,10 @@ def test_refusals_leave_nothing(workdir, run, tmp_path, capsys, monkeypatch):
     assert code == 2 and f"{tmp_path / 'full'} holds files already" in err
     _, err, code = command(capsys, workdir)
     assert code == 2 and err == "--to is missing; give it.\n"
+    monkeypatch.chdir(tmp_path / "full")
+    (tmp_path / "full" / "empty").mkdir()
+    monkeypatch.chdir("empty")
+    assert ". is the folder in which you are" in command(capsys, workdir, "--to=.")[1]
     other = dataclasses.replace(run, cfg=config.replace(run.cfg, model__mlp="relu2"))
     with pytest.raises(config.ConfigError, match="config.model.mlp"):
         export.export(other, workdir, tmp_path / "to")

@@ -292,7 +292,7 @@ def test_what_is_shown_is_never_taken_back():
     cut = generate._Row(ByteTokenizer(), [])
     cut.add(np.array([byte + 1 for byte in "日".encode()[:2]]), [-1.0, -1.0])
     assert cut.text == ""
-    cut.finish("", 0)
+    cut.finish()
     assert cut.text == "\ufffd"
 
 

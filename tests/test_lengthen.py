@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from lm_jax import checkpoint, config, loop, rundir, setup, signals, workdir
 from lm_jax.config import ConfigError
 from lm_jax.config.flags import parse_flags
 from lm_jax.config.resolve import resolve
+from lm_jax.config.section import get
 from lm_jax.data.open import open_data
 from lm_jax.models import huggingface
 from lm_jax.optim import learning_rate
@@ -202,7 +204,7 @@ def test_a_checkpoint_of_hugging_face_starts_a_run(text, tmp_path):
     _, state, _ = begun(cfg, tmp_path / "run")
     jax.tree.map(np.testing.assert_array_equal, state.params, huggingface.load(folder)[-1])
     for changes, said in (
-        (dict(model__layers=3), r"architecture; give --config\.model\.layers=2\."),
+        (dict(model__layers=3), r"architecture; give --config\.model\.layers=2 to start"),
         (dict(tokenizer__kind="byte", tokenizer__folder=""), r"give --config\.tokenizer\.kind=hf"),
         (dict(train__start_state=True), "weights alone"),
     ):
@@ -222,18 +224,18 @@ def test_a_checkpoint_of_hugging_face_starts_a_run(text, tmp_path):
     ids=["llama", "mistral", "qwen2", "qwen3"],
 )
 def test_the_flags_that_the_error_gives_start_the_run(text, tmp_path, changes):
-    folder = save_tokenizer(tmp_path / "hf", byte_level(), special="<|endoftext|>")
+    folder = save_tokenizer(tmp_path / "a b", byte_level(), special="<|endoftext|>")
     fields = LLAMA | {"vocab_size": 340} | changes
     save_checkpoint(folder, fields, random_tensors(fields))
-    hf = dict(tokenizer__kind="hf", tokenizer__folder=str(folder))
-    cfg = small(text, train__start_from=str(folder), **hf)
-    with pytest.raises(ConfigError, match="another architecture; give --config") as refused:
+    cfg = small(text, train__start_from=str(folder), tokenizer__kind="bpe")
+    cfg = config.replace(cfg, tokenizer__vocab_size=270)
+    with pytest.raises(ConfigError, match="another architecture or tokenizer; give --") as refused:
         begun(cfg, tmp_path / "run")
-    named = re.findall(r"--config\.model\.\S+=\S+(?<!\.)", str(refused.value))
+    named = [part for part in shlex.split(str(refused.value)) if part.startswith("--")]
     given = absl.flags.FlagValues()
     parse_flags(given, ["main", "--config=quickstart", *named], None, subject=["config"])
-    told = {flag.partition("=")[0].rpartition(".")[2] for flag in named}
-    own = {f"model__{name}": getattr(given.config.model, name) for name in told}
+    told = [flag.partition("=")[0].removeprefix("--config.") for flag in named]
+    own = {path.replace(".", "__"): get(given.config, path) for path in told}
     cfg = config.replace(cfg, **own, train__steps="1", train__eval_every="0", optim__warmup="0")
     _, state, _ = begun(cfg, tmp_path / "run")
     jax.tree.map(np.testing.assert_array_equal, state.params, huggingface.load(folder)[-1])
@@ -247,7 +249,7 @@ def test_the_flags_that_the_error_gives_start_the_run(text, tmp_path, changes):
             r"@5 is not kept; \S+ holds the updates: 2, 4, 6, 8, 10, 12\.",
         ),
         ({"train__start_from": "{}0"}, r"config\.train\.start_from: .*give the workdir of a run"),
-        ({"model__layers": 2, "model__bias": True}, r"layers=1 --config\.model\.bias=False\.$"),
+        ({"model__layers": 2, "model__bias": True}, r"layers=1 --config\.model\.bias=False to s"),
         ({"tokenizer__kind": "byte"}, r"config\.tokenizer\.kind: .*\(char, \d+\).*\(byte, 257\)"),
         ({"optim__name": "muon"}, r"config\.optim\.name: muon cannot go on.*it is adamw"),
         ({"optim__ema_decay": 0.9}, r"config\.optim\.ema_decay: 0\.9 cannot go on.*it is 0\.0"),

@@ -124,6 +124,7 @@ def test_what_cannot_be_scored(folders, corpus, capsys, tmp_path, monkeypatch):
         (["--config.data.test_fraction=0"], "--split=test: there are no such data"),
     ):
         assert said in refused(capsys, folders["llama"], *corpus, *flags)
+    assert "name the corpus on which" in refused(capsys, folders["llama"])
     assert not list(tmp_path.iterdir())
     (tmp_path / "config.json").write_text("{broken")
     assert "config.json: not as a run writes it" in refused(capsys, tmp_path)

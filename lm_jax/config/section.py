@@ -131,14 +131,19 @@ def named_fields(section: Section) -> Iterator[tuple[str, Any]]:
     return ((path, get(section, path)) for path, _ in marks(type(section)))
 
 
-def fields_html(section: Section) -> str:
-    """The fields that differ from their defaults as a table, and all of them folded away."""
+def field_rows(section: Section) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """All fields as rows of a table, and those that differ from their defaults."""
     default = type(section)()
-    table = [
+    rows = [
         {"field": path, "value": str(value), "default": str(get(default, path))}
         for path, value in named_fields(section)
     ]
-    changed = [row for row in table if row["value"] != row["default"]]
+    return rows, [row for row in rows if row["value"] != row["default"]]
+
+
+def fields_html(section: Section) -> str:
+    """The fields that differ from their defaults as a table, and all of them folded away."""
+    table, changed = field_rows(section)
     told = "<p>All fields have their defaults.</p>"
     if changed:
         told = page.table(changed, "Fields that differ from their defaults")

@@ -19,16 +19,14 @@ from lm_jax.config.flags import parse_flags
 from lm_jax.config.section import close
 from lm_jax.door import command
 from lm_jax.files import finite_or_none, user_path, write_text
+from lm_jax.pretrained import define_model
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Run tasks on a model; print their table."""
     given = flags.FlagValues()
-    about = "Folder of the run, or of a Hugging Face checkpoint."
-    flags.DEFINE_string("workdir", None, about, given)
-    checkpoint = "best, last, or its number of updates."
-    flags.DEFINE_string("checkpoint", "best", checkpoint, flag_values=given)
+    define_model(given)
     flags.DEFINE_list("tasks", None, "Names of tasks, groups or tags, or YAML files.", given)
     flags.mark_flag_as_required("tasks", given)
     flags.DEFINE_string("include_path", None, "Folder with tasks of your own.", given)

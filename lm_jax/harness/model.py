@@ -1,20 +1,20 @@
 """A run as a model of lm_eval; importing this registers it there as `lm_jax`."""
 
 import json
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 
 from lm_jax import console
-from lm_jax.decode import Sampling, continuations
+from lm_jax.decode import Sampling
 from lm_jax.files import user_path
-from lm_jax.generate import encode_prompt
+from lm_jax.generate import continued, encode_prompt
 from lm_jax.harness.scoring import Scorer
 from lm_jax.pretrained import open_model
 
@@ -44,6 +44,8 @@ class RunLM(TemplateLM):
             device: not used; JAX has chosen it.
         """
         super().__init__()
+        # Else lm_eval forks this process for errors of perplexities, and a fork of JAX may hang.
+        os.environ["DISABLE_MULTIPROC"] = "1"
         rows = {} if batch_size in (None, "auto") else {"eval__batch_size": int(batch_size)}
         self.workdir, self.add_bos_token = workdir, add_bos_token
         self.run = open_model(user_path(workdir), checkpoint=checkpoint, **rows)
@@ -121,7 +123,8 @@ class RunLM(TemplateLM):
             for places in by_options.values():
                 places.sort(key=lambda place: len(requests[place].args[0]))
                 options = requests[places[0]].args[1]
-                for now in _chunks(places, self.run.cfg.eval.batch_size):
+                for first in range(0, len(places), self.run.cfg.eval.batch_size):
+                    now = places[first : first + self.run.cfg.eval.batch_size]
                     texts = self._continue([requests[place].args[0] for place in now], options)
                     for place, text in zip(now, texts, strict=True):
                         made[place] = text
@@ -141,20 +144,4 @@ class RunLM(TemplateLM):
             top_p=options.get("top_p", 1.0),
             seed=0,
         )
-        rows: list[list[int]] = [[] for _ in ids]
-        for ids_Bn, _ in continuations(self.run, ids, range(len(ids)), tokens, how):
-            for row, new in zip(rows, ids_Bn.tolist(), strict=True):
-                row += new
-            texts = [self.run.tokenizer.decode(np.array(row)) for row in rows]
-            if all(any(stop in text for stop in until) for text in texts):
-                break
-        return [_before(text, until) for text in texts]
-
-
-def _chunks(places: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    return (places[first : first + size] for first in range(0, len(places), size))
-
-
-def _before(text: str, until: Sequence[str]) -> str:
-    """The text before the first of the stop texts."""
-    return text[: min((place for stop in until if (place := text.find(stop)) >= 0), default=None)]
+        return [row.text for row in continued(self.run, ids, range(len(ids)), tokens, how, until)]

@@ -8,30 +8,36 @@ import jax.numpy as jnp
 from lm_jax.config import RopeScaling
 from lm_jax.kernels.rowwise import along_last
 
+NONE = RopeScaling("")
+
 
 def rotary(
-    x_BTHC: jax.Array, positions_BT: jax.Array, theta: float, scaling: str = ""
+    x_BTHC: jax.Array, positions_BT: jax.Array, theta: float, scaling: RopeScaling = NONE
 ) -> jax.Array:
     """Rotate pairs (i, i + C/2) by position * frequency_i; half-split, section 3.4.2."""
     half = x_BTHC.shape[-1] // 2
     wide = jnp.promote_types(x_BTHC.dtype, jnp.float32)
     per_position, factor = frequencies(2 * half, theta, scaling, wide)
     angles_BT1C = positions_BT[:, :, None, None].astype(wide) * along_last(per_position, x_BTHC)
-    cos, sin = ((factor * f(angles_BT1C)).astype(x_BTHC.dtype) for f in (jnp.cos, jnp.sin))
+    waves = (f(angles_BT1C) for f in (jnp.cos, jnp.sin))
+    cos, sin = ((x if factor is None else factor * x).astype(x_BTHC.dtype) for x in waves)
     a, b = x_BTHC[..., :half], x_BTHC[..., half:]
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
 def frequencies(
-    width: int, theta: float, scaling: str = "", dtype: jax.typing.DTypeLike = jnp.float32
-) -> tuple[jax.Array, float]:
-    """Angles per position [C/2] in radians, and the factor on cosine and sine.
+    width: int,
+    theta: float,
+    scaling: RopeScaling = NONE,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+) -> tuple[jax.Array, float | None]:
+    """Angles per position [C/2] in radians, and the factor on cosine and sine, if there is one.
 
-    Without scaling theta^(-2i/C), and 1. `linear` divides them by its factor (Chen et al. 2023,
-    Position Interpolation, section 3.2). `llama3` divides those alone whose wavelength is long
-    beside the text learned from, with a ramp in between (Grattafiori et al. 2024, Llama 3, section
-    3.4.1 and the code of Llama 3.1). `yarn` has that ramp over the coordinates, and the factor
-    (Peng et al. 2023, YaRN, sections 3.2 to 3.4).
+    Without scaling the angles are theta^(-2i/C). `linear` divides them by its factor (Chen et al.
+    2023, Position Interpolation, section 3.2). `llama3` divides those alone whose wavelength is
+    long beside the text learned from, with a ramp in between (Grattafiori et al. 2024, Llama 3,
+    section 3.4.1 and the code of Llama 3.1). `yarn` has that ramp over the coordinates, and the
+    factor (Peng et al. 2023, YaRN, sections 3.2 to 3.4).
 
     Args:
         width: C, of a head.
@@ -41,18 +47,18 @@ def frequencies(
     """
     half = width // 2
     plain = theta ** (-jnp.arange(half, dtype=dtype) / half)
-    kind, numbers = RopeScaling(scaling).parts()
+    kind, numbers = scaling.parts()
     if not kind:
-        return plain, 1.0
+        return plain, None
     divided = plain / numbers["factor"]
     if kind == "linear":
-        return divided, 1.0
+        return divided, None
     learned = numbers["original_max_position_embeddings"]
     if kind == "llama3":
         low, high = numbers["low_freq_factor"], numbers["high_freq_factor"]
         turns = learned * plain / (2 * math.pi)
         kept = jnp.clip((turns - low) / (high - low), 0, 1)
-        return kept * plain + (1 - kept) * divided, 1.0
+        return kept * plain + (1 - kept) * divided, None
     fast, slow = (
         width * math.log(learned / (turns * 2 * math.pi)) / (2 * math.log(theta))
         for turns in (numbers.get("beta_fast", 32), numbers.get("beta_slow", 1))

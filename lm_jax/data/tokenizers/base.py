@@ -7,15 +7,13 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
+import tokenizers
 
 from lm_jax.data.files import hash_json
 from lm_jax.files import write_text
-
-if TYPE_CHECKING:
-    import tokenizers
 
 FILE_NAME = "tokenizer.json"
 BLOCK = 1 << 20  # characters split into words at once: a list of words is ten times their size
@@ -75,7 +73,7 @@ class Tokenizer(abc.ABC):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(self._definition()))
 
-    def to_library(self) -> "tokenizers.Tokenizer":
+    def to_library(self) -> tokenizers.Tokenizer:
         """The same tokenizer for the tokenizers library, and with it for transformers.
 
         Its ids of a text are those of `encode`, and its text of ids is that of `decode`, if it is
@@ -83,8 +81,6 @@ class Tokenizer(abc.ABC):
         the separator is text. With special tokens the separator stands before the text, as in
         training and evaluation.
         """
-        import tokenizers
-
         library = self._library_parts()
         name = library.id_to_token(self.separator)
         library.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False)])
@@ -96,7 +92,7 @@ class Tokenizer(abc.ABC):
         return library
 
     @abc.abstractmethod
-    def _library_parts(self) -> "tokenizers.Tokenizer":
+    def _library_parts(self) -> tokenizers.Tokenizer:
         """Model, pre-tokeniser and decoder of `to_library`; the separator is in the vocabulary."""
 
     def _definition(self) -> dict[str, Any]:

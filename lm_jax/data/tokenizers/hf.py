@@ -6,15 +6,13 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import numpy as np
+import tokenizers
 
 from lm_jax.data.tokenizers.base import Tokenizer, byte_alphabet
 from lm_jax.files import read_json
-
-if TYPE_CHECKING:
-    import tokenizers
 
 PARTS = ("normalizer", "pre_tokenizer")  # parts of tokenizer.json that may change the text
 _SPACE = "\u2581"  # SentencePiece's space
@@ -42,8 +40,6 @@ class HfTokenizer(Tokenizer):
         Raises:
             ValueError: if the tokenizer is of another kind or has ids beyond the table.
         """
-        import tokenizers
-
         self.definition, self.separator = definition, separator
         try:
             # The library fills in what older files leave out.
@@ -112,9 +108,7 @@ class HfTokenizer(Tokenizer):
                 )
         return documents
 
-    def _library_parts(self) -> "tokenizers.Tokenizer":
-        import tokenizers
-
+    def _library_parts(self) -> tokenizers.Tokenizer:
         return tokenizers.Tokenizer.from_str(self._library.to_str())
 
     def _table(self, tree: dict[str, Any], vocab_size: int) -> list[bytes]:

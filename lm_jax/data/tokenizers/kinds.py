@@ -7,14 +7,12 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from typing import Self
 
 import numpy as np
+import tokenizers
 
 from lm_jax.data.tokenizers.base import Tokenizer, byte_alphabet, split_words
-
-if TYPE_CHECKING:
-    import tokenizers
 
 UNKNOWN = "<unk>"
 SEPARATOR = "<|endoftext|>"  # what the separator is called outside
@@ -32,7 +30,7 @@ class ByteTokenizer(Tokenizer):
         """Ids of the text's UTF-8 bytes, int32."""
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32) + 1
 
-    def _library_parts(self) -> "tokenizers.Tokenizer":
+    def _library_parts(self) -> tokenizers.Tokenizer:
         return _byte_level([SEPARATOR, *byte_alphabet()], [])
 
 
@@ -66,9 +64,7 @@ class CharTokenizer(Tokenizer):
             )
         return (places + 1).astype(np.int32)
 
-    def _library_parts(self) -> "tokenizers.Tokenizer":
-        import tokenizers
-
+    def _library_parts(self) -> tokenizers.Tokenizer:
         library = _whole_pieces([SEPARATOR, *self.characters])
         library.pre_tokenizer = tokenizers.pre_tokenizers.Split(
             tokenizers.Regex(r"[\s\S]"), "isolated"
@@ -114,9 +110,7 @@ class WordTokenizer(Tokenizer):
             )
         return ids
 
-    def _library_parts(self) -> "tokenizers.Tokenizer":
-        import tokenizers
-
+    def _library_parts(self) -> tokenizers.Tokenizer:
         name = SEPARATOR
         while name in self._ids:  # a word like any other
             name = f"<{name}>"
@@ -155,8 +149,6 @@ class BpeTokenizer(Tokenizer):
     @classmethod
     def train(cls, documents: Iterable[str], vocab_size: int) -> Self:
         """Learns merges from `documents` until there are `vocab_size` ids."""
-        import tokenizers
-
         library = tokenizers.Tokenizer(tokenizers.models.BPE())
         library.pre_tokenizer = _gpt2_words()
         trainer = tokenizers.trainers.BpeTrainer(
@@ -183,7 +175,7 @@ class BpeTokenizer(Tokenizer):
             start = boundary.end()
         yield text[start:]
 
-    def _library_parts(self) -> "tokenizers.Tokenizer":
+    def _library_parts(self) -> tokenizers.Tokenizer:
         return _byte_level([SEPARATOR, *self.vocabulary], self.merges)
 
     def encode(self, text: str) -> np.ndarray:
@@ -218,16 +210,12 @@ def _code_points(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-32-le"), "<u4")
 
 
-def _gpt2_words() -> Any:
-    import tokenizers
-
+def _gpt2_words() -> tokenizers.pre_tokenizers.PreTokenizer:
     return tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
 
 
-def _byte_level(vocabulary: Sequence[str], merges: Iterable[Sequence[str]]) -> Any:
+def _byte_level(vocabulary: Sequence[str], merges: Iterable[Sequence[str]]) -> tokenizers.Tokenizer:
     """Tokens in id order and merges by rank, in the byte-level alphabet."""
-    import tokenizers
-
     ids = {token: i for i, token in enumerate(vocabulary)}
     library = tokenizers.Tokenizer(tokenizers.models.BPE(ids, [(a, b) for a, b in merges]))
     library.pre_tokenizer = _gpt2_words()
@@ -235,9 +223,7 @@ def _byte_level(vocabulary: Sequence[str], merges: Iterable[Sequence[str]]) -> A
     return library
 
 
-def _whole_pieces(vocabulary: Sequence[str]) -> Any:
+def _whole_pieces(vocabulary: Sequence[str]) -> tokenizers.Tokenizer:
     """Tokens in id order; a piece that is none is <unk>, or an error where that is no token."""
-    import tokenizers
-
     ids = {token: i for i, token in enumerate(vocabulary)}
     return tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token=UNKNOWN))

@@ -2,14 +2,11 @@
 
 import contextlib
 import dataclasses
-import os
-import stat
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
@@ -17,7 +14,7 @@ from lm_jax.config import ModelConfig
 from lm_jax.files import read_json, whole, write_json
 from lm_jax.models.huggingface.names import ARCHITECTURES, WEIGHTS, Parameter, parameters
 from lm_jax.models.huggingface.reading import read_model
-from lm_jax.models.huggingface.tensors import Tensors, require_safetensors
+from lm_jax.models.huggingface.tensors import Tensors
 from lm_jax.models.huggingface.writing import architecture, written_fields
 
 
@@ -29,8 +26,8 @@ def load(folder: Path) -> tuple[ModelConfig, int, int, dict]:
 
     Returns:
         The resolved model config, the vocabulary size V, the longest sequence that the model is
-        made for (rows of its position table, if it has one), and the parameters in float32 as
-        `families.create_model` arranges them.
+        made for (rows of its position table, if it has one), and the parameters as arrays of NumPy
+        in float32, as `families.create_model` arranges them.
 
     Raises:
         ValueError: if a file, field or tensor is missing, damaged, or stands for something that
@@ -52,25 +49,22 @@ def load(folder: Path) -> tuple[ModelConfig, int, int, dict]:
                     "set tie_word_embeddings in config.json to false."
                 )
         tensors.check_all_used()
-    return cfg, vocab_size, max_len, jax.tree.map(jnp.asarray, traverse_util.unflatten_dict(flat))
+    return cfg, vocab_size, max_len, traverse_util.unflatten_dict(flat)
 
 
 def _read(parameter: Parameter, tensors: Tensors) -> np.ndarray:
-    *rows, _ = parameter.shape
+    value = np.empty((parameter.layers or 1, *parameter.shape), np.float32)
+    for name, part in _parts(parameter, value):
+        part[:] = tensors.take(name, *part.shape)
+    return value if parameter.layers else value[0]
 
-    def of_layer(i: int) -> np.ndarray:
-        parts = []
-        for name, width in zip(parameter.names, parameter.widths, strict=True):
-            shape = (*rows, width)
-            if parameter.transposed:
-                parts.append(tensors.take(name.format(i), *shape[::-1]).T)
-            else:
-                parts.append(tensors.take(name.format(i), *shape))
-        return np.concatenate(parts, axis=-1)
 
-    if parameter.layers is None:
-        return of_layer(0)
-    return np.stack([of_layer(i) for i in range(parameter.layers)])
+def _parts(parameter: Parameter, value: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors of a parameter [layers or 1, ...] by name, as views into it."""
+    ends = np.cumsum(parameter.widths)[:-1]
+    for i, of_layer in enumerate(value):
+        for name, part in zip(parameter.names, np.split(of_layer, ends, axis=-1), strict=True):
+            yield name.format(i), part.T if parameter.transposed else part
 
 
 def write_model(
@@ -83,7 +77,8 @@ def write_model(
 ) -> None:
     """Write config.json and model.safetensors, in float32, as transformers loads them.
 
-    A factorised token table is multiplied out.
+    A factorised token table is multiplied out. No other copy of the weights is made than of one
+    tensor at a time.
 
     Args:
         folder: where they go; made if it is not there.
@@ -95,34 +90,38 @@ def write_model(
 
     Raises:
         ConfigError: if no architecture of transformers computes the model, see `architecture`.
-        ValueError: if the package safetensors is missing.
     """
-    safetensors = require_safetensors(folder)
     fields = written_fields(cfg, vocab_size, max_len) | dict(extra or {})
     kind = architecture(cfg)
-    flat = traverse_util.flatten_dict(jax.tree.map(np.asarray, dict(params)))
+    flat = traverse_util.flatten_dict(dict(params))
     if cfg.embedding_rank:
-        flat["embedding",] = flat["embedding",] @ flat.pop(("projection",))
+        flat["embedding",] = np.asarray(flat["embedding",]) @ np.asarray(flat["projection",])
         cfg = dataclasses.replace(cfg, embedding_rank=0)
     prefix = ARCHITECTURES[kind].prefix
-    tensors = {
-        (name if name.startswith("lm_head.") else prefix + name): tensor
-        for parameter in parameters(kind, cfg, vocab_size, max_len)
-        for name, tensor in _written(parameter, flat[parameter.path])
-    }
+    tensors: dict[str, np.ndarray] = {}
+    for parameter in parameters(kind, cfg, vocab_size, max_len):
+        value = np.asarray(flat[parameter.path], np.float32)
+        for name, part in _parts(parameter, value if parameter.layers else value[None]):
+            tensors[name if name.startswith("lm_head.") else prefix + name] = part
     folder.mkdir(parents=True, exist_ok=True)
-    with whole(folder / WEIGHTS) as file:
-        # By the name, for a file of some gigabytes that is built in memory would double them.
-        safetensors.numpy.save_file(tensors, file.name, metadata={"format": "pt"})
-        # It puts a file in the place of this one that none but its owner may read.
-        os.chmod(file.name, stat.S_IMODE(os.fstat(file.fileno()).st_mode))
+    _save(folder / WEIGHTS, tensors)
     write_json(folder / "config.json", fields)
 
 
-def _written(parameter: Parameter, value: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-    """Names and tensors of a parameter."""
-    ends = np.cumsum(parameter.widths)[:-1]
-    for i, of_layer in enumerate([value] if parameter.layers is None else value):
-        for name, part in zip(parameter.names, np.split(of_layer, ends, axis=-1), strict=True):
-            # safetensors writes the memory of an array, whatever its strides.
-            yield name.format(i), np.ascontiguousarray(part.T if parameter.transposed else part)
+def _save(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Write tensors in float32 in the format of safetensors.
+
+    The package would need all of them contiguous in memory, and makes a file that none but its
+    owner may read. The format: https://github.com/huggingface/safetensors#format.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": "F32", "shape": tensor.shape, "data_offsets": (start, end)}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with whole(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            file.write(np.ascontiguousarray(tensor, "<f4"))

@@ -155,38 +155,45 @@ def _has_windows(fields: _Fields) -> bool:
     layers, name = fields.count("num_hidden_layers"), "layer_types"
     types = fields.values.get(name)
     if types is None:
-        name, full = "max_window_layers", fields.values.get("max_window_layers", 28)
-        types = ["full_attention"] * full + ["sliding_attention"] * (layers - full)
-    found = set(types[:layers])
-    if len(found) > 1:
+        name = "max_window_layers"
+        full = fields.values.get(name, 28)
+        every, none = full == 0, isinstance(full, int) and full >= layers
+    else:
+        every, none = (types == [f"{x}_attention"] * layers for x in ("sliding", "full"))
+    if not (every or none):
         fields.refuse(name, "a window in all layers or in none")
-    return found == {"sliding_attention"}
+    return every
 
 
 def _rope(fields: _Fields, max_len: int) -> tuple[float, RopeScaling]:
     """Base and scaling of rotary positions, which version 5 writes into `rope_parameters`."""
-    fields.choice("partial_rotary_factor", (1,), 1)
     scaling = RopeScaling("")
     for name in ("rope_parameters", "rope_scaling"):
-        rope = {key: x for key, x in (fields.values.get(name) or {}).items() if x is not None}
-        if "rope_theta" in rope:
-            fields.values["rope_theta"] = rope.pop("rope_theta")
-        kinds = {rope.pop(key) for key in ("type", "rope_type") if key in rope} - {"default"}
+        given = fields.values.get(name) or {}
+        if not isinstance(given, dict):
+            fields.refuse(name, "an object or null")
+        rope = {key: x for key, x in given.items() if x is not None}
+        for moved in ("rope_theta", "partial_rotary_factor"):
+            if moved in rope:
+                fields.values[moved] = rope.pop(moved)
+        kinds = [str(rope.pop(key)) for key in ("rope_type", "type") if key in rope]
+        kinds = [kind for kind in dict.fromkeys(kinds) if kind != "default"]
         if not rope and not kinds:
             continue
-        if kinds <= {"llama3", "yarn"}:
+        if kinds and set(kinds) <= {"llama3", "yarn"}:
             length = fields.values.get("original_max_position_embeddings")
             rope.setdefault("original_max_position_embeddings", max_len)
             if length is not None:
                 rope["original_max_position_embeddings"] = length
         text = ",".join(f"{key}={_plain(value)}" for key, value in rope.items())
-        scaling = RopeScaling(f"{' '.join(map(str, kinds))}:{text}")
+        scaling = RopeScaling(f"{' '.join(kinds)}:{text}")
         try:
             scaling.parts()
         except ValueError as error:
             raise ValueError(
                 f"{fields.path}: {name} is {fields.values[name]!r}, which {error}."
             ) from error
+    fields.choice("partial_rotary_factor", (1,), 1)
     return fields.number("rope_theta", 10_000.0), scaling
 
 

@@ -18,17 +18,6 @@ _CONSTANT = re.compile(r"h\.\d+\.attn\.(masked_)?bias|.*\.?rotary_emb\.inv_freq"
 _PREFIX = re.compile(r"((_orig_mod|module|model|transformer)\.)+")
 
 
-def require_safetensors(folder: Path) -> Any:
-    """The package that reads and writes weights, or ValueError if it is missing."""
-    try:
-        import safetensors.numpy
-    except ImportError as error:
-        raise ValueError(
-            f"{folder} needs the package safetensors: pip install 'lm_jax[hf]'."
-        ) from error
-    return safetensors
-
-
 class Tensors:
     """The named tensors of a checkpoint, each to be taken once."""
 
@@ -36,9 +25,15 @@ class Tensors:
         """Open the files until `stack` closes.
 
         Raises:
-            ValueError: if one is missing or damaged, or two tensors are the same parameter.
+            ValueError: if one is missing or damaged, two tensors are the same parameter, or the
+                package safetensors is missing.
         """
-        safetensors = require_safetensors(folder)
+        try:
+            import safetensors
+        except ImportError as error:
+            raise ValueError(
+                f"{folder} needs the package safetensors: pip install 'lm_jax[hf]'."
+            ) from error
         self.folder = folder
         self.unused: dict[str, tuple[Any, str]] = {}  # file and name there, by name without prefix
         for path in _weight_files(folder):
@@ -58,20 +53,21 @@ class Tensors:
                 self.unused[name] = file, stored
 
     def take(self, name: str, *shape: int) -> np.ndarray:
-        """The tensor in float32, which must have this shape.
+        """The tensor as it is stored, which must have this shape.
 
         Raises:
             ValueError: if it is missing, or of another shape or type.
         """
         if name not in self.unused:
             near = difflib.get_close_matches(name, self.unused, cutoff=0)
-            there = ", ".join(self.unused[other][1] for other in near) or "none"
+            there = ", ".join(self.unused[other][1] for other in near)
             remedy = "copy the checkpoint again, or correct config.json"
             if name == "lm_head.weight":
-                remedy = "set tie_word_embeddings in config.json to true, or save it with its head"
+                remedy = "save it with its head, or, if that is the token table, set "
+                remedy += "tie_word_embeddings in config.json to true"
             raise ValueError(
-                f"{self.folder}: tensor {name} is missing, the nearest of the others are {there}; "
-                f"{remedy}."
+                f"{self.folder}: tensor {name} is missing"
+                f"{there and f', the nearest of the others are {there}'}; {remedy}."
             )
         file, stored = self.unused.pop(name)
         header = file.get_slice(stored)
@@ -86,7 +82,7 @@ class Tensors:
                 f"asks for {list(shape)}; correct it, or copy the checkpoint again."
             )
         # NumPy knows bfloat16 once ml_dtypes is imported, as it is by JAX.
-        return file.get_tensor(stored).astype(np.float32)
+        return file.get_tensor(stored)
 
     def check_all_used(self) -> None:
         """Raise ValueError if a parameter is left over."""
