@@ -149,3 +149,20 @@ def save_checkpoint(folder, c, tensors, shards=1):
     index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return folder
+
+
+LONGEST = 48  # tokens of a window of those that `save_pretrained` writes
+
+
+def save_pretrained(folder):
+    """Folders of a Llama and a GPT-2 with a tokenizer that keeps every byte, by name."""
+    sizes = {"vocab_size": 320, "max_position_embeddings": LONGEST, "n_positions": LONGEST}
+    tree = byte_level()
+    tree["pre_tokenizer"]["add_prefix_space"] = False  # transformers would add a space
+    ends = dict.fromkeys(("bos_token", "eos_token"), "<|endoftext|>")
+    folders = {"llama": folder / "llama", "gpt2": folder / "gpt2"}
+    for fields, path in zip((LLAMA | sizes, GPT2 | sizes), folders.values(), strict=True):
+        save_checkpoint(path, fields, random_tensors(fields))
+        (path / "tokenizer.json").write_text(json.dumps(tree))
+        (path / "tokenizer_config.json").write_text(json.dumps(ends))
+    return folders

@@ -13,7 +13,7 @@ from lm_jax.harness.scoring import Scorer, rows_of
 from lm_jax.loop import train_and_evaluate
 from lm_jax.pretrained import open_model
 from tests.helpers import small
-from tests.test_pretrained import LONGEST, folders  # noqa: F401
+from tests.hugging_face import LONGEST, save_pretrained
 
 T = 64
 
@@ -161,7 +161,7 @@ def test_a_task_that_does_not_exist(lm_eval, workdir, capsys):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_checkpoint_scores_as_the_hf_model_of_lm_eval(lm_eval, folders):  # noqa: F811
+def test_a_checkpoint_scores_as_the_hf_model_of_lm_eval(lm_eval, tmp_path):
     pytest.importorskip("torch", reason="torch is not installed")
     pytest.importorskip("transformers", reason="transformers is not installed")
     from lm_eval.api.instance import Instance
@@ -169,7 +169,7 @@ def test_a_checkpoint_scores_as_the_hf_model_of_lm_eval(lm_eval, folders):  # no
 
     from lm_jax.harness.model import RunLM
 
-    folder = str(folders["llama"])
+    folder = str(save_pretrained(tmp_path)["llama"])
     others = dict(device="cpu", dtype="float32", batch_size=4)
     for opens in (False, True):
         hf = HFLM(pretrained=folder, add_bos_token=opens, **others)

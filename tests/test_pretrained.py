@@ -13,28 +13,12 @@ from lm_jax.data.open import open_data
 from lm_jax.distill.opening import open_teacher, score_teacher
 from lm_jax.pretrained import open_model
 from tests.helpers import small
-from tests.hugging_face import GPT2, LLAMA, byte_level, random_tensors, save_checkpoint
-
-V, LONGEST = 320, 48
-
-
-def save(folder, fields):
-    """A checkpoint with a tokenizer that keeps every byte."""
-    save_checkpoint(folder, fields, random_tensors(fields))
-    tree = byte_level()
-    tree["pre_tokenizer"]["add_prefix_space"] = False  # transformers would add a space
-    (folder / "tokenizer.json").write_text(json.dumps(tree))
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps(dict.fromkeys(("bos_token", "eos_token"), "<|endoftext|>"))
-    )
-    return folder
+from tests.hugging_face import LONGEST, save_pretrained
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    sizes = {"vocab_size": V, "max_position_embeddings": LONGEST, "n_positions": LONGEST}
-    folder = tmp_path_factory.mktemp("pretrained")
-    return {name: save(folder / name, c | sizes) for name, c in (("llama", LLAMA), ("gpt2", GPT2))}
+    return save_pretrained(tmp_path_factory.mktemp("pretrained"))
 
 
 @pytest.fixture(scope="module")
