@@ -40,11 +40,12 @@ SMALL = """
 def small(cfg):
     cfg.doctor = "off"
     cfg.data.seq_len, cfg.data.batch_size, cfg.data.cache_dir = 32, 4, "cache"
-    cfg.tokenizer.vocab_size = min(cfg.tokenizer.vocab_size, 300)
+    cfg.tokenizer.vocab_size = min(cfg.tokenizer.vocab_size, 264)
     if cfg.tokenizer.kind == "char":  # which knows no letter of a prompt that the texts lack
         cfg.tokenizer.kind = "byte"
     cfg.model.layers, cfg.model.d_model, cfg.model.heads, cfg.model.kv_heads = 1, 16, 2, 0
-    cfg.optim.warmup, cfg.train.steps, cfg.train.steps_per_call = "2", "12", 2
+    cfg.optim.warmup, cfg.optim.end_lr = "2", 0.1
+    cfg.train.steps, cfg.train.steps_per_call = "12", 2
     cfg.train.eval_every, cfg.train.checkpoint_every = "6", "6"
     return cfg
 """
