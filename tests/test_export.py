@@ -159,7 +159,7 @@ def test_refusals_leave_nothing(workdir, run, tmp_path, capsys, monkeypatch):
 SCORE = """
 import json, math, pathlib, sys
 import torch, transformers
-assert not any("lm_jax" in name for name in sys.modules)
+assert not any(name.partition(".")[0] == "lm_jax" for name in sys.modules)
 documents, T = json.loads(sys.argv[1]), int(sys.argv[2])
 for folder in sys.argv[3:]:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)

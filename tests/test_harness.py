@@ -162,7 +162,8 @@ def test_a_task_that_does_not_exist(lm_eval, workdir, capsys):
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_checkpoint_scores_as_the_hf_model_of_lm_eval(lm_eval, tmp_path):
-    pytest.importorskip("torch", reason="torch is not installed")
+    for name in ("torch", "accelerate"):
+        pytest.importorskip(name, reason=f"{name} is not installed")
     pytest.importorskip("transformers", reason="transformers is not installed")
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
