@@ -35,7 +35,7 @@ from lm_jax.doctor.checks import Check, Fixture
 from lm_jax.doctor.facts import annotations
 
 ROOT = pathlib.Path(__file__).parents[1]
-PACKAGE = ROOT / "lm_jax"
+PACKAGE, SCRIPTS = ROOT / "lm_jax", ROOT / "scripts"
 
 # Of a new run the doctor examines these families at either level, those at level full alone; the
 # facts, which are given at level full alone, name the single checks of the former that are added.
@@ -48,15 +48,20 @@ ELSEWHERE = {
 }
 
 
+# What the functions of `lm_jax` return: nobody makes one, and everybody reads its methods.
+RETURNED = "run.Run", "history.History", "samples.Sample", "compare.compare.Comparison"
+
+
 def config_page() -> str:
     """Every field: type, default, choices, and meaning with its unit."""
     lines = [
         "# Config",
         "",
         "Every field of a run. A flag sets one, `--config.optim.peak_lr=1e-3`; so does Python, "
-        "`cfg.optim.peak_lr = 1e-3`. Durations are written in steps, tokens or epochs: `2000`, "
-        "`2M tokens`, `3 epochs`. A field marked with * may change when a run goes on: no number "
-        "of the trained model depends on it.",
+        "`cfg.optim.peak_lr = 1e-3`. Durations are written in updates, tokens or epochs: `2000`, "
+        "`2M tokens`, `3 epochs`. Beside its name a field has its type, its default, its choices "
+        "and its meaning. One marked with * may change when a run goes on: no number of the "
+        "trained model depends on it.",
     ]
     means, found = meanings(), dict(marks(Config))
     for section, paths in itertools.groupby(means, lambda path: path.rpartition(".")[0]):
@@ -173,6 +178,9 @@ def api_page() -> str:
     skipped = ("__version__", "doctor")
     for name in (name for name in lm_jax.__all__ if name not in skipped):
         lines += [f"::: lm_jax.{name}", ""]
+    lines += ["## What they return", ""]
+    for name in RETURNED:
+        lines += [f"::: lm_jax.{name}", ""]
     lines += ["## lm_jax.doctor", "", f"{_first(doctor)} See [the doctor](doctor.md).", ""]
     for name in doctor.__all__:
         if name.startswith("examine_"):
@@ -237,22 +245,23 @@ ERRORS_HERE = "<!-- generated: errors -->"
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Hook of MkDocs: the generated pages, and the texts and pictures of scripts/results/."""
+    """Hook of MkDocs: the generated pages, and what the others link to in scripts/."""
     from mkdocs.structure.files import File
 
     for name, page in PAGES.items():
         files.append(File.generated(config, name, content=page()))
-    for path in sorted((ROOT / "scripts" / "results").iterdir()):
-        if path.suffix in (".md", ".png"):
-            files.append(File.generated(config, f"results/{path.name}", abs_src_path=str(path)))
+    for pattern in ("results/*.md", "results/*.png", "*.ipynb"):
+        for path in sorted(SCRIPTS.glob(pattern)):
+            name = path.relative_to(SCRIPTS).as_posix()
+            files.append(File.generated(config, name, abs_src_path=str(path)))
     return files
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Hook of MkDocs: the list of errors in its place, and links to scripts/results/."""
+    """Hook of MkDocs: the list of errors in its place, and links to scripts/."""
     if ERRORS_HERE in markdown:
         markdown = markdown.replace(ERRORS_HERE, errors())
-    return markdown.replace("](../scripts/results/", "](results/")
+    return markdown.replace("](../scripts/", "](")
 
 
 def external_links() -> dict[str, list[str]]:

@@ -5,7 +5,7 @@ import re
 import statistics
 from typing import Any
 
-from records import RESULTS, bullets, figure, measured, prose, record, table, told
+from records import RESULTS, bullets, figure, measured, prose, record, tabled, told
 
 
 def _clock(seconds: float) -> str:
@@ -74,7 +74,7 @@ def runs() -> str:
         )
     )
     about = f"Whole runs from start to report, float32, seed 0, {first['device']}, {first['date']}."
-    return table(["run", "command", "result"], lines) + "\n" + prose(about)
+    return tabled(["run", "command", "result"], lines, about)
 
 
 def optimisers() -> str:
@@ -83,7 +83,7 @@ def optimisers() -> str:
     lines = [(r["optimiser"], f"{r['valid_loss']:.3f}", _clock(r["seconds"])) for r in found]
     heads = ["optimiser", "valid loss, nats per character", "start to report"]
     about = f"Tiny Shakespeare, {found[0]['updates']:,} updates, one seed."
-    return table(heads, lines) + "\n" + prose(about, told(found[0]))
+    return tabled(heads, lines, about, told(found[0]))
 
 
 def own_text() -> str:
@@ -172,14 +172,15 @@ def decoding() -> str:
         for prompts, speeds in run["tokens_per_second"].items()
     ]
     low, high = run["compile_seconds"]
-    about = prose(
+    heads = ["tokens/s, lm_jax : Hugging Face", *run["tokens_per_second"]["1"]]
+    return tabled(
+        heads,
+        lines,
         f"Against {run['against']} on the same weights ({run['model']}), with a key/value cache on "
         f"both sides, medians of {run['turns']} turns of {run['tokens']} tokens; the greedy tokens "
         f"are all the same. The first call compiles for {low} to {high} s.",
         told(run),
     )
-    heads = ["tokens/s, lm_jax : Hugging Face", *run["tokens_per_second"]["1"]]
-    return table(heads, lines) + "\n" + about
 
 
 def step_cpu() -> str:
@@ -195,7 +196,7 @@ def step_cpu() -> str:
     heads = ["train step", "this trainer", "speed against PyTorch, eager", "`torch.compile`"]
     versions = ", ".join(dict.fromkeys(found["char"]["versions"].values()))
     about = f"Float32, the first five losses equal; {versions}."
-    return table(heads, lines) + "\n" + prose(about, measured("bench_step_cpu.json"))
+    return tabled(heads, lines, about, measured("bench_step_cpu.json"))
 
 
 def attention_cpu() -> str:
@@ -221,7 +222,7 @@ def attention_cpu() -> str:
         f"memory is XLA's analysis of temporaries. At T 512 three runs gave {min(repeats)}x to "
         f"{max(repeats)}x."
     )
-    return table(heads, lines) + "\n" + prose(about, measured("bench_attention_cpu.json"))
+    return tabled(heads, lines, about, measured("bench_attention_cpu.json"))
 
 
 def loss_cpu() -> str:
@@ -240,7 +241,7 @@ def loss_cpu() -> str:
         "Forward and backward, in turns in one process; memory is XLA's analysis of temporaries. "
         f"With jax 0.10.2 the share at V 50,257 in float32 is {older}."
     )
-    return table(heads, lines) + "\n" + prose(about, measured("bench_loss_cpu.json"))
+    return tabled(heads, lines, about, measured("bench_loss_cpu.json"))
 
 
 def stream() -> str:
@@ -264,11 +265,7 @@ def stream() -> str:
         "batches, beside no model. More than 2 processes, larger corpora and a training "
         "run: not measured."
     )
-    return (
-        table([*heads, "peak memory, reading"], lines)
-        + "\n"
-        + prose(about, measured("bench_stream_cpu.json"))
-    )
+    return tabled([*heads, "peak memory, reading"], lines, about, measured("bench_stream_cpu.json"))
 
 
 def stream_rest() -> str:
@@ -323,7 +320,7 @@ def temperature() -> str:
         )
     ]
     about = f"Random logits of variance {found['variance']} over {found['vocabulary']} ids."
-    return table(["T", *found["divergence"]], lines) + "\n" + prose(about, told(found))
+    return tabled(["T", *found["divergence"]], lines, about, told(found))
 
 
 def gradients() -> str:

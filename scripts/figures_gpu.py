@@ -4,7 +4,7 @@ import statistics
 from typing import Any
 
 import gpu_table
-from records import figure, measured, prose, record, table
+from records import figure, measured, prose, record, tabled
 
 H200 = "gpu_h200.jsonl"
 UPDATES_OF_AN_EPOCH = {32: 148, 16: 296}  # of configs/wikitext2.py, by rows of a batch
@@ -76,11 +76,7 @@ def step_h200() -> str:
         "learned positions, AdamW, no dropout, no average of the weights, no documents. At 124M "
         "model and batch are the same."
     )
-    return (
-        table([*heads, "ratio to the faster"], lines)
-        + "\n"
-        + prose(about, _versions(), measured(H200))
-    )
+    return tabled([*heads, "ratio to the faster"], lines, about, _versions(), measured(H200))
 
 
 def step_h200_rest() -> str:
@@ -132,7 +128,7 @@ def attention_h200() -> str:
         "(`python scripts/bench_attention.py --device=gpu`). `auto` takes the faster of cudnn and "
         "pallas by this table. -: not measured."
     )
-    return table(["bfloat16", *peers.values()], lines) + "\n" + prose(about, measured(H200))
+    return tabled(["bfloat16", *peers.values()], lines, about, measured(H200))
 
 
 def _size(row: dict[str, Any]) -> tuple[int, ...]:
@@ -160,7 +156,7 @@ def loss_h200() -> str:
         "Forward and backward, bfloat16, medians over turns in one process "
         "(`python scripts/bench_loss.py --device=gpu`)."
     )
-    return table(heads, lines) + "\n" + prose(about, measured(H200))
+    return tabled(heads, lines, about, measured(H200))
 
 
 def correct_h200() -> str:
@@ -208,10 +204,11 @@ def wikitext2_h200() -> str:
         "by side on one card. On a T4, an A100, an H100 and several GPUs nothing is measured."
     )
     heads = ["dropout", "weight decay", "epochs", "other", "test word perplexity"]
-    return (
-        table([*heads, "with `--stride=128`", "valid, epoch by epoch"], map(_arm, arms))
-        + "\n"
-        + prose(about, measured(H200, "wikitext2_h200_arms.json"))
+    return tabled(
+        [*heads, "with `--stride=128`", "valid, epoch by epoch"],
+        map(_arm, arms),
+        about,
+        measured(H200, "wikitext2_h200_arms.json"),
     )
 
 
@@ -269,4 +266,4 @@ def aot() -> str:
         "attention's own kernels, and predicted peak memory. Nothing is run."
     )
     heads = ["step", "kernels", "float32 products", "roofline", "peak memory"]
-    return table(heads, lines) + "\n" + prose(about)
+    return tabled(heads, lines, about)

@@ -3,7 +3,7 @@
 import statistics
 from typing import Any
 
-from records import measured, prose, record, table
+from records import measured, record, tabled
 
 
 def _interval(found: dict[str, Any], how: str) -> str:
@@ -58,7 +58,9 @@ def musota() -> str:
     bigram = next(r for r in study["references"] if r["name"] == "kn2")["word_perplexity"]
     longer = record("bench_musota_cpu.json")["total"]["musota_takes"]
     heads = ["arm", "parameters (tables)", "FLOPs per token", "test bits per byte"]
-    about = prose(
+    return tabled(
+        [*heads, "word perplexity", "training"],
+        lines,
         f"Three seeds each. Verdict of `compare`: {_verdict(study)}; the gap of the first two is "
         f"{_gap(study, 'musota-musota', 'musota-total')}. A Kneser-Ney bigram reaches {bigram:.1f} "
         f"on the same tokens. musota took {seconds['musota'] / seconds['total']:.1f} times the "
@@ -68,7 +70,6 @@ def musota() -> str:
         measured("musota_wikitext2_cpu.json"),
         measured("bench_musota_cpu.json"),
     )
-    return table([*heads, "word perplexity", "training"], lines) + "\n" + about
 
 
 def phase1() -> str:
@@ -86,14 +87,15 @@ def phase1() -> str:
             )
         )
     bigram = next(r for r in study["references"] if r["name"] == "kn2")["bits_per_byte"]
-    about = prose(
+    heads = ["arm", "parameters (table)", "test bits per byte", "word perplexity"]
+    return tabled(
+        heads,
+        lines,
         f"Three seeds each. Verdict of `compare`: {_verdict(study)}. All are behind a Kneser-Ney "
         f"bigram ({bigram:.4f} bits per byte). emb35 and glu266x differ by what the number of "
         "threads of the machine and stops between updates do.",
         measured("phase1_wikitext2_cpu.json"),
     )
-    heads = ["arm", "parameters (table)", "test bits per byte", "word perplexity"]
-    return table(heads, lines) + "\n" + about
 
 
 def distillation() -> str:
@@ -122,7 +124,10 @@ def distillation() -> str:
         for name, found in record("bench_distill_cpu.json").items()
         if isinstance(found, dict) and "over_parts" in found
     }
-    about = prose(
+    heads = ["", "test bits per byte", "word perplexity", "equal top choice"]
+    return tabled(
+        [*heads, "KL from the teacher", "training"],
+        lines,
         "Three seeds of the students, one of the teacher. Verdict of `compare`: "
         f"{_verdict(study)}, by {_gap(study, 'distill-distilled', 'distill-alone')}: {way:.0%} of "
         "the way to the teacher with equally many tokens. A distillation step takes "
@@ -133,8 +138,6 @@ def distillation() -> str:
         measured("distillation_wikitext2_cpu.json", "distillation_reports_cpu.json"),
         measured("bench_distill_cpu.json"),
     )
-    heads = ["", "test bits per byte", "word perplexity", "equal top choice"]
-    return table([*heads, "KL from the teacher", "training"], lines) + "\n" + about
 
 
 CHANGES = {
@@ -166,11 +169,12 @@ def small_corpus() -> str:
         for arm in study["arms"]
     ]
     pair = study["pairs"][0]
-    about = prose(
+    heads = ["arm", "what it changes", "parameters", "test bits per byte", "word perplexity"]
+    return tabled(
+        heads,
+        lines,
         "One seed each: `compare` ranks nothing, for the noise between seeds is not known. "
         f"Documents alone give the gap of {_short(pair['better'])} and {_short(pair['worse'])} a "
         f"standard error of {pair['standard_error_documents']:.4f} bits per byte.",
         measured("small_corpus_wikitext2_cpu.json"),
     )
-    heads = ["arm", "what it changes", "parameters", "test bits per byte", "word perplexity"]
-    return table(heads, lines) + "\n" + about

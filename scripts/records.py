@@ -4,6 +4,7 @@ import functools
 import json
 import pathlib
 import textwrap
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import gpu_table
@@ -11,7 +12,7 @@ from gpu_table import table
 
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / "scripts" / "results"
-__all__ = ["ROOT", "RESULTS", "bullets", "figure", "measured", "prose", "record", "table", "told"]
+__all__ = ["ROOT", "RESULTS", "bullets", "figure", "measured", "prose", "record", "tabled", "told"]
 
 
 @functools.cache
@@ -29,6 +30,11 @@ def figure(name: str) -> Any:
 def prose(*sentences: str) -> str:
     """Sentences as a paragraph of lines of at most 100 columns."""
     return textwrap.fill(" ".join(sentences), 100, break_long_words=False, break_on_hyphens=False)
+
+
+def tabled(heads: Sequence[str], lines: Iterable[Sequence[object]], *sentences: str) -> str:
+    """A table, and sentences below it."""
+    return table(heads, lines) + "\n" + prose(*sentences)
 
 
 def bullets(*points: str) -> str:

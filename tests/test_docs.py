@@ -1,6 +1,7 @@
 """README.md and docs/: figures are current and have a record, links and names lead somewhere."""
 
 import importlib.util
+import inspect
 import pathlib
 import pkgutil
 import re
@@ -8,6 +9,7 @@ import sys
 
 import pytest
 
+import lm_jax
 from lm_jax.__main__ import COMMANDS
 from lm_jax.config.fields import Config
 from lm_jax.config.section import field_types, marks
@@ -158,6 +160,13 @@ def test_every_check_has_an_entry_and_every_fault_a_check(texts):
 def test_every_field_has_an_entry(texts):
     found = re.findall(r"^- `([\w.]+)`", texts[ROOT / "docs" / "config.md"], re.M)
     assert found == [path for path, _ in marks(Config)]
+
+
+def test_what_public_functions_return_is_on_the_api_page(texts):
+    public = [getattr(lm_jax, name) for name in lm_jax.__all__]
+    kinds = [inspect.signature(one).return_annotation for one in public if inspect.isfunction(one)]
+    shown = set(re.findall(r"^::: (?:\w+\.)+(\w+)$", texts[ROOT / "docs" / "api.md"], re.M))
+    assert {"Run", "Comparison"} <= {getattr(kind, "__name__", kind) for kind in kinds} <= shown
 
 
 def test_errors_are_told_with_their_remedy():
