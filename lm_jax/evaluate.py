@@ -249,9 +249,10 @@ def define_fields(paths: Iterable[str], given: flags.FlagValues) -> None:
         int: flags.DEFINE_integer,
         float: flags.DEFINE_float,
     }
+    default, means = Config(), manual.meanings()
     for path in paths:
-        kind = type(get(Config(), path))
-        define[kind](f"config.{path}", None, manual.meanings()[path], flag_values=given)
+        kind = type(get(default, path))
+        define[kind](f"config.{path}", None, means[path], flag_values=given)
 
 
 def given_fields(paths: Iterable[str], given: flags.FlagValues) -> dict[str, Any]:

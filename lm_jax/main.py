@@ -115,7 +115,7 @@ def default_folder(spec: str, usual: Config, cfg: Config) -> str:
 
 
 def train_in(workdir: pathlib.Path, cfg: Config) -> bool:
-    """Say what the folder holds, and train there unless `cfg` is finished; whether it was."""
+    """Say what the folder holds and train there; False if `cfg` is finished there already."""
     state = read_state(workdir)
     console.say(f"{workdir}: {state or 'a new run'}")
     if state is not None and state.finished and state.answers(cfg):

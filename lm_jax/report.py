@@ -63,15 +63,6 @@ class _Run:
         """Updates that are finished."""
         return max((row["step"] for row in self.rows if "train/loss" in row), default=0)
 
-    @property
-    def evaluations(self) -> list[dict[str, Any]]:
-        """Those of the valid split, if their loss was finite."""
-        return [
-            {name.removeprefix("valid/"): x for name, x in row.items()}
-            for row in self.rows
-            if finite(row.get("valid/loss"))
-        ]
-
     def values(self, name: str) -> np.ndarray:
         """The finite values of a metric."""
         return np.array([row[name] for row in self.rows if finite(row.get(name))], float)
@@ -168,11 +159,35 @@ def _spoken(seconds: Any) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
+def _evaluated(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The evaluations of the valid split whose loss was finite."""
+    return [
+        {name.removeprefix("valid/"): x for name, x in row.items()}
+        for row in rows
+        if finite(row.get("valid/loss"))
+    ]
+
+
+def newest_results(
+    scores: Mapping[str, Mapping[str, Any]],
+    rows: Sequence[Mapping[str, Any]],
+    references: Mapping[str, float],
+) -> dict[str, Mapping[str, Any]]:
+    """The scored splits; before the end of a run, its newest evaluation of the valid split.
+
+    Args:
+        scores: of `eval_<split>.json`, by split.
+        rows: of `metrics.jsonl`.
+        references: of the valid split.
+    """
+    if scores or not (evaluations := _evaluated(rows)):
+        return dict(scores)
+    return {"valid": evaluations[-1] | {"references": references}}
+
+
 def _results(run: _Run) -> str:
-    """The scored splits among their reference lines; before the end, the newest evaluation."""
-    results = dict(run.scores)
-    if run.evaluations and not results:
-        results["valid"] = run.evaluations[-1] | {"references": run.references}
+    """The results among their reference lines."""
+    results = newest_results(run.scores, run.rows, run.references)
     told = knowledge(run.references) if run.references else ""
     return f'{results_html(results)}<p class="soft">{told}</p>' if results else ""
 
@@ -221,9 +236,9 @@ def _samples(folder: pathlib.Path, most: int = 5) -> str:
 
 def _evaluations(run: _Run) -> str:
     """Every evaluation of the valid split, newest first."""
-    if not run.evaluations:
+    if not (evaluations := _evaluated(run.rows)):
         return ""
-    best = min(run.evaluations, key=lambda row: row["loss"])
+    best = min(evaluations, key=lambda row: row["loss"])
     four = "{:.4f}".format
     forms: dict[str, Any] = {"loss": four, "token_ppl": perplexity}
     forms |= {"word_ppl": perplexity} if metrics.has_words(best) else {}
@@ -234,7 +249,7 @@ def _evaluations(run: _Run) -> str:
             name.replace("_", " "): form(row[name]) if finite(row.get(name)) else "-"
             for name, form in forms.items()
         }
-        for row in reversed(run.evaluations)
+        for row in reversed(evaluations)
     ]
     own = f"{best['step']:,} (best)"
     text = page.table(table[:_NEWEST], "Evaluations", own=own)

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from lm_jax.files import user_path
 from lm_jax.generate import generate
 from lm_jax.history import History
 from lm_jax.preflight import examine_workdir
-from lm_jax.report import results_html
+from lm_jax.report import newest_results, results_html
 from lm_jax.rundir import read_scores, read_state
 from lm_jax.samples import Samples, read_samples
 from lm_jax.workdir import REPORT, Trained, choose_update, open_trained, read_metrics, read_record
@@ -133,15 +133,8 @@ class Run:
         """Its folder, so that a run stands wherever one is asked for."""
         return str(self.workdir)
 
-    def _results(self) -> dict[str, dict[str, Any]]:
-        """The scored splits; before the end of a run, its newest evaluation."""
-        if scores := self.scores:
-            return scores
-        valid = [row for row in self.history().rows if curves.finite(row.get("valid/loss"))]
-        if not valid:
-            return {}
-        newest = {name.removeprefix("valid/"): value for name, value in valid[-1].items()}
-        return {"valid": newest | {"references": {}}}
+    def _results(self) -> dict[str, Mapping[str, Any]]:
+        return newest_results(self.scores, self.history().rows, {})
 
     def __repr__(self) -> str:
         """Where it is, how far, its results with their reference lines, and what to do next."""

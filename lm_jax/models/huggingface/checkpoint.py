@@ -15,7 +15,7 @@ from lm_jax.files import read_json, whole, write_json
 from lm_jax.models.huggingface.names import ARCHITECTURES, WEIGHTS, Parameter, parameters
 from lm_jax.models.huggingface.reading import read_model
 from lm_jax.models.huggingface.tensors import Tensors
-from lm_jax.models.huggingface.writing import architecture, written_fields
+from lm_jax.models.huggingface.writing import written_fields
 
 
 def load(folder: Path) -> tuple[ModelConfig, int, int, dict]:
@@ -92,7 +92,7 @@ def write_model(
         ConfigError: if no architecture of transformers computes the model, see `architecture`.
     """
     fields = written_fields(cfg, vocab_size, max_len) | dict(extra or {})
-    kind = architecture(cfg)
+    kind = fields["model_type"]
     flat = traverse_util.flatten_dict(dict(params))
     if cfg.embedding_rank:
         flat["embedding",] = np.asarray(flat["embedding",]) @ np.asarray(flat["projection",])

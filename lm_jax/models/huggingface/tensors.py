@@ -15,7 +15,7 @@ INDEX = f"{WEIGHTS}.index.json"
 # What old checkpoints hold beside parameters: causal masks and rotary frequencies.
 _CONSTANT = re.compile(r"h\.\d+\.attn\.(masked_)?bias|.*\.?rotary_emb\.inv_freq")
 # What stands before a name, by the module that was saved and by what was wrapped around it.
-_PREFIX = re.compile(r"((_orig_mod|module|model|transformer)\.)+")
+_PREFIX = re.compile(r"^((_orig_mod|module|model|transformer)\.)+")
 
 
 class Tensors:
@@ -44,7 +44,7 @@ class Tensors:
                     f"{path} cannot be read ({error}); copy the checkpoint again."
                 ) from error
             for stored in file.keys():
-                name = _PREFIX.sub("", stored, count=1) if _PREFIX.match(stored) else stored
+                name = _PREFIX.sub("", stored)
                 if name in self.unused:
                     raise ValueError(
                         f"{folder}: tensors {self.unused[name][1]} and {stored} are the same "
