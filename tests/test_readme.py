@@ -20,19 +20,11 @@ BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NOT_RUN = {
     r"pip install ": "the environment of the tests is there; .ci/run installs",
     r"pytest ": ".ci/run runs the tests",
-    r"configs/(stream_226m|gpt2_124m)\.py": "wants a corpus of gigabytes",
-    r"configs/distill\.py|scripts/sweep\.py": "trains for hours; tests/distill and test_sweep.py",
-    r"level=full": "takes minutes; tests/doctor/test_preflight.py",
-    r"runs/(base|musota|phase1|small_corpus|distill)": "runs of a study, which are not there",
-    r"cuda|gpu": "wants a GPU",
-    r"logits_fn": "a model that the reader has",
 }
 STANDS_FOR = {
-    r"(generate|doctor|report|export) --workdir=(DIR|RUN)": r"\1 --workdir=runs/quickstart-0",
-    r"\bRUN\b": "runs/quickstart-0",
     r"\bDIR\b": "texts",
     r"--config\.train\.steps=\d+": "--config.train.steps=24",
-    r"--tokens=\d+|tokens=\d+": "--tokens=8",
+    r"--tokens=\d+": "--tokens=8",
     r"\.steps = \"\d+\"": '.steps = "12"',
     r"(?m)^(cfg = .*)$": "\\1\nsmall(cfg)",
 }
@@ -86,12 +78,11 @@ def is_run(source):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Where a reader is: with texts, small configs, the scripts and the log of a trainer."""
+    """Where a reader is: with texts, small configs and the log of a trainer."""
     (tmp_path / "configs").mkdir()
     for name in CONFIGS:
         path = str(ROOT / "configs" / f"{name}.py")
         (tmp_path / "configs" / f"{name}.py").write_text(SMALLER.format(path=path))
-    (tmp_path / "scripts").symlink_to(ROOT / "scripts")
     (tmp_path / "texts").mkdir()
     rng = np.random.default_rng(0)
     for i in range(40):
