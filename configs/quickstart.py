@@ -1,8 +1,9 @@
-"""A source of known entropy, learned in under two minutes on two CPU cores.
+"""A source of known entropy, learned in minutes on two CPU cores.
 
 python -m lm_jax.main --config=configs/quickstart.py
 
-Measured on 2 CPU cores, seed 0: valid loss 1.834 after 97 s; the entropy rate is 1.8036 nats.
+Measured on 2 CPU cores, seed 0, with an empty cache: valid loss 1.834 after 161 s; the entropy rate
+is 1.8036 nats.
 """
 
 from lm_jax.config import Config, Duration
