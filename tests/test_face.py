@@ -232,9 +232,12 @@ def test_a_killed_run_is_opened(examples, tmp_path):
 
 def test_the_list_of_commands_is_quick():
     code = "import lm_jax.__main__ as m; m.main(['lm-jax']); assert 'jax' not in m.sys.modules"
-    began = time.perf_counter()
-    shown = fresh(code)
-    assert time.perf_counter() - began < 1
+    times = []
+    for _ in range(3):  # the machine may be busy
+        began = time.perf_counter()
+        shown = fresh(code)
+        times.append(time.perf_counter() - began)
+    assert min(times) < 1
     assert re.findall(r"^  (\w+) +\w", shown, re.MULTILINE) == list(COMMANDS)
     assert all(f"`lm-jax {name}" in README for name in COMMANDS)
 
