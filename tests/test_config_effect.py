@@ -26,13 +26,13 @@ from lm_jax.config import Config
 from lm_jax.config.resolve import resolve
 from lm_jax.config.section import marks
 from lm_jax.data import corpora, shards
-from lm_jax.data.windows import batch_hash
 from lm_jax.distill.objective import distilled
 from lm_jax.doctor import Report, provenance
 from lm_jax.kernels import device
 from lm_jax.models import families
 from lm_jax.objective import NextToken
 from tests.distill.toys import toy_teacher
+from tests.helpers import batch_hash
 from tests.hugging_face import byte_level, save_tokenizer
 
 V = 29

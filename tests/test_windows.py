@@ -12,12 +12,12 @@ import pytest
 
 from lm_jax.data.windows import (
     Windows,
-    batch_hash,
     eval_batches,
     example_index,
     train_batches,
     window_offset,
 )
+from tests.helpers import batch_hash
 
 T = 8
 LENGTHS = [1, T, 3, 0, 29, 1, 1, T - 1, 17, 2, 2 * T, 5]

@@ -13,9 +13,8 @@ neither the number of processes nor the number of threads can change what a step
 
 import contextlib
 import functools
-import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -256,13 +255,3 @@ def _process_rows(batch_size: int, process_index: int, process_count: int) -> sl
         )
     size = batch_size // process_count
     return slice(process_index * size, (process_index + 1) * size)
-
-
-def batch_hash(batch: Mapping[str, ArrayLike]) -> str:
-    """A short hash of a batch's names, types, shapes and values."""
-    digest = hashlib.blake2b(digest_size=8)
-    for name in sorted(batch):
-        value = np.ascontiguousarray(batch[name])
-        digest.update(f"{name} {value.dtype} {value.shape};".encode())
-        digest.update(value.tobytes())
-    return digest.hexdigest()

@@ -9,7 +9,6 @@ import pytest
 from lm_jax.data.synthetic import MarkovSource
 from lm_jax.data.tokenizers.load import train_tokenizer
 from lm_jax.data.wikitext import read_articles
-from lm_jax.data.windows import batch_hash
 from lm_jax.doctor.data import examine_data
 from tests.doctor.data_models import (
     PROSE,
@@ -29,7 +28,7 @@ from tests.doctor.data_models import (
     silent,
     stream,
 )
-from tests.helpers import shared_data
+from tests.helpers import batch_hash, shared_data
 
 # Healthy twins.
 

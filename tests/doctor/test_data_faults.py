@@ -3,7 +3,6 @@ import itertools
 import numpy as np
 import pytest
 
-from lm_jax.data.windows import batch_hash
 from tests.doctor.data_models import (
     SOURCE,
     TEST,
@@ -21,6 +20,7 @@ from tests.doctor.data_models import (
     silent,
     stream,
 )
+from tests.helpers import batch_hash
 
 
 @pytest.mark.fault(9, "data.ids")

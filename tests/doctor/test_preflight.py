@@ -79,6 +79,14 @@ def test_families_of_models_are_in_order(text, changes):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("steps", ["1", "3"])
+def test_a_run_of_very_few_updates_is_in_order(text, steps):
+    every = dict(train__eval_every="1", train__checkpoint_every="1", train__log_every="1")
+    cfg = small(text, train__steps=steps, train__steps_per_call=1, optim__warmup="0", **every)
+    assert not not_in_order(preflight.examine_config(cfg))
+
+
+@pytest.mark.slow
 def test_the_full_set_is_in_order(text):
     report = preflight.examine_config(small(text), level="full")
     assert not not_in_order(report)
