@@ -46,7 +46,7 @@ def on_terminal(arguments, columns, cwd=ROOT):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("columns", [80, 160])
+@pytest.mark.parametrize("columns", [80, pytest.param(160, marks=pytest.mark.long)])
 def test_a_terminal_shows_what_goes_on(columns, text, tmp_path):
     overrides = {
         "data.cache_dir": tmp_path,

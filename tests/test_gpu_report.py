@@ -42,6 +42,7 @@ def report(out, *args):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_all_parts_run(tmp_path, corpus):
     folders = (f"--source_dir={corpus}", f"--cache_dir={tmp_path / 'cache'}")
     code, rows, table = report(tmp_path / "out", "--minutes=6", *folders)
