@@ -59,6 +59,8 @@ class Small:
             **(_narrow(cfg.model) if cfg.model.family == "dense" else {}),
             data__seq_len=min(cfg.data.seq_len, 65),
             data__batch_size=self.rows,
+            # A shorter schedule would end among the few updates that are examined.
+            train__steps=max(int(cfg.train.steps), 10),
         )
         with jax.set_mesh(sharding.make_mesh(cfg.mesh.fsdp)):  # the devices that share the rows
             micro_batches = min(sharding.accumulation(cfg), 2)
@@ -180,7 +182,7 @@ class Small:
     def optimiser(self, level: str = "fast") -> Report:
         """Updates, decay, accumulation, schedule and, at level full, clipping."""
         cfg, full = self.cfg.optim, self.full.optim
-        batch, steps = self.batch(), int(self.full.train.steps)
+        batch, steps = self.batch(), int(self.cfg.train.steps)
         bad = {**batch, "weights": batch["weights"].copy()}
         bad["weights"][-1, 1] = np.inf
 

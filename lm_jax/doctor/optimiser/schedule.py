@@ -56,8 +56,7 @@ def last_lr(plan: Plan, steps: int, end_lr: float) -> list[Measure]:
     # One update's change beside 5 %: some schedules would reach their end one update later.
     limit = 0.05 * end_lr + float(np.abs(np.diff(rates[-2:])).sum()) + 1e-6 * peak
     above = at[np.abs(rates - end_lr) > limit]
-    # The last update has to be there, and the one before it is within the limit.
-    idle = max(0.0, float(1 - (above[-1] + 3) / steps)) if len(above) else 0.0
+    idle = float(1 - (above[-1] + 1) / steps) if len(above) else 0.0
     off = f"distance of the last learning rate from {end_lr:.3g}"
     # At 0 nothing is learned from there on; a floor above 0 may be meant.
     early = "warn" if end_lr else "fail"

@@ -37,19 +37,12 @@ def updates(
 
 
 @check("Count micro-batches in one place, once per batch; asking must not change the count.")
-def update_count(
-    subject: Subject, loop: Loop, calls: list[Point], first_rates: list[float] | None = None
-) -> list[Measure]:
-    """Calls that move the parameters are every calls_per_update-th, and the counter agrees.
-
-    An update whose learning rate is 0, as the last of a very short run, need not move them.
-    """
+def update_count(subject: Subject, loop: Loop, calls: list[Point]) -> list[Measure]:
+    """Calls that move the parameters are every calls_per_update-th, and the counter agrees."""
     per = loop.calls_per_update
-    rates = first_rates or [1.0] * UPDATES
     numbered = enumerate(zip(calls, calls[1:], strict=False), 1)
     moved = [i for i, (a, b) in numbered if len(unmoved(a.params, b.params)) < len(a.params)]
-    idle = [per * i for i, rate in enumerate(rates, 1) if rate == 0 and per * i not in moved]
-    due = [i for i in range(per, len(calls), per) if i not in idle]
+    due = list(range(per, len(calls), per))
     made = f"calls that moved parameters: {listed(moved) or 'none'}, due: {listed(due)}"
     found = [holds(moved == due, made, moved, key="moved")]
     if subject.updates_of:
