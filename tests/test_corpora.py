@@ -3,6 +3,7 @@ import hashlib
 import json
 import pickle
 import re
+import shutil
 import sys
 import zipfile
 from types import SimpleNamespace
@@ -530,6 +531,55 @@ def test_an_error_of_a_tfds_reader_names_the_set(tmp_path, tfds_dir):
 def test_tfds_sets_that_do_not_fit(tmp_path, tfds_dir, name, message):
     with pytest.raises(ValueError, match=message):
         _open(tmp_path, f"tfds:{name}", source_dir=tfds_dir)
+
+
+@pytest.mark.parametrize("case", ["of a feature", "of all", "within text", "snake case"])
+@pytest.mark.parametrize("file", ["features.json", "dataset_info.json"])
+def test_no_class_of_a_foreign_set_is_imported(tmp_path, monkeypatch, tfds_dir, case, file):
+    shutil.copytree(tfds_dir, tmp_path / "sets")
+    folder = tmp_path / "sets" / "notes" / "1.2.0"
+    tree = json.loads((folder / "features.json").read_text())
+    feature = tree if case == "of all" else tree["featuresDict"]["features"]["title"]
+    own, foreign = feature.pop("pythonClassName"), "planted.Text"
+    feature["python_class_name" if case == "snake case" else "pythonClassName"] = foreign
+    if case == "within text":
+        inner = {"feature": dict(feature)}
+        feature.clear()
+        feature["pythonClassName"] = own.replace("text_feature.Text", "sequence_feature.Sequence")
+        feature["jsonFeature"] = {"json": json.dumps(inner)}
+    if file == "dataset_info.json":
+        tree = json.loads((folder / file).read_text()) | {"features": tree}
+    (folder / file).write_text(json.dumps(tree))
+    (tmp_path / "planted.py").write_text("raise SystemExit('it ran')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=rf"{file} names the class 'planted\.Text', .* Text\.$"):
+        _open(tmp_path, "tfds:notes", source_dir=str(tmp_path / "sets"))
+    assert "planted" not in sys.modules
+
+
+@pytest.mark.parametrize("name", ["huggingface:x", "kaggle:a/b", "x/a=1", "../x", "X", ""])
+def test_only_sets_of_tfds_itself_are_opened(tmp_path, name):
+    with pytest.raises(ValueError, match=r"names no set of TensorFlow Datasets itself: give tfds:"):
+        _open(tmp_path, f"tfds:{name}")
+
+
+@pytest.mark.parametrize("name", ["tfds:lm1b", "wikitext2"])
+def test_nothing_is_downloaded_that_a_record_names(tmp_path, monkeypatch, name):
+    import requests
+
+    def refuse(*_, **__):
+        pytest.fail("it was asked for")
+
+    monkeypatch.setattr(requests.Session, "send", refuse)
+    monkeypatch.setattr("urllib.request.urlopen", refuse)
+    with pytest.raises(FileNotFoundError, match=r"is not downloaded: give .*data\.source_dir"):
+        _open(tmp_path, name, fetch=False)
+    assert not list(tmp_path.rglob("*"))
+
+
+def test_a_prepared_set_needs_no_fetching(tmp_path, tfds_dir):
+    corpus = _open(tmp_path, "tfds:notes", source_dir=tfds_dir, fetch=False)
+    assert corpus.fingerprint == _open(tmp_path, "tfds:notes", source_dir=tfds_dir).fingerprint
 
 
 def test_tfds_without_network(tmp_path, monkeypatch):

@@ -7,6 +7,8 @@ import fractions
 import functools
 import hashlib
 import itertools
+import json
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +26,8 @@ from lm_jax.data.synthetic import MarkovSource
 CORPORA = ("synthetic", "wikitext2", "wikitext103", "text", "tfds:NAME")
 SYNTHETIC_DOCUMENTS = {"train": 200, "valid": 20, "test": 20}
 SYNTHETIC_LENGTH = 10_000  # symbols a document
+_TFDS_NAME = re.compile(r"(?P<set>[a-z]\w*)(/[\w.-]+)?(:[\d.*]+)?")
+_TFDS_FEATURES = "tensorflow_datasets.core.features."
 TFDS_SPLITS = {"train": ("train",), "valid": ("validation", "valid", "dev"), "test": ("test",)}
 
 
@@ -56,6 +60,7 @@ def open_corpus(
     valid_fraction: float = 0.1,
     test_fraction: float = 0.0,
     cache_dir: str,
+    fetch: bool = True,
 ) -> Corpus:
     """Opens corpus "synthetic", "wikitext2", "wikitext103", "text" or "tfds:NAME[:VERSION]".
 
@@ -67,6 +72,7 @@ def open_corpus(
         split, chosen by the hash of their content; of a single document the end is held out, as a
         share of its characters.
     cache_dir: downloads and prepared data sets live here.
+    fetch: whether what is not there may be downloaded.
 
     Raises:
         ValueError: if an option or a file does not fit.
@@ -84,12 +90,12 @@ def open_corpus(
     if corpus == "synthetic":
         return _synthetic()
     if corpus in ("wikitext2", "wikitext103"):
-        return _wikitext(corpus, source, cache)
+        return _wikitext(corpus, source, cache, fetch)
     if corpus == "text":
         patterns = {"train": files, "valid": valid_files, "test": test_files}
         return _text(patterns, source, cache, document, held_out)
     if corpus.startswith("tfds:"):
-        return _tfds(corpus.removeprefix("tfds:"), source or cache / "tfds", held_out)
+        return _tfds(corpus.removeprefix("tfds:"), source or cache / "tfds", held_out, fetch)
     raise ValueError(f"config.data.corpus: {corpus!r} does not exist; {advice(corpus, CORPORA)}")
 
 
@@ -104,8 +110,8 @@ def _synthetic() -> Corpus:
     return Corpus("synthetic", fingerprint, splits, source.entropy_rate)
 
 
-def _wikitext(name: str, source: Path | None, cache: Path) -> Corpus:
-    source = source or wikitext.download(name, cache)
+def _wikitext(name: str, source: Path | None, cache: Path, fetch: bool) -> Corpus:
+    source = source or wikitext.download(name, cache, fetch)
     paths = [source / file for file in wikitext.FILES.values()]
     hashed = source_files.hash_files(paths, cache, text=True)
     splits = {split: wikitext.pieces_of(source / file) for split, file in wikitext.FILES.items()}
@@ -142,7 +148,13 @@ def _text(
     return Corpus("text", hash_json([document, shares, hashes]), splits, files=files)
 
 
-def _tfds(name: str, data_dir: Path, held_out: dict[str, float]) -> Corpus:
+def _tfds(name: str, data_dir: Path, held_out: dict[str, float], fetch: bool) -> Corpus:
+    match = _TFDS_NAME.fullmatch(name)
+    if match is None:  # as huggingface:NAME, whose code TFDS would download
+        raise ValueError(
+            f"data.corpus='tfds:{name}' names no set of TensorFlow Datasets itself: give "
+            "tfds:NAME, tfds:NAME/CONFIG or tfds:NAME:VERSION, in lower case."
+        )
     try:
         import tensorflow_datasets as tfds
     except ImportError as error:
@@ -150,6 +162,9 @@ def _tfds(name: str, data_dir: Path, held_out: dict[str, float]) -> Corpus:
             f"data.corpus='tfds:{name}' needs the package tensorflow-datasets: "
             "pip install 'lm_jax[tfds]'."
         ) from error
+    _refuse_foreign_code(data_dir / match["set"])
+    if not fetch and not (data_dir / match["set"]).is_dir():
+        raise _not_prepared(name, data_dir)
     try:
         builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
     except tfds.core.registered.DatasetNotFoundError as error:
@@ -157,6 +172,8 @@ def _tfds(name: str, data_dir: Path, held_out: dict[str, float]) -> Corpus:
             f"data.corpus='tfds:{name}' is neither a TensorFlow Datasets name nor prepared in "
             f"{data_dir}: correct the name or give its data_dir as --config.data.source_dir."
         ) from error
+    if not fetch and not Path(builder.data_dir).is_dir():
+        raise _not_prepared(name, data_dir)
     config = tfds.download.DownloadConfig(try_download_gcs=False)
     try:
         with contextlib.redirect_stdout(sys.stderr):  # standard output belongs to reports
@@ -183,6 +200,45 @@ def _tfds(name: str, data_dir: Path, held_out: dict[str, float]) -> Corpus:
     sizes = {own: (info.num_examples, info.num_bytes) for own, info in infos.items()}
     fingerprint = hash_json([builder.info.full_name, feature, sizes, shares])
     return Corpus(f"tfds:{name}", fingerprint, _hold_out(splits, shares))
+
+
+def _not_prepared(name: str, data_dir: Path) -> FileNotFoundError:
+    return FileNotFoundError(
+        f"data.corpus='tfds:{name}' is not prepared in {data_dir}, and what the record of a run "
+        "names is not downloaded: give its data_dir as --config.data.source_dir."
+    )
+
+
+def _refuse_foreign_code(folder: Path) -> None:
+    """Raises ValueError if a prepared set has features of other classes than TFDS's own.
+
+    TFDS imports the module of each class that these files name, also from the current folder.
+    """
+    ways = itertools.product(("*", "*/*"), ("features.json", "dataset_info.json"))
+    for path in itertools.chain.from_iterable(folder.glob("/".join(way)) for way in ways):
+        with source_files.naming(path):
+            named = sorted(_class_names(json.loads(path.read_bytes())))
+        if foreign := [x for x in named if "." in x and not x.startswith(_TFDS_FEATURES)]:
+            raise ValueError(
+                f"{path} names the class {foreign[0]!r}, which is none of TensorFlow Datasets and "
+                "would be imported: prepare the set with features of its own, such as Text."
+            )
+
+
+def _class_names(value: Any) -> Iterator[str]:
+    """The names of classes in a JSON tree of features, which may hold others as text."""
+    if isinstance(value, str) and value.lstrip().startswith(("{", "[")):
+        with contextlib.suppress(ValueError):
+            yield from _class_names(json.loads(value))
+    elif isinstance(value, list):
+        for part in value:
+            yield from _class_names(part)
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            if key in ("pythonClassName", "python_class_name", "type") and isinstance(part, str):
+                yield part
+            else:
+                yield from _class_names(part)
 
 
 def _text_feature(name: str, features: Any) -> str:

@@ -40,6 +40,7 @@ def open_data(cfg: Config, expected: Mapping[str, Any] | None = None) -> Store:
             valid_fraction=data.valid_fraction,
             test_fraction=data.test_fraction,
             cache_dir=str(cache_dir),
+            fetch=not expected,  # a record may come from somebody else
         )
         if expected and corpus.fingerprint != expected["corpus_fingerprint"]:
             raise _other_data(cfg)

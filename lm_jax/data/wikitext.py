@@ -69,17 +69,22 @@ def read_articles(path: Path, first: int, end: int) -> Iterator[str]:
         yield "".join(article)
 
 
-def download(name: str, cache_dir: Path) -> Path:
+def download(name: str, cache_dir: Path, fetch: bool) -> Path:
     """Folder with the published files, fetched and checked the first time.
 
     Raises:
-        FileNotFoundError: if the archive cannot be downloaded.
+        FileNotFoundError: if the archive cannot be downloaded, or may not be (`fetch`).
         ValueError: if it is not the published one.
     """
     archive = ARCHIVES[name]
     folder = cache_dir / "downloads" / archive.folder
     if folder.is_dir():
         return folder
+    if not fetch:
+        raise FileNotFoundError(
+            f"{folder} is not there, and what the record of a run names is not downloaded: "
+            f"give --config.data.source_dir=FOLDER with {', '.join(FILES.values())}."
+        )
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix="partial-") as partial:
         zip_path = Path(partial) / "archive.zip"
