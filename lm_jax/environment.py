@@ -8,6 +8,7 @@ import jax
 from lm_jax import sharding, writers
 from lm_jax.config import Config, ConfigError
 from lm_jax.distill.opening import require_teachers
+from lm_jax.files import can_write, existing
 from lm_jax.kernels.device import choose_dtype
 from lm_jax.models.families import require_attention
 
@@ -25,7 +26,9 @@ def check_environment(cfg: Config, workdir: pathlib.Path) -> None:
             teacher that is not there.
     """
     _require_writable("--workdir", workdir)
-    _require_writable("config.data.cache_dir", pathlib.Path(cfg.data.cache_dir).expanduser())
+    cache = pathlib.Path(cfg.data.cache_dir).expanduser()
+    if not os.access(cache / "stores", os.R_OK | os.X_OK):  # what is finished there needs no more
+        _require_writable("config.data.cache_dir", cache)
     if cfg.tokenizer.folder:
         for name in ("tokenizer.json", "config.json"):
             if not (pathlib.Path(cfg.tokenizer.folder) / name).is_file():
@@ -40,8 +43,8 @@ def check_environment(cfg: Config, workdir: pathlib.Path) -> None:
 
 def _require_writable(field: str, folder: pathlib.Path) -> None:
     """Raise ConfigError if nothing can be written into a folder, or it cannot be made."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    there = existing(folder)
     if not there.is_dir():
         raise ConfigError(f"{field}: {there} is a file; give a folder.")
-    if not os.access(there, os.W_OK | os.X_OK):
+    if not can_write(folder):
         raise ConfigError(f"{field}: {there} cannot be written into; give another folder.")

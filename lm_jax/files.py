@@ -8,11 +8,13 @@ import json
 import math
 import os
 import platform
+import secrets
 import shutil
+import stat
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 
 def user_path(given: str | os.PathLike) -> Path:
@@ -27,16 +29,21 @@ def whole(path: Path) -> Iterator[BinaryIO]:
     Readers see the old file or the new one, even if the machine dies. Until then the bytes are in a
     hidden file in the same folder; an error removes it, a kill leaves it.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
+    temporary = _beside(path)
+    with temporary.open("xb") as file:  # a new file, and no link that waits there
+        try:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def _beside(path: Path) -> Path:
+    """A hidden name beside a path, which no one can know before."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
 
 
 @contextlib.contextmanager
@@ -56,7 +63,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
         what = "holds files already" if path.is_dir() else "is a file"
     if what:
         raise ValueError(f"{given} {what}; name a folder that is new or empty.")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = _beside(path)
     temporary.mkdir(parents=True)
     try:
         yield temporary
@@ -66,18 +73,29 @@ def whole_folder(path: Path) -> Iterator[Path]:
         raise
 
 
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF)
+_HOLDER = b"process "  # begins what a lock says
 
 
 @contextlib.contextmanager
 def locked(path: Path, taken: Callable[[str], None]) -> Iterator[None]:
     """Holds the lock of a file, which the end of the process releases too, be it a kill.
 
+    In a folder that cannot be written the lock of another user is held as it is, and where there is
+    none nothing is locked: what is finished there can be read all the same.
+
     Args:
         path: the file, which stays and tells who has the lock.
         taken: called with the process that has it, in words; if it returns, that one is waited for.
+
+    Raises:
+        ValueError: if it is another file than a lock, such as a link; it stays as it is.
     """
-    with path.open("a+") as lock:
+    lock = _open_lock(path)
+    if lock is None:
+        yield
+        return
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -88,11 +106,50 @@ def locked(path: Path, taken: Callable[[str], None]) -> Iterator[None]:
             if error.errno not in _NO_LOCKS:
                 raise
             print(f"{path}: not locked, for its file system has no locks", file=sys.stderr)
-        now = datetime.datetime.now().isoformat(" ", timespec="seconds")
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {platform.node()} (since {now})")
-        lock.flush()
+        if lock.writable():
+            now = datetime.datetime.now().isoformat(" ", timespec="seconds")
+            lock.seek(0)
+            lock.truncate()
+            lock.write(f"{_HOLDER.decode()}{os.getpid()} on {platform.node()} (since {now})")
+            lock.flush()
         yield
+
+
+def _open_lock(path: Path) -> TextIO | None:
+    """The file of a lock; None if there is none and none can be made."""
+    refused = ValueError(f"{path} is no lock of lm_jax; move it away, or name another folder.")
+    safely = os.O_NOFOLLOW | os.O_NONBLOCK  # no link is followed and no pipe waited for
+    mode = "r+"
+    try:
+        try:
+            number = os.open(path, os.O_RDWR | os.O_CREAT | safely, 0o666)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
+            mode, number = "r", os.open(path, os.O_RDONLY | safely)
+    except (FileNotFoundError, PermissionError):
+        if path.parent.is_dir():
+            return None
+        raise
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise refused from error
+        raise
+    if not stat.S_ISREG(os.fstat(number).st_mode) or os.pread(number, 8, 0) not in (b"", _HOLDER):
+        os.close(number)
+        raise refused
+    return open(number, mode, encoding="utf-8", errors="replace")
+
+
+def existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that is there."""
+    return next(there for there in (path, *path.absolute().parents) if os.path.exists(there))
+
+
+def can_write(folder: Path) -> bool:
+    """Whether files can be written into a folder, which need not be there yet."""
+    there = existing(folder)
+    return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -129,7 +186,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is missing; copy it into the folder.")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON ({error}); copy the checkpoint again.") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds no JSON object; copy the checkpoint again.")

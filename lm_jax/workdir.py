@@ -282,7 +282,8 @@ def open_trained(
     """
     record = read_record(workdir, checkpoints=True)
     cfg, tokenizer = record.cfg, load_tokenizer(workdir / TOKENIZER)
-    keep_compilations(cfg)
+    # What was compiled is run: a record, which may be somebody else's, does not say where it lies.
+    keep_compilations(config.replace(cfg, data__cache_dir=Config().data.cache_dir))
     if tokenizer.content_hash != record.data["tokenizer_hash"]:
         raise ConfigError(
             f"{workdir / TOKENIZER}: is not the tokenizer that the run was trained with; "

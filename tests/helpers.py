@@ -1,5 +1,6 @@
 """What several tests share."""
 
+import contextlib
 import hashlib
 import html
 import html.parser
@@ -8,6 +9,7 @@ import os
 import pathlib
 import re
 import signal
+import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -285,3 +287,31 @@ class Page(html.parser.HTMLParser):
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
+
+
+@contextlib.contextmanager
+def read_only_folder():
+    """A folder, and a context of a user who may read it and write nothing of it.
+
+    Root may write everything, and is another user there.
+    """
+    root = os.getuid() == 0
+
+    @contextlib.contextmanager
+    def as_nobody():
+        for path in [folder, *folder.rglob("*")]:
+            path.chmod(0o555 if path.is_dir() else 0o444)
+        if root:
+            os.setresuid(65534, 65534, 0)
+        try:
+            yield
+        finally:
+            if root:
+                os.setresuid(0, 0, 0)
+            for path in [folder, *folder.rglob("*")]:
+                path.chmod(0o755 if path.is_dir() else 0o644)
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        folder.chmod(0o755)
+        yield folder, as_nobody

@@ -1,18 +1,24 @@
 """Hugging Face checkpoints as users hand them over: scored on a corpus, and continued."""
 
 import json
+import shutil
 
+import jax
 import numpy as np
 import pytest
 
-from lm_jax import evaluate, generate
+from lm_jax import console, evaluate, generate
+from lm_jax.compilations import keep_compilations
 from lm_jax.config import ConfigError, rules
 from lm_jax.config.resolve import resolve
 from lm_jax.data import open as data_open
+from lm_jax.data import files as data_files
 from lm_jax.data.open import open_data
+from lm_jax.data.references import references
 from lm_jax.distill.opening import open_teacher, score_teacher
+from lm_jax.environment import check_environment
 from lm_jax.pretrained import open_model
-from tests.helpers import small
+from tests.helpers import read_only_folder, small
 from tests.hugging_face import LONGEST, save_pretrained
 
 
@@ -136,3 +142,31 @@ def test_a_run_refuses_other_data_before_it_learns_a_tokenizer(text, tmp_path, m
     other = small(text, data__source_dir=str(tmp_path), data__cache_dir=str(tmp_path))
     with pytest.raises(ConfigError, match="is another corpus or has another tokenizer"):
         open_data(other, store.manifest)
+
+
+def test_a_cache_of_somebody_else_is_read_where_it_is(text, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(console, "say", said.append)
+    monkeypatch.setattr(data_files, "SETTLED", -1)
+    before = jax.config.jax_compilation_cache_dir
+    with read_only_folder() as (folder, as_nobody):
+        shutil.copytree(text, folder / "text", ignore=shutil.ignore_patterns("cache"))
+        cfg = small(folder / "text")
+        store = open_data(cfg)
+        (folder / "text" / "cache" / "file_hashes.json").unlink()
+        there = sorted(folder.rglob("*"))
+        with as_nobody():
+            check_environment(cfg, folder.parent / "runs" / "new")
+            again = open_data(cfg, store.manifest)
+            found = references(again, "test")
+            try:
+                jax.config.update("jax_compilation_cache_dir", None)
+                for _ in range(2):
+                    keep_compilations(cfg)
+                assert jax.config.jax_compilation_cache_dir is None
+            finally:
+                jax.config.update("jax_compilation_cache_dir", before)
+        assert sorted(folder.rglob("*")) == there
+        assert again.manifest == store.manifest and found == references(store, "test")
+    (line,) = said
+    assert "what XLA compiles is not kept, for " in line

@@ -1,5 +1,6 @@
 """Files that are written whole or not at all."""
 
+import fcntl
 import math
 import os
 import signal
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from lm_jax import files
+from tests.helpers import read_only_folder
 
 
 def test_a_file_gets_its_content_all_at_once(tmp_path):
@@ -55,3 +57,71 @@ def test_json_is_readable_and_has_null_for_what_is_not_finite(tmp_path):
         b'{\n  "\\u00e9": [\n    1.5,\n    null\n  ],\n  "b": {\n    "c": null\n  }\n}\n'
     )
     assert files.read_json(tmp_path / "a.json") == {"é": [1.5, None], "b": {"c": None}}
+
+
+def test_no_link_that_waits_is_followed(tmp_path, monkeypatch):
+    (tmp_path / "target").write_text("precious")
+    monkeypatch.setattr("secrets.token_hex", lambda _: "known")
+    for name in (f".a.txt.{os.getpid()}", f".a.txt.{os.getpid()}-known"):
+        (tmp_path / name).symlink_to(tmp_path / "target")
+    with pytest.raises(FileExistsError):
+        files.write_text(tmp_path / "a.txt", "new")
+    monkeypatch.undo()
+    files.write_text(tmp_path / "a.txt", "new")
+    assert (tmp_path / "target").read_text() == "precious"
+    assert (tmp_path / "a.txt").read_text() == "new" and not (tmp_path / "a.txt").is_symlink()
+
+
+def wait_for_none(holder):
+    pytest.fail(f"{holder} has it")
+
+
+@pytest.mark.parametrize("kind", ["link", "hard link", "link to nothing", "pipe", "folder", "text"])
+def test_what_is_no_lock_stays_as_it_is(tmp_path, kind):
+    target, lock = tmp_path / "target", tmp_path / "lock"
+    target.write_text("precious")
+    match kind:
+        case "link":
+            lock.symlink_to(target)
+        case "hard link":
+            lock.hardlink_to(target)
+        case "link to nothing":
+            lock.symlink_to(tmp_path / "nothing")
+        case "pipe":
+            os.mkfifo(lock)
+        case "folder":
+            lock.mkdir()
+        case "text":
+            lock.write_text("precious")
+    with (
+        pytest.raises(ValueError, match=r"lock is no lock of lm_jax; move it away, or .*\.$"),
+        files.locked(lock, wait_for_none),
+    ):
+        pytest.fail("it was held")
+    assert target.read_text() == "precious" and not (tmp_path / "nothing").exists()
+    assert kind != "text" or lock.read_text() == "precious"
+
+
+def test_a_lock_says_who_has_it(tmp_path):
+    for _ in range(2):
+        with files.locked(tmp_path / "lock", wait_for_none):
+            assert (tmp_path / "lock").read_text().startswith(f"process {os.getpid()} on ")
+            with (tmp_path / "lock").open() as other, pytest.raises(BlockingIOError):
+                fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_folder_without_write_permission_needs_no_lock(there):
+    with read_only_folder() as (folder, as_nobody):
+        lock = folder / "lock"
+        if there:
+            with files.locked(lock, wait_for_none):
+                pass
+        before = [(path, path.read_text()) for path in folder.iterdir()]
+        with as_nobody():
+            assert not files.can_write(folder) and not files.can_write(folder / "new")
+            with files.locked(lock, wait_for_none):
+                pass
+            with pytest.raises(PermissionError):
+                files.write_text(folder / "a.txt", "new")
+        assert [(path, path.read_text()) for path in folder.iterdir()] == before

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lm_jax.files import write_text
+from lm_jax.files import can_write, write_text
 
 BLOCK = 1 << 20  # bytes read at once
 SETTLED = 2 * 10**9  # nanoseconds after which a change of a file is sure to change its time stamp
@@ -94,7 +94,7 @@ def hash_files(paths: Sequence[Path], cache: Path, *, text: bool) -> list[Hashed
             if settled:
                 fresh[key] = [*entry, sha256]
         hashed.append(Hashed(path, (size, changed), sha256, settled))
-    if fresh:
+    if fresh and can_write(cache):
         cache.mkdir(parents=True, exist_ok=True)
         write_text(memory, json.dumps(known | fresh))
     return hashed

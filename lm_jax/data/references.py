@@ -14,7 +14,7 @@ import numpy as np
 from lm_jax import console
 from lm_jax.data.store import Store
 from lm_jax.data.tokenizers.kinds import WordTokenizer
-from lm_jax.files import write_json
+from lm_jax.files import can_write, write_json
 
 # Tokens to fit on and to score at most: sorting takes seconds, and 140 bytes of memory for each.
 _REFERENCE_TOKENS = 20_000_000
@@ -49,7 +49,8 @@ def references(store: Store, split_name: str) -> dict[str, float]:
     entropy_rate = store.manifest["entropy_rate"]
     if entropy_rate is not None and tokenizer.kind == "char":  # one token, one symbol
         result["entropy_rate"] = entropy_rate
-    write_json(path, result)
+    if can_write(path.parent):
+        write_json(path, result)
     return result
 
 

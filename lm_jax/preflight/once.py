@@ -13,7 +13,7 @@ from lm_jax.config import Config, incidental_fields
 from lm_jax.data.files import hash_json
 from lm_jax.data.store import Store
 from lm_jax.doctor.findings import Report
-from lm_jax.files import write_text
+from lm_jax.files import can_write, write_text
 from lm_jax.preflight.run import examine_config
 
 
@@ -33,7 +33,7 @@ def examine_once(cfg: Config, *, level: str, store: Store) -> tuple[Report, str]
         found = Report.from_json(kept.read_text())
         return found, datetime.date.fromtimestamp(kept.stat().st_mtime).isoformat()
     report = examine_config(cfg, level=level, store=store)
-    if report.clean and not cfg.distill.taught:
+    if report.clean and not cfg.distill.taught and can_write(kept.parent):
         kept.parent.mkdir(parents=True, exist_ok=True)
         write_text(kept, report.to_json())
     return report, ""
