@@ -61,6 +61,14 @@ VARIANTS = {
     "qwen2": LLAMA | {"model_type": "qwen2"},
     "qwen2 with windows": LLAMA | {"model_type": "qwen2"} | WINDOWED,
     "qwen3": QWEN3,
+    "qwen2 with windows of no size": LLAMA
+    | {"model_type": "qwen2", "max_position_embeddings": 5000}
+    | WINDOWED
+    | {"sliding_window": None},
+    "qwen3 with windows in no layer": QWEN3
+    | WINDOWED
+    | {"sliding_window": None, "layer_types": ["full_attention"] * 2},
+    "qwen3 with biases in attention": QWEN3 | {"attention_bias": True},
     "qwen3 with wide heads": QWEN3 | {"head_dim": 10, "attention_bias": True},
     "qwen3 with windows": QWEN3 | WINDOWED | {"layer_types": ["sliding_attention"] * 2},
     "gpt2": GPT2,
@@ -371,6 +379,15 @@ REFUSED = {
     "activation": (LLAMA, {"hidden_act": "gelu"}, "hidden_act is 'gelu'; .*'silu'"),
     "width": (LLAMA, {"hidden_size": "24"}, "hidden_size is '24'; .*whole number above 0"),
     "depth": (LLAMA, {"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+    "depth beyond all": (LLAMA, {"num_hidden_layers": 10**9}, r"layers\.2\.\S+ is missing"),
+    "width beyond all": (LLAMA, {"hidden_size": 6 * 10**8}, r"config.json asks for \[\d{9}"),
+    "size beyond all": (GPT2, {"n_positions": 1 << 40}, "n_positions is 1099511627776; .* up to"),
+    "epsilon beyond all": (LLAMA, {"rms_norm_eps": 10**400}, "rms_norm_eps is 1000.*above 0"),
+    "quantised": (
+        LLAMA,
+        {"quantization_config": {"quant_method": "gptq"}},
+        r"quantization_config says that the weights are quantised \(gptq\); take the checkpoint",
+    ),
     "no epsilon": (LLAMA, {"rms_norm_eps": None}, "rms_norm_eps is None; .*above 0"),
     "theta": (LLAMA, {"rope_theta": "1e4"}, "rope_theta is '1e4'"),
     "tied is no number": (LLAMA, {"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no'"),
@@ -474,6 +491,47 @@ def test_damaged_files_are_named(tmp_path):
     refused("layers.1.mlp.up_proj.weight is missing")
     save_checkpoint(folder, LLAMA, tensors | {"score.weight": tensors[name]})
     refused("score.weight is no part of the model")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("pytorch_model.bin", "pickles of PyTorch, .*run code .*save_pretrained"),
+        ("pytorch_model.bin.index.json", "pickles of PyTorch, .*run code .*save_pretrained"),
+        ("llama-q4.gguf", "weights of llama.cpp, .* gguf_file"),
+        ("consolidated.00.pth", "pickles of PyTorch in a layout of its maker, .* that its maker publishes"),
+        ("flax_model.msgpack", "weights of Flax, .* from_flax"),
+        ("tf_model.h5", "weights of TensorFlow, .* from_tf"),
+        ("adapter_config.json", "an adapter without its model, .* merge_and_unload"),
+    ],
+)
+@pytest.mark.parametrize("config", [True, False])
+def test_weights_in_another_format_are_named(tmp_path, name, message, config):
+    (tmp_path / name).touch()
+    if config:
+        (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    assert huggingface.is_checkpoint(tmp_path)
+    with pytest.raises(ValueError, match=rf"{name}: these are {message}.*\.$"):
+        huggingface.load(tmp_path)
+
+
+@pytest.mark.parametrize("outside", ["../a.safetensors", "/etc/a.safetensors", "b/../../a"])
+def test_an_index_names_files_of_its_folder(tmp_path, outside):
+    """Which may be links, as in the caches of Hugging Face."""
+    tensors = random_tensors(LLAMA)
+    folder = save_checkpoint(tmp_path / "model", LLAMA, tensors, shards=2)
+    whole = huggingface.load(folder)
+    for shard in folder.glob("*.safetensors"):
+        (tmp_path / "blobs").mkdir(exist_ok=True)
+        shard.rename(tmp_path / "blobs" / shard.name)
+        shard.symlink_to(tmp_path / "blobs" / shard.name)
+    jax.tree.map(np.testing.assert_array_equal, huggingface.load(folder)[-1], whole[-1])
+    index = folder / "model.safetensors.index.json"
+    names = json.loads(index.read_text())
+    names["weight_map"]["model.norm.weight"] = outside
+    index.write_text(json.dumps(names))
+    with pytest.raises(ValueError, match=rf"names '{outside}', which is outside the folder; .*\."):
+        huggingface.load(folder)
 
 
 @pytest.mark.parametrize("c", [LLAMA, GPT2], ids=["llama", "gpt2"])

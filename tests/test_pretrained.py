@@ -1,5 +1,6 @@
 """Hugging Face checkpoints as users hand them over: scored on a corpus, and continued."""
 
+import dataclasses
 import json
 import shutil
 
@@ -133,6 +134,21 @@ def test_samples_leave_the_folder_as_it_is(folders, capsys):
     (made,) = generate.generate(run, "low", tokens=20, temperature=0)
     assert capsys.readouterr().out == f"low{made.text}\n"
     assert sorted(folders["gpt2"].iterdir()) == before
+
+
+def test_rows_of_the_table_beyond_the_tokenizer_are_no_text(folders):
+    """They take part in the softmax, as in transformers, and stand for no bytes."""
+    run = open_model(folders["gpt2"])
+    ids = len(json.loads((folders["gpt2"] / "tokenizer.json").read_text())["model"]["vocab"])
+    assert ids < run.tokenizer.vocab_size == 320
+    padded = np.arange(ids, 320)
+    assert run.tokenizer.decode(padded) == "" and set(run.tokenizer.token_bytes(padded)) == {b""}
+    padded_are_likely = jax.tree_util.tree_map_with_path(
+        lambda path, x: x.at[ids:].mul(50) if "embedding" in str(path) else x, run.params
+    )
+    run = dataclasses.replace(run, params=padded_are_likely)
+    (made,) = generate.generate(run, "low", tokens=30, temperature=5.0)
+    assert isinstance(made.text, str)
 
 
 def test_a_run_refuses_other_data_before_it_learns_a_tokenizer(text, tmp_path, monkeypatch):

@@ -53,6 +53,10 @@ def load(folder: Path) -> tuple[ModelConfig, int, int, dict]:
 
 
 def _read(parameter: Parameter, tensors: Tensors) -> np.ndarray:
+    for i in range(parameter.layers or 1):  # before there is memory: config.json may claim any size
+        for name, width in zip(parameter.names, parameter.widths, strict=True):
+            shape = (*parameter.shape[:-1], width)
+            tensors.require(name.format(i), *(shape[::-1] if parameter.transposed else shape))
     value = np.empty((parameter.layers or 1, *parameter.shape), np.float32)
     for name, part in _parts(parameter, value):
         part[:] = tensors.take(name, *part.shape)

@@ -1,5 +1,6 @@
 """What the config.json of a checkpoint says of the model."""
 
+import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -9,16 +10,51 @@ from lm_jax.models.huggingface.names import ARCHITECTURES
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether a folder holds a checkpoint in this layout, and no run: by its config.json."""
+    """Whether a folder holds a checkpoint, and no run: by its config.json, or by its weights."""
     path = folder / "config.json"
+    if not path.is_file():
+        return other_format(folder) is not None
     # Not parsed: what is wrong with it is told by whoever reads it next.
-    return path.is_file() and '"model_type"' in path.read_text(errors="replace")
+    return '"model_type"' in path.read_text(errors="replace")
+
+
+_SAVE = "open it with transformers and save it anew with save_pretrained"
+_OTHERS = {  # what else checkpoints are made of, and what makes them readable here
+    "adapter_config.json": (
+        "an adapter without its model",
+        "merge it with merge_and_unload of peft, and save that with save_pretrained",
+    ),
+    "pytorch_model*.bin*": ("pickles of PyTorch, which run code when they are opened", _SAVE),
+    "*.gguf": ("weights of llama.cpp", f"{_SAVE} (from_pretrained has gguf_file)"),
+    "*.pth": (
+        "pickles of PyTorch in a layout of its maker",
+        "take the checkpoint that its maker publishes for transformers",
+    ),
+    "flax_model*.msgpack": ("weights of Flax", f"{_SAVE} (version 4 has from_flax)"),
+    "tf_model*.h5": ("weights of TensorFlow", f"{_SAVE} (version 4 has from_tf)"),
+}
+
+
+def other_format(folder: Path) -> ValueError | None:
+    """What is said of weights in another format than safetensors; None if there are none."""
+    for pattern, (what, remedy) in _OTHERS.items():
+        for path in sorted(folder.glob(pattern)):
+            return ValueError(f"{path}: these are {what}, and no safetensors; {remedy}.")
+    return None
 
 
 def read_model(folder: Path) -> tuple[ModelConfig, int, int]:
     """What `load` returns and raises, without the parameters."""
+    if not (folder / "config.json").is_file() and (other := other_format(folder)):
+        raise other
     fields = _Fields(folder / "config.json")
     kind = fields.choice("model_type", tuple(ARCHITECTURES))
+    if (quantised := fields.values.get("quantization_config")) is not None:
+        how = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        raise ValueError(
+            f"{fields.path}: quantization_config says that the weights are quantised ({how}); "
+            "take the checkpoint from before, or save what transformers' dequantize gives."
+        )
     own = ARCHITECTURES[kind]
     max_len = fields.count(own.max_len)
     special = _gpt2(fields) if kind == "gpt2" else _llama(fields, kind, max_len)
@@ -37,6 +73,9 @@ def read_model(folder: Path) -> tuple[ModelConfig, int, int]:
     return cfg, fields.count("vocab_size"), max_len
 
 
+_LARGEST = 10**9  # of anything that is counted: beyond it sizes overflow
+
+
 class _Fields:
     """The fields of config.json; null counts as absent. A wrong one is an error that names it."""
 
@@ -52,14 +91,15 @@ class _Fields:
     def count(self, name: str, default: int | None = None) -> int:
         """A whole number above 0."""
         value = self._get(name, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            self.refuse(name, "a whole number above 0")
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= _LARGEST:
+            self.refuse(name, f"a whole number above 0, up to {_LARGEST:,}")
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
         """A number above 0."""
         value = self._get(name, default)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+        kind = isinstance(value, int | float) and not isinstance(value, bool)
+        if not kind or not 0 < value <= sys.float_info.max:
             self.refuse(name, "a number above 0")
         return float(value)
 
@@ -138,10 +178,10 @@ def _biases(fields: _Fields, kind: str) -> dict[str, Any]:
 
 def _window(fields: _Fields, kind: str, max_len: int) -> int:
     """Positions that attention sees in every layer; 0: all."""
-    given = fields.values.get("sliding_window", 4096 if kind == "mistral" else None)
+    given = fields.values.get("sliding_window", None if kind == "llama" else 4096)
     windowed = given is not None
     if kind != "mistral":
-        windowed = fields.flag("use_sliding_window", windowed and kind == "llama")
+        windowed &= fields.flag("use_sliding_window", kind == "llama")
     window = fields.count("sliding_window", 4096) if windowed else max_len
     if window >= max_len:
         return 0

@@ -10,6 +10,7 @@ import numpy as np
 
 from lm_jax.files import read_json
 from lm_jax.models.huggingface.names import WEIGHTS
+from lm_jax.models.huggingface.reading import other_format
 
 INDEX = f"{WEIGHTS}.index.json"
 # What old checkpoints hold beside parameters: causal masks and rotary frequencies.
@@ -52,8 +53,8 @@ class Tensors:
                     )
                 self.unused[name] = file, stored
 
-    def take(self, name: str, *shape: int) -> np.ndarray:
-        """The tensor as it is stored, which must have this shape.
+    def require(self, name: str, *shape: int) -> None:
+        """Look whether a tensor is there, of this shape; nothing of it is read.
 
         Raises:
             ValueError: if it is missing, or of another shape or type.
@@ -69,7 +70,7 @@ class Tensors:
                 f"{self.folder}: tensor {name} is missing"
                 f"{there and f', the nearest of the others are {there}'}; {remedy}."
             )
-        file, stored = self.unused.pop(name)
+        file, stored = self.unused[name]
         header = file.get_slice(stored)
         if header.get_dtype() not in ("F32", "F16", "BF16"):
             raise ValueError(
@@ -81,6 +82,11 @@ class Tensors:
                 f"{self.folder}: tensor {stored} has shape {header.get_shape()}, and config.json "
                 f"asks for {list(shape)}; correct it, or copy the checkpoint again."
             )
+
+    def take(self, name: str, *shape: int) -> np.ndarray:
+        """The tensor as it is stored, which must have this shape; raises as `require`."""
+        self.require(name, *shape)
+        file, stored = self.unused.pop(name)
         # NumPy knows bfloat16 once ml_dtypes is imported, as it is by JAX.
         return file.get_tensor(stored)
 
@@ -100,7 +106,7 @@ def _weight_files(folder: Path) -> list[Path]:
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if not (folder / INDEX).is_file():
-        raise ValueError(
+        raise other_format(folder) or ValueError(
             f"{folder} holds neither {WEIGHTS} nor {INDEX}; save the model with safetensors."
         )
     shards = read_json(folder / INDEX).get("weight_map")
@@ -109,8 +115,14 @@ def _weight_files(folder: Path) -> list[Path]:
             f"{folder / INDEX}: weight_map does not name a file for each tensor; "
             "copy the checkpoint again."
         )
-    files = [folder / name for name in sorted(set(shards.values()))]
-    for path in files:
+    names = sorted(set(shards.values()))
+    for name in names:
+        path = folder / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ValueError(
+                f"{folder / INDEX}: weight_map names {name!r}, which is outside the folder; "
+                "copy the checkpoint again."
+            )
         if not path.is_file():
             raise ValueError(f"{path}, which {INDEX} names, is missing; copy it into the folder.")
-    return files
+    return [folder / name for name in names]
