@@ -2,6 +2,7 @@
 
 import codecs
 import contextlib
+import errno
 import glob
 import hashlib
 import json
@@ -11,10 +12,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lm_jax import console
 from lm_jax.files import write_text
 
 BLOCK = 1 << 20  # bytes read at once
 SETTLED = 2 * 10**9  # nanoseconds after which a change of a file is sure to change its time stamp
+READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 Stamp = tuple[int, int]  # size and time of the last change, which no program can set back
 
@@ -95,8 +98,9 @@ def hash_files(paths: Sequence[Path], cache: Path, *, text: bool) -> list[Hashed
                 fresh[key] = [*entry, sha256]
         hashed.append(Hashed(path, (size, changed), sha256, settled))
     if fresh:
-        cache.mkdir(parents=True, exist_ok=True)
-        write_text(memory, json.dumps(known | fresh))
+        with kept_if_writable(memory):
+            cache.mkdir(parents=True, exist_ok=True)
+            write_text(memory, json.dumps(known | fresh))
     return hashed
 
 
@@ -164,6 +168,21 @@ def naming(name: str | Path) -> Iterator[None]:
         kind = OSError if isinstance(error, OSError) else ValueError
         what = " ".join(f"{type(error).__name__}: {error}".split())
         raise kind(f"{name} cannot be read ({what}): replace it or leave it out.") from error
+
+
+@contextlib.contextmanager
+def kept_if_writable(path: Path) -> Iterator[None]:
+    """Lets a block that writes a file to a cache be in vain where the cache is another's.
+
+    Raises:
+        OSError: if the file cannot be written for any other reason.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in READ_ONLY:
+            raise
+        console.say(f"{path} cannot be written ({error.strerror}) and is not kept")
 
 
 def hash_json(value: Any) -> str:

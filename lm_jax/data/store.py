@@ -114,7 +114,15 @@ def prepare(
             store = open_store(path)
         shutil.rmtree(unfinished, ignore_errors=True)  # a kill may have left it
         return store
-    unfinished.mkdir(parents=True, exist_ok=True)
+    try:
+        unfinished.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno not in files.READ_ONLY:
+            raise
+        raise PermissionError(
+            f"{cache_dir} has no tokens of this corpus and tokenizer and cannot be written "
+            f"({error.strerror}): set --config.data.cache_dir to a folder of yours."
+        ) from error
     try:
         tokenizer = _tokenizer(corpus, given, tokenizer_kind, vocab_size, sample, unfinished)
         _write_and_join(corpus, tokenizer, unfinished, workers)
