@@ -388,7 +388,9 @@ def test_a_cache_that_cannot_be_written_to_is_read(folder, monkeypatch, capsys):
     with another_user():
         store = open_data(cfg)
         found = references(store, "valid")
-        with pytest.raises(PermissionError, match=r"has no tokens .*--config\.data\.cache_dir.*\.$"):
+        with pytest.raises(
+            PermissionError, match=r"has no tokens .*--config\.data\.cache_dir.*\.$"
+        ):
             open_data(config.replace(cfg, tokenizer__kind="char"))
     for path in (cache, *cache.rglob("*")):
         path.chmod(0o755)

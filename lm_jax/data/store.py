@@ -260,6 +260,8 @@ def _join(corpus: Corpus, all_parts: list[Part], tokenizer: Tokenizer, unfinishe
         counts = parts.join(of_split, tokenizer, *_array_paths(folder, name))
         if not counts["tokens"]:
             raise _no_tokens(corpus, name, f"{counts['empty_documents']} empty documents")
+        if empty := counts["empty_documents"]:
+            console.say(f"{name}: {empty} documents without text are left out")
         splits[name] = counts
     manifest = {
         "format": FORMAT,
