@@ -454,7 +454,7 @@ def lab(tmp_path_factory):
             (root / folder / f"{i:02}.txt").write_text(lines + "\n")
         (root / folder / "valid.md").write_text("ba du kilo\n")
         (root / folder / "lines.jsonl").write_text(
-            "".join(json.dumps({"text": f"ba du {i}"}) + "\n" for i in range(40))
+            "".join(json.dumps({"text": "ba du " * (i + 1)}) + "\n" for i in range(40))
         )
         (root / folder / "test.md").write_text("no pi roso\n")
     tree = byte_level()
