@@ -81,6 +81,11 @@ TABLE = {
     "data.valid_files": ("valid.md", "manifest eval_batches", {}),
     "data.test_files": ("test.md", "manifest eval_batches", {}),
     "data.document": ("line", "manifest train_batches", {}),
+    "data.skip_missing": (
+        True,
+        "manifest",
+        {"data.files": "lines.jsonl", "data.document": "jsonl:text"},
+    ),
     "data.valid_fraction": (0.5, "manifest train_batches eval_batches", {}),
     "data.test_fraction": (0.5, "manifest train_batches", {}),
     "data.cache_dir": ("{root}/elsewhere", "store_folder", {}),
@@ -448,6 +453,9 @@ def lab(tmp_path_factory):
             lines = "\n".join(" ".join(line) for line in words)
             (root / folder / f"{i:02}.txt").write_text(lines + "\n")
         (root / folder / "valid.md").write_text("ba du kilo\n")
+        (root / folder / "lines.jsonl").write_text(
+            "".join(json.dumps({"text": "ba du " * (i + 1)}) + "\n" for i in range(40))
+        )
         (root / folder / "test.md").write_text("no pi roso\n")
     tree = byte_level()
     save_tokenizer(root / "hf", tree, special="<|endoftext|>")

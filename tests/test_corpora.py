@@ -1,6 +1,9 @@
+import codecs
 import dataclasses
+import gzip
 import hashlib
 import json
+import lzma
 import pickle
 import re
 import shutil
@@ -14,6 +17,7 @@ import pytest
 
 from lm_jax.data import corpora, parts, shards, store, wikitext
 from lm_jax.data.corpora import open_corpus
+from lm_jax.data.files import hash_json
 from lm_jax.data.synthetic import MarkovSource
 from tests.helpers import shared_data, source_nats, source_symbols
 
@@ -332,9 +336,9 @@ def test_a_file_that_changes_while_the_corpus_is_opened_is_refused(tmp_path, mon
     _jsonl(tmp_path / "a.jsonl", ["one", "two"])
     cut = shards.pieces
 
-    def grow_then(paths, document):
+    def grow_then(paths, document, **options):
         _jsonl(tmp_path / "a.jsonl", ["one", "two", "three"])
-        return cut(paths, document)
+        return cut(paths, document, **options)
 
     monkeypatch.setattr(shards, "pieces", grow_then)
     with pytest.raises(ValueError, match=r"a\.jsonl has changed since it was hashed"):
@@ -390,6 +394,77 @@ def test_errors_name_the_cause_and_the_remedy(tmp_path, options, error, message)
         _open(tmp_path, source_dir=str(tmp_path), **options)
     assert "\n" not in str(raised.value)
     assert str(raised.value).endswith(".")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (gzip.compress(b"text"), r"compressed by gzip: .*gunzip -k \S+a\.txt\.$"),
+        (lzma.compress(b"text"), r"compressed by xz: .*unxz -k \S+a\.txt\.$"),
+        (b"\x28\xb5\x2f\xfd\x04\x00", r"compressed by Zstandard: .*unzstd \S+a\.txt\.$"),
+        ("text".encode("utf-16"), r"UTF-16: convert it by iconv -f UTF-16 -t UTF-8 \S+a\.txt > "),
+        ("text".encode("utf-32"), r"UTF-32: convert it by iconv -f UTF-32 -t UTF-8 \S+a\.txt > "),
+        (codecs.BOM_UTF16_BE + "text".encode("utf-16-be"), "UTF-16: "),
+    ],
+    ids="gzip xz zstandard utf-16 utf-32 utf-16-be".split(),
+)
+def test_files_of_another_kind_are_told_with_their_conversion(tmp_path, content, message):
+    (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.txt is " + message):
+        _open(tmp_path, files="a.txt", source_dir=str(tmp_path))
+
+
+def test_byte_order_marks_are_counted_and_make_another_corpus(tmp_path, capsys):
+    options = {"files": "?.txt", "source_dir": str(tmp_path), "valid_fraction": 0.5}
+    for name, text in ("a", "\ufeffone"), ("b", "two"), ("c", "\ufeffthree"):
+        (tmp_path / f"{name}.txt").write_text(text)
+    documents = _documents(_open(tmp_path, **options))
+    assert sorted(sum(documents.values(), [])) == ["one", "three", "two"]
+    assert "2 of 3 files begin with a byte-order mark" in capsys.readouterr().out
+    for name, same in (("a", False), ("b", True)):
+        corpus = _open(tmp_path, **options | {"files": f"{name}.txt"})
+        definition = ["file", {"valid": 0.5, "test": 0.0}, {"train": [corpus.files[0].sha256]}]
+        assert (corpus.fingerprint == hash_json(definition)) == same
+
+
+def test_parquet_files_without_checksums_are_told(tmp_path, capsys):
+    import pyarrow
+    import pyarrow.parquet
+
+    options = {"document": "parquet:text", "source_dir": str(tmp_path)}
+    for name, checksums in (("a", True), ("b", False)):
+        table = pyarrow.table({"text": [name]})
+        path = tmp_path / f"{name}.parquet"
+        pyarrow.parquet.write_table(table, path, write_page_checksum=checksums)
+    _open(tmp_path, files="a.parquet", **options)
+    assert not capsys.readouterr().out
+    _open(tmp_path, files="?.parquet", **options)
+    assert "1 of 2 Parquet files hold no checksums" in capsys.readouterr().out
+
+
+def test_a_file_with_a_comma_in_its_name(tmp_path):
+    for name in ("one, two.txt", "one", "two.txt"):
+        (tmp_path / name).write_text(name)
+    for files, expected in (
+        ("one, two.txt", ["one, two.txt"]),
+        ("one? two.txt, one", ["one", "one, two.txt"]),
+        ("one,two.txt", ["one", "two.txt"]),
+    ):
+        corpus = _open(tmp_path, files=files, valid_fraction=0.0, source_dir=str(tmp_path))
+        assert list(corpus.documents("train")) == expected
+
+
+def test_documents_without_text_are_left_out_and_counted(tmp_path, capsys):
+    lines = ['{"text": "a"}', '{"text": null}', "{}", '{"text": "b"}']
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    options = {"files": "a.jsonl", "source_dir": str(tmp_path), "valid_fraction": 0.0}
+    corpus = _open(tmp_path, document="jsonl:text", skip_missing=True, **options)
+    kept = store.prepare(corpus, tokenizer_kind="byte", vocab_size=0, cache_dir=str(tmp_path))
+    assert kept.manifest["splits"]["train"]["documents"] == 2
+    assert kept.manifest["splits"]["train"]["empty_documents"] == 2
+    assert "train: 2 documents without text are left out" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"data\.skip_missing=True needs .*jsonl:FIELD"):
+        _open(tmp_path, document="line", skip_missing=True, **options)
 
 
 @pytest.mark.parametrize(

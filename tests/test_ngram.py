@@ -1,10 +1,14 @@
+import functools
+import json
 import math
 from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
 
-from lm_jax.data.references import nats, perplexities, unigram_nats
+from lm_jax.data.corpora import Corpus
+from lm_jax.data.references import in_nats, nats, perplexities, references, unigram_nats
+from lm_jax.data.store import prepare
 from tests.helpers import shared_data
 
 
@@ -118,6 +122,44 @@ def test_an_empty_split_is_refused(train_ids, ids):
     message = f"{len(train_ids)} to fit and {len(ids)} to score"
     with pytest.raises(ValueError, match=message):
         perplexities(*arrays, vocab_size=2, start=0)
+
+
+def _store(folder, text="the cat and the dog "):
+    splits = {"train": [functools.partial(iter, [text * 9])], "valid": [lambda: iter([text])]}
+    corpus = Corpus("c", text, splits)
+    return prepare(corpus, tokenizer_kind="char", vocab_size=0, cache_dir=str(folder))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content, other: content.replace("10.0", "9.0"),
+        lambda content, other: content[:30],
+        lambda content, other: "",
+        lambda content, other: "[]",
+        lambda content, other: json.dumps({"uniform": 10.0, "unigram": 2.0}),  # without a hash
+        lambda content, other: other,
+    ],
+)
+def test_references_that_are_not_those_of_their_store_are_computed_again(tmp_path, capsys, damage):
+    store, other = _store(tmp_path), _store(tmp_path, "a cat saw another dog and a bird ")
+    expected = references(store, "valid")
+    assert expected["uniform"] == 10 != references(other, "valid")["uniform"]
+    path = store.path / "references_valid.json"
+    content = path.read_text()
+    capsys.readouterr()
+    assert references(store, "valid") == expected
+    assert not capsys.readouterr().out
+    path.write_text(damage(content, (other.path / "references_valid.json").read_text()))
+    assert references(store, "valid") == expected
+    assert f"{path} is not what was written there for its store" in capsys.readouterr().out
+    assert path.read_text() == content
+
+
+def test_a_text_of_one_symbol_has_references_of_zero_nats(tmp_path):
+    found = references(_store(tmp_path, "a"), "valid")
+    assert set(found.values()) == {1.0}
+    assert set(in_nats(found).values()) == {0.0}
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import pickle
+import re
 import sys
 import tracemalloc
 
@@ -17,12 +18,12 @@ TEXTS = [f"text {i} é👩\u2028\n" * (i % 5 + 1) for i in range(40)]
 LINES = ["one", "", "é two 👩", "\x0b three\u2028", "", "four", "  ", "five five five"]
 
 
-def parquet(path, texts, rows=3, **columns):
+def parquet(path, texts, rows=3, checksums=False, **columns):
     import pyarrow
     import pyarrow.parquet
 
     table = pyarrow.table({"text": texts, "id": list(range(len(texts))), **columns})
-    pyarrow.parquet.write_table(table, path, row_group_size=rows)
+    pyarrow.parquet.write_table(table, path, row_group_size=rows, write_page_checksum=checksums)
 
 
 def array_record(path, records):
@@ -48,8 +49,8 @@ def write(folder, document, texts):
     return str(folder / "*.data")
 
 
-def read(paths, document):
-    return list(shards.chain(shards.pieces(paths, document)))
+def read(paths, document, **options):
+    return list(shards.chain(shards.pieces(paths, document, **options)))
 
 
 FORMATS = ["jsonl:text", "parquet:text", "arrayrecord", "arrayrecord:text"]
@@ -229,6 +230,44 @@ def test_a_file_that_ends_too_early_is_named(tmp_path, size):
         list(shards._read_file(path, 0, 20))
 
 
+@pytest.mark.parametrize("checksums", [True, False])
+def test_a_flipped_bit_of_parquet_is_noticed_where_there_are_checksums(tmp_path, checksums):
+    path = tmp_path / "a.parquet"
+    texts = [hashlib.sha512(bytes([i])).hexdigest() for i in range(200)]
+    parquet(path, texts, rows=50, checksums=checksums)
+    content = path.read_bytes()
+    assert shards.has_checksums(path) == checksums
+    rng, others = np.random.default_rng(0), 0
+    for place in [*rng.integers(len(content), size=60), *range(len(content) - 12, len(content))]:
+        flipped = content[place] ^ (1 << int(rng.integers(8)))
+        path.write_bytes(content[:place] + bytes([flipped]) + content[place + 1 :])
+        try:
+            others += read([path], "parquet:text") != texts
+        except (ValueError, OSError) as error:
+            assert re.search(r"a\.parquet.*: .*\.$", str(error)) and "\n" not in str(error)
+    assert (others == 0) == checksums
+    for size in (len(content) // 2, len(content) - 1, 4, 0):
+        path.write_bytes(content[:size])
+        with pytest.raises(ValueError, match=r"a\.parquet is no complete Parquet file .*\.$"):
+            read([path], "parquet:text")
+
+
+@pytest.mark.parametrize("pages", ["1.0", "2.0"])
+@pytest.mark.parametrize("use_dictionary", [True, False])
+@pytest.mark.parametrize("checksums", [True, False])
+def test_parquet_pages_of_any_kind_tell_whether_they_have_checksums(
+    tmp_path, pages, use_dictionary, checksums
+):
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "a.parquet"
+    options = {"use_dictionary": use_dictionary, "data_page_version": pages}
+    table = pyarrow.table({"text": ["abc" * i for i in range(900)]})
+    pyarrow.parquet.write_table(table, path, write_page_checksum=checksums, **options)
+    assert shards.has_checksums(path) == checksums
+
+
 @pytest.mark.parametrize("document", ["arrayrecord", "parquet:text"])
 def test_damage_that_only_the_library_sees_is_told_with_the_file(tmp_path, document):
     path = tmp_path / "a.data"
@@ -289,3 +328,81 @@ def test_parquet_columns_of_other_string_types(tmp_path):
     parquet(path, TEXTS, large=large, coded=coded)
     assert read([path], "parquet:large") == read([path], "parquet:coded") == TEXTS
     assert np.array_equal(read([path], "parquet:text"), TEXTS)
+    raw = [text.encode() for text in TEXTS]
+    parquet(path, TEXTS, raw=raw, long=pyarrow.array(raw, pyarrow.large_binary()))
+    assert read([path], "parquet:raw") == read([path], "parquet:long") == TEXTS
+    parquet(path, ["a", "b"], raw=[b"a", b"\xff"])
+    with pytest.raises(ValueError, match=r"a\.parquet, row 2 is not UTF-8 .*\.$"):
+        read([path], "parquet:raw")
+
+
+def test_fields_within_fields(tmp_path):
+    import pyarrow
+
+    path = tmp_path / "a.data"
+    nested = [{"id": i, "text": text} for i, text in enumerate(TEXTS)]
+    records = [{"meta": one, "a.b": "flat", "a": {"b": "deep"}} for one in nested]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert read([path], "jsonl:meta.text") == TEXTS
+    assert set(read([path], "jsonl:a.b")) == {"flat"}
+    with pytest.raises(
+        ValueError, match=r"line 1 has no text field 'meta\.text\.more' but \['a', "
+    ):
+        read([path], "jsonl:meta.text.more")
+    parquet(path, TEXTS, meta=nested, list=[["a"]] * len(TEXTS))
+    assert read([path], "parquet:meta.text") == TEXTS
+    for field in ("meta", "meta.id", "meta.body", "list"):
+        with pytest.raises(ValueError, match=rf"a\.data.* has no text field '{field}' but "):
+            read([path], f"parquet:{field}")
+    parquet(path, TEXTS[:2], meta=pyarrow.array([None, {"text": "b"}]))
+    assert read([path], "parquet:meta.text", skip_missing=True) == ["", "b"]
+
+
+def test_null_and_missing_fields_are_refused_or_empty(tmp_path):
+    path = tmp_path / "a.data"
+    records = [{"text": "a"}, {"text": None}, {}, {"text": ""}, {"text": "b"}]
+    lines = [json.dumps(record) for record in records]
+    path.write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=r"line 2 has no .*--config\.data\.skip_missing=True\.$"):
+        read([path], "jsonl:text")
+    assert read([path], "jsonl:text", skip_missing=True) == ["a", "", "", "", "b"]
+    array_record(path, [line.encode() for line in lines])
+    assert read([path], "arrayrecord:text", skip_missing=True) == ["a", "", "", "", "b"]
+    parquet(path, ["a", None, "b"])
+    assert read([path], "parquet:text", skip_missing=True) == ["a", "", "b"]
+    path.write_text('{"text": 3}\n')
+    with pytest.raises(ValueError, match=r"line 1 has no text field 'text' but \['text'\]"):
+        read([path], "jsonl:text", skip_missing=True)
+
+
+def test_keys_and_columns_that_occur_twice_are_named(tmp_path):
+    import pyarrow
+
+    path = tmp_path / "a.data"
+    path.write_text('{"text": "a"}\n{"text": "a", "text": "b"}\n')
+    with pytest.raises(
+        ValueError, match=r"a\.data, line 2 has the key 'text' twice: delete one\.$"
+    ):
+        read([path], "jsonl:text")
+    table = pyarrow.table([["a"], ["b"], ["c"]], names=["text", "text", "id"])
+    pyarrow.parquet.write_table(table, path)
+    with pytest.raises(ValueError, match=r"a\.data has 2 columns 'text': rename one\.$"):
+        read([path], "parquet:text")
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path, monkeypatch):
+    path = tmp_path / "a.txt"
+    path.write_text('\ufeff{"text": "\ufeffa"}\n\ufeff\n'.replace("\n\ufeff", "\n"))
+    assert read([path], "file") == ['{"text": "\ufeffa"}\n\n']
+    assert read([path], "line") == ['{"text": "\ufeffa"}', ""]
+    assert read([path], "jsonl:text") == ["\ufeffa"]
+    monkeypatch.setattr(shards, "PIECE", 1)
+    assert read([path], "line") == ['{"text": "\ufeffa"}', ""]
+
+
+@pytest.mark.parametrize("text", ['[{"text": "a"}]', '\ufeff\n [\n{"text": "a"}\n]\n'])
+def test_a_json_array_is_told_with_its_conversion(tmp_path, text):
+    path = tmp_path / "a.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"a\.json is a JSON array .* jq -c '\.\[\]' \S*a\.json "):
+        read([path], "jsonl:text")

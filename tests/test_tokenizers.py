@@ -2,6 +2,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import time
 import tracemalloc
 from types import SimpleNamespace
 
@@ -150,6 +151,24 @@ def test_bpe_has_the_size_asked_for_and_merges_frequent_words():
     )
 
 
+@pytest.mark.parametrize("run", ["a", " ", "!?", "ACGTTGCAAC", "\u5317\u4eac"])
+def test_bpe_learns_from_a_long_run_and_encodes_it_in_linear_time(run):
+    text = run * (200_000 // len(run))
+    begun = time.process_time()
+    tokenizer = train_tokenizer("bpe", [text], 262)
+    ids = tokenizer.encode(text)
+    assert time.process_time() - begun < 8
+    assert tokenizer.decode(ids) == text
+    assert len(ids) < len(text.encode()) / 2
+
+
+def test_bpe_learns_uncut_from_runs_that_are_not_long(monkeypatch):
+    texts = ["ab" * 512, "\u5317\u4eac" * 170, "new " * 9]
+    tokenizer = train_tokenizer("bpe", texts, 266)
+    monkeypatch.setattr(kinds.BpeTokenizer, "LONGEST", 1 << 30)
+    assert train_tokenizer("bpe", texts, 266).content_hash == tokenizer.content_hash
+
+
 def test_bpe_training_is_deterministic():
     documents = [" ".join(TEXTS)] * 3
     hashes = {train_tokenizer("bpe", documents, 400).content_hash for _ in range(3)}
@@ -205,6 +224,7 @@ def test_bpe_compresses_english():
     path = shared_data("tinyshakespeare") / "input.txt"
     text = path.read_text(encoding="utf-8")
     tokenizer = train_tokenizer("bpe", [text[:1_000_000]], 4096)
+    assert tokenizer.content_hash.startswith("5e186e75122a")  # stores and runs hold it
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert 3.0 < len(text) / len(ids) < 5.0

@@ -16,12 +16,16 @@ class DataConfig(Section):
 
     corpus: str = "synthetic"  # synthetic | wikitext2 | wikitext103 | text | tfds:NAME
     source_dir: str = incidental("")  # with the corpus's files; empty: download where possible
-    files: str = ""  # corpus "text": path or glob of the training files
+    # corpus "text": paths or globs of the training files, separated by commas; a comma in a name is
+    # written ?, unless the file stands alone
+    files: str = ""
     valid_files: str = ""  # corpus "text": files held out for validation; empty: a share of files
     test_files: str = ""  # corpus "text": files held out for the test
     # corpus "text": what one document is: file | line | jsonl:FIELD | parquet:FIELD |
-    # arrayrecord (each record is a text) | arrayrecord:FIELD (each record is JSON)
+    # arrayrecord (each record is a text) | arrayrecord:FIELD (each record is JSON); a field within
+    # another is OUTER.INNER
     document: str = "file"
+    skip_missing: bool = False  # leave out documents whose FIELD is null or missing
     valid_fraction: float = share(0.1)  # held out for validation if the corpus has no such split
     test_fraction: float = share(0.0)  # held out for the test if the corpus has no such split
     cache_dir: str = incidental("~/.cache/lm_jax")  # of prepared corpora and token stores

@@ -1,6 +1,7 @@
 """Corpora: named splits of documents, read lazily and always in the same order."""
 
 import bisect
+import codecs
 import contextlib
 import dataclasses
 import fractions
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from lm_jax import console
 from lm_jax.config.section import advice
 from lm_jax.data import files as source_files
 from lm_jax.data import shards, wikitext
@@ -57,6 +59,7 @@ def open_corpus(
     valid_files: str = "",
     test_files: str = "",
     document: str = "file",
+    skip_missing: bool = False,
     valid_fraction: float = 0.1,
     test_fraction: float = 0.0,
     cache_dir: str,
@@ -65,9 +68,12 @@ def open_corpus(
     """Opens corpus "synthetic", "wikitext2", "wikitext103", "text" or "tfds:NAME[:VERSION]".
 
     source_dir: folder of the corpus's own files; of a TFDS set, its data_dir.
-    files, valid_files, test_files: paths or globs of corpus "text", separated by commas.
+    files, valid_files, test_files: paths or globs of corpus "text", separated by commas; a comma
+        in a name is written ?, unless the file stands alone.
     document: what one document of corpus "text" is: "file", "line", "jsonl:FIELD",
-        "parquet:FIELD", "arrayrecord" (each record is a text) or "arrayrecord:FIELD" (JSON).
+        "parquet:FIELD", "arrayrecord" (each record is a text) or "arrayrecord:FIELD" (JSON);
+        FIELD may be "OUTER.INNER".
+    skip_missing: leave out documents whose FIELD is null or missing.
     valid_fraction, test_fraction: share of the documents held out where the corpus has no such
         split, chosen by the hash of their content; of a single document the end is held out, as a
         share of its characters.
@@ -93,7 +99,7 @@ def open_corpus(
         return _wikitext(corpus, source, cache, fetch)
     if corpus == "text":
         patterns = {"train": files, "valid": valid_files, "test": test_files}
-        return _text(patterns, source, cache, document, held_out)
+        return _text(patterns, source, cache, document, skip_missing, held_out)
     if corpus.startswith("tfds:"):
         return _tfds(corpus.removeprefix("tfds:"), source or cache / "tfds", held_out, fetch)
     raise ValueError(f"config.data.corpus: {corpus!r} does not exist; {advice(corpus, CORPORA)}")
@@ -125,9 +131,15 @@ def _text(
     source: Path | None,
     cache: Path,
     document: str,
+    skip_missing: bool,
     held_out: dict[str, float],
 ) -> Corpus:
-    kind, _ = shards.parse_format(document)
+    kind, field = shards.parse_format(document)
+    if skip_missing and not field:
+        raise ValueError(
+            f"data.skip_missing=True needs documents with a FIELD, but data.document={document!r} "
+            "names none: set --config.data.document=jsonl:FIELD or leave skip_missing out."
+        )
     fields = {"train": "files", "valid": "valid_files", "test": "test_files"}
     paths = {
         split: source_files.find_files(value, fields[split], source)
@@ -140,12 +152,39 @@ def _text(
     # With format "file" a file is a document, and a document may occur twice.
     source_files.refuse_equal(hashed, within_splits=kind != "file")
 
-    splits = {split: shards.pieces(of, document) for split, of in paths.items()}
+    splits = {
+        split: shards.pieces(of, document, skip_missing=skip_missing) for split, of in paths.items()
+    }
     files = list(itertools.chain(*hashed.values()))
+    marked = _say_marks(files) if text else False
+    if kind == "parquet":
+        _say_checksums(files)
     source_files.refuse_changed(files)  # from here on the stamp alone tells
     shares = {split: share for split, share in held_out.items() if split not in paths}
     splits = _hold_out(splits, shares)
-    return Corpus("text", hash_json([document, shares, hashes]), splits, files=files)
+    options = [skip_missing, marked]
+    definition = [document, shares, hashes, *([options] if any(options) else [])]
+    return Corpus("text", hash_json(definition), splits, files=files)
+
+
+def _say_marks(files: Sequence[Hashed]) -> bool:
+    """Says how many files begin with a byte-order mark, which is left out; whether any does."""
+    count = 0
+    for file in files:
+        with file.path.open("rb") as opened:
+            count += opened.read(3) == codecs.BOM_UTF8
+    if count:
+        console.say(f"{count} of {len(files)} files begin with a byte-order mark: it is left out")
+    return count > 0
+
+
+def _say_checksums(files: Sequence[Hashed]) -> None:
+    bare = [file.path for file in files if not shards.has_checksums(file.path)]
+    if bare:
+        console.say(
+            f"{len(bare)} of {len(files)} Parquet files hold no checksums, so a damaged page may "
+            f"be read as other text: {bare[0]}"
+        )
 
 
 def _tfds(name: str, data_dir: Path, held_out: dict[str, float], fetch: bool) -> Corpus:

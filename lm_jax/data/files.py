@@ -16,6 +16,21 @@ from lm_jax.files import can_write, write_text
 BLOCK = 1 << 20  # bytes read at once
 SETTLED = 2 * 10**9  # nanoseconds after which a change of a file is sure to change its time stamp
 
+# What files that are not UTF-8 begin with, what they are then, and what to do.
+_ICONV = "convert it by iconv -f {} -t UTF-8 {{}} > NEW.txt"
+_OTHERS = {
+    b"\x1f\x8b": ("compressed by gzip", "write its text beside it by gunzip -k {}"),
+    b"\xfd7zXZ": ("compressed by xz", "write its text beside it by unxz -k {}"),
+    b"\x28\xb5\x2f\xfd": ("compressed by Zstandard", "write its text beside it by unzstd {}"),
+    b"BZh": ("compressed by bzip2", "write its text beside it by bunzip2 -k {}"),
+    b"PK\x03\x04": ("a zip archive", "write its files beside it by unzip {}"),
+    b"PAR1": ("a Parquet file", "set --config.data.document=parquet:FIELD"),
+    codecs.BOM_UTF32_LE: ("UTF-32", _ICONV.format("UTF-32")),  # before UTF-16, which it begins with
+    codecs.BOM_UTF32_BE: ("UTF-32", _ICONV.format("UTF-32")),
+    codecs.BOM_UTF16_LE: ("UTF-16", _ICONV.format("UTF-16")),
+    codecs.BOM_UTF16_BE: ("UTF-16", _ICONV.format("UTF-16")),
+}
+
 Stamp = tuple[int, int]  # size and time of the last change, which no program can set back
 
 
@@ -43,7 +58,10 @@ def find_files(patterns: str, name: str, source: Path | None) -> list[Path]:
         ValueError: if there is no pattern.
         FileNotFoundError: if a pattern matches no file.
     """
-    split = [pattern for part in patterns.split(",") if (pattern := part.strip())]
+    if Path(source or "", os.path.expanduser(patterns)).is_file():  # also with a comma in its name
+        split = [patterns]
+    else:
+        split = [pattern for part in patterns.split(",") if (pattern := part.strip())]
     if not split:
         raise ValueError(
             f'data.{name} is empty: corpus "text" needs --config.data.{name}=PATH, a path or a '
@@ -191,6 +209,11 @@ def _hash(path: Path, text: bool) -> str:
         except UnicodeDecodeError as error:
             # The error's object is what was read last, and before it what the decoder held back.
             place = file.tell() - len(error.object) + error.start
+            with path.open("rb") as head:
+                start = head.read(8)
+            for magic, (what, command) in _OTHERS.items():
+                if start.startswith(magic):
+                    raise ValueError(f"{path} is {what}: {command.format(path)}.") from error
             raise ValueError(
                 f"{path} is not UTF-8 at byte {place} ({error.reason}): convert the file to UTF-8."
             ) from error

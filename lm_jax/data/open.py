@@ -37,6 +37,7 @@ def open_data(cfg: Config, expected: Mapping[str, Any] | None = None) -> Store:
             valid_files=data.valid_files,
             test_files=data.test_files,
             document=data.document,
+            skip_missing=data.skip_missing,
             valid_fraction=data.valid_fraction,
             test_fraction=data.test_fraction,
             cache_dir=str(cache_dir),

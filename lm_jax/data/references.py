@@ -5,13 +5,16 @@ perplexity can be compared with theirs. The tokens are one stream without separa
 cross documents, and the history before the first token of either stream is `start`, repeated.
 """
 
+import contextlib
 import json
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
 from lm_jax import console
+from lm_jax.data.files import hash_json
 from lm_jax.data.store import Store
 from lm_jax.data.tokenizers.kinds import WordTokenizer
 from lm_jax.files import can_write, write_json
@@ -26,6 +29,9 @@ NAMES = {"kn2": "Kneser-Ney bigram", "kn3": "Kneser-Ney trigram", "entropy_rate"
 def references(store: Store, split_name: str) -> dict[str, float]:
     """Scores of simple predictors on a split; computed once and kept beside its tokens.
 
+    They are kept with a hash of themselves and of the store's manifest, and computed again where it
+    is missing or wrong. A folder that cannot be written to keeps nothing.
+
     `uniform`, `unigram`, `kn2` and `kn3` are perplexities per token. The predictors are fitted on
     the first 20 million tokens of the training split and scored on the first 4 million of this one.
     `entropy_rate`, where the source is known, is in nats per token.
@@ -34,8 +40,8 @@ def references(store: Store, split_name: str) -> dict[str, float]:
         ValueError: if the corpus has no such split.
     """
     path = store.path / f"references_{split_name}.json"
-    if path.exists():
-        return json.loads(path.read_text())
+    if (kept := _kept(path, store)) is not None:
+        return kept
     split, tokenizer = store.split(split_name), store.tokenizer
     # WikiText's convention: the history before the first word is an end of line.
     start = tokenizer.line_end if isinstance(tokenizer, WordTokenizer) else tokenizer.separator
@@ -50,8 +56,22 @@ def references(store: Store, split_name: str) -> dict[str, float]:
     if entropy_rate is not None and tokenizer.kind == "char":  # one token, one symbol
         result["entropy_rate"] = entropy_rate
     if can_write(path.parent):
-        write_json(path, result)
+        write_json(path, {**result, "sha256": hash_json([result, store.manifest])})
     return result
+
+
+def _kept(path: Path, store: Store) -> dict[str, float] | None:
+    """The references in a file, if they are those that were written there for this store."""
+    if not path.exists():
+        return None
+    with contextlib.suppress(ValueError):  # cut
+        result = json.loads(path.read_bytes())
+        if isinstance(result, dict):
+            sha256 = result.pop("sha256", None)
+            if sha256 == hash_json([result, store.manifest]):
+                return result
+    console.say(f"{path} is not what was written there for its store: it is computed again")
+    return None
 
 
 def in_nats(by_name: Mapping[str, float]) -> dict[str, float]:

@@ -5,13 +5,15 @@ of a corpus, in order, hold every document of its files once. Reading one needs 
 longest document (Parquet: of its largest row group).
 """
 
+import codecs
 import functools
-import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lm_jax.data import files
+from lm_jax.data.records import decode_record, field_of_json, no_field, not_utf8
 
 Documents = Callable[[], Iterator[str]]
 
@@ -49,12 +51,15 @@ def parse_format(document: str) -> tuple[str, str]:
     return kind, field
 
 
-def pieces(paths: Iterable[Path], document: str) -> list[Documents]:
-    """Pieces of about PIECE bytes, in the order of the files and of the documents in them."""
+def pieces(paths: Iterable[Path], document: str, *, skip_missing: bool = False) -> list[Documents]:
+    """Pieces of about PIECE bytes, in the order of the files and of the documents in them.
+
+    With `skip_missing` a document whose field is null or missing is "".
+    """
     kind, field = parse_format(document)
     cut, read = _FORMATS[f"{kind}:FIELD" if field else kind]
     if field:
-        read = functools.partial(read, field=field)
+        read = functools.partial(read, field=field, skip_missing=skip_missing)
     return cut_into_pieces(paths, cut, read)
 
 
@@ -118,7 +123,7 @@ def _read_file(path: Path, first: int, end: int) -> Iterator[str]:
     content = path.read_bytes()
     if len(content) != end:
         raise _cut_short(path, len(content), end)
-    yield content.decode()
+    yield content.decode("utf-8-sig")
 
 
 def _read_lines(path: Path, first: int, end: int) -> Iterator[str]:
@@ -126,14 +131,28 @@ def _read_lines(path: Path, first: int, end: int) -> Iterator[str]:
         yield line.removesuffix("\n").removesuffix("\r")
 
 
-def _read_jsonl(path: Path, first: int, end: int, field: str) -> Iterator[str]:
+def _cut_jsonl(path: Path) -> Iterator[Cut]:
+    with path.open("rb") as file:
+        if file.read(files.BLOCK).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+            raise ValueError(
+                f"{path} is a JSON array and not one object a line: convert it by "
+                f"jq -c '.[]' {path} > NEW.jsonl."
+            )
+    return cut_lines(path)
+
+
+def _read_jsonl(path: Path, first: int, end: int, field: str, skip_missing: bool) -> Iterator[str]:
     for offset, line in lines(path, first, end):
         if line.strip():
-            yield _json_field(line, field, functools.partial(_line_name, path, offset))
+            name = functools.partial(_line_name, path, offset)
+            yield field_of_json(line, field, skip_missing, name)
 
 
 def lines(path: Path, first: int, end: int) -> Iterator[tuple[int, str]]:
-    """Offset and text, with its end, of each line that begins in bytes `first` to `end`."""
+    """Offset and text, with its end, of each line that begins in bytes `first` to `end`.
+
+    The file's byte-order mark is left out.
+    """
     with path.open("rb") as file:
         if first:  # A line begins here only if the byte before ends one.
             file.seek(first - 1)
@@ -141,7 +160,7 @@ def lines(path: Path, first: int, end: int) -> Iterator[tuple[int, str]]:
         for line in file:
             if first >= end:
                 return
-            yield first, line.decode()
+            yield first, (line if first else line.removeprefix(codecs.BOM_UTF8)).decode()
             first += len(line)
     if first < end:
         raise _cut_short(path, first, end)
@@ -158,38 +177,12 @@ def _line_name(path: Path, offset: int) -> str:
     return f"{path}, line {1 + sum(1 for _ in lines(path, 0, offset))}"
 
 
-def _json_field(record: str | bytes, field: str, name: Callable[[], str]) -> str:
-    try:
-        value = json.loads(record)
-    except ValueError as error:
-        raise ValueError(f"{name()} is not JSON ({error}): correct or delete it.") from error
-    except RecursionError as error:
-        raise ValueError(f"{name()} nests too deeply to be read: correct or delete it.") from error
-    if not isinstance(value, dict) or not isinstance(value.get(field), str):
-        has = sorted(value) if isinstance(value, dict) else type(value).__name__
-        raise _no_field(name(), field, has)
-    text = value[field]
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{name()} holds half a surrogate pair, which no text has: correct or delete it."
-        ) from error
-    return text
-
-
-def _no_field(name: str, field: str, has: Any) -> ValueError:
-    return ValueError(
-        f"{name} has no text field {field!r} but {has}: set the FIELD of --config.data.document "
-        "to one that every document has."
-    )
-
-
 # --- Parquet -------------------------------------------------------------------------------------
 
 
 def _pyarrow() -> Any:
     try:
+        import pyarrow.compute
         import pyarrow.parquet
     except ImportError as error:
         raise ValueError(
@@ -201,7 +194,7 @@ def _pyarrow() -> Any:
 def _open_parquet(path: Path) -> Any:
     pyarrow = _pyarrow()
     try:
-        return pyarrow.parquet.ParquetFile(path)
+        return pyarrow.parquet.ParquetFile(path, page_checksum_verification=True)
     except pyarrow.ArrowInvalid as error:
         raise ValueError(
             f"{path} is no complete Parquet file ({error}): replace it or leave it out."
@@ -215,21 +208,47 @@ def _cut_parquet(path: Path) -> Iterator[Cut]:
             yield group, group + 1, size
 
 
-def _read_parquet(path: Path, first: int, end: int, field: str) -> Iterator[str]:
+def has_checksums(path: Path) -> bool:
+    """Whether the pages of a Parquet file hold checksums; those of its first stand for all."""
     with _open_parquet(path) as file:
-        if field not in file.schema_arrow.names:
-            raise _no_field(str(path), field, sorted(file.schema_arrow.names))
+        if not file.num_row_groups:
+            return True
+        column = file.metadata.row_group(0).column(0)
+    with path.open("rb") as pages:
+        pages.seek(column.dictionary_page_offset or column.data_page_offset)
+        # The checksum is the fourth number of a page header (parquet.thrift, PageHeader).
+        return re.match(rb"(\x15[\x80-\xff]*[\x00-\x7f]){4}", pages.read(64)) is not None
+
+
+def _read_parquet(
+    path: Path, first: int, end: int, field: str, skip_missing: bool
+) -> Iterator[str]:
+    pyarrow = _pyarrow()
+    with _open_parquet(path) as file:
+        schema = file.metadata.schema
+        names = [schema.column(i).path for i in range(len(schema))]
+        if names.count(field) != 1:
+            if field in names:
+                raise ValueError(f"{path} has {names.count(field)} columns {field!r}: rename one.")
+            raise no_field(str(path), field, sorted(names))
         row = sum(file.metadata.row_group(group).num_rows for group in range(first))
         groups = range(first, end)
         for batch in file.iter_batches(RECORDS, groups, columns=[field], use_threads=False):
+            column = batch.column(0)
+            while pyarrow.types.is_struct(column.type):  # which holds this field alone
+                column = pyarrow.compute.struct_field(column, 0)
             try:
-                texts = batch.column(0).to_pylist()
+                texts = column.to_pylist()
             except UnicodeDecodeError as error:
-                raise _not_utf8(f"{path}, after row {row}", error) from error
+                raise not_utf8(f"{path}, after row {row}", error) from error
             for text in texts:
                 row += 1
+                if isinstance(text, bytes):
+                    text = decode_record(text, f"{path}, row {row}")
+                elif text is None and skip_missing:
+                    text = ""
                 if not isinstance(text, str):
-                    raise _no_field(f"{path}, row {row}", field, type(text).__name__)
+                    raise no_field(f"{path}, row {row}", field, type(text).__name__)
                 yield text
 
 
@@ -260,27 +279,24 @@ def _cut_array_record(path: Path) -> Iterator[Cut]:
         yield first, end, (end - first) * size // count
 
 
-def _read_array_record(path: Path, first: int, end: int, field: str = "") -> Iterator[str]:
+def _read_array_record(
+    path: Path, first: int, end: int, field: str = "", skip_missing: bool = False
+) -> Iterator[str]:
     reader = _open_array_record(path)
     for start in range(first, end, RECORDS):
         for number, record in enumerate(reader.read(start, min(start + RECORDS, end)), start + 1):
             name = f"{path}, record {number}"
-            try:
-                text = record.decode()
-            except UnicodeDecodeError as error:
-                raise _not_utf8(name, error) from error
-            yield _json_field(text, field, functools.partial(str, name)) if field else text
+            text = decode_record(record, name)
+            if field:
+                text = field_of_json(text, field, skip_missing, functools.partial(str, name))
+            yield text
     reader.close()
-
-
-def _not_utf8(name: str, error: UnicodeDecodeError) -> ValueError:
-    return ValueError(f"{name} is not UTF-8 ({error.reason}): write the file again as UTF-8.")
 
 
 _FORMATS: dict[str, tuple[Callable[[Path], Iterator[Cut]], Callable[..., Iterator[str]]]] = {
     "file": (_cut_file, _read_file),
     "line": (cut_lines, _read_lines),
-    "jsonl:FIELD": (cut_lines, _read_jsonl),
+    "jsonl:FIELD": (_cut_jsonl, _read_jsonl),
     "parquet:FIELD": (_cut_parquet, _read_parquet),
     "arrayrecord": (_cut_array_record, _read_array_record),
     "arrayrecord:FIELD": (_cut_array_record, _read_array_record),

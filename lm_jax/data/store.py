@@ -21,7 +21,7 @@ from lm_jax.data.shards import Documents
 from lm_jax.data.tokenizers.base import Tokenizer
 from lm_jax.data.tokenizers.hf import HfTokenizer
 from lm_jax.data.tokenizers.load import load_tokenizer, train_tokenizer
-from lm_jax.files import write_text
+from lm_jax.files import can_write, write_text
 
 FORMAT = 1  # raised whenever the same corpus and tokenizer would give other files
 MANIFEST_KEYS = (
@@ -114,6 +114,11 @@ def prepare(
             store = open_store(path)
         shutil.rmtree(unfinished, ignore_errors=True)  # a kill may have left it
         return store
+    if not can_write(unfinished):
+        raise PermissionError(
+            f"{cache_dir} has no tokens of this corpus and tokenizer and cannot be written into: "
+            "set --config.data.cache_dir to a folder of yours."
+        )
     unfinished.mkdir(parents=True, exist_ok=True)
     try:
         tokenizer = _tokenizer(corpus, given, tokenizer_kind, vocab_size, sample, unfinished)
@@ -252,6 +257,8 @@ def _join(corpus: Corpus, all_parts: list[Part], tokenizer: Tokenizer, unfinishe
         counts = parts.join(of_split, tokenizer, *_array_paths(folder, name))
         if not counts["tokens"]:
             raise _no_tokens(corpus, name, f"{counts['empty_documents']} empty documents")
+        if empty := counts["empty_documents"]:
+            console.say(f"{name}: {empty} documents without text are left out")
         splits[name] = counts
     manifest = {
         "format": FORMAT,

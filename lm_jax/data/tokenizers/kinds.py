@@ -137,6 +137,9 @@ class BpeTokenizer(Tokenizer):
     ARGUMENTS = ("vocabulary", "merges")
     PIECE = 1 << 17  # characters after which a text is cut where it can be
     AT_ONCE = 1 << 20  # characters given to the library at once: it needs 30 times their size
+    # Bytes after which learning cuts a run without a boundary, be it a genome, an unspaced script
+    # or a row of dashes: the library's time is quadratic in the longest, and no token needs more.
+    LONGEST = 1 << 10
 
     def __init__(self, vocabulary: list[str], merges: list[list[str]]) -> None:
         """Tokens in id order from 1 and merges by rank, in the byte-level alphabet."""
@@ -150,7 +153,10 @@ class BpeTokenizer(Tokenizer):
     def train(cls, documents: Iterable[str], vocab_size: int) -> Self:
         """Learns merges from `documents` until there are `vocab_size` ids."""
         library = tokenizers.Tokenizer(tokenizers.models.BPE())
-        library.pre_tokenizer = _gpt2_words()
+        pre_tokenizers = tokenizers.pre_tokenizers
+        library.pre_tokenizer = pre_tokenizers.Sequence(
+            [_gpt2_words(), pre_tokenizers.FixedLength(cls.LONGEST)]
+        )
         trainer = tokenizers.trainers.BpeTrainer(
             vocab_size=vocab_size - 1,
             min_frequency=2,
