@@ -141,7 +141,7 @@ class Setup:
 
     def batches(self) -> Iterator[tuple[range, dict[str, np.ndarray]]]:
         """The remaining calls: the updates of each, and their batches."""
-        data, calls = self.cfg.data, length.dispatches(self.cfg, self.start)
+        data, calls = self.cfg.data, length.Calls(self.cfg, self.start)
         batches = windows.train_batches(
             self.store.split("train"),
             seq_len=data.seq_len,
