@@ -1,8 +1,10 @@
 """The metrics of a run as tables."""
 
+import contextlib
 import dataclasses
 import functools
 import importlib.util
+import json
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -194,7 +196,7 @@ class Log:
                 while lines := file.readlines(_AT_ONCE):
                     whole = [line for line in lines if line.endswith(b"\n")]  # a row may come late
                     self._read += sum(map(len, whole))
-                    self._add([r for r in whole_rows(whole) if finite(r.get("step"))])
+                    self._add([r for r in _parsed(whole) if finite(r.get("step"))])
         return self
 
     def _add(self, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -235,6 +237,15 @@ class Log:
 
 
 LAYERS = "layer_norm/"  # and a layer: the norm of its gradient, in a `Log`
+
+
+def _parsed(lines: Sequence[bytes]) -> Sequence[dict[str, Any]]:
+    """The rows in lines; all at once, which takes half the time, if every line is a row."""
+    with contextlib.suppress(ValueError):
+        rows = json.loads(b"[" + b",".join(lines) + b"]")
+        if len(rows) == len(lines) and all(isinstance(row, dict) for row in rows):
+            return rows  # type: ignore[no-any-return]
+    return list(whole_rows(lines))
 
 
 def _layer(name: str) -> str:

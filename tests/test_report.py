@@ -175,8 +175,10 @@ def test_a_log_is_read_on_and_keeps_little(tmp_path):
     assert grown < 2 << 20 and log.done == 6_000
     at_once = Log(tmp_path).read()
     for name in ("train/loss", "valid/loss", "layer_norm/blocks/1"):
-        for a, b in zip(log.course(name, 30), at_once.course(name, 30), strict=True):
-            np.testing.assert_allclose(a, b, rtol=0.01)
+        found, other = log.course(name, 300), at_once.course(name, 300)
+        assert len(found.steps) == len(other.steps)
+        assert found.high.max() == other.high.max() and found.low.min() == other.low.min()
+        assert np.allclose(log.course(name, 1), at_once.course(name, 1))
     file = tmp_path / "metrics.jsonl"
     file.write_bytes(b"?" * file.stat().st_size + b'{"step": 6001, "train/loss": 1.0}\n')
     assert log.read().done == 6_001  # what was read is not read again
