@@ -1,7 +1,7 @@
 """What a run needs of the memory of a device, and what to lower where it is too much.
 
-Both are looked at before anything is compiled. What a run needs at least are its state, the
-gradients, the batches of a call and the states between layers; how much more is an estimate.
+What a run needs at least, known before anything is compiled: its state, the gradients, the batches
+of a call and the states between layers. The other activations are not estimated.
 """
 
 import contextlib
@@ -116,7 +116,9 @@ def require_memory(cfg: Config, mesh: Mesh, state: Any) -> None:
     share = min(0.9, max(there / 2, there - needed.total + largest) / largest)
     model, name = cfg.model, needed._fields[needed.index(largest)]
     if name == "state":
-        path = "model.layers" if model.layers > 1 else "model.d_model"
+        path = "model.layers"
+        if model.layers * share < 1 and model.reads("d_model"):
+            path, share = "model.d_model", math.sqrt(share)  # matrices grow with its square
     elif name == "batches":
         path = "train.steps_per_call" if cfg.train.steps_per_call > 1 else "data.batch_size"
     else:

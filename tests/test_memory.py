@@ -50,7 +50,7 @@ def test_the_state_is_counted_as_it_is(ema):
     ("field", "changes"),
     [
         ("model.layers", {"model__layers": 400}),
-        ("model.d_model", {"model__layers": 1, "model__d_model": 512}),
+        ("model.d_model", {"model__layers": 2, "model__d_model": 2048}),
         ("train.steps_per_call", {"train__steps_per_call": 5000, "train__steps": "5000"}),
         ("data.batch_size", {"data__batch_size": 50_000, "data__micro_batch": 10, **FEW}),
         ("data.micro_batch", {"data__batch_size": 7200, "model__layers": 10, **FEW}),
