@@ -2,8 +2,6 @@
 
 import functools
 import io
-import math
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -11,49 +9,16 @@ import numpy as np
 
 from lm_jax import page
 from lm_jax.config import Config
+from lm_jax.history import LAYERS, Course, Log
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-Rows = Sequence[Mapping[str, Any]]
 
 _MOST = 300  # points of a line
 _SHARES = 40  # of a share, which is 0 or 1 in a single update
 _LAYERS = 6  # lines of a figure with one for every layer
 _TRAIN, _SECOND = page.COLOURS[:2]
 _LINE: dict[str, Any] = {"color": page.SOFT, "linestyle": "--"}
-
-
-class Course(NamedTuple):
-    """One metric over a run: the middle of each stretch of updates, its mean, lowest, highest."""
-
-    steps: np.ndarray
-    mean: np.ndarray
-    low: np.ndarray
-    high: np.ndarray
-
-    def __bool__(self) -> bool:
-        """Whether there is anything."""
-        return len(self.steps) > 0
-
-
-def finite(value: Any) -> bool:
-    """Whether a value of a row is a finite number."""
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
-def course(rows: Rows, name: str, most: int = _MOST) -> Course:
-    """The course of a metric in at most so many stretches, without what is no finite number."""
-    found = [(row["step"], row[name]) for row in rows if finite(row.get(name))]
-    points_N2 = np.array(found, float).reshape(-1, 2)
-    if not len(points_N2):
-        return Course(*np.zeros((4, 0)))
-    edges = np.linspace(0, len(points_N2), min(len(points_N2), most) + 1).astype(int)
-    sums_P2 = np.add.reduceat(points_N2, edges[:-1])
-    steps, mean = (sums_P2 / np.diff(edges)[:, None]).T
-    values = points_N2[:, 1]
-    low, high = (f.reduceat(values, edges[:-1]) for f in (np.minimum, np.maximum))
-    return Course(steps, mean, low, high)
 
 
 class Drawing(NamedTuple):
@@ -89,15 +54,16 @@ def _png(figure: "Figure") -> bytes:
     return file.getvalue()
 
 
-def drawings(rows: Rows, cfg: Config, lines: Mapping[str, float]) -> list[Drawing]:
+def drawings(log: Log, cfg: Config, lines: Mapping[str, float]) -> list[Drawing]:
     """All figures for which something was logged.
 
     Args:
-        rows: of `metrics.jsonl`, each with its step.
+        log: what the run has logged, read already.
         cfg: the config of the run.
         lines: nats per token of the reference predictors, by the names that are shown.
     """
-    train, valid = course(rows, "train/loss"), course(rows, "valid/loss")
+    course = functools.partial(log.course, most=_MOST)
+    train, valid = course("train/loss"), course("valid/loss")
     if not train:
         return []
     band = "The band spans the lowest and the highest update of each stretch. "
@@ -106,19 +72,19 @@ def drawings(rows: Rows, cfg: Config, lines: Mapping[str, float]) -> list[Drawin
     if len(train.steps) > 20:
         close = functools.partial(_loss, train, valid, lines, 0.2)
         made.append(("Loss, close up.", "The same without the first fifth of the run.", close))
-    clip, clipped = cfg.optim.clip_norm, course(rows, "optim/clip_rate", _SHARES)
-    if norm := course(rows, "optim/grad_norm"):
-        told = f"{_mean(rows, 'optim/clip_rate')} of all updates were clipped."
+    clip, clipped = cfg.optim.clip_norm, log.course("optim/clip_rate", _SHARES)
+    if norm := course("optim/grad_norm"):
+        told = f"{_mean(log, 'optim/clip_rate')} of all updates were clipped."
         told = told if clip else "Gradients are not clipped."
         draw = functools.partial(_gradient, norm, clipped, clip)
         made.append(("Gradient norm.", f"Before clipping. {band}{told}", draw))
-    if rates := course(rows, "optim/lr"):
+    if rates := course("optim/lr"):
         made.append(("Learning rate.", "Of each update.", functools.partial(_rate, rates)))
-    if speed := course(rows, "perf/tokens_per_second"):
-        told = f"{_mean(rows, 'perf/input_wait')} of the time was spent waiting for data."
-        draw = functools.partial(_speed, speed, course(rows, "perf/input_wait", _SHARES))
+    if speed := course("perf/tokens_per_second"):
+        told = f"{_mean(log, 'perf/input_wait')} of the time was spent waiting for data."
+        draw = functools.partial(_speed, speed, log.course("perf/input_wait", _SHARES))
         made.append(("Speed.", told, draw))
-    if layers := _layers(rows):
+    if layers := {name: line for name in log.layers if (line := course(LAYERS + name))}:
         chosen = np.linspace(0, len(layers) - 1, min(len(layers), _LAYERS)).round().astype(int)
         some = f"{len(chosen)} of {len(layers)} layers. " if len(chosen) < len(layers) else ""
         named = list(layers.items())
@@ -127,8 +93,8 @@ def drawings(rows: Rows, cfg: Config, lines: Mapping[str, float]) -> list[Drawin
     return [Drawing(*one) for one in made]
 
 
-def _mean(rows: Rows, name: str) -> str:
-    return f"{course(rows, name, 1).mean[0]:.1%}"
+def _mean(log: Log, name: str) -> str:
+    return f"{log.course(name, 1).mean[0]:.1%}"
 
 
 def _axis(axes: Any, label: str) -> None:
@@ -244,28 +210,6 @@ def _speed(speed: Course, wait: Course, axes: Any) -> str:
     most = max(0.05, 1.2 * wait.mean.max())
     _beside(axes, wait, "waiting for data", "time waiting for data", most)
     return f"median {np.median(speed.mean):,.0f} tokens per second"
-
-
-def _layers(rows: Rows) -> dict[str, Course]:
-    """Gradient norms by layer: the root of the sum of squares of its parameters.
-
-    `grad_norm/blocks/3/mlp/up/kernel` belongs to the layer `blocks/3`, others to their first word.
-    """
-    logged = [row for row in rows if any(name.startswith("grad_norm/") for name in row)]
-    members: dict[str, list[str]] = defaultdict(list)
-    for name in logged[0] if logged else ():
-        kind, layer, *rest = [*name.split("/"), ""]
-        if kind == "grad_norm":
-            members[f"{layer}/{rest[0]}" if rest[0].isdigit() else layer].append(name)
-
-    def norm(row: Mapping[str, Any], names: Sequence[str]) -> float:
-        return float(np.linalg.norm(np.array([row.get(name) for name in names], float)))
-
-    courses = {
-        layer: course([{"step": row["step"], layer: norm(row, names)} for row in logged], layer)
-        for layer, names in members.items()
-    }
-    return {layer: line for layer, line in courses.items() if line}
 
 
 def _by_layer(layers: Mapping[str, Course], axes: Any) -> str:

@@ -1,17 +1,25 @@
 """The metrics of a run as tables."""
 
+import contextlib
 import dataclasses
 import functools
 import importlib.util
+import json
+import math
+import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from lm_jax import page
+from lm_jax.workdir import METRICS, whole_rows
 
 _ENDS = 5  # rows that are shown of both ends of a table
 _COLUMNS = 6  # that are shown
+_AT_ONCE = 1 << 20  # bytes read at once
+_STRETCHES = 1200  # of a metric, at most; half of it in a long run
+_PLAIN = {int, float, type(None)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +95,170 @@ class Table(dict[str, np.ndarray]):
         shown = self._shown()
         told = page.table(shown, "Metrics") if shown else ""
         return page.fragment(f'{told}<p class="soft">{self._size()}</p>')
+
+
+class Course(NamedTuple):
+    """One metric over a run: the middle of each stretch of updates, its mean, lowest, highest."""
+
+    steps: np.ndarray
+    mean: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+    def __bool__(self) -> bool:
+        """Whether there is anything."""
+        return len(self.steps) > 0
+
+
+class Stretches:
+    """One metric in stretches of equally many rows, which widen as the run grows.
+
+    Of each are kept the number of its rows, the sums of their updates and values, and the lowest
+    and the highest value: nothing that a figure shows is lost.
+    """
+
+    def __init__(self) -> None:
+        """Begin without rows."""
+        self._width = 1
+        self._whole_5P = np.zeros((5, 0))
+        self._rest_2N = np.zeros((2, 0))  # updates and values: fewer rows than a stretch has
+
+    def extend(self, points_2N: np.ndarray) -> None:
+        """Add rows: their updates and values, in order."""
+        points_2N = np.concatenate([self._rest_2N, points_2N], axis=1)
+        whole = points_2N.shape[1] // self._width * self._width
+        new_5N = _stretches(points_2N[:, :whole])
+        new_5P = _merged(new_5N, np.arange(0, whole, self._width))
+        self._whole_5P = np.concatenate([self._whole_5P, new_5P], axis=1)
+        self._rest_2N = points_2N[:, whole:]
+        while (count := self._whole_5P.shape[1]) > _STRETCHES:
+            self._whole_5P = _merged(self._whole_5P, np.arange(0, count, 2))
+            self._width *= 2
+
+    def _all(self, most: int) -> np.ndarray:
+        """At most so many stretches, [5, P]."""
+        rest_5N = _stretches(self._rest_2N)
+        found = [self._whole_5P, _merged(rest_5N, np.arange(min(1, rest_5N.shape[1])))]
+        whole_5P = np.concatenate(found, axis=1)
+        count = whole_5P.shape[1]
+        return _merged(whole_5P, np.linspace(0, count, min(count, most) + 1).astype(int)[:-1])
+
+    def course(self, most: int) -> Course:
+        """The course of the metric in at most so many stretches."""
+        rows_P, steps_P, sums_P, low_P, high_P = self._all(most)
+        return Course(steps_P / rows_P, sums_P / rows_P, low_P, high_P)
+
+    @property
+    def total(self) -> float:
+        """The sum over all rows."""
+        return float(self._all(1)[2].sum())
+
+
+def _stretches(points_2N: np.ndarray) -> np.ndarray:
+    """A stretch for every row."""
+    steps_N, values_N = points_2N
+    return np.stack([np.ones_like(steps_N), steps_N, values_N, values_N, values_N])
+
+
+def _merged(stretches_5N: np.ndarray, begins_P: np.ndarray) -> np.ndarray:
+    """Neighbouring stretches as one, each from one place to the next."""
+    if not len(begins_P):
+        return stretches_5N[:, :0]
+    parts = [stretches_5N[:3], stretches_5N[3:4], stretches_5N[4:]]
+    ways = [np.add, np.minimum, np.maximum]
+    return np.concatenate(
+        [way.reduceat(part, begins_P, axis=1) for way, part in zip(ways, parts, strict=True)]
+    )
+
+
+class Log:
+    """What a run has logged so far, in memory that grows with its evaluations alone.
+
+    `read` goes on where it stopped, so that a page in the middle of a long run is quick.
+
+    Attributes:
+        done: updates that are finished.
+        events: the rows of evaluations, and of updates after which the run was taken up again.
+    """
+
+    def __init__(self, folder: pathlib.Path):
+        """The log of the run in a folder; nothing is read yet."""
+        self.done = 0
+        self.events: list[Mapping[str, Any]] = []
+        self._path, self._read = folder / METRICS, 0
+        self._metrics: dict[str, Stretches] = {}
+
+    def read(self) -> "Log":
+        """Read what was written since; returns itself."""
+        if self._path.exists():
+            with self._path.open("rb") as file:
+                file.seek(self._read)
+                while lines := file.readlines(_AT_ONCE):
+                    whole = [line for line in lines if line.endswith(b"\n")]  # a row may come late
+                    self._read += sum(map(len, whole))
+                    self._add([r for r in _parsed(whole) if finite(r.get("step"))])
+        return self
+
+    def _add(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        steps_N = np.array([row["step"] for row in rows], float)
+        squares: dict[str, Any] = {}
+        for name in dict.fromkeys(name for row in rows for name in row):
+            values: list[Any] = [row.get(name) for row in rows]
+            if not {*map(type, values)} <= _PLAIN:
+                values = [value if finite(value) else None for value in values]
+            values_N = np.array(values, float)
+            if layer := _layer(name):
+                squares[layer] = squares.get(layer, 0) + values_N**2
+            else:
+                self._extend(name, steps_N, values_N)
+        for layer, squares_N in squares.items():
+            self._extend(f"{LAYERS}{layer}", steps_N, np.sqrt(squares_N))
+        self.done = max([self.done, *(row["step"] for row in rows if "train/loss" in row)])
+        self.events += [row for row in rows if "train/loss" not in row or "resumed" in row]
+
+    def _extend(self, name: str, steps_N: np.ndarray, values_N: np.ndarray) -> None:
+        good = np.isfinite(values_N)
+        if good.any():
+            known = self._metrics.setdefault(name, Stretches())
+            known.extend(np.stack([steps_N, values_N])[:, good])
+
+    @property
+    def layers(self) -> list[str]:
+        """The layers whose gradient norms were logged, in the order of the model."""
+        return [k.removeprefix(LAYERS) for k in self._metrics if k.startswith(LAYERS)]
+
+    def course(self, name: str, most: int) -> Course:
+        """The course of a metric, without what is no finite number; see `Stretches.course`."""
+        return self._metrics.get(name, Stretches()).course(most)
+
+    def total(self, name: str) -> float:
+        """The sum of a metric over all updates."""
+        return self._metrics.get(name, Stretches()).total
+
+
+LAYERS = "layer_norm/"  # and a layer: the norm of its gradient, in a `Log`
+
+
+def _parsed(lines: Sequence[bytes]) -> Sequence[dict[str, Any]]:
+    """The rows in lines; all at once, which takes half the time, if every line is a row."""
+    with contextlib.suppress(ValueError):
+        rows = json.loads(b"[" + b",".join(lines) + b"]")
+        if len(rows) == len(lines) and all(isinstance(row, dict) for row in rows):
+            return rows  # type: ignore[no-any-return]
+    return list(whole_rows(lines))
+
+
+def _layer(name: str) -> str:
+    """The layer of a gradient norm: blocks/3 of grad_norm/blocks/3/mlp/up/kernel; else nothing."""
+    kind, layer, rest, *_ = [*name.split("/"), "", ""]
+    if kind != "grad_norm":
+        return ""
+    return f"{layer}/{rest}" if rest.isdigit() else layer
+
+
+def finite(value: Any) -> bool:
+    """Whether a value of a row is a finite number."""
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _table(rows: Sequence[Mapping[str, Any]], kind: str) -> Any:

@@ -1,22 +1,56 @@
 """The length of a run: its calls and events, and what another length changes."""
 
+import bisect
 import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
 
 from lm_jax import config, optim
 from lm_jax.config import Config
 
 
-def dispatches(cfg: Config, start: int) -> list[range]:
-    """The updates from `start` to the end, cut into the calls that are dispatched.
+class Calls(Sequence[range]):
+    """The updates from one on to the end, cut into the calls that are dispatched.
 
     Calls end on a grid that depends on the config alone, so that a resumed run compiles and runs
-    the same calls as one that was never stopped.
+    the same calls as one that was never stopped. Each is computed when it is asked for: a list of
+    the calls of a long run would fill the memory.
     """
-    steps = int(cfg.train.steps)
-    every = (cfg.train.steps_per_call, int(cfg.train.eval_every), int(cfg.train.checkpoint_every))
-    ends = {end for span in every if span for end in range(span, steps, span)} | {steps}
-    bounds = [start, *sorted(end for end in ends if end > start)]
-    return [range(*pair) for pair in itertools.pairwise(bounds)]
+
+    def __init__(self, cfg: Config, start: int):
+        """The calls of a resolved config from update `start` on."""
+        self._start, self._steps = start, int(cfg.train.steps)
+        every = cfg.train.steps_per_call, int(cfg.train.eval_every), int(cfg.train.checkpoint_every)
+        spans = {span for span in every if span} | {self._steps}
+        self._spans = [s for s in spans if not any(s % other == 0 for other in spans - {s})]
+        # By inclusion and exclusion: numbers that several spans divide count once.
+        self._signs = [
+            ((-1) ** (count + 1), math.lcm(*some))
+            for count in range(1, len(self._spans) + 1)
+            for some in itertools.combinations(self._spans, count)
+        ]
+
+    def _ends(self, update: int) -> int:
+        """How many calls of the whole run end at this update or before."""
+        return sum(sign * (update // span) for sign, span in self._signs)
+
+    def ends_at(self, update: int) -> bool:
+        """Whether a call of the whole run ends there."""
+        return any(update % span == 0 for span in self._spans)
+
+    def __len__(self) -> int:
+        """The number of calls."""
+        return max(0, self._ends(self._steps) - self._ends(self._start))
+
+    def __getitem__(self, at: Any) -> Any:
+        """The updates of one call."""
+        if at := range(len(self))[at]:
+            earlier = self._ends(self._start) + at
+            begin = bisect.bisect_left(range(self._steps), earlier, key=self._ends)
+        else:
+            begin = self._start
+        return range(begin, min(span * (begin // span + 1) for span in self._spans))
 
 
 def due(position: int, every: str, steps: int) -> bool:
@@ -35,7 +69,7 @@ def renewed(old: Config, cfg: Config, position: int) -> list[str]:
             f"{'lengthened' if steps > before else 'shortened'} from {before:,} to {steps:,} "
             f"updates: the learning rate at update {position:,} goes from {then:.2e} to {now:.2e}"
         )
-    if position not in {call.stop for call in dispatches(cfg, 0)}:
+    if not Calls(cfg, 0).ends_at(position):
         lines.append(
             f"update {position:,} is no end of a call in a run like this one, which from the start "
             "could differ in the last bits"

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from lm_jax import console, setup, signals
+from lm_jax import console, memory, setup, signals
 from lm_jax.config import Config
 from lm_jax.data.store import Store
 from lm_jax.progress import Progress
@@ -31,7 +31,9 @@ def train_and_evaluate(
     """
     console.use(silent=jax.process_index() > 0)
     with signals.handled(), contextlib.ExitStack() as held:
-        return _train(setup.assemble(cfg, pathlib.Path(workdir), store, held))
+        run = setup.assemble(cfg, pathlib.Path(workdir), store, held)
+        with memory.exhausted(run.cfg, run.mesh):
+            return _train(run)
 
 
 def _train(run: setup.Setup) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from lm_jax import console, metrics, preflight, report, signals, step
 from lm_jax.checkpoint import Manifest
 from lm_jax.data.references import references
 from lm_jax.doctor import provenance
+from lm_jax.history import Log
 from lm_jax.models.families import family
 from lm_jax.setup import Setup
 from lm_jax.signals import Interrupted
@@ -58,7 +59,7 @@ class Progress:
         self._recent = 0.0, 0.0  # tokens and seconds of the last calls
         self._skipped: list[int] = []
         self._valid: tuple[str, ...] = ()
-        self._watch = preflight.Watch(run.folder)
+        self._watch, self._log = preflight.Watch(run.folder), Log(run.folder)
         self._open = contextlib.ExitStack()
 
     def close(self) -> None:
@@ -219,5 +220,5 @@ class Progress:
             if self.run.cfg.doctor != "off":
                 for line in self._watch.look(lines):
                     console.say(line)
-            report.write(self.run.folder, lines)
+            report.write(self.run.folder, lines, self._log)
         return better

@@ -22,16 +22,17 @@ from lm_jax import curves, metrics, page, workdir
 from lm_jax.compare.tables import short
 from lm_jax.config.flags import parse_flags
 from lm_jax.config.section import fields_html
-from lm_jax.curves import finite
 from lm_jax.doctor.findings import Report
 from lm_jax.door import command
 from lm_jax.evaluate import OWN, among_references, knowledge, named_lines, perplexity
 from lm_jax.files import read_json, user_path, write_text
+from lm_jax.history import Log, finite
 from lm_jax.models.families import size
 from lm_jax.rundir import read_scores
 from lm_jax.samples import sample_html
 
 _NEWEST = 8  # evaluations that are shown at once
+_POINTS = 1000  # stretches of the run, of which a median is taken
 _STYLE = """
 .facts { display: grid; gap: .9rem 1.25rem; margin: 1.25rem 0 0;
   grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); }
@@ -49,7 +50,7 @@ class _Run:
     folder: pathlib.Path
     record: workdir.Record
     made: Mapping[str, Any]  # config.json
-    rows: Sequence[Mapping[str, Any]]  # metrics.jsonl
+    log: Log  # metrics.jsonl
     scores: Mapping[str, Mapping[str, Any]]  # eval_<split>.json, by split
     references: Mapping[str, float]  # of the valid split
 
@@ -58,23 +59,17 @@ class _Run:
         """Updates of the whole run."""
         return int(self.record.cfg.train.steps)
 
-    @property
-    def done(self) -> int:
-        """Updates that are finished."""
-        return max((row["step"] for row in self.rows if "train/loss" in row), default=0)
 
-    def values(self, name: str) -> np.ndarray:
-        """The finite values of a metric."""
-        return np.array([row[name] for row in self.rows if finite(row.get(name))], float)
-
-
-def write(folder: pathlib.Path, references: Mapping[str, float] | None = None) -> pathlib.Path:
+def write(
+    folder: pathlib.Path, references: Mapping[str, float] | None = None, log: Log | None = None
+) -> pathlib.Path:
     """Write the page of a run into its workdir.
 
     Args:
         folder: the workdir.
         references: those of the valid split, as `lm_jax.data.references` has them; if None, they
             are read from `eval_valid.json`, which is there once the run is finished.
+        log: that of the run, read up to an earlier page; if None, it is read from its beginning.
 
     Returns:
         The path of the page.
@@ -88,10 +83,9 @@ def write(folder: pathlib.Path, references: Mapping[str, float] | None = None) -
     if references is None:
         references = scores.get("valid", {}).get("references", {})
     made = read_json(record.path)
-    rows = [row for row in workdir.read_metrics(folder) if finite(row.get("step"))]
-    run = _Run(folder, record, made, rows, scores, references)
+    run = _Run(folder, record, made, (log or Log(folder)).read(), scores, references)
     # A page that is still to change looks for its newer self.
-    head = "" if run.done >= run.steps else '<meta http-equiv="refresh" content="60">\n'
+    head = "" if run.log.done >= run.steps else '<meta http-equiv="refresh" content="60">\n'
     name = folder.resolve().name
     text = page.document(f"{name}, {_state(run)}", _body(run, name), style=_STYLE, head=head)
     write_text(folder / workdir.REPORT, text)
@@ -99,7 +93,7 @@ def write(folder: pathlib.Path, references: Mapping[str, float] | None = None) -
 
 
 def _body(run: _Run, name: str) -> str:
-    drawings = curves.drawings(run.rows, run.record.cfg, named_lines(run.references))
+    drawings = curves.drawings(run.log, run.record.cfg, named_lines(run.references))
     drawn = "".join(page.figure(*one) for one in drawings)
     sections = {
         "Result": _results(run),
@@ -114,37 +108,40 @@ def _body(run: _Run, name: str) -> str:
 
 
 def _state(run: _Run) -> str:
-    if run.done >= run.steps:
+    if run.log.done >= run.steps:
         return f"finished after {run.steps:,} updates"
-    return f"update {run.done:,} of {run.steps:,}"
+    return f"update {run.log.done:,} of {run.steps:,}"
 
 
 def _head(run: _Run, name: str) -> str:
-    cfg, data, made = run.record.cfg, run.record.data, run.made
+    cfg, data, made, log = run.record.cfg, run.record.data, run.made, run.log
     train = data["splits"]["train"]["tokens"]
-    speed, step_ms = run.values("perf/tokens_per_second"), run.values("perf/step_ms")
-    skipped = run.values("optim/skipped_updates").sum()
+    speed, step_ms = (
+        log.course(f"perf/{x}", _POINTS).mean for x in ("tokens_per_second", "step_ms")
+    )
+    skipped = log.total("optim/skipped_updates")
     revision = made["git_revision"] or ""
     devices = [f"{made['devices'].count(k)} {k}" for k in dict.fromkeys(made["devices"])]
-    seen = float(run.values("data/tokens")[-1:].sum())
+    seen = float(log.course("data/tokens", _POINTS).high[-1:].sum())
+    resumed = [row["resumed"] for row in log.events if finite(row.get("resumed"))]
     facts = {
         "Parameters": short(size(cfg.model, data["vocab_size"], cfg.data.seq_len).total),
         "Data": f"{data['corpus']}, {short(train)} training tokens",
         "Tokenizer": f"{data['tokenizer_kind']}, {data['vocab_size']:,} ids",
         "Device": f"{', '.join(devices)}, {cfg.train.compute_dtype}",
         "Tokens seen": f"{short(seen)}, {seen / train:.2f} epochs" if seen else "",
-        "Training time": _spoken(step_ms.sum() / 1e3) if len(step_ms) else "",
+        "Training time": _spoken(log.total("perf/step_ms") / 1e3) if len(step_ms) else "",
         "Speed": f"{np.median(speed):,.0f} tokens/s" if len(speed) else "",
-        "Time left": _spoken((run.steps - run.done) * np.median(step_ms[-200:]) / 1e3)
-        if len(step_ms) and run.done < run.steps
+        "Time left": _spoken((run.steps - run.log.done) * np.median(step_ms[-_POINTS // 5 :]) / 1e3)
+        if len(step_ms) and run.log.done < run.steps
         else "",
         "Skipped updates": f"{skipped:,.0f}" if skipped else "",
-        "Resumed after update": ", ".join(f"{x:,.0f}" for x in run.values("resumed")),
+        "Resumed after update": ", ".join(f"{x:,.0f}" for x in resumed),
         "Started": made["started"][:16].replace("T", " "),
         "lm_jax": f"{made['versions']['lm_jax']} {revision[:8]}{revision[40:]}",  # and its "+"
     }
     told = "".join(f"<div><dt>{k}</dt><dd>{escape(x)}</dd></div>" for k, x in facts.items() if x)
-    share = min(1, run.done / run.steps)
+    share = min(1, run.log.done / run.steps)
     return (
         f'<h1>{escape(name)}</h1>\n<p class="path">{escape(str(run.folder))}</p>\n'
         f"<strong>{_state(run).capitalize()}</strong>"
@@ -177,7 +174,7 @@ def newest_results(
 
     Args:
         scores: of `eval_<split>.json`, by split.
-        rows: of `metrics.jsonl`.
+        rows: of `metrics.jsonl`; of them the evaluations count.
         references: of the valid split.
     """
     if scores or not (evaluations := _evaluated(rows)):
@@ -187,7 +184,7 @@ def newest_results(
 
 def _results(run: _Run) -> str:
     """The results among their reference lines."""
-    results = newest_results(run.scores, run.rows, run.references)
+    results = newest_results(run.scores, run.log.events, run.references)
     told = knowledge(run.references) if run.references else ""
     return f'{results_html(results)}<p class="soft">{told}</p>' if results else ""
 
@@ -236,7 +233,7 @@ def _samples(folder: pathlib.Path, most: int = 5) -> str:
 
 def _evaluations(run: _Run) -> str:
     """Every evaluation of the valid split, newest first."""
-    if not (evaluations := _evaluated(run.rows)):
+    if not (evaluations := _evaluated(run.log.events)):
         return ""
     best = min(evaluations, key=lambda row: row["loss"])
     four = "{:.4f}".format

@@ -17,7 +17,7 @@ from lm_jax.evaluate import OWN, among_references, named_lines, score_split
 from lm_jax.export import export
 from lm_jax.files import user_path
 from lm_jax.generate import generate
-from lm_jax.history import History
+from lm_jax.history import History, Log
 from lm_jax.preflight import examine_workdir
 from lm_jax.report import newest_results, results_html
 from lm_jax.rundir import read_scores, read_state
@@ -120,7 +120,7 @@ class Run:
             ValueError: if nothing is logged yet.
         """
         lines = named_lines(self.scores.get("valid", {}).get("references", {}))
-        drawings = curves.drawings(self.history().rows, self.config, lines)
+        drawings = curves.drawings(Log(self.workdir).read(), self.config, lines)
         if not drawings:
             raise ValueError(f"{self.workdir}: no update is logged yet; train the run first.")
         return curves.plot(drawings)
@@ -134,7 +134,7 @@ class Run:
         return str(self.workdir)
 
     def _results(self) -> dict[str, Mapping[str, Any]]:
-        return newest_results(self.scores, self.history().rows, {})
+        return newest_results(self.scores, Log(self.workdir).read().events, {})
 
     def __repr__(self) -> str:
         """Where it is, how far, its results with their reference lines, and what to do next."""

@@ -19,6 +19,7 @@ from lm_jax import (
     evaluate,
     generate,
     length,
+    memory,
     preflight,
     report,
     rundir,
@@ -141,7 +142,7 @@ class Setup:
 
     def batches(self) -> Iterator[tuple[range, dict[str, np.ndarray]]]:
         """The remaining calls: the updates of each, and their batches."""
-        data, calls = self.cfg.data, length.dispatches(self.cfg, self.start)
+        data, calls = self.cfg.data, length.Calls(self.cfg, self.start)
         batches = windows.train_batches(
             self.store.split("train"),
             seq_len=data.seq_len,
@@ -176,7 +177,8 @@ class Setup:
     def evaluate(self, state: TrainState) -> tuple[dict[str, Any], list[Sample]]:
         """Score the valid split and sample, with averaged parameters if there are any."""
         params = state.ema if self.cfg.optim.ema_decay else state.params
-        result = self.evaluator(params, "valid")
+        with memory.exhausted(self.cfg, self.mesh, scoring=True):
+            result = self.evaluator(params, "valid")
         if jax.process_count() > 1:
             return result, []
         parts = self.cfg, self.store.tokenizer, self.mesh, self.graphdef, params
@@ -233,6 +235,7 @@ def assemble(
         params = init(key) if params is None else params
         return step.init_state(cfg, params, objective.beside(key))
 
+    memory.require_memory(cfg, mesh, jax.eval_shape(init_state, jax.random.key(0)))
     lines = _choices(asked, cfg, store, mesh, epoch, init)  # refuses before there is a folder
     checkpoints, origin, more = _enter(folder, cfg, store, asked, held)
     resuming = checkpoints.position() is not None

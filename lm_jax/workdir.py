@@ -13,7 +13,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -214,12 +214,17 @@ def read_rows(path: pathlib.Path) -> Iterator[dict[str, Any]]:
     """
     if not path.exists():
         return
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        for line in lines:
-            with contextlib.suppress(json.JSONDecodeError):
-                row = json.loads(line)
-                if isinstance(row, dict):
-                    yield row
+    with path.open("rb") as lines:
+        yield from whole_rows(lines)
+
+
+def whole_rows(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+    """The objects in lines of JSON; see `read_rows`."""
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            row = json.loads(line)
+            if isinstance(row, dict):
+                yield row
 
 
 def clear_results(workdir: pathlib.Path, *names: str) -> None:

@@ -1,20 +1,24 @@
 """Metrics of a run that goes on: `metrics.jsonl`, TensorBoard and Weights & Biases."""
 
+import bisect
 import importlib.util
 import json
 import pathlib
 import secrets
 from collections.abc import Mapping
 from html import escape
+from typing import Any
 
 import jax
+import numpy as np
 
 from lm_jax import config
 from lm_jax.config import Config, ConfigError
-from lm_jax.files import finite_or_none, whole, write_text
-from lm_jax.workdir import METRICS, read_metrics
+from lm_jax.files import finite_or_none, write_text
+from lm_jax.workdir import METRICS, whole_rows
 
 Row = Mapping[str, float]
+_TOLD = {"perf": 6, "data": 12}  # digits, by the beginning of the name
 
 
 def check(cfg: Config) -> None:
@@ -108,6 +112,40 @@ class _Wandb:
         self._run.finish()
 
 
+def _cut(path: pathlib.Path, start: int) -> None:
+    """Drop the rows of later updates than `start`, and a line that a kill left unfinished.
+
+    The rows lie in the order of the updates, so that a bisection finds the place.
+    """
+    with path.open("rb+") as file:
+
+        def later(at: int) -> bool:
+            """Whether the first row that begins there or beyond is to be dropped."""
+            file.seek(max(0, at - 1))
+            if at:
+                file.readline()
+            return next((row["step"] > start for row in whole_rows(file)), True)
+
+        end = bisect.bisect_left(range(file.seek(0, 2)), True, key=later)
+        file.seek(end)  # just behind the first byte of the last row that stays
+        if end and not file.readline().endswith(b"\n"):
+            file.write(b"\n")
+        file.truncate()
+
+
+def _short(name: str, value: Any) -> float:
+    """A value with the digits that it has: those of float32, of which float64 has more.
+
+    Of what is only told, as speeds, those that tell something are kept.
+    """
+    if isinstance(value, int):
+        return value
+    if isinstance(value, np.generic) and value.dtype.itemsize < 8:
+        return float(str(value))
+    digits = _TOLD.get(name.partition("/")[0])
+    return float(f"{value:.{digits}g}") if digits else float(value)
+
+
 class Writers:
     """Metrics of each update to their places; only process 0 writes."""
 
@@ -123,11 +161,8 @@ class Writers:
         self._boards: list[_TensorBoard | _Wandb] = []
         if not self._active:
             return
-        with whole(workdir / METRICS) as file:
-            for row in read_metrics(workdir):
-                if row["step"] <= start:
-                    file.write((json.dumps(row) + "\n").encode())
         self._file = (workdir / METRICS).open("a", buffering=1)
+        _cut(workdir / METRICS, start)
         if cfg.train.tensorboard:
             self._boards.append(_TensorBoard(workdir, cfg, start))
         if cfg.train.wandb:
@@ -137,8 +172,9 @@ class Writers:
         """Append one row; `step` counts finished updates."""
         if not self._active:
             return
-        plain = {key: float(value) for key, value in row.items()}
-        self._file.write(json.dumps({"step": step} | finite_or_none(plain)) + "\n")
+        plain = {key: _short(key, value) for key, value in row.items()}
+        line = json.dumps({"step": step} | finite_or_none(plain), separators=(",", ":"))
+        self._file.write(line + "\n")
         for board in self._boards:
             board.row(step, plain)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "lm_jax"
 AREAS = {
-    "Config and flags": "config rundir workdir start length __main__ door",
+    "Config and flags": "config rundir workdir start length memory __main__ door",
     "Data and tokenizers": "data",
     "Models, attention and losses": "models kernels loss optim objective sharding step",
     "Training": "setup loop progress checkpoint files writers trace environment main metrics",

@@ -178,12 +178,38 @@ def test_int_becomes_float():
         ({"attention__impl": "flash"}, "attention.impl"),
         ({"train__steps": "0"}, "train.steps"),
         ({"train__compute_dtype": "half"}, "train.compute_dtype"),
+        ({"train__steps": "3B"}, "train.steps"),
+        ({"train__steps": "1e999"}, "train.steps"),
+        ({"seed": 1 << 32}, "seed"),
+        ({"seed": -1}, "seed"),
+        ({"data__threads": 1_000_000}, "data.threads"),
+        ({"data__workers": 1_000_000}, "data.workers"),
+        ({"data__batch_size": 100_000_000}, "data.batch_size"),
+        ({"data__seq_len": 1 << 31}, "data.batch_size"),
+        ({"train__steps_per_call": 1_000_000_000}, "train.steps_per_call"),
+        ({"eval__batch_size": 100_000_000}, "eval.batch_size"),
+        ({"model__layers": 100_000}, "model.layers"),
     ],
 )
 def test_impossible_values_name_the_field(changes, field):
     with pytest.raises(ConfigError, match=rf"config\.{field}: .*[.?]$") as error:
         resolved(**changes)
     assert str(error.value).count("\n") == 0
+
+
+def test_a_seed_has_the_bits_that_a_key_reads():
+    last = jax.random.key((1 << 32) - 1)
+    assert jax.random.key_data(last).tolist() == [0, (1 << 32) - 1]
+    assert resolved(seed=(1 << 32) - 1).seed == (1 << 32) - 1
+    assert jax.random.key(1 << 32) == jax.random.key(0)  # and so it is refused
+
+
+def test_the_most_that_indices_reach_is_named():
+    row = 8 * 257
+    most = (1 << 31) // row
+    with pytest.raises(ConfigError, match=f"at most {most:,}"):
+        resolved(data__batch_size=8, train__steps_per_call=1_100_000)
+    resolved(data__batch_size=8, train__steps_per_call=most)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Runs that are lengthened, branched off, started from others, changed, named and locked."""
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -9,13 +10,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import tracemalloc
 
 import absl.flags
 import jax
 import numpy as np
 import pytest
 
-from lm_jax import checkpoint, config, loop, rundir, setup, signals, workdir
+from lm_jax import checkpoint, config, length, loop, rundir, setup, signals, workdir
 from lm_jax.config import ConfigError
 from lm_jax.config.flags import parse_flags
 from lm_jax.config.resolve import resolve
@@ -48,6 +50,45 @@ def trained(cfg, folder):
         seen = record_batches(monkeypatch)
         loop.train_and_evaluate(cfg, folder)
     return seen
+
+
+def cut(steps, *, start=0, per_call=1, evaluate=0, save=0):
+    cfg = config.replace(
+        config.Config(),
+        train__steps=str(steps),
+        train__steps_per_call=per_call,
+        train__eval_every=str(evaluate),
+        train__checkpoint_every=str(save),
+    )
+    return length.Calls(cfg, start)
+
+
+def as_listed(steps, start, *spans):
+    """The definition: a call ends at every multiple of a span, and at the end."""
+    ends = {end for span in spans if span for end in range(span, steps, span)} | {steps}
+    bounds = [start, *sorted(end for end in ends if end > start)]
+    return [range(*pair) for pair in itertools.pairwise(bounds)]
+
+
+def test_calls_end_where_an_event_is_due():
+    small = itertools.product((1, 2, 12), (1, 3), (0, 1, 4), (0, 6, 20), (0, 2, 12))
+    high = [90, 20, 30, 40, 95]
+    large = np.random.default_rng(0).integers([1, 1, 0, 0, 0], high, (80, 5)).tolist()
+    for steps, per_call, evaluate, save, start in [*small, *large]:
+        calls = cut(steps, start=start, per_call=per_call, evaluate=evaluate, save=save)
+        expected = as_listed(steps, start, per_call, evaluate, save)
+        assert [*calls] == expected and len(calls) == len(expected)
+        ends = {call.stop for call in as_listed(steps, 0, per_call, evaluate, save)}
+        assert [n for n in range(steps + 1) if n and calls.ends_at(n)] == sorted(ends)
+
+
+def test_calls_of_a_long_run_take_no_memory():
+    tracemalloc.start()
+    calls = cut(3_000_000, start=7, per_call=8, evaluate=250, save=1)
+    assert len(calls) == 2_999_993 and calls[-1] == range(2_999_999, 3_000_000)
+    assert calls[1_000_000] == range(1_000_007, 1_000_008)
+    assert tracemalloc.get_traced_memory()[1] < 100_000
+    tracemalloc.stop()
 
 
 @pytest.fixture(scope="module")

@@ -1,17 +1,21 @@
 """The page of a run: what it says, that it needs nothing else, and how it lies on a screen."""
 
 import html
+import itertools
 import json
 import re
 import shutil
 import subprocess
 import time
+import tracemalloc
 
+import numpy as np
 import pytest
 
 from lm_jax import report
 from lm_jax.compare.compare import compare_runs
 from lm_jax.config import ConfigError
+from lm_jax.history import Log
 from lm_jax.loop import train_and_evaluate
 from lm_jax.report import write  # before conftest puts it out of action
 from tests.helpers import Page, small, words
@@ -108,6 +112,76 @@ def test_a_single_update_is_a_point_and_a_diverged_loss_leaves_the_figure(run):
     (run / "metrics.jsonl").write_text(json.dumps(first) + "\n" + json.dumps(worse) + "\n")
     source = write(run).read_text()
     assert "train ends at 1000000000" in source and "1e30" not in words(source)
+
+
+def logged(count, *, every=100):
+    """Rows as a run writes them, with a spike, a skipped update, evaluations and a resume."""
+    rng = np.random.default_rng(0)
+    for step in range(1, count + 1):
+        row = {"step": step, "train/loss": 3 + rng.normal(), "optim/skipped_updates": 0.0}
+        row |= {"optim/clip_rate": float(step % 3 == 0), "perf/step_ms": 2.0}
+        row |= {"grad_norm/blocks/1/up/kernel": 3.0, "grad_norm/blocks/1/down/kernel": 4.0}
+        if step == count // 2:
+            row |= {"train/loss": 99.0, "optim/skipped_updates": 1.0, "resumed": step - 1}
+        yield row
+        if step % every == 0:
+            yield {"step": step, "valid/loss": 2.5}
+
+
+def write_rows(folder, rows):
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def test_few_updates_are_drawn_as_they_are(tmp_path):
+    rows = list(logged(300))
+    write_rows(tmp_path, rows)
+    losses = [row["train/loss"] for row in rows if "train/loss" in row]
+    found = Log(tmp_path).read().course("train/loss", 300)
+    for values in found[1:]:
+        assert list(values) == losses
+    assert list(found.steps) == list(range(1, 301))
+
+
+def test_of_many_updates_nothing_is_lost_that_a_page_shows(tmp_path):
+    rows = list(logged(20_000))
+    write_rows(tmp_path, rows)
+    train = [row for row in rows if "train/loss" in row]
+    losses = np.array([row["train/loss"] for row in train])
+    log = Log(tmp_path).read()
+    found = log.course("train/loss", 300)
+    assert 150 <= len(found.steps) <= 300 and (np.diff(found.steps) > 0).all()
+    assert found.high.max() == 99 and found.low.min() == losses.min()
+    assert found.high[(found.steps < 9_800) | (found.steps > 10_200)].max() < 10
+    whole = log.course("train/loss", 1)
+    assert np.isclose(whole.mean[0], losses.mean()) and np.isclose(whole.steps[0], 10_000.5)
+    assert log.total("optim/skipped_updates") == 1 and log.total("perf/step_ms") == 40_000
+    assert log.course("optim/clip_rate", 1).mean[0] == 6666 / 20_000
+    assert log.layers == ["blocks/1"] and (log.course("layer_norm/blocks/1", 9).mean == 5).all()
+    assert log.done == 20_000 and len(log.events) == 201
+    assert [row["resumed"] for row in log.events if "resumed" in row] == [9_999]
+
+
+def test_a_log_is_read_on_and_keeps_little(tmp_path):
+    """In parts of any length it holds what it holds when it is read at once."""
+    rows, pieces = list(logged(6_000)), np.random.default_rng(1).integers(1, 900, 40).cumsum()
+    log = Log(tmp_path)
+    tracemalloc.start()
+    for begin, end in itertools.pairwise([0, *pieces]):
+        write_rows(tmp_path, rows[begin:end])
+        log.read()
+    grown = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert grown < 800_000 and log.done == 6_000
+    at_once = Log(tmp_path).read()
+    for name in ("train/loss", "valid/loss", "layer_norm/blocks/1"):
+        found, other = log.course(name, 300), at_once.course(name, 300)
+        assert len(found.steps) == len(other.steps)
+        assert found.high.max() == other.high.max() and found.low.min() == other.low.min()
+        assert np.allclose(log.course(name, 1), at_once.course(name, 1))
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(b"?" * file.stat().st_size + b'{"step": 6001, "train/loss": 1.0}\n')
+    assert log.read().done == 6_001  # what was read is not read again
 
 
 def test_the_command_says_where_the_page_is(run, monkeypatch, capsys):

@@ -2,8 +2,10 @@ import importlib.machinery
 import json
 import math
 import sys
+import tracemalloc
 import types
 
+import numpy as np
 import pytest
 
 from lm_jax import writers
@@ -61,6 +63,56 @@ def test_resume_drops_later_rows_and_half_a_line(tmp_path):
     assert rows(tmp_path)[-1]["train/loss"] == 9.0
     opened(tmp_path, start=0).close()  # killed before its first checkpoint
     assert rows(tmp_path) == []
+
+
+def test_a_number_has_the_digits_that_it_has(tmp_path):
+    """Those of float32 read back as the same; those of an evaluation and counts stay exact."""
+    values = np.random.default_rng(0).normal(size=100).astype(np.float32)
+    out, epoch, count = opened(tmp_path), 123.00001234567891, 2**40 + 1
+    for step, value in enumerate(values, start=1):
+        told = {"data/epoch": epoch, "data/tokens": count, "perf/step_ms": 81.92345678}
+        out.write(step, {"optim/grad_norm": value, "train/loss": np.float32(np.nan)} | told)
+    out.write(100, {"valid/loss": 1 / 3})
+    out.close()
+    *train, valid = rows(tmp_path)
+    assert valid["valid/loss"] == 1 / 3 and train[0]["train/loss"] is None
+    read = np.array([row["optim/grad_norm"] for row in train])
+    assert (read.astype(np.float32) == values).all()
+    assert train[0]["data/tokens"] == count and abs(train[0]["data/epoch"] - epoch) < 1e-8
+    length = len((tmp_path / "metrics.jsonl").read_text()) / 101
+    plain = {"step": 50, "optim/grad_norm": float(values[50]), "train/loss": None} | told
+    assert length < 0.85 * len(json.dumps(plain))
+
+
+@pytest.mark.parametrize("start", [0, 1, 699, 700, 701, 1000])
+@pytest.mark.parametrize("end", ["", '{"step": 1001, "tr', '{"step": 1001, "train/loss": 1}'])
+def test_a_resumed_run_cuts_its_rows_where_it_goes_on(tmp_path, start, end):
+    path = tmp_path / "metrics.jsonl"
+    logged = [{"step": n, "train/loss": 1 / n} for n in range(1, 1001)]
+    logged = [row for one in logged for row in (one, {"step": one["step"], "valid/loss": 2.0})]
+    path.write_text("".join(json.dumps(row) + "\n" for row in logged) + end)
+    opened(tmp_path, start=start).close()
+    assert rows(tmp_path) == logged[: 2 * start]
+    path.write_text("".join(json.dumps(row) + "\n" for row in logged)[:-1])  # no last line end
+    out = opened(tmp_path, start=1000)
+    out.write(1001, {"train/loss": 3.0})
+    out.close()
+    assert rows(tmp_path)[:-1] == logged and rows(tmp_path)[-1]["step"] == 1001
+
+
+def test_a_long_log_is_neither_read_nor_written_anew(tmp_path):
+    """The file stays the same one."""
+    path = tmp_path / "metrics.jsonl"
+    with path.open("w") as file:
+        for step in range(1, 50_001):
+            file.write(f'{{"step": {step}, "train/loss": 2.5, "optim/lr": 0.001}}\n')
+    before = path.stat().st_ino
+    tracemalloc.start()
+    opened(tmp_path, start=49_000).close()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert path.stat().st_ino == before and peak < 1 << 20
+    assert rows(tmp_path)[-1]["step"] == 49_000
 
 
 def test_only_the_first_process_writes(tmp_path, monkeypatch):

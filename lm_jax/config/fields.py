@@ -6,7 +6,16 @@ names the remedy.
 
 import dataclasses
 
-from lm_jax.config.section import Section, incidental, marks, not_negative, one_of, positive, share
+from lm_jax.config.section import (
+    Section,
+    incidental,
+    limited,
+    marks,
+    not_negative,
+    one_of,
+    positive,
+    share,
+)
 from lm_jax.config.values import Curve, Duration, RopeScaling, Span
 
 
@@ -30,14 +39,14 @@ class DataConfig(Section):
     test_fraction: float = share(0.0)  # held out for the test if the corpus has no such split
     cache_dir: str = incidental("~/.cache/lm_jax")  # of prepared corpora and token stores
     # processes that tokenise a corpus of more than 32 MB; 0: one a core
-    workers: int = incidental(not_negative(0))
+    workers: int = incidental(limited(0, below=1025, why="more processes than a machine bears"))
     seq_len: int = positive(256)  # T, tokens predicted per window
     batch_size: int = positive(32)  # sequences per update, over all devices and micro-batches
     micro_batch: int = not_negative(0)  # most sequences that a device computes at a time; 0: all
     document_mask: bool = True  # attention and positions restart at each document
     window_offset: bool = False  # cut the text into windows elsewhere in every epoch
     # threads that assemble batches ahead of the step; 0: in the loop itself
-    threads: int = incidental(not_negative(1))
+    threads: int = incidental(limited(1, below=129, why="each would keep two calls in memory"))
 
 
 @dataclasses.dataclass(repr=False)
@@ -256,7 +265,8 @@ class Config(Section):
         ```
     """
 
-    seed: int = not_negative(0)  # of parameters, order of the data and dropout
+    # of parameters, order of the data and dropout
+    seed: int = limited(0, below=1 << 32, why="would repeat a seed of 32 bits")
     # checks before a new run starts: none, those that take seconds, or those that take minutes
     doctor: str = incidental(one_of("off fast full", default="fast"))
     data: DataConfig = dataclasses.field(default_factory=DataConfig)

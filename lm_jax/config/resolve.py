@@ -65,7 +65,13 @@ def resolve(cfg: Config, *, windows: int) -> Config:
         ConfigError: if it is impossible.
     """
     cfg = copy.deepcopy(validate(cfg))
-    for path, span in spans(cfg, windows=windows).items():
+    found = spans(cfg, windows=windows)
+    if (steps := found["train.steps"].taken) >= 1 << 31:
+        raise ConfigError(
+            f"config.train.steps: {cfg.train.steps!r} makes {steps:,} updates, and 32 bits count "
+            f"them; give fewer than {1 << 31:,}."
+        )
+    for path, span in found.items():
         section, name = path.split(".")
         setattr(getattr(cfg, section), name, str(span.taken))
     model = cfg.model

@@ -10,6 +10,9 @@ from lm_jax.config.fields import INSIDE, ROUTED, STATES, Config, DistillConfig, 
 from lm_jax.config.section import ConfigError, advice, get, marks, named_fields
 from lm_jax.config.values import Curve
 
+_INDICES = 1 << 31  # elements of an array that XLA reaches
+_UNROLLED = 512  # layers
+
 
 def validate(cfg: Config) -> Config:
     """Return `cfg`, or raise ConfigError on the first impossible value or combination."""
@@ -42,6 +45,16 @@ def _data(cfg: Config) -> Iterator[str]:
         if not getattr(data, f"{split}_files") and not getattr(data, f"{split}_fraction"):
             remedy = f"raise it, or name config.data.{split}_files"
             yield f"data.{split}_fraction: leaves no {split} split, which is scored; {remedy}"
+    row = data.seq_len + 1
+    for path, rows in (
+        ("data.batch_size", data.batch_size),
+        ("train.steps_per_call", data.batch_size * cfg.train.steps_per_call),
+        ("eval.batch_size", cfg.eval.batch_size),
+    ):
+        if rows * row >= _INDICES:
+            most = _INDICES // row * get(cfg, path) // rows
+            remedy = f"give at most {most:,}" if most else "lower config.data.seq_len first"
+            yield f"{path}: makes arrays of {rows * row:,} tokens, past 32-bit indices; {remedy}"
     if data.valid_fraction + data.test_fraction >= 1:
         yield "data.valid_fraction: and test_fraction leave no text; lower them"
 
@@ -82,6 +95,11 @@ def _model(cfg: Config) -> Iterator[str]:
         if getattr(model, name) != default and not model.reads(name):
             family = f"config.model.family={model.family!r}"
             yield f"model.{name}: has no meaning for {family}; leave it at {default!r}"
+    if model.layers > _UNROLLED and not model.scan_layers:
+        yield (
+            f"model.layers: would be compiled one by one, more than {_UNROLLED} for hours; "
+            "set config.model.scan_layers to True"
+        )
     if D % H and not model.head_dim:
         yield (
             f"model.heads: does not divide config.model.d_model={D}; choose a divisor, or give "

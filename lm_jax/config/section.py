@@ -55,6 +55,12 @@ def not_negative(default: Number) -> Number:
     return _marked(default, bound=Bound(lambda x: x >= 0, "is negative; give 0 or more"))
 
 
+def limited(default: int, *, below: int, why: str) -> int:
+    """A field of 0 or more that has a limit; `why` completes "is negative, or ..."."""
+    otherwise = f"is negative, or {why}; give 0 or more and below {below:,}"
+    return _marked(default, bound=Bound(lambda x: 0 <= x < below, otherwise))
+
+
 def share(default: float) -> float:
     """A field in [0, 1)."""
     otherwise = "is no share; give 0 or more and below 1"

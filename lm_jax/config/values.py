@@ -4,6 +4,7 @@ import math
 import re
 
 _UNITS = {"k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9, "": 1.0}
+_MOST = 1e18  # of any unit
 _DURATION = re.compile(r"(\d+(?:\.\d*)?(?:[eE]\d+)?)\s*([kKMB]?)\s*(steps?|tokens?|epochs?)?")
 
 
@@ -21,7 +22,10 @@ class Duration(str):
             raise ValueError(
                 'is no duration; write a number of steps, or like "2M tokens" or "3 epochs"'
             )
-        return float(match[1]) * _UNITS[match[2]], (match[3] or "steps").rstrip("s")
+        amount = float(match[1]) * _UNITS[match[2]]
+        if amount > _MOST:
+            raise ValueError(f"is too long; give at most {_MOST:.0e}")
+        return amount, (match[3] or "steps").rstrip("s")
 
 
 class Span(str):
