@@ -52,7 +52,7 @@ SMALL_PIECES = "from lm_jax.data import shards; shards.PIECE = 30_000"
 VARIANTS: dict[str, tuple[dict[str, Any], str]] = {
     "char": ({}, ""),
     "other seed": ({"seed": 1}, ""),
-    "bpe": ({"tokenizer.kind": "bpe", "tokenizer.vocab_size": 300}, SMALL_PIECES),
+    "bpe": ({"tokenizer.kind": "bpe", "tokenizer.vocab_size": 280}, SMALL_PIECES),
     "doctor": ({"doctor": "fast", "train.sample_prompts": "ba du"}, ""),
 }
 CONFIG = "from lm_jax.config import Config\n\n\ndef get_config():\n    return Config()\n"
@@ -233,6 +233,20 @@ MOMENTS: dict[str, tuple[Callable[[Process], bool], float]] = {
 }
 
 
+def halfway(place: Place) -> None:
+    """Run until more than half is saved, the best checkpoint too, and stop there.
+
+    Raises:
+        RuntimeError: if the run is over before.
+    """
+    run = place.start()
+    while run.process.poll() is None and place.newest() < 24:
+        time.sleep(0.002)
+    run.process.send_signal(signal.SIGTERM)
+    if run.end() != 128 + signal.SIGTERM:
+        raise RuntimeError(f"{run.out}: was over before it could be stopped; start again.")
+
+
 def left(workdir: pathlib.Path, cache: pathlib.Path) -> dict[str, Any]:
     """All that a finished run leaves but clocks and places, by name: states, scores, log, tokens.
 
@@ -243,7 +257,7 @@ def left(workdir: pathlib.Path, cache: pathlib.Path) -> dict[str, Any]:
         for update in rundir.updates(workdir / folder):
             path = (workdir / folder / str(update)).absolute()
             found[f"{folder}/{update}"] = json.loads((path / "manifest" / "metadata").read_text())
-            for name, leaf in _leaves(path / "state"):
+            for name, leaf in _leaves(path):
                 found[f"{folder}/{update} {name}"] = _hash(leaf)
     rows = list(read_metrics(workdir))
     found["logged updates"] = [(row["step"], "train/loss" in row) for row in rows]
@@ -272,12 +286,15 @@ def _names(folder: pathlib.Path, name: str) -> set[str]:
     return {re.sub(r"\.\d{3,}$", ".PID", path) for path in found if not own.search(path)}
 
 
-def _leaves(state: pathlib.Path) -> list[tuple[str, np.ndarray]]:
-    with ocp.PyTreeCheckpointer() as reader:
-        tree = reader.restore(state)
-    return [
-        (jax.tree_util.keystr(path), np.asarray(x)) for path, x in jax.tree.leaves_with_path(tree)
-    ]
+def _leaves(checkpoint: pathlib.Path) -> list[tuple[str, np.ndarray]]:
+    items = dict(state=ocp.PyTreeCheckpointHandler(), manifest=ocp.JsonCheckpointHandler())
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**items)) as reader:
+        like = reader.metadata(checkpoint).item_metadata["state"].tree
+        how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), like)
+        state = ocp.args.PyTreeRestore(restore_args=how)
+        tree = reader.restore(checkpoint, args=ocp.args.Composite(state=state))["state"]
+    named = jax.tree.leaves_with_path(tree)
+    return [(jax.tree_util.keystr(name), np.asarray(leaf)) for name, leaf in named]
 
 
 def _hash(array: np.ndarray) -> str:
