@@ -64,12 +64,17 @@ class Soak:
     compilations: pathlib.Path
     seed: int
     whole: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    planted: str = ""  # code that comes before every command: a fault that is to be found
 
     def place(self, name: str, variant: str = "char") -> Place:
         """A new folder for a run."""
         root = self.folder / name.replace(" ", "-").replace("/", "-")
         root.mkdir(parents=True)
-        return Place(root, self.folder / "corpus", self.compilations, variant)
+        return Place(root, self.folder / "corpus", self.compilations, variant, self.planted)
+
+    def either(self, rng: random.Random) -> str:
+        """A variant without the doctor, of those that were left alone."""
+        return rng.choice([name for name in ("char", "bpe") if name in self.whole])
 
     def prepare(self, kinds: Sequence[str]) -> None:
         """Run to their end those that are compared with, and one half, which compiles what goes on.
@@ -134,7 +139,7 @@ def _promised(place: Place, hurt: Hurt, most: int) -> Iterator[None]:
 def kill(soak: Soak, story: str, moments: Sequence[str]) -> list[Hurt]:
     """A run that is killed at each of these moments."""
     rng, began = soak.rng(story), time.monotonic()
-    variant = "doctor" if "the doctor" in moments else rng.choice(["char", "bpe"])
+    variant = "doctor" if "the doctor" in moments else soak.either(rng)
     place = soak.place(story, variant)
     hurts, reached = [Hurt("kills", moment, story, moment) for moment in _in_order(moments)], True
     for hurt in hurts:
@@ -158,7 +163,7 @@ def interrupt(
 ) -> list[Hurt]:
     """A run that is stopped by signals, one or two in a row."""
     rng, began = soak.rng(story), time.monotonic()
-    place, hurts, code = soak.place(story, rng.choice(["char", "bpe"])), [], 1
+    place, hurts, code = soak.place(story, soak.either(rng)), [], 1
     for case in sorted(cases, key=lambda case: [*MOMENTS].index(case[0])):
         moment, number, twice = case
         what = f"{number.name}{' twice' * twice}: {moment}"

@@ -79,7 +79,7 @@ class Place:
     corpus: pathlib.Path
     compilations: pathlib.Path
     variant: str = "char"
-    planted: str = ""  # code before the command: a fault that is to be found
+    planted: str = ""  # code that comes before the command
 
     @property
     def workdir(self) -> pathlib.Path:
@@ -269,7 +269,9 @@ def left(workdir: pathlib.Path, cache: pathlib.Path) -> dict[str, Any]:
     for path in sorted(workdir.glob("documents_*.npz")):
         found[path.name] = {name: _hash(array) for name, array in np.load(path).items()}
     record = json.loads((workdir / rundir.RECORD).read_text())
-    found[rundir.RECORD] = {"hash": record["hash"], "data": record["data"]}
+    for place in ("source_dir", "cache_dir"):
+        del record["config"]["data"][place]
+    found[rundir.RECORD] = {name: record[name] for name in ("config", "data")}
     tokens = [*sorted(workdir.glob("tokenizer/*")), *sorted(cache.glob("stores/**/*"))]
     files = (path for path in [*tokens, workdir / "samples.jsonl"] if path.is_file())
     for path in files:
