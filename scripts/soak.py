@@ -171,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     soak.prepare(kinds)
     hurts = [hurt for kind in kinds for hurt in hurt_all(soak, kind, args.count, args.jobs)]
     rows = tell(hurts)
-    print(tabled([*rows[0]], [[*row.values()] for row in rows]))
+    print(tabled([*rows[0]], [[*row.values()] for row in rows]) if rows else "nothing was tried")
     failed = [dataclasses.asdict(hurt) for hurt in hurts if hurt.lost]
     if args.report:
         record = {

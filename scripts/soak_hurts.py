@@ -16,6 +16,7 @@ from typing import Any
 
 from soak_runs import (
     CALL,
+    LIMIT,
     MOMENTS,
     SAVED_EVERY,
     VARIANTS,
@@ -96,7 +97,7 @@ class Soak:
         """Chance for one run."""
         return random.Random(f"{self.seed} {story}")
 
-    def finish(self, place: Place, hurt: Hurt, *, finished: bool = False) -> None:
+    def finish(self, place: Place, hurt: Hurt, finished: bool = False) -> None:
         """Give the same command until it has finished, and note what differs."""
         for number in () if finished else range(TRIES):
             run = place.start()
@@ -118,10 +119,14 @@ class Soak:
 Story = Callable[[Soak, str, Sequence[Any]], list[Hurt]]
 
 
-def _timed(hurts: list[Hurt], began: float) -> list[Hurt]:
-    """Share the seconds of a story, and give what its end has lost to the last that was done."""
-    for hurt in hurts:
-        hurt.seconds = round((time.monotonic() - began) / len(hurts), 1)
+def _end(
+    soak: Soak, place: Place, hurts: list[Hurt], began: float, finished: bool = False
+) -> list[Hurt]:
+    """Finish a story; what its end has lost is noted with the last that was not missed."""
+    done = [hurt for hurt in hurts if not hurt.missed] or hurts
+    soak.finish(place, done[-1], finished)
+    for hurt in done:
+        hurt.seconds = round((time.monotonic() - began) / len(done), 1)
     return hurts
 
 
@@ -139,32 +144,35 @@ def _promised(place: Place, hurt: Hurt, most: int) -> Iterator[None]:
 def kill(soak: Soak, story: str, moments: Sequence[str]) -> list[Hurt]:
     """A run that is killed at each of these moments."""
     rng, began = soak.rng(story), time.monotonic()
-    variant = "doctor" if "the doctor" in moments else soak.either(rng)
-    place = soak.place(story, variant)
-    hurts, reached = [Hurt("kills", moment, story, moment) for moment in _in_order(moments)], True
-    for hurt in hurts:
+    place = soak.place(story, "doctor" if "the doctor" in moments else soak.either(rng))
+    trained = ["training"] * _wants_training(moments)
+    hurts, reached = [], True
+    for moment in sorted([*moments, *trained], key=[*MOMENTS].index):
+        hurts.append(hurt := Hurt("kills", moment, story, moment))
         if reached:
             with _promised(place, hurt, 2 * SAVED_EVERY + CALL):
                 run = place.start()
-                reached = run.reach(hurt.what, rng)
+                reached = run.reach(moment, rng)
                 run.kill()
             hurt.lost += run.wrong()
         hurt.missed = not reached
-    soak.finish(place, hurts[-1])
-    return _timed(hurts, began)
+    return _end(soak, place, hurts, began)
 
 
-def _in_order(moments: Sequence[str]) -> list[str]:
-    return sorted(moments, key=[*MOMENTS].index)
+def _wants_training(moments: Sequence[str]) -> bool:
+    return "resuming" in moments and "training" not in moments
 
 
-def interrupt(
-    soak: Soak, story: str, cases: Sequence[tuple[str, signal.Signals, bool]]
-) -> list[Hurt]:
+Signal = tuple[str, signal.Signals, bool]  # the moment, which, and whether it comes twice
+
+
+def interrupt(soak: Soak, story: str, cases: Sequence[Signal]) -> list[Hurt]:
     """A run that is stopped by signals, one or two in a row."""
     rng, began = soak.rng(story), time.monotonic()
     place, hurts, code = soak.place(story, soak.either(rng)), [], 1
-    for case in sorted(cases, key=lambda case: [*MOMENTS].index(case[0])):
+    moments = [case[0] for case in cases]
+    trained = [("training", signal.SIGTERM, False)] * _wants_training(moments)
+    for case in sorted([*cases, *trained], key=lambda case: [*MOMENTS].index(case[0])):
         moment, number, twice = case
         what = f"{number.name}{' twice' * twice}: {moment}"
         hurts.append(hurt := Hurt("signals", what, story, case))
@@ -179,8 +187,7 @@ def interrupt(
                 code = run.end()
             hurt.lost += run.wrong() + (stopped_wrong(run, code, number, moment) if code else [])
         hurt.missed = code == 0
-    soak.finish(place, hurts[-1])
-    return _timed(hurts, began)
+    return _end(soak, place, hurts, began)
 
 
 # --- disks ---------------------------------------------------------------------------------------
@@ -207,11 +214,10 @@ def may_mount(folder: pathlib.Path) -> bool:
 
 def _fill(path: pathlib.Path) -> None:
     """Take all room of a disk."""
-    with contextlib.suppress(OSError), path.open("wb", buffering=0) as file:
-        for size in (1 << 16, 1 << 12):
-            with contextlib.suppress(OSError):
-                while file.write(bytes(size)):
-                    pass
+    for size in (1 << 16, 1):
+        with contextlib.suppress(OSError), path.open("ab", buffering=0) as file:
+            while file.write(bytes(size)):
+                pass
 
 
 def disk(soak: Soak, story: str, cases: Sequence[tuple[str, str]]) -> list[Hurt]:
@@ -238,8 +244,7 @@ def disk(soak: Soak, story: str, cases: Sequence[tuple[str, str]]) -> list[Hurt]
         hurt.lost += run.wrong()
         hurt.refused = code != 0
         hurt.lost += _no_sentence(run, code, place.root) if code else []
-        soak.finish(place, hurt)
-    return _timed([hurt], began)
+        return _end(soak, place, [hurt], began)
 
 
 def _no_sentence(run: Process, code: int, named: pathlib.Path) -> list[str]:
@@ -318,8 +323,7 @@ def damage(soak: Soak, story: str, cases: Sequence[tuple[str, str]]) -> list[Hur
         hurt.lost += _no_sentence(run, code, place.root.joinpath(*inside))
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(before)
-    soak.finish(place, hurt, finished=code == 0)
-    return _timed([hurt], began)
+    return _end(soak, place, [hurt], began, finished=code == 0)
 
 
 # --- a sweep -------------------------------------------------------------------------------------
@@ -334,10 +338,10 @@ def sweep(soak: Soak, story: str, cases: Sequence[tuple[str, bool]]) -> list[Hur
     script = pathlib.Path(__file__).with_name("sweep.py")
     words = [sys.executable, str(script), str(place.corpus / "cfg.py"), "--seeds=0,1"]
     words += [f"--root={place.root}", "--jobs=1", "--", *place.flags()]
-    run, until = place.start(words), time.monotonic() + 200
+    run, until = place.start(words), time.monotonic() + LIMIT
     there = {"first run": "cfg-0/metrics.jsonl", "between": "cfg-0/sweep.json"}
-    there["second run"] = "cfg-1/metrics.jsonl"
-    while not (place.root / there[moment]).exists() and time.monotonic() < until:
+    file = place.root / there.get(moment, "cfg-1/metrics.jsonl")
+    while not file.exists() and run.process.poll() is None and time.monotonic() < until:
         time.sleep(0.01)
     time.sleep(rng.uniform(0, 1))
     hurt.missed = run.process.poll() is not None
@@ -352,4 +356,5 @@ def sweep(soak: Soak, story: str, cases: Sequence[tuple[str, bool]]) -> list[Hur
     hurt.lost += run.wrong()
     for seed, variant in enumerate(("char", "other seed")):
         hurt.lost += lost(soak.whole[variant], left(place.root / f"cfg-{seed}", place.cache))
-    return _timed([hurt], began)
+    hurt.seconds = round(time.monotonic() - began, 1)
+    return [hurt]
