@@ -28,8 +28,20 @@ from collections.abc import Sequence
 from typing import Any
 
 from records import tabled
-from soak_hurts import FILES, Hurt, Soak, Story, damage, disk, interrupt, kill, may_mount, sweep
-from soak_runs import MOMENTS, Process
+from soak_hurts import (
+    FILES,
+    TRIES,
+    Hurt,
+    Soak,
+    Story,
+    damage,
+    disk,
+    interrupt,
+    kill,
+    may_mount,
+    sweep,
+)
+from soak_runs import LIMIT, MOMENTS, Process, left, lost, survivors
 
 from lm_jax import console
 from lm_jax.config.manual import script_parser
@@ -40,6 +52,39 @@ HAND = 5  # kills and signals that one run bears
 # Where what XLA compiles is kept, so that the next soak starts quicker.
 COMPILATIONS = "~/.cache/lm_jax/soak"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def sweep(soak: Soak, story: str, cases: Sequence[tuple[str, bool]]) -> list[Hurt]:
+    """A sweep of two runs that is killed, alone or with its runs, and started again."""
+    ((moment, alone),) = cases
+    rng, began = soak.rng(story), time.monotonic()
+    what = f"{'alone' if alone else 'with its runs'}: {moment}"
+    hurt, place = Hurt("sweep", what, story, cases[0]), soak.place(story)
+    script = pathlib.Path(__file__).with_name("sweep.py")
+    words = [sys.executable, str(script), str(place.corpus / "cfg.py"), "--seeds=0,1"]
+    words += [f"--root={place.root}", "--jobs=1", "--", *place.flags()]
+    run, until = place.start(words), time.monotonic() + LIMIT
+    there = {"first run": "cfg-0/metrics.jsonl", "between": "cfg-0/sweep.json"}
+    file = place.root / there.get(moment, "cfg-1/metrics.jsonl")
+    while not file.exists() and run.process.poll() is None and time.monotonic() < until:
+        time.sleep(0.01)
+    time.sleep(rng.uniform(0, 1))
+    hurt.missed = run.process.poll() is not None
+    run.kill()
+    for number in () if alone else survivors(place.root):
+        os.kill(number, signal.SIGKILL)
+    for number in range(TRIES):
+        run = place.start(words)
+        if (code := run.end()) == 0:
+            break
+        hurt.lost.append(f"start {number + 2} ends with {code}: {run.said().splitlines()[-1]}")
+    hurt.lost += run.wrong()
+    for seed, variant in enumerate(("char", "other seed")):
+        hurt.lost += lost(soak.whole[variant], left(place.root / f"cfg-{seed}", place.cache))
+    hurt.seconds = round(time.monotonic() - began, 1)
+    return [hurt]
+
+
 STORIES: dict[str, tuple[Story, int]] = {
     "kills": (kill, HAND),
     "signals": (interrupt, HAND),

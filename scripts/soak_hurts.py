@@ -1,14 +1,12 @@
-"""How `soak.py` hurts: kills, signals, disks, damaged files, and a sweep that is killed."""
+"""How `soak.py` hurts a run: kills, signals, disks, damaged files."""
 
 import contextlib
 import dataclasses
-import os
 import pathlib
 import random
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +14,6 @@ from typing import Any
 
 from soak_runs import (
     CALL,
-    LIMIT,
     MOMENTS,
     SAVED_EVERY,
     VARIANTS,
@@ -324,37 +321,3 @@ def damage(soak: Soak, story: str, cases: Sequence[tuple[str, str]]) -> list[Hur
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(before)
     return _end(soak, place, [hurt], began, finished=code == 0)
-
-
-# --- a sweep -------------------------------------------------------------------------------------
-
-
-def sweep(soak: Soak, story: str, cases: Sequence[tuple[str, bool]]) -> list[Hurt]:
-    """A sweep of two runs that is killed, alone or with its runs, and started again."""
-    ((moment, alone),) = cases
-    rng, began = soak.rng(story), time.monotonic()
-    what = f"{'alone' if alone else 'with its runs'}: {moment}"
-    hurt, place = Hurt("sweep", what, story, cases[0]), soak.place(story)
-    script = pathlib.Path(__file__).with_name("sweep.py")
-    words = [sys.executable, str(script), str(place.corpus / "cfg.py"), "--seeds=0,1"]
-    words += [f"--root={place.root}", "--jobs=1", "--", *place.flags()]
-    run, until = place.start(words), time.monotonic() + LIMIT
-    there = {"first run": "cfg-0/metrics.jsonl", "between": "cfg-0/sweep.json"}
-    file = place.root / there.get(moment, "cfg-1/metrics.jsonl")
-    while not file.exists() and run.process.poll() is None and time.monotonic() < until:
-        time.sleep(0.01)
-    time.sleep(rng.uniform(0, 1))
-    hurt.missed = run.process.poll() is not None
-    run.kill()
-    for number in () if alone else survivors(place.root):
-        os.kill(number, signal.SIGKILL)
-    for number in range(TRIES):
-        run = place.start(words)
-        if (code := run.end()) == 0:
-            break
-        hurt.lost.append(f"start {number + 2} ends with {code}: {run.said().splitlines()[-1]}")
-    hurt.lost += run.wrong()
-    for seed, variant in enumerate(("char", "other seed")):
-        hurt.lost += lost(soak.whole[variant], left(place.root / f"cfg-{seed}", place.cache))
-    hurt.seconds = round(time.monotonic() - began, 1)
-    return [hurt]
