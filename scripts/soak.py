@@ -11,6 +11,7 @@ leave. Exit code 1 if anything was lost. `--report` writes the record of the tab
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import datetime
 import itertools
@@ -39,7 +40,6 @@ from soak_hurts import (
     interrupt,
     kill,
     may_mount,
-    sweep,
 )
 from soak_runs import LIMIT, MOMENTS, Process, left, lost, survivors
 
@@ -72,7 +72,8 @@ def sweep(soak: Soak, story: str, cases: Sequence[tuple[str, bool]]) -> list[Hur
     hurt.missed = run.process.poll() is not None
     run.kill()
     for number in () if alone else survivors(place.root):
-        os.kill(number, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            os.kill(number, signal.SIGKILL)
     for number in range(TRIES):
         run = place.start(words)
         if (code := run.end()) == 0:
