@@ -246,7 +246,7 @@ def disk(soak: Soak, story: str, cases: Sequence[tuple[str, str]]) -> list[Hurt]
 
 def _no_sentence(run: Process, code: int, named: pathlib.Path) -> list[str]:
     """What is wrong with how a process has refused to go on."""
-    said = [line for line in run.complained() if line.strip()]
+    said = run.complained()
     words = [] if code in (1, 2) else [f"exit code {code}"]
     if len(said) != 1:
         words.append(f"{len(said)} lines in place of one sentence: {' / '.join(said)[-300:]}")

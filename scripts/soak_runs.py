@@ -159,8 +159,9 @@ class Process:
         return "\n" + self.out.read_text(errors="replace")
 
     def complained(self) -> list[str]:
-        """The lines on standard error."""
-        return self.err.read_text(errors="replace").splitlines()
+        """The lines on standard error, but for empty ones and warnings of libraries."""
+        lines = self.err.read_text(errors="replace").splitlines()
+        return [line for line in lines if line.strip() and not re.match(r"W\d{4} ", line)]
 
     def reach(self, moment: str, rng: random.Random) -> bool:
         """Wait for a moment of MOMENTS, and a random while; False if the process ended before."""
@@ -338,7 +339,7 @@ def survivors(root: pathlib.Path) -> list[int]:
 
 def stopped_wrong(run: Process, code: int, number: signal.Signals, moment: str) -> list[str]:
     """How a run that a signal stopped has ended otherwise than it should."""
-    said = [line for line in run.complained() if line.strip()]
+    said = run.complained()
     if moment == "importing" and code == -number and not said:
         return []  # before Python has heard of us
     words = [] if code == 128 + number else [f"exit code {code} after {number.name}"]
