@@ -12,14 +12,12 @@ leave. Exit code 1 if anything was lost. `--report` writes the record of the tab
 import collections
 import concurrent.futures
 import contextlib
-import dataclasses
 import datetime
 import itertools
 import os
 import pathlib
 import platform
 import random
-import shlex
 import shutil
 import signal
 import sys
@@ -201,8 +199,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--folder", type=pathlib.Path, help="of all runs; what lost something stays"
     )
     parser.add_argument("--report", type=pathlib.Path, help="file of the record")
-    arguments = list(sys.argv if argv is None else argv)[1:]
-    args = parser.parse_args(arguments)
+    args = parser.parse_args(list(sys.argv if argv is None else argv)[1:])
     kinds = args.kinds.split(",")
     if unknown := set(kinds) - set(STORIES):
         parser.error(f"--kinds={args.kinds}: {', '.join(unknown)} is none of {', '.join(STORIES)}.")
@@ -218,16 +215,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     hurts = [hurt for kind in kinds for hurt in hurt_all(soak, kind, args.count, args.jobs)]
     rows = tell(hurts)
     print(tabled([*rows[0]], [[*row.values()] for row in rows]) if rows else "nothing was tried")
-    failed = [dataclasses.asdict(hurt) for hurt in hurts if hurt.lost]
+    failed = [hurt for hurt in hurts if hurt.lost]
     if args.report:
+        told = f"--kinds={','.join(kinds)} --count={args.count} --seed={args.seed}"
         record = {
             "device": _device(),
             "date": datetime.date.today().isoformat(),
-            "command": shlex.join(["python", "scripts/soak.py", *arguments]),
-            "seed": args.seed,
+            "command": f"python scripts/soak.py {told}",
             "seconds": round(time.monotonic() - began),
             "rows": rows,
-            "lost": [{key: hurt[key] for key in ("story", "what", "lost")} for hurt in failed],
+            "lost": [
+                {
+                    "story": hurt.story,
+                    "what": hurt.what,
+                    "lost": [line.replace(f"{folder}/", "") for line in hurt.lost],
+                }
+                for hurt in failed
+            ],
         }
         write_json(args.report, record)
     if failed:
