@@ -209,6 +209,9 @@ def soak() -> str:
     return "\n\n".join(
         filter(
             None,
-            (tabled(heads, lines, told(found), "`scripts/results/soak.json`."), bullets(*losses)),
+            (
+                tabled(heads, lines, told(found), "Recorded in `scripts/results/soak.json`."),
+                bullets(*losses),
+            ),
         )
     )

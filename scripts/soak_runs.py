@@ -170,7 +170,7 @@ class Process:
         while not there(self):
             if self.process.poll() is not None or time.monotonic() > until:
                 return False
-            time.sleep(0.002)
+            time.sleep(0.005)
         time.sleep(rng.uniform(0, most))
         return self.process.poll() is None
 
@@ -242,7 +242,7 @@ def halfway(place: Place) -> None:
     """
     run = place.start()
     while run.process.poll() is None and place.newest() < 24:
-        time.sleep(0.002)
+        time.sleep(0.005)
     run.process.send_signal(signal.SIGTERM)
     if run.end() != 128 + signal.SIGTERM:
         raise RuntimeError(f"{run.out}: was over before it could be stopped; start again.")
