@@ -62,13 +62,12 @@ class Soak:
     compilations: pathlib.Path
     seed: int
     whole: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
-    planted: str = ""  # code that comes before every command: a fault that is to be found
 
     def place(self, name: str, variant: str = "char") -> Place:
         """A new folder for a run."""
         root = self.folder / name.replace(" ", "-").replace("/", "-")
         root.mkdir(parents=True)
-        return Place(root, self.folder / "corpus", self.compilations, variant, self.planted)
+        return Place(root, self.folder / "corpus", self.compilations, variant)
 
     def either(self, rng: random.Random) -> str:
         """A variant without the doctor, of those that were left alone."""

@@ -55,8 +55,8 @@ def test_damaged_files_change_no_number(soak, case, refused):
 # A run that goes on with an empty state of its optimiser.
 FORGETS = """
 import jax; from lm_jax.checkpoint import Checkpoints
-def restore(self, like, restore=Checkpoints.restore):
-    state = restore(self, like)
+def restore(*given, restore=Checkpoints.restore, **more):
+    state = restore(*given, **more)
     return state | {"opt_state": jax.tree.map(lambda x: x * 0, state["opt_state"])}
 Checkpoints.restore = restore
 """
