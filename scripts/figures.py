@@ -41,6 +41,7 @@ block, with hyphens.
 | `musota` | table, verdict and step time of MU-SOTA against dense models |
 | `phase1` | table and verdict: where 10M parameters go |
 | `distillation` | table, verdict and step time of the distillation study |
+| `soak` | table: kills, signals, full disks, damaged files, and what was lost |
 | `small-corpus` | table and verdict: options for a small corpus |
 | `step-h200` | table: train step against PyTorch on an H200 |
 | `step-h200-rest` | sentences: uneven blocks, pallas, xla and 8 updates a call at 17M |

@@ -1,9 +1,9 @@
-"""Blocks of `figures.py`: the studies, as `lm_jax.compare` recorded them."""
+"""Blocks of `figures.py`: the studies, as `lm_jax.compare` recorded them, and the soak."""
 
 import statistics
 from typing import Any
 
-from records import measured, record, tabled
+from records import bullets, measured, record, tabled, told
 
 
 def _interval(found: dict[str, Any], how: str) -> str:
@@ -177,4 +177,41 @@ def small_corpus() -> str:
         f"Documents alone give the gap of {_short(pair['better'])} and {_short(pair['worse'])} a "
         f"standard error of {pair['standard_error_documents']:.4f} bits per byte.",
         measured("small_corpus_wikitext2_cpu.json"),
+    )
+
+
+HURTS = {
+    "kills": "`kill -9` at a moment of a run",
+    "signals": "SIGINT, SIGTERM or SIGHUP at such a moment, once or twice in a row",
+    "disks": "a disk that is full or read-only, a folder that is gone",
+    "damage": "a file cut, emptied, removed, or with one bit flipped",
+    "sweep": "`kill -9` of a sweep, alone or with its runs",
+}
+
+
+def soak() -> str:
+    """What was hurt, and what was lost."""
+    found, lines = record("soak.json"), []
+    for kind, what in HURTS.items():
+        rows = [row for row in found["rows"] if row["kind"] == kind]
+        sums = {
+            name: sum(row[name] for row in rows)
+            for name in ("tried", "refused", "redone", "lost", "seconds")
+        }
+        if rows:
+            refused = sums["refused"] if kind in ("disks", "damage") else ""
+            seconds = f"{sums['seconds'] / sums['tried']:.0f} s"
+            lines.append(
+                (what, sums["tried"], len(rows), refused, sums["redone"], sums["lost"], seconds)
+            )
+    heads = ["hurt", "times", "places", "refused, by name", "updates made anew", "lost", "each"]
+    losses = [f"{one['story']}, {one['what']}: {'; '.join(one['lost'])}" for one in found["lost"]]
+    return "\n\n".join(
+        filter(
+            None,
+            (
+                tabled(heads, lines, told(found), "Recorded in `scripts/results/soak.json`."),
+                bullets(*losses),
+            ),
+        )
     )
