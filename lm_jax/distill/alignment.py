@@ -44,8 +44,8 @@ def first_bytes(*tokenizers: Tokenizer) -> tuple[np.ndarray, ...]:
 class Aligner:
     """Adds the teacher's rows to batches, and where their tokens end in the student's rows.
 
-    What the teacher's tokenizer would change, from one separator to the next, has no teacher: the
-    rest of the row is read as if it were not there.
+    From the first character on that the teacher's tokenizer would change, a document has no teacher
+    in this row: the next one is read as if the rest of it were not there.
 
     `teacher_tokens`, `teacher_segment_ids` and `teacher_positions`, int32 [..., U], are rows of the
     teacher; `teacher_place`, int32 [..., T], the teacher's position for each of the student's, -1
@@ -79,10 +79,7 @@ class Aligner:
         aligned_T = np.zeros(len(tokens_T), np.float32)
         for first, end in _pieces(tokens_T, segment_ids_T, self.student.separator):
             segment = int(segment_ids_T[first])
-            read = self._read(tokens_T[first:end])
-            if read is None:
-                continue
-            ids_U, ends_U, ends_T = read
+            ids_U, ends_U, ends_T = self._read(tokens_T[first:end])
             # The last teacher token that ends at or before the student's.
             last_T = np.searchsorted(ends_U, ends_T, side="right") - 1
             found_T = last_T >= 0
@@ -102,17 +99,20 @@ class Aligner:
             "aligned": aligned_T,
         }
 
-    def _read(self, tokens_T: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    def _read(self, tokens_T: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """A piece of one document as teacher ids, and the byte at which each id and token ends.
 
-        None if the teacher would read another text: then it has nothing to say of this one.
+        That is -1 for tokens from the first character on that the teacher would change.
         """
         pieces = self.student.token_bytes(tokens_T)
         ends_T = np.cumsum([len(piece) for piece in pieces])
         skipped, text = _whole_characters(b"".join(pieces))
-        (ids_U,) = self.teacher.encode_kept([text])
-        if ids_U is None:
-            return None
+        (ids_U,), cut = self.teacher.encode_kept([text]), len(text)
+        while ids_U is None:
+            cut = min(self.teacher.kept(text[:cut]), cut - 1)
+            (ids_U,) = self.teacher.encode_kept([text[:cut]])
+        if cut < len(text):
+            ends_T[ends_T > skipped + len(text[:cut].encode())] = -1
         ends_U = skipped + np.cumsum(self._bytes_V[ids_U])
         if tokens_T[0] == self.student.separator:
             ids_U = np.concatenate([[self.teacher.separator], ids_U])

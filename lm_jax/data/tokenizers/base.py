@@ -63,6 +63,11 @@ class Tokenizer(abc.ABC):
         pairs = zip(self._encode_any(texts), texts, strict=True)
         return [ids if self._keeps(ids, text) else None for ids, text in pairs]
 
+    def kept(self, text: str) -> int:
+        """The number of characters before the first that the ids of a text would not give back."""
+        (ids,) = self._encode_any([text])
+        return len(os.path.commonprefix([text, self.decode(ids)]))
+
     def _encode_any(self, texts: Sequence[str]) -> list[np.ndarray]:
         """As `encode_all`, also where the ids stand for another text."""
         return self.encode_all(texts)

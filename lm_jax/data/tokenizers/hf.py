@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -99,7 +98,7 @@ class HfTokenizer(Tokenizer):
         documents = self._encode_any(texts)
         for ids, text in zip(documents, texts, strict=True):
             if not self._keeps(ids, text):
-                at = len(os.path.commonprefix([text, self.decode(ids)]))
+                at = self.kept(text)
                 raise ValueError(
                     f"tokenizer.json: {self._culprit(text)} changes the text at character {at}, "
                     f"{text[at : at + 8]!r}; take such documents out, or a tokenizer that keeps "
