@@ -55,12 +55,7 @@ def open_teacher(cfg: Config, store: Store, mesh: Mesh | None = None) -> Teacher
     names = tuple(name.strip() for name in cfg.distill.teachers.split(","))
     runs = tuple(_open(name, cfg, mesh) for name in names)
     for name, run in zip(names, runs, strict=True):
-        if (missing := -_extra_rows(run, store)) > 0:
-            raise ConfigError(
-                f"{WHERE}: the table of {name} lacks {missing} rows that the student's has for "
-                "padding, with the same tokenizer; name a checkpoint without them in "
-                "config.tokenizer.folder."
-            )
+        _require_rows(name, run, store)
     read = [_as_read(run, cfg, store) for run in runs]
     models, params = (tuple(getattr(r, part) for r in read) for part in ("graphdef", "params"))
     teacher = Teacher(names, models, params, runs=runs)
@@ -101,16 +96,19 @@ def open_teacher(cfg: Config, store: Store, mesh: Mesh | None = None) -> Teacher
                 f"{length}; lower config.data.seq_len."
             )
     if cfg.distill.alone:  # needed at the end only
-        with errors_of("config.distill.alone"):
-            run = open_trained(pathlib.Path(cfg.distill.alone), mesh=mesh)
-        same = run.cfg.model == cfg.model and run.cfg.data.seq_len == cfg.data.seq_len
-        same &= run.tokenizer.vocab_size == store.tokenizer.vocab_size
-        if not (same and _shares(run, store)):
-            raise ConfigError(
-                f"config.distill.alone: {cfg.distill.alone} has another model, row length or "
-                "tokenizer than this run; give the same student's."
-            )
+        _require_alone(cfg, store, mesh)
     return teacher
+
+
+def _require_alone(cfg: Config, store: Store, mesh: Mesh) -> None:
+    with errors_of("config.distill.alone"):
+        run = open_trained(pathlib.Path(cfg.distill.alone), mesh=mesh)
+    same = run.cfg.model == cfg.model and run.cfg.data.seq_len == cfg.data.seq_len
+    if not (same and _shares(run, store) and not _extra_rows(run, store)):
+        raise ConfigError(
+            f"config.distill.alone: {cfg.distill.alone} has another model, row length or "
+            "tokenizer than this run; give the same student's."
+        )
 
 
 def _shares(run: Trained, store: Store) -> bool:
@@ -121,6 +119,15 @@ def _shares(run: Trained, store: Store) -> bool:
 def _extra_rows(run: Trained, store: Store) -> int:
     """Rows of a run's table beyond those of the student, for the ids of one tokenizer."""
     return (run.tokenizer.vocab_size - store.tokenizer.vocab_size) * _shares(run, store)
+
+
+def _require_rows(name: str, run: Trained, store: Store) -> None:
+    if (missing := -_extra_rows(run, store)) > 0:
+        raise ConfigError(
+            f"{WHERE}: the table of {name} lacks {missing} rows that the student's has for "
+            "padding, with the same tokenizer; name a checkpoint without them in "
+            "config.tokenizer.folder."
+        )
 
 
 def _open(name: str, cfg: Config, mesh: Mesh) -> Trained:
