@@ -13,9 +13,11 @@ from lm_jax.checkpoint import Kept, Manifest
 from lm_jax.config import Config, ConfigError, ModelConfig
 from lm_jax.config.section import errors_of
 from lm_jax.data.store import Store, same_data
+from lm_jax.data.tokenizers.base import Tokenizer
 from lm_jax.data.tokenizers.hf import HfTokenizer
+from lm_jax.data.tokenizers.load import load_tokenizer
 from lm_jax.models import huggingface
-from lm_jax.workdir import Record, read_record
+from lm_jax.workdir import TOKENIZER, Record, read_record
 
 WHERE = "config.train.start_from"
 # Fields of the model that may differ: its parameters stand for the same function.
@@ -104,7 +106,7 @@ def find_origin(cfg: Config, store: Store) -> Origin | None:
         there = ", ".join(map(str, sorted(kept))) or "none"
         raise ConfigError(f"{WHERE}: {given} is not kept; {folder} holds the updates: {there}.")
     _give(cfg, _architecture_flags(cfg, record.cfg.model, record.cfg.data.seq_len))
-    if record.data["tokenizer_hash"] != store.manifest["tokenizer_hash"]:
+    if not _reads_same_ids(folder, record, store):
         raise ConfigError(
             f"config.tokenizer.kind: {given} reads other ids ({_ids(record.data)}) than this run "
             f"({_ids(store.manifest)}); give the tokenizer and the corpus that it learned from."
@@ -138,11 +140,23 @@ def _hugging_face(folder: pathlib.Path, cfg: Config, store: Store) -> Origin:
         model, _, max_len = huggingface.read_model(folder)
         tokenizer = HfTokenizer.from_folder(folder)
     flags = _architecture_flags(cfg, model, max_len)
-    if tokenizer.content_hash != store.tokenizer.content_hash:
+    if not _same_table(tokenizer, store.tokenizer):
         own = {"kind": "hf", "folder": folder, "vocab_size": 0}
         flags += [f"--config.tokenizer.{name}={value}" for name, value in own.items()]
     _give(cfg, flags)
     return Origin(folder, 0, "", f"starts with the weights of {folder}", whole=False, kept=None)
+
+
+def _reads_same_ids(folder: pathlib.Path, record: Record, store: Store) -> bool:
+    if record.data["tokenizer_hash"] == store.manifest["tokenizer_hash"]:
+        return True
+    with errors_of(WHERE):
+        return _same_table(load_tokenizer(folder / TOKENIZER), store.tokenizer)
+
+
+def _same_table(one: Tokenizer, other: Tokenizer) -> bool:
+    """Whether two tokenizers have the same ids and as many rows, whatever file they came in."""
+    return one.identity == other.identity and one.vocab_size == other.vocab_size
 
 
 def _ids(data: Any) -> str:

@@ -181,6 +181,7 @@ TABLE = {
     "mesh.fsdp": (1 + jax.device_count(), "error: after 0 updates: config.mesh.fsdp", {}),
     "distill.teachers": ("{root}/none", "error: after 0 updates: config.distill.teachers", {}),
     "distill.cache": ("{root}/none", "error: after 0 updates: config.distill.cache", {}),
+    "distill.next_bytes": (True, "error: after 0 updates: .*next_bytes.* without a teacher", {}),
     "distill.alone": ("{root}/none", "error: after 0 updates: .*alone.* without a teacher", {}),
     "distill.kind": ("reverse", "distill_step", TAUGHT),
     "distill.beta": (0.3, "distill_step", TAUGHT | {"distill.kind": "jsd"}),

@@ -9,6 +9,7 @@ import pytest
 import tokenizers
 
 from lm_jax.data.tokenizers.hf import HfTokenizer
+from lm_jax.data.tokenizers.load import train_tokenizer
 from tests.helpers import TEXTS
 from tests.hugging_face import CORPUS, byte_level, save_tokenizer
 
@@ -155,7 +156,50 @@ def test_files_of_older_versions(tmp_path):
     old = HfTokenizer.from_folder(save_tokenizer(tmp_path / "b", tree, "<|endoftext|>"))
     for text in ("low", CORPUS[0]):
         np.testing.assert_array_equal(old.encode(text), plain.encode(text))
-    assert old.content_hash != plain.content_hash
+    assert old.content_hash != plain.content_hash and old.identity == plain.identity
+
+
+def test_what_decides_the_ids_makes_the_identity(tmp_path):
+    """Rows that stand for nothing do not."""
+    tree = byte_level()
+
+    def made(name, tree, **changes):
+        folder = save_tokenizer(tmp_path / name, tree, "<|endoftext|>", **changes)
+        return HfTokenizer.from_folder(folder)
+
+    plain = made("plain", tree)
+    assert made("padded", tree, vocab_size=384).identity == plain.identity
+    token = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    token |= {"id": len(tree["model"]["vocab"]), "content": "<é>"}
+    special = {"added_tokens": [*tree["added_tokens"], token | {"special": True}]}
+    assert made("special", tree | special).identity == plain.identity
+    model, cut = tree["model"], tree["pre_tokenizer"]
+    first, second, *merges = model["merges"]
+    low, new = (model["vocab"][piece] for piece in ("Ġlow", "Ġnew"))
+    others = {
+        "added_tokens": {"added_tokens": [*tree["added_tokens"], token | {"special": False}]},
+        "merges": {"model": model | {"merges": [second, first, *merges]}},
+        "vocabulary": {"model": model | {"vocab": model["vocab"] | {"Ġlow": new, "Ġnew": low}}},
+        "model": {"model": model | {"ignore_merges": True}},
+        "pre_tokenizer": {"pre_tokenizer": cut | {"use_regex": False}},
+        "normalizer": {"normalizer": {"type": "NFC"}},
+    }
+    for part, changes in others.items():
+        other = made(part, tree | changes)
+        assert other.identity != plain.identity
+        found = other.behaviour()
+        assert [name for name, value in plain.behaviour().items() if value != found[name]] == [part]
+    separated = HfTokenizer(json.dumps(tree), 339, 340)
+    assert separated.identity != plain.identity
+
+
+@pytest.mark.parametrize("kind", ["byte", "bpe"])
+def test_a_kind_of_ours_and_its_file_for_the_library_are_one_tokenizer(kind):
+    ours = train_tokenizer(kind, CORPUS, 0 if kind == "byte" else 295)
+    exported = HfTokenizer(ours.to_library().to_str(pretty=True), 0, ours.vocab_size + 7)
+    assert exported.identity == ours.identity
+    other = train_tokenizer("bpe", CORPUS, 290)
+    assert exported.identity != other.identity
 
 
 def test_added_tokens_that_are_text(tmp_path):

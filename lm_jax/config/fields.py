@@ -222,6 +222,9 @@ class DistillConfig(Section):
     # probabilities teaches; empty: no distillation
     teachers: str = ""
     cache: str = ""  # folder that scripts/cache_teacher.py wrote, in place of running teachers
+    # whether a teacher with nearly the student's tokenizer, which otherwise is refused, teaches the
+    # next bytes, as one with quite another does
+    next_bytes: bool = False
     alone: str = incidental("")  # workdir of the same student without a teacher, for the report
     kind: str = one_of("forward reverse jsd skew", default="forward")  # kernels/divergences.py
     beta: float = 0.5  # the teacher's share of the mixture in jsd and skew

@@ -251,6 +251,8 @@ def _cache(cfg: Config) -> Iterator[str]:
     if distill.alone:
         why = "is compared with a teacher's states, which config.distill.cache does not hold"
         yield f"distill.alone: {why}; leave it empty"
+    if distill.next_bytes:
+        yield "distill.next_bytes: has no meaning for config.distill.cache; leave it at False"
     if cfg.data.window_offset:
         remedy = "set it to False, or name config.distill.teachers"
         yield f"data.window_offset: makes windows that are in no cache; {remedy}"

@@ -16,9 +16,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from lm_jax.config import Config
+from lm_jax.config import Config, rules
 from lm_jax.data.store import Split, Store
-from lm_jax.data.tokenizers.base import Tokenizer
+from lm_jax.data.tokenizers.base import Tokenizer, count_words
 from lm_jax.data.windows import Batch, Windows
 
 BYTES = 256  # groups of ids: by their first byte
@@ -44,14 +44,22 @@ def first_bytes(*tokenizers: Tokenizer) -> tuple[np.ndarray, ...]:
 class Aligner:
     """Adds the teacher's rows to batches, and where their tokens end in the student's rows.
 
+    From the first character on that the teacher's tokenizer would change, a document has no teacher
+    in this row: the next one is read as if the rest of it were not there.
+
     `teacher_tokens`, `teacher_segment_ids` and `teacher_positions`, int32 [..., U], are rows of the
     teacher; `teacher_place`, int32 [..., T], the teacher's position for each of the student's, -1
-    where there is none yet; `aligned`, float32 [..., T], 1 where both tokens end at the same byte.
+    where there is none; `aligned`, float32 [..., T], 1 where both tokens end at the same byte.
     """
 
     student: Tokenizer
     teacher: Tokenizer
     length: int  # U; text that needs more teacher tokens is cut off there
+
+    @functools.cached_property
+    def _bytes_V(self) -> np.ndarray:
+        pieces = self.teacher.token_bytes(np.arange(self.teacher.vocab_size))
+        return np.array([len(piece) for piece in pieces], np.int64)
 
     def __call__(self, batch: Batch) -> Batch:
         """Align a batch of windows [..., T + 1]."""
@@ -92,18 +100,20 @@ class Aligner:
         }
 
     def _read(self, tokens_T: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """A piece of one document as teacher ids, and the byte at which each id and token ends."""
+        """A piece of one document as teacher ids, and the byte at which each id and token ends.
+
+        That is -1 for tokens from the first character on that the teacher would change.
+        """
         pieces = self.student.token_bytes(tokens_T)
         ends_T = np.cumsum([len(piece) for piece in pieces])
         skipped, text = _whole_characters(b"".join(pieces))
-        ids_U = self.teacher.encode(text)
-        theirs = self.teacher.token_bytes(ids_U)
-        if b"".join(theirs) != text.encode():
-            raise ValueError(
-                f"A tokenizer of kind {self.teacher.kind} does not keep the text; "
-                "give a teacher of kind bpe or byte."
-            )
-        ends_U = skipped + np.cumsum([len(piece) for piece in theirs], dtype=np.int64)
+        (ids_U,), cut = self.teacher.encode_kept([text]), len(text)
+        while ids_U is None:
+            cut = min(self.teacher.kept(text[:cut]), cut - 1)
+            (ids_U,) = self.teacher.encode_kept([text[:cut]])
+        if cut < len(text):
+            ends_T[ends_T > skipped + len(text[:cut].encode())] = -1
+        ends_U = skipped + np.cumsum(self._bytes_V[ids_U])
         if tokens_T[0] == self.student.separator:
             ids_U = np.concatenate([[self.teacher.separator], ids_U])
             ends_U = np.concatenate([[0], ends_U])
@@ -138,7 +148,10 @@ def _whole_characters(text: bytes) -> tuple[int, str]:
 
 @dataclasses.dataclass(frozen=True)
 class Retokenised(Store):
-    """The splits of a store in the ids of another tokenizer, in memory."""
+    """The splits of a store in the ids of another tokenizer, in memory.
+
+    Documents that it would change are left out.
+    """
 
     original: Store
 
@@ -146,7 +159,7 @@ class Retokenised(Store):
         """The split of that name.
 
         Raises:
-            ValueError: if the ids do not tell its text.
+            ValueError: if the ids do not tell its text, or the tokenizer keeps less than half.
         """
         split = self.original.split(name)
         starts = itertools.pairwise(split.document_starts)
@@ -156,12 +169,17 @@ class Retokenised(Store):
                 f"The tokenizer of the student ({self.original.tokenizer.kind}) drops part of the "
                 "text; use config.tokenizer.kind=bpe."
             )
-        documents = self.tokenizer.encode_all(texts)
-        ends = np.cumsum([0, *map(len, documents)])
+        encoded = zip(texts, self.tokenizer.encode_kept(texts), strict=True)
+        kept = [(text, ids) for text, ids in encoded if ids is not None]
+        size = sum(len(text.encode()) for text, _ in kept)
+        if 2 * size < split.bytes:
+            self.tokenizer.encode_all(texts)  # tells what changes the text
         return dataclasses.replace(
             split,
-            tokens=np.concatenate(documents),
-            document_starts=ends,
+            tokens=np.concatenate([ids for _, ids in kept]),
+            document_starts=np.cumsum([0, *(len(ids) for _, ids in kept)]),
+            bytes=size,
+            words=sum(count_words(text) for text, _ in kept),
             separator=self.tokenizer.separator,
         )
 
@@ -172,14 +190,17 @@ def open_aligner(cfg: Config, store: Store, teacher: Tokenizer, limit: int | Non
     They hold at most `limit` tokens, if there is a limit to what the teacher can read.
 
     Raises:
-        ValueError: if the student's ids do not tell the text, or the teacher changes it.
+        ValueError: if the student's ids do not tell the text, or the teacher changes most of it.
     """
     if teacher.kind in ("char", "word"):  # what it lacks may turn up anywhere in the text
         raise ValueError(
             f"A tokenizer of kind {teacher.kind} does not know all text; "
             "give a teacher of kind bpe or byte."
         )
-    Retokenised(store.path, store.manifest, teacher, store).split("valid")
+    again = Retokenised(store.path, store.manifest, teacher, store)
+    # What is scored by the teacher: before the first update, and at the end.
+    for name in sorted({"valid", rules.eval_splits(cfg, store.manifest["splits"])[-1]}):
+        again.split(name)
     batch = _some_windows(cfg, store)
     long = Aligner(store.tokenizer, teacher, 32 * cfg.data.seq_len)
     needed = int(np.max((long(batch)["teacher_segment_ids"] > 0).sum(-1)))
@@ -187,11 +208,25 @@ def open_aligner(cfg: Config, store: Store, teacher: Tokenizer, limit: int | Non
     return Aligner(store.tokenizer, teacher, min(length, limit or length))
 
 
-def aligned_share(aligner: Aligner, cfg: Config, store: Store) -> float:
-    """Share of the scored tokens of some windows at whose start a teacher token ends."""
+def aligned_shares(aligner: Aligner, cfg: Config, store: Store) -> tuple[float, float]:
+    """Shares of the scored tokens of some windows.
+
+    At whose start a teacher token ends, and for which the teacher has no state.
+    """
     batch = aligner(_some_windows(cfg, store))
-    weights = batch["weights"][:, 1:]
-    return float(np.average(batch["aligned"], weights=weights))
+    each = batch["aligned"], batch["teacher_place"] < 0
+    aligned, untaught = (float(np.average(x, weights=batch["weights"][:, 1:])) for x in each)
+    return aligned, untaught
+
+
+def common_tokens(one: Tokenizer, other: Tokenizer) -> float:
+    """The share that both have of the tokens of more than a byte that either has.
+
+    All byte-level tokenizers have those of a byte.
+    """
+    both = [t.token_bytes(np.arange(t.vocab_size)) for t in (one, other)]
+    mine, theirs = ({piece for piece in pieces if len(piece) > 1} for pieces in both)
+    return len(mine & theirs) / max(1, len(mine | theirs))
 
 
 def _some_windows(cfg: Config, store: Store) -> Batch:

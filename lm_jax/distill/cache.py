@@ -4,6 +4,7 @@ A window is looked up by the hash of its tokens and segments. The order of the d
 and another corpus or tokenizer cannot be taken for the right one.
 """
 
+import contextlib
 import hashlib
 import json
 import pathlib
@@ -26,7 +27,7 @@ ROWS = 64  # windows handed out at a time by `write_cache`
 def describe_cache(cfg: Config, store: Store) -> dict[str, Any]:
     """The facts in which a cache and the run that reads it must agree."""
     return {
-        "tokenizer_hash": store.tokenizer.content_hash,
+        "tokenizer_hash": store.tokenizer.identity,
         "vocab_size": store.tokenizer.vocab_size,
         "train_sha256": store.manifest["splits"]["train"]["sha256"],
         "seq_len": cfg.data.seq_len,
@@ -82,6 +83,12 @@ def write_cache(
             rows = min(ROWS, N - first)  # the last batch is padded
             here = slice(first, first + rows)
             made_ids, made_log_p = most_likely(batch)
+            if not np.isfinite(made_log_p[:rows]).all():
+                raise ConfigError(
+                    f"config.distill.teachers: no finite log-probabilities in windows {first} to "
+                    f"{first + rows - 1}; give a teacher that reads them, or set "
+                    "config.train.compute_dtype to float32."
+                )
             ids[here], log_p[here] = made_ids[:rows], made_log_p[:rows]
             hashes[here] = _hashes(batch)[:rows]
             reading.update(first + rows, f"{first + rows:,} of {N:,} windows")
@@ -90,8 +97,19 @@ def write_cache(
     with whole(folder / HASHES) as file:
         np.save(file, hashes)
     # Last: without it the folder is no cache.
-    write_json(folder / MANIFEST, describe_cache(cfg, store) | {"teacher": origin})
+    kept = {"sha256": _hash_arrays(folder), "teacher": origin}
+    write_json(folder / MANIFEST, describe_cache(cfg, store) | kept)
     return N
+
+
+def _hash_arrays(folder: pathlib.Path) -> dict[str, str]:
+    """sha256 of each file of a cache; a missing one has none."""
+    found = {}
+    with console.phase(f"hashing {folder}"):
+        for name in (HASHES, IDS, LOG_P):
+            with contextlib.suppress(FileNotFoundError), (folder / name).open("rb") as file:
+                found[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
 
 
 def require_cache(folder: pathlib.Path) -> None:
@@ -110,18 +128,34 @@ def open_cache(cfg: Config, store: Store) -> tuple[Callable[[Batch], Batch], str
     cache's manifest.
 
     Raises:
-        ConfigError: if there is no finished cache, or one of other data, tokenizer or options.
+        ConfigError: if there is no finished cache, or one of other data, tokenizer or options, or
+            if its files are not those that were written.
     """
     folder = pathlib.Path(cfg.distill.cache)
     require_cache(folder)
     manifest = (folder / MANIFEST).read_bytes()
-    kept = json.loads(manifest)
-    for name, wanted in describe_cache(cfg, store).items():
-        if kept[name] != wanted:
+    facts = describe_cache(cfg, store)
+    try:
+        kept = json.loads(manifest)
+        hashes = dict(kept["sha256"])
+        given = {name: kept[name] for name in facts}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"config.distill.cache: {folder / MANIFEST} is damaged or of an older version, which "
+            f"kept no hashes ({error!r}); run scripts/cache_teacher.py into another folder."
+        ) from error
+    for name, wanted in facts.items():
+        if given[name] != wanted:
             raise ConfigError(
-                f"config.distill.cache: {folder} was made for {name} {kept[name]!r}, but this run "
+                f"config.distill.cache: {folder} was made for {name} {given[name]!r}, but this run "
                 f"has {wanted!r}; run scripts/cache_teacher.py with this config."
             )
+    found = _hash_arrays(folder)
+    if wrecked := [name for name in (HASHES, IDS, LOG_P) if found.get(name) != hashes.get(name)]:
+        raise ConfigError(
+            f"config.distill.cache: {', '.join(wrecked)} in {folder} is not what was written; "
+            "restore it, or run scripts/cache_teacher.py into another folder."
+        )
     place = {int(h): i for i, h in enumerate(np.load(folder / HASHES))}
     ids, log_p = (np.load(folder / name, mmap_mode="r") for name in (IDS, LOG_P))
 

@@ -57,6 +57,7 @@ class Plan(NamedTuple):
     now: dict[str, jax.Array]  # see `schedule`
     counts: dict[str, jax.Array]  # the divisor of each term: its tokens or rows, at least 1
     scored: jax.Array  # tokens of the batch
+    there: jax.Array  # of these, for which a teacher has a state
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -105,7 +106,7 @@ class Distilled:
             "routed_attention": (weights[:, 1:] * same_BT).sum(),
         }
         counts = {n: jnp.maximum(special.get(n, weights.sum()), 1) for n in used(self.cfg)}
-        return Plan(schedule(self.cfg, update), counts, scored)
+        return Plan(schedule(self.cfg, update), counts, scored, weights.sum())
 
     def sums(
         self, trained: Any, rows: Batch, plan: Plan, key: jax.Array | None, reads: Any
@@ -164,6 +165,7 @@ class Distilled:
             row["contrastive_chance"] = jnp.log(candidates)
         if self.teacher.first_bytes is not None:
             row["aligned_fraction"] = counts["kd"] / counts["lm"]
+            row["untaught_fraction"] = 1 - plan.there / counts["lm"]
         metrics = {f"distill/{name}": value for name, value in row.items()}
         return Summary(1.0, sums["lm"], plan.scored, metrics)
 

@@ -18,13 +18,16 @@ from lm_jax.distill import alignment, cache
 from lm_jax.distill.alignment import Aligner, Retokenised
 from lm_jax.distill.teachers import Teacher
 from lm_jax.evaluate import Evaluator
-from lm_jax.files import write_json
+from lm_jax.files import read_json, write_json
 from lm_jax.models import huggingface
 from lm_jax.models.families import choose_attention, create_model
 from lm_jax.pretrained import open_pretrained
 from lm_jax.workdir import SCORES, TEACHER, Trained, open_trained, read_record
 
 TOLERANCE = 1e-3  # of a teacher's loss on another device or in another precision
+# Share of common tokens above which other ids are taken for a mistake: tokenizers that learned from
+# other text, or to other sizes, have far fewer in common, and versions of one nearly all.
+NEARLY = 0.9
 WHERE = "config.distill.teachers"
 
 
@@ -51,8 +54,11 @@ def open_teacher(cfg: Config, store: Store, mesh: Mesh | None = None) -> Teacher
     mesh = mesh or sharding.make_mesh(cfg.mesh.fsdp)
     names = tuple(name.strip() for name in cfg.distill.teachers.split(","))
     runs = tuple(_open(name, cfg, mesh) for name in names)
-    models = tuple(_as_read(run, cfg).graphdef for run in runs)
-    teacher = Teacher(names, models, tuple(run.params for run in runs), runs=runs)
+    for name, run in zip(names, runs, strict=True):
+        _require_rows(name, run, store)
+    read = [_as_read(run, cfg, store) for run in runs]
+    models, params = (tuple(getattr(r, part) for r in read) for part in ("graphdef", "params"))
+    teacher = Teacher(names, models, params, runs=runs)
     if cfg.distill.top_k > store.tokenizer.vocab_size:
         raise ConfigError(
             f"config.distill.top_k: {cfg.distill.top_k} is above the {store.tokenizer.vocab_size} "
@@ -72,12 +78,17 @@ def open_teacher(cfg: Config, store: Store, mesh: Mesh | None = None) -> Teacher
                 f"{name} attends to; raise it to {least} or set config.distill.attention to 0."
             )
     length = cfg.data.seq_len
-    others = (name for name, run in zip(names, runs, strict=True) if not _shares(run, store))
-    if other := next(others, None):
-        aligner = _align(other, runs, cfg, store)
+    others = [pair for pair in zip(names, runs, strict=True) if not _shares(pair[1], store)]
+    if others:
+        aligner = _align(*others[0], cfg, store)
         length = aligner.length
         first = alignment.first_bytes(aligner.student, aligner.teacher)
         teacher = dataclasses.replace(teacher, extend=aligner, first_bytes=first)
+    elif cfg.distill.next_bytes:
+        raise ConfigError(
+            f"config.distill.next_bytes: {names[0]} has the student's tokenizer and can teach all "
+            "its ids; leave it False."
+        )
     for name, run in zip(names, runs, strict=True):
         if run.cfg.model.positions == "learned" and run.cfg.data.seq_len < length:
             raise ConfigError(
@@ -85,20 +96,38 @@ def open_teacher(cfg: Config, store: Store, mesh: Mesh | None = None) -> Teacher
                 f"{length}; lower config.data.seq_len."
             )
     if cfg.distill.alone:  # needed at the end only
-        with errors_of("config.distill.alone"):
-            run = open_trained(pathlib.Path(cfg.distill.alone), mesh=mesh)
-        same = run.cfg.model == cfg.model and run.cfg.data.seq_len == cfg.data.seq_len
-        if not (same and _shares(run, store)):
-            raise ConfigError(
-                f"config.distill.alone: {cfg.distill.alone} has another model, row length or "
-                "tokenizer than this run; give the same student's."
-            )
+        _require_alone(cfg, store, mesh)
     return teacher
 
 
+def _require_alone(cfg: Config, store: Store, mesh: Mesh) -> None:
+    with errors_of("config.distill.alone"):
+        run = open_trained(pathlib.Path(cfg.distill.alone), mesh=mesh)
+    same = run.cfg.model == cfg.model and run.cfg.data.seq_len == cfg.data.seq_len
+    if not (same and _shares(run, store) and not _extra_rows(run, store)):
+        raise ConfigError(
+            f"config.distill.alone: {cfg.distill.alone} has another model, row length or "
+            "tokenizer than this run; give the same student's."
+        )
+
+
 def _shares(run: Trained, store: Store) -> bool:
-    """True if a run has the tokenizer of a store."""
-    return run.tokenizer.content_hash == store.tokenizer.content_hash
+    """True if a run's tokenizer does what that of a store does; one may have more rows."""
+    return run.tokenizer.identity == store.tokenizer.identity
+
+
+def _extra_rows(run: Trained, store: Store) -> int:
+    """Rows of a run's table beyond those of the student, for the ids of one tokenizer."""
+    return (run.tokenizer.vocab_size - store.tokenizer.vocab_size) * _shares(run, store)
+
+
+def _require_rows(name: str, run: Trained, store: Store) -> None:
+    if (missing := -_extra_rows(run, store)) > 0:
+        raise ConfigError(
+            f"{WHERE}: the table of {name} lacks {missing} rows that the student's has for "
+            "padding, with the same tokenizer; name a checkpoint without them in "
+            "config.tokenizer.folder."
+        )
 
 
 def _open(name: str, cfg: Config, mesh: Mesh) -> Trained:
@@ -114,8 +143,12 @@ def _open(name: str, cfg: Config, mesh: Mesh) -> Trained:
         return open_pretrained(folder, how, mesh)
 
 
-def _as_read(run: Trained, cfg: Config) -> Trained:
-    """The run with the student's windows, and a model for rows that are cut so."""
+def _as_read(run: Trained, cfg: Config, store: Store) -> Trained:
+    """The run with the student's windows, and a model for rows that are cut so.
+
+    With the student's tokenizer it has the student's ids: further rows of its table stand for
+    nothing, and would take a share of every probability.
+    """
     how = config.replace(
         run.cfg,
         data__document_mask=cfg.data.document_mask,
@@ -123,21 +156,38 @@ def _as_read(run: Trained, cfg: Config) -> Trained:
     )
     # It reads without dropout.
     teaching = config.replace(cfg, model=run.cfg.model, model__attention_dropout=0.0)
-    vocab_size = run.tokenizer.vocab_size
-    graphdef, _ = create_model(how, vocab_size, choose_attention(teaching)[0])
+    tokenizer, params = run.tokenizer, run.params
+    if _shares(run, store):
+        tokenizer = store.tokenizer
+    graphdef, init = create_model(how, tokenizer.vocab_size, choose_attention(teaching)[0])
+    if _extra_rows(run, store):
+        like = jax.eval_shape(init, jax.random.key(0))
+        params = jax.tree.map(lambda x, cut: x[tuple(map(slice, cut.shape))], params, like)
+        params = jax.device_put(params, sharding.by_shape(run.mesh, params))
     windows = config.replace(
         how,
         data__seq_len=cfg.data.seq_len,
         eval__batch_size=cfg.eval.batch_size,
         eval__stride=cfg.eval.stride,
     )
-    return dataclasses.replace(run, cfg=windows, graphdef=graphdef)
+    parts = {"tokenizer": tokenizer, "graphdef": graphdef, "params": params}
+    return dataclasses.replace(run, cfg=windows, **parts)
 
 
-def _align(name: str, runs: tuple[Trained, ...], cfg: Config, store: Store) -> Aligner:
+def _align(name: str, run: Trained, cfg: Config, store: Store) -> Aligner:
     """The aligner for a teacher with another tokenizer."""
+    teacher = run.tokenizer
     other = f"{WHERE}: {name} has another tokenizer than the student"
-    if len(runs) > 1:
+    share = alignment.common_tokens(store.tokenizer, teacher)
+    if share > NEARLY and not cfg.distill.next_bytes:
+        mine, theirs = store.tokenizer.behaviour(), teacher.behaviour()
+        parts = ", ".join(part for part in mine if mine[part] != theirs[part])
+        raise ConfigError(
+            f"{other}, though {share:.1%} of their tokens are the same (they differ in: {parts}); "
+            "give the student that of the teacher, or set config.distill.next_bytes to True to "
+            "learn no more than its next bytes."
+        )
+    if "," in cfg.distill.teachers:
         raise ConfigError(f"{other}, so it cannot teach beside others; name it alone.")
     maps = not (cfg.distill.attention.zero and cfg.distill.routed_attention.zero)
     if cfg.distill.support != "full" or maps:
@@ -145,8 +195,7 @@ def _align(name: str, runs: tuple[Trained, ...], cfg: Config, store: Store) -> A
             f"{other}, so there are no common ids and no common positions to attend to; set "
             "config.distill.support to full, config.distill.attention and routed_attention to 0."
         )
-    limit = runs[0].cfg.data.seq_len if runs[0].cfg.model.positions == "learned" else None
-    teacher = runs[0].tokenizer
+    limit = run.cfg.data.seq_len if run.cfg.model.positions == "learned" else None
     try:
         return alignment.open_aligner(cfg, store, teacher, limit)
     except ValueError as error:
@@ -154,10 +203,15 @@ def _align(name: str, runs: tuple[Trained, ...], cfg: Config, store: Store) -> A
 
 
 def score_teacher(run: Trained, store: Store, split: str) -> dict[str, Any]:
-    """Exact evaluation of a run on a split of some store, in the run's own tokens and windows."""
+    """Exact evaluation of a run on a split of some store, in the run's own tokens and windows.
+
+    With `documents_left_out`, the number of those that its tokenizer would change.
+    """
+    documents = len(store.split(split).document_starts) - 1
     if not _shares(run, store):
         store = Retokenised(store.path, store.manifest, run.tokenizer, store)
-    return Evaluator.of(run, store)(run.params, split)
+    result, nats_D = Evaluator.of(run, store).score(run.params, split)
+    return result | {"documents_left_out": documents - len(nats_D)}
 
 
 def _windows(cfg: Config) -> tuple[Any, ...]:
@@ -182,22 +236,7 @@ def verify(teacher: Teacher, cfg: Config, store: Store) -> list[str]:
     unigram = nats / split.bytes / math.log(2)
     lines = []
     for name, run in zip(teacher.names, teacher.runs, strict=True):
-        result = score_teacher(run, store, "valid")
-        own = _shares(run, store) and same_data(run.data, store.manifest)
-        said, record = "no record of it", pathlib.Path(name) / SCORES.format("valid")
-        recorded = json.loads(record.read_text()) if record.exists() else {}
-        same_windows = recorded.get("stride") == run.cfg.eval.stride
-        if same_windows and recorded["step"] == run.step and recorded["loss"] is not None:
-            loss = (result if own else score_teacher(run, run.store, "valid"))["loss"]
-            said = f"on its record {recorded['loss']:.4f}, found {loss:.4f}"
-            if not abs(loss - recorded["loss"]) <= TOLERANCE * loss:
-                raise ConfigError(
-                    f"{WHERE}: {name} has a valid loss of {loss:.4f}, but {record} says "
-                    f"{recorded['loss']:.4f}; restore the run."
-                )
-        if _shares(run, store) and _windows(run.cfg) != _windows(cfg):
-            result = score_teacher(_as_read(run, cfg), store, "valid")
-            said += ", here in the student's windows"
+        result, said = _score(name, run, cfg, store)
         if not result["bits_per_byte"] < unigram:
             raise ConfigError(
                 f"{WHERE}: {name} needs {result['bits_per_byte']:.4f} bits per byte of the valid "
@@ -210,18 +249,55 @@ def verify(teacher: Teacher, cfg: Config, store: Store) -> list[str]:
             + (f", word ppl {result['word_ppl']:.2f}" if math.isfinite(result["word_ppl"]) else "")
         )
     if isinstance(teacher.extend, Aligner):
-        (name,), (run,), length = teacher.names, teacher.runs, teacher.extend.length
-        share = alignment.aligned_share(teacher.extend, cfg, store)
-        if length > run.cfg.data.seq_len:
-            lines.append(
-                f"teacher {name} learned from rows of {run.cfg.data.seq_len} tokens and reads rows "
-                f"of {length}, where it may know less; lower config.data.seq_len"
+        lines += _aligned(teacher.names[0], teacher.runs[0], teacher.extend, cfg, store)
+    return lines
+
+
+def _score(name: str, run: Trained, cfg: Config, store: Store) -> tuple[dict[str, Any], str]:
+    """A teacher's scores on the student's valid split, and what its own record says, in words."""
+    here, said = run, "no record of it"
+    other_windows = _shares(run, store) and _windows(run.cfg) != _windows(cfg)
+    if other_windows or _extra_rows(run, store):
+        here = _as_read(run, cfg, store)
+    result = score_teacher(here, store, "valid")
+    record = pathlib.Path(name) / SCORES.format("valid")
+    with errors_of(WHERE):
+        recorded = read_json(record) if record.exists() else {}
+    same_windows = recorded.get("stride") == run.cfg.eval.stride
+    if same_windows and recorded.get("step") == run.step and recorded.get("loss") is not None:
+        own = same_data(run.data, store.manifest)
+        found = result
+        if not own or here is not run:
+            found = score_teacher(run, store if own else run.store, "valid")
+        loss = found["loss"]
+        said = f"on its record {recorded['loss']:.4f}, found {loss:.4f}"
+        if not abs(loss - recorded["loss"]) <= TOLERANCE * loss:
+            raise ConfigError(
+                f"{WHERE}: {name} has a valid loss of {loss:.4f}, but {record} says "
+                f"{recorded['loss']:.4f}; restore the run."
             )
+    said += ", here in the student's windows" * other_windows
+    if missing := result["documents_left_out"]:
+        said += f", without {missing} of the documents, which its tokenizer would change"
+    return result, said
+
+
+def _aligned(name: str, run: Trained, aligner: Aligner, cfg: Config, store: Store) -> list[str]:
+    """What is to be said of a teacher with another tokenizer."""
+    lines, made_for = [], run.cfg.data.seq_len
+    if huggingface.is_checkpoint(pathlib.Path(name)):  # opened for shorter rows than it can read
+        *_, made_for = huggingface.read_model(pathlib.Path(name))
+    if aligner.length > made_for:
         lines.append(
-            f"teacher {name} has another tokenizer: {share:.1%} of the tokens of "
-            f"{alignment.WINDOWS} windows end where a teacher token ends, and there the next byte "
-            "is taught"
+            f"teacher {name} learned from rows of {made_for} tokens and reads rows of "
+            f"{aligner.length}, where it may know less; lower config.data.seq_len"
         )
+    aligned, untaught = alignment.aligned_shares(aligner, cfg, store)
+    lines.append(
+        f"teacher {name} has another tokenizer: {aligned:.1%} of the tokens of "
+        f"{alignment.WINDOWS} windows end where a teacher token ends, and there the next byte "
+        f"is taught; for {untaught:.1%} it has no state"
+    )
     return lines
 
 
@@ -229,13 +305,21 @@ def record_teacher(workdir: pathlib.Path, teacher: Teacher, *, resuming: bool) -
     """Write `teacher.json`, or compare with that of the run to be resumed.
 
     Raises:
-        ConfigError: if what teaches has changed.
+        ConfigError: if what teaches has changed, or the file is missing or damaged.
     """
     path = workdir / TEACHER
     if not resuming:
         if jax.process_index() == 0:
             write_json(path, teacher.identity)
-    elif json.loads(path.read_text()) != teacher.identity:
+        return
+    try:
+        kept = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError) as error:
+        raise ConfigError(
+            f"{path}: is missing or damaged, so that it does not tell which teacher the run there "
+            "learned from; restore the file or give another --workdir."
+        ) from error
+    if kept != teacher.identity:
         raise ConfigError(
             f"{path}: the run there learned from another teacher than it is now; restore that one "
             "or give another --workdir."

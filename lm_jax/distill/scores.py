@@ -61,10 +61,11 @@ def report_distillation(
         else:  # its own tokens cannot be compared
             rows = score_models(cfg, store, split, models, None)
             found = opening.score_teacher(teacher.runs[0], store, split)
-            rows[taught_by] = _row(found, teacher)
+            left_out = {"documents_left_out": found["documents_left_out"]}
+            rows[taught_by] = _row(found, teacher) | left_out
     result: dict[str, Any] = {"split": split, "taught_by": taught_by, "models": rows}
     if isinstance(teacher.extend, Aligner):
-        result["aligned_share"] = alignment.aligned_share(teacher.extend, cfg, store)
+        result["aligned_share"] = alignment.aligned_shares(teacher.extend, cfg, store)[0]
     write_json(workdir / AGREEMENT, result)
     table = Table(title=f"{split}: agreement with and divergence from {taught_by}")
     table.add_column("", overflow="fold")

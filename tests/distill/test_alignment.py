@@ -1,8 +1,14 @@
 """Positions of a teacher with another tokenizer, against the definition."""
 
+import json
+import types
+
 import numpy as np
 import pytest
 
+from lm_jax.data.store import Split
+from lm_jax.data.tokenizers.base import count_words
+from lm_jax.data.tokenizers.hf import HfTokenizer
 from lm_jax.data.tokenizers.kinds import BpeTokenizer, ByteTokenizer
 from lm_jax.data.tokenizers.load import train_tokenizer
 from lm_jax.distill import alignment
@@ -155,8 +161,53 @@ def test_bytes_that_only_one_knows_are_left_out(tokenizers):
     assert set(few[1:]) == known and set(all_bytes) == known | {alignment.BYTES}
 
 
-def test_a_teacher_that_does_not_keep_the_text_is_refused(tokenizers):
-    tokens, segments = row(tokenizers["byte"], ["the  cat"])
-    words = train_tokenizer("word", ["the cat"], 0)
-    with pytest.raises(ValueError, match="kind word does not keep the text"):
-        Aligner(tokenizers["byte"], words, 20).row(tokens, segments)
+def composing(tokenizer):
+    """The same tokens of a tokenizer that writes an accent and its letter as one character."""
+    tree = json.loads(tokenizer.to_library().to_str()) | {"normalizer": {"type": "NFC"}}
+    return HfTokenizer(json.dumps(tree), tokenizer.separator, tokenizer.vocab_size)
+
+
+@pytest.mark.parametrize("document_mask", [True, False])
+def test_text_that_the_teacher_would_change_has_no_teacher(tokenizers, document_mask):
+    s, t = tokenizers["small"], composing(tokenizers["large"])
+    tokens, segments = row(s, ["the cat", "caf\u0065\u0301 on", "the mat"], document_mask)
+    found = Aligner(s, t, 64).row(tokens, segments)
+    second = np.cumsum(tokens == s.separator) == 2
+    ends = np.cumsum([len(piece) for piece in s.token_bytes(tokens[second])])
+    changed = np.zeros(len(tokens), bool)
+    changed[second] = ends > len("caf")
+    assert 3 < changed.sum() < second.sum()
+    assert (found["teacher_place"][changed] == -1).all() and not found["aligned"][changed].any()
+    assert (found["teacher_place"][~changed] >= 0).all()
+    rest = Aligner(s, t, 64).row(tokens[~changed], segments[~changed])
+    for name, values in rest.items():
+        kept = ~changed if name in ("teacher_place", "aligned") else slice(None)
+        np.testing.assert_array_equal(found[name][kept], values)
+    assert rest["aligned"].any()
+
+
+def test_a_split_without_the_documents_that_it_would_change(tokenizers):
+    texts = ["the cat sat", "caf\u0065\u0301", "the mat"]
+    s, t = tokenizers["byte"], composing(tokenizers["large"])
+
+    def again(texts):
+        documents = [s.encode(text) for text in texts]
+        starts = np.cumsum([0, *map(len, documents)])
+        size, words = sum(len(text.encode()) for text in texts), sum(map(count_words, texts))
+        split = Split("valid", np.concatenate(documents), starts, size, words, 0)
+        original = types.SimpleNamespace(split=lambda name: split, tokenizer=s)
+        return alignment.Retokenised(None, {}, t, original).split("valid")
+
+    found, kept = again(texts), [texts[0], texts[2]]
+    np.testing.assert_array_equal(found.tokens, np.concatenate(t.encode_all(kept)))
+    assert (found.bytes, found.words) == (sum(map(len, kept)), 5)
+    assert len(found.document_starts) == 3
+    with pytest.raises(ValueError, match=r"normalizer \(NFC\) changes the text at character 3"):
+        again(texts[1:2] * 3 + texts[:1])
+
+
+def test_tokens_in_common(tokenizers):
+    small, large = (tokenizers[name] for name in ("small", "large"))
+    assert alignment.common_tokens(large, large) == 1
+    assert alignment.common_tokens(small, large) == (262 - 257) / (300 - 257)
+    assert alignment.common_tokens(tokenizers["byte"], small) == 0

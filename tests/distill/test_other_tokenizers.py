@@ -1,6 +1,7 @@
 """A teacher with another tokenizer: what is compared, the loop, and what is refused."""
 
 import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +18,11 @@ from lm_jax.data import windows as pipeline
 from lm_jax.data.open import open_data
 from lm_jax.distill import alignment
 from lm_jax.distill.objective import distilled
-from lm_jax.distill.opening import open_teacher, verify
+from lm_jax.distill.opening import open_teacher, score_teacher, verify
+from lm_jax.export import write_tokenizer
 from lm_jax.kernels import divergences
 from lm_jax.models.families import create_model
+from lm_jax.start import find_origin
 from lm_jax.workdir import open_trained
 from tests.distill.toys import EVERYTHING
 from tests.helpers import examine_distillation_of, rows, small
@@ -131,6 +134,8 @@ def test_states_count_where_the_teacher_has_one(text, teacher):
     scored = [(r, t) for r, t in np.argwhere(place >= 0) if weights[r, t]]
     errors = [np.square(y_BTE[r, t] - states[r, place[r, t]]).mean() for r, t in scored]
     assert row["distill/feature"] == pytest.approx(np.mean(errors), rel=1e-4)
+    untaught = weights[place < 0].sum() / weights.sum()
+    assert row["distill/untaught_fraction"] == pytest.approx(untaught, abs=1e-6)
 
 
 def test_a_run_learns_from_it(text, teacher, tmp_path, capsys):
@@ -203,6 +208,41 @@ def test_a_hugging_face_checkpoint_is_read(text, tmp_path):
         # It was never trained, and is not taken for a teacher.
         with pytest.raises(ConfigError, match="bits per byte .* no better than"):
             verify(taught, cfg, store)
+
+
+def test_documents_that_its_tokenizer_would_change_do_not_end_a_run(text, tmp_path):
+    for name, accent in (("train", 7), ("valid", 2), ("test", 1)):
+        for i, path in enumerate(sorted(text.glob("*.txt"))[:20]):
+            more = "cafe\u0301 " * 20 if i == accent else ""
+            (tmp_path / f"{name}-{i}.txt").write_text(f"{name} {more}{path.read_text()}")
+    c = LLAMA | {"vocab_size": 320, "max_position_embeddings": 4096}
+    folder = save_tokenizer(tmp_path / "nfc", byte_level() | {"normalizer": {"type": "NFC"}},
+                            special="<|endoftext|>")  # fmt: skip
+    save_checkpoint(folder, c, random_tensors(c))
+    files = {f"data__{n}": f"{n.removesuffix('_files')}-*" for n in ("valid_files", "test_files")}
+    files |= dict(data__files="train-*", data__valid_fraction=0.0, data__test_fraction=0.0)
+    own = dict(tokenizer__kind="byte", data__cache_dir=str(tmp_path / "cache"))
+    cfg, store, taught, _ = opened(tmp_path, distill__teachers=str(folder), **files, **own)
+    windows = pipeline.Windows(store.split("train"), cfg.data.seq_len, cfg.data.document_mask)
+    batch = taught.extend(windows.batch(np.arange(len(windows))))
+    changed = ["\u0301" in store.tokenizer.decode(row) for row in batch["tokens"][:, :-1]]
+    untaught = (batch["teacher_place"] < 0) & (batch["weights"][:, 1:] > 0)  # padding aside
+    untaught, changed = untaught.mean(-1), np.array(changed)
+    assert 3 <= changed.sum() < 9 and untaught[changed].mean() > 0.5
+    assert untaught[~changed].max() < 0.5 and untaught[~changed].mean() < 0.1
+    for name in ("valid", "test"):
+        assert score_teacher(taught.runs[0], store, name)["documents_left_out"] == 1
+    with pytest.raises(ConfigError, match="bits per byte .* no better than"):
+        verify(taught, cfg, store)
+
+
+def test_a_run_starts_from_one_with_its_tokenizer_in_another_file(text, teacher, tmp_path):
+    run = open_trained(pathlib.Path(teacher))
+    write_tokenizer(tmp_path, run.tokenizer, 32)
+    (tmp_path / "config.json").write_text('{"vocab_size": 275}')
+    own = dict(tokenizer__kind="hf", tokenizer__folder=str(tmp_path), tokenizer__vocab_size=0)
+    cfg = student(text, **own, model=run.cfg.model, train__start_from=teacher, distill__kd="0.7")
+    assert find_origin(resolve(cfg, windows=50), open_data(cfg)).update == run.step
 
 
 def test_a_student_with_the_tokenizer_of_a_checkpoint(text, tmp_path):

@@ -58,14 +58,54 @@ class Tokenizer(abc.ABC):
         """Ids of several documents."""
         return [self.encode(text) for text in texts]
 
+    def encode_kept(self, texts: Sequence[str]) -> list[np.ndarray | None]:
+        """Ids of several documents; None for one that its ids would not give back."""
+        pairs = zip(self._encode_any(texts), texts, strict=True)
+        return [ids if self._keeps(ids, text) else None for ids, text in pairs]
+
+    def kept(self, text: str) -> int:
+        """The number of characters before the first that the ids of a text would not give back."""
+        (ids,) = self._encode_any([text])
+        return len(os.path.commonprefix([text, self.decode(ids)]))
+
+    def _encode_any(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """As `encode_all`, also where the ids stand for another text."""
+        return self.encode_all(texts)
+
+    def _keeps(self, ids: np.ndarray, text: str) -> bool:
+        return b"".join(self.token_bytes(ids)) == text.encode()
+
     def decode(self, ids: np.ndarray) -> str:
         """Text of the ids; bytes that are not UTF-8 show as U+FFFD."""
         return b"".join(self.token_bytes(ids)).decode("utf-8", errors="replace")
 
     @functools.cached_property
     def content_hash(self) -> str:
-        """sha256 of everything that decides the ids."""
+        """sha256 of the file that `save` writes; see `identity` for what it does."""
         return hash_json(self._definition())
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """sha256 of what decides the ids, equal for all files and kinds that do the same."""
+        return hash_json(self.behaviour())
+
+    def behaviour(self) -> dict[str, Any]:
+        """What decides the ids of a text and what they stand for, part by part.
+
+        Left out is what decides none: rows of the table that stand for nothing, what is put around
+        a text or cut from it, and how ids are decoded.
+        """
+        tree = json.loads(self._library_parts().to_str())
+        model, parts = tree["model"], ("normalizer", "pre_tokenizer")
+        pieces = dict(enumerate(self._bytes))
+        return {
+            "separator": self.separator,
+            "vocabulary": {token: i for token, i in model["vocab"].items() if pieces.get(i)},
+            "merges": model.get("merges"),
+            "model": [model.get(name) for name in ("type", "byte_fallback", "ignore_merges")],
+            "added_tokens": [token for token in tree["added_tokens"] if not token["special"]],
+            **{part: list(map(_deciding, components(tree[part]))) for part in parts},
+        }
 
     def save(self, folder: str | os.PathLike) -> None:
         """Writes tokenizer.json into `folder`, whole or not at all."""
@@ -97,6 +137,20 @@ class Tokenizer(abc.ABC):
 
     def _definition(self) -> dict[str, Any]:
         return {"kind": self.kind, **{name: getattr(self, name) for name in self.ARGUMENTS}}
+
+
+def components(part: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
+    """The single normalisers or pre-tokenisers of a nested sequence."""
+    if part is not None:
+        for inner in part.get("normalizers", part.get("pretokenizers", [])):
+            yield from components(inner)
+        if part["type"] != "Sequence":
+            yield part
+
+
+def _deciding(part: dict[str, Any]) -> dict[str, Any]:
+    """A component without what decides no ids."""
+    return {name: value for name, value in part.items() if name != "trim_offsets"}
 
 
 def split_words(text: str) -> Iterator[str]:

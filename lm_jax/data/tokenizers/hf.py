@@ -2,16 +2,15 @@
 
 import itertools
 import json
-import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import tokenizers
 
-from lm_jax.data.tokenizers.base import Tokenizer, byte_alphabet
+from lm_jax.data.tokenizers.base import Tokenizer, byte_alphabet, components
 from lm_jax.files import read_json
 
 PARTS = ("normalizer", "pre_tokenizer")  # parts of tokenizer.json that may change the text
@@ -53,7 +52,7 @@ class HfTokenizer(Tokenizer):
         for part in PARTS:
             tree[part] = _without_prefix(tree[part])
         tree["decoder"] = _without_prefix(tree["decoder"], removed="Strip")
-        self._parts = {part: list(_components(tree[part])) for part in PARTS}
+        self._parts = {part: list(components(tree[part])) for part in PARTS}
         self._bytes_of = _writing(tree["model"], itertools.chain(*self._parts.values()))
         self._bytes = self._table(tree, vocab_size)
         tree["model"]["dropout"] = None
@@ -96,17 +95,20 @@ class HfTokenizer(Tokenizer):
 
     def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of several documents, encoded in parallel where there are cores."""
-        encoded = self._library.encode_batch_fast(list(texts), add_special_tokens=False)
-        documents = [np.array(one.ids, np.int32) for one in encoded]
+        documents = self._encode_any(texts)
         for ids, text in zip(documents, texts, strict=True):
-            if b"".join(self.token_bytes(ids)) != text.encode():
-                at = len(os.path.commonprefix([text, self.decode(ids)]))
+            if not self._keeps(ids, text):
+                at = self.kept(text)
                 raise ValueError(
                     f"tokenizer.json: {self._culprit(text)} changes the text at character {at}, "
                     f"{text[at : at + 8]!r}; take such documents out, or a tokenizer that keeps "
                     "every byte."
                 )
         return documents
+
+    def _encode_any(self, texts: Sequence[str]) -> list[np.ndarray]:
+        encoded = self._library.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(one.ids, np.int32) for one in encoded]
 
     def _library_parts(self) -> tokenizers.Tokenizer:
         return tokenizers.Tokenizer.from_str(self._library.to_str())
@@ -140,15 +142,6 @@ class HfTokenizer(Tokenizer):
             if self._bytes_of(pieces) != text.encode():
                 return f"pre_tokenizer ({', '.join(names['pre_tokenizer'])})"
         return "model, or one of added_tokens,"
-
-
-def _components(part: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
-    """The single normalisers or pre-tokenisers of a nested sequence."""
-    if part is not None:
-        for inner in part.get("normalizers", part.get("pretokenizers", [])):
-            yield from _components(inner)
-        if part["type"] != "Sequence":
-            yield part
 
 
 def _writing(model: dict[str, Any], parts: Iterable[dict[str, Any]]) -> Callable[[str], bytes]:
