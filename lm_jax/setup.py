@@ -26,7 +26,7 @@ from lm_jax import (
     step,
     workdir,
 )
-from lm_jax.checkpoint import Checkpoints, Manifest
+from lm_jax.checkpoint import Checkpoints, Kept, Manifest
 from lm_jax.compilations import keep_compilations
 from lm_jax.config import Config, ConfigError, rules
 from lm_jax.config.resolve import resolve, spans
@@ -81,20 +81,23 @@ class Setup:
         return self.checkpoints.position() or 0
 
     def restore(self) -> tuple[TrainState, Manifest]:
-        """The newest checkpoint of this run.
+        """The newest good checkpoint of this run.
 
         Raises:
             ConfigError: if what is trained beside the model was saved by version 0.2.
+            Damaged: if no checkpoint is good.
         """
-        manifest = self.checkpoints.manifest()
-        self._refuse_older(manifest)
-        if self.checkpoints.position(best=True) is not None:
-            # After a kill the best checkpoint may be newer than the one to go on from.
-            best = self.checkpoints.manifest(best=True)
-            manifest |= {"best_loss": best["best_loss"], "best_position": best["best_position"]}
-        else:
-            manifest |= {"best_loss": None, "best_position": None}
-        return TrainState(**self.checkpoints.restore(self._like.saved())), manifest
+        like = self._like.saved()
+
+        def read(kept: Kept) -> tuple[dict[str, Any], Manifest]:
+            self._refuse_older(manifest := kept.manifest())
+            return kept.restore(like), manifest
+
+        state, manifest = self.checkpoints.restore(read)
+        # After a kill the best checkpoint may be newer than the one to go on from.
+        best = self.checkpoints.best()
+        manifest |= {name: best.get(name) for name in ("best_loss", "best_position")}
+        return TrainState(**state), manifest
 
     def _refuse_older(self, manifest: Manifest) -> None:
         if self.objective.beside_lr and "version" not in manifest:
