@@ -3,23 +3,24 @@
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import json
+import logging
 import os
 import pathlib
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 from jax.experimental import multihost_utils
 
 from lm_jax import console
+from lm_jax.checksum import checksums, seal
 from lm_jax.config import ConfigError
 from lm_jax.optim import path_name
 from lm_jax.rundir import BEST, CHECKPOINTS, updates
@@ -29,7 +30,6 @@ T = TypeVar("T")
 # What the manifest of a checkpoint holds for itself: checksums of its leaves, a hash of the rest.
 _CHECKSUMS, _SEAL = "checksums", "seal"
 _SHOWN = 160  # characters of an error of orbax
-_ON_HOST = 1 << 20  # elements of a leaf up to which a compilation costs more than it saves
 
 
 class Damaged(ValueError):
@@ -73,6 +73,7 @@ class Checkpoints:
         Raises:
             RuntimeError: if a later checkpoint is there, which this one cannot replace, or if the
                 folder is gone.
+            OSError: if the disk takes no more; also of the save before, which went on until now.
         """
         manager, position = (self._best if best else self._newest), manifest["position"]
         if not manager.directory.exists():
@@ -84,13 +85,14 @@ class Checkpoints:
         self.wait()
         if best:  # after a kill, one of an update that was made anew may be there
             self.clear_best(position)
-        sealed = _seal(manifest | {_CHECKSUMS: checksums(state)})
-        saved = manager.save(
-            position,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state), manifest=ocp.args.JsonSave(sealed)
-            ),
+        # A copy, for the loop changes its own while this one is being written.
+        sealed = json.loads(json.dumps(manifest | {_CHECKSUMS: checksums(state)}))
+        sealed[_SEAL] = seal(sealed)
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), manifest=ocp.args.JsonSave(sealed)
         )
+        with self._writing():
+            saved = manager.save(position, args=args)
         if not saved:
             raise RuntimeError(
                 f"{manager.directory}: update {position} could not be saved beside that of update "
@@ -154,13 +156,32 @@ class Checkpoints:
     def wait(self) -> None:
         """Wait until running saves are finished."""
         for manager in (self._newest, self._best):
-            manager.wait_until_finished()
+            with self._writing():
+                manager.wait_until_finished()
 
     def close(self) -> None:
         """Wait for running saves and release the folders."""
         self.wait()
         for manager in (self._newest, self._best):
             manager.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Give an error of the disk, for which tensorstore has a ValueError, its own kind."""
+        logging.getLogger("absl").addFilter(_unlike_raised)
+        try:
+            yield
+        except ValueError as error:
+            number = re.search(r"os_error_code='(\d+)'", str(error))
+            if number is None:
+                raise
+            code = int(number[1])
+            raise OSError(code, os.strerror(code), str(self._workdir)) from error
+
+
+def _unlike_raised(record: logging.LogRecord) -> bool:
+    """Whether a thread of orbax tells something else than the error that it hands on."""
+    return "raised an exception" not in str(record.msg)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,8 +243,8 @@ class Kept:
         with self._reading() as reader:
             args = ocp.args.Composite(manifest=ocp.args.JsonRestore())
             found: Manifest = reader.restore(self.path, args=args)["manifest"]
-            seal = found.pop(_SEAL, None)
-        if (seal or _CHECKSUMS in found) and seal != _seal(found)[_SEAL]:
+            known = found.pop(_SEAL, None)
+        if (known or _CHECKSUMS in found) and known != seal(found):
             raise self._damaged("its manifest is not what was saved")
         return found
 
@@ -289,43 +310,6 @@ def first_good(kept: Sequence[Kept], read: Callable[[Kept], T]) -> tuple[Kept, T
             console.say(f"{error.told}; update {one.update:,} is taken in its place")
         return one, found
     raise Damaged("; ".join(error.told for error in damaged))
-
-
-def checksums(tree: Any) -> dict[str, int]:
-    """A number for every leaf by name, the same however the leaf is split over devices.
-
-    A leaf with one other element, in one bit or all of them, has another number.
-    """
-    found = {}
-    for path, leaf in jax.tree.leaves_with_path(tree):
-        whole = not isinstance(leaf, jax.Array) or leaf.is_fully_addressable
-        small = leaf.size <= _ON_HOST and whole
-        found[path_name(path)] = _checksum(np.asarray(leaf)) if small else _compiled_checksum(leaf)
-    return {name: int(value) for name, value in found.items()}
-
-
-def _checksum(leaf: Any) -> Any:
-    """The sum of MurmurHash3's finaliser, a bijection, over bits and place; for either NumPy."""
-    bits = leaf.reshape(leaf.shape or (1,))
-    bits = bits.view(f"uint{8 * min(bits.dtype.itemsize, 4)}").astype(np.uint32)
-    stride = 1
-    for axis, size in reversed(list(enumerate(bits.shape))):
-        where = (np if isinstance(bits, np.ndarray) else jnp).arange(size, dtype=np.uint32)
-        place = where * np.uint32(stride * 0x9E3779B1 % 2**32)
-        bits = bits + place.reshape([-1 if i == axis else 1 for i in range(bits.ndim)])
-        stride *= size
-    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
-        bits = (bits ^ (bits >> np.uint32(shift))) * np.uint32(factor)
-    return bits.sum(dtype=np.uint32)
-
-
-_compiled_checksum = jax.jit(_checksum)
-
-
-def _seal(manifest: Manifest) -> Manifest:
-    """A copy, for the loop changes its own, with a hash of it."""
-    text = json.dumps(manifest, sort_keys=True)
-    return json.loads(text) | {_SEAL: hashlib.sha256(text.encode()).hexdigest()}
 
 
 def leaf_shapes(tree: Any) -> dict[str, tuple[int, ...]]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from lm_jax import console, setup, signals
+from lm_jax import console, rundir, setup, signals
 from lm_jax.config import Config
 from lm_jax.data.store import Store
 from lm_jax.progress import Progress
@@ -30,8 +30,13 @@ def train_and_evaluate(
     Raises the errors of `lm_jax.train`.
     """
     console.use(silent=jax.process_index() > 0)
-    with signals.handled(), contextlib.ExitStack() as held:
-        return _train(setup.assemble(cfg, pathlib.Path(workdir), store, held))
+    folder = pathlib.Path(workdir)
+    with (
+        signals.handled(),
+        rundir.disk_told(folder, cfg.data.cache_dir),
+        contextlib.ExitStack() as held,
+    ):
+        return _train(setup.assemble(cfg, folder, store, held))
 
 
 def _train(run: setup.Setup) -> dict[str, Any]:
@@ -60,7 +65,9 @@ def _train(run: setup.Setup) -> dict[str, Any]:
             if run.saves(position) or stopping:
                 progress.catch_up(state)
                 manifest["position"] = position
-                checkpoints.save(state.saved(), manifest)
+                # Among skipped updates every checkpoint would be the same, in place of older ones.
+                if stopping or position == run.steps or not progress.skipping:
+                    checkpoints.save(state.saved(), manifest)
             if stopping and position < run.steps:
                 raise Interrupted(stopping, f"after update {position:,}")
     del state  # the best parameters take its place

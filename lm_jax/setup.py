@@ -134,6 +134,7 @@ class Setup:
             with console.phase("drawing the parameters"):
                 state = jax.jit(self.init_state, out_shardings=shardings)(key, *given)
         manifest |= {"version": lm_jax.__version__, "best_loss": None, "best_position": None}
+        manifest["skipped"] = []
         return state, manifest
 
     @property
@@ -273,9 +274,10 @@ def _enter(
         held.enter_context(rundir.occupied(folder))
     checkpoints = Checkpoints(folder, cfg.train.keep)
     position = checkpoints.position()
+    lines = workdir.tell_divergence(folder, position, cfg.train.max_nonfinite)
     if position is not None:
         old = workdir.resume_record(folder, cfg, store, asked=asked, position=position)
-        lines = length.renewed(old, cfg, position)
+        lines += length.renewed(old, cfg, position)
         if cfg.distill.taught and old.train.steps != cfg.train.steps:
             lines.append("the curves of config.distill.* run to the new end")
         return checkpoints, None, tuple(lines)
@@ -283,7 +285,8 @@ def _enter(
     workdir.clear_results(folder, *workdir.RESULTS)
     start = None if origin is None else origin.record
     workdir.record_config(folder, cfg, store, asked=asked, start=start)
-    return checkpoints, origin, () if origin is None else (origin.line,)
+    lines += [] if origin is None else [origin.line]
+    return checkpoints, origin, tuple(lines)
 
 
 def _choices(

@@ -207,6 +207,26 @@ def read_metrics(workdir: pathlib.Path) -> Iterator[dict[str, Any]]:
     return read_rows(workdir / METRICS)
 
 
+def tell_divergence(workdir: pathlib.Path, position: int | None, most: int) -> list[str]:
+    """In words, where the last run ended for updates that were skipped; empty if it did not.
+
+    Args:
+        workdir: folder of the run.
+        position: updates in the checkpoint from which it goes on; None: it begins anew.
+        most: `train.max_nonfinite`.
+    """
+    rows = [row for row in read_metrics(workdir) if "optim/skipped_updates" in row]
+    skipped = list(itertools.takewhile(lambda row: row["optim/skipped_updates"], reversed(rows)))
+    if len(skipped) < most or skipped[0]["step"] <= (position or 0):
+        return []
+    where = "" if position is None else " in another --workdir"
+    return [
+        f"the last run here ended at updates {skipped[-1]['step']:,} to {skipped[0]['step']:,}, "
+        "which were not finite, and ends there again unless something changes: lower "
+        f"config.optim.peak_lr, or lengthen config.optim.warmup,{where} or look at these batches"
+    ]
+
+
 def read_rows(path: pathlib.Path) -> Iterator[dict[str, Any]]:
     """The objects in a file of JSON lines, if it is there.
 

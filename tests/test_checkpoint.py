@@ -1,4 +1,7 @@
+import contextlib
+import errno
 import json
+import resource
 import shutil
 
 import jax
@@ -16,6 +19,7 @@ from lm_jax.checkpoint import (
     first_good,
     kept_in,
 )
+from lm_jax.checksum import checksums
 from lm_jax.config import Config, ConfigError
 from lm_jax.workdir import open_trained, read_record
 from tests.helpers import small
@@ -294,22 +298,22 @@ def test_a_checksum_tells_every_bit_and_no_sharding():
         "int8": np.arange(4, dtype=np.int8),
         "bool": np.array([True, False]),
     }
-    known = checkpoint.checksums(leaves)
-    assert checkpoint.checksums(jax.tree.map(jnp.asarray, leaves)) == known
+    known = checksums(leaves)
+    assert checksums(jax.tree.map(jnp.asarray, leaves)) == known
     for name, leaf in leaves.items():
         data = leaf.tobytes()
         for bit in range(1 if name == "bool" else 8 * len(data)):
             one = bytearray(data)
             one[bit // 8] ^= 1 << bit % 8
             other = np.frombuffer(one, leaf.dtype).reshape(leaf.shape)
-            assert checkpoint.checksums({name: other}) != {name: known[name]}
+            assert checksums({name: other}) != {name: known[name]}
     signs = leaves["float32"] * np.where(np.arange(4) < 2, -1, 1).astype(np.float32)
-    assert checkpoint.checksums({"": signs})[""] != known["float32"]
+    assert checksums({"": signs})[""] != known["float32"]
     large = np.arange(3 << 19, dtype=np.float32).reshape(3, -1)  # is compiled
     piecewise = np.concatenate([large[:, :9], large[:, 9:]], axis=1)
-    assert checkpoint.checksums([jnp.asarray(large)]) == checkpoint.checksums([large])
-    assert checkpoint.checksums([piecewise]) == checkpoint.checksums([large])
-    assert checkpoint.checksums([large[::-1]]) != checkpoint.checksums([large])
+    assert checksums([jnp.asarray(large)]) == checksums([large])
+    assert checksums([piecewise]) == checksums([large])
+    assert checksums([large[::-1]]) != checksums([large])
 
 
 def test_a_checkpoint_of_before_there_were_checksums_is_read(checkpoints, tmp_path, capsys):
@@ -359,3 +363,33 @@ def test_a_damaged_best_is_set_aside(checkpoints, tmp_path, capsys):
     assert checkpoints.best() == {} and checkpoints.position(best=True) is None
     assert "best/6: damaged" in capsys.readouterr().out
     assert (tmp_path / "best" / "6.damaged").exists()
+
+
+@contextlib.contextmanager
+def full_disk(size):
+    """No file may be larger, as on a disk that is full; the system's own way, without root."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_is_told_by_its_name_and_older_checkpoints_survive(tmp_path, capfd):
+    checkpoints = Checkpoints(tmp_path, 1)
+    checkpoints.save(state(4), {"position": 4})
+    checkpoints.wait()
+    with full_disk(4096):
+        checkpoints.save(state(8), {"position": 8})  # goes on in the background
+        with pytest.raises(OSError, match="File too large") as raised:
+            checkpoints.wait()
+    assert raised.value.errno == errno.EFBIG and raised.value.filename == str(tmp_path)
+    checkpoints.close()
+    assert folders(tmp_path / "checkpoints") == [4] and not capfd.readouterr().err
+    again = Checkpoints(tmp_path, 1)
+    same(again.restore(whole), state(4))
+    again.save(state(8), {"position": 8})
+    again.close()
+    assert folders(tmp_path / "checkpoints") == [8]
+    same(whole(find_kept(tmp_path)[8]), state(8))
