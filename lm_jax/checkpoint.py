@@ -180,8 +180,8 @@ class Checkpoints:
 
 
 def _unlike_raised(record: logging.LogRecord) -> bool:
-    """Whether a thread of orbax tells something else than the error that it hands on."""
-    return "raised an exception" not in str(record.msg)
+    """Whether orbax tells something else than the traceback of an error that it raises anyway."""
+    return not (record.exc_info and "orbax" in record.pathname)
 
 
 @dataclasses.dataclass(frozen=True)
