@@ -31,12 +31,11 @@ def train_and_evaluate(
     """
     console.use(silent=jax.process_index() > 0)
     folder = pathlib.Path(workdir)
-    with (
-        signals.handled(),
-        rundir.disk_told(folder, cfg.data.cache_dir),
-        contextlib.ExitStack() as held,
-    ):
-        return _train(setup.assemble(cfg, folder, store, held))
+    with signals.handled(), contextlib.ExitStack() as held:
+        with rundir.disk_told(folder, cfg.data.cache_dir):
+            run = setup.assemble(cfg, folder, store, held)
+        with rundir.disk_told(folder, cfg.data.cache_dir):  # where there is a folder now
+            return _train(run)
 
 
 def _train(run: setup.Setup) -> dict[str, Any]:

@@ -204,7 +204,7 @@ def _require_same(old: Record, cfg: Config, store: Store, asked: Config) -> None
 
 def read_metrics(workdir: pathlib.Path) -> Iterator[dict[str, Any]]:
     """The rows of `metrics.jsonl`; a number that was not finite is None. See `read_rows`."""
-    return read_rows(workdir / METRICS)
+    return (row for row in read_rows(workdir / METRICS) if isinstance(row.get("step"), int))
 
 
 def tell_divergence(workdir: pathlib.Path, position: int | None, most: int) -> list[str]:

@@ -21,7 +21,7 @@ from lm_jax.checkpoint import (
 )
 from lm_jax.checksum import checksums
 from lm_jax.config import Config, ConfigError
-from lm_jax.workdir import open_trained, read_record
+from lm_jax.workdir import open_trained, read_metrics, read_record
 from tests.helpers import small
 
 
@@ -393,3 +393,10 @@ def test_a_full_disk_is_told_by_its_name_and_older_checkpoints_survive(tmp_path,
     again.close()
     assert folders(tmp_path / "checkpoints") == [8]
     same(whole(find_kept(tmp_path)[8]), state(8))
+
+
+def test_damaged_lines_of_metrics_are_left_out(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(
+        b'{"step": 1}\n{"stfp": 2}\n\xff{"step": 3}\n{"step": 4}\n{"st'
+    )
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 4]
