@@ -1,16 +1,44 @@
 """Checkpoints: state, position in the data and manifest of one instant, written together."""
 
+import contextlib
 import dataclasses
+import functools
+import json
+import logging
+import os
 import pathlib
-from typing import Any
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
+from jax.experimental import multihost_utils
 
+from lm_jax import console
+from lm_jax.checksum import checksums, seal
 from lm_jax.config import ConfigError
+from lm_jax.optim import path_name
 from lm_jax.rundir import BEST, CHECKPOINTS, updates
 
 Manifest = dict[str, Any]
+T = TypeVar("T")
+# What the manifest of a checkpoint holds for itself: checksums of its leaves, a hash of the rest.
+_CHECKSUMS, _SEAL = "checksums", "seal"
+_SHOWN = 160  # characters of an error of orbax
+
+
+class Damaged(ValueError):
+    """A checkpoint that cannot be read, or whose contents are not what was saved."""
+
+    def __init__(self, told: str):
+        """Note which, and what is wrong with it."""
+        self.told = told
+        super().__init__(f"{told}; restore it, or name another checkpoint or another --workdir.")
 
 
 class Checkpoints:
@@ -35,6 +63,7 @@ class Checkpoints:
             path = (workdir / name).absolute()
             return ocp.CheckpointManager(path, item_names=("state", "manifest"), options=options)
 
+        self._workdir = workdir
         self._newest = manager(CHECKPOINTS, keep)
         self._best = manager(BEST, 1)
 
@@ -44,6 +73,7 @@ class Checkpoints:
         Raises:
             RuntimeError: if a later checkpoint is there, which this one cannot replace, or if the
                 folder is gone.
+            OSError: if the disk takes no more; also of the save before, which went on until now.
         """
         manager, position = (self._best if best else self._newest), manifest["position"]
         if not manager.directory.exists():
@@ -55,13 +85,14 @@ class Checkpoints:
         self.wait()
         if best:  # after a kill, one of an update that was made anew may be there
             self.clear_best(position)
-        # The manifest changes while it is being written.
-        saved = manager.save(
-            position,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state), manifest=ocp.args.JsonSave(dict(manifest))
-            ),
+        # A copy, for the loop changes its own while this one is being written.
+        sealed = json.loads(json.dumps(manifest | {_CHECKSUMS: checksums(state)}))
+        sealed[_SEAL] = seal(sealed)
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), manifest=ocp.args.JsonSave(sealed)
         )
+        with self._writing():
+            saved = manager.save(position, args=args)
         if not saved:
             raise RuntimeError(
                 f"{manager.directory}: update {position} could not be saved beside that of update "
@@ -77,28 +108,80 @@ class Checkpoints:
         """Number of updates in the newest (or best) finished checkpoint; None if there is none."""
         return (self._best if best else self._newest).latest_step()
 
-    def manifest(self, *, best: bool = False) -> Manifest:
-        """The manifest saved with the newest (or best) checkpoint."""
-        manager = self._best if best else self._newest
-        args = ocp.args.Composite(manifest=ocp.args.JsonRestore())
-        return manager.restore(manager.latest_step(), args=args).manifest
+    def restore(self, read: Callable[["Kept"], T]) -> T:
+        """What `read` finds in the newest good checkpoint, be it the best one if all else fails.
 
-    def restore(self, abstract: Any, *, best: bool = False) -> Any:
-        """The newest (or best) state, with the shapes, dtypes and shardings of `abstract`."""
-        manager = self._best if best else self._newest
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-        return manager.restore(manager.latest_step(), args=args).state
+        Damaged ones that are newer are named, and get another name, so that they are in nobody's
+        way and nothing is lost.
+
+        Raises:
+            Damaged: if there is no good one.
+        """
+        newest, best = kept_in(self._workdir, CHECKPOINTS), kept_in(self._workdir, BEST)
+        good, found = first_good([*newest, *best], read)
+        if good in best:
+            there = self._newest.directory / good.path.name
+            self._set_aside(newest, good.path, there)
+        else:
+            self._set_aside(newest[: newest.index(good)])
+        return found
+
+    def best(self) -> Manifest:
+        """The manifest of the best checkpoint; empty if there is none, or none that is good."""
+        for one in kept_in(self._workdir, BEST):
+            try:
+                return one.manifest()
+            except Damaged as error:
+                console.say(f"{error.told}; the next evaluation gives another one")
+                self._set_aside([one])
+        return {}
+
+    def _set_aside(self, damaged: Sequence["Kept"], *copied: Any) -> None:
+        """Rename checkpoints, copy another to the newest ones, and look again at what is there."""
+        if jax.process_index() == 0:
+            for one in damaged:
+                names = (f"{one.update}.damaged{n or ''}" for n in range(len(damaged) + 99))
+                free = (one.path.with_name(name) for name in names)
+                one.path.rename(next(path for path in free if not path.exists()))
+            if copied:
+                source, target = copied
+                half = target.with_name(f"{target.name}.orbax-checkpoint-tmp")
+                shutil.copytree(source, half, dirs_exist_ok=True)
+                os.replace(half, target)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("damaged checkpoints are set aside")
+        for manager in (self._newest, self._best):
+            manager.reload()
 
     def wait(self) -> None:
         """Wait until running saves are finished."""
         for manager in (self._newest, self._best):
-            manager.wait_until_finished()
+            with self._writing():
+                manager.wait_until_finished()
 
     def close(self) -> None:
         """Wait for running saves and release the folders."""
         self.wait()
         for manager in (self._newest, self._best):
             manager.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Give an error of the disk, for which tensorstore has a ValueError, its own kind."""
+        logging.getLogger("absl").addFilter(_unlike_raised)
+        try:
+            yield
+        except ValueError as error:
+            number = re.search(r"os_error_code='(\d+)'", str(error))
+            if number is None:
+                raise
+            code = int(number[1])
+            raise OSError(code, os.strerror(code), str(self._workdir)) from error
+
+
+def _unlike_raised(record: logging.LogRecord) -> bool:
+    """Whether orbax tells something else than the traceback of an error that it raises anyway."""
+    return not (record.exc_info and "orbax" in record.pathname)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,41 +190,131 @@ class Kept:
 
     path: pathlib.Path
 
+    @property
+    def update(self) -> int:
+        """Updates that it has behind it."""
+        return int(self.path.name)
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every leaf of the state, by name."""
-        with self._reader() as reader:
-            return leaf_shapes(reader.metadata(self.path).item_metadata["state"].tree)
+        with self._reading() as reader:
+            return leaf_shapes(self._tree(reader))
 
     def manifest(self) -> Manifest:
-        """The manifest saved with it."""
-        with self._reader() as reader:
-            args = ocp.args.Composite(manifest=ocp.args.JsonRestore())
-            found: Manifest = reader.restore(self.path, args=args)["manifest"]
-            return found
+        """The manifest saved with it.
+
+        Raises:
+            Damaged: if it cannot be read, or is not what was saved; also in the methods below.
+        """
+        return {name: value for name, value in self._sealed().items() if name != _CHECKSUMS}
 
     def restore(self, abstract: dict[str, Any]) -> Any:
         """The named fields of the state, with the shapes, dtypes and shardings of `abstract`."""
-        with self._reader() as reader:
-            how = ocp.checkpoint_utils.construct_restore_args(abstract)
-            part = ocp.args.PyTreeRestore(abstract, restore_args=how, partial_restore=True)
-            args = ocp.args.Composite(state=part)
-            return reader.restore(self.path, args=args)["state"]
+        how = ocp.checkpoint_utils.construct_restore_args(abstract)
+        return self._read(lambda reader: (abstract, how))
 
-    def _reader(self) -> ocp.Checkpointer:
+    def verify(self, *names: str) -> None:
+        """Read the named fields of the state, or all of it, into the memory of the host."""
+
+        def parts(reader: ocp.Checkpointer) -> tuple[Any, Any]:
+            tree = self._tree(reader)
+            tree = {name: tree[name] for name in names or tree}
+            how = ocp.RestoreArgs(restore_type=np.ndarray)
+            return tree, jax.tree.map(lambda _: how, tree)
+
+        self._read(parts)
+
+    def _read(self, parts: Callable[[ocp.Checkpointer], tuple[Any, Any]]) -> Any:
+        known = self._sealed().get(_CHECKSUMS)
+        with self._reading() as reader:
+            # With a damaged index, threads of orbax would outlive their loop and say so.
+            index = {"driver": "ocdbt", "base": f"{(self.path / 'state').as_uri()}/"}
+            tensorstore.KvStore.open(index).result().list().result()
+            tree, how = parts(reader)
+            part = ocp.args.PyTreeRestore(tree, restore_args=how, partial_restore=True)
+            found = reader.restore(self.path, args=ocp.args.Composite(state=part))["state"]
+            if known is not None:  # checkpoints of version 0.3 have none
+                for name, checksum in checksums(found).items():
+                    if checksum != known.get(name):
+                        raise self._damaged(f"{name} is not what was saved")
+            return found
+
+    def _sealed(self) -> Manifest:
+        with self._reading() as reader:
+            args = ocp.args.Composite(manifest=ocp.args.JsonRestore())
+            found: Manifest = reader.restore(self.path, args=args)["manifest"]
+            known = found.pop(_SEAL, None)
+        if (known or _CHECKSUMS in found) and known != seal(found):
+            raise self._damaged("its manifest is not what was saved")
+        return found
+
+    def _damaged(self, why: str) -> Damaged:
+        return Damaged(f"{self.path}: damaged ({why})")
+
+    def _tree(self, reader: ocp.Checkpointer) -> Any:
+        return reader.metadata(self.path).item_metadata["state"].tree
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[ocp.Checkpointer]:
+        if getattr(sys.unraisablehook, "func", None) is not _unraisable:
+            sys.unraisablehook = functools.partial(_unraisable, sys.unraisablehook)
         items = dict(state=ocp.PyTreeCheckpointHandler(), manifest=ocp.JsonCheckpointHandler())
-        return ocp.Checkpointer(ocp.CompositeCheckpointHandler(**items))
+        try:
+            with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**items)) as reader:
+                yield reader
+        except (Damaged, MemoryError, PermissionError, jax.errors.JaxRuntimeError):
+            raise
+        except Exception as error:  # orbax and tensorstore have no kind of error for it
+            if "PERMISSION_DENIED" in str(error):
+                raise
+            what = str(error.__cause__ or error).partition("\n")[0].partition(" [")[0].rstrip(".")
+            raise self._damaged(what[:_SHOWN]) from error
+
+
+def _unraisable(otherwise: Callable[[Any], object], lost: Any) -> None:
+    """Leave out what orbax has left of a checkpoint that it gave up, pages for every leaf.
+
+    Coroutines say it when they are collected, and threads that look for their loop; the error
+    itself was raised before.
+    """
+    source = getattr(getattr(lost.object, "cr_code", None), "co_filename", "")
+    if "orbax" not in source and str(lost.exc_value) != "Event loop is closed":
+        otherwise(lost)
+
+
+def kept_in(workdir: pathlib.Path, name: str) -> list[Kept]:
+    """The checkpoints in one folder of a run, newest first."""
+    folder = (workdir / name).absolute()
+    return [Kept(folder / str(update)) for update in reversed(updates(folder))]
 
 
 def find_kept(workdir: pathlib.Path) -> dict[int, Kept]:
     """The checkpoints in a folder, the best among them, by update."""
-    folders = [(workdir / name).absolute() for name in (BEST, CHECKPOINTS)]
-    return {update: Kept(folder / str(update)) for folder in folders for update in updates(folder)}
+    return {one.update: one for name in (BEST, CHECKPOINTS) for one in kept_in(workdir, name)}
+
+
+def first_good(kept: Sequence[Kept], read: Callable[[Kept], T]) -> tuple[Kept, T]:
+    """The first checkpoint that is good, and what `read` finds in it; damaged ones are named.
+
+    Raises:
+        Damaged: if none is.
+    """
+    damaged: list[Damaged] = []
+    for one in kept:
+        try:
+            found = read(one)
+        except Damaged as error:
+            damaged.append(error)
+            continue
+        for error in damaged:
+            console.say(f"{error.told}; update {one.update:,} is taken in its place")
+        return one, found
+    raise Damaged("; ".join(error.told for error in damaged))
 
 
 def leaf_shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     """The shape of every leaf by name."""
-    leaves = jax.tree.leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): x.shape for path, x in leaves}
+    return {path_name(path): x.shape for path, x in jax.tree.leaves_with_path(tree)}
 
 
 def refuse_older(config_json: pathlib.Path, record: dict[str, Any]) -> None:

@@ -36,7 +36,9 @@ def whole(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
             os.replace(temporary, path)
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, OSError) and error.filename is None:  # of a write
+                error.filename = str(path)
             temporary.unlink(missing_ok=True)
             raise
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from lm_jax import console, memory, setup, signals
+from lm_jax import console, memory, rundir, setup, signals
 from lm_jax.config import Config
 from lm_jax.data.store import Store
 from lm_jax.progress import Progress
@@ -30,9 +30,12 @@ def train_and_evaluate(
     Raises the errors of `lm_jax.train`.
     """
     console.use(silent=jax.process_index() > 0)
+    folder = pathlib.Path(workdir)
     with signals.handled(), contextlib.ExitStack() as held:
-        run = setup.assemble(cfg, pathlib.Path(workdir), store, held)
-        with memory.exhausted(run.cfg, run.mesh):
+        with rundir.disk_told(folder, cfg.data.cache_dir):
+            run = setup.assemble(cfg, folder, store, held)
+        # Anew, for now the folder is there.
+        with rundir.disk_told(folder, cfg.data.cache_dir), memory.exhausted(run.cfg, run.mesh):
             return _train(run)
 
 
@@ -62,7 +65,9 @@ def _train(run: setup.Setup) -> dict[str, Any]:
             if run.saves(position) or stopping:
                 progress.catch_up(state)
                 manifest["position"] = position
-                checkpoints.save(state.saved(), manifest)
+                # Among skipped updates every checkpoint would be the same, in place of older ones.
+                if stopping or position == run.steps or not progress.skipping:
+                    checkpoints.save(state.saved(), manifest)
             if stopping and position < run.steps:
                 raise Interrupted(stopping, f"after update {position:,}")
     del state  # the best parameters take its place

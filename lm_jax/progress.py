@@ -57,7 +57,7 @@ class Progress:
         self._clock = 0.0  # when the last call was done, or this one began
         self._waited = 0.0  # seconds since then without a batch
         self._recent = 0.0, 0.0  # tokens and seconds of the last calls
-        self._skipped: list[int] = []
+        self._skipped: list[int] = manifest.setdefault("skipped", [])  # in a row
         self._valid: tuple[str, ...] = ()
         self._watch, self._log = preflight.Watch(run.folder), Log(run.folder)
         self._open = contextlib.ExitStack()
@@ -165,8 +165,11 @@ class Progress:
             self._skipped.clear()
             return
         self._skipped.append(now)
-        console.say(f"update {now} skipped: loss or gradient of batch {now - 1} is not finite")
-        if len(self._skipped) == 1 and jax.process_count() == 1:
+        sound = math.isfinite(row["train/loss"]) and math.isfinite(row["optim/grad_norm"])
+        found = f"loss or gradient of batch {now - 1} is not finite"
+        after = f"the state after it is not finite, at a learning rate of {row['optim/lr']:.3g}"
+        console.say(f"update {now} skipped: {after if sound else found}")
+        if len(self._skipped) == 1 and not sound and jax.process_count() == 1:
             gradients_of = step.make_gradients(self.run.cfg, self.run.objective)
 
             def spoiled(params: Any, batch: Any) -> tuple[Any, ...]:
@@ -177,9 +180,15 @@ class Progress:
             console.say(provenance.describe(origin))
         if len(self._skipped) >= self.run.cfg.train.max_nonfinite:
             raise FloatingPointError(
-                f"updates {self._skipped[0]} to {self._skipped[-1]} were all skipped for "
-                "non-finite loss or gradient; lower config.optim.peak_lr or look at these batches."
+                f"updates {self._skipped[0]} to {self._skipped[-1]} were all skipped for a loss, "
+                "gradient or state that is not finite; lower config.optim.peak_lr, or look "
+                "at these batches."
             )
+
+    @property
+    def skipping(self) -> bool:
+        """Whether the last update that was logged was skipped: the state is that of before it."""
+        return bool(self._skipped)
 
     def evaluate(self, state: TrainState, position: int) -> bool:
         """Score the valid split and log it; whether it is the best so far, as the manifest says.
@@ -200,7 +209,7 @@ class Progress:
                 row[f"{observed.name}/{column}"] = sum(by_layer) / len(by_layer)
         self._writers.write(position, {f"valid/{name}": value for name, value in row.items()})
         best = self.manifest["best_loss"]
-        better = bool(result["loss"] < (math.inf if best is None else best))
+        better = bool(result["loss"] < (math.inf if best is None else best)) and not self.skipping
         if better:
             self.manifest |= {"best_loss": result["loss"], "best_position": position}
         self._valid = (f"valid {result['loss']:.4f}",)

@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import pathlib
@@ -12,7 +13,7 @@ from typing import Any
 
 from lm_jax import config
 from lm_jax.config import Config, ConfigError, rules
-from lm_jax.files import locked, read_json
+from lm_jax.files import locked, read_json, user_path
 
 RECORD = "config.json"
 SCORES = "eval_{}.json"  # of a split
@@ -106,6 +107,38 @@ def occupied(workdir: pathlib.Path) -> Iterator[None]:
     workdir.mkdir(parents=True, exist_ok=True)
     with locked(workdir / _LOCK, refuse):
         yield
+
+
+_REMEDIES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room there"),
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "make it writable"),
+    errno.EIO: "look at the disk",
+}
+
+
+@contextlib.contextmanager
+def disk_told(workdir: pathlib.Path, cache_dir: str) -> Iterator[None]:
+    """Let an error of the disk inside say which flag names the place, and what helps.
+
+    Raises:
+        RuntimeError: if the folder was removed.
+    """
+    there = workdir.exists()
+    try:
+        yield
+    except OSError as error:
+        if there and not workdir.exists():
+            raise RuntimeError(
+                f"{workdir}: was removed while the run went on, and with it the run."
+            ) from error
+        remedy = _REMEDIES.get(error.errno or 0)
+        if remedy is None:
+            raise
+        path = pathlib.Path(error.filename or workdir).absolute()
+        cached = path.is_relative_to(user_path(cache_dir).absolute())
+        flag = "config.data.cache_dir" if cached else "--workdir"
+        then = f"{remedy} and give the same command, which goes on, or give another {flag}"
+        raise OSError(error.errno, f"{error.strerror}; {then}", str(path)) from error
 
 
 def changes(old: Config, new: Config) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from lm_jax import (
     step,
     workdir,
 )
-from lm_jax.checkpoint import Checkpoints, Manifest
+from lm_jax.checkpoint import Checkpoints, Kept, Manifest
 from lm_jax.compilations import keep_compilations
 from lm_jax.config import Config, ConfigError, rules
 from lm_jax.config.resolve import resolve, spans
@@ -82,20 +82,23 @@ class Setup:
         return self.checkpoints.position() or 0
 
     def restore(self) -> tuple[TrainState, Manifest]:
-        """The newest checkpoint of this run.
+        """The newest good checkpoint of this run.
 
         Raises:
             ConfigError: if what is trained beside the model was saved by version 0.2.
+            Damaged: if no checkpoint is good.
         """
-        manifest = self.checkpoints.manifest()
-        self._refuse_older(manifest)
-        if self.checkpoints.position(best=True) is not None:
-            # After a kill the best checkpoint may be newer than the one to go on from.
-            best = self.checkpoints.manifest(best=True)
-            manifest |= {"best_loss": best["best_loss"], "best_position": best["best_position"]}
-        else:
-            manifest |= {"best_loss": None, "best_position": None}
-        return TrainState(**self.checkpoints.restore(self._like.saved())), manifest
+        like = self._like.saved()
+
+        def read(kept: Kept) -> tuple[dict[str, Any], Manifest]:
+            self._refuse_older(manifest := kept.manifest())
+            return kept.restore(like), manifest
+
+        state, manifest = self.checkpoints.restore(read)
+        # After a kill the best checkpoint may be newer than the one to go on from.
+        best = self.checkpoints.best()
+        manifest |= {name: best.get(name) for name in ("best_loss", "best_position")}
+        return TrainState(**state), manifest
 
     def _refuse_older(self, manifest: Manifest) -> None:
         if self.objective.beside_lr and "version" not in manifest:
@@ -132,6 +135,7 @@ class Setup:
             with console.phase("drawing the parameters"):
                 state = jax.jit(self.init_state, out_shardings=shardings)(key, *given)
         manifest |= {"version": lm_jax.__version__, "best_loss": None, "best_position": None}
+        manifest["skipped"] = []
         return state, manifest
 
     @property
@@ -273,9 +277,10 @@ def _enter(
         held.enter_context(rundir.occupied(folder))
     checkpoints = Checkpoints(folder, cfg.train.keep)
     position = checkpoints.position()
+    lines = workdir.tell_divergence(folder, position, cfg.train.max_nonfinite)
     if position is not None:
         old = workdir.resume_record(folder, cfg, store, asked=asked, position=position)
-        lines = length.renewed(old, cfg, position)
+        lines += length.renewed(old, cfg, position)
         if cfg.distill.taught and old.train.steps != cfg.train.steps:
             lines.append("the curves of config.distill.* run to the new end")
         return checkpoints, None, tuple(lines)
@@ -283,7 +288,8 @@ def _enter(
     workdir.clear_results(folder, *workdir.RESULTS)
     start = None if origin is None else origin.record
     workdir.record_config(folder, cfg, store, asked=asked, start=start)
-    return checkpoints, origin, () if origin is None else (origin.line,)
+    lines += [] if origin is None else [origin.line]
+    return checkpoints, origin, tuple(lines)
 
 
 def _choices(

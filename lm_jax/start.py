@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from lm_jax import checkpoint, config, rundir
+from lm_jax import checkpoint, config
 from lm_jax.checkpoint import Kept, Manifest
 from lm_jax.config import Config, ConfigError, ModelConfig
 from lm_jax.config.section import errors_of
@@ -100,9 +100,8 @@ def find_origin(cfg: Config, store: Store) -> Origin | None:
     with errors_of(WHERE):
         record = read_record(folder, checkpoints=True)
     kept = checkpoint.find_kept(folder)
-    newest = rundir.newest_update(folder)
-    update = int(match[2]) if match[2] else newest
-    if update is None or update not in kept:
+    wanted = [kept[u] for u in sorted(kept, reverse=True) if u == int(match[2] or u)]
+    if not wanted:
         there = ", ".join(map(str, sorted(kept))) or "none"
         raise ConfigError(f"{WHERE}: {given} is not kept; {folder} holds the updates: {there}.")
     _give(cfg, _architecture_flags(cfg, record.cfg.model, record.cfg.data.seq_len))
@@ -111,6 +110,11 @@ def find_origin(cfg: Config, store: Store) -> Origin | None:
             f"config.tokenizer.kind: {given} reads other ids ({_ids(record.data)}) than this run "
             f"({_ids(store.manifest)}); give the tokenizer and the corpus that it learned from."
         )
+    averaged = record.cfg.optim.ema_decay > 0
+    names = () if whole else ("ema" if averaged else "params",)
+    with errors_of(WHERE):
+        good, _ = checkpoint.first_good(wanted, lambda one: one.verify(*names))
+    update = good.update
     if whole:
         _require_optimiser(cfg, record, update)
     return Origin(
@@ -119,8 +123,8 @@ def find_origin(cfg: Config, store: Store) -> Origin | None:
         config_hash=config.config_hash(record.cfg),
         line=_line(folder, update, cfg, store, record),
         whole=whole,
-        kept=kept[update],
-        averaged=record.cfg.optim.ema_decay > 0,
+        kept=good,
+        averaged=averaged,
     )
 
 

@@ -196,7 +196,8 @@ def make_update(
 ) -> Callable[[TrainState, Any, Summary], tuple[TrainState, Metrics]]:
     """`(state, gradient, summary) -> (state, metrics)`: the update that a gradient makes.
 
-    Where the nats or the gradient are not finite, parameters and optimiser stay as they are.
+    Where the nats, the gradient or the state after it are not finite, parameters, their average
+    and the optimiser stay as they are.
     What is trained beside the model is neither clipped nor part of the logged norms.
     """
     tx = optim.make_optimizer(cfg.optim, beside_lr)
@@ -218,9 +219,12 @@ def make_update(
             ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema, new.params)
             new = new._replace(ema=ema)
 
-        finite = jnp.isfinite(norm) & jnp.isfinite(found.nats)
-        for other in others:
-            finite &= jnp.isfinite(optim.global_norm(other))
+        # A finite gradient may make other things of the state infinite. Parameters so large that
+        # their squares overflow count as infinite too: no model computes with them.
+        norms = jnp.stack([found.nats, norm, optim.global_norm(new.trained)])
+        finite = jnp.isfinite(norms).all()
+        for leaf in jax.tree.leaves((new.opt_state, new.ema)):
+            finite &= jnp.isfinite(leaf).all()
         new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
         moved = optim.global_norm(updates[0] if beside_lr else updates)
         metrics = {

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 
 import lm_jax
 from lm_jax import config, rundir, sharding
-from lm_jax.checkpoint import abstract_like, find_kept, refuse_older
+from lm_jax.checkpoint import Kept, abstract_like, first_good, kept_in, refuse_older
 from lm_jax.compilations import keep_compilations
 from lm_jax.config import Config, ConfigError
 from lm_jax.data.open import open_data
@@ -204,7 +204,27 @@ def _require_same(old: Record, cfg: Config, store: Store, asked: Config) -> None
 
 def read_metrics(workdir: pathlib.Path) -> Iterator[dict[str, Any]]:
     """The rows of `metrics.jsonl`; a number that was not finite is None. See `read_rows`."""
-    return read_rows(workdir / METRICS)
+    return (row for row in read_rows(workdir / METRICS) if isinstance(row.get("step"), int))
+
+
+def tell_divergence(workdir: pathlib.Path, position: int | None, most: int) -> list[str]:
+    """In words, where the last run ended for updates that were skipped; empty if it did not.
+
+    Args:
+        workdir: folder of the run.
+        position: updates in the checkpoint from which it goes on; None: it begins anew.
+        most: `train.max_nonfinite`.
+    """
+    rows = [row for row in read_metrics(workdir) if "optim/skipped_updates" in row]
+    skipped = list(itertools.takewhile(lambda row: row["optim/skipped_updates"], reversed(rows)))
+    if len(skipped) < most or skipped[0]["step"] <= (position or 0):
+        return []
+    where = "" if position is None else " in another --workdir"
+    return [
+        f"the last run here ended at updates {skipped[-1]['step']:,} to {skipped[0]['step']:,}, "
+        "which were not finite, and ends there again unless something changes: lower "
+        f"config.optim.peak_lr, or lengthen config.optim.warmup,{where} or look at these batches"
+    ]
 
 
 def read_rows(path: pathlib.Path) -> Iterator[dict[str, Any]]:
@@ -301,25 +321,33 @@ def open_trained(
     name = "ema" if cfg.optim.ema_decay else "params"
     abstract = {name: jax.eval_shape(init, jax.random.key(0))}
     like = abstract_like(abstract, sharding.by_shape(mesh, abstract))
-    position = choose_update(workdir, str(checkpoint))
-    part = find_kept(workdir)[position].restore(like)
-    return Trained(cfg, tokenizer, mesh, graphdef, part[name], position, record.data)
+    kept, part = first_good(_choices(workdir, str(checkpoint)), lambda one: one.restore(like))
+    return Trained(cfg, tokenizer, mesh, graphdef, part[name], kept.update, record.data)
 
 
 def choose_update(workdir: pathlib.Path, which: str) -> int:
     """The update of a checkpoint, which is best, last or a number; see `open_trained`."""
-    best, found = rundir.updates(workdir / rundir.BEST), find_kept(workdir)
+    return first_good(_choices(workdir, which), Kept.manifest)[0].update
+
+
+def _choices(workdir: pathlib.Path, which: str) -> list[Kept]:
+    """What `which` names, and after it what takes its place if it is damaged."""
+    best, newest = (kept_in(workdir, name) for name in (rundir.BEST, rundir.CHECKPOINTS))
+    found = sorted([*newest, *best], key=lambda one: one.update, reverse=True)
     if not found:
         raise FileNotFoundError(f"{workdir}: holds no checkpoint yet; wait for one, or train.")
     if which == "best" and best:
-        return best[-1]
+        # The same update may be among the newest.
+        again = [one for one in newest if one.update == best[0].update]
+        return [best[0], *again, *(one for one in newest if one not in again)]
     if which == "best":
-        print(f"no evaluation yet: the newest checkpoint, update {max(found):,}", file=sys.stderr)
+        told = f"no evaluation yet: the newest checkpoint, update {found[0].update:,}"
+        print(told, file=sys.stderr)
     if which in ("best", "last"):
-        return max(found)
-    if which.isdecimal() and int(which) in found:
-        return int(which)
-    there = ", ".join(map(str, sorted(found)))
+        return found
+    if named := [one for one in found if which == str(one.update)]:
+        return named
+    there = ", ".join(map(str, sorted({one.update for one in found})))
     raise FileNotFoundError(
         f"--checkpoint={which}: {workdir} holds no such checkpoint; give best, last, or the number "
         f"of updates of one that is there: {there}."

@@ -7,7 +7,7 @@ import pytest
 
 from lm_jax import optim, step
 from lm_jax.models.families import create_model
-from lm_jax.objective import NextToken
+from lm_jax.objective import NextToken, Summary
 from tests.helpers import random_batch, tiny_config
 
 V = 29
@@ -194,3 +194,43 @@ def test_eval_is_exact_and_repeatable():
     assert a["count"] == sums.count
     np.testing.assert_allclose(a["nats"], sums.nats, rtol=1e-6)
     np.testing.assert_allclose(a["token_nats"].sum(), sums.nats, rtol=1e-6)
+
+
+@pytest.mark.parametrize("peak_lr", [1e25, 1e38])
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_an_update_to_an_infinite_state_is_skipped(name, peak_lr):
+    batches = stacked(np.random.default_rng(11), 3)
+    changes = dict(optim__name=name, optim__peak_lr=peak_lr, optim__ema_decay=0.9)
+    before, after, metrics = run(batches, **changes)
+    np.testing.assert_array_equal(metrics["optim/skipped_updates"], [1, 1, 1])
+    assert (
+        np.isfinite(metrics["train/loss"]).all() and np.isfinite(metrics["optim/grad_norm"]).all()
+    )
+    assert after.step == 3 and np.isfinite(metrics["optim/param_norm"]).all()
+    for part in ("params", "opt_state", "ema"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(before, part), getattr(after, part))
+
+
+def updated(own, beside=None, clip_norm=0.0):
+    """The state after an update by a gradient, and its metrics."""
+    cfg = tiny_config(optim__clip_norm=clip_norm, optim__ema_decay=0.9)
+    like = {"w": jnp.ones(3)}
+    state = step.init_state(cfg, like, None if beside is None else like)
+    update = step.make_update(cfg, 0.0 if beside is None else 1e-3)
+    grads = {"w": jnp.float32(own)}
+    pair = grads if beside is None else (grads, {"w": jnp.float32(beside)})
+    return state, *update(state, pair, Summary(1.0, jnp.float32(1.0), jnp.float32(1.0)))
+
+
+def test_optimiser_and_what_is_beside_the_model_stay_finite():
+    healthy = [1.0, 2.0, 3.0]
+    assert updated(healthy, beside=healthy)[2]["optim/skipped_updates"] == 0
+    for own, beside in (
+        (healthy, [1.0, 1e20, 1.0]),  # its square, in Adam's second moment, is infinite
+        (healthy, [1.0, np.nan, 1.0]),
+        ([1.0, np.inf, 1.0], healthy),
+        ([1.0, 1e20, 1.0], None),
+    ):
+        before, after, metrics = updated(own, beside)
+        assert metrics["optim/skipped_updates"] == 1
+        jax.tree.map(np.testing.assert_array_equal, before, after._replace(step=before.step))

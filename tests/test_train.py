@@ -1,7 +1,9 @@
 """The loop, evaluation and checkpoints on a small text, end to end."""
 
+import errno
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -11,11 +13,15 @@ import time
 import numpy as np
 import pytest
 
-from lm_jax import config, evaluate, loop, setup, signals, step
+from lm_jax import config, evaluate, loop, rundir, setup, signals, step
+from lm_jax.checkpoint import Damaged
 from lm_jax.compare import compare
 from lm_jax.config import Config, ConfigError
+from lm_jax.config.resolve import resolve
+from lm_jax.data.open import open_data
 from lm_jax.main import main
 from lm_jax.signals import Interrupted
+from lm_jax.start import find_origin
 from lm_jax.workdir import open_trained
 from tests.helpers import ROOT, StopAfter, final_state, record_batches, rows, small
 
@@ -288,7 +294,7 @@ def test_batch_size_and_stride_of_evaluation(straight):
 
 @pytest.mark.slow
 def test_divergence_stops_with_the_reason(text, tmp_path, capsys):
-    cfg = small(text, optim__peak_lr=1e30, train__max_nonfinite=3)
+    cfg = small(text, optim__peak_lr=1e17, train__max_nonfinite=3)
     with pytest.raises(FloatingPointError, match=r"updates 2 to 4 were all skipped"):
         loop.train_and_evaluate(cfg, tmp_path)
     said = " ".join(capsys.readouterr().out.split())
@@ -339,3 +345,107 @@ def test_a_run_can_be_compared(straight):
     (curve,) = arm["curves"]
     assert curve["valid_tokens"] == [training[i - 1]["data/tokens"] for i in (6, 12)]
     assert curve["train_tokens"] == [row["data/tokens"] for row in training]
+
+
+def flip(folder):
+    """Turn bits all over the data of a checkpoint, so that no leaf is spared."""
+    path = max((folder / "state").glob("**/d/*"), key=lambda path: path.stat().st_size)
+    data = np.frombuffer(path.read_bytes(), np.uint8).copy()
+    data[::64] ^= 4
+    path.write_bytes(data.tobytes())
+
+
+def test_damage_costs_updates_and_no_run(straight, text, tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        patched.setattr(signals, "agreed", StopAfter(8))
+        with pytest.raises(Interrupted):
+            loop.train_and_evaluate(small(text), folder)
+    flip(folder / "checkpoints" / "8")
+    (folder / "best" / "6" / "manifest" / "metadata").write_text("{")
+    capsys.readouterr()
+    loop.train_and_evaluate(small(text), folder)
+    said = capsys.readouterr().out
+    assert "checkpoints/8: damaged (" in said and "; update 4 is taken in its place" in said
+    assert "best/6: damaged (" in said
+    assert (folder / "checkpoints/8.damaged").exists() and (folder / "best/6.damaged").exists()
+    for a, b in zip(final_state(straight[0]), final_state(folder), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert [row["step"] for row in rows(folder) if "train/loss" in row] == list(range(1, 13))
+    best = open_trained(folder).step
+    flip(folder / "best" / str(best))
+    assert loop.train_and_evaluate(small(text), folder)["test"]["step"] == 12
+    assert f"best/{best}: damaged (" in capsys.readouterr().out
+    flip(folder / "checkpoints" / "12")
+    assert open_trained(folder, checkpoint="last").step == 8
+    with pytest.raises(Damaged, match="checkpoints/12: damaged"):
+        open_trained(folder, checkpoint=12)
+    branch = small(text, train__start_from=str(folder))
+    assert find_origin(resolve(branch, windows=50), open_data(branch)).update == 8
+
+
+def test_divergence_saves_nothing_and_the_next_start_says_so(text, tmp_path, capsys):
+    changes = dict(optim__peak_lr=1e25, train__max_nonfinite=3, train__checkpoint_every="2")
+    cfg = small(text, optim__warmup="1", **changes)
+    for _ in range(2):
+        capsys.readouterr()
+        with pytest.raises(FloatingPointError, match=r"updates 1 to 3 were all skipped"):
+            loop.train_and_evaluate(cfg, tmp_path)
+        assert not list((tmp_path / "checkpoints").iterdir())
+    lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith("the last run here")]
+    assert len(lines) == 1 and "ended at updates 1 to 3, which were not finite" in lines[0]
+    assert "lower config.optim.peak_lr" in lines[0]
+
+
+def test_a_signal_among_skipped_updates_saves_and_the_count_goes_on(text, tmp_path, monkeypatch):
+    cfg = small(text, optim__peak_lr=1e25, optim__warmup="1", train__max_nonfinite=6)
+    with monkeypatch.context() as patched:
+        patched.setattr(signals, "agreed", StopAfter(4))
+        with pytest.raises(Interrupted):
+            loop.train_and_evaluate(cfg, tmp_path)
+    assert saved(tmp_path) == {4}
+    with pytest.raises(FloatingPointError, match=r"updates 1 to 6 were all skipped"):
+        loop.train_and_evaluate(cfg, tmp_path)
+    assert saved(tmp_path) == {4}
+    assert not [row for row in rows(tmp_path) if row["optim/param_norm"] is None]
+
+
+def test_a_full_disk_ends_a_run_that_goes_on_once_there_is_room(straight, text, tmp_path):
+    folder = tmp_path / "run"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # in place of root's full disk
+    try:
+        with pytest.raises(OSError, match="File too large; make room there") as raised:
+            loop.train_and_evaluate(small(text), folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert raised.value.filename == str(folder) and "--workdir" in str(raised.value)
+    assert loop.train_and_evaluate(small(text), folder) == straight[1]
+    for a, b in zip(final_state(straight[0]), final_state(folder), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_place_that_takes_nothing_is_named_with_its_flag(tmp_path):
+    def failing(path, number):
+        with rundir.disk_told(tmp_path, str(tmp_path / "cache")):
+            raise OSError(number, os.strerror(number), path)
+
+    for path, flag in ((None, "--workdir"), (tmp_path / "cache" / "x", "config.data.cache_dir")):
+        with pytest.raises(OSError, match=f"make room there and give .* another {flag}") as raised:
+            failing(path, errno.ENOSPC)
+        assert raised.value.filename == str(path or tmp_path)
+    with pytest.raises(OSError, match="make it writable"):
+        failing(tmp_path / "config.json", errno.EROFS)
+    with pytest.raises(ConnectionResetError):
+        failing(None, errno.ECONNRESET)
+    with pytest.raises(RuntimeError, match="was removed while the run went on"):
+        with rundir.disk_told(tmp_path, ""):
+            tmp_path.rmdir()
+            (tmp_path / "x").open("w")
+
+
+def test_a_folder_that_was_removed_is_told_by_its_name(text, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    monkeypatch.setattr(signals, "agreed", lambda: shutil.rmtree(folder, ignore_errors=True))
+    with pytest.raises(RuntimeError, match=rf"{folder}: was removed while the run went on"):
+        loop.train_and_evaluate(small(text, train__checkpoint_every="0"), folder)
