@@ -114,15 +114,7 @@ def prepare(
             store = open_store(path)
         shutil.rmtree(unfinished, ignore_errors=True)  # a kill may have left it
         return store
-    try:
-        unfinished.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        if error.errno not in files.READ_ONLY:
-            raise
-        raise PermissionError(
-            f"{cache_dir} has no tokens of this corpus and tokenizer and cannot be written "
-            f"({error.strerror}): set --config.data.cache_dir to a folder of yours."
-        ) from error
+    _make(unfinished)
     try:
         tokenizer = _tokenizer(corpus, given, tokenizer_kind, vocab_size, sample, unfinished)
         _write_and_join(corpus, tokenizer, unfinished, workers)
@@ -141,6 +133,18 @@ def prepare(
         store = open_store(path)  # another process finished it first
     shutil.rmtree(unfinished, ignore_errors=True)  # what stays is removed at the next opening
     return dataclasses.replace(store, path=path)
+
+
+def _make(unfinished: Path) -> None:
+    try:
+        unfinished.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno not in files.READ_ONLY:
+            raise
+        raise PermissionError(
+            f"{unfinished.parent} has no tokens of this corpus and tokenizer and cannot be "
+            f"written ({error.strerror}): set --config.data.cache_dir to a folder of yours."
+        ) from error
 
 
 def open_store(path: str | os.PathLike) -> Store:
