@@ -44,7 +44,7 @@ def field_of_json(record: str, field: str, skip_missing: bool, name: Callable[[]
         raise ValueError(f"{name()} nests too deeply to be read: correct or delete it.") from error
     if not isinstance(value, dict):
         raise no_field(name(), field, type(value).__name__)
-    text = value
+    text: Any = value
     for key in [field] if field in value else field.split("."):
         text = text.get(key) if isinstance(text, dict) else None
     if text is None and skip_missing:

@@ -114,12 +114,7 @@ def prepare(
             store = open_store(path)
         shutil.rmtree(unfinished, ignore_errors=True)  # a kill may have left it
         return store
-    if not can_write(unfinished):
-        raise PermissionError(
-            f"{cache_dir} has no tokens of this corpus and tokenizer and cannot be written into: "
-            "set --config.data.cache_dir to a folder of yours."
-        )
-    unfinished.mkdir(parents=True, exist_ok=True)
+    _make(unfinished)
     try:
         tokenizer = _tokenizer(corpus, given, tokenizer_kind, vocab_size, sample, unfinished)
         _write_and_join(corpus, tokenizer, unfinished, workers)
@@ -138,6 +133,15 @@ def prepare(
         store = open_store(path)  # another process finished it first
     shutil.rmtree(unfinished, ignore_errors=True)  # what stays is removed at the next opening
     return dataclasses.replace(store, path=path)
+
+
+def _make(folder: Path) -> None:
+    if not can_write(folder):
+        raise PermissionError(
+            f"{folder.parent} has no tokens of this corpus and tokenizer and cannot be written "
+            "into: set --config.data.cache_dir to a folder of yours."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 def open_store(path: str | os.PathLike) -> Store:
