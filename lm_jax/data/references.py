@@ -5,16 +5,16 @@ perplexity can be compared with theirs. The tokens are one stream without separa
 cross documents, and the history before the first token of either stream is `start`, repeated.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from lm_jax import console
 from lm_jax.data.store import Store
 from lm_jax.data.tokenizers.kinds import WordTokenizer
-from lm_jax.files import can_write, write_json
+from lm_jax.files import can_write, read_json, write_json
 
 # Tokens to fit on and to score at most: sorting takes seconds, and 140 bytes of memory for each.
 _REFERENCE_TOKENS = 20_000_000
@@ -35,7 +35,10 @@ def references(store: Store, split_name: str) -> dict[str, float]:
     """
     path = store.path / f"references_{split_name}.json"
     if path.exists():
-        return json.loads(path.read_text())
+        kept = read_json(path)
+        if not {"uniform", "unigram"} <= kept.keys() or not all(map(_is_score, kept.values())):
+            raise ValueError(f"{path} holds no scores of references; delete it, and start again.")
+        return kept
     split, tokenizer = store.split(split_name), store.tokenizer
     # WikiText's convention: the history before the first word is an end of line.
     start = tokenizer.line_end if isinstance(tokenizer, WordTokenizer) else tokenizer.separator
@@ -52,6 +55,10 @@ def references(store: Store, split_name: str) -> dict[str, float]:
     if can_write(path.parent):
         write_json(path, result)
     return result
+
+
+def _is_score(value: Any) -> bool:
+    return isinstance(value, float) and 0 < value < math.inf
 
 
 def in_nats(by_name: Mapping[str, float]) -> dict[str, float]:
