@@ -23,7 +23,7 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 from hypothesis import strategies as st
 
-from lm_jax import config, history, rundir
+from lm_jax import config, rundir
 from lm_jax.compare.runs import load_run
 from lm_jax.config.resolve import resolve
 from lm_jax.data import files as data_files
@@ -34,7 +34,6 @@ from lm_jax.data.store import open_store
 from lm_jax.data.tokenizers.hf import HfTokenizer
 from lm_jax.data.tokenizers.load import load_tokenizer, train_tokenizer
 from lm_jax.distill import cache as distill_cache
-from lm_jax.doctor.findings import Report
 from lm_jax.models import huggingface
 from lm_jax.workdir import read_metrics, read_record, record_config
 from tests.helpers import small

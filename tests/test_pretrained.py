@@ -12,8 +12,8 @@ from lm_jax import console, evaluate, generate
 from lm_jax.compilations import keep_compilations
 from lm_jax.config import ConfigError, rules
 from lm_jax.config.resolve import resolve
-from lm_jax.data import open as data_open
 from lm_jax.data import files as data_files
+from lm_jax.data import open as data_open
 from lm_jax.data.open import open_data
 from lm_jax.data.references import references
 from lm_jax.distill.opening import open_teacher, score_teacher

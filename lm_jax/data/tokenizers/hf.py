@@ -77,7 +77,7 @@ class HfTokenizer(Tokenizer):
             ValueError: if a file or field is missing, or the tokenizer is of another kind.
         """
         tokenizer, config = read_json(folder / "tokenizer.json"), read_json(folder / "config.json")
-        if not isinstance(config.get("vocab_size"), int):
+        if not isinstance(config.get("vocab_size"), int) or config["vocab_size"] > _MOST:
             raise ValueError(
                 f"{folder / 'config.json'}: vocab_size is {config.get('vocab_size')!r}; "
                 "give the rows of the token table."
@@ -85,7 +85,9 @@ class HfTokenizer(Tokenizer):
         try:
             separator = _separator(folder, tokenizer, config)
             return cls(json.dumps(tokenizer, ensure_ascii=False), separator, config["vocab_size"])
-        except (LookupError, TypeError, AttributeError, RecursionError) as error:
+        except ValueError:
+            raise
+        except Exception as error:  # of the library too
             raise ValueError(
                 f"{folder / 'tokenizer.json'} is not as the tokenizers library writes it "
                 f"({error!r}); copy the checkpoint again."
