@@ -14,7 +14,7 @@ import stat
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import IO, Any, BinaryIO
 
 
 def user_path(given: str | os.PathLike) -> Path:
@@ -117,7 +117,7 @@ def locked(path: Path, taken: Callable[[str], None]) -> Iterator[None]:
         yield
 
 
-def _open_lock(path: Path) -> TextIO | None:
+def _open_lock(path: Path) -> IO[str] | None:
     """The file of a lock; None if there is none and none can be made."""
     refused = ValueError(f"{path} is no lock of lm_jax; move it away, or name another folder.")
     safely = os.O_NOFOLLOW | os.O_NONBLOCK  # no link is followed and no pipe waited for

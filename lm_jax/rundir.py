@@ -18,6 +18,11 @@ from lm_jax.files import locked, read_json, user_path
 RECORD = "config.json"
 SCORES = "eval_{}.json"  # of a split
 CHECKPOINTS, BEST = "checkpoints", "best"
+# What reading a record raises that is not as a run writes it.
+UNREADABLE = (
+    *(ArithmeticError, AttributeError, LookupError, OSError, RecursionError),
+    *(TypeError, ValueError),
+)
 _LOCK = ".lock"
 _LONGEST = 80  # characters that say what was changed
 _READABLE = re.compile(r"[\w.+@-]{1,40}")
@@ -61,7 +66,7 @@ def read_state(workdir: pathlib.Path) -> State | None:
         scored = all((workdir / SCORES.format(split)).exists() for split in splits)
         steps = int(cfg.train.steps)
         return State(position, steps, asked, splits, finished=scored and position >= steps)
-    except (OSError, LookupError, TypeError, ValueError) as error:
+    except UNREADABLE as error:
         raise unreadable(path, error) from error
 
 

@@ -75,7 +75,7 @@ def read_record(workdir: pathlib.Path, *, checkpoints: bool = False) -> Record:
         asked = config.from_dict(read["asked"]) if "asked" in read else None
         record = Record(path, config.from_record(read), asked, read["data"], read["devices"])
         _ = record.data["vocab_size"], record.data["splits"]["train"]["tokens"], record.devices[0]
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
+    except rundir.UNREADABLE as error:
         raise rundir.unreadable(path, error) from error
     if checkpoints:
         refuse_older(path, read)
@@ -241,7 +241,7 @@ def read_rows(path: pathlib.Path) -> Iterator[dict[str, Any]]:
 def whole_rows(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
     """The objects in lines of JSON; see `read_rows`."""
     for line in lines:
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             row = json.loads(line)
             if isinstance(row, dict):
                 yield row

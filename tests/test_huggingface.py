@@ -499,7 +499,10 @@ def test_damaged_files_are_named(tmp_path):
         ("pytorch_model.bin", "pickles of PyTorch, .*run code .*save_pretrained"),
         ("pytorch_model.bin.index.json", "pickles of PyTorch, .*run code .*save_pretrained"),
         ("llama-q4.gguf", "weights of llama.cpp, .* gguf_file"),
-        ("consolidated.00.pth", "pickles of PyTorch in a layout of its maker, .* that its maker publishes"),
+        (
+            "consolidated.00.pth",
+            "pickles of PyTorch in a layout of its maker, .* that its maker publishes",
+        ),
         ("flax_model.msgpack", "weights of Flax, .* from_flax"),
         ("tf_model.h5", "weights of TensorFlow, .* from_tf"),
         ("adapter_config.json", "an adapter without its model, .* merge_and_unload"),

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,8 @@ import numpy as np
 
 from lm_jax import config
 from lm_jax.config import Config
+from lm_jax.data.files import naming
+from lm_jax.files import read_json
 from lm_jax.models.families import size
 from lm_jax.models.size import Size
 from lm_jax.workdir import DOCUMENTS, SCORES, read_metrics, read_record
@@ -81,6 +82,11 @@ def load_run(folder: pathlib.Path, split: str) -> Run:
         FileNotFoundError: if a file is missing.
         ValueError: if the run is not finished, or its files do not belong together.
     """
+    with naming(folder):
+        return _load(folder, split)
+
+
+def _load(folder: pathlib.Path, split: str) -> Run:
     record = read_record(folder)
     cfg, data = record.cfg, record.data
     if split not in data["splits"]:
@@ -101,8 +107,8 @@ def load_run(folder: pathlib.Path, split: str) -> Run:
     for name in names:
         if not (folder / name).exists():
             raise FileNotFoundError(f"{folder}: has no {name}; write it with {again}.")
-    result = json.loads((folder / names[0]).read_text())
-    with np.load(folder / names[1]) as file:
+    result = read_json(folder / names[0])
+    with (folder / names[1]).open("rb") as opened, np.load(opened, allow_pickle=False) as file:
         documents = dict(file)
     if result["loss"] is None:
         raise ValueError(f"{folder}: the loss in {names[0]} is not finite; leave this run out.")

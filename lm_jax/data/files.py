@@ -103,7 +103,7 @@ def hash_files(paths: Sequence[Path], cache: Path, *, text: bool) -> list[Hashed
         key, entry = str(path.resolve()), [size, changed, text]
         settled = now - changed > SETTLED
         before = known.get(key)
-        if isinstance(before, list) and before[:-1] == entry:
+        if isinstance(before, list) and before[:-1] == entry and isinstance(before[-1], str):
             sha256 = before[-1]
         elif size == 0:
             raise ValueError(f"{path} is empty: give the file its text or leave it out.")
@@ -121,7 +121,7 @@ def hash_files(paths: Sequence[Path], cache: Path, *, text: bool) -> list[Hashed
 def _remembered(memory: Path) -> dict[str, Any]:
     try:
         known = json.loads(memory.read_bytes())
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):
         known = {}
     # A damaged memory counts as empty: the files are hashed again.
     return known if isinstance(known, dict) else {}

@@ -64,7 +64,7 @@ def _kept(path: Path, store: Store) -> dict[str, float] | None:
     """The references in a file, if they are those that were written there for this store."""
     if not path.exists():
         return None
-    with contextlib.suppress(ValueError):  # cut
+    with contextlib.suppress(ValueError, RecursionError):  # cut, or not from here
         result = json.loads(path.read_bytes())
         if isinstance(result, dict):
             sha256 = result.pop("sha256", None)

@@ -15,6 +15,7 @@ from lm_jax.files import read_json
 
 PARTS = ("normalizer", "pre_tokenizer")  # parts of tokenizer.json that may change the text
 _SPACE = "\u2581"  # SentencePiece's space
+_MOST = 10**7  # ids
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # a token of byte fallback
 
 
@@ -41,6 +42,7 @@ class HfTokenizer(Tokenizer):
         """
         self.definition, self.separator = definition, separator
         try:
+            _refuse_beyond(json.loads(definition), vocab_size)
             # The library fills in what older files leave out.
             tree = json.loads(tokenizers.Tokenizer.from_str(definition).to_str())
         except Exception as error:  # the library raises no narrower class
@@ -74,16 +76,21 @@ class HfTokenizer(Tokenizer):
             ValueError: if a file or field is missing, or the tokenizer is of another kind.
         """
         tokenizer, config = read_json(folder / "tokenizer.json"), read_json(folder / "config.json")
-        if not isinstance(config.get("vocab_size"), int):
+        if not isinstance(config.get("vocab_size"), int) or config["vocab_size"] > _MOST:
             raise ValueError(
                 f"{folder / 'config.json'}: vocab_size is {config.get('vocab_size')!r}; "
                 "give the rows of the token table."
             )
-        return cls(
-            json.dumps(tokenizer, ensure_ascii=False),
-            _separator(folder, tokenizer, config),
-            config["vocab_size"],
-        )
+        try:
+            separator = _separator(folder, tokenizer, config)
+            return cls(json.dumps(tokenizer, ensure_ascii=False), separator, config["vocab_size"])
+        except ValueError:
+            raise
+        except Exception as error:  # of the library too
+            raise ValueError(
+                f"{folder / 'tokenizer.json'} is not as the tokenizers library writes it "
+                f"({error!r}); copy the checkpoint again."
+            ) from error
 
     def encode(self, text: str) -> np.ndarray:
         """Ids of the text, int32.
@@ -142,6 +149,15 @@ class HfTokenizer(Tokenizer):
             if self._bytes_of(pieces) != text.encode():
                 return f"pre_tokenizer ({', '.join(names['pre_tokenizer'])})"
         return "model, or one of added_tokens,"
+
+
+def _refuse_beyond(tree: dict[str, Any], vocab_size: int) -> None:
+    """Raise ValueError for ids that no model has: the library takes memory for all below them."""
+    vocab, added = tree["model"]["vocab"], tree.get("added_tokens") or []
+    ids = [*(vocab.values() if isinstance(vocab, dict) else ()), *(one["id"] for one in added)]
+    for i in (vocab_size, *ids):
+        if not isinstance(i, int) or not 0 <= i <= _MOST:
+            raise ValueError(f"{i!r} is no id, nor a number of ids, up to {_MOST:,}")
 
 
 def _writing(model: dict[str, Any], parts: Iterable[dict[str, Any]]) -> Callable[[str], bytes]:

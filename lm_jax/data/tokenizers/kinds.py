@@ -145,6 +145,9 @@ class BpeTokenizer(Tokenizer):
         """Tokens in id order from 1 and merges by rank, in the byte-level alphabet."""
         self.vocabulary = vocabulary
         self.merges = merges
+        known = set(vocabulary)
+        if "" in known or not all({a, b, a + b} <= known for a, b in merges):
+            raise ValueError("a merge is of other tokens than those of the vocabulary")
         self._library = _byte_level(vocabulary, merges)
         bytes_of = byte_alphabet()
         self._bytes = [b"", *(bytes(bytes_of[c] for c in token) for token in vocabulary)]
