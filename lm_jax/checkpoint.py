@@ -168,7 +168,7 @@ class Checkpoints:
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
         """Give an error of the disk, for which tensorstore has a ValueError, its own kind."""
-        logging.getLogger("absl").addFilter(_unlike_raised)
+        _hush()
         try:
             yield
         except ValueError as error:
@@ -256,8 +256,7 @@ class Kept:
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[ocp.Checkpointer]:
-        if getattr(sys.unraisablehook, "func", None) is not _unraisable:
-            sys.unraisablehook = functools.partial(_unraisable, sys.unraisablehook)
+        _hush()
         items = dict(state=ocp.PyTreeCheckpointHandler(), manifest=ocp.JsonCheckpointHandler())
         try:
             with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**items)) as reader:
@@ -269,6 +268,13 @@ class Kept:
                 raise
             what = str(error.__cause__ or error).partition("\n")[0].partition(" [")[0].rstrip(".")
             raise self._damaged(what[:_SHOWN]) from error
+
+
+def _hush() -> None:
+    """Leave the errors of orbax to those who catch them; it tells each several times."""
+    logging.getLogger("absl").addFilter(_unlike_raised)
+    if getattr(sys.unraisablehook, "func", None) is not _unraisable:
+        sys.unraisablehook = functools.partial(_unraisable, sys.unraisablehook)
 
 
 def _unraisable(otherwise: Callable[[Any], object], lost: Any) -> None:
