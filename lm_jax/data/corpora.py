@@ -2,25 +2,20 @@
 
 import bisect
 import codecs
-import contextlib
 import dataclasses
 import fractions
 import functools
 import hashlib
 import itertools
-import json
-import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from lm_jax import console
 from lm_jax.config.section import advice
 from lm_jax.data import files as source_files
-from lm_jax.data import shards, wikitext
+from lm_jax.data import shards, tfds, wikitext
 from lm_jax.data.files import Hashed, hash_json
 from lm_jax.data.shards import Documents
 from lm_jax.data.synthetic import MarkovSource
@@ -28,9 +23,6 @@ from lm_jax.data.synthetic import MarkovSource
 CORPORA = ("synthetic", "wikitext2", "wikitext103", "text", "tfds:NAME")
 SYNTHETIC_DOCUMENTS = {"train": 200, "valid": 20, "test": 20}
 SYNTHETIC_LENGTH = 10_000  # symbols a document
-_TFDS_NAME = re.compile(r"(?P<set>[a-z]\w*)(/[\w.-]+)?(:[\d.*]+)?")
-_TFDS_FEATURES = "tensorflow_datasets.core.features."
-TFDS_SPLITS = {"train": ("train",), "valid": ("validation", "valid", "dev"), "test": ("test",)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,135 +180,10 @@ def _say_checksums(files: Sequence[Hashed]) -> None:
 
 
 def _tfds(name: str, data_dir: Path, held_out: dict[str, float], fetch: bool) -> Corpus:
-    match = _TFDS_NAME.fullmatch(name)
-    if match is None:  # as huggingface:NAME, whose code TFDS would download
-        raise ValueError(
-            f"data.corpus='tfds:{name}' names no set of TensorFlow Datasets itself: give "
-            "tfds:NAME, tfds:NAME/CONFIG or tfds:NAME:VERSION, in lower case."
-        )
-    try:
-        import tensorflow_datasets as tfds
-    except ImportError as error:
-        raise ValueError(
-            f"data.corpus='tfds:{name}' needs the package tensorflow-datasets: "
-            "pip install 'lm_jax[tfds]'."
-        ) from error
-    _refuse_foreign_code(data_dir / match["set"])
-    if not fetch and not (data_dir / match["set"]).is_dir():
-        raise _not_prepared(name, data_dir)
-    try:
-        builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
-    except tfds.core.registered.DatasetNotFoundError as error:
-        raise ValueError(
-            f"data.corpus='tfds:{name}' is neither a TensorFlow Datasets name nor prepared in "
-            f"{data_dir}: correct the name or give its data_dir as --config.data.source_dir."
-        ) from error
-    if not fetch and not Path(builder.data_dir).is_dir():
-        raise _not_prepared(name, data_dir)
-    config = tfds.download.DownloadConfig(try_download_gcs=False)
-    try:
-        with contextlib.redirect_stdout(sys.stderr):  # standard output belongs to reports
-            builder.download_and_prepare(download_config=config)
-    except (OSError, tfds.download.DownloadError) as error:
-        raise FileNotFoundError(
-            f"data.corpus='tfds:{name}' could not be downloaded ({error}): prepare it elsewhere "
-            "with file_format='array_record' and give its data_dir as --config.data.source_dir."
-        ) from error
-    feature = _text_feature(name, builder.info.features)
-    available = {
-        split: next((own for own in names if own in builder.info.splits), None)
-        for split, names in TFDS_SPLITS.items()
-    }
-    if available["train"] is None:
-        raise ValueError(
-            f"data.corpus='tfds:{name}' has no train split but {sorted(builder.info.splits)}: "
-            "choose another data set."
-        )
-    shares = {split: share for split, share in held_out.items() if available[split] is None}
-    present = {split: own for split, own in available.items() if own is not None}
-    splits = {split: _tfds_pieces(builder, own, feature) for split, own in present.items()}
-    infos = {own: builder.info.splits[own] for own in present.values()}
-    sizes = {own: (info.num_examples, info.num_bytes) for own, info in infos.items()}
-    fingerprint = hash_json([builder.info.full_name, feature, sizes, shares])
-    return Corpus(f"tfds:{name}", fingerprint, _hold_out(splits, shares))
-
-
-def _not_prepared(name: str, data_dir: Path) -> FileNotFoundError:
-    return FileNotFoundError(
-        f"data.corpus='tfds:{name}' is not prepared in {data_dir}, and what the record of a run "
-        "names is not downloaded: give its data_dir as --config.data.source_dir."
-    )
-
-
-def _refuse_foreign_code(folder: Path) -> None:
-    """Raises ValueError if a prepared set has features of other classes than TFDS's own.
-
-    TFDS imports the module of each class that these files name, also from the current folder.
-    """
-    ways = itertools.product(("*", "*/*"), ("features.json", "dataset_info.json"))
-    for path in itertools.chain.from_iterable(folder.glob("/".join(way)) for way in ways):
-        with source_files.naming(path):
-            named = sorted(_class_names(json.loads(path.read_bytes())))
-        if foreign := [x for x in named if "." in x and not x.startswith(_TFDS_FEATURES)]:
-            raise ValueError(
-                f"{path} names the class {foreign[0]!r}, which is none of TensorFlow Datasets and "
-                "would be imported: prepare the set with features of its own, such as Text."
-            )
-
-
-def _class_names(value: Any) -> Iterator[str]:
-    """The names of classes in a JSON tree of features, which may hold others as text."""
-    if isinstance(value, str) and value.lstrip().startswith(("{", "[")):
-        with contextlib.suppress(ValueError):
-            yield from _class_names(json.loads(value))
-    elif isinstance(value, list):
-        for part in value:
-            yield from _class_names(part)
-    elif isinstance(value, dict):
-        for key, part in value.items():
-            if key in ("pythonClassName", "python_class_name", "type") and isinstance(part, str):
-                yield part
-            else:
-                yield from _class_names(part)
-
-
-def _text_feature(name: str, features: Any) -> str:
-    import tensorflow_datasets as tfds
-
-    texts = [key for key, kind in features.items() if isinstance(kind, tfds.features.Text)]
-    if "text" in texts:
-        return "text"
-    if len(texts) == 1:
-        return texts[0]
-    raise ValueError(
-        f"data.corpus='tfds:{name}' has the text features {sorted(texts)}, none of them 'text': "
-        "choose a data set with one text feature."
-    )
-
-
-def _tfds_pieces(builder: Any, split: str, feature: str) -> list[Documents]:
-    """Ranges of examples of about shards.PIECE bytes."""
-    info = builder.info.splits[split]
-    step = max(1, info.num_examples * shards.PIECE // max(1, info.num_bytes))
-    return [
-        functools.partial(
-            _tfds_documents,
-            str(builder.data_dir),
-            split,
-            feature,
-            range(first, min(first + step, info.num_examples)),
-        )
-        for first in range(0, info.num_examples, step)
-    ]
-
-
-def _tfds_documents(data_dir: str, split: str, feature: str, examples: range) -> Iterator[str]:
-    import tensorflow_datasets as tfds
-
-    source = tfds.builder_from_directory(data_dir).as_data_source(split)
-    with source_files.naming(f"Split {split} of {data_dir}"):
-        for index in examples:
-            yield source[index][feature].decode()
+    found = tfds.prepared(name, data_dir, fetch)
+    shares = {split: share for split, share in held_out.items() if split not in found.splits}
+    fingerprint = hash_json([found.name, found.feature, found.sizes, shares])
+    return Corpus(f"tfds:{name}", fingerprint, _hold_out(found.splits, shares))
 
 
 def _hold_out(
