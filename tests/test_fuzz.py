@@ -438,3 +438,31 @@ def test_a_damaged_file_is_told_or_read(name, file, examples, folder_of):
         damage()
     finally:
         path.write_bytes(whole)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"vocab_size": 10**15}, {"vocab_size": -1}, {"vocab": 1 << 31}]
+)
+def test_ids_that_no_model_has_take_no_memory(tmp_path, changes):
+    of_hugging_face(tmp_path)
+    for name in ("config.json", "tokenizer.json"):
+        tree = json.loads((tmp_path / name).read_text())
+        if name == "config.json":
+            tree |= {"vocab_size": changes.get("vocab_size", 320)}
+        elif "vocab" in changes:
+            tree["model"]["vocab"]["low"] = changes["vocab"]
+        (tmp_path / name).write_text(json.dumps(tree))
+    with bounded(), pytest.raises(ValueError, match=r"vocab_size is|is no id, nor a number of ids"):
+        HfTokenizer.from_folder(tmp_path)
+
+
+def test_merges_of_no_tokens_do_not_reach_the_library(tmp_path):
+    train_tokenizer("bpe", TEXTS, 270).save(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    tree = json.loads(path.read_text())
+    for number in (5, len(tree["vocabulary"]) - 1):
+        vocabulary = [*tree["vocabulary"]]
+        vocabulary[number] = ""
+        path.write_text(json.dumps(tree | {"vocabulary": vocabulary}))
+        with pytest.raises(ValueError, match=r"tokenizer\.json is not a complete tokenizer file"):
+            load_tokenizer(tmp_path)
