@@ -47,7 +47,21 @@ TEXTS = [f"text {i} é of some words" for i in range(30)]
 # --- damage --------------------------------------------------------------------------------------
 
 NUMBERS = [0, 1, -1, 2, 0.5, -0.5, 1e308, 10**15, 1 << 31, 1 << 63, -(1 << 63), 10**400]
-LEAVES = [*NUMBERS, math.nan, math.inf, None, True, "", "a", "\x00", "\ud800", "../a", [], {}, [[]]]
+LEAVES: list[Any] = [
+    *NUMBERS,
+    math.nan,
+    math.inf,
+    None,
+    True,
+    "",
+    "a",
+    "\x00",
+    "\ud800",
+    "../a",
+    [],
+    {},
+    [[]],
+]
 KEYS = ["", "a", "kind", "type"]
 
 
@@ -85,11 +99,10 @@ def places(tree, path=()):
 def replaced(tree, path, change):
     """A copy of the tree with another part at a path; `change` gets what holds it, and the key."""
     outer = {"": copy.deepcopy(tree)}
-    *way, last = ("", *path)
-    part: Any = outer
-    for key in way:
+    part, way = outer, ["", *path]
+    for key in way[:-1]:
         part = part[key]
-    change(part, last)
+    change(part, way[-1])
     return outer.get("")
 
 
