@@ -62,7 +62,6 @@ LEAVES: list[Any] = [
     {},
     [[]],
 ]
-KEYS = ["", "a", "kind", "type"]
 
 
 @st.composite
@@ -298,11 +297,6 @@ def read_teacher_cache(folder, cfg):
 def with_references(folder):
     a_store(folder)
     references(open_store(folder / "store"), "test")
-
-
-def findings(folder):
-    one = {"name": "a.b", "status": "pass", "message": "said", "evidence": {"x": 1.5}}
-    (folder / "doctor.json").write_text(json.dumps({"failed": [], "findings": [one]}))
 
 
 READERS = {
