@@ -47,8 +47,21 @@ TEXTS = [f"text {i} é of some words" for i in range(30)]
 # --- damage --------------------------------------------------------------------------------------
 
 NUMBERS = [0, 1, -1, 2, 0.5, -0.5, 1e308, 10**15, 1 << 31, 1 << 63, -(1 << 63), 10**400]
-LEAVES = [*NUMBERS, math.nan, math.inf, None, True, "", "a", "\x00", "\ud800", "../a", [], {}, [[]]]
-KEYS = ["", "a", "kind", "type"]
+LEAVES: list[Any] = [
+    *NUMBERS,
+    math.nan,
+    math.inf,
+    None,
+    True,
+    "",
+    "a",
+    "\x00",
+    "\ud800",
+    "../a",
+    [],
+    {},
+    [[]],
+]
 
 
 @st.composite
@@ -85,11 +98,10 @@ def places(tree, path=()):
 def replaced(tree, path, change):
     """A copy of the tree with another part at a path; `change` gets what holds it, and the key."""
     outer = {"": copy.deepcopy(tree)}
-    *way, last = ("", *path)
-    part: Any = outer
-    for key in way:
+    part, way = outer, ["", *path]
+    for key in way[:-1]:
         part = part[key]
-    change(part, last)
+    change(part, way[-1])
     return outer.get("")
 
 
@@ -287,11 +299,6 @@ def with_references(folder):
     references(open_store(folder / "store"), "test")
 
 
-def findings(folder):
-    one = {"name": "a.b", "status": "pass", "message": "said", "evidence": {"x": 1.5}}
-    (folder / "doctor.json").write_text(json.dumps({"failed": [], "findings": [one]}))
-
-
 READERS = {
     "store": Reader(
         a_store,
@@ -438,3 +445,31 @@ def test_a_damaged_file_is_told_or_read(name, file, examples, folder_of):
         damage()
     finally:
         path.write_bytes(whole)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"vocab_size": 10**15}, {"vocab_size": -1}, {"vocab": 1 << 31}]
+)
+def test_ids_that_no_model_has_take_no_memory(tmp_path, changes):
+    of_hugging_face(tmp_path)
+    for name in ("config.json", "tokenizer.json"):
+        tree = json.loads((tmp_path / name).read_text())
+        if name == "config.json":
+            tree |= {"vocab_size": changes.get("vocab_size", 320)}
+        elif "vocab" in changes:
+            tree["model"]["vocab"]["low"] = changes["vocab"]
+        (tmp_path / name).write_text(json.dumps(tree))
+    with bounded(), pytest.raises(ValueError, match=r"vocab_size is|is no id, nor a number of ids"):
+        HfTokenizer.from_folder(tmp_path)
+
+
+def test_merges_of_no_tokens_do_not_reach_the_library(tmp_path):
+    train_tokenizer("bpe", TEXTS, 270).save(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    tree = json.loads(path.read_text())
+    for number in (5, len(tree["vocabulary"]) - 1):
+        vocabulary = [*tree["vocabulary"]]
+        vocabulary[number] = ""
+        path.write_text(json.dumps(tree | {"vocabulary": vocabulary}))
+        with pytest.raises(ValueError, match=r"tokenizer\.json is not a complete tokenizer file"):
+            load_tokenizer(tmp_path)

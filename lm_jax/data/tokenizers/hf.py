@@ -76,14 +76,15 @@ class HfTokenizer(Tokenizer):
             ValueError: if a file or field is missing, or the tokenizer is of another kind.
         """
         tokenizer, config = read_json(folder / "tokenizer.json"), read_json(folder / "config.json")
-        if not isinstance(config.get("vocab_size"), int) or config["vocab_size"] > _MOST:
+        rows = config.get("vocab_size")
+        if not isinstance(rows, int) or not 0 < rows <= _MOST:
             raise ValueError(
-                f"{folder / 'config.json'}: vocab_size is {config.get('vocab_size')!r}; "
+                f"{folder / 'config.json'}: vocab_size is {rows!r}; "
                 "give the rows of the token table."
             )
         try:
             separator = _separator(folder, tokenizer, config)
-            return cls(json.dumps(tokenizer, ensure_ascii=False), separator, config["vocab_size"])
+            return cls(json.dumps(tokenizer, ensure_ascii=False), separator, rows)
         except ValueError:
             raise
         except Exception as error:  # of the library too
