@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import logging
 import os
@@ -20,8 +21,9 @@ import tensorstore
 from jax.experimental import multihost_utils
 
 from lm_jax import console
-from lm_jax.checksum import checksums, seal
+from lm_jax.checksum import checksums
 from lm_jax.config import ConfigError
+from lm_jax.data.files import hash_json
 from lm_jax.optim import path_name
 from lm_jax.rundir import BEST, CHECKPOINTS, updates
 
@@ -87,7 +89,7 @@ class Checkpoints:
             self.clear_best(position)
         # A copy, for the loop changes its own while this one is being written.
         sealed = json.loads(json.dumps(manifest | {_CHECKSUMS: checksums(state)}))
-        sealed[_SEAL] = seal(sealed)
+        sealed[_SEAL] = hash_json(sealed)
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state), manifest=ocp.args.JsonSave(sealed)
         )
@@ -120,8 +122,7 @@ class Checkpoints:
         newest, best = kept_in(self._workdir, CHECKPOINTS), kept_in(self._workdir, BEST)
         good, found = first_good([*newest, *best], read)
         if good in best:
-            there = self._newest.directory / good.path.name
-            self._set_aside(newest, good.path, there)
+            self._set_aside(newest, instead=good)
         else:
             self._set_aside(newest[: newest.index(good)])
         return found
@@ -136,17 +137,17 @@ class Checkpoints:
                 self._set_aside([one])
         return {}
 
-    def _set_aside(self, damaged: Sequence["Kept"], *copied: Any) -> None:
+    def _set_aside(self, damaged: Sequence["Kept"], instead: "Kept | None" = None) -> None:
         """Rename checkpoints, copy another to the newest ones, and look again at what is there."""
         if jax.process_index() == 0:
             for one in damaged:
-                names = (f"{one.update}.damaged{n or ''}" for n in range(len(damaged) + 99))
+                names = (f"{one.update}.damaged{n or ''}" for n in itertools.count())
                 free = (one.path.with_name(name) for name in names)
                 one.path.rename(next(path for path in free if not path.exists()))
-            if copied:
-                source, target = copied
+            if instead is not None:
+                target = self._newest.directory / instead.path.name
                 half = target.with_name(f"{target.name}.orbax-checkpoint-tmp")
-                shutil.copytree(source, half, dirs_exist_ok=True)
+                shutil.copytree(instead.path, half, dirs_exist_ok=True)
                 os.replace(half, target)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("damaged checkpoints are set aside")
@@ -177,11 +178,6 @@ class Checkpoints:
                 raise
             code = int(number[1])
             raise OSError(code, os.strerror(code), str(self._workdir)) from error
-
-
-def _unlike_raised(record: logging.LogRecord) -> bool:
-    """Whether orbax tells something else than the traceback of an error that it raises anyway."""
-    return not (record.exc_info and "orbax" in record.pathname)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,7 +240,7 @@ class Kept:
             args = ocp.args.Composite(manifest=ocp.args.JsonRestore())
             found: Manifest = reader.restore(self.path, args=args)["manifest"]
             known = found.pop(_SEAL, None)
-        if (known or _CHECKSUMS in found) and known != seal(found):
+        if (known or _CHECKSUMS in found) and known != hash_json(found):
             raise self._damaged("its manifest is not what was saved")
         return found
 
@@ -275,6 +271,11 @@ def _hush() -> None:
     logging.getLogger("absl").addFilter(_unlike_raised)
     if getattr(sys.unraisablehook, "func", None) is not _unraisable:
         sys.unraisablehook = functools.partial(_unraisable, sys.unraisablehook)
+
+
+def _unlike_raised(record: logging.LogRecord) -> bool:
+    """Whether orbax tells something else than the traceback of an error that it raises anyway."""
+    return not (record.exc_info and "orbax" in record.pathname)
 
 
 def _unraisable(otherwise: Callable[[Any], object], lost: Any) -> None:
@@ -312,8 +313,8 @@ def first_good(kept: Sequence[Kept], read: Callable[[Kept], T]) -> tuple[Kept, T
         except Damaged as error:
             damaged.append(error)
             continue
-        for error in damaged:
-            console.say(f"{error.told}; update {one.update:,} is taken in its place")
+        for other in damaged:
+            console.say(f"{other.told}; update {one.update:,} is taken in its place")
         return one, found
     raise Damaged("; ".join(error.told for error in damaged))
 

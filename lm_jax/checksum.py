@@ -1,8 +1,5 @@
-"""What tells contents that changed: a number for every leaf of a state, a hash of a manifest."""
+"""What tells a state that changed: a number for every leaf."""
 
-import hashlib
-import json
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -43,8 +40,3 @@ def _checksum(leaf: Any) -> Any:
 
 
 _compiled_checksum = jax.jit(_checksum)
-
-
-def seal(manifest: Mapping[str, Any]) -> str:
-    """A hash of what JSON can hold."""
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

@@ -9,7 +9,7 @@ import numpy as np
 
 from lm_jax import page
 from lm_jax.config import Config
-from lm_jax.history import LAYERS, Course, Log
+from lm_jax.history import Course, Log
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -84,7 +84,7 @@ def drawings(log: Log, cfg: Config, lines: Mapping[str, float]) -> list[Drawing]
         told = f"{_mean(log, 'perf/input_wait')} of the time was spent waiting for data."
         draw = functools.partial(_speed, speed, log.course("perf/input_wait", _SHARES))
         made.append(("Speed.", told, draw))
-    if layers := {name: line for name in log.layers if (line := course(LAYERS + name))}:
+    if layers := log.layers(_MOST):
         chosen = np.linspace(0, len(layers) - 1, min(len(layers), _LAYERS)).round().astype(int)
         some = f"{len(chosen)} of {len(layers)} layers. " if len(chosen) < len(layers) else ""
         named = list(layers.items())

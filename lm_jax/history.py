@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lm_jax import page
+from lm_jax.files import grown
 from lm_jax.workdir import METRICS, whole_rows
 
 _ENDS = 5  # rows that are shown of both ends of a table
 _COLUMNS = 6  # that are shown
-_AT_ONCE = 1 << 20  # bytes read at once
 _STRETCHES = 1200  # of a metric, at most; half of it in a long run
 _PLAIN = {int, float, type(None)}
 
@@ -121,27 +121,26 @@ class Stretches:
         """Begin without rows."""
         self._width = 1
         self._whole_5P = np.zeros((5, 0))
-        self._rest_2N = np.zeros((2, 0))  # updates and values: fewer rows than a stretch has
+        self._rest_5N = np.zeros((5, 0))  # fewer rows than a stretch has
 
-    def extend(self, points_2N: np.ndarray) -> None:
+    def extend(self, steps_N: np.ndarray, values_N: np.ndarray) -> None:
         """Add rows: their updates and values, in order."""
-        points_2N = np.concatenate([self._rest_2N, points_2N], axis=1)
-        whole = points_2N.shape[1] // self._width * self._width
-        new_5N = _stretches(points_2N[:, :whole])
-        new_5P = _merged(new_5N, np.arange(0, whole, self._width))
+        new_5N = np.stack([np.ones_like(steps_N), steps_N, *[values_N] * 3])
+        new_5N = np.concatenate([self._rest_5N, new_5N], axis=1)
+        whole = new_5N.shape[1] // self._width * self._width
+        new_5P = _merged(new_5N[:, :whole], np.arange(0, whole, self._width))
         self._whole_5P = np.concatenate([self._whole_5P, new_5P], axis=1)
-        self._rest_2N = points_2N[:, whole:]
+        self._rest_5N = new_5N[:, whole:]
         while (count := self._whole_5P.shape[1]) > _STRETCHES:
             self._whole_5P = _merged(self._whole_5P, np.arange(0, count, 2))
             self._width *= 2
 
     def _all(self, most: int) -> np.ndarray:
         """At most so many stretches, [5, P]."""
-        rest_5N = _stretches(self._rest_2N)
-        found = [self._whole_5P, _merged(rest_5N, np.arange(min(1, rest_5N.shape[1])))]
-        whole_5P = np.concatenate(found, axis=1)
-        count = whole_5P.shape[1]
-        return _merged(whole_5P, np.linspace(0, count, min(count, most) + 1).astype(int)[:-1])
+        rest_5P = _merged(self._rest_5N, np.arange(min(1, self._rest_5N.shape[1])))
+        all_5P = np.concatenate([self._whole_5P, rest_5P], axis=1)
+        count = all_5P.shape[1]
+        return _merged(all_5P, np.linspace(0, count, min(count, most) + 1).astype(int)[:-1])
 
     def course(self, most: int) -> Course:
         """The course of the metric in at most so many stretches."""
@@ -152,12 +151,6 @@ class Stretches:
     def total(self) -> float:
         """The sum over all rows."""
         return float(self._all(1)[2].sum())
-
-
-def _stretches(points_2N: np.ndarray) -> np.ndarray:
-    """A stretch for every row."""
-    steps_N, values_N = points_2N
-    return np.stack([np.ones_like(steps_N), steps_N, values_N, values_N, values_N])
 
 
 def _merged(stretches_5N: np.ndarray, begins_P: np.ndarray) -> np.ndarray:
@@ -187,16 +180,14 @@ class Log:
         self.events: list[Mapping[str, Any]] = []
         self._path, self._read = folder / METRICS, 0
         self._metrics: dict[str, Stretches] = {}
+        self._layers: dict[str, Stretches] = {}
 
     def read(self) -> "Log":
         """Read what was written since; returns itself."""
         if self._path.exists():
-            with self._path.open("rb") as file:
-                file.seek(self._read)
-                while lines := file.readlines(_AT_ONCE):
-                    whole = [line for line in lines if line.endswith(b"\n")]  # a row may come late
-                    self._read += sum(map(len, whole))
-                    self._add([r for r in _parsed(whole) if finite(r.get("step"))])
+            for lines, end in grown(self._path, self._read):
+                self._add([row for row in _parsed(lines) if finite(row.get("step"))])
+                self._read = end
         return self
 
     def _add(self, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -210,22 +201,15 @@ class Log:
             if layer := _layer(name):
                 squares[layer] = squares.get(layer, 0) + values_N**2
             else:
-                self._extend(name, steps_N, values_N)
+                _extend(self._metrics, name, steps_N, values_N)
         for layer, squares_N in squares.items():
-            self._extend(f"{LAYERS}{layer}", steps_N, np.sqrt(squares_N))
+            _extend(self._layers, layer, steps_N, np.sqrt(squares_N))
         self.done = max([self.done, *(row["step"] for row in rows if "train/loss" in row)])
         self.events += [row for row in rows if "train/loss" not in row or "resumed" in row]
 
-    def _extend(self, name: str, steps_N: np.ndarray, values_N: np.ndarray) -> None:
-        good = np.isfinite(values_N)
-        if good.any():
-            known = self._metrics.setdefault(name, Stretches())
-            known.extend(np.stack([steps_N, values_N])[:, good])
-
-    @property
-    def layers(self) -> list[str]:
-        """The layers whose gradient norms were logged, in the order of the model."""
-        return [k.removeprefix(LAYERS) for k in self._metrics if k.startswith(LAYERS)]
+    def layers(self, most: int) -> dict[str, Course]:
+        """The norm of the gradient of each layer for which it was logged, as in `course`."""
+        return {layer: line.course(most) for layer, line in self._layers.items()}
 
     def course(self, name: str, most: int) -> Course:
         """The course of a metric, without what is no finite number; see `Stretches.course`."""
@@ -236,7 +220,12 @@ class Log:
         return self._metrics.get(name, Stretches()).total
 
 
-LAYERS = "layer_norm/"  # and a layer: the norm of its gradient, in a `Log`
+def _extend(
+    known: dict[str, Stretches], name: str, steps_N: np.ndarray, values_N: np.ndarray
+) -> None:
+    good = np.isfinite(values_N)
+    if good.any():
+        known.setdefault(name, Stretches()).extend(steps_N[good], values_N[good])
 
 
 def _parsed(lines: Sequence[bytes]) -> Sequence[dict[str, Any]]:

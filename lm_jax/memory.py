@@ -35,11 +35,6 @@ class Need(NamedTuple):
     batches: int  # of one call
     between: int  # the states between the layers, of a micro-batch, or of an evaluation
 
-    @property
-    def total(self) -> int:
-        """All of it."""
-        return sum(self)
-
 
 def device_bytes() -> int | None:
     """What a device of this process can hold; of a CPU its part of what the host has left."""
@@ -110,10 +105,10 @@ def require_memory(cfg: Config, mesh: Mesh, state: Any) -> None:
         ConfigError: naming the field to lower first, and how far.
     """
     there, needed = device_bytes(), need(cfg, mesh, state)
-    if there is None or needed.total <= there:
+    total, largest = sum(needed), max(needed)
+    if there is None or total <= there:
         return
-    largest = max(needed)
-    share = min(0.9, max(there / 2, there - needed.total + largest) / largest)
+    share = min(0.9, max(there / 2, there - total + largest) / largest)
     model, name = cfg.model, needed._fields[needed.index(largest)]
     if name == "state":
         path = "model.layers"
@@ -128,9 +123,8 @@ def require_memory(cfg: Config, mesh: Mesh, state: Any) -> None:
     parts = ", ".join(f"{part / 1e9:,.1f} {_WORDS[k]}" for k, part in needed._asdict().items())
     sharing = " or raise config.mesh.fsdp" if name == "state" and cfg.mesh.fsdp < mesh.size else ""
     raise ConfigError(
-        f"config.{path}: {value:,} makes a run of at least {needed.total / 1e9:,.1f} GB a device "
-        f"({parts}), and {there / 1e9:,.1f} GB are there; lower it to about "
-        f"{lower:,}{sharing}."
+        f"config.{path}: {value:,} makes a run of at least {total / 1e9:,.1f} GB a device "
+        f"({parts}), and {there / 1e9:,.1f} GB are there; lower it to about {lower:,}{sharing}."
     )
 
 

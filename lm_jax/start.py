@@ -35,7 +35,7 @@ class Origin:
     line: str  # what is taken, in words
     whole: bool  # the whole state rather than the weights
     kept: Kept | None  # None: Hugging Face
-    averaged: bool = False  # whether the weights are those of the running average
+    weights_in: str = "params"  # the part of the state that is evaluated, or "ema"
 
     @property
     def record(self) -> dict[str, Any]:
@@ -57,8 +57,7 @@ class Origin:
             with errors_of(WHERE):
                 *_, params = huggingface.load(self.folder)
             return jax.tree.map(lambda x, wanted: jax.device_put(x, wanted.sharding), params, like)
-        name = "ema" if self.averaged else "params"
-        return self.kept.restore({name: like})[name]
+        return self.kept.restore({self.weights_in: like})[self.weights_in]
 
     def state(self, like: dict[str, Any]) -> tuple[dict[str, Any], Manifest]:
         """The whole state, with the shapes and shardings of `like`, and its manifest.
@@ -110,8 +109,8 @@ def find_origin(cfg: Config, store: Store) -> Origin | None:
             f"config.tokenizer.kind: {given} reads other ids ({_ids(record.data)}) than this run "
             f"({_ids(store.manifest)}); give the tokenizer and the corpus that it learned from."
         )
-    averaged = record.cfg.optim.ema_decay > 0
-    names = () if whole else ("ema" if averaged else "params",)
+    weights_in = "ema" if record.cfg.optim.ema_decay else "params"
+    names = () if whole else (weights_in,)
     with errors_of(WHERE):
         good, _ = checkpoint.first_good(wanted, lambda one: one.verify(*names))
     update = good.update
@@ -124,7 +123,7 @@ def find_origin(cfg: Config, store: Store) -> Origin | None:
         line=_line(folder, update, cfg, store, record),
         whole=whole,
         kept=good,
-        averaged=averaged,
+        weights_in=weights_in,
     )
 
 

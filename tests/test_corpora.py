@@ -581,7 +581,7 @@ def test_tfds_maps_its_own_splits_and_only_text_feature(tmp_path, tfds_dir):
 
 
 def test_an_error_of_a_tfds_reader_names_the_set(tmp_path, tfds_dir):
-    (of_no_such_feature,) = corpora._tfds_pieces(
+    (of_no_such_feature,) = corpora.tfds._pieces(
         SimpleNamespace(
             data_dir=f"{tfds_dir}/notes/1.2.0",
             info=SimpleNamespace(splits={"test": SimpleNamespace(num_examples=3, num_bytes=9)}),

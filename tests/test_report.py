@@ -157,7 +157,7 @@ def test_of_many_updates_nothing_is_lost_that_a_page_shows(tmp_path):
     assert np.isclose(whole.mean[0], losses.mean()) and np.isclose(whole.steps[0], 10_000.5)
     assert log.total("optim/skipped_updates") == 1 and log.total("perf/step_ms") == 40_000
     assert log.course("optim/clip_rate", 1).mean[0] == 6666 / 20_000
-    assert log.layers == ["blocks/1"] and (log.course("layer_norm/blocks/1", 9).mean == 5).all()
+    assert [*log.layers(9)] == ["blocks/1"] and (log.layers(9)["blocks/1"].mean == 5).all()
     assert log.done == 20_000 and len(log.events) == 201
     assert [row["resumed"] for row in log.events if "resumed" in row] == [9_999]
 
@@ -174,11 +174,14 @@ def test_a_log_is_read_on_and_keeps_little(tmp_path):
     tracemalloc.stop()
     assert grown < 800_000 and log.done == 6_000
     at_once = Log(tmp_path).read()
-    for name in ("train/loss", "valid/loss", "layer_norm/blocks/1"):
-        found, other = log.course(name, 300), at_once.course(name, 300)
+    ways = [
+        lambda log, most, name=name: log.course(name, most) for name in ("train/loss", "valid/loss")
+    ]
+    for course in (*ways, lambda log, most: log.layers(most)["blocks/1"]):
+        found, other = course(log, 300), course(at_once, 300)
         assert len(found.steps) == len(other.steps)
         assert found.high.max() == other.high.max() and found.low.min() == other.low.min()
-        assert np.allclose(log.course(name, 1), at_once.course(name, 1))
+        assert np.allclose(course(log, 1), course(at_once, 1))
     file = tmp_path / "metrics.jsonl"
     file.write_bytes(b"?" * file.stat().st_size + b'{"step": 6001, "train/loss": 1.0}\n')
     assert log.read().done == 6_001  # what was read is not read again

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lm_jax.files import can_write, write_text
+from lm_jax.files import can_write, read_json, write_text
 
 BLOCK = 1 << 20  # bytes read at once
 SETTLED = 2 * 10**9  # nanoseconds after which a change of a file is sure to change its time stamp
@@ -120,11 +120,9 @@ def hash_files(paths: Sequence[Path], cache: Path, *, text: bool) -> list[Hashed
 
 def _remembered(memory: Path) -> dict[str, Any]:
     try:
-        known = json.loads(memory.read_bytes())
-    except (FileNotFoundError, ValueError, RecursionError):
-        known = {}
-    # A damaged memory counts as empty: the files are hashed again.
-    return known if isinstance(known, dict) else {}
+        return read_json(memory)
+    except ValueError:  # a damaged one counts as empty: the files are hashed again
+        return {}
 
 
 def refuse_changed(files: Iterable[Hashed]) -> None:

@@ -6,7 +6,6 @@ cross documents, and the history before the first token of either stream is `sta
 """
 
 import contextlib
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from lm_jax import console
 from lm_jax.data.files import hash_json
 from lm_jax.data.store import Store
 from lm_jax.data.tokenizers.kinds import WordTokenizer
-from lm_jax.files import can_write, write_json
+from lm_jax.files import can_write, read_json, write_json
 
 # Tokens to fit on and to score at most: sorting takes seconds, and 140 bytes of memory for each.
 _REFERENCE_TOKENS = 20_000_000
@@ -64,12 +63,10 @@ def _kept(path: Path, store: Store) -> dict[str, float] | None:
     """The references in a file, if they are those that were written there for this store."""
     if not path.exists():
         return None
-    with contextlib.suppress(ValueError, RecursionError):  # cut, or not from here
-        result = json.loads(path.read_bytes())
-        if isinstance(result, dict):
-            sha256 = result.pop("sha256", None)
-            if sha256 == hash_json([result, store.manifest]):
-                return result
+    with contextlib.suppress(ValueError):  # cut, or not from here
+        result = read_json(path)
+        if result.pop("sha256", None) == hash_json([result, store.manifest]):
+            return result
     console.say(f"{path} is not what was written there for its store: it is computed again")
     return None
 

@@ -69,23 +69,19 @@ def prepared(name: str, data_dir: Path, fetch: bool) -> Prepared:
             f"data.corpus='tfds:{name}' could not be downloaded ({error}): prepare it elsewhere "
             "with file_format='array_record' and give its data_dir as --config.data.source_dir."
         ) from error
-    feature = _text_feature(name, builder.info.features)
-    available = {
-        split: next((own for own in names if own in builder.info.splits), None)
-        for split, names in _SPLITS.items()
-    }
-    if available["train"] is None:
+    feature, there = _text_feature(name, builder.info.features), builder.info.splits
+    # The first name that is there wins.
+    own = {split: n for split, names in _SPLITS.items() for n in reversed(names) if n in there}
+    if "train" not in own:
         raise ValueError(
-            f"data.corpus='tfds:{name}' has no train split but {sorted(builder.info.splits)}: "
+            f"data.corpus='tfds:{name}' has no train split but {sorted(there)}: "
             "choose another data set."
         )
-    present = {split: own for split, own in available.items() if own is not None}
-    infos = {own: builder.info.splits[own] for own in present.values()}
     return Prepared(
         builder.info.full_name,
         feature,
-        {split: _pieces(builder, own, feature) for split, own in present.items()},
-        {own: (info.num_examples, info.num_bytes) for own, info in infos.items()},
+        {split: _pieces(builder, n, feature) for split, n in own.items()},
+        {n: (there[n].num_examples, there[n].num_bytes) for n in own.values()},
     )
 
 
@@ -129,11 +125,9 @@ def _class_names(value: Any) -> Iterator[str]:
 
 
 def _text_feature(name: str, features: Any) -> str:
-    import tensorflow_datasets
+    import tensorflow_datasets as tfds
 
-    texts = [
-        key for key, kind in features.items() if isinstance(kind, tensorflow_datasets.features.Text)
-    ]
+    texts = [key for key, kind in features.items() if isinstance(kind, tfds.features.Text)]
     if "text" in texts:
         return "text"
     if len(texts) == 1:
@@ -148,16 +142,9 @@ def _pieces(builder: Any, split: str, feature: str) -> list[Documents]:
     """Ranges of examples of about shards.PIECE bytes."""
     info = builder.info.splits[split]
     step = max(1, info.num_examples * shards.PIECE // max(1, info.num_bytes))
-    return [
-        functools.partial(
-            _documents,
-            str(builder.data_dir),
-            split,
-            feature,
-            range(first, min(first + step, info.num_examples)),
-        )
-        for first in range(0, info.num_examples, step)
-    ]
+    read = functools.partial(_documents, str(builder.data_dir), split, feature)
+    examples = range(info.num_examples)
+    return [functools.partial(read, examples[first : first + step]) for first in examples[::step]]
 
 
 def _documents(data_dir: str, split: str, feature: str, examples: range) -> Iterator[str]:

@@ -16,6 +16,7 @@ from lm_jax.data.files import hash_json
 from lm_jax.files import write_text
 
 FILE_NAME = "tokenizer.json"
+PARTS = ("normalizer", "pre_tokenizer")  # parts of tokenizer.json that may change the text
 BLOCK = 1 << 20  # characters split into words at once: a list of words is ten times their size
 
 
@@ -96,15 +97,14 @@ class Tokenizer(abc.ABC):
         a text or cut from it, and how ids are decoded.
         """
         tree = json.loads(self._library_parts().to_str())
-        model, parts = tree["model"], ("normalizer", "pre_tokenizer")
-        pieces = dict(enumerate(self._bytes))
+        model, pieces = tree["model"], dict(enumerate(self._bytes))
         return {
             "separator": self.separator,
             "vocabulary": {token: i for token, i in model["vocab"].items() if pieces.get(i)},
             "merges": model.get("merges"),
             "model": [model.get(name) for name in ("type", "byte_fallback", "ignore_merges")],
             "added_tokens": [token for token in tree["added_tokens"] if not token["special"]],
-            **{part: list(map(_deciding, components(tree[part]))) for part in parts},
+            **{part: list(map(_deciding, components(tree[part]))) for part in PARTS},
         }
 
     def save(self, folder: str | os.PathLike) -> None:

@@ -10,10 +10,9 @@ from typing import Any, Self
 import numpy as np
 import tokenizers
 
-from lm_jax.data.tokenizers.base import Tokenizer, byte_alphabet, components
+from lm_jax.data.tokenizers.base import PARTS, Tokenizer, byte_alphabet, components
 from lm_jax.files import read_json
 
-PARTS = ("normalizer", "pre_tokenizer")  # parts of tokenizer.json that may change the text
 _SPACE = "\u2581"  # SentencePiece's space
 _MOST = 10**7  # ids
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # a token of byte fallback
