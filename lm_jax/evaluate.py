@@ -132,10 +132,8 @@ def documents(store: Store, split_name: str, nats_D: np.ndarray) -> dict[str, np
         `nats` float64, `tokens` and `bytes` int64, all [documents]. There is no `bytes` where the
         ids do not tell them: kind "word", with white space or words that it does not keep.
     """
-    split, tokenizer = store.split(split_name), store.tokenizer
+    split, bytes_V = store.split(split_name), store.tokenizer.bytes_V
     result = {"nats": nats_D, "tokens": np.diff(split.document_starts)}
-    pieces = tokenizer.token_bytes(np.arange(tokenizer.vocab_size))
-    bytes_V = np.array([len(piece) for piece in pieces], np.uint32)
     bytes_D = np.add.reduceat(bytes_V[split.tokens], split.document_starts[:-1], dtype=np.int64)
     if bytes_D.sum() == split.bytes:
         result["bytes"] = bytes_D

@@ -45,11 +45,9 @@ class Calls(Sequence[range]):
 
     def __getitem__(self, at: Any) -> Any:
         """The updates of one call."""
-        if at := range(len(self))[at]:
-            earlier = self._ends(self._start) + at
-            begin = bisect.bisect_left(range(self._steps), earlier, key=self._ends)
-        else:
-            begin = self._start
+        earlier = self._ends(self._start) + range(len(self))[at]
+        begin = bisect.bisect_left(range(self._steps), earlier, key=self._ends)
+        begin = max(begin, self._start)  # of the first call, which may begin within one
         return range(begin, min(span * (begin // span + 1) for span in self._spans))
 
 

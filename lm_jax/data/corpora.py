@@ -59,17 +59,11 @@ def open_corpus(
 ) -> Corpus:
     """Opens corpus "synthetic", "wikitext2", "wikitext103", "text" or "tfds:NAME[:VERSION]".
 
-    source_dir: folder of the corpus's own files; of a TFDS set, its data_dir.
-    files, valid_files, test_files: paths or globs of corpus "text", separated by commas; a comma
-        in a name is written ?, unless the file stands alone.
-    document: what one document of corpus "text" is: "file", "line", "jsonl:FIELD",
-        "parquet:FIELD", "arrayrecord" (each record is a text) or "arrayrecord:FIELD" (JSON);
-        FIELD may be "OUTER.INNER".
-    skip_missing: leave out documents whose FIELD is null or missing.
-    valid_fraction, test_fraction: share of the documents held out where the corpus has no such
-        split, chosen by the hash of their content; of a single document the end is held out, as a
-        share of its characters.
-    cache_dir: downloads and prepared data sets live here.
+    The options mean what the fields of `config.data` mean that have their names, and:
+
+    source_dir: of a TFDS set, its data_dir.
+    valid_fraction, test_fraction: the documents held out are chosen by the hash of their content;
+        of a single document the end is held out, as a share of its characters.
     fetch: whether what is not there may be downloaded.
 
     Raises:

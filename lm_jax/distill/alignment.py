@@ -56,11 +56,6 @@ class Aligner:
     teacher: Tokenizer
     length: int  # U; text that needs more teacher tokens is cut off there
 
-    @functools.cached_property
-    def _bytes_V(self) -> np.ndarray:
-        pieces = self.teacher.token_bytes(np.arange(self.teacher.vocab_size))
-        return np.array([len(piece) for piece in pieces], np.int64)
-
     def __call__(self, batch: Batch) -> Batch:
         """Align a batch of windows [..., T + 1]."""
         tokens, segments = batch["tokens"], batch["segment_ids"]
@@ -104,16 +99,15 @@ class Aligner:
 
         That is -1 for tokens from the first character on that the teacher would change.
         """
-        pieces = self.student.token_bytes(tokens_T)
-        ends_T = np.cumsum([len(piece) for piece in pieces])
-        skipped, text = _whole_characters(b"".join(pieces))
+        ends_T = np.cumsum(self.student.bytes_V[tokens_T], dtype=np.int64)
+        skipped, text = _whole_characters(b"".join(self.student.token_bytes(tokens_T)))
         (ids_U,), cut = self.teacher.encode_kept([text]), len(text)
         while ids_U is None:
             cut = min(self.teacher.kept(text[:cut]), cut - 1)
             (ids_U,) = self.teacher.encode_kept([text[:cut]])
         if cut < len(text):
             ends_T[ends_T > skipped + len(text[:cut].encode())] = -1
-        ends_U = skipped + np.cumsum(self._bytes_V[ids_U])
+        ends_U = skipped + np.cumsum(self.teacher.bytes_V[ids_U], dtype=np.int64)
         if tokens_T[0] == self.student.separator:
             ids_U = np.concatenate([[self.teacher.separator], ids_U])
             ends_U = np.concatenate([[0], ends_U])

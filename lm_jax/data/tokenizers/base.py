@@ -55,6 +55,11 @@ class Tokenizer(abc.ABC):
         """UTF-8 bytes that each id stands for; none for the separator."""
         return [self._bytes[i] for i in np.asarray(ids).tolist()]
 
+    @functools.cached_property
+    def bytes_V(self) -> np.ndarray:
+        """The number of bytes that each id stands for, uint32."""
+        return np.array([len(piece) for piece in self._bytes], np.uint32)
+
     def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of several documents."""
         return [self.encode(text) for text in texts]
