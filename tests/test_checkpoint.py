@@ -232,6 +232,11 @@ def cut(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+def empty(folder):
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
 DAMAGES = {
     "a bit of the data": lambda folder: flip(largest(folder)),
     "cut data": lambda folder: cut(largest(folder)),
@@ -242,7 +247,7 @@ DAMAGES = {
     "cut manifest": lambda folder: cut(folder / "manifest" / "metadata"),
     "empty manifest": lambda folder: (folder / "manifest" / "metadata").write_bytes(b""),
     "no manifest": lambda folder: shutil.rmtree(folder / "manifest"),
-    "an empty folder": lambda folder: (shutil.rmtree(folder), folder.mkdir()),
+    "an empty folder": empty,
 }
 
 

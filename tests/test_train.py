@@ -13,13 +13,13 @@ import time
 import numpy as np
 import pytest
 
-from lm_jax import config, evaluate, loop, rundir, setup, signals, step
+from lm_jax import config, evaluate, loop, report, rundir, setup, signals, step
 from lm_jax.checkpoint import Damaged
 from lm_jax.compare import compare
 from lm_jax.config import Config, ConfigError
 from lm_jax.config.resolve import resolve
 from lm_jax.data.open import open_data
-from lm_jax.main import main
+from lm_jax.main import main, train_in
 from lm_jax.signals import Interrupted
 from lm_jax.start import find_origin
 from lm_jax.workdir import open_trained
@@ -273,6 +273,18 @@ def test_finished_run_is_only_reported_again(straight, text):
     assert (workdir / "metrics.jsonl").read_text() == written
 
 
+def test_a_finished_run_gets_the_page_that_a_kill_kept_from_it(straight, text, monkeypatch):
+    pages = []
+    monkeypatch.setattr(report, "write", pages.append)
+    page = straight[0] / "report.html"
+    page.write_text("of an evaluation before the end")
+    os.utime(page, (0, 0))
+    for _ in range(2):
+        assert not train_in(straight[0], small(text))
+        os.utime(page)
+    assert pages == [straight[0]]
+
+
 def test_batch_size_and_stride_of_evaluation(straight):
     run = open_trained(straight[0])
 
@@ -348,11 +360,11 @@ def test_a_run_can_be_compared(straight):
 
 
 def flip(folder):
-    """Turn bits all over the data of a checkpoint, so that no leaf is spared."""
-    path = max((folder / "state").glob("**/d/*"), key=lambda path: path.stat().st_size)
-    data = np.frombuffer(path.read_bytes(), np.uint8).copy()
-    data[::64] ^= 4
-    path.write_bytes(data.tobytes())
+    """Turn bits all over the data of a checkpoint, in one file or several, so that none is spared."""
+    for path in (folder / "state").glob("**/d/*"):
+        data = np.frombuffer(path.read_bytes(), np.uint8).copy()
+        data[::64] ^= 4
+        path.write_bytes(data.tobytes())
 
 
 def test_damage_costs_updates_and_no_run(straight, text, tmp_path, capsys, monkeypatch):

@@ -13,11 +13,11 @@ from lm_jax.doctor.log import examine_log
 from lm_jax.doctor.log.read import read_log
 from lm_jax.doctor.log.series import Records
 from lm_jax.files import write_text
+from lm_jax.history import NewRows
 from lm_jax.workdir import METRICS, SCORES, WATCH, Record, read_record
 
 _SATURATED = 0.9  # of the updates
 _MOST = 10_000  # rows of a metric that a watch keeps
-_AT_ONCE = 1 << 20  # bytes read at once
 
 
 def examine_workdir(
@@ -83,7 +83,7 @@ class Watch:
         self._workdir = workdir
         self._said: set[tuple[str, str]] = set()
         self._records = Records(most=_MOST)
-        self._read = 0  # bytes of the metrics
+        self._new = NewRows(workdir / METRICS)
 
     @functools.cached_property
     def _facts(self) -> dict[str, Any]:
@@ -91,12 +91,8 @@ class Watch:
 
     def look(self, references: Mapping[str, float]) -> list[str]:
         """Examine the metrics so far, write all findings to `watch.json`, return the new ones."""
-        with (self._workdir / METRICS).open("rb") as file:
-            file.seek(self._read)
-            while lines := file.readlines(_AT_ONCE):
-                whole = [line for line in lines if line.endswith(b"\n")]  # a row may come late
-                self._records.extend(map(json.loads, whole))
-                self._read += sum(map(len, whole))
+        for rows in self._new:
+            self._records.extend(rows)
         report = examine_log(self._records, references=references, **self._facts)
         write_text(self._workdir / WATCH, report.to_json() + "\n")
         new = [f for f in report if _notable(f) and (f.check, f.status) not in self._said]
