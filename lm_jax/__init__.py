@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lm_jax.run import open_run
 
 __all__ = ["Config", "__version__", "compare_runs", "doctor", "load_config", "open_run", "train"]
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 
 _LAZY = {
     "Config": "lm_jax.config:Config",

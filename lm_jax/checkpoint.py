@@ -313,10 +313,10 @@ def first_good(kept: Sequence[Kept], read: Callable[[Kept], T]) -> tuple[Kept, T
         except Damaged as error:
             damaged.append(error)
             continue
-        for other in damaged:
-            console.say(f"{other.told}; update {one.update:,} is taken in its place")
+        for bad in damaged:
+            console.say(f"{bad.told}; update {one.update:,} is taken in its place")
         return one, found
-    raise Damaged("; ".join(error.told for error in damaged))
+    raise Damaged("; ".join(bad.told for bad in damaged))
 
 
 def leaf_shapes(tree: Any) -> dict[str, tuple[int, ...]]:

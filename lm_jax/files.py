@@ -75,7 +75,6 @@ def whole_folder(path: Path) -> Iterator[Path]:
         raise
 
 
-_AT_ONCE = 1 << 20  # bytes of lines that are read at once
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF)
 _HOLDER = b"process "  # begins what a lock says
 
@@ -153,16 +152,6 @@ def can_write(folder: Path) -> bool:
     """Whether files can be written into a folder, which need not be there yet."""
     there = existing(folder)
     return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
-
-
-def grown(path: Path, read: int) -> Iterator[tuple[list[bytes], int]]:
-    """The whole lines of a file from a byte on, some at a time, and the byte at which they end."""
-    with path.open("rb") as file:
-        file.seek(read)
-        while lines := file.readlines(_AT_ONCE):
-            whole_lines = [line for line in lines if line.endswith(b"\n")]  # one may come late
-            read += sum(map(len, whole_lines))
-            yield whole_lines, read
 
 
 def write_text(path: Path, text: str) -> None:

@@ -7,17 +7,17 @@ import importlib.util
 import json
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from lm_jax import page
-from lm_jax.files import grown
 from lm_jax.workdir import METRICS, whole_rows
 
 _ENDS = 5  # rows that are shown of both ends of a table
 _COLUMNS = 6  # that are shown
+_AT_ONCE = 1 << 20  # bytes read at once
 _STRETCHES = 1200  # of a metric, at most; half of it in a long run
 _PLAIN = {int, float, type(None)}
 
@@ -164,10 +164,30 @@ def _merged(stretches_5N: np.ndarray, begins_P: np.ndarray) -> np.ndarray:
     )
 
 
+class NewRows:
+    """The rows of a log that were written since they were last asked for, in blocks.
+
+    So a look in the middle of a long run is quick.
+    """
+
+    def __init__(self, path: pathlib.Path):
+        """Nothing is read yet."""
+        self._path, self._read = path, 0
+
+    def __iter__(self) -> Iterator[Sequence[dict[str, Any]]]:
+        """Go on where it stopped."""
+        if not self._path.exists():
+            return
+        with self._path.open("rb") as file:
+            file.seek(self._read)
+            while lines := file.readlines(_AT_ONCE):
+                whole = [line for line in lines if line.endswith(b"\n")]  # a row may come late
+                self._read += sum(map(len, whole))
+                yield _parsed(whole)
+
+
 class Log:
     """What a run has logged so far, in memory that grows with its evaluations alone.
-
-    `read` goes on where it stopped, so that a page in the middle of a long run is quick.
 
     Attributes:
         done: updates that are finished.
@@ -178,16 +198,14 @@ class Log:
         """The log of the run in a folder; nothing is read yet."""
         self.done = 0
         self.events: list[Mapping[str, Any]] = []
-        self._path, self._read = folder / METRICS, 0
+        self._new = NewRows(folder / METRICS)
         self._metrics: dict[str, Stretches] = {}
         self._layers: dict[str, Stretches] = {}
 
     def read(self) -> "Log":
         """Read what was written since; returns itself."""
-        if self._path.exists():
-            for lines, end in grown(self._path, self._read):
-                self._add([row for row in _parsed(lines) if finite(row.get("step"))])
-                self._read = end
+        for rows in self._new:
+            self._add([row for row in rows if finite(row.get("step"))])
         return self
 
     def _add(self, rows: Sequence[Mapping[str, Any]]) -> None:

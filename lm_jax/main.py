@@ -22,7 +22,7 @@ from lm_jax.config import Config, rules
 from lm_jax.config.flags import load_config, parse_flags
 from lm_jax.door import command
 from lm_jax.files import user_path
-from lm_jax.rundir import changes, read_scores, read_state, run_name
+from lm_jax.rundir import changes, read_scores, read_state, report_is_old, run_name
 from lm_jax.signals import Interrupted
 
 if TYPE_CHECKING:
@@ -119,6 +119,10 @@ def train_in(workdir: pathlib.Path, cfg: Config) -> bool:
     state = read_state(workdir)
     console.say(f"{workdir}: {state or 'a new run'}")
     if state is not None and state.finished and state.answers(cfg):
+        if report_is_old(workdir):
+            from lm_jax import report
+
+            report.write(workdir)
         return False
     keep_freed_memory()
     try:

@@ -47,7 +47,13 @@ class Progress:
         """
         cfg = run.cfg
         self.run, self.manifest = run, manifest
-        self._writers = Writers(run.folder, cfg, start=run.start)
+        self._writers = Writers(
+            run.folder,
+            cfg,
+            start=run.start,
+            resuming=run.resuming,
+            again=bool(manifest.get("unscored")),
+        )
         self._trace = Trace(run.folder, cfg.train.profile.updates())
         self._flops = metrics.flops_per_token(cfg, run.store.tokenizer.vocab_size)
         self._peak = metrics.peak_flops(

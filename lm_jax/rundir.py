@@ -17,6 +17,7 @@ from lm_jax.files import locked, read_json, user_path
 
 RECORD = "config.json"
 SCORES = "eval_{}.json"  # of a split
+REPORT = "report.html"
 CHECKPOINTS, BEST = "checkpoints", "best"
 # What reading a record raises that is not as a run writes it.
 UNREADABLE = (
@@ -68,6 +69,14 @@ def read_state(workdir: pathlib.Path) -> State | None:
         return State(position, steps, asked, splits, finished=scored and position >= steps)
     except UNREADABLE as error:
         raise unreadable(path, error) from error
+
+
+def report_is_old(workdir: pathlib.Path) -> bool:
+    """Whether the page of a run was not written after its scores: a kill came between."""
+    page, scores = workdir / REPORT, workdir.glob(SCORES.format("*"))
+    return not page.exists() or any(
+        path.stat().st_mtime_ns > page.stat().st_mtime_ns for path in scores
+    )
 
 
 def read_scores(workdir: pathlib.Path) -> dict[str, dict[str, Any]]:

@@ -26,6 +26,7 @@ from lm_jax import (
     sharding,
     step,
     workdir,
+    writers,
 )
 from lm_jax.checkpoint import Checkpoints, Kept, Manifest
 from lm_jax.compilations import keep_compilations
@@ -192,12 +193,13 @@ class Setup:
     def finish(self) -> dict[str, Any]:
         """Score the best checkpoint on the splits that the config names."""
         best = workdir.open_trained(self.folder, mesh=self.mesh)
+        if self.teacher is not None:
+            scores.report_distillation(self.cfg, self.folder, best, self.store, self.teacher)
+        # Last, for they say that the run is finished.
         names = rules.eval_splits(self.cfg, self.store.manifest["splits"])
         results = {
             name: evaluate.score_run(self.evaluator, best, self.folder, name) for name in names
         }
-        if self.teacher is not None:
-            scores.report_distillation(self.cfg, self.folder, best, self.store, self.teacher)
         if jax.process_index() == 0:
             report.write(self.folder)
         return results
@@ -277,7 +279,7 @@ def _enter(
         held.enter_context(rundir.occupied(folder))
     checkpoints = Checkpoints(folder, cfg.train.keep)
     position = checkpoints.position()
-    lines = workdir.tell_divergence(folder, position, cfg.train.max_nonfinite)
+    lines = writers.tell_divergence(folder, position, cfg.train.max_nonfinite)
     if position is not None:
         old = workdir.resume_record(folder, cfg, store, asked=asked, position=position)
         lines += length.renewed(old, cfg, position)

@@ -30,7 +30,7 @@ from lm_jax.data.tokenizers.base import Tokenizer
 from lm_jax.data.tokenizers.load import load_tokenizer
 from lm_jax.files import write_json
 from lm_jax.models.families import choose_attention, create_model
-from lm_jax.rundir import RECORD, SCORES
+from lm_jax.rundir import RECORD, REPORT, SCORES
 
 TOKENIZER = "tokenizer"
 METRICS = "metrics.jsonl"
@@ -40,7 +40,6 @@ TEACHER = "teacher.json"
 AGREEMENT = "distillation.json"
 DOCTOR = "doctor.json"
 WATCH = "watch.json"
-REPORT = "report.html"
 RESULTS = (METRICS, SCORES, DOCUMENTS, TEACHER, AGREEMENT, DOCTOR, WATCH, REPORT)
 
 
@@ -205,26 +204,6 @@ def _require_same(old: Record, cfg: Config, store: Store, asked: Config) -> None
 def read_metrics(workdir: pathlib.Path) -> Iterator[dict[str, Any]]:
     """The rows of `metrics.jsonl`; a number that was not finite is None. See `read_rows`."""
     return (row for row in read_rows(workdir / METRICS) if isinstance(row.get("step"), int))
-
-
-def tell_divergence(workdir: pathlib.Path, position: int | None, most: int) -> list[str]:
-    """In words, where the last run ended for updates that were skipped; empty if it did not.
-
-    Args:
-        workdir: folder of the run.
-        position: updates in the checkpoint from which it goes on; None: it begins anew.
-        most: `train.max_nonfinite`.
-    """
-    rows = [row for row in read_metrics(workdir) if "optim/skipped_updates" in row]
-    skipped = list(itertools.takewhile(lambda row: row["optim/skipped_updates"], reversed(rows)))
-    if len(skipped) < most or skipped[0]["step"] <= (position or 0):
-        return []
-    where = "" if position is None else " in another --workdir"
-    return [
-        f"the last run here ended at updates {skipped[-1]['step']:,} to {skipped[0]['step']:,}, "
-        "which were not finite, and ends there again unless something changes: lower "
-        f"config.optim.peak_lr, or lengthen config.optim.warmup,{where} or look at these batches"
-    ]
 
 
 def read_rows(path: pathlib.Path) -> Iterator[dict[str, Any]]:

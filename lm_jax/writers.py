@@ -2,6 +2,7 @@
 
 import bisect
 import importlib.util
+import itertools
 import json
 import pathlib
 import secrets
@@ -12,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lm_jax import config
+from lm_jax import config, console
 from lm_jax.config import Config, ConfigError
 from lm_jax.files import finite_or_none, write_text
 from lm_jax.workdir import METRICS, whole_rows
@@ -112,11 +113,54 @@ class _Wandb:
         self._run.finish()
 
 
-def _cut(path: pathlib.Path, start: int) -> None:
-    """Drop the rows of later updates than `start`, and a line that a kill left unfinished.
+def tell_divergence(workdir: pathlib.Path, position: int | None, most: int) -> list[str]:
+    """In words, where the last run ended for updates that were skipped; empty if it did not.
 
-    The rows lie in the order of the updates, so that a bisection finds the place.
+    Args:
+        workdir: folder of the run.
+        position: updates in the checkpoint from which it goes on; None: it begins anew.
+        most: `train.max_nonfinite`.
     """
+    # At most one evaluation lies between two updates.
+    last = _last_rows(workdir / METRICS, 2 * most)
+    rows = [row for row in last if "optim/skipped_updates" in row]
+    skipped = list(itertools.takewhile(lambda row: row["optim/skipped_updates"], reversed(rows)))
+    if len(skipped) < most or skipped[0]["step"] <= (position or 0):
+        return []
+    where = "" if position is None else " in another --workdir"
+    return [
+        f"the last run here ended at updates {skipped[-1]['step']:,} to {skipped[0]['step']:,}, "
+        "which were not finite, and ends there again unless something changes: lower "
+        f"config.optim.peak_lr, or lengthen config.optim.warmup,{where} or look at these batches"
+    ]
+
+
+def _last_rows(path: pathlib.Path, count: int) -> list[dict[str, Any]]:
+    """The last rows of a log, which may be long; as many as there are."""
+    if not path.exists():
+        return []
+    size, read = path.stat().st_size, 1 << 16
+    while True:
+        with path.open("rb") as file:
+            file.seek(max(0, size - read))
+            if read < size:
+                file.readline()
+            rows = [row for row in whole_rows(file) if isinstance(row.get("step"), int)]
+        if read >= size or len(rows) >= count:
+            return rows[-count:]
+        read *= 4
+
+
+def _cut(path: pathlib.Path, start: int, again: bool) -> None:
+    """Drop what is written again, and a line that a kill left unfinished.
+
+    That is the rows of later updates than `start` and, if it is scored `again`, its evaluation. The
+    rows lie in the order of the updates, so that a bisection finds the place.
+    """
+
+    def repeated(row: Row) -> bool:
+        return row["step"] > start or (again and row["step"] == start and "train/loss" not in row)
+
     with path.open("rb+") as file:
 
         def later(at: int) -> bool:
@@ -124,7 +168,7 @@ def _cut(path: pathlib.Path, start: int) -> None:
             file.seek(max(0, at - 1))
             if at:
                 file.readline()
-            return next((row["step"] > start for row in whole_rows(file)), True)
+            return next((repeated(row) for row in whole_rows(file)), True)
 
         end = bisect.bisect_left(range(file.seek(0, 2)), True, key=later)
         file.seek(end)  # just behind the first byte of the last row that stays
@@ -149,20 +193,31 @@ def _short(name: str, value: Any) -> float:
 class Writers:
     """Metrics of each update to their places; only process 0 writes."""
 
-    def __init__(self, workdir: pathlib.Path, cfg: Config, *, start: int):
+    def __init__(
+        self, workdir: pathlib.Path, cfg: Config, *, start: int, resuming: bool, again: bool
+    ):
         """Open the files; rows of updates after a checkpoint that was lost are dropped.
 
         Args:
             workdir: folder of the run.
             cfg: the config of the run, resolved.
             start: update from which the run goes on.
+            resuming: whether those before were made in this folder, and are told if they are lost.
+            again: whether that update is scored now, be it that a kill came after its score.
         """
         self._active = jax.process_index() == 0
         self._boards: list[_TensorBoard | _Wandb] = []
         if not self._active:
             return
         self._file = (workdir / METRICS).open("a", buffering=1)
-        _cut(workdir / METRICS, start)
+        _cut(workdir / METRICS, start, again)
+        if resuming:
+            last = max((row["step"] for row in _last_rows(workdir / METRICS, 2)), default=0)
+            if last < start:
+                console.say(
+                    f"{workdir / METRICS} lacks the rows of updates {last + 1:,} to {start:,}: "
+                    "figures of the run will too"
+                )
         if cfg.train.tensorboard:
             self._boards.append(_TensorBoard(workdir, cfg, start))
         if cfg.train.wandb:

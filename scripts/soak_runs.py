@@ -288,8 +288,10 @@ def _names(folder: pathlib.Path, name: str) -> set[str]:
     """Files and empty folders; names that hold a number of a process, or a hash, without it."""
     ends = (path for path in folder.rglob("*") if path.is_file() or not any(path.iterdir()))
     found = {f"{name}/{path.relative_to(folder)}" for path in ends}
-    own = re.compile(r"run/(sweep\.json|log\.txt)|cache/compilations/|/d/")
-    return {re.sub(r"\.\d{3,}$", ".PID", path) for path in found if not own.search(path)}
+    # What the trainer sets aside is the damaged checkpoint itself.
+    own = re.compile(r"run/(sweep\.json|log\.txt)|cache/compilations/|/d/|/\d+\.damaged/")
+    unnamed = re.compile(r"\.\d{3,}(-[0-9a-f]{8})?$")
+    return {unnamed.sub(".PID", path) for path in found if not own.search(path)}
 
 
 def _leaves(checkpoint: pathlib.Path) -> list[tuple[str, np.ndarray]]:

@@ -56,8 +56,8 @@ def test_damaged_files_change_no_number(soak, case, refused):
 FORGETS = """
 import jax; from lm_jax.checkpoint import Checkpoints
 def restore(*given, restore=Checkpoints.restore, **more):
-    state = restore(*given, **more)
-    return state | {"opt_state": jax.tree.map(lambda x: x * 0, state["opt_state"])}
+    state, manifest = restore(*given, **more)
+    return state | {"opt_state": jax.tree.map(lambda x: x * 0, state["opt_state"])}, manifest
 Checkpoints.restore = restore
 """
 

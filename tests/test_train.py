@@ -13,13 +13,13 @@ import time
 import numpy as np
 import pytest
 
-from lm_jax import config, evaluate, loop, rundir, setup, signals, step
+from lm_jax import config, evaluate, loop, report, rundir, setup, signals, step
 from lm_jax.checkpoint import Damaged
 from lm_jax.compare import compare
 from lm_jax.config import Config, ConfigError
 from lm_jax.config.resolve import resolve
 from lm_jax.data.open import open_data
-from lm_jax.main import main
+from lm_jax.main import main, train_in
 from lm_jax.signals import Interrupted
 from lm_jax.start import find_origin
 from lm_jax.workdir import open_trained
@@ -139,30 +139,6 @@ def wait_for(condition, process, seconds=120):
         time.sleep(0.01)
 
 
-@pytest.mark.slow
-def test_kill_at_any_moment_loses_only_unsaved_steps(text, tmp_path):
-    changes = dict(train__steps="80", train__checkpoint_every="2", train__eval_every="0")
-    loop.train_and_evaluate(small(text, **changes), tmp_path / "straight")
-    workdir = tmp_path / "killed"
-    for delay in (0.0, 0.13):
-        before = saved(workdir)
-        process = start(command(text, workdir, **changes))
-        wait_for(lambda before=before: len(saved(workdir) - before) > 2, process)
-        time.sleep(delay)
-        process.send_signal(signal.SIGKILL)
-        out, _ = process.communicate()
-        assert f"update {max(before)} of 80 is saved" in out if before else "a new run" in out
-        assert saved(workdir), "no finished checkpoint"
-        last = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-2])["step"]
-        assert max(saved(workdir)) >= last - 8
-    before = saved(workdir)
-    out, _ = start(command(text, workdir, **changes)).communicate(timeout=200)
-    assert f"update {max(before)} of 80 is saved" in out
-    for a, b in zip(final_state(tmp_path / "straight"), final_state(workdir), strict=True):
-        np.testing.assert_array_equal(a, b)
-    assert [row["step"] for row in rows(workdir) if "train/loss" in row] == list(range(1, 81))
-
-
 def saved(workdir):
     folder = workdir / "checkpoints"
     names = [p.name for p in folder.iterdir()] if folder.exists() else []
@@ -273,6 +249,18 @@ def test_finished_run_is_only_reported_again(straight, text):
     assert (workdir / "metrics.jsonl").read_text() == written
 
 
+def test_a_finished_run_gets_the_page_that_a_kill_kept_from_it(straight, text, monkeypatch):
+    pages = []
+    monkeypatch.setattr(report, "write", pages.append)
+    page = straight[0] / "report.html"
+    page.write_text("of an evaluation before the end")
+    os.utime(page, (0, 0))
+    for _ in range(2):
+        assert not train_in(straight[0], small(text))
+        os.utime(page)
+    assert pages == [straight[0]]
+
+
 def test_batch_size_and_stride_of_evaluation(straight):
     run = open_trained(straight[0])
 
@@ -348,11 +336,11 @@ def test_a_run_can_be_compared(straight):
 
 
 def flip(folder):
-    """Turn bits all over the data of a checkpoint, so that no leaf is spared."""
-    path = max((folder / "state").glob("**/d/*"), key=lambda path: path.stat().st_size)
-    data = np.frombuffer(path.read_bytes(), np.uint8).copy()
-    data[::64] ^= 4
-    path.write_bytes(data.tobytes())
+    """Turn bits all over the data of a checkpoint, which may lie in several files."""
+    for path in (folder / "state").glob("**/d/*"):
+        data = np.frombuffer(path.read_bytes(), np.uint8).copy()
+        data[::64] ^= 4
+        path.write_bytes(data.tobytes())
 
 
 def test_damage_costs_updates_and_no_run(straight, text, tmp_path, capsys, monkeypatch):

@@ -21,9 +21,10 @@ ROW = {
 }
 
 
-def opened(workdir, *, steps=10, start=0, **fields):
+def opened(workdir, *, steps=10, start=0, resuming=False, again=False, **fields):
     changes = {f"train__{name}": value for name, value in fields.items()}
-    return Writers(workdir, replace(Config(), train__steps=str(steps), **changes), start=start)
+    cfg = replace(Config(), train__steps=str(steps), **changes)
+    return Writers(workdir, cfg, start=start, resuming=resuming, again=again)
 
 
 def rows(workdir):
@@ -63,6 +64,63 @@ def test_resume_drops_later_rows_and_half_a_line(tmp_path):
     assert rows(tmp_path)[-1]["train/loss"] == 9.0
     opened(tmp_path, start=0).close()  # killed before its first checkpoint
     assert rows(tmp_path) == []
+
+
+def test_an_evaluation_that_is_made_again_is_logged_once(tmp_path):
+    """A run that stopped before its score goes on, and is killed before its next checkpoint."""
+    out = opened(tmp_path)
+    for step in (1, 2, 3):
+        out.write(step, ROW)
+    out.write(3, {"valid/loss": 2.0})
+    out.write(4, ROW)
+    out.close()
+    out = opened(tmp_path, start=3, resuming=True, again=True)
+    out.write(3, {"valid/loss": 2.0})
+    out.close()
+    assert [(row["step"], "valid/loss" in row) for row in rows(tmp_path)] == [
+        (1, False),
+        (2, False),
+        (3, False),
+        (3, True),
+    ]
+
+
+def test_rows_that_are_lost_are_told(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    out = opened(tmp_path)
+    for step in range(1, 7):
+        out.write(step, ROW)
+    out.close()
+    opened(tmp_path, start=6, resuming=True).close()
+    assert not capsys.readouterr().out
+    path.write_bytes(path.read_bytes()[:-200])
+    opened(tmp_path, start=6, resuming=True).close()
+    last = rows(tmp_path)[-1]["step"]
+    assert f"{path} lacks the rows of updates {last + 1} to 6" in capsys.readouterr().out
+    path.unlink()
+    opened(tmp_path, start=6, resuming=True).close()
+    assert f"{path} lacks the rows of updates 1 to 6" in capsys.readouterr().out
+    opened(tmp_path, start=6).close()  # goes on from the state of another run
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("every", [0, 1])
+def test_where_the_last_run_ended_is_read_from_the_end_of_its_log(tmp_path, every):
+    path, tell = tmp_path / "metrics.jsonl", writers.tell_divergence
+    logged = []
+    for step in range(1, 5001):
+        logged.append({"step": step, "optim/skipped_updates": float(step > 4950), "x": "y" * 300})
+        logged += [{"step": step, "valid/loss": None}] * every
+    path.write_text("".join(json.dumps(row) + "\n" for row in logged))
+    tracemalloc.start()
+    (line,) = tell(tmp_path, 4900, 50)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert "ended at updates 4,951 to 5,000," in line and "in another --workdir" in line
+    assert peak < path.stat().st_size / 4
+    assert (
+        tell(tmp_path, 4900, 51) == tell(tmp_path, 5000, 50) == tell(tmp_path / "x", None, 5) == []
+    )
 
 
 def test_a_number_has_the_digits_that_it_has(tmp_path):

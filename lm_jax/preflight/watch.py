@@ -12,7 +12,8 @@ from lm_jax.doctor.findings import Finding, Report
 from lm_jax.doctor.log import examine_log
 from lm_jax.doctor.log.read import read_log
 from lm_jax.doctor.log.series import Records
-from lm_jax.files import grown, write_text
+from lm_jax.files import write_text
+from lm_jax.history import NewRows
 from lm_jax.workdir import METRICS, SCORES, WATCH, Record, read_record
 
 _SATURATED = 0.9  # of the updates
@@ -82,7 +83,7 @@ class Watch:
         self._workdir = workdir
         self._said: set[tuple[str, str]] = set()
         self._records = Records(most=_MOST)
-        self._read = 0  # bytes of the metrics
+        self._new = NewRows(workdir / METRICS)
 
     @functools.cached_property
     def _facts(self) -> dict[str, Any]:
@@ -90,9 +91,8 @@ class Watch:
 
     def look(self, references: Mapping[str, float]) -> list[str]:
         """Examine the metrics so far, write all findings to `watch.json`, return the new ones."""
-        for lines, end in grown(self._workdir / METRICS, self._read):
-            self._records.extend(map(json.loads, lines))
-            self._read = end
+        for rows in self._new:
+            self._records.extend(rows)
         report = examine_log(self._records, references=references, **self._facts)
         write_text(self._workdir / WATCH, report.to_json() + "\n")
         new = [f for f in report if _notable(f) and (f.check, f.status) not in self._said]
