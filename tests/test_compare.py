@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import sys
 
 import numpy as np
@@ -12,8 +13,10 @@ from lm_jax import config
 from lm_jax.compare import compare, ranking
 from lm_jax.config import Config
 from lm_jax.config.resolve import resolve
+from lm_jax.data.tokenizers.hf import HfTokenizer
 from lm_jax.models.families import size as size_of
 from tests.helpers import Page
+from tests.hugging_face import byte_level, save_tokenizer
 
 DOCUMENTS, TOKENS, BYTES = 50, 40, 160  # of the split, and of each document
 STEPS = 20
@@ -27,6 +30,7 @@ def write_run(
     done=STEPS,
     kind="bpe",
     tokenizer="t0",
+    vocab_size=300,
     tokens=TOKENS,
     fingerprint="wiki",
     documents=DOCUMENTS,
@@ -58,7 +62,7 @@ def write_run(
         "corpus_fingerprint": fingerprint,
         "tokenizer_kind": kind,
         "tokenizer_hash": tokenizer,
-        "vocab_size": 300,
+        "vocab_size": vocab_size,
         "splits": {"train": counts, "valid": counts, "test": counts},
     }
     record = {"config": config.to_dict(cfg), "data": data, "devices": ["cpu"]}
@@ -273,6 +277,35 @@ def test_another_tokenizer_leaves_no_token_perplexity(three, tmp_path):
     assert comparison.values["documents_weighed_by"] == "bytes"
     assert set(verdicts(comparison).values()) == {"separated", "not distinguishable"}
     assert len(comparison.values["references"]) == 8
+
+
+def test_a_tokenizer_in_another_file_is_the_same(tmp_path):
+    """As the twin of a run has it whose tokenizer.json was saved anew."""
+    tree, folders = byte_level(), []
+    framed = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False}
+    framed = {"post_processor": framed | {"use_regex": True}}
+    for name, changes, size in [("a", {}, 300), ("b", framed, 300), ("wide", framed, 320)]:
+        source = save_tokenizer(tmp_path / "hf", tree | changes, "<|endoftext|>", vocab_size=size)
+        tokenizer = HfTokenizer.from_folder(source)
+        options = {"tokenizer": tokenizer.content_hash, "vocab_size": tokenizer.vocab_size}
+        options |= {"kind": "hf", "bytes_known": False, "tokenizer__vocab_size": 0}
+        options |= {"tokenizer__folder": name}
+        for folder in write_arm(tmp_path, name, [3.0, 3.01], **options):
+            tokenizer.save(folder / "tokenizer")
+            folders.append(folder)
+    values = compare.compare_runs(folders).values
+    assert values["one_tokenizer"] and len(values["references"]) == 4
+    assert {frozenset(names) for names in values["same_model"]} == {frozenset("ab")}
+    assert all(arm["token_perplexity"] for arm in values["arms"])
+    for folder in folders[2:]:
+        shutil.rmtree(folder / "tokenizer")
+    with pytest.raises(ValueError, match="drops part of the text"):
+        compare.compare_runs(folders)
+    seeds = write_arm(tmp_path, "seeds", [3.0, 3.01], tokenizer="t0")
+    shutil.rmtree(seeds[1])
+    write_run(seeds[1], 1, 3.0, tokenizer="t0", vocab_size=320)
+    with pytest.raises(ValueError, match="their tokenizers differ"):
+        compare.compare_runs(seeds)
 
 
 def test_a_tokenizer_that_drops_text_is_compared_with_itself_alone(three, tmp_path):

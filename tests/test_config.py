@@ -15,7 +15,7 @@ from lm_jax.config import Config, ConfigError, flags
 from lm_jax.config.resolve import resolve, spans
 from lm_jax.config.section import field_types, marks
 from lm_jax.data.tokenizers.hf import HfTokenizer
-from lm_jax.data.tokenizers.load import KINDS
+from lm_jax.data.tokenizers.load import KINDS, train_tokenizer
 from lm_jax.doctor.distill import divergence
 from lm_jax.kernels import attention, divergences
 from lm_jax.kernels import device as devices
@@ -161,6 +161,8 @@ def test_int_becomes_float():
         ({"optim__schedule": "wsd"}, "optim.decay"),
         ({"optim__decay": "10"}, "optim.decay"),
         ({"tokenizer__kind": "bpe"}, "tokenizer.vocab_size"),
+        ({"tokenizer__kind": "bpe", "tokenizer__vocab_size": 256}, "tokenizer.vocab_size"),
+        ({"tokenizer__kind": "bpe", "tokenizer__vocab_size": 10**9}, "tokenizer.vocab_size"),
         ({"tokenizer__vocab_size": 300}, "tokenizer.vocab_size"),
         ({"data__corpus": "text"}, "data.files"),
         ({"data__files": "a.txt"}, "data.files"),
@@ -195,6 +197,13 @@ def test_impossible_values_name_the_field(changes, field):
     with pytest.raises(ConfigError, match=rf"config\.{field}: .*[.?]$") as error:
         resolved(**changes)
     assert str(error.value).count("\n") == 0
+
+
+def test_the_size_that_a_text_without_pairs_is_told_to_take_is_taken():
+    with pytest.raises(ValueError, match=r"set --config\.tokenizer\.vocab_size=257\.$"):
+        train_tokenizer("bpe", ["a b c"], 300)
+    assert train_tokenizer("bpe", ["a b c"], 257).vocab_size == 257
+    assert resolved(tokenizer__kind="bpe", tokenizer__vocab_size=257)
 
 
 def test_a_seed_has_the_bits_that_a_key_reads():

@@ -309,6 +309,15 @@ def _truncate(path):
     (path / "train.tokens.npy").write_bytes(whole[:-5])
 
 
+def _header(shape, name="tokens", kind="<u2"):
+    def put(path):
+        path = path / f"train.{name}.npy"
+        header = f"{{'descr': '{kind}', 'fortran_order': False, 'shape': {shape}}}".ljust(118)
+        path.write_bytes(b"\x93NUMPY\x01\x00\x76\x00" + header.encode() + path.read_bytes()[128:])
+
+    return put
+
+
 def _drop_key(path):
     manifest = json.loads((path / "manifest.json").read_text())
     del manifest["splits"]["test"]["words"]
@@ -320,12 +329,22 @@ def _drop_key(path):
     [
         (lambda path: (path / "manifest.json").unlink(), "There is no .*manifest.json"),
         (lambda path: (path / "manifest.json").write_text("{"), "manifest.json is not JSON"),
+        (lambda path: (path / "manifest.json").write_text("0"), "manifest.json is not JSON of a"),
+        (lambda path: (path / "manifest.json").write_text("[" * 9**5), "manifest.json is not JSON"),
+        (lambda path: _edit(path, splits=[1]), "manifest.json is not JSON of a store"),
+        (lambda path: _edit(path, splits={"test": {"tokens": "a"}}), "lacks splits.test.tokens"),
         (_drop_key, "lacks splits.test.words"),
         (lambda path: _edit(path, format=99), "has format 99"),
         (lambda path: _edit(path, vocab_size=300), "another vocab_size"),
         (lambda path: _edit(path, tokenizer_hash="0"), "not the tokenizer that the store was made"),
         (lambda path: (path / "valid.documents.npy").unlink(), "There is no .*valid.documents"),
         (_truncate, "train.tokens.npy is cut short"),
+        (_header("()"), r"train.tokens.npy holds an array \(\) of uint16, no row of uint16"),
+        (_header(f"({1 << 63},)"), "train.tokens.npy is cut short or damaged"),
+        (
+            _header("(2, 2)", name="documents", kind="<f4"),
+            r"train.documents.npy holds an array \(2, 2\)",
+        ),
         (_add_token, "valid.tokens.npy holds 13 tokens, the manifest says 12"),
         (_put_id(257), "holds the separator, or an id that is not below 257"),
         (_put_id(0), "holds the separator"),

@@ -41,7 +41,7 @@ from absl import flags
 
 from lm_jax import console, metrics
 from lm_jax.compare import page, ranking, tables
-from lm_jax.compare.runs import Arm, Run, group_runs, load_run
+from lm_jax.compare.runs import Arm, Run, group_runs, load_run, with_one_hash
 from lm_jax.config.flags import misuse, parse_flags
 from lm_jax.data.references import in_nats
 from lm_jax.door import command
@@ -93,7 +93,8 @@ def compare_runs(
         workdirs = [workdirs]
     if not workdirs:
         raise ValueError("workdirs: no run is given; name one or several.")
-    arms = group_runs([load_run(user_path(workdir), split) for workdir in workdirs])
+    runs = with_one_hash([load_run(user_path(workdir), split) for workdir in workdirs])
+    arms = group_runs(runs)
     _require_one_text(arms, split)
     arms.sort(key=lambda arm: arm.bits_per_byte.mean())
     runs = [run for arm in arms for run in arm.runs]

@@ -12,10 +12,11 @@ import numpy as np
 from lm_jax import config
 from lm_jax.config import Config
 from lm_jax.data.files import naming
+from lm_jax.data.tokenizers.load import load_tokenizer
 from lm_jax.files import read_json
 from lm_jax.models.families import size
 from lm_jax.models.size import Size
-from lm_jax.workdir import DOCUMENTS, SCORES, read_metrics, read_record
+from lm_jax.workdir import DOCUMENTS, SCORES, TOKENIZER, read_metrics, read_record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +37,11 @@ class Run:
     def tokenizer(self) -> str:
         """Kind of the tokenizer and number of its ids."""
         return f"{self.data['tokenizer_kind']} {self.data['vocab_size']:,}"
+
+    @property
+    def reads(self) -> tuple[str, int]:
+        """What stands for its tokenizer: a hash, and the number of its ids."""
+        return self.data["tokenizer_hash"], self.data["vocab_size"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +78,7 @@ class Arm:
     def settings(self) -> dict[str, Any]:
         """All settings that determine the trained model, without the seed."""
         run = self.runs[0]
-        return {**_settings(run.cfg), "tokenizer": run.data["tokenizer_hash"]}
+        return {**_settings(run.cfg), "tokenizer": run.reads}
 
 
 def load_run(folder: pathlib.Path, split: str) -> Run:
@@ -84,6 +90,23 @@ def load_run(folder: pathlib.Path, split: str) -> Run:
     """
     with naming(folder):
         return _load(folder, split)
+
+
+def with_one_hash(runs: Sequence[Run]) -> list[Run]:
+    """The runs, with one `tokenizer_hash` for tokenizers of several files that do the same.
+
+    A workdir without its tokenizer keeps the hash of the file.
+    """
+    hashes = {}
+    for run in runs if len({run.data["tokenizer_hash"] for run in runs}) > 1 else ():
+        if (run.folder / TOKENIZER).is_dir():
+            tokenizer = load_tokenizer(run.folder / TOKENIZER)
+            hashes[tokenizer.content_hash] = tokenizer.identity
+    return [
+        dataclasses.replace(run, data={**run.data, "tokenizer_hash": hashes.get(own, own)})
+        for run in runs
+        for own in [run.data["tokenizer_hash"]]
+    ]
 
 
 def _load(folder: pathlib.Path, split: str) -> Run:
@@ -177,10 +200,14 @@ def _require_seeds(name: str, a: Run, b: Run) -> None:
                 f"{both}, but config.{path} is {ours[path]!r} in one and {others[path]!r} "
                 "in the other; rename a folder to make it an arm of its own."
             )
-    if a.data["tokenizer_hash"] != b.data["tokenizer_hash"]:
+    if a.reads != b.reads:
         raise ValueError(f"{both}, but their tokenizers differ; rename a folder.")
 
 
 def _settings(cfg: Config) -> dict[str, Any]:
     left_out = {"seed", *config.incidental_fields()}
-    return {path: value for path, value in config.named_fields(cfg) if path not in left_out}
+    return {
+        path: value
+        for path, value in config.named_fields(cfg)
+        if path not in left_out and not path.startswith("tokenizer.")  # it is compared itself
+    }

@@ -12,6 +12,7 @@ from lm_jax.config.values import Curve
 
 _INDICES = 1 << 31  # elements of an array that XLA reaches
 _UNROLLED = 512  # layers
+_IDS = 1 << 24  # of bpe; the library takes their memory at once, and aborts if it is not there
 
 
 def validate(cfg: Config) -> Config:
@@ -76,10 +77,10 @@ def _spans(cfg: Config) -> Iterator[str]:
 def _tokenizer(cfg: Config) -> Iterator[str]:
     kind, size = cfg.tokenizer.kind, cfg.tokenizer.vocab_size
     unfit = f"does not fit config.tokenizer.kind={kind!r}"
-    if kind != "word" and (size <= 257 if kind == "bpe" else size):
+    if kind != "word" and (not 257 <= size <= _IDS if kind == "bpe" else size):
         yield (
             f"tokenizer.vocab_size: {unfit}; "
-            "give more than 257 for bpe, 0 or more for word, and 0 for byte, char and hf"
+            f"give 257 to {_IDS:,} for bpe, 0 or more for word, and 0 for byte, char and hf"
         )
     if (kind == "hf") != bool(cfg.tokenizer.folder):
         remedy = "name the folder of the checkpoint with kind hf, and only there"

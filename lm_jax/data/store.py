@@ -166,11 +166,13 @@ def _check_split(path: Path, name: str, tokenizer: Tokenizer, counts: dict[str, 
     """Raises ValueError if a split's arrays are not those of the manifest."""
     tokens_path, starts_path = _array_paths(path, name)
     tokens, starts = _load(tokens_path), _load(starts_path)
-    for file, what, found in (
-        (tokens_path, "tokens", len(tokens)),
-        (starts_path, "documents", len(starts) - 1),
+    for file, array, kind, what, ends in (
+        (tokens_path, tokens, parts.id_type(tokenizer), "tokens", 0),
+        (starts_path, starts, np.dtype("<i8"), "documents", 1),
     ):
-        if found != counts[what]:
+        if array.ndim != 1 or array.dtype != kind:
+            raise _broken(file, f"holds an array {array.shape} of {array.dtype}, no row of {kind}")
+        if (found := len(array) - ends) != counts[what]:
             raise _broken(file, f"holds {found} {what}, the manifest says {counts[what]}")
     digest = hashlib.sha256()
     for block in _blocks(tokens):
@@ -284,16 +286,20 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         )
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise _broken(path, "is not JSON") from error
-    missing = [key for key in MANIFEST_KEYS if key not in manifest]
-    for name, counts in manifest.get("splits", {}).items():
-        missing += [f"splits.{name}.{key}" for key in SPLIT_KEYS if key not in counts]
+        missing = [key for key in MANIFEST_KEYS if key not in manifest]
+        for name, counts in manifest.get("splits", {}).items():
+            missing += [f"splits.{name}.{k}" for k in SPLIT_KEYS if not _is_count(k, counts.get(k))]
+    except (ValueError, RecursionError, TypeError, AttributeError) as error:
+        raise _broken(path, "is not JSON of a store") from error
     if missing:
         raise _broken(path, f"lacks {', '.join(missing)}")
     if manifest["format"] != FORMAT:
         raise _broken(path, f"has format {manifest['format']}, this version reads {FORMAT}")
     return manifest
+
+
+def _is_count(key: str, value: Any) -> bool:
+    return isinstance(value, str if key == "sha256" else int)
 
 
 def _array_paths(path: Path, name: str) -> tuple[Path, Path]:
@@ -305,8 +311,10 @@ def _load(path: Path) -> np.memmap:
     if not path.is_file():
         raise FileNotFoundError(f"There is no {path}: delete the folder to rebuild the store.")
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except ValueError as error:
+        return np.lib.format.open_memmap(path, mode="r")
+    except Exception as error:  # NumPy raises all kinds for a damaged header
+        if isinstance(error, OSError):
+            raise
         raise _broken(path, f"is cut short or damaged ({error})") from error
 
 

@@ -139,7 +139,7 @@ def open_cache(cfg: Config, store: Store) -> tuple[Callable[[Batch], Batch], str
         kept = json.loads(manifest)
         hashes = dict(kept["sha256"])
         given = {name: kept[name] for name in facts}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(
             f"config.distill.cache: {folder / MANIFEST} is damaged or of an older version, which "
             f"kept no hashes ({error!r}); run scripts/cache_teacher.py into another folder."

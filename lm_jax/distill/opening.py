@@ -1,7 +1,6 @@
 """Teachers of a config, opened, aligned and checked before they teach."""
 
 import dataclasses
-import json
 import math
 import pathlib
 from typing import Any
@@ -313,8 +312,8 @@ def record_teacher(workdir: pathlib.Path, teacher: Teacher, *, resuming: bool) -
             write_json(path, teacher.identity)
         return
     try:
-        kept = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError) as error:
+        kept = read_json(path)
+    except ValueError as error:
         raise ConfigError(
             f"{path}: is missing or damaged, so that it does not tell which teacher the run there "
             "learned from; restore the file or give another --workdir."

@@ -67,13 +67,13 @@ def test_a_wrecked_file_is_refused(written, name, wreck):
         cache.open_cache(cfg, store)
 
 
-@pytest.mark.parametrize("without", ["sha256", "temperature", None, "brackets"])
+@pytest.mark.parametrize("without", ["sha256", "temperature", None, "brackets", "deep"])
 def test_a_manifest_that_lacks_something_is_refused(written, without):
     cfg, store, folder = written
     path = folder / cache.MANIFEST
     values = json.loads(path.read_text())
     values.pop(without, None)
-    damaged = {None: "{", "brackets": "[1]"}
+    damaged = {None: "{", "brackets": "[1]", "deep": "[" * 9**5}
     path.write_text(damaged.get(without, json.dumps(values)))
     said = f"{path} is damaged or of an older version, .* run scripts/cache_teacher.py"
     with pytest.raises(ConfigError, match=said):
@@ -90,7 +90,7 @@ def test_what_is_not_finite_is_not_kept(run, tmp_path):
     assert not (tmp_path / "cache" / cache.MANIFEST).exists()
 
 
-@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_text("{")])
+@pytest.mark.parametrize("damage", [lambda p: p.unlink(), lambda p: p.write_text("[" * 9**5)])
 def test_a_run_whose_record_of_the_teacher_is_damaged_does_not_go_on(tmp_path, damage):
     teacher = types.SimpleNamespace(identity={"cache": "abc"})
     record_teacher(tmp_path, teacher, resuming=False)
