@@ -151,14 +151,14 @@ def among_references(result: Mapping[str, Any]) -> list[dict[str, str]]:
     Args:
         result: of `score_run`, perhaps read from JSON, which has null for what is not finite.
     """
-    loss = result["loss"] or math.nan
-    bits_per_nat = (result["bits_per_byte"] or math.nan) / loss
+    loss, bits = (math.nan if result[x] is None else result[x] for x in ("loss", "bits_per_byte"))
     forms: dict[str, Callable[[float], str]] = {
         "nats per token": "{:.4f}".format,
         "token ppl": lambda nats: perplexity(metrics.exp(nats)),
-        "bits per byte": lambda nats: f"{bits_per_nat * nats:.4f}",
     }
-    if metrics.has_words(result):
+    if loss:  # a loss of 0 does not tell how long the text is
+        forms["bits per byte"] = lambda nats: f"{bits / loss * nats:.4f}"
+    if loss and metrics.has_words(result):
         tokens_per_word = math.log(result["word_ppl"]) / loss
         forms["word ppl"] = lambda nats: perplexity(metrics.exp(nats * tokens_per_word))
     lines = named_lines(result["references"]) | {OWN: loss}

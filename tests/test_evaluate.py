@@ -87,6 +87,19 @@ def test_json_has_null_for_what_is_not_finite(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_loss_of_nothing_stands_among_its_references():
+    """A text of one symbol; its length cannot be told from it."""
+    zero = {"loss": 0.0, "bits_per_byte": 0.0, "word_ppl": 1.0, "references": {"uniform": 4.0}}
+    assert evaluate.among_references(zero) == [
+        {"": "uniform", "nats per token": "1.3863", "token ppl": "4.00"},
+        {"": "this model", "nats per token": "0.0000", "token ppl": "1.00"},
+    ]
+    diverged = evaluate.among_references(
+        zero | dict.fromkeys(("loss", "bits_per_byte", "word_ppl"))
+    )
+    assert {row["bits per byte"] for row in diverged} == {"nan"}
+
+
 def test_sums_keep_what_float32_would_lose():
     total = sum((metrics.Sums(1e-3, 1.0, 0.0) for _ in range(100_000)), metrics.Sums(1e8, 0, 0))
     # Float32 cannot tell 1e8 from 1e8 + 1e-3 and would add nothing; float64 loses 1e-8 a time.

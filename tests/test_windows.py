@@ -276,7 +276,7 @@ def test_batch_hash_sees_values_types_and_shapes():
 
 def test_a_training_split_shorter_than_a_window_is_refused():
     split = make_split([T - 1])
-    with pytest.raises(ValueError, match="'train' has 7 tokens.*seq_len=8.*--config.data.seq_len"):
+    with pytest.raises(ValueError, match=r"config\.data\.seq_len: 8 .* its 7 tokens; lower it"):
         train(split)
     assert train(make_split([T]), steps=1)
     assert scored_pairs(

@@ -108,8 +108,18 @@ class Windows:
 
 
 def count_windows(split: "Split", seq_len: int, movable: bool) -> int:
-    """Windows of an epoch of training."""
-    return len(Windows(split, seq_len, False, movable=movable))
+    """Windows of an epoch of training.
+
+    Raises:
+        ValueError: if the split does not fill one.
+    """
+    windows = Windows(split, seq_len, False, movable=movable)
+    if windows.stream_len < seq_len + 1:
+        raise ValueError(
+            f"config.data.seq_len: {seq_len:,} is more than the split {split.name!r} fills with "
+            f"its {len(split.tokens):,} tokens; lower it, or take a larger corpus."
+        )
+    return len(windows)
 
 
 def _take(tokens: np.ndarray, offset_BT: np.ndarray) -> np.ndarray:
@@ -192,17 +202,13 @@ def train_batches(
     """
     rows = _process_rows(batch_size, process_index, process_count)
     windows = Windows(split, seq_len, document_mask, movable=movable)
-    if windows.stream_len < seq_len + 1:
-        raise ValueError(
-            f"split '{split.name}' has {len(split.tokens)} tokens, too few to fill one window of "
-            f"seq_len={seq_len}: set a smaller --config.data.seq_len or take a larger corpus."
-        )
+    epoch = count_windows(split, seq_len, movable)
 
     def read(call: range) -> Batch:
         first_K1 = batch_size * np.asarray(call)[:, None]
         position_KB = first_K1 + np.arange(batch_size)[rows]
-        indices_KB = example_index(position_KB, len(windows), seed)
-        epoch_KB = position_KB // len(windows)
+        indices_KB = example_index(position_KB, epoch, seed)
+        epoch_KB = position_KB // epoch
         earlier = window_offset(epoch_KB, seq_len, seed) if movable else 0
         return extend(windows.batch(indices_KB, earlier))
 

@@ -216,6 +216,18 @@ def test_an_optimiser_that_never_steps():
     assert len(same.values["valid"]) == 2 and trend.values["z"] < 2.33
 
 
+def test_a_loss_of_nothing_has_no_gradient():
+    """A text of one symbol, which is learned in a few updates."""
+    losses = [0.7, 0.2, 0.05, *[0.0] * 97]
+    rows = [
+        {"step": n, "train/loss": loss, "optim/lr": 1e-3, "optim/grad_norm": loss}
+        for n, loss in enumerate(losses, start=1)
+    ]
+    assert "log.updates" not in examine_log(rows).failed
+    stuck = [row | {"train/loss": 0.7} for row in rows]
+    assert "log.updates" in examine_log(stuck).failed
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_frozen_model_is_seen_in_few_rows(seed):
     """Seven rows are not decisive, but they are no trend either."""

@@ -69,9 +69,14 @@ def updates(subject: Subject) -> list[Measure]:
 
 
 def _while_learning(subject: Subject, name: str, lr: Series) -> np.ndarray:
-    """A norm where the learning rate is above 0.001 of its peak and no update was skipped."""
+    """A norm where the learning rate is above 0.001 of its peak, and no update was skipped.
+
+    Nor where the loss is 0: there is nothing left to learn, as in a text of one symbol.
+    """
     series, skipped = subject.logged(name), subject.logged("optim/skipped_updates")
-    use = ~np.isin(series.steps, skipped.steps[skipped.values > 0])
+    loss = subject.logged("train/loss")
+    idle = [*skipped.steps[skipped.values > 0], *loss.steps[loss.values == 0]]
+    use = ~np.isin(series.steps, idle)
     if len(lr):
         use &= np.isin(series.steps, lr.steps[lr.values > 1e-3 * lr.values.max()])
     return series.values[use]
