@@ -162,6 +162,13 @@ def random_texts(seed, n):
 
 TEXTS = [*STRANGE, *random_texts(0, 60)]
 
+LONG = [pytest.mark.slow, pytest.mark.long]
+
+
+def thirds(cases):
+    """Of the cases of a test each third for every check, and all for the long one."""
+    return [pytest.param(x, marks=LONG if n % 3 else []) for n, x in enumerate(cases)]
+
 
 def small(text, **changes):
     """A run of a second or two on the fixture `text`."""

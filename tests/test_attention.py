@@ -32,6 +32,7 @@ from tests.attention_suite import (
     oracle,
     run,
 )
+from tests.helpers import LONG
 
 IMPLEMENTATIONS = ("reference", "xla", "cudnn", "blockwise", "pallas")
 WITH_LSE = ("reference", "blockwise", "pallas")
@@ -121,7 +122,7 @@ def test_float32(ready, name):
 
 
 @every("xla", "cudnn", "blockwise")
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=LONG)])
 @pytest.mark.parametrize("name", SHORT[1:])
 def test_16_bits(ready, name, dtype):
     if dtype == "float16" and jax.default_backend() == "cpu" and jax.__version_info__ < (0, 12):

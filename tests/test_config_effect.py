@@ -159,7 +159,7 @@ TABLE = {
     "train.start_state": (True, "error: after 0 updates: config.train.start_state", {}),
     "train.eval_every": ("2", "evaluated_midway rows", {}),
     "train.checkpoint_every": (
-        "4",
+        "3",
         "calls saved",
         {"train.eval_every": "0", "train.steps_per_call": 6},
     ),

@@ -163,6 +163,7 @@ def small_wikitext2(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_wikitext2_trains_in_float16(small_wikitext2, tmp_path):
     """As on a T4: dropout, Muon, the average of the weights, query norms and the fused loss."""
     result = loop.train_and_evaluate(small_wikitext2("float16"), tmp_path / "run")

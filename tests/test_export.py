@@ -15,7 +15,7 @@ from lm_jax.data.tokenizers.hf import HfTokenizer
 from lm_jax.data.tokenizers.load import train_tokenizer
 from lm_jax.models.families import create_model
 from lm_jax.workdir import open_trained
-from tests.helpers import TEXTS, randomise, small
+from tests.helpers import TEXTS, randomise, small, thirds
 from tests.hugging_face import CORPUS, byte_level, save_tokenizer
 
 FAMILIES = {
@@ -239,7 +239,7 @@ def test_without_the_data_random_tokens_are_compared(workdir, run, tmp_path, cap
 
 
 @needs_transformers
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", thirds(KINDS))
 def test_transformers_reads_a_text_as_evaluation_does(kind, tmp_path):
     import transformers
 

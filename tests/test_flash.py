@@ -20,6 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from lm_jax.kernels.flash import flash
 from lm_jax.kernels.flash_tile import Settings, block_ranges
+from tests.helpers import LONG
 from tests.races import WGMMA, forbidden
 
 SEED = jax.random.bits(jax.random.key(KEY), (2,), "uint32")
@@ -187,7 +188,7 @@ def lowered(case, dtype, deterministic):
 
 
 @pytest.mark.parametrize("deterministic, kernels", [(False, 2), (True, 3)])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=LONG)])
 @pytest.mark.parametrize("name", ["everything", "everything, width 128", "padded keys, width 80"])
 def test_lowers_for_cuda(monkeypatch, name, dtype, deterministic, kernels):
     monkeypatch.setattr(plgpu, "wgmma", WGMMA)

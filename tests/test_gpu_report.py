@@ -63,6 +63,7 @@ def test_all_parts_run(tmp_path, corpus):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_killed_part_leaves_its_figures(tmp_path):
     code, rows, table = report(tmp_path, "--minutes=0.25", "--parts=correct")
     assert code == 1

@@ -54,7 +54,7 @@ def test_every_field_is_documented():
     assert all(len(meaning) > 5 for meaning in found.values()), found
     assert found["data.seq_len"] == "T, tokens predicted per window"
     assert found["data.document"].startswith('corpus "text": what one document is: file | line')
-    assert found["data.document"].endswith("(each record is JSON)")
+    assert found["data.document"].endswith("a field within another is OUTER.INNER")
     assert found["attention.impl"].startswith("see `attend`")
 
 

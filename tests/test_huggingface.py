@@ -18,7 +18,7 @@ from lm_jax.config import ConfigError
 from lm_jax.config.resolve import resolve
 from lm_jax.models import huggingface
 from lm_jax.models.families import create_model
-from tests.helpers import randomise
+from tests.helpers import randomise, thirds
 from tests.hugging_face import (
     GPT2,
     LLAMA,
@@ -309,7 +309,7 @@ def test_what_old_checkpoints_hold_beside_parameters(tmp_path):
     )
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", thirds(VARIANTS))
 def test_logits_of_transformers(tmp_path, variant):
     """Of checkpoints that transformers saves, as it computes them."""
     torch = pytest.importorskip("torch", reason="torch is not installed")
@@ -609,7 +609,7 @@ def test_what_is_written_is_read_back(tmp_path, case):
     jax.tree.map(np.testing.assert_array_equal, again, params)
 
 
-@pytest.mark.parametrize("case", WRITTEN)
+@pytest.mark.parametrize("case", thirds(WRITTEN))
 def test_transformers_computes_what_is_written(tmp_path, case):
     torch = pytest.importorskip("torch", reason="torch is not installed")
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")

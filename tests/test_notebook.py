@@ -73,6 +73,8 @@ def test_it_is_a_valid_notebook():
     nbformat.validate(nbformat.read(NOTEBOOK, as_version=4))
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_is_trained_shown_and_sampled(executed):
     assert "update 20 of 20" in executed.said("run")
     assert "image/png" in executed.cells["plot"].outputs[0]["data"]
@@ -80,6 +82,8 @@ def test_a_run_is_trained_shown_and_sampled(executed):
     assert "sample 2 of 2\nROMEO:" in executed.said("sample")
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_the_missing_mask_is_named(executed):
     believed, honest = re.findall(r"\d\.\d\d", executed.said("believed"))[:2]
     assert float(believed) < float(honest) / 2
@@ -87,10 +91,14 @@ def test_the_missing_mask_is_named(executed):
     assert re.match(r"doctor: \d+ passed", executed.said("mended"))
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_an_export_is_written(executed):
     assert list(executed.folder.glob("exported/*/model.safetensors"))
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_transformers_writes_on_from_the_export(executed):
     pytest.importorskip("transformers", reason="transformers is not installed")
     assert "same logits" in executed.said("export")

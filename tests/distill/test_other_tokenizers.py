@@ -179,6 +179,7 @@ def test_the_preflight_is_in_order(text, teacher):
     assert skipped == {"subset", "alignment", "contrastive"}
 
 
+@pytest.mark.long
 def test_the_preflight_sees_a_state_of_later_text(text, teacher, monkeypatch):
     row = alignment.Aligner.row
 
@@ -245,6 +246,7 @@ def test_a_run_starts_from_one_with_its_tokenizer_in_another_file(text, teacher,
     assert find_origin(resolve(cfg, windows=50), open_data(cfg)).update == run.step
 
 
+@pytest.mark.long
 def test_a_student_with_the_tokenizer_of_a_checkpoint(text, tmp_path):
     """It is a run like any other, and the checkpoint teaches it all ids."""
     c = GPT2 | {"vocab_size": 320, "n_positions": 64}

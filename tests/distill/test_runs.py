@@ -318,7 +318,8 @@ def test_the_preflight_is_in_order(distilled, text, runs):
     assert [name for name, status in found.items() if status == "skip"] == ["distill.subset"]
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_the_preflight_is_in_order_with_16_bits(text, runs, dtype):
     cfg = student(
         text,

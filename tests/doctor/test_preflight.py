@@ -30,7 +30,8 @@ VARIANTS = {"phase1", "shakespeare_char", "small_corpus", "text", "wikitext2_cpu
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", [*sorted(SHIPPED.keys() - {"musota"}), pytest.param("musota", marks=pytest.mark.long)]
+    "name",
+    [pytest.param(x, marks=[] if x == "wikitext2" else pytest.mark.long) for x in sorted(SHIPPED)],
 )
 def test_shipped_configs_are_in_order(name, cache_dir):
     cfg = load_config(name).get_config()
@@ -46,6 +47,7 @@ def test_every_shipped_config_is_tried():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     "changes",
     [
@@ -90,6 +92,7 @@ def test_a_run_of_very_few_updates_is_in_order(text, steps):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_full_set_is_in_order(text):
     report = preflight.examine_config(small(text), level="full")
     assert not not_in_order(report)

@@ -69,6 +69,7 @@ def test_no_shift():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.fault(15, "training.gibbs")
 def test_a_leak_of_three_thousandths_of_a_nat():
     functions = leaks.trainer("chunk_mean", V, chunk=64, rate=1e-3)
