@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import itertools
 import json
@@ -18,11 +19,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
-from jax.experimental import multihost_utils
 
 from lm_jax import console
 from lm_jax.checksum import checksums
-from lm_jax.config import ConfigError
 from lm_jax.data.files import hash_json
 from lm_jax.optim import path_name
 from lm_jax.rundir import BEST, CHECKPOINTS, updates
@@ -32,6 +31,7 @@ T = TypeVar("T")
 # What the manifest of a checkpoint holds for itself: checksums of its leaves, a hash of the rest.
 _CHECKSUMS, _SEAL = "checksums", "seal"
 _SHOWN = 160  # characters of an error of orbax
+_MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
 
 
 class Damaged(ValueError):
@@ -120,6 +120,8 @@ class Checkpoints:
             Damaged: if there is no good one.
         """
         newest, best = kept_in(self._workdir, CHECKPOINTS), kept_in(self._workdir, BEST)
+        if jax.process_count() > 1:  # which would have to agree: they read in step
+            newest, best = newest[:1], []
         good, found = first_good([*newest, *best], read)
         if good in best:
             self._set_aside(newest, instead=good)
@@ -134,23 +136,27 @@ class Checkpoints:
                 return one.manifest()
             except Damaged as error:
                 console.say(f"{error.told}; the next evaluation gives another one")
-                self._set_aside([one])
+                if jax.process_count() == 1:
+                    self._set_aside([one])
         return {}
 
     def _set_aside(self, damaged: Sequence["Kept"], instead: "Kept | None" = None) -> None:
-        """Rename checkpoints, copy another to the newest ones, and look again at what is there."""
-        if jax.process_index() == 0:
-            for one in damaged:
-                names = (f"{one.update}.damaged{n or ''}" for n in itertools.count())
-                free = (one.path.with_name(name) for name in names)
-                one.path.rename(next(path for path in free if not path.exists()))
-            if instead is not None:
-                target = self._newest.directory / instead.path.name
-                half = target.with_name(f"{target.name}.orbax-checkpoint-tmp")
-                shutil.copytree(instead.path, half, dirs_exist_ok=True)
-                os.replace(half, target)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("damaged checkpoints are set aside")
+        """Rename checkpoints, copy another to the newest ones, and look again at what is there.
+
+        The copy comes first: without any newest checkpoint the folder would be one of a new run.
+        """
+        copies = []
+        if instead is not None:
+            target = self._newest.directory / instead.path.name
+            half = target.with_name(f"{target.name}.orbax-checkpoint-tmp")
+            shutil.copytree(instead.path, half, dirs_exist_ok=True)
+            copies = [(half, target)]
+        for one in damaged:
+            names = (f"{one.update}.damaged{n or ''}" for n in itertools.count())
+            free = (one.path.with_name(name) for name in names)
+            one.path.rename(next(path for path in free if not path.exists()))
+        for half, target in copies:
+            os.replace(half, target)
         for manager in (self._newest, self._best):
             manager.reload()
 
@@ -173,10 +179,8 @@ class Checkpoints:
         try:
             yield
         except ValueError as error:
-            number = re.search(r"os_error_code='(\d+)'", str(error))
-            if number is None:
+            if (code := _disk_error(error)) is None:
                 raise
-            code = int(number[1])
             raise OSError(code, os.strerror(code), str(self._workdir)) from error
 
 
@@ -257,11 +261,16 @@ class Kept:
         try:
             with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**items)) as reader:
                 yield reader
-        except (Damaged, MemoryError, PermissionError, jax.errors.JaxRuntimeError):
+        except (Damaged, MemoryError, jax.errors.JaxRuntimeError):
             raise
         except Exception as error:  # orbax and tensorstore have no kind of error for it
-            if "PERMISSION_DENIED" in str(error):
-                raise
+            if not self.path.exists():
+                raise FileNotFoundError(
+                    f"{self.path} is gone, as old ones of a run that goes on are; try again."
+                ) from error
+            code = getattr(error, "errno", None) or _disk_error(error)
+            if code not in (None, *_MISSING):  # the disk, or rights, which may come back
+                raise OSError(code, os.strerror(code), str(self.path)) from error
             what = str(error.__cause__ or error).partition("\n")[0].partition(" [")[0].rstrip(".")
             raise self._damaged(what[:_SHOWN]) from error
 
@@ -271,6 +280,12 @@ def _hush() -> None:
     logging.getLogger("absl").addFilter(_unlike_raised)
     if getattr(sys.unraisablehook, "func", None) is not _unraisable:
         sys.unraisablehook = functools.partial(_unraisable, sys.unraisablehook)
+
+
+def _disk_error(error: Exception) -> int | None:
+    """The number of the system's error that tensorstore tells in words; None if there is none."""
+    number = re.search(r"os_error_code='(\d+)'", str(error))
+    return number and int(number[1])
 
 
 def _unlike_raised(record: logging.LogRecord) -> bool:
@@ -285,7 +300,8 @@ def _unraisable(otherwise: Callable[[Any], object], lost: Any) -> None:
     itself was raised before.
     """
     source = getattr(getattr(lost.object, "cr_code", None), "co_filename", "")
-    if "orbax" not in source and str(lost.exc_value) != "Event loop is closed":
+    own = "orbax" in source or str(lost.exc_value) == "Event loop is closed"
+    if not own or isinstance(lost.exc_value, KeyboardInterrupt):
         otherwise(lost)
 
 
@@ -322,22 +338,6 @@ def first_good(kept: Sequence[Kept], read: Callable[[Kept], T]) -> tuple[Kept, T
 def leaf_shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     """The shape of every leaf by name."""
     return {path_name(path): x.shape for path, x in jax.tree.leaves_with_path(tree)}
-
-
-def refuse_older(config_json: pathlib.Path, record: dict[str, Any]) -> None:
-    """Refuse a run whose checkpoints have another layout than those of this version.
-
-    Version 0.1 kept the parameters layer by layer, this one keeps all layers in one array.
-
-    Raises:
-        ConfigError: naming the version that can go on.
-    """
-    version = record.get("versions", {}).get("lm_jax", "")
-    if version.startswith("0.1."):
-        raise ConfigError(
-            f"{config_json}: the run was made by lm_jax {version}, whose checkpoints this version "
-            "does not read; go on with that one, or train anew in another --workdir."
-        )
 
 
 def abstract_like(state: Any, shardings: Any) -> Any:

@@ -37,7 +37,7 @@ def whole(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
             os.replace(temporary, path)
         except BaseException as error:
-            if isinstance(error, OSError) and error.filename is None:  # of a write
+            if isinstance(error, OSError) and error.errno and error.filename is None:  # of a write
                 error.filename = str(path)
             temporary.unlink(missing_ok=True)
             raise

@@ -71,5 +71,6 @@ def _train(run: setup.Setup) -> dict[str, Any]:
             if stopping and position < run.steps:
                 raise Interrupted(stopping, f"after update {position:,}")
     del state  # the best parameters take its place
-    with jax.set_mesh(run.mesh), signals.let_through():
+    scoring = memory.exhausted(run.cfg, run.mesh, scoring=True)
+    with jax.set_mesh(run.mesh), signals.let_through(), scoring:
         return run.finish()

@@ -38,9 +38,9 @@ class Need(NamedTuple):
 
 def device_bytes() -> int | None:
     """What a device of this process can hold; of a CPU its part of what the host has left."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    if "bytes_limit" in stats:
-        return int(stats["bytes_limit"])
+    device = jax.local_devices()[0]
+    if device.platform != "cpu":
+        return (device.memory_stats() or {}).get("bytes_limit")
     host = host_bytes()
     return host and host // jax.local_device_count()
 
@@ -52,10 +52,9 @@ def host_bytes() -> int | None:
         lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
         free = {line.split(":")[0]: int(line.split()[1]) << 10 for line in lines}
         found.append(free["MemAvailable"] + free["SwapFree"])
-    group = pathlib.Path("/sys/fs/cgroup")
+    # Of a container all: what is used there may be copies of files, which give way.
     with contextlib.suppress(OSError, ValueError):
-        limit, used = (int((group / f"memory.{x}").read_text()) for x in ("max", "current"))
-        found.append(limit - used)
+        found.append(int(pathlib.Path("/sys/fs/cgroup/memory.max").read_text()))
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     if limit != resource.RLIM_INFINITY:
         found.append(limit)
@@ -130,8 +129,8 @@ def require_memory(cfg: Config, mesh: Mesh, state: Any) -> None:
 
 def _first(cfg: Config, mesh: Mesh, *, scoring: bool) -> str:
     """The field that costs least to lower."""
-    if scoring and cfg.eval.batch_size > 1:
-        return "eval.batch_size"
+    if scoring:
+        return "eval.batch_size" if cfg.eval.batch_size > 1 else "data.seq_len"
     return "data.micro_batch" if _rows(cfg, mesh) > 1 else "data.seq_len"
 
 

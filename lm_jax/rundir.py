@@ -94,6 +94,22 @@ def unreadable(record: pathlib.Path, error: Exception) -> ConfigError:
     return ConfigError(f"{record}: not as a run writes it ({what}); restore the file.")
 
 
+def refuse_older(config_json: pathlib.Path, record: dict[str, Any]) -> None:
+    """Refuse a run whose checkpoints have another layout than those of this version.
+
+    Version 0.1 kept the parameters layer by layer, this one keeps all layers in one array.
+
+    Raises:
+        ConfigError: naming the version that can go on.
+    """
+    version = record.get("versions", {}).get("lm_jax", "")
+    if version.startswith("0.1."):
+        raise ConfigError(
+            f"{config_json}: the run was made by lm_jax {version}, whose checkpoints this version "
+            "does not read; go on with that one, or train anew in another --workdir."
+        )
+
+
 def newest_update(workdir: pathlib.Path) -> int | None:
     """The update of the newest finished checkpoint of a run."""
     return max(updates(workdir / CHECKPOINTS), default=None)
@@ -149,8 +165,10 @@ def disk_told(workdir: pathlib.Path, cache_dir: str) -> Iterator[None]:
         if remedy is None:
             raise
         path = pathlib.Path(error.filename or workdir).absolute()
-        cached = path.is_relative_to(user_path(cache_dir).absolute())
-        flag = "config.data.cache_dir" if cached else "--workdir"
+        places = {"config.data.cache_dir": user_path(cache_dir), "--workdir": workdir}
+        named = (flag for flag, place in places.items() if path.is_relative_to(place.absolute()))
+        if (flag := next(named, None)) is None:
+            raise
         then = f"{remedy} and give the same command, which goes on, or give another {flag}"
         raise OSError(error.errno, f"{error.strerror}; {then}", str(path)) from error
 

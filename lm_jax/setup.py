@@ -279,7 +279,9 @@ def _enter(
         held.enter_context(rundir.occupied(folder))
     checkpoints = Checkpoints(folder, cfg.train.keep)
     position = checkpoints.position()
-    lines = writers.tell_divergence(folder, position, cfg.train.max_nonfinite)
+    lines = []
+    if jax.process_index() == 0:  # which clears the log
+        lines = writers.tell_divergence(folder, position, cfg.train.max_nonfinite)
     if position is not None:
         old = workdir.resume_record(folder, cfg, store, asked=asked, position=position)
         lines += length.renewed(old, cfg, position)

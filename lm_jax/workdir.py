@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 
 import lm_jax
 from lm_jax import config, rundir, sharding
-from lm_jax.checkpoint import Kept, abstract_like, first_good, kept_in, refuse_older
+from lm_jax.checkpoint import Kept, abstract_like, first_good, kept_in
 from lm_jax.compilations import keep_compilations
 from lm_jax.config import Config, ConfigError
 from lm_jax.data.open import open_data
@@ -77,7 +77,7 @@ def read_record(workdir: pathlib.Path, *, checkpoints: bool = False) -> Record:
     except rundir.UNREADABLE as error:
         raise rundir.unreadable(path, error) from error
     if checkpoints:
-        refuse_older(path, read)
+        rundir.refuse_older(path, read)
     return record
 
 
@@ -297,16 +297,22 @@ def open_trained(
     impl, _ = choose_attention(cfg)
     graphdef, init = create_model(cfg, tokenizer.vocab_size, impl)
     # Parameters and their average look alike; nothing else of the state is read.
-    name = "ema" if cfg.optim.ema_decay else "params"
+    name = _evaluated(cfg)
     abstract = {name: jax.eval_shape(init, jax.random.key(0))}
     like = abstract_like(abstract, sharding.by_shape(mesh, abstract))
     kept, part = first_good(_choices(workdir, str(checkpoint)), lambda one: one.restore(like))
     return Trained(cfg, tokenizer, mesh, graphdef, part[name], kept.update, record.data)
 
 
+def _evaluated(cfg: Config) -> str:
+    """The field of the state that is evaluated."""
+    return "ema" if cfg.optim.ema_decay else "params"
+
+
 def choose_update(workdir: pathlib.Path, which: str) -> int:
     """The update of a checkpoint, which is best, last or a number; see `open_trained`."""
-    return first_good(_choices(workdir, which), Kept.manifest)[0].update
+    name = _evaluated(read_record(workdir).cfg)
+    return first_good(_choices(workdir, which), lambda one: one.verify(name))[0].update
 
 
 def _choices(workdir: pathlib.Path, which: str) -> list[Kept]:

@@ -6,7 +6,7 @@ import itertools
 import json
 import pathlib
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from html import escape
 from typing import Any
 
@@ -121,8 +121,7 @@ def tell_divergence(workdir: pathlib.Path, position: int | None, most: int) -> l
         position: updates in the checkpoint from which it goes on; None: it begins anew.
         most: `train.max_nonfinite`.
     """
-    # At most one evaluation lies between two updates.
-    last = _last_rows(workdir / METRICS, 2 * most)
+    last = _last_rows(workdir / METRICS, lambda row: row.get("optim/skipped_updates") == 0)
     rows = [row for row in last if "optim/skipped_updates" in row]
     skipped = list(itertools.takewhile(lambda row: row["optim/skipped_updates"], reversed(rows)))
     if len(skipped) < most or skipped[0]["step"] <= (position or 0):
@@ -135,8 +134,10 @@ def tell_divergence(workdir: pathlib.Path, position: int | None, most: int) -> l
     ]
 
 
-def _last_rows(path: pathlib.Path, count: int) -> list[dict[str, Any]]:
-    """The last rows of a log, which may be long; as many as there are."""
+def _last_rows(
+    path: pathlib.Path, enough: Callable[[Mapping[str, Any]], bool]
+) -> list[dict[str, Any]]:
+    """The last rows of a log, which may be long, from one that is `enough` on, or earlier."""
     if not path.exists():
         return []
     size, read = path.stat().st_size, 1 << 16
@@ -145,10 +146,14 @@ def _last_rows(path: pathlib.Path, count: int) -> list[dict[str, Any]]:
             file.seek(max(0, size - read))
             if read < size:
                 file.readline()
-            rows = [row for row in whole_rows(file) if isinstance(row.get("step"), int)]
-        if read >= size or len(rows) >= count:
-            return rows[-count:]
+            rows = list(_counted(file))
+        if read >= size or any(map(enough, rows)):
+            return rows
         read *= 4
+
+
+def _counted(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+    return (row for row in whole_rows(lines) if isinstance(row.get("step"), int))
 
 
 def _cut(path: pathlib.Path, start: int, again: bool) -> None:
@@ -168,7 +173,7 @@ def _cut(path: pathlib.Path, start: int, again: bool) -> None:
             file.seek(max(0, at - 1))
             if at:
                 file.readline()
-            return next((repeated(row) for row in whole_rows(file)), True)
+            return next((repeated(row) for row in _counted(file)), True)
 
         end = bisect.bisect_left(range(file.seek(0, 2)), True, key=later)
         file.seek(end)  # just behind the first byte of the last row that stays
@@ -212,7 +217,8 @@ class Writers:
         self._file = (workdir / METRICS).open("a", buffering=1)
         _cut(workdir / METRICS, start, again)
         if resuming:
-            last = max((row["step"] for row in _last_rows(workdir / METRICS, 2)), default=0)
+            rows = _last_rows(workdir / METRICS, bool)
+            last = max((row["step"] for row in rows), default=0)
             if last < start:
                 console.say(
                     f"{workdir / METRICS} lacks the rows of updates {last + 1:,} to {start:,}: "

@@ -7,9 +7,10 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
-from lm_jax import checkpoint, config, evaluate, loop
+from lm_jax import config, evaluate, loop, rundir
 from lm_jax.checkpoint import (
     Checkpoints,
     Damaged,
@@ -152,9 +153,9 @@ def test_rising_valid_loss_leaves_the_newest_and_the_best(text, tmp_path, monkey
 
 def test_a_run_of_another_layout_is_refused_in_one_sentence(tmp_path):
     path = tmp_path / "config.json"
-    checkpoint.refuse_older(path, {"versions": {"lm_jax": "0.2.0"}})
+    rundir.refuse_older(path, {"versions": {"lm_jax": "0.2.0"}})
     with pytest.raises(ConfigError, match=r"config.json: .*lm_jax 0\.1\.0, .*go on with that one"):
-        checkpoint.refuse_older(path, {"versions": {"lm_jax": "0.1.0"}})
+        rundir.refuse_older(path, {"versions": {"lm_jax": "0.1.0"}})
 
 
 def test_a_manifest_may_change_after_it_was_handed_over(checkpoints):
@@ -344,6 +345,42 @@ def test_where_all_are_damaged_one_sentence_says_so_and_nothing_is_touched(check
     told = str(raised.value)
     assert all(f"{path}: damaged (" in told for path in paths) and "another --workdir." in told
     assert all(path.exists() for path in paths)
+
+
+def test_a_best_that_cannot_be_copied_leaves_all_as_it_is(checkpoints, tmp_path, monkeypatch):
+    """Without any newest checkpoint the next start would begin anew, and remove the best."""
+    checkpoints.save(state(8), {"position": 8})
+    checkpoints.save(state(6), {"position": 6}, best=True)
+    checkpoints.wait()
+    flip(largest(tmp_path / "checkpoints" / "8"))
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "copytree", full)
+        with pytest.raises(OSError, match="No space left"):
+            checkpoints.restore(whole)
+    assert folders(tmp_path / "checkpoints") == [8] and folders(tmp_path / "best") == [6]
+    same(checkpoints.restore(whole), state(6))
+
+
+def test_what_the_disk_refuses_is_no_damage(checkpoints, tmp_path, monkeypatch):
+    checkpoints.save(state(8), {"position": 8})
+    checkpoints.wait()
+    (kept,) = find_kept(tmp_path).values()
+
+    def broken(*_, **__):
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ocp.Checkpointer, "restore", broken)
+        with pytest.raises(OSError, match="Input/output error") as raised:
+            checkpoints.restore(whole)
+    assert raised.value.filename == str(kept.path)
+    shutil.rmtree(kept.path)
+    with pytest.raises(FileNotFoundError, match=f"{kept.path} is gone"):
+        kept.manifest()
 
 
 def test_the_best_takes_the_place_of_all_others(checkpoints, tmp_path):

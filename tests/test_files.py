@@ -102,6 +102,15 @@ def test_a_file_with_several_names_is_found_once_by_the_first(tmp_path):
     assert len(files.find_files("b.txt,../data/b.txt", "files", tmp_path / "data")) == 1
 
 
+def test_many_files_may_be_named(tmp_path):
+    """Their names together are longer than one may be."""
+    names = [f"shard-{n:05}-of-00030.txt" for n in range(30)]
+    for name in names:
+        (tmp_path / name).write_text(name)
+    found = files.find_files(",".join(names), "files", tmp_path)
+    assert [path.name for path in found] == names
+
+
 @pytest.mark.parametrize("name", ["set[1]", "a*", "what?", "**"])
 def test_only_the_pattern_is_one_and_not_the_folder(tmp_path, name):
     for folder in (name, "set1", "ab", "whatt"):

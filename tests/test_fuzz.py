@@ -397,7 +397,7 @@ def folder_of(tmp_path_factory):
 
     @functools.cache
     def folder_of(name):
-        folder = tmp_path_factory.mktemp("folder") / "folder"
+        folder = tmp_path_factory.mktemp("folder") / "7f3a9c"
         folder.mkdir()
         return folder, READERS[name].made(folder)
 

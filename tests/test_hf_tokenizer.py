@@ -295,6 +295,29 @@ def test_characters_without_a_token(tmp_path):
         tokenizer.encode("low \u20ac!")
 
 
+def test_an_unknown_token_that_is_not_there_stops_nothing(tmp_path):
+    tree = sentencepiece(metaspace=True)
+    tree["model"] |= {"byte_fallback": False, "unk_token": "<nothing>"}
+    tokenizer = HfTokenizer.from_folder(save_tokenizer(tmp_path, tree))
+    kept, changed = tokenizer.encode_kept(["low", "low \u20ac!"])
+    assert kept is not None and changed is None
+
+
+def test_a_special_token_around_an_added_one_is_part_of_the_identity(tmp_path):
+    tree = byte_level()
+    n = len(tree["model"]["vocab"])
+    token = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    tree["added_tokens"].append(token | {"id": n, "content": "<|", "special": False})
+    plain = HfTokenizer.from_folder(save_tokenizer(tmp_path / "a", tree, "<|endoftext|>"))
+    for name, other in (("<|lo|>", True), ("[PAD]", False)):
+        more = token | {"id": n + 1, "content": name, "special": True}
+        tree_of = tree | {"added_tokens": [*tree["added_tokens"], more]}
+        folder = save_tokenizer(tmp_path / name[1:-1], tree_of, "<|endoftext|>")
+        found, text = HfTokenizer.from_folder(folder), f"{name} low"
+        assert (found.encode(text).tolist() != plain.encode(text).tolist()) == other
+        assert (found.identity != plain.identity) == other
+
+
 def test_tokenizers_of_another_kind_are_refused(tmp_path):
     def refused(message, tree, **changes):
         with pytest.raises(ValueError, match=message):

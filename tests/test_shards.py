@@ -370,9 +370,12 @@ def test_null_and_missing_fields_are_refused_or_empty(tmp_path):
     assert read([path], "arrayrecord:text", skip_missing=True) == ["a", "", "", "", "b"]
     parquet(path, ["a", None, "b"])
     assert read([path], "parquet:text", skip_missing=True) == ["a", "", "b"]
-    path.write_text('{"text": 3}\n')
-    with pytest.raises(ValueError, match=r"line 1 has no text field 'text' but \['text'\]"):
-        read([path], "jsonl:text", skip_missing=True)
+    for record, field in (('{"text": 3}', "text"), ('{"meta": "oops"}', "meta.text")):
+        path.write_text(record + "\n")
+        with pytest.raises(ValueError, match=rf"line 1 has no text field '{field}' but \['"):
+            read([path], f"jsonl:{field}", skip_missing=True)
+    path.write_text('{"meta": null}\n')
+    assert read([path], "jsonl:meta.text", skip_missing=True) == [""]
 
 
 def test_keys_and_columns_that_occur_twice_are_named(tmp_path):

@@ -36,6 +36,12 @@ def test_an_error_leaves_the_old_file_and_nothing_beside_it(tmp_path, error):
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
+def test_an_error_of_something_else_keeps_its_words(tmp_path):
+    """Of what is read meanwhile."""
+    with pytest.raises(OSError, match=r"^a page differs$"), files.whole(tmp_path / "a"):
+        raise OSError("a page differs")
+
+
 def test_a_kill_leaves_the_old_file(tmp_path):
     path = tmp_path / "a.txt"
     files.write_text(path, "old")

@@ -85,6 +85,21 @@ def test_an_evaluation_that_is_made_again_is_logged_once(tmp_path):
     ]
 
 
+def test_a_row_without_its_step_stops_no_run(tmp_path):
+    out = opened(tmp_path)
+    for step in range(1, 41):
+        out.write(step, ROW)
+    out.close()
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    for n in range(40):
+        path.write_bytes(
+            b"".join([*lines[:n], lines[n].replace(b"step", b"stdp"), *lines[n + 1 :]])
+        )
+        opened(tmp_path, start=30).close()
+        assert 29 <= len(rows(tmp_path)) <= 31  # a broken one may stay or go where it was cut
+
+
 def test_rows_that_are_lost_are_told(tmp_path, capsys):
     path = tmp_path / "metrics.jsonl"
     out = opened(tmp_path)

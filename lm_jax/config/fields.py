@@ -224,7 +224,7 @@ class DistillConfig(Section):
     cache: str = ""  # folder that scripts/cache_teacher.py wrote, in place of running teachers
     # whether a teacher with nearly the student's tokenizer, which otherwise is refused, teaches the
     # next bytes, as one with quite another does
-    next_bytes: bool = False
+    next_bytes: bool = incidental(False)
     alone: str = incidental("")  # workdir of the same student without a teacher, for the report
     kind: str = one_of("forward reverse jsd skew", default="forward")  # kernels/divergences.py
     beta: float = 0.5  # the teacher's share of the mixture in jsd and skew
@@ -269,7 +269,7 @@ class Config(Section):
     """
 
     # of parameters, order of the data and dropout
-    seed: int = limited(0, below=1 << 32, why="would repeat a seed of 32 bits")
+    seed: int = limited(0, below=1 << 32, why="repeats a smaller one")
     # checks before a new run starts: none, those that take seconds, or those that take minutes
     doctor: str = incidental(one_of("off fast full", default="fast"))
     data: DataConfig = dataclasses.field(default_factory=DataConfig)

@@ -165,7 +165,10 @@ def _say_marks(files: Sequence[Hashed]) -> bool:
 
 
 def _say_checksums(files: Sequence[Hashed]) -> None:
-    bare = [file.path for file in files if not shards.has_checksums(file.path)]
+    bare = []
+    for file in files:
+        with source_files.naming(file.path):
+            bare += [] if shards.has_checksums(file.path) else [file.path]
     if bare:
         console.say(
             f"{len(bare)} of {len(files)} Parquet files hold no checksums, so a damaged page may "

@@ -6,6 +6,7 @@ import glob
 import hashlib
 import json
 import os
+import shlex
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -58,7 +59,8 @@ def find_files(patterns: str, name: str, source: Path | None) -> list[Path]:
         ValueError: if there is no pattern.
         FileNotFoundError: if a pattern matches no file.
     """
-    if Path(source or "", os.path.expanduser(patterns)).is_file():  # also with a comma in its name
+    # A name may hold a comma; `os.path` takes also what is too long to be one.
+    if os.path.isfile(Path(source or "", os.path.expanduser(patterns))):
         split = [patterns]
     else:
         split = [pattern for part in patterns.split(",") if (pattern := part.strip())]
@@ -211,7 +213,8 @@ def _hash(path: Path, text: bool) -> str:
                 start = head.read(8)
             for magic, (what, command) in _OTHERS.items():
                 if start.startswith(magic):
-                    raise ValueError(f"{path} is {what}: {command.format(path)}.") from error
+                    remedy = command.format(shlex.quote(str(path)))
+                    raise ValueError(f"{path} is {what}: {remedy}.") from error
             raise ValueError(
                 f"{path} is not UTF-8 at byte {place} ({error.reason}): convert the file to UTF-8."
             ) from error

@@ -46,7 +46,11 @@ def field_of_json(record: str, field: str, skip_missing: bool, name: Callable[[]
         raise no_field(name(), field, type(value).__name__)
     text: Any = value
     for key in [field] if field in value else field.split("."):
-        text = text.get(key) if isinstance(text, dict) else None
+        if text is None:
+            break
+        if not isinstance(text, dict):
+            raise no_field(name(), field, sorted(value))
+        text = text.get(key)
     if text is None and skip_missing:
         return ""
     if not isinstance(text, str):

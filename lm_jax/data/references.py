@@ -63,11 +63,14 @@ def _kept(path: Path, store: Store) -> dict[str, float] | None:
     """The references in a file, if they are those that were written there for this store."""
     if not path.exists():
         return None
-    with contextlib.suppress(ValueError):  # cut, or not from here
+    what = "is not what was written there for its store"
+    with contextlib.suppress(ValueError, PermissionError):  # cut, or not from here
         result = read_json(path)
-        if result.pop("sha256", None) == hash_json([result, store.manifest]):
+        sha256 = result.pop("sha256", None)
+        if sha256 == hash_json([result, store.manifest]):
             return result
-    console.say(f"{path} is not what was written there for its store: it is computed again")
+        what = what if sha256 else "is of a version that kept no hash"
+    console.say(f"{path} {what}: it is computed again")
     return None
 
 

@@ -8,6 +8,7 @@ longest document (Parquet: of its largest row group).
 import codecs
 import functools
 import re
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -136,7 +137,7 @@ def _cut_jsonl(path: Path) -> Iterator[Cut]:
         if file.read(files.BLOCK).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
             raise ValueError(
                 f"{path} is a JSON array and not one object a line: convert it by "
-                f"jq -c '.[]' {path} > NEW.jsonl."
+                f"jq -c '.[]' {shlex.quote(str(path))} > NEW.jsonl."
             )
     return cut_lines(path)
 

@@ -71,6 +71,8 @@ def write_cache(
     split, T, k = store.split("train"), cfg.data.seq_len, cfg.distill.top_k
     N = windows.count_windows(split, T, False)
     small = store.tokenizer.vocab_size <= 1 << 16
+    for name in (IDS, LOG_P):  # a link there would be followed
+        (folder / name).unlink(missing_ok=True)
     new = np.lib.format.open_memmap
     ids = new(folder / IDS, "w+", np.uint16 if small else np.uint32, (N, T, k))
     log_p = new(folder / LOG_P, "w+", np.float32, (N, T, k + 1))
@@ -151,7 +153,7 @@ def open_cache(cfg: Config, store: Store) -> tuple[Callable[[Batch], Batch], str
                 f"has {wanted!r}; run scripts/cache_teacher.py with this config."
             )
     found = _hash_arrays(folder)
-    if wrecked := [name for name in (HASHES, IDS, LOG_P) if found.get(name) != hashes.get(name)]:
+    if wrecked := [n for n in (HASHES, IDS, LOG_P) if n not in found or found[n] != hashes.get(n)]:
         raise ConfigError(
             f"config.distill.cache: {', '.join(wrecked)} in {folder} is not what was written; "
             "restore it, or run scripts/cache_teacher.py into another folder."

@@ -263,7 +263,8 @@ def _score(name: str, run: Trained, cfg: Config, store: Store) -> tuple[dict[str
     with errors_of(WHERE):
         recorded = read_json(record) if record.exists() else {}
     same_windows = recorded.get("stride") == run.cfg.eval.stride
-    if same_windows and recorded.get("step") == run.step and recorded.get("loss") is not None:
+    told = isinstance(recorded.get("loss"), float)
+    if same_windows and recorded.get("step") == run.step and told:
         own = same_data(run.data, store.manifest)
         found = result
         if not own or here is not run:

@@ -67,6 +67,15 @@ def test_a_wrecked_file_is_refused(written, name, wreck):
         cache.open_cache(cfg, store)
 
 
+def test_a_file_without_a_hash_must_be_there_too(written):
+    cfg, store, folder = written
+    values = json.loads((folder / cache.MANIFEST).read_text())
+    (folder / cache.MANIFEST).write_text(json.dumps(values | {"sha256": {}}))
+    (folder / cache.IDS).unlink()
+    with pytest.raises(ConfigError, match=rf"{cache.IDS}.* in {folder} is not what was written"):
+        cache.open_cache(cfg, store)
+
+
 @pytest.mark.parametrize("without", ["sha256", "temperature", None, "brackets", "deep"])
 def test_a_manifest_that_lacks_something_is_refused(written, without):
     cfg, store, folder = written

@@ -103,12 +103,19 @@ class Tokenizer(abc.ABC):
         """
         tree = json.loads(self._library_parts().to_str())
         model, pieces = tree["model"], dict(enumerate(self._bytes))
+        added = [token for token in tree["added_tokens"] if not token["special"]]
         return {
             "separator": self.separator,
             "vocabulary": {token: i for token, i in model["vocab"].items() if pieces.get(i)},
             "merges": model.get("merges"),
             "model": [model.get(name) for name in ("type", "byte_fallback", "ignore_merges")],
-            "added_tokens": [token for token in tree["added_tokens"] if not token["special"]],
+            "added_tokens": added,
+            # The library does not look for added tokens within a special one.
+            "special_tokens": [
+                token["content"]
+                for token in tree["added_tokens"]
+                if token["special"] and any(one["content"] in token["content"] for one in added)
+            ],
             **{part: list(map(_deciding, components(tree[part]))) for part in PARTS},
         }
 

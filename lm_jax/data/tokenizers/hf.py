@@ -57,6 +57,8 @@ class HfTokenizer(Tokenizer):
         self._bytes_of = _writing(tree["model"], itertools.chain(*self._parts.values()))
         self._bytes = self._table(tree, vocab_size)
         tree["model"]["dropout"] = None
+        if tree["model"].get("unk_token") not in tree["model"]["vocab"]:
+            tree["model"]["unk_token"] = None  # the library would stop at a text that wants it
         if not 0 <= separator < vocab_size or self._bytes[separator]:
             raise ValueError(
                 f"The separator {separator} is no special token of tokenizer.json below vocab_size "
