@@ -180,6 +180,7 @@ def test_wikitext2_trains_in_float16(small_wikitext2, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_dtype_of_a_run_is_recorded_and_kept(small_wikitext2, tmp_path, monkeypatch, capsys):
     cfg = small_wikitext2("auto")
     loop.train_and_evaluate(cfg, tmp_path / "run")

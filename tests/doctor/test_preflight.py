@@ -29,10 +29,8 @@ VARIANTS = {"phase1", "shakespeare_char", "small_corpus", "text", "wikitext2_cpu
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(x, marks=[] if x == "wikitext2" else pytest.mark.long) for x in sorted(SHIPPED)],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("name", sorted(SHIPPED))
 def test_shipped_configs_are_in_order(name, cache_dir):
     cfg = load_config(name).get_config()
     cfg.data.cache_dir = cache_dir
@@ -47,7 +45,6 @@ def test_every_shipped_config_is_tried():
 
 
 @pytest.mark.slow
-@pytest.mark.long
 @pytest.mark.parametrize(
     "changes",
     [
@@ -61,11 +58,14 @@ def test_every_shipped_config_is_tried():
             model__qk_norm=True,
             data__document_mask=False,
         ),
-        dict(
-            train__compute_dtype="bfloat16",
-            model__scan_layers=True,
-            model__remat=True,
-            optim__ema_decay=0.99,
+        pytest.param(
+            dict(
+                train__compute_dtype="bfloat16",
+                model__scan_layers=True,
+                model__remat=True,
+                optim__ema_decay=0.99,
+            ),
+            marks=pytest.mark.long,
         ),
         dict(
             loss__impl="fused",
