@@ -277,7 +277,8 @@ class Kept:
 
 def _hush() -> None:
     """Leave the errors of orbax to those who catch them; it tells each several times."""
-    logging.getLogger("absl").addFilter(_unlike_raised)
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_unlike_raised)
     if getattr(sys.unraisablehook, "func", None) is not _unraisable:
         sys.unraisablehook = functools.partial(_unraisable, sys.unraisablehook)
 
@@ -290,7 +291,7 @@ def _disk_error(error: Exception) -> int | None:
 
 def _unlike_raised(record: logging.LogRecord) -> bool:
     """Whether orbax tells something else than the traceback of an error that it raises anyway."""
-    return not (record.exc_info and "orbax" in record.pathname)
+    return not (record.exc_info and "orbax" in record.pathname + record.getMessage())
 
 
 def _unraisable(otherwise: Callable[[Any], object], lost: Any) -> None:

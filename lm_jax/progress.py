@@ -15,6 +15,7 @@ from lm_jax.data.references import references
 from lm_jax.doctor import provenance
 from lm_jax.history import Log
 from lm_jax.models.families import family
+from lm_jax.samples import drop_samples
 from lm_jax.setup import Setup
 from lm_jax.signals import Interrupted
 from lm_jax.step import TrainState
@@ -47,13 +48,12 @@ class Progress:
         """
         cfg = run.cfg
         self.run, self.manifest = run, manifest
+        again = bool(manifest.get("unscored"))
         self._writers = Writers(
-            run.folder,
-            cfg,
-            start=run.start,
-            resuming=run.resuming,
-            again=bool(manifest.get("unscored")),
+            run.folder, cfg, start=run.start, resuming=run.resuming, again=again
         )
+        if run.resuming and jax.process_index() == 0:
+            drop_samples(run.folder, run.start - again)
         self._trace = Trace(run.folder, cfg.train.profile.updates())
         self._flops = metrics.flops_per_token(cfg, run.store.tokenizer.vocab_size)
         self._peak = metrics.peak_flops(

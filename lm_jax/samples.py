@@ -8,6 +8,7 @@ from html import escape
 from typing import Any
 
 from lm_jax import page
+from lm_jax.files import write_text
 from lm_jax.workdir import SAMPLES, read_rows
 
 
@@ -54,6 +55,14 @@ def record_samples(folder: pathlib.Path, facts: Mapping[str, Any], made: Iterabl
     with (folder / SAMPLES).open("a") as file:
         for one in made:
             file.write(json.dumps({**facts, **dataclasses.asdict(one)}) + "\n")
+
+
+def drop_samples(folder: pathlib.Path, after: int) -> None:
+    """Remove the samples of evaluations that come again: those of later updates than `after`."""
+    rows = list(read_rows(folder / SAMPLES))
+    kept = [row for row in rows if not (row.get("evaluation") and row.get("step", 0) > after)]
+    if len(kept) < len(rows):
+        write_text(folder / SAMPLES, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 def read_samples(folder: pathlib.Path) -> Samples:

@@ -344,7 +344,8 @@ def stopped_wrong(run: Process, code: int, number: signal.Signals, moment: str) 
     said = run.complained()
     if moment == "importing" and code == -number and not said:
         return []  # before Python has heard of us
-    words = [] if code == 128 + number else [f"exit code {code} after {number.name}"]
+    # A second signal may come when the first has done its work, and end what is left of it.
+    words = [] if code in (128 + number, -number) else [f"exit code {code} after {number.name}"]
     if len(said) != 1 or not said[0].startswith(f"stopped by {number.name}"):
         words.append(f"said {len(said)} lines on the signal: {' / '.join(said)[-200:]!r}")
     return words

@@ -23,6 +23,7 @@ from lm_jax.decode import sample, shortlist
 from lm_jax.generate import ArgumentError
 from lm_jax.models.families import create_model
 from lm_jax.objective import NextToken
+from lm_jax.samples import drop_samples
 from lm_jax.workdir import Trained, open_trained
 from tests.helpers import every, randomise, tiny_config
 
@@ -470,6 +471,16 @@ def test_checkpoints_by_name_and_number(workdir, tmp_path, monkeypatch, capsys):
     (folder / "tokenizer" / "tokenizer.json").write_text('{"kind": "byte"}')
     with pytest.raises(ConfigError, match="is not the tokenizer that the run was trained with"):
         open_trained(folder)
+
+
+def test_samples_of_evaluations_that_come_again_are_dropped(tmp_path):
+    at = [(True, 10), (True, 20), (False, 30), (True, 30)]
+    rows = [{"evaluation": e, "text": "a", "step": step} for e, step in at]
+    for after, left in ((30, rows), (20, rows[:3]), (19, [rows[0], rows[2]])):
+        (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        drop_samples(tmp_path, after)
+        assert records(tmp_path) == left
+    drop_samples(tmp_path / "none", 3)
 
 
 def test_samples_at_an_evaluation(workdir, tmp_path):
