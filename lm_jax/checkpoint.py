@@ -145,17 +145,15 @@ class Checkpoints:
 
         The copy comes first: without any newest checkpoint the folder would be one of a new run.
         """
-        copies = []
         if instead is not None:
             target = self._newest.directory / instead.path.name
             half = target.with_name(f"{target.name}.orbax-checkpoint-tmp")
             shutil.copytree(instead.path, half, dirs_exist_ok=True)
-            copies = [(half, target)]
         for one in damaged:
             names = (f"{one.update}.damaged{n or ''}" for n in itertools.count())
             free = (one.path.with_name(name) for name in names)
             one.path.rename(next(path for path in free if not path.exists()))
-        for half, target in copies:
+        if instead is not None:
             os.replace(half, target)
         for manager in (self._newest, self._best):
             manager.reload()

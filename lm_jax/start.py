@@ -17,7 +17,7 @@ from lm_jax.data.tokenizers.base import Tokenizer
 from lm_jax.data.tokenizers.hf import HfTokenizer
 from lm_jax.data.tokenizers.load import load_tokenizer
 from lm_jax.models import huggingface
-from lm_jax.workdir import TOKENIZER, Record, read_record
+from lm_jax.workdir import TOKENIZER, Record, read_record, weights_field
 
 WHERE = "config.train.start_from"
 # Fields of the model that may differ: its parameters stand for the same function.
@@ -109,7 +109,7 @@ def find_origin(cfg: Config, store: Store) -> Origin | None:
             f"config.tokenizer.kind: {given} reads other ids ({_ids(record.data)}) than this run "
             f"({_ids(store.manifest)}); give the tokenizer and the corpus that it learned from."
         )
-    weights_in = "ema" if record.cfg.optim.ema_decay else "params"
+    weights_in = weights_field(record.cfg)
     names = () if whole else (weights_in,)
     with errors_of(WHERE):
         good, _ = checkpoint.first_good(wanted, lambda one: one.verify(*names))

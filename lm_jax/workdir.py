@@ -297,21 +297,21 @@ def open_trained(
     impl, _ = choose_attention(cfg)
     graphdef, init = create_model(cfg, tokenizer.vocab_size, impl)
     # Parameters and their average look alike; nothing else of the state is read.
-    name = _evaluated(cfg)
+    name = weights_field(cfg)
     abstract = {name: jax.eval_shape(init, jax.random.key(0))}
     like = abstract_like(abstract, sharding.by_shape(mesh, abstract))
     kept, part = first_good(_choices(workdir, str(checkpoint)), lambda one: one.restore(like))
     return Trained(cfg, tokenizer, mesh, graphdef, part[name], kept.update, record.data)
 
 
-def _evaluated(cfg: Config) -> str:
+def weights_field(cfg: Config) -> str:
     """The field of the state that is evaluated."""
     return "ema" if cfg.optim.ema_decay else "params"
 
 
 def choose_update(workdir: pathlib.Path, which: str) -> int:
     """The update of a checkpoint, which is best, last or a number; see `open_trained`."""
-    name = _evaluated(read_record(workdir).cfg)
+    name = weights_field(read_record(workdir).cfg)
     return first_good(_choices(workdir, which), lambda one: one.verify(name))[0].update
 
 
