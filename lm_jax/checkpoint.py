@@ -310,9 +310,10 @@ def kept_in(workdir: pathlib.Path, name: str) -> list[Kept]:
     return [Kept(folder / str(update)) for update in reversed(updates(folder))]
 
 
-def find_kept(workdir: pathlib.Path) -> dict[int, Kept]:
-    """The checkpoints in a folder, the best among them, by update."""
-    return {one.update: one for name in (BEST, CHECKPOINTS) for one in kept_in(workdir, name)}
+def find_kept(workdir: pathlib.Path) -> list[Kept]:
+    """All checkpoints of a run, newest first; of one update there may be two, the best after."""
+    found = [*kept_in(workdir, CHECKPOINTS), *kept_in(workdir, BEST)]
+    return sorted(found, key=lambda one: one.update, reverse=True)
 
 
 def first_good(kept: Sequence[Kept], read: Callable[[Kept], T]) -> tuple[Kept, T]:

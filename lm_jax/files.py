@@ -189,7 +189,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON ({error}); copy the checkpoint again.") from error
+        raise ValueError(f"{path} is no JSON ({error}); restore the file.") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{path} holds no JSON object; copy the checkpoint again.")
+        raise ValueError(f"{path} holds no JSON object; restore the file.")
     return values

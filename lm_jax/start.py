@@ -99,9 +99,9 @@ def find_origin(cfg: Config, store: Store) -> Origin | None:
     with errors_of(WHERE):
         record = read_record(folder, checkpoints=True)
     kept = checkpoint.find_kept(folder)
-    wanted = [kept[u] for u in sorted(kept, reverse=True) if u == int(match[2] or u)]
+    wanted = [one for one in kept if match[2] in (None, str(one.update))]
     if not wanted:
-        there = ", ".join(map(str, sorted(kept))) or "none"
+        there = ", ".join(map(str, sorted({one.update for one in kept}))) or "none"
         raise ConfigError(f"{WHERE}: {given} is not kept; {folder} holds the updates: {there}.")
     _give(cfg, _architecture_flags(cfg, record.cfg.model, record.cfg.data.seq_len))
     if not _reads_same_ids(folder, record, store):

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 
 import lm_jax
 from lm_jax import config, rundir, sharding
-from lm_jax.checkpoint import Kept, abstract_like, first_good, kept_in
+from lm_jax.checkpoint import Kept, abstract_like, find_kept, first_good, kept_in
 from lm_jax.compilations import keep_compilations
 from lm_jax.config import Config, ConfigError
 from lm_jax.data.open import open_data
@@ -317,14 +317,12 @@ def choose_update(workdir: pathlib.Path, which: str) -> int:
 
 def _choices(workdir: pathlib.Path, which: str) -> list[Kept]:
     """What `which` names, and after it what takes its place if it is damaged."""
-    best, newest = (kept_in(workdir, name) for name in (rundir.BEST, rundir.CHECKPOINTS))
-    found = sorted([*newest, *best], key=lambda one: one.update, reverse=True)
+    found, best = find_kept(workdir), kept_in(workdir, rundir.BEST)
     if not found:
         raise FileNotFoundError(f"{workdir}: holds no checkpoint yet; wait for one, or train.")
     if which == "best" and best:
         # The same update may be among the newest.
-        again = [one for one in newest if one.update == best[0].update]
-        return [best[0], *again, *(one for one in newest if one not in again)]
+        return sorted(found, key=lambda one: (one != best[0], one.update != best[0].update))
     if which == "best":
         told = f"no evaluation yet: the newest checkpoint, update {found[0].update:,}"
         print(told, file=sys.stderr)

@@ -29,7 +29,6 @@ from typing import Any
 from records import tabled
 from soak_hurts import (
     FILES,
-    TRIES,
     Hurt,
     Soak,
     Story,
@@ -72,11 +71,9 @@ def sweep(soak: Soak, story: str, cases: Sequence[tuple[str, bool]]) -> list[Hur
     for number in () if alone else survivors(place.root):
         with contextlib.suppress(ProcessLookupError):  # it has just ended
             os.kill(number, signal.SIGKILL)
-    for number in range(TRIES):
-        run = place.start(words)
-        if (code := run.end()) == 0:
-            break
-        hurt.lost.append(f"start {number + 2} ends with {code}: {run.said().splitlines()[-1]}")
+    run = place.start(words)
+    if code := run.end():
+        hurt.lost.append(f"the second start ends with {code}: {run.said().splitlines()[-1]}")
     hurt.lost += run.wrong()
     for seed, variant in enumerate(("char", "other seed")):
         hurt.lost += lost(soak.whole[variant], left(place.root / f"cfg-{seed}", place.cache))

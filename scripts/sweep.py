@@ -5,9 +5,9 @@
 
 `FILE:*` stands for all arms of a file that lists them in `ARMS`. A run lives in
 ROOT/<config>-<arm>-<seed>, with what it prints in `log.txt`. The same command again goes on: what
-is finished is skipped, what was stopped is resumed. With --jobs above 1 so many runs train side by
-side, the next one as soon as the host has the memory that the largest has used so far; they share
-a GPU's memory in equal parts.
+is finished is skipped, what was stopped is resumed, and a run that a killed sweep has left alive is
+waited for. With --jobs above 1 so many runs train side by side, the next one as soon as the host
+has the memory that the largest has used so far; they share a GPU's memory in equal parts.
 """
 
 import dataclasses
@@ -26,10 +26,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lm_jax import console
+from lm_jax.config import ConfigError
 from lm_jax.config.flags import load_config, load_module
 from lm_jax.config.manual import script_parser
 from lm_jax.door import command
-from lm_jax.rundir import run_name
+from lm_jax.rundir import occupied, run_name
 
 HEADROOM = 1.2  # free memory a run needs, over the most that one has used
 OWN_FLAGS = ("config", "config.seed", "workdir")  # set by the sweep for every run
@@ -44,6 +45,7 @@ class Run:
     source: str  # sha256 of the config file
     process: subprocess.Popen | None = None
     began: int = 0  # bytes of metrics.jsonl when it was started
+    waits: bool = False  # for another process, which was said
 
     @property
     def record(self) -> dict[str, Any]:
@@ -55,6 +57,17 @@ class Run:
     def finished(self) -> bool:
         """Whether it went to its end."""
         return (self.workdir / "sweep.json").exists()
+
+    def free(self) -> bool:
+        """Whether nobody trains in its folder, such as a run that a killed sweep has left alive."""
+        try:
+            with occupied(self.workdir):
+                return True
+        except ConfigError:
+            if not self.waits:
+                console.say(f"{self.workdir}: another process trains there; waiting for it")
+            self.waits = True
+            return False
 
     def start(self, jobs: int) -> None:
         """Start it, or go on where it stopped."""
@@ -167,7 +180,7 @@ def sweep(runs: Sequence[Run], jobs: int) -> bool:
                         running.remove(run)
                 settled = all(run.training() for run in running)
                 fits = not running or (settled and free_bytes() > HEADROOM * largest)
-                if waiting and len(running) < jobs and fits:
+                if waiting and len(running) < jobs and fits and waiting[0].free():
                     running.append(waiting.pop(0))
                     running[-1].start(jobs)
                 names = ", ".join(run.workdir.name for run in running)

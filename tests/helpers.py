@@ -167,7 +167,8 @@ LONG = [pytest.mark.slow, pytest.mark.long]
 
 def thirds(cases):
     """Of the cases of a test each third for every check, and all for the long one."""
-    return [pytest.param(x, marks=LONG if n % 3 else []) for n, x in enumerate(cases)]
+    each = [x if isinstance(x, tuple) else (x,) for x in cases]
+    return [pytest.param(*x, marks=LONG if n % 3 else []) for n, x in enumerate(each)]
 
 
 def small(text, **changes):

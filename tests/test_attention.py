@@ -32,7 +32,7 @@ from tests.attention_suite import (
     oracle,
     run,
 )
-from tests.helpers import LONG
+from tests.helpers import LONG, thirds
 
 IMPLEMENTATIONS = ("reference", "xla", "cudnn", "blockwise", "pallas")
 WITH_LSE = ("reference", "blockwise", "pallas")
@@ -85,7 +85,7 @@ def sized(impl, case):
 
 @pytest.mark.parametrize(
     ("ready", "name"),
-    [*(("reference", name) for name in WHOLE), *(("blockwise", name) for name in CASES)],
+    thirds([*(("reference", name) for name in WHOLE), *(("blockwise", name) for name in CASES)]),
     indirect=["ready"],
 )
 def test_float64(ready, name):
@@ -131,7 +131,7 @@ def test_16_bits(ready, name, dtype):
 
 
 @every("pallas")
-@pytest.mark.parametrize("name", [*SHORT[1:], "one position"])
+@pytest.mark.parametrize("name", thirds([*SHORT[1:], "one position"]))
 @pytest.mark.slow
 def test_pallas(ready, name):
     held_to_the_rule(ready, name, "bfloat16")

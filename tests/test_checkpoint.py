@@ -110,8 +110,8 @@ def test_half_written_step_is_ignored(checkpoints, tmp_path):
     half = tmp_path / "checkpoints" / "6.orbax-checkpoint-tmp"
     (half / "state").mkdir(parents=True)
     (half / "state" / "manifest.ocdbt").write_bytes(b"half")
-    kept = find_kept(tmp_path)
-    assert list(kept) == [3] and kept[3].manifest()["position"] == 3
+    (kept,) = find_kept(tmp_path)
+    assert kept.update == 3 and kept.manifest()["position"] == 3
     assert half.exists(), "another process may be writing it"
     again = Checkpoints(tmp_path, 2)
     assert again.position() == 3 and again.restore(Kept.manifest)["position"] == 3
@@ -142,8 +142,8 @@ def test_rising_valid_loss_leaves_the_newest_and_the_best(text, tmp_path, monkey
     results = loop.train_and_evaluate(cfg, tmp_path)
     assert folders(tmp_path / "checkpoints") == [3, 4] and folders(tmp_path / "best") == [2]
     assert results["valid"]["step"] == results["test"]["step"] == 2
-    for update in (4, 2):
-        manifest = find_kept(tmp_path)[update].manifest()
+    newest, _, best = find_kept(tmp_path)
+    for manifest in (newest.manifest(), best.manifest()):
         assert manifest["best_loss"] == 2.0 and manifest["best_position"] == 2
     newest, best = (open_trained(tmp_path, checkpoint=which) for which in ("last", "best"))
     assert (newest.step, best.step) == (4, 2)
@@ -271,14 +271,14 @@ def test_a_damaged_checkpoint_gives_way_to_the_newest_good_one(tmp_path, damage,
     again.save(state(12), {"position": 12})
     again.close()
     assert folders(tmp_path / "checkpoints") == [4, 8, 12]
-    same(whole(find_kept(tmp_path)[12]), state(12))
+    same(whole(find_kept(tmp_path)[0]), state(12))
 
 
 def test_no_bit_of_a_checkpoint_changes_unseen(checkpoints, tmp_path):
     manifest = {"position": 3, "best_loss": 0.5}
     checkpoints.save(state(3), manifest)
     checkpoints.wait()
-    kept, refused = find_kept(tmp_path)[3], 0
+    (kept,), refused = find_kept(tmp_path), 0
     rng = np.random.default_rng(0)
     part = abstract({"params": state(3)["params"]})
     for path in sorted(x for x in kept.path.rglob("*") if x.is_file()):
@@ -368,7 +368,7 @@ def test_a_best_that_cannot_be_copied_leaves_all_as_it_is(checkpoints, tmp_path,
 def test_what_the_disk_refuses_is_no_damage(checkpoints, tmp_path, monkeypatch):
     checkpoints.save(state(8), {"position": 8})
     checkpoints.wait()
-    (kept,) = find_kept(tmp_path).values()
+    (kept,) = find_kept(tmp_path)
 
     def broken(*_, **__):
         raise OSError(errno.EIO, "Input/output error")
@@ -434,7 +434,7 @@ def test_a_full_disk_is_told_by_its_name_and_older_checkpoints_survive(tmp_path,
     again.save(state(8), {"position": 8})
     again.close()
     assert folders(tmp_path / "checkpoints") == [8]
-    same(whole(find_kept(tmp_path)[8]), state(8))
+    same(whole(find_kept(tmp_path)[0]), state(8))
 
 
 def test_damaged_lines_of_metrics_are_left_out(tmp_path):

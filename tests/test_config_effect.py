@@ -32,7 +32,7 @@ from lm_jax.kernels import device
 from lm_jax.models import families
 from lm_jax.objective import NextToken
 from tests.distill.toys import toy_teacher
-from tests.helpers import batch_hash
+from tests.helpers import batch_hash, thirds
 from tests.hugging_face import byte_level, save_tokenizer
 
 V = 29
@@ -465,7 +465,7 @@ def lab(tmp_path_factory):
     return Lab(root)
 
 
-@pytest.mark.parametrize("path", TABLE)
+@pytest.mark.parametrize("path", thirds(TABLE))
 def test_a_changed_field_changes_the_run(lab, path):
     value, aspects, companions = TABLE[path]
     if aspects.startswith("error: "):
@@ -493,7 +493,7 @@ NEEDED = {
 }
 
 
-@pytest.mark.parametrize("path", CHOICES)
+@pytest.mark.parametrize("path", thirds(CHOICES))
 def test_every_choice_is_a_run_of_its_own(lab, path):
     """A choice that nothing implements would be the same run as another one."""
     _, aspects, companions = TABLE[path]

@@ -53,8 +53,8 @@ DETERMINISTIC = {
 
 
 def fast(cases, names):
-    """Names of cases; all but `names` are slow tests, for they change with these kernels alone."""
-    return [pytest.param(n, marks=() if n in names else pytest.mark.slow) for n in cases]
+    """Names of cases; all but `names` are long tests, for they change with these kernels alone."""
+    return [pytest.param(n, marks=[] if n in names else LONG) for n in cases]
 
 
 def flash_of(case, **options):
@@ -86,7 +86,9 @@ def check(case, dtype, largest=2.0, **options):
     check_rounded(case, results, plain, truth, largest)
 
 
-@pytest.mark.parametrize("name", fast(CASES, ("one position", "everything")))
+@pytest.mark.parametrize(
+    "name", fast(CASES, ("one position", "everything", "heads in groups, 127"))
+)
 def test_values_and_gradients(name):
     # With one key the softmax has no gradient; what is left is the rounding of the output, which
     # the plain form does not use.
@@ -117,6 +119,7 @@ def test_missing_fence_is_a_race(monkeypatch, capfd):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_deterministic_differs_in_the_gradient_of_queries_alone(monkeypatch):
     """The two backward passes share the rest, and both give the same bits each time."""
     monkeypatch.setattr(plgpu, "wgmma", WGMMA)

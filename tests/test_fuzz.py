@@ -33,6 +33,7 @@ from lm_jax.data.references import in_nats, references
 from lm_jax.data.store import open_store
 from lm_jax.data.tokenizers.hf import HfTokenizer
 from lm_jax.data.tokenizers.load import load_tokenizer, train_tokenizer
+from lm_jax.data.windows import Windows
 from lm_jax.distill import cache as distill_cache
 from lm_jax.models import huggingface
 from lm_jax.workdir import read_metrics, read_record, record_config
@@ -195,11 +196,15 @@ class Damaged(bytes):
 
 
 class Reader(NamedTuple):
-    """What is read, from which files of a folder that `made` fills."""
+    """What is read, from which files of a folder that `made` fills.
+
+    With `hashed` what is read is what was written, or it is refused.
+    """
 
     made: Callable[[pathlib.Path], Any]
     read: Callable[[pathlib.Path, Any], Any]
     files: list[str]
+    hashed: bool = False
 
 
 def a_store(folder, kind="char"):
@@ -291,12 +296,16 @@ def a_teacher_cache(folder):
 
 def read_teacher_cache(folder, cfg):
     cfg = config.replace(cfg, distill__cache=str(folder / "kept"))
-    return distill_cache.open_cache(cfg, open_store(folder / "store"))[1]
+    store = open_store(folder / "store")
+    extend, _ = distill_cache.open_cache(cfg, store)
+    batch = Windows(store.split("train"), cfg.data.seq_len, True).batch(np.arange(2))
+    return {name: x.tolist() for name, x in extend(batch).items()}
 
 
 def read_store(folder, _):
     store = open_store(folder / "store")
-    return [store.split(name).words for name in store.manifest["splits"]]
+    splits = [store.split(name) for name in store.manifest["splits"]]
+    return store.manifest, [(split.tokens.tolist(), split.words) for split in splits]
 
 
 def with_references(folder):
@@ -310,6 +319,7 @@ READERS = {
         read_store,
         [f"store/{name}" for name in ("manifest.json", "tokenizer/tokenizer.json")]
         + ["store/test.tokens.npy", "store/test.documents.npy"],
+        hashed=True,
     ),
     "record": Reader(
         a_record,
@@ -327,12 +337,14 @@ READERS = {
         with_references,
         lambda folder, _: in_nats(references(open_store(folder / "store"), "test")),
         ["store/references_test.json"],
+        hashed=True,
     ),
     "hashes": Reader(a_memory_of_hashes, read_hashes, ["file_hashes.json"]),
     "teacher cache": Reader(
         a_teacher_cache,
         read_teacher_cache,
         [f"kept/{name}" for name in ("manifest.json", "hashes.npy", "ids.npy", "log_p.npy")],
+        hashed=True,
     ),
     **{f"tokenizer {kind}": a_tokenizer(kind) for kind in ("byte", "char", "word", "bpe")},
     "tokenizer hf": Reader(
@@ -379,16 +391,17 @@ def bounded():
 
 
 def examine(read, folder, made, path):
-    """Reads, and asks of an error that it is one of ours, in one sentence that names the file."""
+    """What is read, or None after an error of ours: one sentence that names the file."""
     try:
         with bounded():
-            read(folder, made)
+            return read(folder, made)
     except TimeoutError:
         raise
     except (ValueError, OSError) as error:
         said = str(error)
         assert path.name in said or path.parent.name in said, f"no file is named: {error!r}"
         assert isinstance(error, OSError) or said.rstrip()[-1] in ".)", f"no sentence: {error!r}"
+    return None
 
 
 @pytest.fixture(scope="module")
@@ -412,9 +425,8 @@ def folder_of(tmp_path_factory):
     [(name, file) for name, reader in READERS.items() for file in reader.files],
 )
 def test_a_damaged_file_is_told_or_read(name, file, examples, folder_of):
-    folder, given = folder_of(name)
-    read, path = READERS[name].read, folder / file
-    read(folder, given)
+    (folder, given), reader = folder_of(name), READERS[name]
+    path, written = folder / file, reader.read(folder, given)
     whole = path.read_bytes()
     kind = DAMAGE.get(path.suffix, damaged_bytes)
 
@@ -429,7 +441,8 @@ def test_a_damaged_file_is_told_or_read(name, file, examples, folder_of):
     @hypothesis.given(kind(whole).map(Damaged))
     def damage(damaged):
         path.write_bytes(damaged)
-        examine(read, folder, given, path)
+        found = examine(reader.read, folder, given, path)
+        assert not reader.hashed or found in (None, written)
 
     try:
         damage()

@@ -25,7 +25,7 @@ from lm_jax.models.families import create_model
 from lm_jax.objective import NextToken
 from lm_jax.samples import drop_samples
 from lm_jax.workdir import Trained, open_trained
-from tests.helpers import every, randomise, tiny_config
+from tests.helpers import randomise, thirds, tiny_config
 
 FAMILIES = {
     "rotary": {},
@@ -64,7 +64,7 @@ def full_logits(run, tokens_BT, dtype=jnp.float32):
     return forward(run.params)
 
 
-@pytest.mark.parametrize("family", every(FAMILIES))
+@pytest.mark.parametrize("family", thirds(FAMILIES))
 def test_cache_gives_the_logits_of_the_full_forward(family):
     run = make_run(**FAMILIES[family])
     tokens = np.random.default_rng(0).integers(1, V, (3, 24)).astype(np.int32)
@@ -88,7 +88,7 @@ def test_cache_gives_the_logits_of_the_full_forward(family):
         np.testing.assert_allclose(np.concatenate(found, axis=1), expected, atol=2e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("family", every(FAMILIES))
+@pytest.mark.parametrize("family", thirds(FAMILIES))
 def test_log_probs_are_those_of_the_scoring_path(family):
     run = make_run(**FAMILIES[family])
     prompt = "ab c."

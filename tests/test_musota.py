@@ -144,6 +144,7 @@ def test_entropy_is_a_share_of_its_maximum():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_dropout_reaches_the_gate():
     """In the first layer nothing before the gate is random but the gate itself."""
     cfg = tiny_config(**MUSOTA, model__dropout=0.5)

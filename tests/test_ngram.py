@@ -165,6 +165,7 @@ def test_a_text_of_one_symbol_has_references_of_zero_nats(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_wikitext_2_gives_the_known_perplexities():
     folder = shared_data("wikitext-2")
     number: dict[str, int] = {}

@@ -100,8 +100,8 @@ def test_without_a_best_checkpoint_the_next_evaluation_gives_one(text, tmp_path)
     # The learning rate rises until the model is worse than at the start.
     cfg = small(text, optim__peak_lr=10.0, optim__warmup="11", train__eval_every="2")
     loop.train_and_evaluate(cfg, tmp_path)
-    kept = find_kept(tmp_path)
-    assert kept[12].manifest()["best_position"] <= 8 and max(kept) == 12
+    newest = find_kept(tmp_path)[0]
+    assert newest.manifest()["best_position"] <= 8 and newest.update == 12
     shutil.rmtree(tmp_path / "best")
     assert open_trained(tmp_path).step == 12
     shutil.rmtree(tmp_path / "checkpoints" / "12")

@@ -8,7 +8,7 @@ import pytest
 from lm_jax import optim, step
 from lm_jax.models.families import create_model
 from lm_jax.objective import NextToken, Summary
-from tests.helpers import random_batch, tiny_config
+from tests.helpers import random_batch, thirds, tiny_config
 
 V = 29
 
@@ -196,7 +196,7 @@ def test_eval_is_exact_and_repeatable():
     np.testing.assert_allclose(a["token_nats"].sum(), sums.nats, rtol=1e-6)
 
 
-@pytest.mark.parametrize("peak_lr", [1e25, 1e38])
+@pytest.mark.parametrize("peak_lr", thirds([1e25, 1e38]))
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_an_update_to_an_infinite_state_is_skipped(name, peak_lr):
     batches = stacked(np.random.default_rng(11), 3)

@@ -18,6 +18,7 @@ from lm_jax.data.open import open_data
 from lm_jax.data.references import references
 from lm_jax.data.store import open_store, prepare, same_data
 from lm_jax.data.tokenizers.base import count_words
+from lm_jax.data.tokenizers.load import train_tokenizer
 from tests.helpers import read_only_folder, shared_data
 
 DOCUMENTS = {
@@ -62,7 +63,8 @@ def test_manifest(tmp_path):
     assert store.manifest["entropy_rate"] == 1.5
     assert store.manifest["vocab_size"] == 257
     assert store.manifest["tokenizer_hash"] == store.tokenizer.content_hash
-    assert store.manifest == json.loads((store.path / "manifest.json").read_text())
+    written = json.loads((store.path / "manifest.json").read_text())
+    assert store.manifest == {key: written[key] for key in store_module.MANIFEST_KEYS}
     assert [path.name for path in store.path.parent.iterdir()] == [store.path.name]
 
 
@@ -324,6 +326,10 @@ def _drop_key(path):
     (path / "manifest.json").write_text(json.dumps(manifest))
 
 
+def _other_tokenizer(path):
+    train_tokenizer("char", ["abc"], 0).save(path / "tokenizer")
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -335,8 +341,8 @@ def _drop_key(path):
         (lambda path: _edit(path, splits={"test": {"tokens": "a"}}), "lacks splits.test.tokens"),
         (_drop_key, "lacks splits.test.words"),
         (lambda path: _edit(path, format=99), "has format 99"),
-        (lambda path: _edit(path, vocab_size=300), "another vocab_size"),
-        (lambda path: _edit(path, tokenizer_hash="0"), "not the tokenizer that the store was made"),
+        (lambda path: _edit(path, vocab_size=300), "manifest.json is not what was written"),
+        (_other_tokenizer, "not the tokenizer that the store was made"),
         (lambda path: (path / "valid.documents.npy").unlink(), "There is no .*valid.documents"),
         (_truncate, "train.tokens.npy is cut short"),
         (_header("()"), r"train.tokens.npy holds an array \(\) of uint16, no row of uint16"),
@@ -435,4 +441,5 @@ def test_wikitext2_by_bpe_loses_nothing(wikitext2):
 def test_data_are_the_same_whatever_the_last_bits_of_their_entropy_rate():
     one = {"entropy_rate": 1.8036170964696578, "splits": {"train": {"sha256": "a"}}}
     assert same_data(one, one | {"entropy_rate": 1.803617096469658})
+    assert same_data(one, one | {"tokenizer_hash": "of a file saved anew"})
     assert not same_data(one, one | {"splits": {"train": {"sha256": "b"}}})

@@ -1,17 +1,21 @@
 """A sweep plans one folder a run, runs several side by side, skips, resumes and reports."""
 
+import contextlib
+import itertools
 import json
 import os
 import pathlib
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 
 from lm_jax.config.flags import load_module
-from tests.helpers import ROOT
+from lm_jax.rundir import occupied
+from tests.helpers import ROOT, thirds
 
 SCRIPT = ROOT / "scripts" / "sweep.py"
 sweep = load_module(SCRIPT)
@@ -96,8 +100,9 @@ def test_a_plan_that_cannot_be_followed_is_refused(tmp_path, specs, more, flags,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("jobs", [1, 2])
-@pytest.mark.parametrize("resumed", [False, True])
+@pytest.mark.parametrize(
+    ("jobs", "resumed"), thirds([(2, False), (1, False), (1, True), (2, True)])
+)
 def test_runs_side_by_side_once_the_first_has_its_memory(tmp_path, specs, jobs, resumed):
     runs = pretend(sweep.plan(specs, [0], tmp_path, []), seconds=1.5)
     if resumed:
@@ -109,6 +114,18 @@ def test_runs_side_by_side_once_the_first_has_its_memory(tmp_path, specs, jobs, 
     assert (second_begin < first_end) == (jobs == 2)
     assert second_begin > first_begin + 0.3  # when the first had logged an update
     assert "trained" in (runs[0].workdir / "log.txt").read_text()
+
+
+def test_a_run_that_a_killed_sweep_has_left_is_waited_for(tmp_path, specs, capsys):
+    runs = pretend(sweep.plan(specs[:1], [0], tmp_path, []))
+    with contextlib.ExitStack() as held:
+        held.enter_context(occupied(runs[0].workdir))
+        free = time.time() + 1
+        threading.Timer(1, held.close).start()
+        assert sweep.sweep(runs, jobs=1)
+    ((begin, _),) = spans(runs)
+    assert begin > free
+    assert capsys.readouterr().out.count("a-0: another process trains there; waiting for it") == 1
 
 
 def test_memory_that_is_not_there_is_waited_for(tmp_path, specs, monkeypatch):
@@ -154,8 +171,10 @@ def test_another_run_in_the_folder_of_a_finished_one_is_refused(tmp_path, specs)
         sweep.plan(specs[:1], [0], tmp_path, flags)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("whole_group", [False, True])
+@pytest.mark.parametrize(
+    ("number", "whole_group"),
+    thirds(itertools.product((signal.SIGINT, signal.SIGTERM), (True, False))),
+)
 def test_a_stopped_sweep_stops_its_runs_once(tmp_path, specs, number, whole_group):
     code = f"""
 import pathlib, sys

@@ -54,7 +54,7 @@ def field_of_json(record: str, field: str, skip_missing: bool, name: Callable[[]
     if text is None and skip_missing:
         return ""
     if not isinstance(text, str):
-        raise no_field(name(), field, sorted(value))
+        raise no_field(name(), field, sorted(value), missing=text is None)
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -76,10 +76,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def no_field(name: str, field: str, has: Any) -> ValueError:
-    """The error of what lacks the text field that `data.document` names; `has` is in its place."""
+def no_field(name: str, field: str, has: Any, *, missing: bool = False) -> ValueError:
+    """The error of what lacks the text field that `data.document` names; `has` is in its place.
+
+    `missing` tells that it is null or not there, which may be so of a few documents.
+    """
+    or_skip = ", or leave this one out by --config.data.skip_missing=True" * missing
     return ValueError(
         f"{name} has no text field {field!r} but {has}: set the FIELD of --config.data.document "
-        "to one that every document has, or leave out where it is null or missing by "
-        "--config.data.skip_missing=True."
+        f"to one that every document has{or_skip}."
     )

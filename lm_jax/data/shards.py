@@ -249,7 +249,8 @@ def _read_parquet(
                 elif text is None and skip_missing:
                     text = ""
                 if not isinstance(text, str):
-                    raise no_field(f"{path}, row {row}", field, type(text).__name__)
+                    kind, missing = type(text).__name__, text is None
+                    raise no_field(f"{path}, row {row}", field, kind, missing=missing)
                 yield text
 
 

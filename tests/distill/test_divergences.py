@@ -9,6 +9,7 @@ from scipy.special import log_softmax, logsumexp
 from lm_jax.kernels import divergences
 from lm_jax.kernels.linear_divergence import Groups, Member, linear_divergence
 from lm_jax.kernels.linear_loss import linear_cross_entropy
+from tests.helpers import thirds
 
 B, T, D, E, V = 2, 5, 6, 4, 23
 KINDS = ("forward", "reverse", "jsd", "skew")
@@ -119,8 +120,10 @@ def test_a_union_counts_each_id_once():
 
 @pytest.mark.parametrize(
     ("kind", "options"),
-    [(kind, {}) for kind in KINDS]
-    + [("reverse", {"support": support, "top_k": 3}) for support in ("top_k", "union")],
+    thirds(
+        [(kind, {}) for kind in KINDS]
+        + [("reverse", {"support": support, "top_k": 3}) for support in ("top_k", "union")]
+    ),
 )
 def test_gradient_against_central_differences(kind, options):
     with jax.enable_x64(True):

@@ -112,6 +112,7 @@ def test_the_divergence_is_that_of_next_bytes(text, teacher):
     np.testing.assert_allclose(np.exp(found).sum(-1), 1, rtol=1e-5)
 
 
+@pytest.mark.long
 def test_states_count_where_the_teacher_has_one(text, teacher):
     cfg, store, taught, _ = opened(text, distill__teachers=teacher, distill__feature="1")
     windows = pipeline.Windows(store.split("train"), cfg.data.seq_len, True)

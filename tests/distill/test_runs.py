@@ -311,6 +311,7 @@ def test_a_teacher_that_knows_nothing_is_refused(text, tmp_path):
         loop.train_and_evaluate(cfg, tmp_path / "run")
 
 
+@pytest.mark.long
 def test_the_preflight_is_in_order(distilled, text, runs):
     cfg = config.replace(distilled[0], doctor="fast", data__batch_size=32, data__micro_batch=16)
     scores = examine_config(cfg, level="fast")
@@ -334,6 +335,7 @@ def test_the_preflight_is_in_order_with_16_bits(text, runs, dtype):
     assert {f.status for f in scores} <= {"pass", "skip"}, scores
 
 
+@pytest.mark.long
 def test_the_preflight_sees_a_gradient_of_the_teacher_by_any_term(text, runs, monkeypatch):
     monkeypatch.setattr(jax.lax, "stop_gradient", lambda x: x)
     cfg = student(text, distill__teachers=str(runs / "teacher-0"), distill__feature="0.1")

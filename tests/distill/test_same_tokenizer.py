@@ -18,6 +18,7 @@ from lm_jax.export import write_tokenizer
 from lm_jax.models import huggingface
 from lm_jax.models.families import create_model
 from lm_jax.start import find_origin
+from lm_jax.workdir import record_config, resume_record
 from tests.helpers import small
 from tests.hugging_face import (
     LLAMA,
@@ -93,6 +94,22 @@ def test_the_same_tokenizer_in_another_file_teaches_all_ids(text, folders):
 def test_a_student_with_more_rows_than_its_teacher_is_refused(text, folders):
     with pytest.raises(ConfigError, match="original lacks 20 rows .* in config.tokenizer.folder"):
         opened(student(text, folders["padded"]), folders["original"])
+
+
+def test_a_run_goes_on_with_its_tokenizer_saved_anew(text, folders, tmp_path):
+    def data(name):
+        cfg = student(text, folders[name])
+        return resolve(cfg, windows=50), open_data(cfg)
+
+    cfg, store = data("original")
+    record_config(tmp_path, cfg, store, asked=cfg)
+    again, anew = data("saved anew")
+    assert anew.manifest["tokenizer_hash"] != store.manifest["tokenizer_hash"]
+    resume_record(tmp_path, again, anew, asked=again, position=4)
+    assert open_data(again, store.manifest).path == anew.path
+    padded, other = data("padded")
+    with pytest.raises(ConfigError, match="trained on another corpus or tokenizer"):
+        resume_record(tmp_path, padded, other, asked=padded, position=4)
 
 
 def test_nearly_the_same_tokenizer_is_refused_unless_asked_for(text, folders, tmp_path):

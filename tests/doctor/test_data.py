@@ -28,7 +28,7 @@ from tests.doctor.data_models import (
     silent,
     stream,
 )
-from tests.helpers import batch_hash, shared_data
+from tests.helpers import batch_hash, shared_data, thirds
 
 # Healthy twins.
 
@@ -123,7 +123,7 @@ LOG_LINES = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", LOG_LINES)
+@pytest.mark.parametrize("name", thirds(LOG_LINES))
 def test_lines_of_one_form_are_no_copies(name):
     """Fixed text recurs everywhere; only what the free fields tell can be copied."""
     form = LOG_LINES[name]

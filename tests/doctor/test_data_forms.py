@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.doctor.data_models import TRAIN, VALID, batches, cut, examine, silent, stream
-from tests.helpers import shared_data
+from tests.helpers import LONG, shared_data
 
 T = 63
 ROWS = cut(stream(TRAIN), T + 1, T)
@@ -162,7 +162,7 @@ def containment(report):
 @pytest.mark.parametrize(
     ("width", "stride"),
     [(8, 1), (8, 4), (16, 3), (33, 1), (33, 16), (65, 1)]
-    + [pytest.param(w, s, marks=pytest.mark.slow) for w, s in [(65, 32), (129, 1), (513, 5)]],
+    + [pytest.param(w, s, marks=LONG) for w, s in [(65, 32), (129, 1), (513, 5)]],
 )
 def test_windows_of_one_text_split_at_random(width, stride):
     ids = text(0, 6000 if stride == 1 else 20_000)

@@ -8,6 +8,7 @@ import pytest
 
 from lm_jax.doctor.loss import examine_loss
 from lm_jax.loss import cross_entropy
+from tests.helpers import LONG
 
 V = 131  # beyond 100, so that a label of -100 can wrap
 T = 12
@@ -98,8 +99,8 @@ def test_own_loss_is_silent(dtype, seed):
     [
         (2, 4, 2),
         pytest.param(3, 5, 2, marks=pytest.mark.slow),
-        pytest.param(1025, 129, 5, marks=pytest.mark.slow),
-        pytest.param(40_000, 64, 4, marks=pytest.mark.slow),
+        pytest.param(1025, 129, 5, marks=LONG),
+        pytest.param(40_000, 64, 4, marks=LONG),
     ],
 )
 def test_sizes_are_silent(vocab_size, seq_len, batch_size):

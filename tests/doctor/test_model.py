@@ -10,7 +10,7 @@ from lm_jax.doctor.model import examine_model
 from lm_jax.doctor.model.causality import probe_cuts
 from lm_jax.models.families import create_model
 from tests.doctor import leaks
-from tests.helpers import tiny_config
+from tests.helpers import thirds, tiny_config
 
 V = 61
 
@@ -413,7 +413,7 @@ FAMILIES = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", thirds(FAMILIES))
 def test_transformers_of_the_package_are_silent(family):
     T = 40
     cfg = tiny_config(data__seq_len=T, **FAMILIES[family])
