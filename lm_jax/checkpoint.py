@@ -3,15 +3,12 @@
 import contextlib
 import dataclasses
 import errno
-import functools
 import itertools
 import json
-import logging
 import os
 import pathlib
 import re
-import shutil
-import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -23,7 +20,9 @@ import tensorstore
 from lm_jax import console
 from lm_jax.checksum import checksums
 from lm_jax.data.files import hash_json
+from lm_jax.files import copy_folder
 from lm_jax.optim import path_name
+from lm_jax.orbax_errors import disk_error, hush_orbax
 from lm_jax.rundir import BEST, CHECKPOINTS, updates
 
 Manifest = dict[str, Any]
@@ -40,7 +39,10 @@ class Damaged(ValueError):
     def __init__(self, told: str):
         """Note which, and what is wrong with it."""
         self.told = told
-        super().__init__(f"{told}; restore it, or name another checkpoint or another --workdir.")
+        super().__init__(
+            f"{told}; restore it, move it away if an older one is there, or name another one or "
+            "another --workdir."
+        )
 
 
 class Checkpoints:
@@ -68,6 +70,10 @@ class Checkpoints:
         self._workdir = workdir
         self._newest = manager(CHECKPOINTS, keep)
         self._best = manager(BEST, 1)
+        aside = any(self._newest.directory.glob("*.damaged*"))
+        if aside and self.position() is None and jax.process_count() == 1:
+            for best in kept_in(workdir, BEST):  # a kill came before its copy was in place
+                self._set_aside([], instead=best)
 
     def save(self, state: Any, manifest: Manifest, *, best: bool = False) -> None:
         """Start saving `state`; `manifest["position"]` is the next batch's number and the name.
@@ -143,18 +149,21 @@ class Checkpoints:
     def _set_aside(self, damaged: Sequence["Kept"], instead: "Kept | None" = None) -> None:
         """Rename checkpoints, copy another to the newest ones, and look again at what is there.
 
-        The copy comes first: without any newest checkpoint the folder would be one of a new run.
+        The copy is in its place before others leave theirs: without any newest checkpoint the
+        folder would be one of a new run.
         """
+        target = None
         if instead is not None:
             target = self._newest.directory / instead.path.name
             half = target.with_name(f"{target.name}.orbax-checkpoint-tmp")
-            shutil.copytree(instead.path, half, dirs_exist_ok=True)
-        for one in damaged:
-            names = (f"{one.update}.damaged{n or ''}" for n in itertools.count())
-            free = (one.path.with_name(name) for name in names)
-            one.path.rename(next(path for path in free if not path.exists()))
-        if instead is not None:
+            copy_folder(instead.path, half)
+            for one in damaged:
+                if one.path == target:
+                    _rename(one)
             os.replace(half, target)
+        for one in damaged:
+            if one.path != target:
+                _rename(one)
         for manager in (self._newest, self._best):
             manager.reload()
 
@@ -173,11 +182,11 @@ class Checkpoints:
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
         """Give an error of the disk, for which tensorstore has a ValueError, its own kind."""
-        _hush()
+        hush_orbax()
         try:
             yield
         except ValueError as error:
-            if (code := _disk_error(error)) is None:
+            if (code := disk_error(error)) is None:
                 raise
             raise OSError(code, os.strerror(code), str(self._workdir)) from error
 
@@ -246,6 +255,15 @@ class Kept:
             raise self._damaged("its manifest is not what was saved")
         return found
 
+    def _goes(self, error: Exception) -> bool:
+        """Whether it is being removed, which orbax does file by file."""
+        missing = isinstance(error, FileNotFoundError) or re.search("(?i)not.found", str(error))
+        for _ in range(10 if missing else 0):
+            if not self.path.exists():
+                break
+            time.sleep(0.1)
+        return not self.path.exists()
+
     def _damaged(self, why: str) -> Damaged:
         return Damaged(f"{self.path}: damaged ({why})")
 
@@ -254,7 +272,7 @@ class Kept:
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[ocp.Checkpointer]:
-        _hush()
+        hush_orbax()
         items = dict(state=ocp.PyTreeCheckpointHandler(), manifest=ocp.JsonCheckpointHandler())
         try:
             with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**items)) as reader:
@@ -262,46 +280,24 @@ class Kept:
         except (Damaged, MemoryError, jax.errors.JaxRuntimeError):
             raise
         except Exception as error:  # orbax and tensorstore have no kind of error for it
-            if not self.path.exists():
+            if self._goes(error):
                 raise FileNotFoundError(
                     f"{self.path} is gone, as old ones of a run that goes on are; try again."
                 ) from error
-            code = getattr(error, "errno", None) or _disk_error(error)
+            code = getattr(error, "errno", None) or disk_error(error)
+            if not all(os.access(part, os.R_OK | os.X_OK) for part in self.path.glob("*/")):
+                code = errno.EACCES  # which orbax takes for something that is not there
             if code not in (None, *_MISSING):  # the disk, or rights, which may come back
                 raise OSError(code, os.strerror(code), str(self.path)) from error
             what = str(error.__cause__ or error).partition("\n")[0].partition(" [")[0].rstrip(".")
             raise self._damaged(what[:_SHOWN]) from error
 
 
-def _hush() -> None:
-    """Leave the errors of orbax to those who catch them; it tells each several times."""
-    for name in ("absl", "asyncio"):
-        logging.getLogger(name).addFilter(_unlike_raised)
-    if getattr(sys.unraisablehook, "func", None) is not _unraisable:
-        sys.unraisablehook = functools.partial(_unraisable, sys.unraisablehook)
-
-
-def _disk_error(error: Exception) -> int | None:
-    """The number of the system's error that tensorstore tells in words; None if there is none."""
-    number = re.search(r"os_error_code='(\d+)'", str(error))
-    return number and int(number[1])
-
-
-def _unlike_raised(record: logging.LogRecord) -> bool:
-    """Whether orbax tells something else than the traceback of an error that it raises anyway."""
-    return not (record.exc_info and "orbax" in record.pathname + record.getMessage())
-
-
-def _unraisable(otherwise: Callable[[Any], object], lost: Any) -> None:
-    """Leave out what orbax has left of a checkpoint that it gave up, pages for every leaf.
-
-    Coroutines say it when they are collected, and threads that look for their loop; the error
-    itself was raised before.
-    """
-    source = getattr(getattr(lost.object, "cr_code", None), "co_filename", "")
-    own = "orbax" in source or str(lost.exc_value) == "Event loop is closed"
-    if not own or isinstance(lost.exc_value, KeyboardInterrupt):
-        otherwise(lost)
+def _rename(damaged: Kept) -> None:
+    """Let a damaged checkpoint be in nobody's way."""
+    names = (f"{damaged.update}.damaged{n or ''}" for n in itertools.count())
+    free = (damaged.path.with_name(name) for name in names)
+    damaged.path.rename(next(path for path in free if not path.exists()))
 
 
 def kept_in(workdir: pathlib.Path, name: str) -> list[Kept]:

@@ -75,6 +75,16 @@ def whole_folder(path: Path) -> Iterator[Path]:
         raise
 
 
+def copy_folder(source: Path, target: Path) -> None:
+    """Copies a folder, whole or not at all; an error is that of the first file."""
+    with whole_folder(target) as copy:
+        for path in source.rglob("*"):
+            if path.is_dir():
+                (copy / path.relative_to(source)).mkdir()
+            else:
+                shutil.copyfile(path, copy / path.relative_to(source))
+
+
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF)
 _HOLDER = b"process "  # begins what a lock says
 

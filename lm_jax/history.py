@@ -212,10 +212,7 @@ class Log:
         steps_N = np.array([row["step"] for row in rows], float)
         squares: dict[str, Any] = {}
         for name in dict.fromkeys(name for row in rows for name in row):
-            values: list[Any] = [row.get(name) for row in rows]
-            if not {*map(type, values)} <= _PLAIN:
-                values = [value if finite(value) else None for value in values]
-            values_N = np.array(values, float)
+            values_N = _numbers([row.get(name) for row in rows])
             if layer := _layer(name):
                 squares[layer] = squares.get(layer, 0) + values_N**2
             else:
@@ -236,6 +233,14 @@ class Log:
     def total(self, name: str) -> float:
         """The sum of a metric over all updates."""
         return self._metrics.get(name, Stretches()).total
+
+
+def _numbers(values: Sequence[Any]) -> np.ndarray:
+    """As float64, with NaN for what is no finite number."""
+    with contextlib.suppress(OverflowError):  # of a whole number that no float holds
+        if {*map(type, values)} <= _PLAIN:
+            return np.array(values, float)
+    return np.array([value if finite(value) else None for value in values], float)
 
 
 def _extend(

@@ -69,7 +69,8 @@ def train(cfg: Config | str | os.PathLike, workdir: str | os.PathLike | None = N
     Raises:
         ConfigError: for an impossible config, or one that differs from the workdir's, or if another
             trainer has the workdir.
-        FloatingPointError: after `train.max_nonfinite` skipped updates in a row.
+        FloatingPointError: after `train.max_nonfinite` skipped updates in a row, or one that made
+            the parameters infinite.
         Unfit: if the doctor finds the run at fault before it starts.
         Interrupted: after SIGINT, SIGTERM or SIGHUP, once the state is saved; in a notebook it is
             a KeyboardInterrupt like any other.

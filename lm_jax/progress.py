@@ -52,7 +52,7 @@ class Progress:
         self._writers = Writers(
             run.folder, cfg, start=run.start, resuming=run.resuming, again=again
         )
-        if run.resuming and jax.process_index() == 0:
+        if jax.process_index() == 0:
             drop_samples(run.folder, run.start - again)
         self._trace = Trace(run.folder, cfg.train.profile.updates())
         self._flops = metrics.flops_per_token(cfg, run.store.tokenizer.vocab_size)
@@ -104,7 +104,8 @@ class Progress:
         """Log the call that is not logged yet; waits until it is done.
 
         Raises:
-            FloatingPointError: after `train.max_nonfinite` skipped updates in a row.
+            FloatingPointError: after `train.max_nonfinite` skipped updates in a row, or one that
+                made the parameters infinite.
         """
         if self._pending is None:
             return
@@ -166,16 +167,21 @@ class Progress:
         )
 
     def _guard(self, now: int, row: dict[str, Any], batch: Batch, state: TrainState) -> None:
-        """Name skipped updates and what spoiled them, and stop after too many in a row."""
+        """Name skipped updates and what spoiled them; stop after too many, or infinite parameters.
+
+        What is saved is looked at here before.
+        """
+        if not math.isfinite(row["optim/param_norm"]):
+            raise FloatingPointError(
+                f"update {now:,} made the parameters infinite, at a learning rate of "
+                f"{row['optim/lr']:.3g}; lower config.optim.peak_lr."
+            )
         if not row["optim/skipped_updates"]:
             self._skipped.clear()
             return
         self._skipped.append(now)
-        sound = math.isfinite(row["train/loss"]) and math.isfinite(row["optim/grad_norm"])
-        found = f"loss or gradient of batch {now - 1} is not finite"
-        after = f"the state after it is not finite, at a learning rate of {row['optim/lr']:.3g}"
-        console.say(f"update {now} skipped: {after if sound else found}")
-        if len(self._skipped) == 1 and not sound and jax.process_count() == 1:
+        console.say(f"update {now} skipped: loss or gradient of batch {now - 1} is not finite")
+        if len(self._skipped) == 1 and jax.process_count() == 1:
             gradients_of = step.make_gradients(self.run.cfg, self.run.objective)
 
             def spoiled(params: Any, batch: Any) -> tuple[Any, ...]:
@@ -186,9 +192,8 @@ class Progress:
             console.say(provenance.describe(origin))
         if len(self._skipped) >= self.run.cfg.train.max_nonfinite:
             raise FloatingPointError(
-                f"updates {self._skipped[0]} to {self._skipped[-1]} were all skipped for a loss, "
-                "gradient or state that is not finite; lower config.optim.peak_lr, or look "
-                "at these batches."
+                f"updates {self._skipped[0]} to {self._skipped[-1]} were all skipped for "
+                "non-finite loss or gradient; lower config.optim.peak_lr or look at these batches."
             )
 
     @property

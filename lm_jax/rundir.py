@@ -102,7 +102,8 @@ def refuse_older(config_json: pathlib.Path, record: dict[str, Any]) -> None:
     Raises:
         ConfigError: naming the version that can go on.
     """
-    version = record.get("versions", {}).get("lm_jax", "")
+    versions = record.get("versions")
+    version = str(versions.get("lm_jax")) if isinstance(versions, dict) else ""
     if version.startswith("0.1."):
         raise ConfigError(
             f"{config_json}: the run was made by lm_jax {version}, whose checkpoints this version "

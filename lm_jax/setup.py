@@ -280,7 +280,7 @@ def _enter(
     checkpoints = Checkpoints(folder, cfg.train.keep)
     position = checkpoints.position()
     lines = []
-    if jax.process_index() == 0:  # which clears the log
+    if jax.process_index() == 0:  # alone, for it clears the log below while others would read
         lines = writers.tell_divergence(folder, position, cfg.train.max_nonfinite)
     if position is not None:
         old = workdir.resume_record(folder, cfg, store, asked=asked, position=position)

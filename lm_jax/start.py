@@ -99,7 +99,7 @@ def find_origin(cfg: Config, store: Store) -> Origin | None:
     with errors_of(WHERE):
         record = read_record(folder, checkpoints=True)
     kept = checkpoint.find_kept(folder)
-    wanted = [one for one in kept if match[2] in (None, str(one.update))]
+    wanted = [one for one in kept if int(match[2] or one.update) == one.update]
     if not wanted:
         there = ", ".join(map(str, sorted({one.update for one in kept}))) or "none"
         raise ConfigError(f"{WHERE}: {given} is not kept; {folder} holds the updates: {there}.")

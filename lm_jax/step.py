@@ -196,8 +196,9 @@ def make_update(
 ) -> Callable[[TrainState, Any, Summary], tuple[TrainState, Metrics]]:
     """`(state, gradient, summary) -> (state, metrics)`: the update that a gradient makes.
 
-    Where the nats, the gradient or the state after it are not finite, parameters, their average
-    and the optimiser stay as they are.
+    Where the nats or the gradient are not finite, parameters and optimiser stay as they are. What
+    the optimiser keeps is finite after any other gradient; where the parameters are not, or so
+    large that their squares overflow, their norm is NaN.
     What is trained beside the model is neither clipped nor part of the logged norms.
     """
     tx = optim.make_optimizer(cfg.optim, beside_lr)
@@ -219,13 +220,12 @@ def make_update(
             ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema, new.params)
             new = new._replace(ema=ema)
 
-        # A finite gradient may make other things of the state infinite. Parameters so large that
-        # their squares overflow count as infinite too: no model computes with them.
-        norms = jnp.stack([found.nats, norm, optim.global_norm(new.trained)])
-        finite = jnp.isfinite(norms).all()
-        for leaf in jax.tree.leaves((new.opt_state, new.ema)):
-            finite &= jnp.isfinite(leaf).all()
+        finite = jnp.isfinite(norm) & jnp.isfinite(found.nats)
+        for other in others:
+            finite &= jnp.isfinite(optim.global_norm(other))
+        # Not by the new parameters, which would wait in memory for it beside the old ones.
         new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
+        sound = jnp.isfinite(optim.global_norm(new.trained))
         moved = optim.global_norm(updates[0] if beside_lr else updates)
         metrics = {
             "train/loss": found.nats / jnp.maximum(found.count, 1),
@@ -235,7 +235,7 @@ def make_update(
             "optim/grad_norm_clipped": clipped_norm,
             "optim/clip_rate": (clipped_norm < norm).astype(jnp.float32),
             "optim/update_norm": jnp.where(finite, moved, 0.0),
-            "optim/param_norm": optim.global_norm(new.params),
+            "optim/param_norm": jnp.where(sound, optim.global_norm(new.params), jnp.nan),
             "optim/skipped_updates": 1 - finite.astype(jnp.float32),
             **layer_norms,
             **found.metrics,

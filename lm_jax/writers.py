@@ -114,7 +114,7 @@ class _Wandb:
 
 
 def tell_divergence(workdir: pathlib.Path, position: int | None, most: int) -> list[str]:
-    """In words, where the last run ended for updates that were skipped; empty if it did not.
+    """In words, where the last run ended for what was not finite; empty if it did not.
 
     Args:
         workdir: folder of the run.
@@ -122,14 +122,17 @@ def tell_divergence(workdir: pathlib.Path, position: int | None, most: int) -> l
         most: `train.max_nonfinite`.
     """
     last = _last_rows(workdir / METRICS, lambda row: row.get("optim/skipped_updates") == 0)
-    rows = [row for row in last if "optim/skipped_updates" in row]
+    rows = [row for row in last if "optim/skipped_updates" in row and row["step"] > (position or 0)]
     skipped = list(itertools.takewhile(lambda row: row["optim/skipped_updates"], reversed(rows)))
-    if len(skipped) < most or skipped[0]["step"] <= (position or 0):
+    if rows and rows[-1].get("optim/param_norm", 0) is None:
+        found = f"update {rows[-1]['step']:,}, which made the parameters infinite"
+    elif len(skipped) >= most:
+        found = f"updates {skipped[-1]['step']:,} to {skipped[0]['step']:,}, which were not finite"
+    else:
         return []
     where = "" if position is None else " in another --workdir"
     return [
-        f"the last run here ended at updates {skipped[-1]['step']:,} to {skipped[0]['step']:,}, "
-        "which were not finite, and ends there again unless something changes: lower "
+        f"the last run here ended at {found}, and ends there again unless something changes: lower "
         f"config.optim.peak_lr, or lengthen config.optim.warmup,{where} or look at these batches"
     ]
 

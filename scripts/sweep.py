@@ -68,6 +68,8 @@ class Run:
                 console.say(f"{self.workdir}: another process trains there; waiting for it")
             self.waits = True
             return False
+        except ValueError:  # the lock is none: the run itself says so
+            return True
 
     def start(self, jobs: int) -> None:
         """Start it, or go on where it stopped."""
@@ -176,8 +178,12 @@ def sweep(runs: Sequence[Run], jobs: int) -> bool:
                     assert run.process is not None
                     largest = max(largest, peak_bytes(run.process))
                     if (code := run.process.poll()) is not None:
-                        failed |= not run.end(code)
                         running.remove(run)
+                        # One that a killed sweep has left may take its lock late.
+                        if code and not run.free():
+                            waiting.insert(0, run)
+                        else:
+                            failed |= not run.end(code)
                 settled = all(run.training() for run in running)
                 fits = not running or (settled and free_bytes() > HEADROOM * largest)
                 if waiting and len(running) < jobs and fits and waiting[0].free():

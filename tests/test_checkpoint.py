@@ -1,8 +1,10 @@
 import contextlib
 import errno
 import json
+import os
 import resource
 import shutil
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -156,6 +158,8 @@ def test_a_run_of_another_layout_is_refused_in_one_sentence(tmp_path):
     rundir.refuse_older(path, {"versions": {"lm_jax": "0.2.0"}})
     with pytest.raises(ConfigError, match=r"config.json: .*lm_jax 0\.1\.0, .*go on with that one"):
         rundir.refuse_older(path, {"versions": {"lm_jax": "0.1.0"}})
+    for versions in (None, 3, {"lm_jax": 3}):
+        rundir.refuse_older(path, {"versions": versions})
 
 
 def test_a_manifest_may_change_after_it_was_handed_over(checkpoints):
@@ -347,22 +351,70 @@ def test_where_all_are_damaged_one_sentence_says_so_and_nothing_is_touched(check
     assert all(path.exists() for path in paths)
 
 
-def test_a_best_that_cannot_be_copied_leaves_all_as_it_is(checkpoints, tmp_path, monkeypatch):
+def test_a_best_that_cannot_be_copied_leaves_all_as_it_is(checkpoints, tmp_path):
     """Without any newest checkpoint the next start would begin anew, and remove the best."""
     checkpoints.save(state(8), {"position": 8})
     checkpoints.save(state(6), {"position": 6}, best=True)
     checkpoints.wait()
     flip(largest(tmp_path / "checkpoints" / "8"))
 
-    def full(*_, **__):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(shutil, "copytree", full)
-        with pytest.raises(OSError, match="No space left"):
-            checkpoints.restore(whole)
-    assert folders(tmp_path / "checkpoints") == [8] and folders(tmp_path / "best") == [6]
+    with full_disk(4096), pytest.raises(OSError, match="File too large") as raised:
+        checkpoints.restore(whole)
+    assert raised.value.errno == errno.EFBIG
+    assert raised.value.filename.startswith(str(tmp_path))
+    assert os.listdir(tmp_path / "checkpoints") == ["8"] and folders(tmp_path / "best") == [6]
     same(checkpoints.restore(whole), state(6))
+
+
+@pytest.mark.parametrize("best", [6, 8])
+@pytest.mark.parametrize("renames", range(4))
+def test_a_kill_while_the_best_takes_their_place_loses_nothing(
+    checkpoints, tmp_path, monkeypatch, best, renames
+):
+    for position in (4, 8):
+        checkpoints.save(state(position), {"position": position})
+    checkpoints.save(state(best), {"position": best}, best=True)
+    checkpoints.wait()
+    for position in (4, 8):
+        flip(largest(tmp_path / "checkpoints" / str(position)))
+    left = iter(range(renames))
+
+    def dying(rename):
+        def renamed(*paths):
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            rename(*paths)
+
+        return renamed
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        for name in ("replace", "rename"):
+            patched.setattr(os, name, dying(getattr(os, name)))
+        checkpoints.restore(whole)
+    again = Checkpoints(tmp_path, 2)
+    assert again.position() is not None
+    same(again.restore(whole), state(best))
+    again.close()
+
+
+def test_a_checkpoint_that_goes_while_it_is_read_is_no_damage(checkpoints, tmp_path):
+    """Orbax removes an old one file by file, and a reader may stand beside the trainer."""
+    checkpoints.save(state(8), {"position": 8})
+    checkpoints.wait()
+    (kept,) = find_kept(tmp_path)
+    shutil.rmtree(kept.path / "manifest")
+    threading.Timer(0.3, shutil.rmtree, [kept.path]).start()
+    with pytest.raises(FileNotFoundError, match=f"{kept.path} is gone"):
+        kept.manifest()
+
+
+def test_rights_that_are_missing_are_no_damage(checkpoints, tmp_path, monkeypatch):
+    checkpoints.save(state(8), {"position": 8})
+    checkpoints.wait()
+    shutil.rmtree(tmp_path / "checkpoints" / "8" / "manifest")  # so it looks to orbax
+    monkeypatch.setattr(os, "access", lambda *_, **__: False)
+    with pytest.raises(PermissionError, match="checkpoints/8"):
+        checkpoints.restore(whole)
 
 
 def test_what_the_disk_refuses_is_no_damage(checkpoints, tmp_path, monkeypatch):

@@ -305,6 +305,7 @@ def run_loop(cfg, workdir):
                 "data/scored": metrics["loss"],
                 "optim/lr": metrics["lr"],
                 "optim/grad_norm": metrics["grad_norm"],
+                "optim/param_norm": metrics["grad_norm"],
                 "optim/skipped_updates": metrics["skipped"],
             }
 

@@ -466,6 +466,27 @@ def test_ids_that_no_model_has_take_no_memory(tmp_path, changes):
         HfTokenizer.from_folder(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"merges": [["Ġlow", "Ġnewest"]]},  # longer than every token
+        {"merges": ["low new"]},
+        {"continuing_subword_prefix": "x" * 19},
+        {"vocab": {"Ġlow": 3, "l": 3}},
+    ],
+)
+def test_a_model_at_which_the_library_panics_is_refused(tmp_path, changes):
+    of_hugging_face(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    tree = json.loads(path.read_text())
+    vocab = tree["model"]["vocab"] | changes.pop("vocab", {})
+    tree["model"] |= {"vocab": vocab} | changes
+    path.write_text(json.dumps(tree))
+    said = r"tokenizer\.json cannot be read .*(of other tokens than those|two tokens have one id)"
+    with pytest.raises(ValueError, match=said):
+        HfTokenizer.from_folder(tmp_path)
+
+
 def test_merges_of_no_tokens_do_not_reach_the_library(tmp_path):
     train_tokenizer("bpe", TEXTS, 270).save(tmp_path)
     path = tmp_path / "tokenizer.json"

@@ -481,6 +481,8 @@ def test_samples_of_evaluations_that_come_again_are_dropped(tmp_path):
         drop_samples(tmp_path, after)
         assert records(tmp_path) == left
     drop_samples(tmp_path / "none", 3)
+    (tmp_path / "samples.jsonl").write_text('{"evaluation": true, "step": null}\n')
+    drop_samples(tmp_path, 3)
 
 
 def test_samples_at_an_evaluation(workdir, tmp_path):

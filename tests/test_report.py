@@ -143,6 +143,12 @@ def test_few_updates_are_drawn_as_they_are(tmp_path):
     assert list(found.steps) == list(range(1, 301))
 
 
+def test_a_number_that_no_float_holds_is_left_out(tmp_path):
+    losses = [3.0, 10**400, 2.0]
+    write_rows(tmp_path, [{"step": n, "train/loss": loss} for n, loss in enumerate(losses, 1)])
+    assert list(Log(tmp_path).read().course("train/loss", 9).mean) == [3.0, 2.0]
+
+
 def test_of_many_updates_nothing_is_lost_that_a_page_shows(tmp_path):
     rows = list(logged(20_000))
     write_rows(tmp_path, rows)

@@ -28,6 +28,7 @@ MANIFEST_KEYS = (
     "format corpus corpus_fingerprint tokenizer_kind tokenizer_hash vocab_size entropy_rate splits"
 ).split()
 SPLIT_KEYS = [*parts.COUNTS, "sha256"]
+_READS = ("tokenizer_hash", "tokenizer_identity")  # of a manifest; one of them tells ids apart
 _SEAL = "sha256"  # of the rest of a manifest
 BLOCK = 1 << 20  # ids or offsets read at once
 
@@ -75,11 +76,12 @@ def same_data(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether two manifests are of the same data.
 
     The entropy rate of a known source is computed, and NumPy's versions differ in its last bits.
-    The hash of a tokenizer's file changes when it is saved anew; the splits have a hash of their
-    ids.
+    A tokenizer that does the same may be in another file; version 0.3 kept the hash of that alone.
     """
-    free = dict.fromkeys(("entropy_rate", "tokenizer_hash"))
-    return {**one, **free} == {**other, **free}
+    names = {*MANIFEST_KEYS} - {"entropy_rate", "tokenizer_hash"}
+    same = all(one.get(name) == other.get(name) for name in names)
+    alike = (one[key] == other[key] for key in _READS if key in one and key in other)
+    return same and any(alike)
 
 
 def prepare(
@@ -159,6 +161,8 @@ def open_store(path: str | os.PathLike) -> Store:
     manifest, tokenizer = _read_manifest(path / "manifest.json"), load_tokenizer(path / "tokenizer")
     if tokenizer.content_hash != manifest["tokenizer_hash"]:
         raise _broken(path / "tokenizer", "is not the tokenizer that the store was made with")
+    if tokenizer.vocab_size != manifest["vocab_size"]:
+        raise _broken(path / "manifest.json", "gives another vocab_size than the tokenizer")
     for name, counts in manifest["splits"].items():
         _check_split(path, name, tokenizer, counts)
     return Store(path, manifest, tokenizer)
@@ -257,7 +261,8 @@ def _write_and_join(corpus: Corpus, tokenizer: Tokenizer, unfinished: Path, work
 def _join(corpus: Corpus, all_parts: list[Part], tokenizer: Tokenizer, unfinished: Path) -> None:
     """Writes the folder `store` from the finished parts."""
     folder = unfinished / "store"
-    folder.mkdir(exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)  # of a kill, with files that nobody would remove
+    folder.mkdir()
     tokenizer.save(folder / "tokenizer")
     splits = {}
     for name in corpus.splits:
@@ -274,6 +279,7 @@ def _join(corpus: Corpus, all_parts: list[Part], tokenizer: Tokenizer, unfinishe
         "corpus_fingerprint": corpus.fingerprint,
         "tokenizer_kind": tokenizer.kind,
         "tokenizer_hash": tokenizer.content_hash,
+        "tokenizer_identity": tokenizer.identity,
         "vocab_size": tokenizer.vocab_size,
         "entropy_rate": corpus.entropy_rate,
         "splits": splits,

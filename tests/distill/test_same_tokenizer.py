@@ -12,6 +12,7 @@ from lm_jax.config import ConfigError
 from lm_jax.config.resolve import resolve
 from lm_jax.data import windows
 from lm_jax.data.open import open_data
+from lm_jax.data.store import same_data
 from lm_jax.distill.objective import distilled
 from lm_jax.distill.opening import open_teacher
 from lm_jax.export import write_tokenizer
@@ -110,6 +111,21 @@ def test_a_run_goes_on_with_its_tokenizer_saved_anew(text, folders, tmp_path):
     padded, other = data("padded")
     with pytest.raises(ConfigError, match="trained on another corpus or tokenizer"):
         resume_record(tmp_path, padded, other, asked=padded, position=4)
+
+
+def test_data_with_another_separator_are_other_data(text, tmp_path):
+    """Though the ids of all texts are the same."""
+    tree = byte_level()
+    other = tree["added_tokens"][0] | {"id": 300, "content": "<s>"}
+    tree["added_tokens"].append(other)
+    one, two = (
+        open_data(student(text, save_tokenizer(tmp_path / name, tree, special, vocab_size=301)))
+        for name, special in (("a", "<|endoftext|>"), ("b", "<s>"))
+    )
+    assert one.manifest["splits"] == two.manifest["splits"]
+    assert not same_data(one.manifest, two.manifest)
+    old = one.manifest.keys() - {"tokenizer_identity"}  # of version 0.3
+    assert same_data({key: one.manifest[key] for key in old}, one.manifest)
 
 
 def test_nearly_the_same_tokenizer_is_refused_unless_asked_for(text, folders, tmp_path):

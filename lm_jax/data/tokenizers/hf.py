@@ -41,7 +41,7 @@ class HfTokenizer(Tokenizer):
         """
         self.definition, self.separator = definition, separator
         try:
-            _refuse_beyond(json.loads(definition), vocab_size)
+            _refuse_early(json.loads(definition), vocab_size)
             # The library fills in what older files leave out.
             tree = json.loads(tokenizers.Tokenizer.from_str(definition).to_str())
         except Exception as error:  # the library raises no narrower class
@@ -153,13 +153,24 @@ class HfTokenizer(Tokenizer):
         return "model, or one of added_tokens,"
 
 
-def _refuse_beyond(tree: dict[str, Any], vocab_size: int) -> None:
-    """Raise ValueError for ids that no model has: the library takes memory for all below them."""
-    vocab, added = tree["model"]["vocab"], tree.get("added_tokens") or []
-    ids = [*(vocab.values() if isinstance(vocab, dict) else ()), *(one["id"] for one in added)]
-    for i in (vocab_size, *ids):
+def _refuse_early(tree: dict[str, Any], vocab_size: int) -> None:
+    """Raise ValueError for what the library does not survive.
+
+    It takes memory for all ids below the largest, and panics, which Python cannot catch as an
+    error, at a merge whose result is longer than every token.
+    """
+    model, added = tree["model"], tree.get("added_tokens") or []
+    vocab = model["vocab"] if isinstance(model["vocab"], dict) else {}
+    for i in (vocab_size, *vocab.values(), *(one["id"] for one in added)):
         if not isinstance(i, int) or not 0 <= i <= _MOST:
             raise ValueError(f"{i!r} is no id, nor a number of ids, up to {_MOST:,}")
+    if len({*vocab.values()}) < len(vocab):
+        raise ValueError("two tokens have one id")
+    prefix = model.get("continuing_subword_prefix") or ""
+    for merge in model.get("merges") or ():
+        a, b = merge.split(" ") if isinstance(merge, str) else merge
+        if not (b.startswith(prefix) and {a, b, a + b[len(prefix) :]} <= vocab.keys()):
+            raise ValueError(f"the merge {a} {b} is of other tokens than those of the vocabulary")
 
 
 def _writing(model: dict[str, Any], parts: Iterable[dict[str, Any]]) -> Callable[[str], bytes]:
