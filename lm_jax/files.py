@@ -8,6 +8,7 @@ import json
 import math
 import os
 import platform
+import re
 import secrets
 import shutil
 import stat
@@ -46,6 +47,24 @@ def whole(path: Path) -> Iterator[BinaryIO]:
 def _beside(path: Path) -> Path:
     """A hidden name beside a path, which no one can know before."""
     return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
+
+
+def remove_halves(folder: Path) -> None:
+    """Removes the files that processes which are gone were writing; see `whole`."""
+    for path in folder.glob(".*"):
+        written_by = re.fullmatch(r"\..+\.(\d+)-[0-9a-f]{8}", path.name)
+        if written_by and path.is_file() and not _lives(int(written_by[1])):
+            path.unlink(missing_ok=True)
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
 
 
 @contextlib.contextmanager

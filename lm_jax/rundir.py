@@ -13,7 +13,7 @@ from typing import Any
 
 from lm_jax import config
 from lm_jax.config import Config, ConfigError, rules
-from lm_jax.files import locked, read_json, user_path
+from lm_jax.files import locked, read_json, remove_halves, user_path
 
 RECORD = "config.json"
 SCORES = "eval_{}.json"  # of a split
@@ -137,6 +137,7 @@ def occupied(workdir: pathlib.Path) -> Iterator[None]:
 
     workdir.mkdir(parents=True, exist_ok=True)
     with locked(workdir / _LOCK, refuse):
+        remove_halves(workdir)
         yield
 
 

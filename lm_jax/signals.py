@@ -62,6 +62,10 @@ def handled() -> Iterator[None]:
     sys.unraisablehook = functools.partial(_raise_again, hook)
     try:
         yield
+    except ImportError as error:
+        if _received is None:
+            raise
+        raise Interrupted(_received) from error  # a C extension gave up for it
     finally:
         sys.unraisablehook = hook
         for number, handler in old.items():

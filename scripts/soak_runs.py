@@ -254,6 +254,7 @@ def left(workdir: pathlib.Path, cache: pathlib.Path) -> dict[str, Any]:
     Every leaf of every state is there by the hash of its bytes.
     """
     found: dict[str, Any] = {"files": _names(workdir, "run") | _names(cache, "cache")}
+    found["checkpoints"] = rundir.updates(workdir / rundir.CHECKPOINTS)
     for folder in (rundir.CHECKPOINTS, rundir.BEST):
         for update in rundir.updates(workdir / folder):
             path = (workdir / folder / str(update)).absolute()
@@ -312,6 +313,9 @@ def _hash(array: np.ndarray) -> str:
 
 def lost(whole: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
     """What differs from the run that nobody hurt, in words."""
+    if any(update % SAVED_EVERY for update in found["checkpoints"]):
+        # A signal came between two: what was saved then stands in the place of an older one.
+        whole, found = (_without_older(run) for run in (whole, found))
     junk = sorted(found["files"] - whole["files"])
     missing = sorted(whole["files"] - found["files"])
     words = [f"left over: {name}" for name in junk] + [f"missing: {name}" for name in missing]
@@ -325,6 +329,16 @@ def lost(whole: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
         more = f" and {len(names) - 1} more" * (len(names) > 1)
         words.append(f"other numbers: {names[0]}{more}")
     return words
+
+
+def _without_older(run: Mapping[str, Any]) -> dict[str, Any]:
+    """All but what is of an older checkpoint than the newest."""
+    older = re.compile(rf"(run/)?{rundir.CHECKPOINTS}/(?!{max(run['checkpoints'])}\b)\d")
+    names = {name for name in run["files"] if not older.match(name)}
+    return {k: v for k, v in run.items() if not older.match(k)} | {
+        "files": names,
+        "checkpoints": [],
+    }
 
 
 def survivors(root: pathlib.Path) -> list[int]:

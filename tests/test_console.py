@@ -147,6 +147,18 @@ def test_a_signal_that_is_swallowed_comes_again():
         time.sleep(0.01)
 
 
+def test_an_import_that_a_signal_breaks_is_a_stop():
+    """As a C extension gives up that is being initialised."""
+    with pytest.raises(Interrupted, match="SIGTERM"), signals.handled():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+        except Interrupted:
+            raise ImportError("while initializing the extension") from None
+    with pytest.raises(ImportError), signals.handled():
+        raise ImportError
+
+
 def test_a_signal_is_forgotten_by_what_comes_after_the_stopped_run():
     with pytest.raises(Interrupted), signals.handled():
         os.kill(os.getpid(), signal.SIGINT)

@@ -73,6 +73,11 @@ def test_a_state_that_is_forgotten_is_seen(soak):
     assert "other numbers: checkpoints/36 and" in words and "eval_valid.json" in words
 
 
+# By a signal after update 38: what is saved then is kept in the place of an older one.
+STOPPED = {"checkpoints": [38, 40], "checkpoints/36": None, "checkpoints/38": "4"}
+STOPPED |= {"files": {"run/a", "run/checkpoints/38/x"}}
+
+
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
@@ -85,9 +90,12 @@ def test_a_state_that_is_forgotten_is_seen(soak):
             ["metrics.jsonl 3 train and 1 more"],
         ),
         ({"eval_test.json": {}}, ["other numbers: eval_test.json"]),
+        (STOPPED, []),
+        (STOPPED | {"checkpoints/40": "0"}, ["other numbers: checkpoints/40"]),
     ],
 )
 def test_what_differs_is_told(changed, words):
     whole = {"files": {"run/a"}, "best/4 w": "1", "metrics.jsonl 3 train": {"train/loss": 1.0}}
+    whole |= {"checkpoints": [36, 40], "checkpoints/36": "2", "checkpoints/40": "3"}
     told = soak_runs.lost(whole, whole | changed)
     assert len(told) == len(words) and all(map(str.endswith, told, words))

@@ -55,6 +55,11 @@ def test_a_kill_leaves_the_old_file(tmp_path):
     assert process.returncode == -signal.SIGKILL
     assert path.read_text() == "old"
     assert [other.name[0] for other in tmp_path.iterdir() if other != path] == ["."]
+    (tmp_path / "run.1-0a1b2c3d").touch()
+    living = tmp_path / f".b.txt.{os.getpid()}-0a1b2c3d"
+    living.touch()
+    files.remove_halves(tmp_path)
+    assert {*tmp_path.iterdir()} == {path, living, tmp_path / "run.1-0a1b2c3d"}
 
 
 def test_json_is_readable_and_has_null_for_what_is_not_finite(tmp_path):
