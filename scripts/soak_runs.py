@@ -149,8 +149,9 @@ class Process:
             "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
         }
         with self.out.open("wb") as out, self.err.open("wb") as err:
+            heard = ["env", "--default-signal=HUP", *command]  # where the soak is under nohup too
             self.process = subprocess.Popen(
-                command, stdout=out, stderr=err, env=environment, start_new_session=True
+                heard, stdout=out, stderr=err, env=environment, start_new_session=True
             )
         self.alive.add(self)
 
