@@ -4,6 +4,7 @@ import os
 import pathlib
 import shutil
 import sys
+from typing import Any
 
 import pytest
 
@@ -74,8 +75,12 @@ def test_a_state_that_is_forgotten_is_seen(soak):
 
 
 # By a signal after update 38: what is saved then is kept in the place of an older one.
-STOPPED = {"checkpoints": [38, 40], "checkpoints/36": None, "checkpoints/38": "4"}
-STOPPED |= {"files": {"run/a", "run/checkpoints/38/x"}}
+STOPPED: dict[str, Any] = {
+    "files": {"run/a", "run/checkpoints/38/x"},
+    "checkpoints": [38, 40],
+    "checkpoints/36": None,
+    "checkpoints/38": "4",
+}
 
 
 @pytest.mark.parametrize(
