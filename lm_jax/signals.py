@@ -58,8 +58,9 @@ def handled() -> Iterator[None]:
     _installed = True
     ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()
     old = {number: signal.signal(number, _handle) for number in _NUMBERS - ignored}
-    hook = sys.unraisablehook
+    hook, told = sys.unraisablehook, sys.excepthook
     sys.unraisablehook = functools.partial(_raise_again, hook)
+    sys.excepthook = functools.partial(_tell, told)
     try:
         yield
     except ImportError as error:
@@ -67,7 +68,7 @@ def handled() -> Iterator[None]:
             raise
         raise Interrupted(_received) from error  # a C extension gave up for it
     finally:
-        sys.unraisablehook = hook
+        sys.unraisablehook, sys.excepthook = hook, told
         for number, handler in old.items():
             signal.signal(number, handler)
         _received, _installed = None, False  # what trains next may be a thread
@@ -110,6 +111,12 @@ def _raise_again(hook: Callable[[Any], object], lost: Any) -> None:
         return
     _received = None
     threading.Timer(0.05, _again, [lost.exc_value.number]).start()
+
+
+def _tell(hook: Callable[..., object], kind: type, error: BaseException, trace: Any) -> None:
+    """Leave out what a C extension prints of a signal before it gives up for it."""
+    if not isinstance(error, Interrupted):
+        hook(kind, error, trace)
 
 
 def _again(number: signal.Signals) -> None:

@@ -147,16 +147,23 @@ def test_a_signal_that_is_swallowed_comes_again():
         time.sleep(0.01)
 
 
-def test_an_import_that_a_signal_breaks_is_a_stop():
-    """As a C extension gives up that is being initialised."""
+def test_an_import_that_a_signal_breaks_is_a_stop(capsys):
+    """As a C extension tells it, and gives up that is being initialised."""
     with pytest.raises(Interrupted, match="SIGTERM"), signals.handled():
         try:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.01)
         except Interrupted:
+            sys.excepthook(*sys.exc_info())
             raise ImportError("while initializing the extension") from None
+    assert not capsys.readouterr().err
     with pytest.raises(ImportError), signals.handled():
-        raise ImportError
+        try:
+            raise ImportError("of its own")
+        except ImportError:
+            sys.excepthook(*sys.exc_info())
+            raise
+    assert "of its own" in capsys.readouterr().err
 
 
 def test_a_signal_is_forgotten_by_what_comes_after_the_stopped_run():
