@@ -59,10 +59,13 @@ def record_samples(folder: pathlib.Path, facts: Mapping[str, Any], made: Iterabl
 
 def drop_samples(folder: pathlib.Path, after: int) -> None:
     """Remove the samples of evaluations that come again: those of later updates than `after`."""
+
+    def again(row: Mapping[str, Any]) -> bool:
+        step = row.get("step")
+        return bool(row.get("evaluation")) and isinstance(step, int) and step > after
+
     rows = list(read_rows(folder / SAMPLES))
-    steps = (row.get("step") if row.get("evaluation") else None for row in rows)
-    again = [isinstance(step, int) and step > after for step in steps]
-    kept = [row for row, comes in zip(rows, again, strict=True) if not comes]
+    kept = [row for row in rows if not again(row)]
     if len(kept) < len(rows):
         write_text(folder / SAMPLES, "".join(json.dumps(row) + "\n" for row in kept))
 

@@ -336,10 +336,8 @@ def _without_older(run: Mapping[str, Any]) -> dict[str, Any]:
     """All but what is of an older checkpoint than the newest."""
     older = re.compile(rf"(run/)?{rundir.CHECKPOINTS}/(?!{max(run['checkpoints'])}\b)\d")
     names = {name for name in run["files"] if not older.match(name)}
-    return {k: v for k, v in run.items() if not older.match(k)} | {
-        "files": names,
-        "checkpoints": [],
-    }
+    kept = {key: value for key, value in run.items() if not older.match(key)}
+    return kept | {"files": names, "checkpoints": []}
 
 
 def survivors(root: pathlib.Path) -> list[int]:
