@@ -110,7 +110,7 @@ def held_to_the_rule(impl, name, dtype, quick=False):
 
 
 @every("xla")
-@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("name", thirds(WHOLE))
 def test_xla(ready, name):
     held_to_the_rule(ready, name, "float32", quick=True)
 

@@ -14,7 +14,7 @@ from lm_jax.config.resolve import resolve
 from lm_jax.data.open import open_data
 from lm_jax.models import musota
 from lm_jax.models.families import create_model
-from tests.helpers import randomise, small, tiny_config
+from tests.helpers import randomise, small, thirds, tiny_config
 
 V = 29
 MUSOTA = dict(model__family="musota", model__d_model=128, model__heads=4, model__init="normal")
@@ -112,7 +112,7 @@ def by_equations(params, tokens):
     return m @ params["head"]["kernel"] + params["head_bias"], np.array(seen)
 
 
-@pytest.mark.parametrize("impl", ["reference", "blockwise", "xla"])
+@pytest.mark.parametrize("impl", thirds(["reference", "blockwise", "xla"]))
 def test_the_model_is_its_equations(impl):
     cfg = tiny_config(**MUSOTA)
     graphdef, init = create_model(cfg, V, impl)

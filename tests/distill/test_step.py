@@ -17,7 +17,7 @@ from lm_jax.distill.teachers import Teacher
 from lm_jax.models.families import create_model
 from lm_jax.objective import NextToken
 from tests.distill.toys import EVERYTHING, V, toy_teacher
-from tests.helpers import equations, random_batch, randomise, tiny_config
+from tests.helpers import equations, random_batch, randomise, thirds, tiny_config
 
 STEPS = 11
 
@@ -181,7 +181,7 @@ def test_each_term_reads_its_layers_and_is_divided_by_its_own_count():
         assert row[name] == pytest.approx(float(total) / count, rel=1e-4), name
 
 
-@pytest.mark.parametrize("warmup", ["2", "8"])
+@pytest.mark.parametrize("warmup", thirds(["2", "8"]))
 def test_projections_learn_on_the_schedule_of_the_student(warmup):
     lab = Lab(distill__feature="1", distill__lr=3e-3, optim__warmup=warmup)
     before = np.array(lab.beside["feature"]["kernel"])

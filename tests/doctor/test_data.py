@@ -104,7 +104,7 @@ LOW_ENTROPY = {
 
 
 @pytest.mark.parametrize("name", LOW_ENTROPY)
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", thirds(range(3)))
 def test_silent_on_low_entropy(name, seed):
     train, valid = LOW_ENTROPY[name](seed), LOW_ENTROPY[name](seed + 100)[:12]
     silent(examine(train, valid))

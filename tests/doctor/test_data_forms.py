@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.doctor.data_models import TRAIN, VALID, batches, cut, examine, silent, stream
-from tests.helpers import LONG, shared_data
+from tests.helpers import shared_data, thirds
 
 T = 63
 ROWS = cut(stream(TRAIN), T + 1, T)
@@ -161,8 +161,7 @@ def containment(report):
 @pytest.mark.fault(29, "data.window_containment")
 @pytest.mark.parametrize(
     ("width", "stride"),
-    [(8, 1), (8, 4), (16, 3), (33, 1), (33, 16), (65, 1)]
-    + [pytest.param(w, s, marks=LONG) for w, s in [(65, 32), (129, 1), (513, 5)]],
+    thirds([(8, 1), (65, 1), (33, 1), (8, 4), (65, 32), (129, 1), (33, 16), (16, 3), (513, 5)]),
 )
 def test_windows_of_one_text_split_at_random(width, stride):
     ids = text(0, 6000 if stride == 1 else 20_000)
@@ -187,7 +186,7 @@ def crops(ids, width, count, seed=0):
         yield rows[:, :-1], rows[:, 1:]
 
 
-@pytest.mark.parametrize(("width", "count"), [(65, 60), (257, 10)])
+@pytest.mark.parametrize(("width", "count"), thirds([(257, 10), (65, 60)]))
 def test_random_crops_are_no_windows_that_overlap(width, count):
     """They repeat the text by nature, and tell all the same where valid stands in it."""
     ids = text(0, 900_000)

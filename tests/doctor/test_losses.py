@@ -8,7 +8,7 @@ import pytest
 
 from lm_jax.doctor.loss import examine_loss
 from lm_jax.loss import cross_entropy
-from tests.helpers import LONG
+from tests.helpers import LONG, thirds
 
 V = 131  # beyond 100, so that a label of -100 can wrap
 T = 12
@@ -86,7 +86,7 @@ def quiet(report):
 REAL = {dtype: real(dtype) for dtype in ("float32", "bfloat16")}
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", thirds(range(3)))
 @pytest.mark.parametrize("dtype", REAL)
 def test_own_loss_is_silent(dtype, seed):
     report = examine(REAL[dtype], seed=seed)
@@ -464,7 +464,7 @@ def short(z, y, w):
 
 
 @pytest.mark.fault(12, "loss.dtype")
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", thirds(range(3)))
 def test_loss_in_bfloat16(seed):
     report = examine(lambda z, y, w: short(z.astype(jnp.bfloat16), y, w), seed=seed)
     assert "loss.dtype" in report.failed
@@ -571,7 +571,7 @@ WRONG_VALUES = {
 }
 
 
-@pytest.mark.parametrize("name", WRONG_VALUES)
+@pytest.mark.parametrize("name", thirds(WRONG_VALUES))
 def test_a_wrong_value_is_no_shift_no_padding_and_no_rounding(name):
     report = examine(WRONG_VALUES[name])
     assert report.failed[0] == "loss.definition"

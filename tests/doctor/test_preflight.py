@@ -10,7 +10,7 @@ import pytest
 from lm_jax import config, loop, loss, preflight
 from lm_jax.config import Config, rules
 from lm_jax.preflight.command import main
-from tests.helpers import CONFIGS, load_config, shared_data, small
+from tests.helpers import CONFIGS, load_config, shared_data, small, thirds
 
 
 def not_in_order(report):
@@ -47,35 +47,34 @@ def test_every_shipped_config_is_tried():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
-    [
-        dict(
-            model__tied=False,
-            model__norm="layernorm",
-            model__positions="learned",
-            model__mlp="gelu",
-            model__bias=True,
-            model__kv_heads=1,
-            model__qk_norm=True,
-            data__document_mask=False,
-        ),
-        pytest.param(
+    thirds(
+        [
+            dict(
+                loss__impl="fused",
+                loss__label_smoothing=0.1,
+                attention__impl="blockwise",
+                optim__name="muon",
+                model__embedding_rank=6,
+                data__window_offset=True,
+            ),
+            dict(
+                model__tied=False,
+                model__norm="layernorm",
+                model__positions="learned",
+                model__mlp="gelu",
+                model__bias=True,
+                model__kv_heads=1,
+                model__qk_norm=True,
+                data__document_mask=False,
+            ),
             dict(
                 train__compute_dtype="bfloat16",
                 model__scan_layers=True,
                 model__remat=True,
                 optim__ema_decay=0.99,
             ),
-            marks=pytest.mark.long,
-        ),
-        dict(
-            loss__impl="fused",
-            loss__label_smoothing=0.1,
-            attention__impl="blockwise",
-            optim__name="muon",
-            model__embedding_rank=6,
-            data__window_offset=True,
-        ),
-    ],
+        ]
+    ),
     ids=lambda changes: " ".join(changes),
 )
 def test_families_of_models_are_in_order(text, changes):

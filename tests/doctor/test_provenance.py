@@ -9,7 +9,7 @@ from lm_jax import step
 from lm_jax.doctor import provenance
 from lm_jax.models.families import create_model
 from lm_jax.objective import NextToken
-from tests.helpers import random_batch, tiny_config
+from tests.helpers import random_batch, thirds, tiny_config
 
 
 def test_a_finite_computation_has_no_origin():
@@ -58,7 +58,7 @@ def test_a_mask_of_infinities_is_passed_over_on_the_way_to_the_cause():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("scan", thirds([False, True]))
 def test_the_parameter_of_a_real_model_is_named(scan):
     cfg = tiny_config(model__scan_layers=scan)
     graphdef, init = create_model(cfg, 50, "reference")
