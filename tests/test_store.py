@@ -327,6 +327,13 @@ def _drop_key(path):
     (path / "manifest.json").write_text(json.dumps(manifest))
 
 
+def _drop_seal(path, *others):
+    manifest = json.loads((path / "manifest.json").read_text())
+    for key in ("sha256", *others):
+        del manifest[key]
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
 def _other_tokenizer(path):
     train_tokenizer("char", ["abc"], 0).save(path / "tokenizer")
 
@@ -343,6 +350,7 @@ def _other_tokenizer(path):
         (_drop_key, "lacks splits.test.words"),
         (lambda path: _edit(path, format=99), "has format 99"),
         (lambda path: _edit(path, vocab_size=300), "manifest.json is not what was written"),
+        (_drop_seal, "manifest.json is not what was written"),
         (_other_tokenizer, "not the tokenizer that the store was made"),
         (lambda path: (path / "valid.documents.npy").unlink(), "There is no .*valid.documents"),
         (_truncate, "train.tokens.npy is cut short"),
@@ -370,6 +378,13 @@ def test_a_damaged_store_is_refused(tmp_path, monkeypatch, damage, message, bloc
         _prepare(tmp_path)
     assert str(path) in str(raised.value)
     assert "delete the folder" in str(raised.value)
+
+
+def test_a_store_of_version_0_3_opens(tmp_path):
+    written = _prepare(tmp_path)
+    _drop_seal(written.path, "tokenizer_identity")
+    del written.manifest["tokenizer_identity"]
+    assert open_store(written.path).manifest == written.manifest
 
 
 def test_half_a_file_of_a_killed_preparation_does_not_stay(tmp_path):
