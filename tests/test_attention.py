@@ -116,7 +116,7 @@ def test_xla(ready, name):
 
 
 @every("blockwise")
-@pytest.mark.parametrize("name", ROUNDED)
+@pytest.mark.parametrize("name", thirds(ROUNDED))
 def test_float32(ready, name):
     held_to_the_rule(ready, name, "float32")
 
