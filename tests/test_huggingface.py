@@ -419,6 +419,13 @@ REFUSED = {
 }
 
 
+def test_a_window_of_no_size_is_none(tmp_path):
+    """Where positions go beyond the default of a window, which no window here is."""
+    c = VARIANTS["qwen2 with windows of no size"]
+    model = huggingface.load(save_checkpoint(tmp_path, c, random_tensors(c)))[0]
+    assert model.window == 0 and c["max_position_embeddings"] > 4096
+
+
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_would_be_another_model_is_refused(tmp_path, case):
     c, changes, message = REFUSED[case]
