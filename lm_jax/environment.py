@@ -34,7 +34,7 @@ def check_environment(cfg: Config, workdir: pathlib.Path) -> None:
             if not (pathlib.Path(cfg.tokenizer.folder) / name).is_file():
                 what = f"{cfg.tokenizer.folder} holds no {name}; give the folder of a checkpoint."
                 raise ConfigError(f"config.tokenizer.folder: {what}")
-    with jax.set_mesh(sharding.make_mesh(cfg.mesh.fsdp)):
+    with jax.set_mesh(sharding.make_mesh(cfg.mesh)):
         sharding.accumulation(cfg)
     writers.check(cfg)
     require_attention(cfg, choose_dtype(cfg.train.compute_dtype)[0])

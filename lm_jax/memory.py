@@ -71,7 +71,7 @@ def need(cfg: Config, mesh: Mesh, state: Any) -> Need:
     """
 
     def held(tree: Any) -> int:
-        places = sharding.by_shape(mesh, tree)
+        places = sharding.places(mesh, tree)
         shapes = jax.tree.map(lambda x, place: place.shard_shape(x.shape), tree, places)
         sizes = jax.tree.map(lambda x, shape: math.prod(shape) * x.dtype.itemsize, tree, shapes)
         return sum(jax.tree.leaves(sizes))
@@ -80,8 +80,9 @@ def need(cfg: Config, mesh: Mesh, state: Any) -> Need:
     row = cfg.data.seq_len * min(cfg.model.d_model, H * C)
     row *= jnp.dtype(cfg.train.compute_dtype).itemsize
     call = min(cfg.train.steps_per_call, int(cfg.train.steps)) * cfg.data.batch_size
-    batches = call // mesh.size * (cfg.data.seq_len + 1) * _BATCH
-    scored = cfg.eval.batch_size // mesh.size
+    shares = mesh.size // cfg.mesh.tensor  # of the rows
+    batches = call // shares * (cfg.data.seq_len + 1) * _BATCH
+    scored = cfg.eval.batch_size // shares
     between = max(_rows(cfg, mesh) * cfg.model.layers, scored) * row
     return Need(held(state) + held(state.trained), batches, between)
 
@@ -89,7 +90,7 @@ def need(cfg: Config, mesh: Mesh, state: Any) -> Need:
 def _rows(cfg: Config, mesh: Mesh) -> int:
     """Rows of a micro-batch on a device."""
     with jax.set_mesh(mesh):
-        return cfg.data.batch_size // mesh.size // sharding.accumulation(cfg)
+        return cfg.data.batch_size // sharding.row_shares() // sharding.accumulation(cfg)
 
 
 def require_memory(cfg: Config, mesh: Mesh, state: Any) -> None:
@@ -116,7 +117,7 @@ def require_memory(cfg: Config, mesh: Mesh, state: Any) -> None:
     elif name == "batches":
         path = "train.steps_per_call" if cfg.train.steps_per_call > 1 else "data.batch_size"
     else:
-        scored = cfg.eval.batch_size // mesh.size > _rows(cfg, mesh) * model.layers
+        scored = cfg.eval.batch_size * cfg.mesh.tensor // mesh.size > _rows(cfg, mesh) * model.layers
         path = _first(cfg, mesh, scoring=scored)
     value, lower = _lower(cfg, mesh, path, share)
     parts = ", ".join(f"{part / 1e9:,.1f} {_WORDS[k]}" for k, part in needed._asdict().items())

@@ -10,6 +10,7 @@ from flax import nnx
 
 from lm_jax import loss as losses
 from lm_jax.config import Config
+from lm_jax.kernels.dropout import Draw
 from lm_jax.optim import Params
 
 Metrics = dict[str, jax.Array]
@@ -49,7 +50,7 @@ class Objective(Protocol):
         """Everything a micro-batch needs to know of its batch and of the number of the update."""
 
     def sums(
-        self, trained: Any, rows: losses.Batch, plan: Any, key: jax.Array | None, reads: Any
+        self, trained: Any, rows: losses.Batch, plan: Any, draw: Draw | None, reads: Any
     ) -> tuple[jax.Array, Metrics]:
         """The summed objective of a micro-batch, to be differentiated, and sums to be logged.
 
@@ -88,10 +89,10 @@ class NextToken:
         """Nothing."""
 
     def sums(
-        self, trained: Params, rows: losses.Batch, plan: None, key: jax.Array | None, reads: Any
+        self, trained: Params, rows: losses.Batch, plan: None, draw: Draw | None, reads: Any
     ) -> tuple[jax.Array, Metrics]:
         """Summed nats, smoothed if asked for, and what is logged of them."""
-        scored = self.scored(trained, rows, key)
+        scored = self.scored(trained, rows, draw)
         return scored.objective, {"nats": scored.nats, "count": scored.count}
 
     def summary(self, sums: Metrics, plan: None) -> Summary:
@@ -99,12 +100,12 @@ class NextToken:
         return Summary(jnp.maximum(sums["count"], 1), sums["nats"], sums["count"])
 
     def scored(
-        self, params: Params, rows: losses.Batch, key: jax.Array | None = None
+        self, params: Params, rows: losses.Batch, draw: Draw | None = None
     ) -> losses.Scored:
-        """Sums over the scored tokens of some rows; `key` is that of dropout, None for none."""
+        """Sums over the scored tokens of some rows; `draw` is for dropout, None for none."""
         model = nnx.merge(self.graphdef, params)
         b = losses.shift(rows)
-        x_BTD = model(b.inputs, b.segment_ids, b.positions, dtype=self.dtype, key=key)
+        x_BTD = model(b.inputs, b.segment_ids, b.positions, dtype=self.dtype, draw=draw)
         return losses.from_hidden(
             x_BTD,
             model.head_VD(),

@@ -143,11 +143,12 @@ class Setup:
     def _like(self) -> TrainState:
         """Shapes, dtypes and shardings of the state."""
         abstract = jax.eval_shape(self.init_state, jax.random.key(self.cfg.seed))
-        return checkpoint.abstract_like(abstract, sharding.by_shape(self.mesh, abstract))
+        return checkpoint.abstract_like(abstract, sharding.places(self.mesh, abstract))
 
     def batches(self) -> Iterator[tuple[range, dict[str, np.ndarray]]]:
         """The remaining calls: the updates of each, and their batches."""
         data, calls = self.cfg.data, length.Calls(self.cfg, self.start)
+        share, shares = sharding.reader(self.mesh)
         batches = windows.train_batches(
             self.store.split("train"),
             seq_len=data.seq_len,
@@ -156,8 +157,8 @@ class Setup:
             seed=self.cfg.seed,
             calls=calls,
             movable=data.window_offset,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            process_index=share,
+            process_count=shares,
             threads=data.threads,
             extend=self.objective.extend,
         )
@@ -227,7 +228,7 @@ def assemble(
     train = store.split("train")
     epoch = windows.count_windows(train, cfg.data.seq_len, cfg.data.window_offset)
     cfg = resolve(asked, windows=epoch)
-    mesh = sharding.make_mesh(cfg.mesh.fsdp)
+    mesh = sharding.make_mesh(cfg.mesh)
     for prompt in generate.evaluation_prompts(cfg):
         generate.encode_prompt(store.tokenizer, prompt, "config.train.sample_prompts")
     graphdef, init = create_model(cfg, store.tokenizer.vocab_size, choose_attention(cfg)[0])

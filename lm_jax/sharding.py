@@ -1,62 +1,160 @@
-"""The device mesh and who holds what: batches by row, parameters whole or split by fsdp."""
+"""The device mesh and who holds what: rows of a batch, parts of the parameters."""
 
 import math
 import os
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from lm_jax.config import Config, ConfigError
+from lm_jax import collectives
+from lm_jax.collectives import DATA, FSDP, PARTS, ROWS, TENSOR
+from lm_jax.config import Config, ConfigError, MeshConfig
+
+_TABLES = ("embedding", "position_embedding", "projection")
 
 
-def make_mesh(fsdp: int) -> Mesh:
-    """All devices as [data, fsdp].
-
-    Args:
-        fsdp: devices that share one copy of the parameters.
+def make_mesh(cfg: MeshConfig) -> Mesh:
+    """All devices as [data, fsdp, tensor].
 
     Raises:
-        ConfigError: if `fsdp` does not divide the number of devices.
+        ConfigError: if `fsdp` times `tensor` does not divide the number of devices.
     """
-    count = jax.device_count()
-    if count % fsdp:
+    count, part = jax.device_count(), cfg.fsdp * cfg.tensor
+    if count % part:
+        name, size = (FSDP, cfg.fsdp) if cfg.tensor == 1 else (TENSOR, part)
+        what = f"{size}" if cfg.tensor == 1 else f"{cfg.tensor} times fsdp={cfg.fsdp}"
         raise ConfigError(
-            f"config.mesh.fsdp: {fsdp} does not divide the {count} devices; choose a divisor."
+            f"config.mesh.{name}: {what} does not divide the {count} devices; choose a divisor."
         )
-    auto = (AxisType.Auto, AxisType.Auto)
-    return jax.make_mesh((count // fsdp, fsdp), ("data", "fsdp"), axis_types=auto)
+    return _mesh(count // part, cfg.fsdp, cfg.tensor)
 
 
-def by_shape(mesh: Mesh, tree: Any) -> Any:
-    """A sharding for every array: its longest axis that fsdp divides is split, if there is one.
+def mesh_that_fits(cfg: MeshConfig) -> Mesh:
+    """As `make_mesh`, with smaller axes where a run is opened on fewer devices than trained it."""
+    count = jax.device_count()
+    tensor = math.gcd(count, cfg.tensor)
+    fsdp = math.gcd(count // tensor, cfg.fsdp)
+    return _mesh(count // tensor // fsdp, fsdp, tensor)
 
-    Optimiser moments have the shapes of their parameters and so end up beside them.
+
+def _mesh(*sizes: int) -> Mesh:
+    return jax.make_mesh(sizes, (DATA, FSDP, TENSOR), axis_types=(AxisType.Auto,) * 3)
+
+
+def places(mesh: Mesh, tree: Any) -> Any:
+    """The sharding of every array of a state or of parameters, by name and shape.
+
+    Matrices (`kernel`) are split by rows, tables by columns, so that neither the vocabulary nor the
+    heads need be divisible; what has fewer numbers than these, or cannot be cut evenly, is on every
+    device. Optimiser moments have the names of their parameters and lie beside them.
     """
-    size = mesh.shape["fsdp"]
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), _specs(mesh, tree))
 
-    def rule(x: Any) -> NamedSharding:
-        spec: list[str | None] = [None] * len(x.shape)
-        axes = [i for i, n in enumerate(x.shape) if n % size == 0 and n >= size]
-        if size > 1 and axes:
-            spec[max(axes, key=lambda i: x.shape[i])] = "fsdp"
-        return NamedSharding(mesh, PartitionSpec(*spec))
 
-    return jax.tree.map(rule, tree)
+def _spec(mesh: Any, path: Any, shape: tuple[int, ...]) -> PartitionSpec:
+    parts = math.prod(mesh.shape.get(axis, 1) for axis in PARTS)
+    *_, name = names = [str(getattr(key, "key", getattr(key, "name", key))) for key in path] or [""]
+    # The first axis of what is in blocks is that of the layers.
+    matrix = len(shape) - ("blocks" in names) == 2
+    axis = len(shape) - (2 if name == "kernel" else 1)
+    if parts == 1 or not matrix or name not in ("kernel", *_TABLES) or shape[axis] % parts:
+        return PartitionSpec()
+    return PartitionSpec(*[None] * axis, PARTS)
+
+
+def over_rows(
+    function: Callable[..., Any],
+    *,
+    rows: Sequence[int],
+    results: Sequence[int | str],
+    mesh: Mesh | None = None,
+) -> Callable[..., Any]:
+    """A function that each device of a mesh computes for its rows of a batch.
+
+    Nothing of it is left to the partitioner, which would gather the rows of all devices where that
+    is cheaper for one product. On one device, and without a mesh, it is the function itself.
+
+    Args:
+        function: of trees of arrays; `lm_jax.models` gather the parameters where they use them.
+        rows: which of its arguments have rows first; the others are laid out as `places` says.
+        results: of each of its results what it is: "sum", over rows; "rows", one of each; or the
+            number of the argument of which it is the gradient, summed over rows.
+        mesh: if None, the one that is set when the function is called.
+    """
+
+    def mapped(*args: Any) -> Any:
+        where = mesh or jax.sharding.get_abstract_mesh()
+        if where.size <= 1:
+            return function(*args)
+        by_row, whole = PartitionSpec(ROWS), PartitionSpec()
+        specs = [_specs(where, arg) if i not in rows else by_row for i, arg in enumerate(args)]
+        kinds = {"sum": whole, "rows": by_row}
+        out = tuple(kinds[kind] if isinstance(kind, str) else specs[kind] for kind in results)
+
+        def on_device(*args: Any) -> tuple[Any, ...]:
+            found = function(*args)
+            return tuple(
+                one if kind == "rows" else _summed(one, spec)
+                for one, kind, spec in zip(found, results, out, strict=True)
+            )
+
+        return jax.shard_map(
+            on_device, mesh=where, in_specs=tuple(specs), out_specs=out, check_vma=False
+        )(*args)
+
+    return mapped
+
+
+def _specs(mesh: Any, tree: Any) -> Any:
+    return jax.tree.map_with_path(lambda path, x: _spec(mesh, path, x.shape), tree)
+
+
+def _summed(tree: Any, specs: Any) -> Any:
+    """Sums over the devices that share rows; what they hold in parts is summed over `fsdp`."""
+
+    def total(x: Any, spec: PartitionSpec) -> Any:
+        return collectives.total(x, (DATA,) if PARTS in spec else ROWS)
+
+    if isinstance(specs, PartitionSpec):
+        return collectives.total(tree)
+    return jax.tree.map(total, tree, specs)
+
+
+def row_shares(mesh: Mesh | None = None) -> int:
+    """Devices of a mesh, or of that which is set, that share the rows of a batch; 1 without one."""
+    shape = (mesh or jax.sharding.get_abstract_mesh()).shape
+    return math.prod(shape.get(axis, 1) for axis in ROWS)
+
+
+def reader(mesh: Mesh) -> tuple[int, int]:
+    """Which share of the rows of every batch this process reads, and of how many.
+
+    Processes whose devices compute the same rows, along the axis `tensor`, read the same share.
+    """
+    shares = row_shares(mesh)
+    by_share = mesh.devices.reshape(shares, -1)
+    mine = [
+        i
+        for i, devices in enumerate(by_share)
+        if any(d.process_index == jax.process_index() for d in devices.flat)
+    ]
+    assert mine == list(range(mine[0], mine[-1] + 1)) and shares % len(mine) == 0, mine
+    return mine[0] // len(mine), shares // len(mine)
 
 
 def put_batch(mesh: Mesh, batch: Any, axis: int) -> Any:
     """Host arrays to the devices; `axis` holds the rows and this process has its share of them."""
-    spec = PartitionSpec(*[None] * axis, ("data", "fsdp"))
-    sharding = NamedSharding(mesh, spec)
+    sharding = NamedSharding(mesh, PartitionSpec(*[None] * axis, ROWS))
     if jax.process_count() == 1:
         return jax.device_put(batch, sharding)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
 
-def round_up(rows: int) -> int:
-    """The next number of rows that all devices can share."""
-    return math.ceil(rows / jax.device_count()) * jax.device_count()
+def round_up(rows: int, mesh: Mesh | None = None) -> int:
+    """The next number of rows that the devices of `row_shares` can share."""
+    return math.ceil(rows / row_shares(mesh)) * row_shares(mesh)
 
 
 def accumulation(cfg: Config) -> int:
@@ -68,7 +166,7 @@ def accumulation(cfg: Config) -> int:
         ConfigError: if the devices cannot share the rows of an update, or if equal micro-batches
             would have less than half the size that was asked for.
     """
-    devices = jax.sharding.get_abstract_mesh().size or 1
+    devices = row_shares()
     rows, left = divmod(cfg.data.batch_size, devices)
     if left:
         raise ConfigError(

@@ -10,8 +10,9 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lm_jax import loss as losses
-from lm_jax import optim, sharding
+from lm_jax import collectives, optim, sharding
 from lm_jax.config import Config
+from lm_jax.kernels.dropout import Draw
 from lm_jax.models.families import family
 from lm_jax.objective import Metrics, Objective, Summary
 from lm_jax.optim import Params
@@ -45,8 +46,8 @@ class TrainState(NamedTuple):
 
 
 def choose_loss(cfg: Config, vocab_size: int) -> tuple[str, str]:
-    """The loss that a resolved config gets, by the size of a micro-batch, and the reason."""
-    rows = cfg.data.batch_size // sharding.accumulation(cfg)
+    """The loss that a resolved config gets, by a device's micro-batch, and the reason."""
+    rows = cfg.data.batch_size // sharding.row_shares() // sharding.accumulation(cfg)
     return losses.choose_impl(cfg.loss.impl, tokens=rows * cfg.data.seq_len, vocab_size=vocab_size)
 
 
@@ -81,6 +82,8 @@ def gradients(
     """The gradient of the mean objective over all micro-batches, and what came of the batch.
 
     Micro-batches add objectives and sums and are divided once, so their token counts may differ.
+    Each device of the mesh that is set adds those of its rows; the sums over devices come last, and
+    once an update but for parameters that are split, whose gradients no device holds whole.
 
     Args:
         objective: what is minimised.
@@ -94,39 +97,46 @@ def gradients(
     """
     plan = objective.plan(batch, update)
 
-    def scaled(trained: Any, rows: losses.Batch, key: jax.Array | None):
-        total, sums = objective.sums(trained, rows, plan, key, reads)
-        return total * scale, sums
+    def of_rows(trained: Any, rows: losses.Batch, plan: Any, key: Any, scale: Any, reads: Any):
+        def scaled(trained: Any, rows: losses.Batch, draw: Draw | None):
+            total, sums = objective.sums(trained, rows, plan, draw, reads)
+            return total * scale, sums
 
-    grads, sums = _accumulated(scaled, trained, batch, key, accumulation)
+        return _accumulated(scaled, trained, rows, key, accumulation)
+
+    mapped = sharding.over_rows(of_rows, rows=[1], results=[0, "sum"])
+    grads, sums = mapped(trained, batch, plan, key, jnp.asarray(scale, jnp.float32), reads)
     found = objective.summary(sums, plan)
     divisor = jnp.asarray(found.divisor * scale)
     return jax.tree.map(lambda g: g / divisor.astype(g.dtype), grads), found
 
 
 def _accumulated(
-    function: Callable[[Params, losses.Batch, jax.Array | None], tuple[jax.Array, Any]],
+    function: Callable[[Params, losses.Batch, Draw | None], tuple[jax.Array, Any]],
     params: Params,
     batch: losses.Batch,
     key: jax.Array | None,
     accumulation: int,
 ) -> tuple[Params, Any]:
-    """Gradient of `function(params, rows, key) -> (objective, sums)`, and the sums.
+    """Gradient of `function(params, rows, draw) -> (objective, sums)`, and the sums.
 
-    Both are added up over micro-batches, each with a key of its own.
+    Both are added up over micro-batches.
     """
     differentiate = jax.grad(function, has_aux=True)
+    number = len(jax.tree.leaves(batch)[0])
+    first = collectives.index(*collectives.ROWS) * number
+    draw = None if key is None else Draw(key, first)
     if accumulation == 1:
-        return differentiate(params, batch, key)
+        return differentiate(params, batch, draw)
 
-    # Neighbouring rows go to different micro-batches: a device's rows stay on the device.
+    # Neighbouring rows go to different micro-batches, which are the same ones on any mesh.
     def split(x: jax.Array) -> jax.Array:
         return x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1)
 
     def one(micro):
         index, rows = micro
-        micro_key = None if key is None else jax.random.fold_in(key, index)
-        return differentiate(params, rows, micro_key)
+        here = draw and draw._replace(first=draw.first + index, step=accumulation)
+        return differentiate(params, rows, here)
 
     def body(carry, micro):
         return jax.tree.map(jnp.add, carry, one(micro)), None
@@ -274,7 +284,7 @@ def make_eval_step(cfg: Config, graphdef: nnx.GraphDef, mesh: Mesh | None = None
     dtype = jnp.dtype(cfg.train.compute_dtype)
     observed = family(cfg.model).observed
 
-    def eval_step(params: Params, batch: losses.Batch) -> Metrics:
+    def eval_step(params: Params, batch: losses.Batch) -> tuple[Metrics, Metrics]:
         model = nnx.merge(graphdef, params)
         b, seen = losses.shift(batch), {}
         read = (b.inputs, b.segment_ids, b.positions)
@@ -297,8 +307,13 @@ def make_eval_step(cfg: Config, graphdef: nnx.GraphDef, mesh: Mesh | None = None
             "token_weights": terms.count,
             "token_correct": terms.correct,
         }
-        return sums | by_token | seen
+        return sums | seen, by_token
+
+    def joined(found: tuple[Metrics, Metrics]) -> Metrics:
+        return found[0] | found[1]
 
     if mesh is None:
-        return jax.jit(eval_step)
-    return jax.jit(eval_step, out_shardings=NamedSharding(mesh, PartitionSpec()))
+        return jax.jit(lambda params, batch: joined(eval_step(params, batch)))
+    mapped = sharding.over_rows(eval_step, rows=[1], results=["sum", "rows"], mesh=mesh)
+    whole = NamedSharding(mesh, PartitionSpec())
+    return jax.jit(lambda params, batch: joined(mapped(params, batch)), out_shardings=whole)

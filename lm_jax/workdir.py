@@ -293,13 +293,13 @@ def open_trained(
             f"{workdir / TOKENIZER}: is not the tokenizer that the run was trained with; "
             "restore the folder."
         )
-    mesh = mesh or sharding.make_mesh(cfg.mesh.fsdp)
+    mesh = mesh or sharding.mesh_that_fits(cfg.mesh)
     impl, _ = choose_attention(cfg)
     graphdef, init = create_model(cfg, tokenizer.vocab_size, impl)
     # Parameters and their average look alike; nothing else of the state is read.
     name = weights_field(cfg)
     abstract = {name: jax.eval_shape(init, jax.random.key(0))}
-    like = abstract_like(abstract, sharding.by_shape(mesh, abstract))
+    like = abstract_like(abstract, sharding.places(mesh, abstract))
     kept, part = first_good(_choices(workdir, str(checkpoint)), lambda one: one.restore(like))
     return Trained(cfg, tokenizer, mesh, graphdef, part[name], kept.update, record.data)
 

@@ -34,6 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm_jax.kernels.attention import attend
+from lm_jax.kernels.dropout import Draw
 from lm_jax.kernels.mosaic import unavailable
 from lm_jax.main import keep_freed_memory
 
@@ -101,7 +102,7 @@ def ours(case: Case, impl: str) -> Attention:
         segment_ids_BT=ids_BT,
         window=case.window,
         dropout_rate=case.dropout,
-        dropout_key=jax.random.key(1) if case.dropout else None,
+        draw=Draw(jax.random.key(1)) if case.dropout else None,
     )
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from lm_jax import config, loss, step
 from lm_jax.kernels.attention import attend
+from lm_jax.kernels.dropout import Draw
 from lm_jax.kernels.linear_loss import linear_cross_entropy
 from lm_jax.models.families import choose_attention, create_model
 from lm_jax.models.layers import head_logits
@@ -87,10 +88,10 @@ def attention_check(name: str, shape: Shape, impls: list[str]) -> Check:
         ids_BT[0, T // 2 :] = 0
         ids_BT[1] = 0
     segments = jnp.asarray(ids_BT) if shape.documents > 1 else None
-    key = jax.random.key(3) if "dropout_rate" in shape.options else None
+    draw = Draw(jax.random.key(3)) if "dropout_rate" in shape.options else None
 
     def run(impl: str, q, k, v, dout, segments) -> Values:
-        how = dict(impl=impl, segment_ids_BT=segments, dropout_key=key, **shape.options)
+        how = dict(impl=impl, segment_ids_BT=segments, draw=draw, **shape.options)
         out, pull = jax.vjp(functools.partial(attend, **how), q, k, v)
         return dict(zip(("out", "dq", "dk", "dv"), (out, *pull(dout)), strict=True))
 

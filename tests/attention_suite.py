@@ -33,14 +33,14 @@ class Case:
 
     def options(self):
         """Keyword arguments of attend, but for the segment ids."""
-        key = jax.random.key(KEY) if self.rate else None
+        draw = dropout.Draw(jax.random.key(KEY)) if self.rate else None
         return dict(
             causal=self.causal,
             window=self.window,
             softcap=self.softcap,
             scale=self.scale,
             dropout_rate=self.rate,
-            dropout_key=key,
+            draw=draw,
         )
 
     def segment_ids(self):
@@ -135,7 +135,9 @@ def oracle(case: Case, arrays, with_lse: bool = True) -> dict[str, np.ndarray]:
             lse[row[0]] = top + np.log(total)
         factor = np.ones_like(p)
         if case.rate:
-            words = dropout.row_words(seed, jnp.full((1, 1), b * case.H + h), jnp.asarray(t))
+            words = dropout.query_words(
+                dropout.seed_words(seed, jnp.full((1, 1), b * case.H + h)), jnp.asarray(t)
+            )
             kept = np.asarray(dropout.keep(words, jnp.asarray(s), case.rate))
             factor = kept / (1 - case.rate)
         out[row[0]] = (p * factor) @ v[row[1]]

@@ -271,12 +271,12 @@ def test_tiling_changes_nothing(monkeypatch):
     with jax.enable_x64(True):
         arrays = inputs(case, np.float64)
         ids = jnp.asarray(case.segment_ids())
-        seed = jax.random.bits(jax.random.key(0), (2,), "uint32")
+        words = dropout.head_words(dropout.Draw(jax.random.key(0)), case.B, case.H)
         options = dict(causal=True, window=50, softcap=2.0, scale=0.3, dropout_rate=0.1)
 
         def of_size(size):
             monkeypatch.setattr(blocks, "largest_block", lambda heads: size)
-            return run(lambda q, k, v: blockwise(q, k, v, ids, seed, **options), arrays, quick=True)
+            return run(lambda q, k, v: blockwise(q, k, v, ids, words, **options), arrays, quick=True)
 
         one, *others = (of_size(size) for size in (129, 50, 17))
         assert (one["out"] != 0).mean() > 0.9
@@ -369,12 +369,13 @@ SHARDED = """
 import functools, jax, jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lm_jax.kernels.attention import attend
+from lm_jax.kernels.dropout import Draw
 
 mesh = Mesh(jax.devices(), ("x",))
-key = jax.random.key(0)
+draw = Draw(jax.random.key(0))
 
 def loss(q, k, v, ids):
-    out = attend(q, k, v, segment_ids_BT=ids, impl="blockwise", dropout_rate=0.1, dropout_key=key)
+    out = attend(q, k, v, segment_ids_BT=ids, impl="blockwise", dropout_rate=0.1, draw=draw)
     return jnp.square(out).sum((1, 2, 3))
 
 def gradient(q, k, v, ids):
@@ -516,7 +517,7 @@ def test_garbage_in_padding_is_seen(garbage):
 def test_refusals_name_the_remedy(impl, changes, match):
     x = jnp.ones((1, 4, 2, 8))
     with pytest.raises(ValueError, match=match):
-        attend(x, x, x, impl=impl, dropout_key=jax.random.key(0), **changes)
+        attend(x, x, x, impl=impl, draw=dropout.Draw(jax.random.key(0)), **changes)
 
 
 def test_more_refusals(monkeypatch):
@@ -722,9 +723,8 @@ def test_choose_by_what_was_measured(monkeypatch):
 
 
 def kept(seed, row, T, S, rate):
-    words = dropout.row_words(
-        jnp.asarray(seed, jnp.uint32), jnp.full((1, 1), row), jnp.arange(T)[:, None]
-    )
+    of_row = dropout.seed_words(jnp.asarray(seed, jnp.uint32), jnp.full((1, 1), row))
+    words = dropout.query_words(of_row, jnp.arange(T)[:, None])
     return np.asarray(jax.jit(lambda s: dropout.keep(words, s, rate))(jnp.arange(S)[None]))
 
 
@@ -774,9 +774,8 @@ def test_dropout_rows_are_distinct_and_far_positions_count():
     """No two of many rows share a mask, and high bits of heads and positions matter."""
     rows = np.r_[np.arange(200), np.zeros(200, int), 2**20, 0]
     positions = np.r_[np.zeros(200, int), np.arange(200), 0, 2**20]
-    words = dropout.row_words(
-        jnp.uint32([1, 2]), jnp.asarray(rows)[:, None], jnp.asarray(positions)[:, None]
-    )
+    of_rows = dropout.seed_words(jnp.uint32([1, 2]), jnp.asarray(rows)[:, None])
+    words = dropout.query_words(of_rows, jnp.asarray(positions)[:, None])
     mask = np.asarray(dropout.keep(words, jnp.arange(64)[None], 0.5))
     assert len({row.tobytes() for row in mask}) == 401  # head 0, position 0 is there twice
     assert (np.abs((mask[-2:] != mask[0]).sum(1) - 32) < 20).all()

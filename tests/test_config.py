@@ -19,6 +19,7 @@ from lm_jax.data.tokenizers.load import KINDS, train_tokenizer
 from lm_jax.doctor.distill import divergence
 from lm_jax.kernels import attention, divergences
 from lm_jax.kernels import device as devices
+from lm_jax.kernels.dropout import Draw
 from lm_jax.models.families import FAMILIES, create_model
 
 CHOICES = {path: found["choices"] for path, found in marks(Config) if "choices" in found}
@@ -120,7 +121,7 @@ def test_a_family_reads_the_fields_that_are_listed():
 
     def losses(key):
         model = nnx.merge(graphdef, init(key))
-        return model.logits(model(ids, ids, ids, key=key))
+        return model.logits(model(ids, ids, ids, draw=Draw(key)))
 
     jax.eval_shape(losses, jax.random.key(0))
     recording = False

@@ -66,7 +66,7 @@ def score(cfg, store, model, **changes):
     cfg = resolved(cfg, **changes)
     graphdef, params = model
     eval_step = step.make_eval_step(cfg, graphdef)
-    return evaluate.Evaluator(cfg, store, sharding.make_mesh(1), eval_step).score(params, "valid")
+    return evaluate.Evaluator(cfg, store, sharding.make_mesh(MeshConfig()), eval_step).score(params, "valid")
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,7 @@ def test_tokens_go_to_their_documents_without_the_help_of_segments(cfg, store, b
     changed = resolved(
         cfg, data__document_mask=False, eval__batch_size=batch_size, eval__stride=stride
     )
-    evaluator = evaluate.Evaluator(changed, store, sharding.make_mesh(1), eval_step)
+    evaluator = evaluate.Evaluator(changed, store, sharding.make_mesh(MeshConfig()), eval_step)
     result, nats_D = evaluator.score(None, "valid")
     np.testing.assert_allclose(nats_D, expected, rtol=1e-6)
     np.testing.assert_allclose(nats_D.sum(), result["loss"] * result["token_count"], rtol=1e-6)

@@ -18,12 +18,12 @@ if reason := mosaic.unavailable(jnp.bfloat16, 64, interpret=True):
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from lm_jax.kernels.dropout import head_words
 from lm_jax.kernels.flash import flash
 from lm_jax.kernels.flash_tile import Settings, block_ranges
 from tests.helpers import LONG
 from tests.races import WGMMA, forbidden
 
-SEED = jax.random.bits(jax.random.key(KEY), (2,), "uint32")
 
 
 class Unsorted(Case):
@@ -61,10 +61,10 @@ def flash_of(case, **options):
     """flash as a function of q, k and v."""
     ids = case.segment_ids()
     settings = case.options() | dict(scale=case.scale or case.C**-0.5, interpret=True) | options
-    del settings["dropout_key"]
-    seed = SEED if case.rate else None
+    draw = settings.pop("draw")
+    words = draw and head_words(draw, case.B, case.H)
     ids = None if ids is None else jnp.asarray(ids)
-    return lambda q, k, v: flash(q, k, v, ids, seed, **settings)
+    return lambda q, k, v: flash(q, k, v, ids, words, **settings)
 
 
 @pytest.fixture(autouse=True)

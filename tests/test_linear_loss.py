@@ -411,7 +411,7 @@ def on_eight_devices():
     for fsdp in (1, 4):
         mesh = sharding.make_mesh(fsdp)
         x, targets, weights = sharding.put_batch(mesh, (args[0], *args[2:]), axis=0)
-        head = jax.device_put(args[1], sharding.by_shape(mesh, args[1]))
+        head = jax.device_put(args[1], sharding.places(mesh, args[1]))
         specs = (P(axes), P(), P(axes), P(axes))
         mapped = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P())
         for name, g in (("partitioned", f), ("mapped", mapped)):

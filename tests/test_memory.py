@@ -26,7 +26,7 @@ def parts(**changes):
     def begin(key):
         return step.init_state(cfg, init(key))
 
-    return cfg, sharding.make_mesh(1), begin
+    return cfg, sharding.make_mesh(MeshConfig()), begin
 
 
 def refused(there, monkeypatch, **changes):

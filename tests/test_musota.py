@@ -12,6 +12,7 @@ from lm_jax import config, evaluate, sharding, step
 from lm_jax.config import ConfigError
 from lm_jax.config.resolve import resolve
 from lm_jax.data.open import open_data
+from lm_jax.kernels.dropout import Draw
 from lm_jax.models import musota
 from lm_jax.models.families import create_model
 from tests.helpers import randomise, small, thirds, tiny_config
@@ -153,8 +154,8 @@ def test_dropout_reaches_the_gate():
     tokens_BT = np.arange(8, dtype=np.int32)[None]
     read = (tokens_BT, np.ones_like(tokens_BT), tokens_BT)
     first, second, still = (
-        np.asarray(model.observed(*read, key=key)[1][0])
-        for key in (jax.random.key(1), jax.random.key(2), None)
+        np.asarray(model.observed(*read, draw=draw)[1][0])
+        for draw in (Draw(jax.random.key(1)), Draw(jax.random.key(2)), None)
     )
     assert (first != second).any() and (first != still).any()
 
@@ -174,7 +175,7 @@ def test_evaluation_reports_the_sensitivity_of_every_block(text):  # noqa: F811
     graphdef, init = create_model(cfg, store.tokenizer.vocab_size, "reference")
     params = randomise(jax.eval_shape(init, jax.random.key(0)), 3, 0.5)
     eval_step = step.make_eval_step(cfg, graphdef)
-    evaluator = evaluate.Evaluator(cfg, store, sharding.make_mesh(1), eval_step)
+    evaluator = evaluate.Evaluator(cfg, store, sharding.make_mesh(MeshConfig()), eval_step)
     found = evaluator(params, "valid")["sensitivity"]
     assert tuple(found) == musota.BLOCKS
     split = store.split("valid")

@@ -37,12 +37,12 @@ class MaskedTokens:
     def plan(self, batch, update):
         return jnp.maximum((batch["hidden"] * batch["weights"]).sum(), 1)
 
-    def sums(self, trained, rows, plan, key, reads):
+    def sums(self, trained, rows, plan, draw, reads):
         params, beside = trained
         model, b = nnx.merge(self.graphdef, params), losses.shift(rows)
         hidden_BT = rows["hidden"][:, :-1]
         inputs_BT = jnp.where(hidden_BT > 0, MASK, b.inputs)
-        x_BTD = model(inputs_BT, b.segment_ids, b.positions, key=key)
+        x_BTD = model(inputs_BT, b.segment_ids, b.positions, draw=draw)
         logits_BTV = model.logits(x_BTD) + beside["bias"][None, None]
         weights_BT = hidden_BT * rows["weights"][:, :-1]
         nats, count = losses.cross_entropy(logits_BTV, b.inputs, weights_BT)

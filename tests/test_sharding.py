@@ -46,9 +46,9 @@ class Shape:
 def test_by_shape_splits_the_longest_axis_that_fits(monkeypatch, shape, spec):
     monkeypatch.setattr(sharding, "NamedSharding", lambda mesh, spec: spec)
     tree = {"a": jax.ShapeDtypeStruct(shape, np.float32)}
-    assert sharding.by_shape(Shape(data=2, fsdp=4), tree) == {"a": PartitionSpec(*spec)}
+    assert sharding.places(Shape(data=2, fsdp=4), tree) == {"a": PartitionSpec(*spec)}
     whole = PartitionSpec(*[None] * len(shape))
-    assert sharding.by_shape(Shape(data=8, fsdp=1), tree) == {"a": whole}
+    assert sharding.places(Shape(data=8, fsdp=1), tree) == {"a": whole}
 
 
 def test_round_up(monkeypatch):
@@ -57,7 +57,7 @@ def test_round_up(monkeypatch):
 
 
 def test_make_mesh_names_the_field(monkeypatch):
-    assert dict(sharding.make_mesh(1).shape) == {"data": jax.device_count(), "fsdp": 1}
+    assert dict(sharding.make_mesh(MeshConfig()).shape) == {"data": jax.device_count(), "fsdp": 1}
     monkeypatch.setattr(jax, "device_count", lambda: 6)
     with pytest.raises(ValueError, match=r"config\.mesh\.fsdp: 4 does not divide the 6 devices"):
         sharding.make_mesh(4)
@@ -131,7 +131,7 @@ def run_on(mesh, accumulation):
         return step.init_state(cfg, init(key))
 
     abstract = jax.eval_shape(init_state, jax.random.key(3))
-    shardings = sharding.by_shape(mesh, abstract)
+    shardings = sharding.places(mesh, abstract)
     state = jax.jit(init_state, out_shardings=shardings)(jax.random.key(3))
     start = jax.device_get(state.params)
     batches = sharding.put_batch(mesh, ragged_batches(), axis=1)
@@ -171,7 +171,7 @@ def on_eight_devices(folder):
     checkpoints.save(state, {"position": 5})
     checkpoints.wait()
     for fsdp in (1, 2):
-        shardings = sharding.by_shape(sharding.make_mesh(fsdp), abstract)
+        shardings = sharding.places(sharding.make_mesh(fsdp), abstract)
         like = checkpoint.abstract_like(abstract, shardings)
         restored = checkpoint.find_kept(folder)[0].restore(like)
         same = jax.tree.map(lambda x, s: x.sharding == s, restored, shardings)

@@ -8,6 +8,7 @@ from flax import nnx
 
 from lm_jax import loss
 from lm_jax.kernels.attention import attend
+from lm_jax.kernels.dropout import Draw
 from lm_jax.kernels.rowwise import along_last, normalise, swiglu
 from lm_jax.models.families import create_model
 from lm_jax.models.layers import Norm, add_bias
@@ -203,7 +204,7 @@ def test_dropout_is_off_without_a_key_and_fresh_with_each(rate):
     batch = one_document(np.random.default_rng(8))
     off = logits(graphdef, params, batch)
     np.testing.assert_array_equal(off, logits(plain, params, batch))
-    a, b, again = (logits(graphdef, params, batch, key=jax.random.key(i)) for i in (0, 1, 0))
+    a, b, again = (logits(graphdef, params, batch, draw=Draw(jax.random.key(i))) for i in (0, 1, 0))
     np.testing.assert_array_equal(a, again)
     assert np.abs(a - b).max() > 1e-3 and np.abs(a - off).max() > 1e-3
 

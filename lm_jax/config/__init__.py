@@ -6,6 +6,7 @@ from lm_jax.config.fields import (
     ROUTED,
     STATES,
     Config,
+    MeshConfig,
     ModelConfig,
     OptimConfig,
     incidental_fields,
@@ -14,5 +15,5 @@ from lm_jax.config.section import ConfigError, named_fields
 from lm_jax.config.values import Curve, Duration, RopeScaling, Span
 
 __all__ = ["INSIDE", "ROUTED", "STATES", "Config", "ConfigError", "Curve", "Duration"]
-__all__ += ["ModelConfig", "OptimConfig", "config_hash", "difference", "from_dict", "from_record"]
-__all__ += ["RopeScaling", "Span", "incidental_fields", "named_fields", "replace", "to_dict"]
+__all__ += ["MeshConfig", "ModelConfig", "OptimConfig", "config_hash", "difference", "from_dict"]
+__all__ += ["from_record", "RopeScaling", "Span", "incidental_fields", "named_fields", "replace", "to_dict"]

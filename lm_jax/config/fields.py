@@ -42,7 +42,7 @@ class DataConfig(Section):
     workers: int = incidental(limited(0, below=1025, why="more processes than a machine bears"))
     seq_len: int = positive(256)  # T, tokens predicted per window
     batch_size: int = positive(32)  # sequences per update, over all devices and micro-batches
-    micro_batch: int = not_negative(0)  # most sequences that a device computes at a time; 0: all
+    micro_batch: int = incidental(not_negative(0))  # most sequences that a device computes at a time; 0: all
     document_mask: bool = True  # attention and positions restart at each document
     window_offset: bool = False  # cut the text into windows elsewhere in every epoch
     # threads that assemble batches ahead of the step; 0: in the loop itself
@@ -205,8 +205,11 @@ class EvalConfig(Section):
 class MeshConfig(Section):
     """How devices are arranged."""
 
-    # devices that share one copy of the parameters; the rest are data-parallel
-    fsdp: int = positive(1)
+    # devices that share one copy of the parameters and gather them layer by layer, each for rows of
+    # its own; what is left is data-parallel
+    fsdp: int = incidental(positive(1))
+    # devices that compute the same rows, each some heads and a part of the MLP
+    tensor: int = incidental(positive(1))
 
 
 ROUTED = "routed_feature routed_attention router_balance".split()

@@ -13,6 +13,7 @@ from lm_jax.config import INSIDE, ROUTED, STATES, Config, ConfigError, Curve, Mo
 from lm_jax.distill import terms
 from lm_jax.distill.router import Router, projection
 from lm_jax.distill.teachers import Reading, Teacher, hidden_states
+from lm_jax.kernels.dropout import Draw
 from lm_jax.kernels.linear_divergence import linear_divergence
 from lm_jax.loss import Batch, Shifted, shift
 from lm_jax.models.transformer import Observed
@@ -109,7 +110,7 @@ class Distilled:
         return Plan(schedule(self.cfg, update), counts, scored, weights.sum())
 
     def sums(
-        self, trained: Any, rows: Batch, plan: Plan, key: jax.Array | None, reads: Any
+        self, trained: Any, rows: Batch, plan: Plan, draw: Draw | None, reads: Any
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The share of some rows in the objective of their batch, and the terms before weights.
 
@@ -121,7 +122,7 @@ class Distilled:
         student, aux = (trained, None) if self.auxiliary is None else trained
         model, b = nnx.merge(self.graphdef, student), shift(rows)
         read = (b.inputs, b.segment_ids, b.positions)
-        x_BTD, seen = hidden_states(model, read, dtype, key, inside=inside)
+        x_BTD, seen = hidden_states(model, read, dtype, draw, inside=inside)
         reading = self.teacher.read(reads, rows, b, dtype, inside=inside)
         found = linear_divergence(
             x_BTD,

@@ -50,7 +50,7 @@ def open_teacher(cfg: Config, store: Store, mesh: Mesh | None = None) -> Teacher
     """
     if cfg.distill.cache:
         return Teacher((), (), (), *cache.open_cache(cfg, store))
-    mesh = mesh or sharding.make_mesh(cfg.mesh.fsdp)
+    mesh = mesh or sharding.mesh_that_fits(cfg.mesh)
     names = tuple(name.strip() for name in cfg.distill.teachers.split(","))
     runs = tuple(_open(name, cfg, mesh) for name in names)
     for name, run in zip(names, runs, strict=True):
@@ -162,7 +162,7 @@ def _as_read(run: Trained, cfg: Config, store: Store) -> Trained:
     if _extra_rows(run, store):
         like = jax.eval_shape(init, jax.random.key(0))
         params = jax.tree.map(lambda x, cut: x[tuple(map(slice, cut.shape))], params, like)
-        params = jax.device_put(params, sharding.by_shape(run.mesh, params))
+        params = jax.device_put(params, sharding.places(run.mesh, params))
     windows = config.replace(
         how,
         data__seq_len=cfg.data.seq_len,

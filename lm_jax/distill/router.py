@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lm_jax import collectives
 from lm_jax.distill import terms
 from lm_jax.kernels.attention import attend
 from lm_jax.models.layers import Linear
@@ -31,12 +32,13 @@ def choices(
 
 
 def balance_experts(all_BTX: jax.Array, weights_BT: jax.Array) -> jax.Array:
-    """KL(uniform || mean use of the experts) times the number of tokens."""
-    count = weights_BT.sum()
-    mean_X = jnp.einsum("bt,btx->x", weights_BT, all_BTX) / jnp.maximum(count, 1)
+    """KL(uniform || mean use of the experts by all rows) times the number of tokens of these."""
+    used_X = jnp.einsum("bt,btx->x", weights_BT, all_BTX)
+    used_X, count = collectives.total((used_X, weights_BT.sum()))
+    mean_X = used_X / jnp.maximum(count, 1)
     # Without a token there is nothing to balance.
     log_X = jnp.log(jnp.where(count > 0, mean_X, 1 / mean_X.size))
-    return -(jnp.log(mean_X.size) + log_X.mean()) * count
+    return -(jnp.log(mean_X.size) + log_X.mean()) * weights_BT.sum()
 
 
 class Router(nnx.Module):

@@ -153,8 +153,7 @@ def _sums_of(
 ) -> Callable[..., dict[str, jax.Array]]:
     """`(params by name, batch) -> sums by name`: of nats, likeliest ids that agree, and KL."""
 
-    @jax.jit
-    def sums_of(params: Mapping[str, Any], batch: losses.Batch) -> dict[str, jax.Array]:
+    def sums_of(params: Mapping[str, Any], batch: losses.Batch) -> tuple[dict[str, jax.Array]]:
         b = losses.shift(batch)
         log_p = {name: _log_p(cfg, model, params[name], batch) for name, model in models.items()}
 
@@ -171,19 +170,20 @@ def _sums_of(
             return sums
 
         by_row = jax.lax.map(of_row, jnp.arange(len(b.inputs)))
-        return jax.tree.map(lambda x: x.sum(0), by_row)
+        return (jax.tree.map(lambda x: x.sum(0), by_row),)
 
-    return sums_of
+    mapped = sharding.over_rows(sums_of, rows=[1], results=["sum"])
+    return jax.jit(lambda params, batch: mapped(params, batch)[0])
 
 
 def _speed(cfg: Config, model: Teacher, batch: dict[str, np.ndarray]) -> float:
     """Median positions of a batch per second, forward with head."""
 
-    @jax.jit
-    def forward(params: Any, batch: losses.Batch) -> jax.Array:
+    def of_rows(params: Any, batch: losses.Batch) -> tuple[jax.Array]:
         log_p = _log_p(cfg, model, params, batch)
-        return jax.lax.map(lambda row: log_p(row).sum(), jnp.arange(len(batch["tokens"])))
+        return (jax.lax.map(lambda row: log_p(row).sum(), jnp.arange(len(batch["tokens"]))),)
 
+    forward = jax.jit(sharding.over_rows(of_rows, rows=[1], results=["rows"]))
     seconds = []
     for _ in range(1 + TIMED_BATCHES):  # the first call compiles
         began = time.perf_counter()

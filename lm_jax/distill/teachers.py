@@ -13,6 +13,7 @@ from flax import nnx
 from lm_jax.distill import alignment
 from lm_jax.kernels import divergences
 from lm_jax.kernels.divergences import Kept
+from lm_jax.kernels.dropout import Draw
 from lm_jax.kernels.linear_divergence import Groups, Member
 from lm_jax.loss import Batch, Shifted
 from lm_jax.models.layers import head_logits
@@ -27,12 +28,12 @@ def members_log_p(members: Sequence[Member], temperature: float = 1.0) -> jax.Ar
 
 
 def hidden_states(
-    model: Any, inputs: Any, dtype: Any, key: jax.Array | None = None, *, inside: bool
+    model: Any, inputs: Any, dtype: Any, draw: Draw | None = None, *, inside: bool
 ) -> tuple[jax.Array, Observed | None]:
     """Final states and, if what is inside is wanted, what the layers compute."""
     if inside:
-        return model.observed(*inputs, dtype=dtype, key=key)  # type: ignore[no-any-return]
-    return model(*inputs, dtype=dtype, key=key), None
+        return model.observed(*inputs, dtype=dtype, draw=draw)  # type: ignore[no-any-return]
+    return model(*inputs, dtype=dtype, draw=draw), None
 
 
 class Reading(NamedTuple):

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from lm_jax import collectives
 from lm_jax.kernels.chunks import scored
 from lm_jax.kernels.divergences import EXCLUDED, between
 
@@ -100,9 +101,14 @@ def contrastive(
         return x_BE * jax.lax.rsqrt(jnp.square(x_BE).sum(-1, keepdims=True) + 1e-12)
 
     there_B = weights_BT.sum(-1) > 0
-    scores_BB = pooled(y_BTE) @ pooled(jax.lax.stop_gradient(target_BTE)).T / CONTRAST_TEMPERATURE
-    scores_BB = jnp.where(there_B[None], scores_BB, EXCLUDED)
-    own_B = jnp.diagonal(scores_BB)
-    nats_B = jax.nn.logsumexp(scores_BB, axis=-1) - own_B
-    found_B = there_B & (own_B >= scores_BB.max(-1))
+    # The candidates R are the rows of all devices.
+    there_R = collectives.all_rows(there_B)
+    target_RE = collectives.all_rows(pooled(jax.lax.stop_gradient(target_BTE)))
+    scores_BR = pooled(y_BTE) @ target_RE.T / CONTRAST_TEMPERATURE
+    scores_BR = jnp.where(there_R[None], scores_BR, EXCLUDED)
+    B = len(there_B)
+    own_B1 = (collectives.index(*collectives.ROWS) * B + jnp.arange(B))[:, None]
+    own_B = jnp.take_along_axis(scores_BR, own_B1, axis=1)[:, 0]
+    nats_B = jax.nn.logsumexp(scores_BR, axis=-1) - own_B
+    found_B = there_B & (own_B >= scores_BR.max(-1))
     return jnp.where(there_B, nats_B, 0).sum(), found_B.sum()

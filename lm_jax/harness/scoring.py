@@ -54,7 +54,7 @@ class Scorer:
     def __init__(self, run: Trained):
         """Nothing is compiled yet."""
         self.run, self.window = run, run.cfg.data.seq_len
-        self._rows = sharding.round_up(run.cfg.eval.batch_size)
+        self._rows = sharding.round_up(run.cfg.eval.batch_size, run.mesh)
         self._steps: dict[int, Callable[..., step.Metrics]] = {}
 
     def __call__(self, requests: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Likelihood]:

@@ -85,7 +85,7 @@ def attend(
     softcap: float = 0.0,
     scale: float | None = None,
     dropout_rate: float = 0.0,
-    dropout_key: jax.Array | None = None,
+    draw: dropout.Draw | None = None,
     return_lse: bool = False,
     finite_padding: bool = False,
 ) -> Any:
@@ -113,7 +113,7 @@ def attend(
         softcap: c > 0 turns scores z into c tanh(z / c).
         scale: factor on the products of queries and keys; C^-0.5 if None.
         dropout_rate: share of probabilities set to 0.
-        dropout_key: random key; None switches dropout off.
+        draw: what is random in it; None switches dropout off.
         return_lse: whether to return the log-sum-exp as well.
         finite_padding: promises that padding holds finite numbers, and that nobody reads what comes
             out there; saves the passes over queries, keys, values and output that see to it.
@@ -126,15 +126,15 @@ def attend(
     scale = q_BTHC.shape[-1] ** -0.5 if scale is None else scale
     if scale < 0:  # so that the largest product is the largest score
         q_BTHC, scale = -q_BTHC, -scale
-    seed = None
-    if dropout_key is not None and dropout_rate > 0:
-        seed = jax.random.bits(dropout_key, (2,), "uint32")
+    words_2BH = None
+    if draw is not None and dropout_rate > 0:
+        words_2BH = dropout.head_words(draw, q_BTHC.shape[0], q_BTHC.shape[2])
     options: dict[str, Any] = dict(
         causal=causal,
         window=window,
         softcap=softcap,
         scale=scale,
-        dropout_rate=0.0 if seed is None else dropout_rate,
+        dropout_rate=0.0 if words_2BH is None else dropout_rate,
     )
     reason = _refusal(impl, q_BTHC, options, return_lse)
     if reason:
@@ -144,7 +144,7 @@ def attend(
         real_BT11 = segment_ids_BT[:, :, None, None] > 0
         q_BTHC, k_BTKC, v_BTKC = (jnp.where(real_BT11, x, 0) for x in (q_BTHC, k_BTKC, v_BTKC))
     inputs = (q_BTHC, k_BTKC, v_BTKC, segment_ids_BT)
-    out_BTHC, lse_BTH = IMPLEMENTATIONS[impl](*inputs, seed, **options)
+    out_BTHC, lse_BTH = IMPLEMENTATIONS[impl](*inputs, words_2BH, **options)
     if real_BT11 is not None:
         out_BTHC = jnp.where(real_BT11, out_BTHC, 0)
     if lse_BTH is None or not return_lse:
@@ -206,8 +206,9 @@ def _refusal(impl: str, q_BTHC: Any, options: dict[str, Any], return_lse: bool) 
         return None
     if impl in ("pallas", "pallas_deterministic"):
         reason = unavailable(q_BTHC.dtype, q_BTHC.shape[-1])
-        if reason is None and jax.device_count() > 1:
-            reason = f"it is not split over {jax.device_count()} devices"
+        mesh = jax.sharding.get_abstract_mesh()
+        if reason is None and set(mesh.axis_names) > set(mesh.manual_axes) and mesh.size > 1:
+            reason = f"nothing says how it is split over {mesh.size} devices"
         return reason and f"cannot run: {reason}; use blockwise"
     anything = "use reference or blockwise"
     if impl not in IMPLEMENTATIONS:
@@ -276,7 +277,7 @@ def _pallas(*inputs, **options):
 
 
 def _reference(
-    q_BTHC, k_BTKC, v_BTKC, segment_ids_BT, seed, *, causal, window, softcap, scale, dropout_rate
+    q_BTHC, k_BTKC, v_BTKC, segment_ids_BT, words_2BH, *, causal, window, softcap, scale, dropout_rate
 ):
     at_T = jnp.arange(q_BTHC.shape[1])
     t, s = at_T[None, None, :, None], at_T[None, None, None]
@@ -287,12 +288,12 @@ def _reference(
         mask_B1TS &= t - s < window
     if segment_ids_BT is not None:
         mask_B1TS &= segment_ids_BT[:, None, :, None] == segment_ids_BT[:, None, None, :]
-    return _masked(q_BTHC, k_BTKC, v_BTKC, mask_B1TS, seed, softcap, scale, dropout_rate)
+    return _masked(q_BTHC, k_BTKC, v_BTKC, mask_B1TS, words_2BH, softcap, scale, dropout_rate)
 
 
-def _masked(q_BTHC, k_BSKC, v_BSKC, mask_B1TS, seed, softcap, scale, dropout_rate):
+def _masked(q_BTHC, k_BSKC, v_BSKC, mask_B1TS, words_2BH, softcap, scale, dropout_rate):
     """Output and log-sum-exp under a mask that leaves every row at least one key."""
-    B, T, H, _ = q_BTHC.shape
+    T, H = q_BTHC.shape[1:3]
     wide = jnp.promote_types(q_BTHC.dtype, jnp.float32)
     groups = H // k_BSKC.shape[2]
     k_BSHC, v_BSHC = (x if groups == 1 else jnp.repeat(x, groups, axis=2) for x in (k_BSKC, v_BSKC))
@@ -303,15 +304,16 @@ def _masked(q_BTHC, k_BSKC, v_BSKC, mask_B1TS, seed, softcap, scale, dropout_rat
     scores_BHTS = jnp.where(mask_B1TS, scores_BHTS, MASKED)
     probs_BHTS = jax.nn.softmax(scores_BHTS, axis=-1).astype(v_BSHC.dtype)
     if dropout_rate:
-        row_BH11 = jnp.arange(B * H).reshape(B, H, 1, 1)
-        words = dropout.row_words(seed, row_BH11, jnp.arange(T)[None, None, :, None])
+        t_11T1 = jnp.arange(T)[None, None, :, None]
+        words = dropout.query_words(words_2BH[..., None, None], t_11T1)
         keep_BHTS = dropout.keep(words, jnp.arange(T)[None, None, None], dropout_rate)
         probs_BHTS = jnp.where(keep_BHTS, probs_BHTS / (1 - dropout_rate), 0)
     out_BTHC = jnp.einsum("bhts,bshc->bthc", probs_BHTS, v_BSHC)
     return out_BTHC, jax.nn.logsumexp(scores_BHTS, axis=-1).swapaxes(1, 2)
 
 
-# Functions of queries, keys, values, segment ids, seed and options; output and log-sum-exp.
+# Functions of queries, keys, values, segment ids, words of dropout and options; output and
+# log-sum-exp.
 IMPLEMENTATIONS: dict[str, Callable] = {
     "reference": _reference,
     "xla": functools.partial(_from_jax, "xla"),

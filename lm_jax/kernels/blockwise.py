@@ -40,7 +40,7 @@ def blockwise(
     k_BTKC: jax.Array,
     v_BTKC: jax.Array,
     segment_ids_BT: jax.Array | None,
-    seed: jax.Array | None,
+    words_2BH: jax.Array | None,
     *,
     causal: bool,
     window: int | None,
@@ -56,14 +56,14 @@ def blockwise(
     The rest of the arguments are those of `attention.attend`; the scale must not be negative.
 
     Args:
-        seed: uint32 [2] for `dropout.row_words`; None switches dropout off.
+        words_2BH: of `dropout.head_words`; None switches dropout off.
     """
     B, T, H, C = q_BTHC.shape
     K = k_BTKC.shape[2]
     N = -(-T // largest_block(B * H))
     block = -(-T // N)
     options = _Options(
-        T, block, causal, window, softcap, scale, 0.0 if seed is None else dropout_rate
+        T, block, causal, window, softcap, scale, 0.0 if words_2BH is None else dropout_rate
     )
 
     def split(x: jax.Array, *heads: int) -> jax.Array:
@@ -74,7 +74,7 @@ def blockwise(
     q_NBKGIC = split(q_BTHC, K, H // K, C).transpose(0, 1, 3, 4, 2, 5)
     k_NBKJC, v_NBKJC = (split(x, K, C).swapaxes(2, 3) for x in (k_BTKC, v_BTKC))
     ids_NBI = None if segment_ids_BT is None else split(segment_ids_BT)
-    out_NBKGIC, lse_NBKGI = _attend(options, q_NBKGIC, k_NBKJC, v_NBKJC, ids_NBI, seed)
+    out_NBKGIC, lse_NBKGI = _attend(options, q_NBKGIC, k_NBKJC, v_NBKJC, ids_NBI, words_2BH)
     out_BTHC = out_NBKGIC.transpose(1, 0, 4, 2, 3, 5).reshape(B, N * block, H, C)
     lse_BTH = lse_NBKGI.transpose(1, 0, 4, 2, 3).reshape(B, N * block, H)
     return out_BTHC[:, :T], lse_BTH[:, :T]
@@ -95,7 +95,7 @@ def _attend(options: _Options, *blocks):
     return _forward(options, *blocks)[0]
 
 
-def _forward(options: _Options, q_NBKGIC, k_NBKJC, v_NBKJC, ids_NBI, seed):
+def _forward(options: _Options, q_NBKGIC, k_NBKJC, v_NBKJC, ids_NBI, words_2BH):
     N, B, K, G, block, C = q_NBKGIC.shape
     wide = jnp.promote_types(q_NBKGIC.dtype, jnp.float32)
 
@@ -112,7 +112,7 @@ def _forward(options: _Options, q_NBKGIC, k_NBKJC, v_NBKJC, ids_NBI, seed):
             p_BKGIJ = jnp.where(mask, p_BKGIJ, 0)
             rescale_BKGI = jnp.exp(options.factor * (max_BKGI - new_max_BKGI))
             sum_BKGI = sum_BKGI * rescale_BKGI + p_BKGIJ.sum(-1)
-            p_BKGIJ = _drop(options, seed, p_BKGIJ, i, j).astype(v_NBKJC.dtype)
+            p_BKGIJ = _drop(options, words_2BH, p_BKGIJ, i, j).astype(v_NBKJC.dtype)
             products_BKGIC = jnp.einsum(
                 "bkgij,bkjc->bkgic", p_BKGIJ, v_NBKJC[j], preferred_element_type=wide
             )
@@ -133,12 +133,12 @@ def _forward(options: _Options, q_NBKGIC, k_NBKJC, v_NBKJC, ids_NBI, seed):
     lse_NBKGI = options.factor * max_NBKGI + jnp.log(jnp.where(sum_NBKGI > 0, sum_NBKGI, 1))
     lse_NBKGI = jnp.where(sum_NBKGI > 0, lse_NBKGI, -jnp.inf)
     # Not the log-sum-exp: where scores are large, its rounding would show in the probabilities.
-    residuals = (q_NBKGIC, k_NBKJC, v_NBKJC, ids_NBI, seed, out_NBKGIC, max_NBKGI, sum_NBKGI)
+    residuals = (q_NBKGIC, k_NBKJC, v_NBKJC, ids_NBI, words_2BH, out_NBKGIC, max_NBKGI, sum_NBKGI)
     return (out_NBKGIC, lse_NBKGI), residuals
 
 
 def _backward(options: _Options, residuals, cotangents):
-    q_NBKGIC, k_NBKJC, v_NBKJC, ids_NBI, seed, out_NBKGIC, max_NBKGI, sum_NBKGI = residuals
+    q_NBKGIC, k_NBKJC, v_NBKJC, ids_NBI, words_2BH, out_NBKGIC, max_NBKGI, sum_NBKGI = residuals
     dout_NBKGIC, dlse_NBKGI = cotangents
     N = q_NBKGIC.shape[0]
     dtype, wide = q_NBKGIC.dtype, sum_NBKGI.dtype
@@ -157,8 +157,8 @@ def _backward(options: _Options, residuals, cotangents):
             p_BKGIJ = jnp.exp(options.factor * (scores - max_NBKGI[i][..., None]))
             p_BKGIJ = jnp.where(mask, p_BKGIJ * inverse_NBKGI[i][..., None], 0)
             dp_BKGIJ = product("bkgic,bkjc->bkgij", dout_BKGIC, v_BKJC)
-            dropped_BKGIJ = _drop(options, seed, p_BKGIJ, i, j).astype(dtype)
-            dp_BKGIJ = _drop(options, seed, dp_BKGIJ, i, j)
+            dropped_BKGIJ = _drop(options, words_2BH, p_BKGIJ, i, j).astype(dtype)
+            dp_BKGIJ = _drop(options, words_2BH, dp_BKGIJ, i, j)
             dv_BKJC += product("bkgij,bkgic->bkjc", dropped_BKGIJ, dout_BKGIC)
             ds_BKGIJ = p_BKGIJ * (dp_BKGIJ - delta_NBKGI[i][..., None])
             if options.softcap:
@@ -275,12 +275,12 @@ def _scores(options: _Options, q_BKGIC, k_BKJC, ids_NBI, i, j):
     return scores, mask
 
 
-def _drop(options: _Options, seed, x_BKGIJ, i, j):
+def _drop(options: _Options, words_2BH, x_BKGIJ, i, j):
     """Zero what dropout drops of a block and scale up the rest."""
     if not options.dropout_rate:
         return x_BKGIJ
     B, K, G = x_BKGIJ.shape[:3]
     t, s = _positions(options, i, j)
-    head = jnp.arange(B * K * G, dtype=jnp.uint32).reshape(B, K, G, 1, 1)
-    keep = dropout.keep(dropout.row_words(seed, head, t), s, options.dropout_rate)
+    words = dropout.query_words(words_2BH.reshape(2, B, K, G, 1, 1), t)
+    keep = dropout.keep(words, s, options.dropout_rate)
     return jnp.where(keep, x_BKGIJ / (1 - options.dropout_rate), 0)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lm_jax import collectives
 from lm_jax.kernels import device
 from lm_jax.kernels.linear import product
 
@@ -19,7 +20,7 @@ Values = tuple[jax.Array, ...]
 
 
 def rows_per_chunk(rows: int, width: int) -> int:
-    """Default size of a chunk: 8 D rows a device, on a CPU an eighth of all rows if that is less.
+    """Default size of a chunk: 8 D rows, on a CPU an eighth of all rows if that is less.
 
     Each chunk reads and writes the float32 gradient of the head, 8 V D bytes, beside at least 12 V
     bytes per row for its logits: from 8 D rows on that is 8 % of the traffic and a larger chunk
@@ -28,8 +29,7 @@ def rows_per_chunk(rows: int, width: int) -> int:
     """
     if device.target().platform == "cpu":
         return max(1024, min(rows // 8, 8 * width))
-    devices = jax.sharding.get_abstract_mesh().size or 1
-    return max(1024, 8 * width) * devices
+    return max(1024, 8 * width)
 
 
 def _width(shape: tuple[int, ...], chunk_rows: int | None) -> int:
@@ -62,13 +62,22 @@ class How(NamedTuple):
     chunk_rows: int | None  # rows whose logits exist at a time; None: `rows_per_chunk`
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def sums(how: How, x_BTD, head_VD, weights_BT, rows, shared) -> Values:
     """Sums of `how.score` over all rows; the first has a gradient, by x and head.
 
     The arrays of `rows`, [B, T, ...], are cut into chunks as x is; `shared` is what every chunk
-    needs.
+    needs. The devices of the mesh's axis `tensor` share the positions, if they can.
     """
+    if x_BTD.shape[1] % collectives.size(collectives.TENSOR):
+        return _sums(how, x_BTD, head_VD, weights_BT, rows, shared)
+    by_position = collectives.enter(x_BTD), weights_BT, rows
+    x_BTD, weights_BT, rows = jax.tree.map(lambda a: collectives.own(a, 1), by_position)
+    head_VD = collectives.enter(head_VD)
+    return collectives.leave(_sums(how, x_BTD, head_VD, weights_BT, rows, shared))  # type: ignore
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _sums(how: How, x_BTD, head_VD, weights_BT, rows, shared) -> Values:
     return jax.tree.map(jnp.sum, terms(how, x_BTD, head_VD, weights_BT, rows, shared))
 
 
@@ -89,7 +98,7 @@ def _backward(how: How, residuals, g: Values):
     return dx_BTD, dhead_VD, None, None, None
 
 
-sums.defvjp(_forward, _backward)
+_sums.defvjp(_forward, _backward)
 
 
 def _scan(how: How, x_BTD, head_VD, weights_BT, rows, shared, *, differentiate: bool):
@@ -142,7 +151,6 @@ def _scan(how: How, x_BTD, head_VD, weights_BT, rows, shared, *, differentiate: 
 
         _, values = jax.lax.scan(body, None, starts)
         return jax.tree.map(join, values), None, None
-    # `zeros_like`: inside shard_map they vary over the mesh axes over which x and head do.
     zeros = (jnp.zeros_like(x_BTD, wide), jnp.zeros_like(operand_VD.T, wide))
     (dx_BTD, dhead_DV), values = jax.lax.scan(body, zeros, starts)
     return jax.tree.map(jnp.sum, values), dx_BTD[:, :T], (dhead_DV[:, :V] / scale).T

@@ -23,7 +23,7 @@ def flash(
     k_BTKC: jax.Array,
     v_BTKC: jax.Array,
     segment_ids_BT: jax.Array | None,
-    seed: jax.Array | None,
+    words_2BH: jax.Array | None,
     *,
     causal: bool,
     window: int | None,
@@ -43,7 +43,7 @@ def flash(
     or float16, and C is a multiple of 8 up to 128.
 
     Args:
-        seed: uint32 [2] for `dropout.row_words`; None switches dropout off.
+        words_2BH: of `dropout.head_words`; None switches dropout off.
         deterministic: sum the gradient of the queries in a fixed order, with seven products a
             tile instead of five; the other gradients always are.
         interpret: run on the CPU interpreter, with race detection.
@@ -64,7 +64,7 @@ def flash(
         window=window,
         softcap=softcap,
         scale=scale,
-        dropout_rate=0.0 if seed is None else dropout_rate,
+        dropout_rate=0.0 if words_2BH is None else dropout_rate,
         deterministic=deterministic,
         interpret=interpret,
     )
@@ -72,9 +72,8 @@ def flash(
     inputs = (jnp.pad(x, ((0, 0), (0, rows), (0, 0), (0, width))) for x in (q_BTHC, k_BTKC, v_BTKC))
     words_BHT = None
     if settings.dropout_rate > 0:
-        assert seed is not None
-        row_BH1 = jnp.arange(B * H).reshape(B, H, 1)
-        words_BHT = dropout.row_words(seed, row_BH1, jnp.arange(T + rows)[None, None])
+        assert words_2BH is not None
+        words_BHT = dropout.query_words(words_2BH[..., None], jnp.arange(T + rows)[None, None])
     if segment_ids_BT is not None:
         segment_ids_BT = jnp.pad(segment_ids_BT.astype(jnp.int32), ((0, 0), (0, rows)))
     out_BTHC, lse_BHT = _attention(settings, *inputs, segment_ids_BT, words_BHT)

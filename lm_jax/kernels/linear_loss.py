@@ -41,9 +41,8 @@ def linear_cross_entropy(
     targets and weights get none. Reverse mode only. In float16 the gradient of a logit, at most
     the weight where there is no z-loss, must stay below 60.
 
-    Inside `jax.shard_map` over B, call it with the head cast to varying (`jax.lax.pcast`): its
-    gradient is then summed over the devices once. Under a jit that partitions by itself it may be
-    summed after every chunk.
+    Under a jit that partitions by itself the gradient of the head may be summed over the devices
+    after every chunk; inside `jax.shard_map` over B it is left to the caller, once.
 
     Args:
         x_BTD: hidden states, any float dtype.
@@ -54,8 +53,7 @@ def linear_cross_entropy(
         softcap: if c > 0, logits are c tanh(z / c) (Gemma Team 2024, section 2).
         z_loss: factor of lse^2 (Chowdhery et al. 2022, section 5).
         label_smoothing: e in [0, 1).
-        chunk_rows: rows whose logits exist at a time, those of all devices together where jit
-            splits B over several; default see `chunks.rows_per_chunk`.
+        chunk_rows: rows whose logits exist at a time; default see `chunks.rows_per_chunk`.
         summed: else the fields are the terms of the sums, [B, T], for use without a gradient.
     """
     assert x_BTD.shape[:2] == targets_BT.shape == weights_BT.shape

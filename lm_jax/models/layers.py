@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lm_jax import collectives
 from lm_jax.config import ModelConfig
+from lm_jax.kernels.dropout import Draw
 from lm_jax.kernels.linear import linear
 from lm_jax.kernels.rowwise import along_last, normalise
 
@@ -22,13 +24,35 @@ class Linear(nnx.Module):
 
     def __init__(self, inputs: int, outputs: int, std: float, bias: bool, rngs: nnx.Rngs):
         """Draw w from N(0, std^2); b starts at 0."""
+        self.inputs = inputs
         self.kernel = nnx.Param(normal(rngs, (inputs, outputs), std))
         self.bias = nnx.Param(jnp.zeros((outputs,))) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map the last axis from `inputs` to `outputs`."""
-        y = linear(x, self.kernel[...], x.dtype)
-        return y if self.bias is None else add_bias(y, along_last(self.bias[...], y))
+        w = collectives.whole(self.kernel[...], 0, self.inputs, x.dtype)
+        return self._biased(linear(x, w, x.dtype))
+
+    def gather(self, dtype: jnp.dtype) -> None:
+        """Make w whole, for a use outside of this layer; see `collectives.whole`."""
+        self.kernel.set_value(collectives.whole(self.kernel[...], 0, self.inputs, dtype))
+
+    def apart(self, x: jax.Array, *lengths: int) -> jax.Array:
+        """The same, but each device of the axis `tensor` computes only its part of the outputs.
+
+        `lengths` are those of the vectors that lie side by side in y; it computes a part of each.
+        """
+        w = collectives.columns(self.kernel[...], self.inputs, lengths, x.dtype)
+        y = linear(collectives.enter(x), w, x.dtype)
+        return self._biased(y, lambda b: collectives.own_of_each(collectives.enter(b), lengths))
+
+    def together(self, x: jax.Array) -> jax.Array:
+        """The same, from inputs of which each device of the axis `tensor` has its part."""
+        w = collectives.rows(self.kernel[...], self.inputs, x.dtype)
+        return self._biased(collectives.leave(linear(x, w, x.dtype)))
+
+    def _biased(self, y: jax.Array, part: Callable[[jax.Array], jax.Array] = lambda b: b) -> Any:
+        return y if self.bias is None else add_bias(y, along_last(part(self.bias[...]), y))
 
 
 def add_bias(y: jax.Array, bias: jax.Array) -> jax.Array:
@@ -40,16 +64,22 @@ def add_bias(y: jax.Array, bias: jax.Array) -> jax.Array:
 class Norm(nnx.Module):
     """RMSNorm (Zhang and Sennrich 2019) or LayerNorm (Ba et al. 2016), in float32 or wider."""
 
-    def __init__(self, size: int, kind: str, bias: bool, eps: float = 1e-6):
-        """Scale starts at 1, the bias of layernorm at 0; `eps` is added to the mean square."""
-        self.kind, self.eps = kind, eps
+    def __init__(
+        self, size: int, kind: str, bias: bool, eps: float = 1e-6, by_head: bool = False
+    ):
+        """Scale starts at 1, the bias of layernorm at 0; `eps` is added to the mean square.
+
+        `by_head`: whether it normalises heads, which devices of the axis `tensor` have apart.
+        """
+        self.kind, self.eps, self.by_head = kind, eps, by_head
         self.scale = nnx.Param(jnp.ones((size,)))
         self.bias = nnx.Param(jnp.zeros((size,))) if bias and kind == "layernorm" else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalise over the last axis."""
         bias = None if self.bias is None else self.bias[...]
-        return normalise(x, self.scale[...], bias, self.kind == "layernorm", self.eps)
+        scale = collectives.enter(self.scale[...]) if self.by_head else self.scale[...]
+        return normalise(x, scale, bias, self.kind == "layernorm", self.eps)
 
 
 class Cache(NamedTuple):
@@ -101,7 +131,7 @@ class Decoder(nnx.Module):
 
     A family sets and defines what is declared here. `blocks` is one module whose parameters have a
     leading axis of layers, scanned or not: the optimiser sees one leaf where it would see one a
-    layer. A layer takes (x_BTD, tokens_BT, segment_ids_BT, positions_BT, key, cache) and returns
+    layer. A layer takes (x_BTD, tokens_BT, segment_ids_BT, positions_BT, draw, cache) and returns
     hidden states, the longer cache, and what `observed` tells of it.
     """
 
@@ -110,7 +140,8 @@ class Decoder(nnx.Module):
     # no mask but the causal one: padding comes last, where no other position sees it.
     segmented: bool
     blocks: Any
-    embed: Callable[..., jax.Array]  # of (tokens_BT, positions_BT, dtype, key) the first states
+    gather: Callable[[Any], None]  # makes the parameters outside of blocks whole, for a dtype
+    embed: Callable[..., jax.Array]  # of (tokens_BT, positions_BT, dtype, draw) the first states
     finish: Callable[[jax.Array], jax.Array]  # of the last layer's states those for the head
     head_VD: Callable[[], jax.Array]
     empty_cache: Callable[[int, int, jnp.dtype], Cache]
@@ -122,7 +153,7 @@ class Decoder(nnx.Module):
         positions_BT: jax.Array,
         *,
         dtype: jax.typing.DTypeLike = jnp.float32,
-        key: jax.Array | None = None,
+        draw: Draw | None = None,
     ) -> jax.Array:
         """Hidden states after the final norm, [B, T, D] in `dtype`.
 
@@ -131,16 +162,16 @@ class Decoder(nnx.Module):
             segment_ids_BT: document per position, 0 for padding.
             positions_BT: position inside the document.
             dtype: compute dtype.
-            key: random key that switches dropout on; None in evaluation.
+            draw: switches dropout on; None in evaluation.
         """
-        return self._forward(tokens_BT, segment_ids_BT, positions_BT, dtype, key)[0]
+        return self._forward(tokens_BT, segment_ids_BT, positions_BT, dtype, draw)[0]
 
     def observed(
-        self, tokens_BT, segment_ids_BT, positions_BT, *, dtype=jnp.float32, key=None
+        self, tokens_BT, segment_ids_BT, positions_BT, *, dtype=jnp.float32, draw=None
     ) -> tuple[jax.Array, Any]:
         """The hidden states, and what each layer computes with a leading axis of layers."""
         x_BTD, _, seen = self._forward(
-            tokens_BT, segment_ids_BT, positions_BT, dtype, key, observe=True
+            tokens_BT, segment_ids_BT, positions_BT, dtype, draw, observe=True
         )
         return x_BTD, seen
 
@@ -176,7 +207,7 @@ class Decoder(nnx.Module):
         segment_ids_BT,
         positions_BT,
         dtype,
-        key,
+        draw,
         cache=None,
         layers=None,
         observe=False,
@@ -188,20 +219,26 @@ class Decoder(nnx.Module):
         cfg = self.cfg
         segment_ids_BT = segment_ids_BT if self.segmented else None
         keys: Any = [None] * (cfg.layers + 1)
-        if key is not None:
-            keys = jax.random.split(key, cfg.layers + 1)
+        if draw is not None:
+            keys = jax.random.split(draw.key, cfg.layers + 1)
         graphdef, stacked = nnx.split(self.blocks)
 
         def layer(carry, of_layer):
             (x_BTD, cache), (params, key) = carry, of_layer
             block = nnx.merge(graphdef, params)
-            x_BTD, cache, seen = block(x_BTD, tokens_BT, segment_ids_BT, positions_BT, key, cache)
+            here = draw and draw._replace(key=key)
+            x_BTD, cache, seen = block(x_BTD, tokens_BT, segment_ids_BT, positions_BT, here, cache)
             return (x_BTD, cache), (seen if observe else None)
 
-        layer = jax.checkpoint(layer) if cfg.remat else layer
-        carry = self.embed(tokens_BT, positions_BT, dtype, keys[-1]), cache
+        if cfg.remat:
+            layer = jax.checkpoint(layer)
+        elif collectives.size(*collectives.PARTS) > 1:
+            layer = jax.checkpoint(layer, policy=collectives.kept)
+        self.gather(dtype)  # once for all uses: the table may be the head too
+        first = draw and draw._replace(key=keys[-1])
+        carry = self.embed(tokens_BT, positions_BT, dtype, first), cache
         if cfg.scan_layers and layers is None:
-            carry, seen = jax.lax.scan(layer, carry, (stacked, None if key is None else keys[:-1]))
+            carry, seen = jax.lax.scan(layer, carry, (stacked, None if draw is None else keys[:-1]))
         else:
             each = []
             for of_layer in zip(layers or unstack(stacked, cfg.layers), keys[:-1], strict=True):

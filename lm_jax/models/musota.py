@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lm_jax import collectives
 from lm_jax.config import ModelConfig
 from lm_jax.kernels.attention import attend, attend_cache
 from lm_jax.kernels.dropout import dropout
@@ -138,11 +139,11 @@ class Gate(nnx.Module):
         # Nothing reads it, as in the original, whose number of parameters includes it.
         self.interaction = nnx.Param(normal(rngs, (K, K), 0.1))
 
-    def __call__(self, tokens_BT, entropy_BT, dtype, key) -> jax.Array:
+    def __call__(self, tokens_BT, entropy_BT, dtype, draw) -> jax.Array:
         """The sensitivities, [B, T, 16] between 0 and the base."""
         affinity_BTk = self.affinity[...][tokens_BT].astype(dtype)
         x = jnp.concatenate([affinity_BTk, entropy_BT[..., None].astype(dtype)], axis=-1)
-        hidden = dropout(jax.nn.gelu(self.up(x), approximate=False), self.rate, key)
+        hidden = dropout(jax.nn.gelu(self.up(x), approximate=False), self.rate, draw)
         s_BTk = jax.nn.sigmoid(self.down(hidden))
         return along_last(self.base[...].astype(dtype), s_BTk) * s_BTk
 
@@ -162,11 +163,11 @@ class Layer(nnx.Module):
         self.gate = Gate(vocab_size, cfg.dropout, rngs)
 
     def __call__(
-        self, x_BTD, tokens_BT, segment_ids_BT, positions_BT, key, cache
+        self, x_BTD, tokens_BT, segment_ids_BT, positions_BT, draw, cache
     ) -> tuple[jax.Array, Cache | None, jax.Array]:
         """Apply the layer to blocks; also the longer cache and the sensitivities [B, T, 16]."""
         B, T, _ = x_BTD.shape
-        of_across, of_mlp, of_gate = (None,) * 3 if key is None else jax.random.split(key, 3)
+        of_across, of_mlp, of_gate = (None,) * 3 if draw is None else draw.split(3)
         z_BTD, cache = self.within(x_BTD, segment_ids_BT, cache)
         y_BTD, entropy_BT, cache = self.across(z_BTD, segment_ids_BT, positions_BT, cache)
         z_BTD = self.across_norm(z_BTD + dropout(y_BTD, self.rate, of_across))
@@ -204,6 +205,12 @@ class MuSota(Decoder):
         self.head = Linear(D, vocab_size, glorot(D, vocab_size), False, rngs)
         self.head_bias = nnx.Param(jnp.zeros((vocab_size,)))
 
+    def gather(self, dtype: jnp.dtype) -> None:
+        """See `collectives.whole`."""
+        for table in (self.embedding, self.position_embedding):
+            table.set_value(collectives.whole(table[...], 1, D, dtype))
+        self.head.gather(dtype)
+
     def sensitivities(self, read: Sequence[Any], weights_BT, dtype) -> tuple[jax.Array, jax.Array]:
         """The hidden states of what `__call__` reads, and sums [L, 16] over the scored tokens."""
         x_BTD, s_LBTk = self.observed(*read, dtype=dtype)
@@ -215,10 +222,10 @@ class MuSota(Decoder):
         across = (rows, CROSS_HEADS, slots, D // CROSS_HEADS)
         return zero_cache([within, across] * self.cfg.layers, dtype)
 
-    def embed(self, tokens_BT, positions_BT, dtype, key) -> jax.Array:
+    def embed(self, tokens_BT, positions_BT, dtype, draw) -> jax.Array:
         """The blocks before the first layer; `key` switches dropout on."""
         x_BTD = self.embedding[...][tokens_BT] + self.position_embedding[...][positions_BT]
-        return to_blocks(dropout(x_BTD.astype(dtype), self.cfg.embedding_dropout, key))
+        return to_blocks(dropout(x_BTD.astype(dtype), self.cfg.embedding_dropout, draw))
 
     def finish(self, x_BTD: jax.Array) -> jax.Array:
         """The final norm of the matrices, and a 1 after each."""

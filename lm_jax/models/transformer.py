@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lm_jax import collectives
 from lm_jax.config import ModelConfig
 from lm_jax.kernels.attention import attend, attend_cache
 from lm_jax.kernels.dropout import dropout
@@ -30,20 +31,22 @@ class Attention(nnx.Module):
         self.qkv = Linear(D, (H + 2 * cfg.kv_heads) * C, matrix_std(cfg, D), cfg.bias, rngs)
         out_bias = cfg.bias and cfg.bias_in != "qkv"
         self.out = Linear(H * C, D, residual_std(cfg, H * C), out_bias, rngs)
-        self.q_norm = Norm(C, "rmsnorm", False, cfg.norm_eps) if cfg.qk_norm else None
-        self.k_norm = Norm(C, "rmsnorm", False, cfg.norm_eps) if cfg.qk_norm else None
+        self.q_norm = Norm(C, "rmsnorm", False, cfg.norm_eps, True) if cfg.qk_norm else None
+        self.k_norm = Norm(C, "rmsnorm", False, cfg.norm_eps, True) if cfg.qk_norm else None
 
     def __call__(
-        self, x_BTD, segment_ids_BT, positions_BT, key, cache=None
+        self, x_BTD, segment_ids_BT, positions_BT, draw, cache=None
     ) -> tuple[jax.Array, Cache | None, tuple[jax.Array, jax.Array]]:
-        """Attend inside segments, or to the cache; `key` switches dropout on.
+        """Attend inside segments, or to the cache; `draw` switches dropout on.
 
         Returns the output, the longer cache, and the queries [B, T, H, C] and keys [B, T, K, C].
         """
         cfg = self.cfg
         B, T, _ = x_BTD.shape
-        qkv_BTNC = self.qkv(x_BTD).reshape(B, T, -1, cfg.head_dim)
-        q, k, v = jnp.split(qkv_BTNC, (cfg.heads, cfg.heads + cfg.kv_heads), axis=2)
+        lengths = [heads * cfg.head_dim for heads in (cfg.heads, cfg.kv_heads, cfg.kv_heads)]
+        qkv_BTNC = self.qkv.apart(x_BTD, *lengths).reshape(B, T, -1, cfg.head_dim)
+        K = qkv_BTNC.shape[2] * cfg.kv_heads // (cfg.heads + 2 * cfg.kv_heads)
+        q, k, v = jnp.split(qkv_BTNC, (qkv_BTNC.shape[2] - 2 * K, qkv_BTNC.shape[2] - K), axis=2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if cfg.positions == "rotary":
@@ -60,10 +63,10 @@ class Attention(nnx.Module):
                 impl=self.impl,
                 window=cfg.window or None,
                 dropout_rate=cfg.attention_dropout,
-                dropout_key=key,
+                draw=draw,
                 finite_padding=True,
             )
-        return self.out(y_BTHC.reshape(B, T, -1)), cache, (q, k)
+        return self.out.together(y_BTHC.reshape(B, T, -1)), cache, (q, k)
 
 
 class MLP(nnx.Module):
@@ -75,19 +78,19 @@ class MLP(nnx.Module):
     def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
         """For swiglu one matrix makes gate and value: [D, 2 F]."""
         self.kind = cfg.mlp
-        inner = 2 * cfg.d_ff if cfg.mlp == "swiglu" else cfg.d_ff
+        self.lengths = (cfg.d_ff,) * (2 if cfg.mlp == "swiglu" else 1)
         bias = cfg.bias and cfg.bias_in == "all"
-        self.up = Linear(cfg.d_model, inner, matrix_std(cfg, cfg.d_model), bias, rngs)
+        self.up = Linear(cfg.d_model, sum(self.lengths), matrix_std(cfg, cfg.d_model), bias, rngs)
         self.down = Linear(cfg.d_ff, cfg.d_model, residual_std(cfg, cfg.d_ff), bias, rngs)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """Apply position by position."""
-        y = self.up(x_BTD)
+        y = self.up.apart(x_BTD, *self.lengths)
         if self.kind == "swiglu":
-            return self.down(swiglu(y))
+            return self.down.together(swiglu(y))
         if self.kind == "relu2":
-            return self.down(jnp.square(jax.nn.relu(y)))
-        return self.down(jax.nn.gelu(y, approximate=self.kind == "gelu_tanh"))
+            return self.down.together(jnp.square(jax.nn.relu(y)))
+        return self.down.together(jax.nn.gelu(y, approximate=self.kind == "gelu_tanh"))
 
 
 class Observed(NamedTuple):
@@ -110,11 +113,11 @@ class Block(nnx.Module):
         self.mlp = MLP(cfg, rngs)
 
     def __call__(
-        self, x_BTD, tokens_BT, segment_ids_BT, positions_BT, key, cache=None
+        self, x_BTD, tokens_BT, segment_ids_BT, positions_BT, draw, cache=None
     ) -> tuple[jax.Array, Cache | None, Observed]:
-        """Apply the layer, see `Decoder`; `key` switches dropout on."""
+        """Apply the layer, see `Decoder`; `draw` switches dropout on."""
         del tokens_BT
-        probs, branch, mlp = (None,) * 3 if key is None else jax.random.split(key, 3)
+        probs, branch, mlp = (None,) * 3 if draw is None else draw.split(3)
         y, cache, (q, k) = self.attention(
             self.attention_norm(x_BTD), segment_ids_BT, positions_BT, probs, cache
         )
@@ -163,13 +166,23 @@ class Transformer(Decoder):
         if not cfg.tied:
             self.head = Linear(D, vocab_size, matrix_std(cfg, D), False, rngs)
 
+    def gather(self, dtype: jnp.dtype) -> None:
+        """See `collectives.whole`."""
+        D, rank = self.cfg.d_model, self.cfg.embedding_rank
+        for name, width in (("embedding", rank or D), ("projection", D), ("position_embedding", D)):
+            if hasattr(self, name):
+                table = getattr(self, name)
+                table.set_value(collectives.whole(table[...], 1, width, dtype))
+        if not self.cfg.tied:
+            self.head.gather(dtype)
+
     def empty_cache(self, rows: int, slots: int, dtype: jnp.dtype) -> Cache:
         """A cache for `slots` tokens in each of `rows` rows."""
         cfg = self.cfg
         return zero_cache([(rows, cfg.kv_heads, slots, cfg.head_dim)] * cfg.layers, dtype)
 
-    def embed(self, tokens_BT, positions_BT, dtype, key) -> jax.Array:
-        """The hidden states before the first layer; `key` switches dropout on."""
+    def embed(self, tokens_BT, positions_BT, dtype, draw) -> jax.Array:
+        """The hidden states before the first layer; `draw` switches dropout on."""
         cfg = self.cfg
         # Gather, then cast: the gradient of a table is summed in the table's float32.
         x_BTD = self.embedding[...][tokens_BT].astype(dtype)
@@ -177,7 +190,7 @@ class Transformer(Decoder):
             x_BTD = linear(x_BTD, self.projection[...], dtype)
         if cfg.positions == "learned":
             x_BTD = x_BTD + self.position_embedding[...][positions_BT].astype(dtype)
-        return dropout(x_BTD, cfg.embedding_dropout, key)
+        return dropout(x_BTD, cfg.embedding_dropout, draw)
 
     def finish(self, x_BTD: jax.Array) -> jax.Array:
         """The final norm, and a projection to the rank of a tied factorised table."""

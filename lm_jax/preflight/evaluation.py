@@ -37,7 +37,7 @@ def facts(cfg: Config, vocab_size: int, graphdef: nnx.GraphDef, params: Any) -> 
         token_bytes=lambda ids: [b""] * len(ids),
     )
     store: Any = types.SimpleNamespace(split=lambda name: split)
-    mesh = sharding.make_mesh(cfg.mesh.fsdp)
+    mesh = sharding.make_mesh(cfg.mesh)
     trained = Trained(cfg, tokenizer, mesh, graphdef, params, 0, {})
     made = generate.generate(trained, "", tokens=min(20, T), temperature=1.0, seed=cfg.seed)[0]
     return dict(
@@ -79,7 +79,7 @@ class _Planted(nnx.Module):
 
 def _evaluation(cfg: Config, vocab_size: int, store: Any) -> Callable[..., Any]:
     """The whole evaluation of a split by the run's own loop and step, of a planted predictor."""
-    mesh = sharding.make_mesh(cfg.mesh.fsdp)
+    mesh = sharding.make_mesh(cfg.mesh)
 
     def evaluate(predict: Callable[[Any], Any], batch_size: int, stride: int = 0) -> Any:
         here = config.replace(

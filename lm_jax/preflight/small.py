@@ -24,6 +24,7 @@ from lm_jax.doctor.model import examine_model
 from lm_jax.doctor.optimiser import examine_optimiser
 from lm_jax.doctor.training import examine_training
 from lm_jax.kernels import attention
+from lm_jax.kernels.dropout import Draw
 from lm_jax.models.families import choose_attention, create_model, family
 from lm_jax.objective import NextToken, Summary
 from lm_jax.preflight import evaluation
@@ -62,7 +63,7 @@ class Small:
             # A shorter schedule would end among the few updates that are examined.
             train__steps=max(int(cfg.train.steps), 10),
         )
-        with jax.set_mesh(sharding.make_mesh(cfg.mesh.fsdp)):  # the devices that share the rows
+        with jax.set_mesh(sharding.make_mesh(cfg.mesh)):  # the devices that share the rows
             micro_batches = min(sharding.accumulation(cfg), 2)
             self.loss_impl, _ = step.choose_loss(cfg, store.tokenizer.vocab_size)
         self.cfg.data.micro_batch = self.rows // micro_batches
@@ -93,7 +94,7 @@ class Small:
         params: Any,
         tokens_BT: Any,
         segment_ids_BT: Any,
-        key: Any = None,
+        draw: Draw | None = None,
         graphdef: Any = None,
     ) -> jax.Array:
         """Logits of the model, as evaluation computes them, or of another of its kind."""
@@ -102,7 +103,7 @@ class Small:
         tokens = jnp.pad(jnp.asarray(tokens_BT), ((0, 0), (0, 1)))
         b = losses.shift({"tokens": tokens, "segment_ids": ids, "weights": tokens * 0.0})
         with jax.default_matmul_precision(self.cfg.train.matmul_precision):
-            x_BTD = model(b.inputs, b.segment_ids, b.positions, dtype=self.dtype, key=key)
+            x_BTD = model(b.inputs, b.segment_ids, b.positions, dtype=self.dtype, draw=draw)
             return model.logits(x_BTD)
 
     def model(self, level: str = "fast") -> Report:
@@ -117,7 +118,7 @@ class Small:
 
         def of_update(params: Any, tokens: Any, update: Any) -> jax.Array:
             key = jax.random.fold_in(jax.random.key(self.cfg.seed + 1), update)
-            return self.logits(params, tokens, jnp.ones_like(tokens), key)
+            return self.logits(params, tokens, jnp.ones_like(tokens), Draw(key))
 
         return examine_model(
             lambda params, tokens: logits(params, tokens, np.ones_like(tokens)),
@@ -296,7 +297,7 @@ class Small:
 
         @jax.jit
         def train_logits(tokens_BT: Any, seed: Any) -> jax.Array:
-            return self.logits(by_layer, tokens_BT, tokens_BT * 0 + 1, jax.random.key(seed))
+            return self.logits(by_layer, tokens_BT, tokens_BT * 0 + 1, Draw(jax.random.key(seed)))
 
         return examine_evaluation(
             vocab_size=self.vocab_size,

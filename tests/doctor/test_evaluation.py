@@ -18,6 +18,7 @@ from lm_jax.data.open import open_data
 from lm_jax.data.store import Split
 from lm_jax.data.tokenizers.kinds import CharTokenizer
 from lm_jax.doctor.eval import examine_evaluation
+from lm_jax.kernels.dropout import Draw
 from lm_jax.models.families import create_model
 from lm_jax.models.layers import Decoder
 from lm_jax.preflight import run
@@ -86,7 +87,7 @@ def evaluator(split, cfg):
                 "token_weights": count,
             }
 
-        mesh = sharding.make_mesh(1)
+        mesh = sharding.make_mesh(MeshConfig())
         return evaluate.Evaluator(changed, Letters(split), mesh, eval_step)(None, "valid")
 
     return evaluate_fn
@@ -117,7 +118,8 @@ def package_model(dtype, name="adamw"):
     def forward(params, tokens_BT, key=None):
         model = nnx.merge(graphdef, params)
         positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None], tokens_BT.shape)
-        x_BTD = model(tokens_BT, jnp.ones_like(tokens_BT), positions_BT, dtype=dtype, key=key)
+        draw = None if key is None else Draw(key)
+        x_BTD = model(tokens_BT, jnp.ones_like(tokens_BT), positions_BT, dtype=dtype, draw=draw)
         return model.logits(x_BTD)
 
     @jax.jit
