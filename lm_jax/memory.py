@@ -117,7 +117,9 @@ def require_memory(cfg: Config, mesh: Mesh, state: Any) -> None:
     elif name == "batches":
         path = "train.steps_per_call" if cfg.train.steps_per_call > 1 else "data.batch_size"
     else:
-        scored = cfg.eval.batch_size * cfg.mesh.tensor // mesh.size > _rows(cfg, mesh) * model.layers
+        scored = (
+            cfg.eval.batch_size * cfg.mesh.tensor // mesh.size > _rows(cfg, mesh) * model.layers
+        )
         path = _first(cfg, mesh, scoring=scored)
     value, lower = _lower(cfg, mesh, path, share)
     parts = ", ".join(f"{part / 1e9:,.1f} {_WORDS[k]}" for k, part in needed._asdict().items())

@@ -99,9 +99,7 @@ class NextToken:
         """A batch without a scored token has gradient 0, not 0 / 0."""
         return Summary(jnp.maximum(sums["count"], 1), sums["nats"], sums["count"])
 
-    def scored(
-        self, params: Params, rows: losses.Batch, draw: Draw | None = None
-    ) -> losses.Scored:
+    def scored(self, params: Params, rows: losses.Batch, draw: Draw | None = None) -> losses.Scored:
         """Sums over the scored tokens of some rows; `draw` is for dropout, None for none."""
         model = nnx.merge(self.graphdef, params)
         b = losses.shift(rows)

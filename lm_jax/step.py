@@ -9,8 +9,8 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lm_jax import loss as losses
 from lm_jax import collectives, optim, sharding
+from lm_jax import loss as losses
 from lm_jax.config import Config
 from lm_jax.kernels.dropout import Draw
 from lm_jax.models.families import family

@@ -276,7 +276,9 @@ def test_tiling_changes_nothing(monkeypatch):
 
         def of_size(size):
             monkeypatch.setattr(blocks, "largest_block", lambda heads: size)
-            return run(lambda q, k, v: blockwise(q, k, v, ids, words, **options), arrays, quick=True)
+            return run(
+                lambda q, k, v: blockwise(q, k, v, ids, words, **options), arrays, quick=True
+            )
 
         one, *others = (of_size(size) for size in (129, 50, 17))
         assert (one["out"] != 0).mean() > 0.9

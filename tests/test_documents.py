@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lm_jax import config, evaluate, loss, sharding, step
-from lm_jax.config import Config
+from lm_jax.config import Config, MeshConfig
 from lm_jax.config.resolve import resolve
 from lm_jax.data.open import open_data
 from lm_jax.models.families import create_model
@@ -66,7 +66,9 @@ def score(cfg, store, model, **changes):
     cfg = resolved(cfg, **changes)
     graphdef, params = model
     eval_step = step.make_eval_step(cfg, graphdef)
-    return evaluate.Evaluator(cfg, store, sharding.make_mesh(MeshConfig()), eval_step).score(params, "valid")
+    return evaluate.Evaluator(cfg, store, sharding.make_mesh(MeshConfig()), eval_step).score(
+        params, "valid"
+    )
 
 
 @pytest.fixture(scope="module")

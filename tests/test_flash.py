@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AbstractMesh
 
 from lm_jax.kernels import mosaic
-from tests.attention_suite import KEY, Case, attention, check_rounded, inputs, oracle, run
+from tests.attention_suite import Case, attention, check_rounded, inputs, oracle, run
 
 if reason := mosaic.unavailable(jnp.bfloat16, 64, interpret=True):
     pytest.skip(reason, allow_module_level=True)
@@ -23,7 +23,6 @@ from lm_jax.kernels.flash import flash
 from lm_jax.kernels.flash_tile import Settings, block_ranges
 from tests.helpers import LONG
 from tests.races import WGMMA, forbidden
-
 
 
 class Unsorted(Case):

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from lm_jax import config, loop, memory, sharding, step
-from lm_jax.config import Config, ConfigError
+from lm_jax.config import Config, ConfigError, MeshConfig
 from lm_jax.config.resolve import resolve
 from lm_jax.config.section import get
 from lm_jax.models.families import create_model

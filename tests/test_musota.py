@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from lm_jax import config, evaluate, sharding, step
-from lm_jax.config import ConfigError
+from lm_jax.config import ConfigError, MeshConfig
 from lm_jax.config.resolve import resolve
 from lm_jax.data.open import open_data
 from lm_jax.kernels.dropout import Draw

@@ -14,6 +14,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from lm_jax import checkpoint, loop, sharding, step
+from lm_jax.config import MeshConfig
 from lm_jax.models.families import create_model
 from lm_jax.objective import NextToken
 from tests.helpers import ROOT, random_batch, small, tiny_config

@@ -16,4 +16,5 @@ from lm_jax.config.values import Curve, Duration, RopeScaling, Span
 
 __all__ = ["INSIDE", "ROUTED", "STATES", "Config", "ConfigError", "Curve", "Duration"]
 __all__ += ["MeshConfig", "ModelConfig", "OptimConfig", "config_hash", "difference", "from_dict"]
-__all__ += ["from_record", "RopeScaling", "Span", "incidental_fields", "named_fields", "replace", "to_dict"]
+__all__ += ["RopeScaling", "Span", "from_record", "incidental_fields", "named_fields", "replace"]
+__all__ += ["to_dict"]

@@ -42,7 +42,8 @@ class DataConfig(Section):
     workers: int = incidental(limited(0, below=1025, why="more processes than a machine bears"))
     seq_len: int = positive(256)  # T, tokens predicted per window
     batch_size: int = positive(32)  # sequences per update, over all devices and micro-batches
-    micro_batch: int = incidental(not_negative(0))  # most sequences that a device computes at a time; 0: all
+    # most sequences that a device computes at a time; 0: all
+    micro_batch: int = incidental(not_negative(0))
     document_mask: bool = True  # attention and positions restart at each document
     window_offset: bool = False  # cut the text into windows elsewhere in every epoch
     # threads that assemble batches ahead of the step; 0: in the loop itself

@@ -277,7 +277,17 @@ def _pallas(*inputs, **options):
 
 
 def _reference(
-    q_BTHC, k_BTKC, v_BTKC, segment_ids_BT, words_2BH, *, causal, window, softcap, scale, dropout_rate
+    q_BTHC,
+    k_BTKC,
+    v_BTKC,
+    segment_ids_BT,
+    words_2BH,
+    *,
+    causal,
+    window,
+    softcap,
+    scale,
+    dropout_rate,
 ):
     at_T = jnp.arange(q_BTHC.shape[1])
     t, s = at_T[None, None, :, None], at_T[None, None, None]

@@ -64,9 +64,7 @@ def add_bias(y: jax.Array, bias: jax.Array) -> jax.Array:
 class Norm(nnx.Module):
     """RMSNorm (Zhang and Sennrich 2019) or LayerNorm (Ba et al. 2016), in float32 or wider."""
 
-    def __init__(
-        self, size: int, kind: str, bias: bool, eps: float = 1e-6, by_head: bool = False
-    ):
+    def __init__(self, size: int, kind: str, bias: bool, eps: float = 1e-6, by_head: bool = False):
         """Scale starts at 1, the bias of layernorm at 0; `eps` is added to the mean square.
 
         `by_head`: whether it normalises heads, which devices of the axis `tensor` have apart.

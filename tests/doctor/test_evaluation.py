@@ -11,7 +11,7 @@ import scipy.special
 from flax import nnx
 
 from lm_jax import config, decode, evaluate, generate, loss, metrics, sharding
-from lm_jax.config import rules
+from lm_jax.config import MeshConfig, rules
 from lm_jax.config.resolve import resolve
 from lm_jax.data import windows as pipeline
 from lm_jax.data.open import open_data
