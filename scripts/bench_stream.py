@@ -113,7 +113,7 @@ def open_corpus(options: dict[str, Any]) -> Any:
 
 def prepare(options: dict[str, Any]) -> dict[str, Any]:
     """Tokenises; wall and CPU time of what parts write, and wall time of the rest."""
-    from lm_jax.data import parts, store
+    from lm_jax.data import parts, recipe, store
 
     tokenizer = load_config(CONFIG).tokenizer
     seconds: dict[str, float] = {}
@@ -138,7 +138,7 @@ def prepare(options: dict[str, Any]) -> dict[str, Any]:
     timed("open_corpus_again", open_corpus)(options)
     parts.write_all = timed("tokenise", parts.write_all)
     parts.join = timed("join", parts.join)
-    store.train_tokenizer = timed("learn", store.train_tokenizer)
+    recipe.train_tokenizer = timed("learn", recipe.train_tokenizer)
     store.open_store = timed("open_store", store.open_store)
     found = store.prepare(
         corpus,

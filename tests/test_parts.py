@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from lm_jax.data import parts, shards, store
+from lm_jax.data import parts, shards
 from lm_jax.data.corpora import Corpus, open_corpus
 from lm_jax.data.store import prepare
 from lm_jax.data.tokenizers.kinds import ByteTokenizer, CharTokenizer
@@ -372,8 +372,8 @@ def test_the_cores_are_those_that_the_process_may_use(monkeypatch):
 
 def test_the_tokenizer_learns_from_equal_shares_of_the_pieces(tmp_path):
     pieces = [functools.partial(iter, [letter * 6, letter * 6]) for letter in "abc"]
-    assert list(store._heads(pieces, 24)) == [t for x in "abc" for t in (x * 6, x * 2)]
-    assert list(store._heads(pieces, 1)) == list("abc")
+    assert list(shards.heads(pieces, 24)) == [t for x in "abc" for t in (x * 6, x * 2)]
+    assert list(shards.heads(pieces, 1)) == list("abc")
     corpus = Corpus("c", "f", {"train": [*pieces, lambda: iter(["z y x w v"])]})
     words = {"tokenizer_kind": "word", "vocab_size": 0, "cache_dir": str(tmp_path)}
     with pytest.raises(ValueError, match="Word 'aaaaaa'.* does not occur"):

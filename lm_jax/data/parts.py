@@ -73,16 +73,19 @@ def id_type(tokenizer: Tokenizer) -> np.dtype:
     return np.dtype("<u2" if tokenizer.vocab_size < 1 << 16 else "<u4")
 
 
-def write_all(parts: Sequence[Part], tokenizer: Tokenizer, folder: Path, workers: int) -> None:
+def write_all(
+    parts: Sequence[Part], tokenizer: Tokenizer, folder: Path, workers: int, *, alone: bool = True
+) -> None:
     """Writes into `folder`, which holds the tokenizer, the parts that are not there yet.
 
-    Where a split has several, `workers` processes (0: one a core) share them.
+    Where a split has several, `workers` processes (0: one a core) share them. What a kill left is
+    removed first if this process is `alone`: it may be what another one writes.
 
     Raises:
         ValueError: if the corpus or one of its documents cannot be read or tokenised.
         ChildProcessError: if a process ended before its work did.
     """
-    for leftover in folder.glob("partial-*"):
+    for leftover in folder.glob("partial-*") if alone else ():
         # Workers left over from a killed run stop after this part.
         shutil.rmtree(leftover, ignore_errors=True)
     todo = [part for part in parts if not (folder / part.name).exists()]
@@ -90,7 +93,7 @@ def write_all(parts: Sequence[Part], tokenizer: Tokenizer, folder: Path, workers
     with console.phase("tokenising", len(parts), len(parts) - len(todo)) as tokenising:
 
         def report() -> None:
-            done = len(list(folder.glob("*-of-*")))
+            done = tokenising.done + 1
             tokenising.update(done, f"{done} of {len(parts)} parts")
 
         if workers > 1 and any(part.of > 1 for part in parts):

@@ -93,6 +93,18 @@ def chain(pieces: Sequence[Documents]) -> Iterator[str]:
         yield from piece()
 
 
+def heads(pieces: Sequence[Documents], characters: int) -> Iterator[str]:
+    """Texts of `characters` characters in all, in equal shares from the start of every piece."""
+    share = -(-characters // len(pieces))
+    for piece in pieces:
+        left = share
+        for text in piece():
+            yield text[:left]
+            left -= len(text)
+            if left <= 0:
+                break
+
+
 def _read(stretches: Sequence[Stretch], read: Read) -> Iterator[str]:
     for path, stamp, first, end in stretches:
         with files.naming(path):

@@ -1,6 +1,5 @@
 """The tokenised corpus on disk: ids, document offsets, exact counts, content hashes, manifest."""
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -17,11 +16,11 @@ from lm_jax import console
 from lm_jax.data import files, parts
 from lm_jax.data.corpora import Corpus
 from lm_jax.data.parts import Part
-from lm_jax.data.shards import Documents
+from lm_jax.data.recipe import Recipe, learn, no_tokens
 from lm_jax.data.tokenizers.base import Tokenizer
 from lm_jax.data.tokenizers.hf import HfTokenizer
-from lm_jax.data.tokenizers.load import load_tokenizer, train_tokenizer
-from lm_jax.files import can_write, write_text
+from lm_jax.data.tokenizers.load import load_tokenizer
+from lm_jax.files import write_text
 
 FORMAT = 1  # raised whenever the same corpus and tokenizer would give other files
 MANIFEST_KEYS = (
@@ -84,16 +83,25 @@ def same_data(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     return same and any(alike)
 
 
-def prepare(
+def read_recipe(
     corpus: Corpus,
     *,
     tokenizer_kind: str,
     vocab_size: int,
     folder: str = "",
     sample: int = 0,
-    workers: int = 0,
     cache_dir: str,
-) -> Store:
+) -> Recipe:
+    """The recipe of the store that `prepare` makes of the same arguments."""
+    given = HfTokenizer.from_folder(Path(folder)) if folder else None
+    decides_ids = tokenizer_kind if given is None else given.content_hash
+    key = files.hash_json([corpus.fingerprint, decides_ids, vocab_size, sample, FORMAT])
+    name = re.sub(r"[^\w.]+", "-", corpus.name)
+    path = Path(cache_dir).expanduser() / "stores" / f"{name}-{key[:12]}"
+    return Recipe(corpus, given, tokenizer_kind, vocab_size, sample, path)
+
+
+def prepare(corpus: Corpus, *, workers: int = 0, **options: Any) -> Store:
     """Tokenises every split of a corpus once; later calls open the finished store.
 
     The tokenizer is that of the checkpoint in `folder` (kind hf), or it learns from the train split
@@ -102,32 +110,45 @@ def prepare(
     any number. It gets its name only when it is complete. A killed preparation leaves its finished
     parts beside it, and the next one goes on from there. One process at a time may prepare a store.
 
+    The options are those of `read_recipe`.
+
     Raises:
         ValueError: if the corpus cannot be tokenised, or its files changed since they were hashed;
             then nothing is left behind.
+        FileExistsError: if several machines prepare it.
         ChildProcessError: if a process that tokenised ended before its work did.
         OSError: if a file cannot be read, or the disk does not give back what was written.
     """
-    stores = Path(cache_dir).expanduser() / "stores"
-    given = HfTokenizer.from_folder(Path(folder)) if folder else None
-    decides_ids = tokenizer_kind if given is None else given.content_hash
-    key = files.hash_json([corpus.fingerprint, decides_ids, vocab_size, sample, FORMAT])
-    name = re.sub(r"[^\w.]+", "-", corpus.name)
-    path = stores / f"{name}-{key[:12]}"
+    recipe = read_recipe(corpus, **options)
+    path = recipe.path
     unfinished = path.with_name(f"{path.name}.parts")
     if path.exists():
         with console.phase("checking the tokens"):
             store = open_store(path)
-        shutil.rmtree(unfinished, ignore_errors=True)  # a kill may have left it
+        for left in (unfinished, recipe.shared):  # by a kill
+            shutil.rmtree(left, ignore_errors=True)
         return store
-    _make(unfinished)
+    if any(recipe.shared.glob("*")):
+        raise FileExistsError(
+            f"{recipe.shared} holds parts of this store that several machines write: join them by "
+            "python -m lm_jax.data.prepare, or delete the folder to prepare all of it here."
+        )
     try:
-        tokenizer = _tokenizer(corpus, given, tokenizer_kind, vocab_size, sample, unfinished)
+        tokenizer = learn(recipe, unfinished)
         _write_and_join(corpus, tokenizer, unfinished, workers)
         files.refuse_changed(corpus.files)
     except ValueError:
         shutil.rmtree(unfinished)
         raise
+    return finish(path, unfinished)
+
+
+def finish(path: Path, unfinished: Path) -> Store:
+    """Checks the store in the folder `unfinished`, gives it its name and removes the folder.
+
+    Raises:
+        OSError: if the disk does not give back what was written.
+    """
     try:
         store = open_store(unfinished / "store")
         os.replace(store.path, path)
@@ -139,15 +160,6 @@ def prepare(
         store = open_store(path)  # another process finished it first
     shutil.rmtree(unfinished, ignore_errors=True)  # what stays is removed at the next opening
     return dataclasses.replace(store, path=path)
-
-
-def _make(folder: Path) -> None:
-    if not can_write(folder):
-        raise PermissionError(
-            f"{folder.parent} has no tokens of this corpus and tokenizer and cannot be written "
-            "into: set --config.data.cache_dir to a folder of yours."
-        )
-    folder.mkdir(parents=True, exist_ok=True)
 
 
 def open_store(path: str | os.PathLike) -> Store:
@@ -206,41 +218,6 @@ def _blocks(array: np.memmap) -> Iterator[np.ndarray]:
             yield block
 
 
-def _tokenizer(
-    corpus: Corpus,
-    given: Tokenizer | None,
-    kind: str,
-    vocab_size: int,
-    sample: int,
-    unfinished: Path,
-) -> Tokenizer:
-    """The tokenizer that an earlier start saved in `unfinished`, or a new one saved there."""
-    with contextlib.suppress(FileNotFoundError, ValueError):
-        return load_tokenizer(unfinished)
-    # Missing or damaged: training it again gives the same one.
-    if given is None:
-        if not any(corpus.documents("train")):
-            raise _no_tokens(corpus, "train", "no documents, or empty ones")
-        documents = _heads(corpus.splits["train"], sample) if sample else corpus.documents("train")
-        with console.phase("learning the tokenizer"):
-            given = train_tokenizer(kind, documents, vocab_size)
-    files.refuse_changed(corpus.files)  # a part only notices a change while it is written
-    given.save(unfinished)
-    return load_tokenizer(unfinished)
-
-
-def _heads(pieces: Sequence[Documents], characters: int) -> Iterator[str]:
-    """Texts of `characters` characters in all, in equal shares from the start of every piece."""
-    share = -(-characters // len(pieces))
-    for piece in pieces:
-        left = share
-        for text in piece():
-            yield text[:left]
-            left -= len(text)
-            if left <= 0:
-                break
-
-
 def _write_and_join(corpus: Corpus, tokenizer: Tokenizer, unfinished: Path, workers: int) -> None:
     """Tokenises the parts that are missing or damaged, and joins all parts."""
     all_parts = parts.plan(corpus.splits)
@@ -248,7 +225,7 @@ def _write_and_join(corpus: Corpus, tokenizer: Tokenizer, unfinished: Path, work
     while True:
         parts.write_all(all_parts, tokenizer, unfinished, workers)
         try:
-            return _join(corpus, all_parts, tokenizer, unfinished)
+            return join_parts(corpus, all_parts, tokenizer, unfinished)
         except parts.Damaged as error:
             if damaged & set(error.args):
                 raise _not_written(error) from error
@@ -258,8 +235,15 @@ def _write_and_join(corpus: Corpus, tokenizer: Tokenizer, unfinished: Path, work
                 shutil.rmtree(folder)
 
 
-def _join(corpus: Corpus, all_parts: list[Part], tokenizer: Tokenizer, unfinished: Path) -> None:
-    """Writes the folder `store` from the finished parts."""
+def join_parts(
+    corpus: Corpus, all_parts: Sequence[Part], tokenizer: Tokenizer, unfinished: Path
+) -> None:
+    """Writes the folder `store` from the finished parts in `unfinished`.
+
+    Raises:
+        Damaged: if parts do not hold what was written into them.
+        ValueError: if a split holds no token.
+    """
     folder = unfinished / "store"
     shutil.rmtree(folder, ignore_errors=True)  # of a kill, with files that nobody would remove
     folder.mkdir()
@@ -269,7 +253,7 @@ def _join(corpus: Corpus, all_parts: list[Part], tokenizer: Tokenizer, unfinishe
         of_split = [unfinished / part.name for part in all_parts if part.split == name]
         counts = parts.join(of_split, tokenizer, *_array_paths(folder, name))
         if not counts["tokens"]:
-            raise _no_tokens(corpus, name, f"{counts['empty_documents']} empty documents")
+            raise no_tokens(corpus, name, f"{counts['empty_documents']} empty documents")
         if empty := counts["empty_documents"]:
             console.say(f"{name}: {empty} documents without text are left out")
         splits[name] = counts
@@ -329,13 +313,6 @@ def _load(path: Path) -> np.memmap:
         if isinstance(error, OSError):
             raise
         raise _broken(path, f"is cut short or damaged ({error})") from error
-
-
-def _no_tokens(corpus: Corpus, split: str, found: str) -> ValueError:
-    return ValueError(
-        f"Split {split!r} of corpus {corpus.name!r} holds no token ({found}): name files for it, "
-        "or change data.valid_fraction and data.test_fraction."
-    )
 
 
 def _not_written(error: Exception) -> OSError:
