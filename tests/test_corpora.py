@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lm_jax.data import corpora, parts, shards, store, wikitext
+from lm_jax.data import corpora, parts, recipe, shards, store, wikitext
 from lm_jax.data.corpora import open_corpus
 from lm_jax.data.files import hash_json
 from lm_jax.data.synthetic import MarkovSource
@@ -305,7 +305,7 @@ def test_a_file_that_changes_during_the_preparation_gives_no_store(tmp_path, mon
     _jsonl(path, texts)
     options = {"files": "a.jsonl", "document": "jsonl:text", "source_dir": str(tmp_path)}
     module, name = {
-        "learning": (store, "train_tokenizer"),
+        "learning": (recipe, "train_tokenizer"),
         "tokenising": (parts, "write_all"),
         "joining": (parts, "join"),
     }[moment]

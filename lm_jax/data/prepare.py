@@ -27,7 +27,7 @@ from lm_jax.data.open import how_tokenised, opened_corpus
 from lm_jax.data.parts import Part
 from lm_jax.data.recipe import Recipe, learn
 from lm_jax.data.references import references
-from lm_jax.data.store import Store, finish, join_parts, prepare, read_recipe
+from lm_jax.data.store import Store, finish_store, join_parts, prepare, read_recipe
 from lm_jax.data.tokenizers.base import Tokenizer
 from lm_jax.door import command
 from lm_jax.files import read_json, write_json
@@ -130,7 +130,7 @@ def _join(recipe: Recipe, of: int) -> Store:
             console.say(f"{folder} is damaged and is removed")
             shutil.rmtree(folder)
         _refuse_incomplete(recipe, pieces, of)
-    return finish(recipe.path, recipe.shared)
+    return finish_store(recipe.path, recipe.shared)
 
 
 def _refuse_incomplete(recipe: Recipe, pieces: Sequence[Part], of: int) -> None:

@@ -140,10 +140,10 @@ def prepare(corpus: Corpus, *, workers: int = 0, **options: Any) -> Store:
     except ValueError:
         shutil.rmtree(unfinished)
         raise
-    return finish(path, unfinished)
+    return finish_store(path, unfinished)
 
 
-def finish(path: Path, unfinished: Path) -> Store:
+def finish_store(path: Path, unfinished: Path) -> Store:
     """Checks the store in the folder `unfinished`, gives it its name and removes the folder.
 
     Raises:
