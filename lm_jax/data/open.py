@@ -26,11 +26,7 @@ def open_data(cfg: Config, expected: Mapping[str, Any] | None = None) -> Store:
     with opened_corpus(cfg, fetch=not expected) as corpus:  # a record may come from somebody else
         if expected and corpus.fingerprint != expected["corpus_fingerprint"]:
             raise _other_data(cfg)
-        store = prepare(
-            corpus,
-            workers=cfg.data.workers,
-            **how_tokenised(cfg),
-        )
+        store = prepare(corpus, workers=cfg.data.workers, **how_tokenised(cfg))
     if expected and not same_data(expected, store.manifest):
         raise _other_data(cfg)
     for name in ["valid", *rules.eval_splits(cfg, store.manifest["splits"])]:
