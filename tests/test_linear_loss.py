@@ -1,11 +1,6 @@
 """Linear layer and loss in one operation: equal to the plain form, without its array."""
 
-import json
 import math
-import os
-import pathlib
-import subprocess
-import sys
 import types
 from functools import partial
 
@@ -391,62 +386,6 @@ def test_rows_per_chunk():
     assert rows_per_chunk(65_536, 256) == 2048
     assert rows_per_chunk(65_536, 768) == 6144
     assert rows_per_chunk(10**6, 64) == 1024
-
-
-def on_eight_devices():
-    """The body of the child process: whole and split head, by the partitioner and by shard_map."""
-    from jax.sharding import PartitionSpec as P
-
-    from lm_jax import sharding
-
-    axes = ("data", "fsdp")
-    args = inputs(B=8, T=12, D=16, V=64)
-    f = partial(objective, chunk_rows=32)
-    alone = jax.jit(jax.value_and_grad(f, (0, 1)))(*args)
-
-    def local(x, head, targets, weights):
-        head = jax.lax.pcast(head, axes, to="varying")
-        return jax.lax.psum(f(x, head, targets, weights), axes)
-
-    for fsdp in (1, 4):
-        mesh = sharding.make_mesh(fsdp)
-        x, targets, weights = sharding.put_batch(mesh, (args[0], *args[2:]), axis=0)
-        head = jax.device_put(args[1], sharding.places(mesh, args[1]))
-        specs = (P(axes), P(), P(axes), P(axes))
-        mapped = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P())
-        for name, g in (("partitioned", f), ("mapped", mapped)):
-            with jax.set_mesh(mesh):
-                step = jax.jit(jax.value_and_grad(g, (0, 1)))
-                compiled = step.lower(x, head, targets, weights).compile()
-                result = compiled(x, head, targets, weights)
-            for a, b in zip(jax.tree.leaves(result), jax.tree.leaves(alone), strict=True):
-                np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
-            hlo = compiled.as_text()
-            gathers = hlo.count(" all-gather(") + hlo.count(" all-gather-start(")
-            reduces = hlo.count(" all-reduce(") + hlo.count(" all-reduce-start(")
-            print(json.dumps([fsdp, name, gathers, reduces, list(result[1][0].sharding.spec)]))
-
-
-@pytest.mark.slow
-def test_a_batch_split_over_devices_stays_where_it_is():
-    child = subprocess.run(
-        [sys.executable, "-c", "from tests import test_linear_loss as t; t.on_eight_devices()"],
-        cwd=pathlib.Path(__file__).parents[1],
-        env={
-            **os.environ,
-            "XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8",
-        },
-        capture_output=True,
-        text=True,
-    )
-    assert child.returncode == 0, child.stderr
-    found = {(fsdp, name): rest for fsdp, name, *rest in map(json.loads, child.stdout.splitlines())}
-    assert len(found) == 4
-    for gathers, _, spec in (found[1, "partitioned"], found[1, "mapped"]):
-        assert gathers == 0 and spec[0] == ["data", "fsdp"]
-    # A split head is gathered once, before the loop; sums and its gradient are reduced after it.
-    gathers, reduces, spec = found[4, "mapped"]
-    assert gathers == 1 and reduces <= 2 and spec[0] == ["data", "fsdp"]
 
 
 # Divergences

@@ -1,5 +1,6 @@
 """Several devices and several processes compute what one device computes."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -7,6 +8,7 @@ import pickle
 import socket
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
@@ -15,53 +17,134 @@ from jax.sharding import PartitionSpec
 
 from lm_jax import checkpoint, loop, sharding, step
 from lm_jax.config import MeshConfig
+from lm_jax.distill.objective import distilled
 from lm_jax.models.families import create_model
 from lm_jax.objective import NextToken
+from tests.distill.toys import EVERYTHING, toy_teacher
 from tests.helpers import ROOT, random_batch, small, tiny_config
 
 V = 29
-UPDATES = 5
-FSDP = {"one": None, "data": 1, "fsdp2": 2, "fsdp8": 8}  # value of config.mesh.fsdp; None: no mesh
-RUNS = [  # mesh and accumulation
-    ("one", 1), ("one", 2), ("data", 1), ("data", 2), ("fsdp2", 2), ("fsdp8", 1), ("fsdp8", 2)
-]  # fmt: skip
+UPDATES = 20
+MESHES = {  # data, fsdp, tensor
+    "data": (8, 1, 1),
+    "fsdp": (1, 8, 1),
+    "both": (2, 4, 1),
+    "all": (2, 2, 2),
+    "tensor": (1, 2, 4),
+}
+UNEVEN = dict(  # much at once: dropout, averages, micro-batches, biases
+    data__seq_len=12,
+    data__micro_batch=1,
+    model__d_model=32,
+    model__heads=8,
+    model__kv_heads=4,
+    model__qk_norm=True,
+    model__bias=True,
+    model__dropout=0.1,
+    model__attention_dropout=0.1,
+    model__embedding_dropout=0.1,
+    model__scan_layers=True,
+    model__remat=True,
+    optim__ema_decay=0.9,
+    loss__impl="fused",
+)
+CASES = {
+    "all at once": UNEVEN,
+    "plain": dict(model__positions="learned", model__tied=False, attention__impl="blockwise"),
+    "factorised": dict(model__embedding_rank=8, model__mlp="gelu", loss__label_smoothing=0.1),
+    # Its iteration multiplies rounding errors by up to 3.4^5.
+    "muon": dict(optim__name="muon", optim__peak_lr=1e-4),
+    "musota": dict(
+        model__family="musota", model__d_model=128, model__init="normal", model__dropout=0.1
+    ),
+    "distilled": {name: x for name, x in EVERYTHING.items() if "attention_layers" not in name}
+    | dict(distill__teachers="toy", distill__attention="0", data__micro_batch=2),
+    "bfloat16": UNEVEN | dict(train__compute_dtype="bfloat16"),
+}
+# Of those that any check makes; the long one makes all.
+SHORT = [
+    *(("all at once", mesh) for mesh in ("data", "fsdp", "all")),
+    *(("plain", "both"), ("muon", "fsdp"), ("bfloat16", "all")),
+]
+RUNS = SHORT + [
+    (case, mesh)
+    for case in CASES
+    for mesh in MESHES
+    if (case, mesh) not in SHORT and (case != "musota" or MESHES[mesh][2] == 1)
+]
 
 
-class Shape:
-    def __init__(self, **sizes):
-        self.shape = sizes
+def leaf(*shape):
+    return jax.ShapeDtypeStruct(shape, np.float32)
 
 
 @pytest.mark.parametrize(
-    ("shape", "spec"),
+    ("path", "shape", "axis"),
     [
-        ((8, 12), (None, "fsdp")),  # the longest
-        ((12, 7), ("fsdp", None)),
-        ((16, 18), ("fsdp", None)),  # the longest that 4 divides
-        ((4, 4), ("fsdp", None)),
-        ((2, 3), (None, None)),
-        ((0, 3), (None, None)),
-        ((), ()),
+        ("blocks/mlp/up/kernel", (3, 16, 40), 1),  # rows of a layer, not layers
+        ("blocks/mlp/up/kernel", (8, 15, 40), None),  # nor columns
+        ("blocks/mlp/up/bias", (3, 40), None),
+        ("blocks/attention_norm/scale", (8, 16), None),
+        ("blocks/within/qkv/kernel", (3, 16, 4, 12), None),  # a map for each block of MU-SOTA
+        ("head/kernel", (16, 29), 0),
+        ("embedding", (29, 16), 1),  # columns: the vocabulary need not be divisible
+        ("final_norm/scale", (16,), None),
+        ("step", (), None),
     ],
 )
-def test_by_shape_splits_the_longest_axis_that_fits(monkeypatch, shape, spec):
+def test_matrices_are_split_by_rows_and_tables_by_columns(monkeypatch, path, shape, axis):
     monkeypatch.setattr(sharding, "NamedSharding", lambda mesh, spec: spec)
-    tree = {"a": jax.ShapeDtypeStruct(shape, np.float32)}
-    assert sharding.places(Shape(data=2, fsdp=4), tree) == {"a": PartitionSpec(*spec)}
-    whole = PartitionSpec(*[None] * len(shape))
-    assert sharding.places(Shape(data=8, fsdp=1), tree) == {"a": whole}
+    tree = leaf(*shape)
+    for name in reversed(path.split("/")):
+        tree = {name: tree}
+    for fsdp, tensor in ((4, 1), (2, 2), (1, 4)):
+        mesh = types.SimpleNamespace(shape=dict(data=2, fsdp=fsdp, tensor=tensor))
+        (spec,) = jax.tree.leaves(sharding.places(mesh, {"params": tree}))
+        assert [i for i, names in enumerate(spec) if names] == ([] if axis is None else [axis])
+    whole = types.SimpleNamespace(shape=dict(data=8, fsdp=1, tensor=1))
+    assert jax.tree.leaves(sharding.places(whole, tree)) == [PartitionSpec()]
 
 
-def test_round_up(monkeypatch):
-    monkeypatch.setattr(jax, "device_count", lambda: 6)
-    assert [sharding.round_up(n) for n in (1, 6, 7, 12, 13)] == [6, 6, 12, 12, 18]
+def test_round_up():
+    mesh = types.SimpleNamespace(shape=dict(data=3, fsdp=2, tensor=4))
+    assert [sharding.round_up(n, mesh) for n in (1, 6, 7, 12, 13)] == [6, 6, 12, 12, 18]
 
 
 def test_make_mesh_names_the_field(monkeypatch):
-    assert dict(sharding.make_mesh(MeshConfig()).shape) == {"data": jax.device_count(), "fsdp": 1}
+    sizes = dict(sharding.make_mesh(MeshConfig()).shape)
+    assert sizes == {"data": jax.device_count(), "fsdp": 1, "tensor": 1}
     monkeypatch.setattr(jax, "device_count", lambda: 6)
     with pytest.raises(ValueError, match=r"config\.mesh\.fsdp: 4 does not divide the 6 devices"):
-        sharding.make_mesh(4)
+        sharding.make_mesh(MeshConfig(fsdp=4))
+    with pytest.raises(ValueError, match=r"mesh\.tensor: 2 times fsdp=6 does not divide the 6 dev"):
+        sharding.make_mesh(MeshConfig(fsdp=6, tensor=2))
+
+
+def test_a_run_opens_on_fewer_devices():
+    """The mesh that fits has axes that divide those of training."""
+    assert jax.device_count() == 1
+    mesh = sharding.mesh_that_fits(MeshConfig(fsdp=8, tensor=2))
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "tensor": 1}
+
+
+@pytest.mark.parametrize(
+    ("tensor", "of_device", "shares"),
+    [
+        (1, [0, 0, 1, 1], [(0, 2), (1, 2)]),
+        (2, [0, 0, 1, 1], [(0, 2), (1, 2)]),
+        (4, [0, 0, 1, 1], [(0, 1), (0, 1)]),  # both compute all rows
+        (2, [0, 1, 2, 3], [(0, 2), (0, 2), (1, 2), (1, 2)]),
+    ],
+)
+def test_processes_read_the_rows_of_their_devices(monkeypatch, tensor, of_device, shares):
+    devices = np.array([types.SimpleNamespace(process_index=i) for i in of_device], object)
+    sizes = dict(data=len(devices) // tensor, fsdp=1, tensor=tensor)
+    mesh = types.SimpleNamespace(shape=sizes, devices=devices.reshape(*sizes.values()))
+    found = []
+    for process in sorted(set(of_device)):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        found.append(sharding.reader(mesh))
+    assert found == shares
 
 
 def cluster(monkeypatch, **variables):
@@ -102,96 +185,104 @@ def python(code, **environment):
     )
 
 
-def ragged_batches():
-    """Five batches of 16 rows whose numbers of scored tokens differ row by row, down to none."""
-    batches = random_batch(np.random.default_rng(0), (UPDATES, 16, 12), V)
+def ragged_batches(length):
+    """Batches of 16 rows whose numbers of scored tokens differ row by row, down to none."""
+    batches = random_batch(np.random.default_rng(0), (UPDATES, 16, length + 1), V)
+    batches["tokens"] = np.int32(batches["tokens"][..., :1] + 7 * np.arange(length + 1)) % V
     for row in range(16):
         batches["weights"][:, row, 1 + row % 12 :] = 0
     return batches
 
 
-def sharded_config(accumulation, devices):
+def case_config(case, shares):
     # Adam divides by the root of the second moment plus eps: where a gradient is as small as its
     # rounding error, eps is what keeps the error of the update small.
-    return tiny_config(
-        model__layers=1,
-        data__batch_size=16,
-        data__micro_batch=16 // devices // accumulation,
-        optim__eps=1e-3,
-        optim__peak_lr=1e-2,
-        optim__ema_decay=0.9,
-    )
+    base = dict(data__batch_size=16, optim__eps=1e-3, optim__peak_lr=2e-3, model__kv_heads=4)
+    changes = base | CASES[case]
+    if micro := changes.get("data__micro_batch"):  # as many micro-batches on any mesh
+        changes["data__micro_batch"] = 8 * micro // shares
+    if case == "musota":
+        del changes["model__kv_heads"]
+    return tiny_config(**changes)
 
 
-def run_on(mesh, accumulation):
-    """Metrics, state on the host and shard shapes after the updates; as loop.py does it."""
-    cfg = sharded_config(accumulation, mesh.size)
-    graphdef, init = create_model(cfg, V, "reference")
+def run_on(mesh, case):
+    """Metrics, scores and shard shapes after the updates; as loop.py does it."""
+    cfg = case_config(case, mesh.size // mesh.shape["tensor"])
+    impl = cfg.attention.impl if cfg.attention.impl != "auto" else "reference"
+    graphdef, init = create_model(cfg, V, impl)
+    objective = NextToken.of(cfg, graphdef)
+    if case == "distilled":
+        teacher = toy_teacher()
+        params = jax.device_put(teacher.params, sharding.places(mesh, teacher.params))
+        teacher = dataclasses.replace(teacher, params=params)
+        objective = distilled(cfg, graphdef, init, teacher)
 
     def init_state(key):
-        return step.init_state(cfg, init(key))
+        return step.init_state(cfg, init(key), objective.beside(key))
 
     abstract = jax.eval_shape(init_state, jax.random.key(3))
     shardings = sharding.places(mesh, abstract)
     state = jax.jit(init_state, out_shardings=shardings)(jax.random.key(3))
-    start = jax.device_get(state.params)
-    batches = sharding.put_batch(mesh, ragged_batches(), axis=1)
+    batches = ragged_batches(cfg.data.seq_len)
+    on_mesh = sharding.put_batch(mesh, batches, axis=1)
     with jax.set_mesh(mesh):
-        state, metrics = step.make_train_step(cfg, NextToken.of(cfg, graphdef))(state, batches)
-    rows = jax.tree.map(lambda x: x[0], ragged_batches())
-    sums = step.make_eval_step(cfg, graphdef)(state.params, sharding.put_batch(mesh, rows, axis=0))
+        assert sharding.accumulation(cfg) == (2 if "data__micro_batch" in CASES[case] else 1)
+        state, metrics = step.make_train_step(cfg, objective)(state, on_mesh, objective.reads)
+    kept = jax.tree.map(
+        lambda x, place: x.sharding.is_equivalent_to(place, x.ndim), state, shardings
+    )
+    rows = sharding.put_batch(mesh, jax.tree.map(lambda x: x[0], batches), axis=0)
     names = [jax.tree_util.keystr(p) for p, _ in jax.tree.leaves_with_path(state)]
     shards = [(x.shape, x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(state)]
     result = {
         "metrics": jax.device_get(metrics),
-        "start": start,
-        "state": jax.device_get(state),
-        "eval": jax.device_get(sums),
+        "eval": jax.device_get(step.make_eval_step(cfg, graphdef, mesh)(state.params, rows)),
+        "stays": jax.tree.all(kept),
         "shards": dict(zip(names, shards, strict=True)),
-        "rows": batches["tokens"].sharding.shard_shape(batches["tokens"].shape),
+        "rows": rows["tokens"].sharding.shard_shape(rows["tokens"].shape),
     }
     return result, state, abstract
 
 
-def on_eight_devices(folder):
-    """The body of the child process: every mesh, then a checkpoint moved between them."""
+def on_eight_devices(folder, runs):
+    """The body of the child process: some runs, each also on one device, then a checkpoint."""
     assert jax.device_count() == 8
-    folder = pathlib.Path(folder)
-    results = {}
-    for name, accumulation in RUNS:
+    folder, results = pathlib.Path(folder), {}
+    for case, name in [(case, "one") for case in dict(runs)] + runs:
         if name == "one":
-            auto = (jax.sharding.AxisType.Auto,) * 2
+            auto = (jax.sharding.AxisType.Auto,) * 3
             mesh = jax.make_mesh(
-                (1, 1), ("data", "fsdp"), axis_types=auto, devices=jax.devices()[:1]
+                (1, 1, 1), ("data", "fsdp", "tensor"), axis_types=auto, devices=jax.devices()[:1]
             )
         else:
-            mesh = sharding.make_mesh(FSDP[name])
-        results[name, accumulation], state, abstract = run_on(mesh, accumulation)
+            _, fsdp, tensor = MESHES[name]
+            mesh = sharding.make_mesh(MeshConfig(fsdp=fsdp, tensor=tensor))
+            assert tuple(mesh.shape.values()) == MESHES[name]
+        results[case, name], state, abstract = run_on(mesh, case)
 
-    checkpoints = checkpoint.Checkpoints(folder, 1)  # of fsdp8
-    checkpoints.save(state, {"position": 5})
+    checkpoints = checkpoint.Checkpoints(folder, 1)  # of the last
+    checkpoints.save(state.saved(), {"position": 5})
     checkpoints.wait()
-    for fsdp in (1, 2):
-        shardings = sharding.places(sharding.make_mesh(fsdp), abstract)
+    for fsdp in (1, 8):
+        shardings = sharding.places(sharding.make_mesh(MeshConfig(fsdp=fsdp)), abstract)
         like = checkpoint.abstract_like(abstract, shardings)
-        restored = checkpoint.find_kept(folder)[0].restore(like)
-        same = jax.tree.map(lambda x, s: x.sharding == s, restored, shardings)
-        assert jax.tree.all(same)
-        results["restored", fsdp] = jax.device_get(restored)
+        restored = checkpoint.find_kept(folder)[0].restore(like.saved())
+        same = jax.tree.map(lambda x, s: x.sharding == s, restored, shardings.saved())
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get(restored), state.saved())
+        results["restored", fsdp] = jax.tree.all(same)
     checkpoints.close()
     (folder / "results.pickle").write_bytes(pickle.dumps(results))
 
 
-@pytest.fixture(scope="module")
-def eight(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("eight")
+def in_child(folder, runs):
     child = python(
-        f"from tests import test_sharding as t; t.on_eight_devices({str(folder)!r})",
+        f"from tests import test_sharding as t; t.on_eight_devices({str(folder)!r}, {runs!r})",
         XLA_FLAGS=os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8",
         JAX_NUMPY_RANK_PROMOTION="raise",
     )
     try:
-        out, _ = child.communicate(timeout=300)
+        out, _ = child.communicate(timeout=1200)
     finally:
         child.kill()
         child.communicate()
@@ -199,74 +290,70 @@ def eight(tmp_path_factory):
     return pickle.loads((folder / "results.pickle").read_bytes())
 
 
-def close(a, b, rtol, atol):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=atol), a, b)
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    return in_child(tmp_path_factory.mktemp("short"), SHORT)
 
 
-# Sums of n float32 terms in another order differ by some sqrt(n) eps; the longest are over the
-# vocabulary, the rows and the tokens of a batch, n < 16 * 11 * 29, sqrt(n) eps = 9e-6 at most.
-RTOL = (16 * 11 * V) ** 0.5 * np.finfo(np.float32).eps
+@pytest.fixture(scope="module")
+def rest(tmp_path_factory):
+    return in_child(tmp_path_factory.mktemp("rest"), RUNS[len(SHORT) :])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("mesh", "accumulation"), RUNS[2:])
-def test_every_mesh_trains_like_one_device(eight, mesh, accumulation):
-    one, many = eight["one", accumulation], eight[mesh, accumulation]
-    close(one["start"], many["start"], 0, 0)
-    assert len(one["metrics"]["train/loss"]) == UPDATES
-    for name in ("train/loss", "optim/grad_norm", "optim/update_norm", "optim/param_norm"):
-        close(one["metrics"][name], many["metrics"][name], RTOL, 0)
-    np.testing.assert_array_equal(one["metrics"]["data/scored"], many["metrics"]["data/scored"])
-    # An update moves an element by up to lr = 1e-2; its error is the gradient's, RTOL of a norm
-    # clipped to 1, over Adam's eps of 1e-3 at worst: 1e-4 of a whole update would already be a lot.
-    atol = UPDATES * 1e-2 * 1e-4
-    close(one["state"].params, many["state"].params, 0, atol)
-    close(one["state"].ema, many["state"].ema, 0, atol)
-    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), one["start"], one["state"].params)
-    assert all(m > 100 * atol for m in jax.tree.leaves(moved))
-
-
-@pytest.mark.slow
-def test_accumulation_over_devices_is_one_batch(eight):
-    for mesh in ("one", "data", "fsdp8"):
-        whole, micro = eight[mesh, 1]["metrics"], eight[mesh, 2]["metrics"]
-        for name in ("train/loss", "optim/grad_norm"):
-            close(whole[name], micro[name], RTOL, 0)
-
-
-@pytest.mark.slow
-def test_evaluation_sums_are_equal(eight):
-    one = eight["one", 2]["eval"]
-    assert one["count"] == ragged_batches()["weights"][0, :, 1:].sum() > one["correct"] > 0
-    for mesh in ("data", "fsdp2", "fsdp8"):
-        many = eight[mesh, 2]["eval"]
-        assert many["count"] == one["count"] and many["correct"] == one["correct"]
-        close(one["nats"], many["nats"], 10 * RTOL, 0)  # the parameters differ as well
+def check_equal(results, case, mesh):
+    """As one device trains: losses and norms, in float32 to 5e-6, counts exactly."""
+    one, many = results[case, "one"], results[case, mesh]
+    assert one["metrics"]["train/loss"].shape == (UPDATES,) and many["stays"]
+    # An average over 16 x 12 terms of a 16-bit loss is right to a bit or two of 2^-8.
+    limit = 2e-2 if case == "bfloat16" else 5e-6
+    for name, value in one["metrics"].items():
+        if name.startswith(("optim/", "distill/weighted", "train/loss")):
+            scale = np.maximum(np.abs(value), 1) if name == "train/loss" else np.abs(value).max()
+            error = (np.abs(many["metrics"][name] - value) / scale).max()
+            # Norms are sums of squares whose terms differ more than their mean.
+            assert error <= limit * (1 if name == "train/loss" else 20), (name, error)
+    for name in ("data/scored", "optim/skipped_updates"):
+        np.testing.assert_array_equal(one["metrics"][name], many["metrics"][name])
+    assert one["metrics"]["train/loss"][-1] < one["metrics"]["train/loss"][0]
+    assert one["eval"]["count"] == many["eval"]["count"] > one["eval"]["correct"]
+    np.testing.assert_allclose(
+        many["eval"]["token_nats"],
+        one["eval"]["token_nats"],
+        rtol=0,
+        atol=1e-1 if limit > 1e-3 else 1e-4,
+    )
 
 
 @pytest.mark.slow
-def test_parameters_moments_and_rows_are_really_split(eight):
-    for mesh, fsdp in FSDP.items():
-        result = eight[mesh, 2]
-        assert result["rows"] == (UPDATES, 16 if mesh == "one" else 2, 12)
+@pytest.mark.parametrize(("case", "mesh"), SHORT)
+def test_every_mesh_trains_like_one_device(short, case, mesh):
+    check_equal(short, case, mesh)
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.parametrize(("case", "mesh"), RUNS[len(SHORT) :])
+def test_every_case_on_every_mesh(rest, case, mesh):
+    check_equal(rest, case, mesh)
+
+
+@pytest.mark.slow
+def test_parameters_moments_and_rows_are_really_split(short):
+    for case, mesh in SHORT:
+        _, fsdp, tensor = MESHES[mesh]
+        result = short[case, mesh]
+        assert result["rows"][0] == 16 * tensor // 8
         for name, (whole, part) in result["shards"].items():
-            axes = [n for n in whole if n % (fsdp or 1) == 0]
-            size = fsdp if fsdp and axes else 1
-            assert np.prod(whole) == size * np.prod(part), (mesh, name, whole, part)
-    matrices = [name for name in eight["fsdp8", 2]["shards"] if "kernel" in name]
-    assert len(matrices) == 4 * 4  # parameters, two moments, average
+            split = "kernel" in name or "embedding" in name
+            assert np.prod(whole) == np.prod(part) * (fsdp * tensor if split else 1), name
+        # Four matrices in a layer; each with two moments of Adam or one of Muon, and an average.
+        kernels = sum("kernel" in name for name in result["shards"])
+        assert kernels == {"muon": 4 * 2, "plain": 5 * 3}.get(case, 4 * 4), kernels
 
 
 @pytest.mark.slow
-def test_a_checkpoint_moves_between_meshes(eight):
-    saved = eight["fsdp8", 2]["state"]
-    for fsdp in (1, 2):
-        restored = eight["restored", fsdp]
-        jax.tree.map(np.testing.assert_array_equal, saved, restored)
-        assert all(
-            a.dtype == b.dtype
-            for a, b in zip(jax.tree.leaves(saved), jax.tree.leaves(restored), strict=True)
-        )
+def test_a_checkpoint_moves_between_meshes(short):
+    assert short["restored", 1] and short["restored", 8]
 
 
 def text_config(folder):

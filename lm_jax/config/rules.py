@@ -17,7 +17,8 @@ _IDS = 1 << 24  # of bpe; the library takes their memory at once, and aborts if 
 
 def validate(cfg: Config) -> Config:
     """Return `cfg`, or raise ConfigError on the first impossible value or combination."""
-    for rule in (_values, _data, _spans, _tokenizer, _distillation, _model, _start, _evaluation):
+    rules = _values, _data, _spans, _tokenizer, _distillation, _model, _mesh, _start, _evaluation
+    for rule in rules:
         for found in rule(cfg):
             path, _, problem = found.partition(": ")
             end = "" if problem[-1] in ".?" else "."
@@ -87,6 +88,28 @@ def _tokenizer(cfg: Config) -> Iterator[str]:
         yield f"tokenizer.folder: {unfit}; {remedy}"
     if kind not in ("bpe", "word") and cfg.tokenizer.sample:
         yield f"tokenizer.sample: {unfit}, which learns from no sample; give 0"
+
+
+def _mesh(cfg: Config) -> Iterator[str]:
+    """Devices of the axis `tensor` share heads and the MLP."""
+    model, tensor = cfg.model, cfg.mesh.tensor
+    if tensor == 1:
+        return
+    if model.family != "dense":
+        yield f"mesh.tensor: has nothing to share in config.model.family={model.family!r}; give 1"
+    for name, value in (
+        ("heads", model.heads),
+        ("kv_heads", model.kv_heads or model.heads),
+        ("d_ff", model.d_ff or 8),  # a multiple of 8 where it is chosen
+    ):
+        if value % tensor:
+            given = f"={value}" if getattr(model, name) else ""
+            yield f"mesh.tensor: does not divide config.model.{name}{given}; choose a divisor"
+    if not cfg.distill.attention.zero:
+        yield (
+            "mesh.tensor: shares the heads whose maps config.distill.attention compares; give 1, "
+            "or set that to 0"
+        )
 
 
 def _model(cfg: Config) -> Iterator[str]:

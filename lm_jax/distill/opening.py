@@ -64,18 +64,7 @@ def open_teacher(cfg: Config, store: Store, mesh: Mesh | None = None) -> Teacher
             "ids of the tokenizer; lower it."
         )
     for name, run in zip(names, runs, strict=True):
-        for term in INSIDE:
-            if run.cfg.model.family != "dense" and not getattr(cfg.distill, term).zero:
-                raise ConfigError(
-                    f"config.distill.{term}: {name} is of family {run.cfg.model.family!r}, whose "
-                    "layers cannot be compared; set it to 0."
-                )
-        least = run.cfg.model.window or run.cfg.data.seq_len
-        if not cfg.distill.attention.zero and 0 < cfg.model.window < least:
-            raise ConfigError(
-                f"config.model.window: {cfg.model.window} hides positions from the student that "
-                f"{name} attends to; raise it to {least} or set config.distill.attention to 0."
-            )
+        _require_fit(name, run, cfg)
     length = cfg.data.seq_len
     others = [pair for pair in zip(names, runs, strict=True) if not _shares(pair[1], store)]
     if others:
@@ -118,6 +107,29 @@ def _shares(run: Trained, store: Store) -> bool:
 def _extra_rows(run: Trained, store: Store) -> int:
     """Rows of a run's table beyond those of the student, for the ids of one tokenizer."""
     return (run.tokenizer.vocab_size - store.tokenizer.vocab_size) * _shares(run, store)
+
+
+def _require_fit(name: str, run: Trained, cfg: Config) -> None:
+    """Raise ConfigError if the layers of a teacher cannot teach this student."""
+    for term in INSIDE:
+        if run.cfg.model.family != "dense" and not getattr(cfg.distill, term).zero:
+            raise ConfigError(
+                f"config.distill.{term}: {name} is of family {run.cfg.model.family!r}, whose "
+                "layers cannot be compared; set it to 0."
+            )
+    model = run.cfg.model
+    parts = math.gcd(model.heads, model.kv_heads, model.d_ff)
+    if model.family == "dense" and parts % cfg.mesh.tensor:
+        raise ConfigError(
+            f"config.mesh.tensor: {cfg.mesh.tensor} devices cannot share the heads and the MLP "
+            f"of {name}; choose a divisor of {parts}."
+        )
+    least = run.cfg.model.window or run.cfg.data.seq_len
+    if not cfg.distill.attention.zero and 0 < cfg.model.window < least:
+        raise ConfigError(
+            f"config.model.window: {cfg.model.window} hides positions from the student that "
+            f"{name} attends to; raise it to {least} or set config.distill.attention to 0."
+        )
 
 
 def _require_rows(name: str, run: Trained, store: Store) -> None:
