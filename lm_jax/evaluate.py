@@ -24,7 +24,7 @@ from absl import flags
 from jax.sharding import Mesh
 from rich.table import Table
 
-from lm_jax import config, console, metrics, sharding, step
+from lm_jax import config, console, metrics, processes, sharding, step
 from lm_jax.config import Config, ConfigError, manual, rules
 from lm_jax.config.flags import parse_flags
 from lm_jax.config.section import advice, get
@@ -285,6 +285,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"config.data.corpus: {folder} is a Hugging Face checkpoint; name the corpus on which "
             "it is scored."
         )
+    processes.join_others(Config().cluster)
+    console.use(silent=processes.find_place().rank > 0, aside=True)
     with console.phase(f"opening {folder}"):
         changes = given_fields(PLACES + _READ, given)
         run = open_model(folder, checkpoint=given.checkpoint, **changes)

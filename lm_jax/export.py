@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from lm_jax import console
+from lm_jax import console, processes
 from lm_jax.card import model_card
 from lm_jax.config import ConfigError
 from lm_jax.config.flags import parse_flags
@@ -98,6 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags.DEFINE_bool("scored", True, scored, given)
     define_fields(PLACES, given)
     parse_flags(given, argv, __doc__, subject=["workdir"])
+    processes.only_first("export")
     folder = user_path(given.workdir)
     if is_checkpoint(folder):
         raise ConfigError(f"--workdir={folder}: is a Hugging Face checkpoint already; name a run.")

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from lm_jax import console
+from lm_jax import console, processes
 from lm_jax.config import Config
 from lm_jax.config.flags import parse_flags
 from lm_jax.data.tokenizers.base import Tokenizer
@@ -245,6 +245,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags.DEFINE_bool("interactive", False, "Ask for prompts until Ctrl-D.", given)
     flags.DEFINE_bool("logprobs", False, "Print the log-probability of each token.", given)
     parse_flags(given, argv, __doc__, subject=["workdir"])
+    processes.only_first("generate")
     console.use(aside=True)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal may lack some characters
         sys.stdout.reconfigure(errors="replace")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from absl import flags
 from ml_collections import config_flags
 
-from lm_jax import config, console
+from lm_jax import config, console, processes
 from lm_jax.config import Config, rules
 from lm_jax.config.flags import load_config, parse_flags
 from lm_jax.door import command
@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     cfg, spec = given.config, config_flags.get_config_filename(given["config"])
     rules.validate(cfg)
     workdir = user_path(given.workdir or default_folder(spec, load_config(spec), cfg))
-    if not train_in(workdir, cfg):
+    if not train_in(workdir, cfg) and not processes.find_place().rank:
         from lm_jax.evaluate import report
 
         for split, result in read_scores(workdir).items():
@@ -117,10 +117,12 @@ def default_folder(spec: str, usual: Config, cfg: Config) -> str:
 
 def train_in(workdir: pathlib.Path, cfg: Config) -> bool:
     """Say what the folder holds and train there; False if `cfg` is finished there already."""
+    others = processes.find_place().rank > 0
+    console.use(silent=others)
     state = read_state(workdir)
     console.say(f"{workdir}: {state or 'a new run'}")
     if state is not None and state.finished and state.answers(cfg):
-        if report_is_old(workdir):
+        if report_is_old(workdir) and not others:
             from lm_jax import report
 
             report.write(workdir)
@@ -128,10 +130,9 @@ def train_in(workdir: pathlib.Path, cfg: Config) -> bool:
     keep_freed_memory()
     try:
         with console.phase("starting JAX"):
-            from lm_jax import sharding
             from lm_jax.loop import train_and_evaluate
 
-            sharding.initialize()
+            processes.join_others(cfg.cluster)
         train_and_evaluate(cfg, workdir)
     except Interrupted as stopped:
         state = read_state(workdir)

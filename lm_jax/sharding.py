@@ -1,7 +1,6 @@
 """The device mesh and who holds what: rows of a batch, parts of the parameters."""
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -181,25 +180,3 @@ def accumulation(cfg: Config) -> int:
             f"parts of {most} or a few less; choose a divisor of {rows}."
         )
     return number
-
-
-def initialize() -> None:
-    """Join the other processes where a cluster started several; a lone process does nothing.
-
-    Slurm and Open MPI are recognised by jax.distributed; elsewhere set JAX_COORDINATOR_ADDRESS,
-    JAX_NUM_PROCESSES and JAX_PROCESS_ID.
-    """
-    if jax.distributed.is_initialized() or not _several_processes():
-        return
-    if "JAX_NUM_PROCESSES" in os.environ:  # of the three, jax itself reads the address alone
-        jax.distributed.initialize(
-            num_processes=int(os.environ["JAX_NUM_PROCESSES"]),
-            process_id=int(os.environ["JAX_PROCESS_ID"]),
-        )
-    else:
-        jax.distributed.initialize()
-
-
-def _several_processes() -> bool:
-    names = ("JAX_NUM_PROCESSES", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
-    return any(int(os.environ.get(name, "1")) > 1 for name in names)

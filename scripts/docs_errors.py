@@ -12,7 +12,7 @@ AREAS = {
     "Data and tokenizers": "data",
     "Models, attention and losses": "models kernels loss optim objective sharding step",
     "Training": "setup loop progress checksum orbax_errors checkpoint files writers trace "
-    "environment main metrics",
+    "environment main metrics processes",
     "Evaluation and samples": "evaluate pretrained decode generate samples run history",
     "The page of a run": "report curves page",
     "Export": "export harness card proof",

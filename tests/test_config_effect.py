@@ -179,6 +179,8 @@ TABLE = {
     "eval.stride": (4, "eval_batches", {}),
     "eval.splits": ("valid", "scored", {}),
     "mesh.fsdp": (1 + jax.device_count(), "error: after 0 updates: config.mesh.fsdp", {}),
+    "cluster.xla_flags": ("fast", "error: after 0 updates: config.cluster.xla_flags", {}),
+    "cluster.heartbeat_seconds": (0, "error: after 0 updates: config.cluster.heartbeat", {}),
     "distill.teachers": ("{root}/none", "error: after 0 updates: config.distill.teachers", {}),
     "distill.cache": ("{root}/none", "error: after 0 updates: config.distill.cache", {}),
     "distill.next_bytes": (True, "error: after 0 updates: .*next_bytes.* without a teacher", {}),

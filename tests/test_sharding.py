@@ -147,32 +147,6 @@ def test_processes_read_the_rows_of_their_devices(monkeypatch, tensor, of_device
     assert found == shares
 
 
-def cluster(monkeypatch, **variables):
-    """What `initialize` passes to jax.distributed under these environment variables."""
-    calls = []
-    for name in list(os.environ):
-        if name.startswith(("JAX_", "SLURM", "OMPI")):
-            monkeypatch.delenv(name)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: False)
-    monkeypatch.setattr(jax.distributed, "initialize", lambda **kwargs: calls.append(kwargs))
-    sharding.initialize()
-    return calls
-
-
-def test_initialize_joins_only_where_there_are_several(monkeypatch):
-    assert cluster(monkeypatch) == []
-    assert cluster(monkeypatch, JAX_NUM_PROCESSES="1", SLURM_STEP_NUM_TASKS="1") == []
-    assert len(cluster(monkeypatch, SLURM_STEP_NUM_TASKS="2")) == 1
-    # A batch script of a job with four tasks, itself not started by srun, is alone.
-    assert cluster(monkeypatch, SLURM_NTASKS="4") == []
-    assert len(cluster(monkeypatch, OMPI_COMM_WORLD_SIZE="2")) == 1
-    (call,) = cluster(monkeypatch, JAX_NUM_PROCESSES="2", JAX_PROCESS_ID="1")
-    # jax itself reads neither of the two variables.
-    assert call["num_processes"] == 2 and call["process_id"] == 1
-
-
 def python(code, **environment):
     env = {**os.environ, "JAX_PLATFORMS": "cpu", **environment}
     return subprocess.Popen(
@@ -369,8 +343,8 @@ def text_config(folder):
 
 TWO = """
 import jax
-from lm_jax import config, sharding, loop
-sharding.initialize()
+from lm_jax import config, loop, processes
+processes.join_others(config.Config().cluster)
 from tests import test_sharding as t
 # Two micro-batches, as one process has: each has draws of dropout of its own.
 cfg = config.replace(t.text_config(t.pathlib.Path({text!r})), mesh__fsdp=2, data__micro_batch=1)

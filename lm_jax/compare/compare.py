@@ -39,7 +39,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from lm_jax import console, metrics
+from lm_jax import console, metrics, processes
 from lm_jax.compare import page, ranking, tables
 from lm_jax.compare.runs import Arm, Run, group_runs, load_run, with_one_hash
 from lm_jax.config.flags import misuse, parse_flags
@@ -292,6 +292,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     folders = parse_flags(given, argv, about, others="RUN RUN ...")
     if not folders:
         misuse("no RUN is given; give the workdirs of finished runs.")
+    processes.only_first("compare")
     console.use(aside=True)
     with console.phase("comparing"):
         comparison = compare_runs(folders, split=given.split)

@@ -213,6 +213,17 @@ class MeshConfig(Section):
     tensor: int = incidental(positive(1))
 
 
+@dataclasses.dataclass(repr=False)
+class ClusterConfig(Section):
+    """How several GPUs and several processes work together."""
+
+    # flags for XLA where several NVIDIA GPUs take part, written as in the variable XLA_FLAGS, which
+    # wins; auto: those of processes.py; empty: none
+    xla_flags: str = incidental("auto")
+    # one of several processes that shows no sign of life for so long is dead, and all end
+    heartbeat_seconds: int = incidental(positive(100))
+
+
 ROUTED = "routed_feature routed_attention router_balance".split()
 INSIDE = ["layer", "attention", *ROUTED]  # weights of terms on what layers compute
 STATES = ["feature", "contrastive", *INSIDE]  # weights of terms on the states of one teacher
@@ -285,6 +296,7 @@ class Config(Section):
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    cluster: ClusterConfig = dataclasses.field(default_factory=ClusterConfig)
     distill: DistillConfig = dataclasses.field(default_factory=DistillConfig)
 
 

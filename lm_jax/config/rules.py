@@ -17,8 +17,8 @@ _IDS = 1 << 24  # of bpe; the library takes their memory at once, and aborts if 
 
 def validate(cfg: Config) -> Config:
     """Return `cfg`, or raise ConfigError on the first impossible value or combination."""
-    rules = _values, _data, _spans, _tokenizer, _distillation, _model, _mesh, _start, _evaluation
-    for rule in rules:
+    rules = _values, _data, _spans, _tokenizer, _distillation, _model, _mesh, _cluster, _start
+    for rule in (*rules, _evaluation):
         for found in rule(cfg):
             path, _, problem = found.partition(": ")
             end = "" if problem[-1] in ".?" else "."
@@ -167,6 +167,15 @@ def _evaluation(cfg: Config) -> Iterator[str]:
     for name in eval_splits(cfg):
         if name not in ("valid", "test"):
             yield f"eval.splits: names {name!r}; give valid, test or both with a comma"
+
+
+def _cluster(cfg: Config) -> Iterator[str]:
+    for word in cfg.cluster.xla_flags.split():
+        if cfg.cluster.xla_flags != "auto" and not re.match(r"--xla_\w", word):
+            yield (
+                f"cluster.xla_flags: holds {word!r}, which is no flag of XLA; write "
+                "--xla_NAME=VALUE with spaces between them, auto, or nothing"
+            )
 
 
 def _distillation(cfg: Config) -> Iterator[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lm_jax import console
+from lm_jax import console, processes
 from lm_jax.data.files import hash_json
 from lm_jax.data.store import Store
 from lm_jax.data.tokenizers.kinds import WordTokenizer
@@ -29,7 +29,8 @@ def references(store: Store, split_name: str) -> dict[str, float]:
     """Scores of simple predictors on a split; computed once and kept beside its tokens.
 
     They are kept with a hash of themselves and of the store's manifest, and computed again where it
-    is missing or wrong. A folder that cannot be written to keeps nothing.
+    is missing or wrong. A folder that cannot be written to keeps nothing. Of several processes the
+    first one does it, and the others wait for it.
 
     `uniform`, `unigram`, `kn2` and `kn3` are perplexities per token. The predictors are fitted on
     the first 20 million tokens of the training split and scored on the first 4 million of this one.
@@ -38,6 +39,11 @@ def references(store: Store, split_name: str) -> dict[str, float]:
     Raises:
         ValueError: if the corpus has no such split.
     """
+    name = f"references {hash_json([split_name, store.manifest])}"
+    return processes.first_alone(name, lambda: _references(store, split_name))
+
+
+def _references(store: Store, split_name: str) -> dict[str, float]:
     path = store.path / f"references_{split_name}.json"
     if (kept := _kept(path, store)) is not None:
         return kept

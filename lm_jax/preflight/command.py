@@ -21,7 +21,7 @@ from typing import Any
 
 from absl import flags
 
-from lm_jax import console, doctor, preflight
+from lm_jax import console, doctor, preflight, processes
 from lm_jax.config.flags import is_config, parse_flags
 from lm_jax.doctor.facts import annotations, require
 from lm_jax.doctor.log.read import LogFile, number, read_log
@@ -99,6 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = flags.FlagValues()
     _define(given)
     parse_flags(given, argv, __doc__, subject=["config", "workdir", "log"], which=_which)
+    processes.only_first("doctor")
     console.use(aside=True)
     log: LogFile | None = None
     if given.config is not None:
