@@ -10,6 +10,7 @@ import json
 import os
 import pathlib
 import re
+import socket
 import sys
 import threading
 from collections.abc import Callable
@@ -75,12 +76,14 @@ def find_place() -> Place:
     for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID", _ADDRESS) if by_hand else ():
         _require(name, by_hand[0])
     for count_name, rank_name in _LAUNCHERS.items():
-        if count_name in here and rank_name in here and (count := _number(count_name)) > 1:
-            rank = _number(rank_name)
-            if rank >= count:
-                raise ConfigError(
-                    f"{rank_name}: {rank} is not below {count_name}={count}; count from 0."
-                )
+        if count_name not in here or rank_name not in here:
+            continue
+        count, rank = _number(count_name), _number(rank_name)
+        if rank >= count:
+            raise ConfigError(
+                f"{rank_name}: {rank} is not below {count_name}={count}; count from 0."
+            )
+        if count > 1:
             return Place(count, rank, _address(count_name), *_local(count_name))
     _refuse_alone()
     if "JOB_COMPLETION_INDEX" in here:
@@ -96,18 +99,25 @@ def find_place() -> Place:
 
 def _refuse_alone() -> None:
     """Raise ConfigError at a sign of other processes, where no launcher says enough of them."""
-    here = os.environ
     for count_name, rank_name in _LAUNCHERS.items():
-        if count_name in here and _number(count_name) > 1:
+        if _above(count_name, 1):
             _require(rank_name, count_name)
-        if rank_name in here and _number(rank_name) > 0:
+        if _above(rank_name, 0):
             _require(count_name, rank_name)
-    if "SLURM_STEP_ID" in here and int(here.get("SLURM_NTASKS", "1")) > 1:
-        _require("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")
-    if int(here.get("PMI_SIZE", "1")) > 1:  # of MPICH, which does not say where they meet
+    # The largest numbers of steps are those of batch scripts and of shells.
+    if _above("SLURM_STEP_ID", -1) and not _above("SLURM_STEP_ID", 1 << 31):
+        if _above("SLURM_NTASKS", 1):
+            _require("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")
+    if _above("PMI_SIZE", 1):  # of MPICH, which does not say where they meet
         _require("JAX_NUM_PROCESSES", "PMI_SIZE")
-    if _ADDRESS in here:
+    if _ADDRESS in os.environ:
         _require("JAX_NUM_PROCESSES", _ADDRESS)
+
+
+def _above(name: str, least: int) -> bool:
+    """Whether a variable is such a number; RANK and the like may be somebody else's words."""
+    text = os.environ.get(name, "")
+    return text.isdecimal() and int(text) > least
 
 
 def _require(name: str, sign: str) -> str:
@@ -205,6 +215,7 @@ def join_others(cluster: ClusterConfig) -> None:
 
     Raises:
         ConfigError: as `find_place`, and if processes on one machine cannot share its GPUs.
+        RuntimeError: if another program has the port on which they are to meet.
     """
     place = find_place()
     set_gpu_flags(cluster.xla_flags, several=place.count != 1)
@@ -223,6 +234,8 @@ def join_others(cluster: ClusterConfig) -> None:
             local_device_ids=_own_gpus(place),
             cluster_detection_method="deactivate",
         )
+        if place.rank == 0:
+            _require_port(place.address)
     late = threading.Timer(WAIT, _give_up, [place])
     late.daemon = True
     late.start()
@@ -234,6 +247,21 @@ def join_others(cluster: ClusterConfig) -> None:
         )
     finally:
         late.cancel()
+
+
+def _require_port(address: str) -> None:
+    """Raise RuntimeError if nothing can listen there; JAX would end without a word."""
+    port = int(address.rpartition(":")[2])
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise RuntimeError(
+                f"{address}: process 0 cannot listen on port {port} ({error.strerror}); give all "
+                "processes another one in JAX_COORDINATOR_PORT, or in JAX_COORDINATOR_ADDRESS "
+                "where that is set."
+            ) from error
 
 
 def _give_up(place: Place) -> None:

@@ -139,7 +139,9 @@ def test_several_processes_join(started, variables, gpus, place, own):
         JOB | {"SLURM_PROCID": "0"},  # a batch script starts Python itself
         STEP | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "1", "SLURM_PROCID": "0"},
         {"JAX_NUM_PROCESSES": "1", "JOB_COMPLETION_INDEX": "3"},
+        JOB | {"SLURM_PROCID": "0", "SLURM_STEP_ID": "4294967291"},
         {"WORLD_SIZE": "1", "RANK": "0"},
+        {"RANK": "captain"},
         SKY | {"SKYPILOT_NUM_NODES": "1", "SKYPILOT_NODE_RANK": "0"},
     ],
 )
@@ -168,6 +170,7 @@ def test_one_process_is_alone(started, variables):
         *((without(STEP, f"SLURM_{name}"), f"SLURM_{name}: is not set") for name in
           "STEP_ID STEP_NODELIST STEP_TASKS_PER_NODE PROCID NODEID LOCALID JOB_ID".split()),
         ({"WORLD_SIZE": "8"}, "RANK: is not set, and WORLD_SIZE=8 says"),
+        ({"WORLD_SIZE": "1", "RANK": "1"}, "RANK: 1 is not below WORLD_SIZE=1"),
         ({"RANK": "1"}, "WORLD_SIZE: is not set, and RANK=1 says"),
         ({"WORLD_SIZE": "8", "RANK": "0"}, "MASTER_ADDR: is not set"),
         (without(SKY, "SKYPILOT_NODE_IPS"), "SKYPILOT_NODE_IPS: is not set"),
@@ -184,6 +187,16 @@ def test_what_cannot_join_is_refused_in_a_sentence(started, monkeypatch, variabl
     with pytest.raises(ConfigError, match=re.escape(sentence)) as error:
         processes.join_others(Config().cluster)
     assert calls == [] and str(error.value).endswith(".") and "\n" not in str(error.value)
+
+
+def test_a_port_that_is_taken_is_named(started):
+    with socket.create_server(("", 0)) as taken:
+        address = f"localhost:{taken.getsockname()[1]}"
+        calls = started(BY_HAND | {"JAX_PROCESS_ID": "0", "JAX_COORDINATOR_ADDRESS": address})
+        with pytest.raises(RuntimeError, match=f"{address}: process 0 cannot listen on port"):
+            processes.join_others(Config().cluster)
+    processes.join_others(Config().cluster)
+    assert len(calls) == 1
 
 
 def test_jax_asks_kubernetes_where_it_can(started, monkeypatch):
@@ -253,7 +266,7 @@ main()
 """
 
 
-def child(code, address, rank):
+def begin(code, address, rank):
     own = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": rank}
     # An unknown flag would abort.
     flags = " ".join([os.environ.get("XLA_FLAGS", ""), *processes.GPU_FLAGS])
@@ -275,9 +288,9 @@ def test_one_of_two_processes_works_and_both_end():
     # A third one waits in vain: JAX would abort with a trace of C++, a minute later.
     late = TWO.replace("@door", "processes.WAIT = 1.0\n\n@door")
     children = [
-        child(TWO, address, "0"),
-        child(TWO, address, "1"),
-        child(late, "127.0.0.1:9", "1"),
+        begin(TWO, address, "0"),
+        begin(TWO, address, "1"),
+        begin(late, "127.0.0.1:9", "1"),
     ]
     try:
         said = [child.communicate(timeout=120) for child in children]
