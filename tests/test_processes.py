@@ -10,7 +10,7 @@ import jax
 import pytest
 import yaml
 
-from lm_jax import processes
+from lm_jax import preflight, processes
 from lm_jax.config import Config, ConfigError, replace, rules
 from tests.helpers import ROOT
 
@@ -242,6 +242,12 @@ def test_a_command_that_needs_one_process_ends_the_others(started, capsys):
         processes.only_first("generate")
     assert ended.value.code == 0  # another one would make srun end the first
     assert "process 1 leaves it to process 0" in capsys.readouterr().err
+
+
+def test_the_full_doctor_is_refused_where_it_would_wait_for_the_others(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ConfigError, match=r"config\.doctor: 'full' is for one process"):
+        preflight.examine_once(Config(), level="full", store=None)
 
 
 TWO = """
