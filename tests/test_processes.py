@@ -18,7 +18,7 @@ JOB = {"SLURM_JOB_ID": "70001", "SLURM_NTASKS": "16", "SLURM_GTIDS": "0"}  # of 
 STEP = JOB | {
     "SLURM_STEP_ID": "0",
     "SLURM_STEP_NUM_TASKS": "16",
-    "SLURM_STEP_NODELIST": "gpu[007-008]-ib,other",
+    "SLURM_STEP_NODELIST": "gpu[007-008]-ib,other[1-2]",
     "SLURM_STEP_TASKS_PER_NODE": "8(x2)",
     "SLURM_PROCID": "11",
     "SLURM_LOCALID": "3",
