@@ -1,7 +1,6 @@
 """Files that are there whole or not at all, and locks on files."""
 
 import contextlib
-import datetime
 import errno
 import fcntl
 import json
@@ -12,10 +11,11 @@ import re
 import secrets
 import shutil
 import stat
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, BinaryIO
+
+from lm_jax.marker import marked, process_lives, wall_clock
 
 
 def user_path(given: str | os.PathLike) -> Path:
@@ -53,17 +53,8 @@ def remove_halves(folder: Path) -> None:
     """Removes the files that processes which are gone were writing; see `whole`."""
     for path in folder.glob(".*"):
         written_by = re.fullmatch(r"\..+\.(\d+)-[0-9a-f]{8}", path.name)
-        if written_by and path.is_file() and not _lives(int(written_by[1])):
+        if written_by and path.is_file() and not process_lives(int(written_by[1])):
             path.unlink(missing_ok=True)
-
-
-def _lives(process: int) -> bool:
-    with contextlib.suppress(PermissionError, OverflowError):  # another user's, or no such number
-        try:
-            os.kill(process, 0)
-        except ProcessLookupError:
-            return False
-    return True
 
 
 @contextlib.contextmanager
@@ -112,7 +103,8 @@ def locked(path: Path, taken: Callable[[str], None]) -> Iterator[None]:
     """Holds the lock of a file, which the end of the process releases too, be it a kill.
 
     In a folder that cannot be written the lock of another user is held as it is, and where there is
-    none nothing is locked: what is finished there can be read all the same.
+    none nothing is locked: what is finished there can be read all the same. A file system without
+    locks has a marker beside the file in their place; see `marked`.
 
     Args:
         path: the file, which stays and tells who has the lock.
@@ -125,7 +117,7 @@ def locked(path: Path, taken: Callable[[str], None]) -> Iterator[None]:
     if lock is None:
         yield
         return
-    with lock:
+    with lock, contextlib.ExitStack() as instead:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -135,14 +127,37 @@ def locked(path: Path, taken: Callable[[str], None]) -> Iterator[None]:
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
-            print(f"{path}: not locked, for its file system has no locks", file=sys.stderr)
+            if lock.writable():
+                instead.enter_context(marked(_Beside(path), taken))
         if lock.writable():
-            now = datetime.datetime.now().isoformat(" ", timespec="seconds")
             lock.seek(0)
             lock.truncate()
-            lock.write(f"{_HOLDER.decode()}{os.getpid()} on {platform.node()} (since {now})")
+            lock.write(
+                f"{_HOLDER.decode()}{os.getpid()} on {platform.node()} (since {wall_clock()})"
+            )
             lock.flush()
         yield
+
+
+class _Beside:
+    """The marker beside a lock."""
+
+    def __init__(self, lock: Path):
+        self._path = lock.with_name(f"{lock.name}.owner")
+        self.name = str(self._path)
+
+    def read(self) -> bytes | None:
+        try:
+            return self._path.read_bytes()
+        except FileNotFoundError:
+            return None
+
+    def write(self, content: bytes) -> None:
+        with whole(self._path) as file:
+            file.write(content)
+
+    def remove(self) -> None:
+        self._path.unlink(missing_ok=True)
 
 
 def _open_lock(path: Path) -> IO[str] | None:
