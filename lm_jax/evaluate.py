@@ -35,6 +35,7 @@ from lm_jax.door import command
 from lm_jax.files import user_path, whole, write_json
 from lm_jax.models import huggingface
 from lm_jax.models.families import FAMILIES, family
+from lm_jax.places import pulled, put_back
 from lm_jax.pretrained import define_model, open_model
 from lm_jax.workdir import DOCUMENTS, SCORES, Trained
 
@@ -237,7 +238,9 @@ def score_split(
     if name not in (splits := (run.data or run.store.manifest)["splits"]):
         raise ConfigError(f"--split={name}: there are no such data; {advice(name, [*splits])}")
     evaluator = Evaluator.of(dataclasses.replace(run, cfg=cfg), run.store)
-    return score_run(evaluator, run, workdir, name)
+    result = score_run(evaluator, run, workdir, name)
+    put_back(workdir, SCORES.format(name), DOCUMENTS.format(name))
+    return result
 
 
 def define_fields(paths: Iterable[str], given: flags.FlagValues) -> None:
@@ -272,7 +275,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags.DEFINE_string("out", None, results, given)
     define_fields(PLACES + _READ, given)
     parse_flags(given, argv, __doc__, subject=["workdir"])
-    folder = user_path(given.workdir)
+    folder = pulled(given.workdir, given.checkpoint)
     console.use(aside=True)
     trained = not huggingface.is_checkpoint(folder)
     if trained and (asked := next(iter(given_fields(_READ, given)), None)):

@@ -22,6 +22,7 @@ from lm_jax.door import command
 from lm_jax.evaluate import PLACES, define_fields, given_fields
 from lm_jax.files import user_path, whole_folder, write_json, write_text
 from lm_jax.models.huggingface import architecture, is_checkpoint, write_model
+from lm_jax.places import pulled
 from lm_jax.pretrained import define_model, open_model
 from lm_jax.proof import prove
 from lm_jax.workdir import Trained
@@ -99,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     define_fields(PLACES, given)
     parse_flags(given, argv, __doc__, subject=["workdir"])
     processes.only_first("export")
-    folder = user_path(given.workdir)
+    folder = pulled(given.workdir, given.checkpoint)
     if is_checkpoint(folder):
         raise ConfigError(f"--workdir={folder}: is a Hugging Face checkpoint already; name a run.")
     with console.phase(f"opening {folder}"):

@@ -26,9 +26,10 @@ from lm_jax.data.tokenizers.base import Tokenizer
 from lm_jax.decode import Sampling, continuations
 from lm_jax.door import command
 from lm_jax.files import user_path
+from lm_jax.places import pulled, put_back
 from lm_jax.pretrained import define_model, open_model
 from lm_jax.samples import Sample, Samples, record_samples
-from lm_jax.workdir import Trained
+from lm_jax.workdir import SAMPLES, Trained
 
 TOKENS = 200  # of a sample, where no number is given
 EVALUATED = 64  # tokens of a sample at an evaluation
@@ -251,7 +252,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.stdout.reconfigure(errors="replace")
     options: dict[str, Any] = {name: given[name].value for name in names}
     options["stop"] = [text.replace("\\n", "\n") for text in given.stop]
-    folder = user_path(given.workdir)
+    folder = pulled(given.workdir, given.checkpoint)
     prompts = _prompts(given)
     with console.phase(f"opening {folder}"):
         run = open_model(folder, checkpoint=given.checkpoint)
@@ -314,6 +315,7 @@ def _print_samples(
     facts = {name: value for name, value in options.items() if name != "tokens"}
     if run.data:  # of a run; the folder of a Hugging Face checkpoint stays as it is
         record_samples(folder, facts, made)
+        put_back(folder, SAMPLES)
     for number, one in enumerate(made, start=1):
         if alone:
             print()

@@ -21,7 +21,8 @@ from lm_jax import config, console, processes
 from lm_jax.config import Config, rules
 from lm_jax.config.flags import load_config, parse_flags
 from lm_jax.door import command
-from lm_jax.files import user_path
+from lm_jax.places import trained_in
+from lm_jax.remote import is_url
 from lm_jax.rundir import changes, read_scores, read_state, report_is_old, run_name
 from lm_jax.signals import Interrupted
 
@@ -63,8 +64,9 @@ def train(cfg: Config | str | os.PathLike, workdir: str | os.PathLike | None = N
     Args:
         cfg: the config as written, whose durations are resolved here; or the file or the name of
             one, as `load_config` takes it.
-        workdir: folder for everything that the run leaves behind. None: as the command names it,
-            `runs/<config>-<seed>`; a `Config` is named after its corpus and what it changes.
+        workdir: folder for everything that the run leaves behind, or a URL. None: as the command
+            names it, `runs/<config>-<seed>`; a `Config` is named after its corpus and what it
+            changes.
 
     Raises:
         ConfigError: for an impossible config, or one that differs from the workdir's, or if another
@@ -81,8 +83,8 @@ def train(cfg: Config | str | os.PathLike, workdir: str | os.PathLike | None = N
         spec = os.fspath(cfg)
         cfg = usual = load_config(spec)
     rules.validate(cfg)
-    folder = user_path(workdir or default_folder(spec, usual, cfg))
-    train_in(folder, cfg)
+    with trained_in(workdir or default_folder(spec, usual, cfg), cfg) as folder:
+        train_in(folder, cfg)
     from lm_jax.run import open_run
 
     return open_run(folder)
@@ -93,21 +95,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the training that the flags describe."""
     given = flags.FlagValues()
     folder = (
-        "Folder of the run; the same folder resumes it. Default: runs/<config>-<seed>, with what "
-        "flags change before the seed, but for train.steps: more of them lengthen it."
+        "Folder of the run, or a URL; the same one resumes it. Default: runs/<config>-<seed>, with "
+        "what flags change before the seed, but for train.steps: more of them lengthen it."
     )
     flags.DEFINE_string("workdir", None, folder, given)
     parse_flags(given, argv, __doc__, subject=["config"])
     cfg, spec = given.config, config_flags.get_config_filename(given["config"])
     rules.validate(cfg)
-    workdir = user_path(given.workdir or default_folder(spec, load_config(spec), cfg))
-    if not train_in(workdir, cfg) and not processes.find_place().rank:
-        from lm_jax.evaluate import report
+    named = given.workdir or default_folder(spec, load_config(spec), cfg)
+    with trained_in(named, cfg) as workdir:
+        if not train_in(workdir, cfg) and not processes.find_place().rank:
+            from lm_jax.evaluate import report
 
-        for split, result in read_scores(workdir).items():
-            report(split, result)
-        console.say("more updates go on from here: raise config.train.steps")
-    tell_the_way_on(workdir)
+            for split, result in read_scores(workdir).items():
+                report(split, result)
+            console.say("more updates go on from here: raise config.train.steps")
+    tell_the_way_on(named if is_url(named) else workdir)
 
 
 def default_folder(spec: str, usual: Config, cfg: Config) -> str:
@@ -141,9 +144,9 @@ def train_in(workdir: pathlib.Path, cfg: Config) -> bool:
     return True
 
 
-def tell_the_way_on(workdir: pathlib.Path) -> None:
+def tell_the_way_on(workdir: str | pathlib.Path) -> None:
     """Say where everything lies, and which commands follow."""
-    console.say(f"{workdir / 'report.html'} shows all of it; sample, examine, compare:")
+    console.say(f"{workdir}/report.html shows all of it; sample, examine, compare:")
     named = shlex.quote(str(workdir))
     for words in ("generate --workdir={}", "doctor --workdir={}", "compare {} OTHER_RUN"):
         console.say(f"  python -m lm_jax.{words.format(named)}")

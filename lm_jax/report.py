@@ -25,9 +25,10 @@ from lm_jax.config.section import fields_html
 from lm_jax.doctor.findings import Report
 from lm_jax.door import command
 from lm_jax.evaluate import OWN, among_references, knowledge, named_lines, perplexity
-from lm_jax.files import read_json, user_path, write_text
+from lm_jax.files import read_json, write_text
 from lm_jax.history import Log, finite
 from lm_jax.models.families import size
+from lm_jax.places import pulled, put_back
 from lm_jax.rundir import read_scores
 from lm_jax.samples import sample_html
 
@@ -262,7 +263,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = flags.FlagValues()
     flags.DEFINE_string("workdir", None, "Folder of the run.", given)
     parse_flags(given, argv, __doc__, subject=["workdir"])
-    print(write(user_path(given.workdir)))
+    folder = pulled(given.workdir)
+    print(write(folder))
+    put_back(folder, workdir.REPORT)
 
 
 if __name__ == "__main__":

@@ -15,9 +15,9 @@ from lm_jax.data.tokenizers.base import Tokenizer
 from lm_jax.doctor.findings import Report
 from lm_jax.evaluate import OWN, among_references, named_lines, score_split
 from lm_jax.export import export
-from lm_jax.files import user_path
 from lm_jax.generate import generate
 from lm_jax.history import History, Log
+from lm_jax.places import pulled
 from lm_jax.preflight import examine_workdir
 from lm_jax.report import newest_results, results_html
 from lm_jax.rundir import read_scores, read_state
@@ -178,6 +178,6 @@ def open_run(workdir: str | os.PathLike, *, checkpoint: str | int = "best") -> R
         FileNotFoundError: if the workdir holds no config or no such checkpoint.
         ConfigError: if the record of the run cannot be read, or the run is of version 0.1.
     """
-    folder = user_path(workdir).absolute()  # the process may move to another folder
+    folder = pulled(workdir, checkpoint).absolute()  # the process may move to another folder
     record = read_record(folder, checkpoints=True)
     return Run(folder, record.cfg, choose_update(folder, str(checkpoint)))

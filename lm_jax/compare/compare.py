@@ -47,6 +47,7 @@ from lm_jax.data.references import in_nats
 from lm_jax.door import command
 from lm_jax.files import finite_or_none, user_path, write_json, write_text
 from lm_jax.page import fragment
+from lm_jax.places import pulled
 
 _PARTS = ("total", "table", "positions", "blocks")  # of the parameters of a model
 
@@ -93,7 +94,7 @@ def compare_runs(
         workdirs = [workdirs]
     if not workdirs:
         raise ValueError("workdirs: no run is given; name one or several.")
-    runs = with_one_hash([load_run(user_path(workdir), split) for workdir in workdirs])
+    runs = with_one_hash([load_run(pulled(workdir), split) for workdir in workdirs])
     arms = group_runs(runs)
     _require_one_text(arms, split)
     arms.sort(key=lambda arm: arm.bits_per_byte.mean())

@@ -25,8 +25,8 @@ class DataConfig(Section):
 
     corpus: str = "synthetic"  # synthetic | wikitext2 | wikitext103 | text | tfds:NAME
     source_dir: str = incidental("")  # with the corpus's files; empty: download where possible
-    # corpus "text": paths or globs of the training files, separated by commas; a comma in a name is
-    # written ?, unless the file stands alone
+    # corpus "text": paths, globs or URLs of the training files, separated by commas; a comma in a
+    # name is written ?, unless the file stands alone
     files: str = ""
     valid_files: str = ""  # corpus "text": files held out for validation; empty: a share of files
     test_files: str = ""  # corpus "text": files held out for the test

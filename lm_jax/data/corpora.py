@@ -19,6 +19,7 @@ from lm_jax.data import shards, tfds, wikitext
 from lm_jax.data.files import Hashed, hash_json
 from lm_jax.data.shards import Documents
 from lm_jax.data.synthetic import MarkovSource
+from lm_jax.remote import is_url
 
 CORPORA = ("synthetic", "wikitext2", "wikitext103", "text", "tfds:NAME")
 SYNTHETIC_DOCUMENTS = {"train": 200, "valid": 20, "test": 20}
@@ -71,6 +72,11 @@ def open_corpus(
         FileNotFoundError: if a file does not exist or cannot be downloaded.
     """
     cache = Path(cache_dir).expanduser()
+    if is_url(source_dir):
+        raise ValueError(
+            f"data.source_dir={source_dir!r} is no folder: leave it out, and write URLs into "
+            "data.files, data.valid_files and data.test_files."
+        )
     source = Path(source_dir).expanduser() if source_dir else None
     held_out = {"valid": valid_fraction, "test": test_fraction}
     for split, fraction in held_out.items():
@@ -85,7 +91,7 @@ def open_corpus(
         return _wikitext(corpus, source, cache, fetch)
     if corpus == "text":
         patterns = {"train": files, "valid": valid_files, "test": test_files}
-        return _text(patterns, source, cache, document, skip_missing, held_out)
+        return _text(patterns, source, cache, document, skip_missing, held_out, fetch)
     if corpus.startswith("tfds:"):
         return _tfds(corpus.removeprefix("tfds:"), source or cache / "tfds", held_out, fetch)
     raise ValueError(f"config.data.corpus: {corpus!r} does not exist; {advice(corpus, CORPORA)}")
@@ -119,6 +125,7 @@ def _text(
     document: str,
     skip_missing: bool,
     held_out: dict[str, float],
+    fetch: bool,
 ) -> Corpus:
     kind, field = shards.parse_format(document)
     if skip_missing and not field:
@@ -128,7 +135,7 @@ def _text(
         )
     fields = {"train": "files", "valid": "valid_files", "test": "test_files"}
     paths = {
-        split: source_files.find_files(value, fields[split], source)
+        split: source_files.find_files(value, fields[split], source, cache, fetch=fetch)
         for split, value in patterns.items()
         if value or split == "train"
     }

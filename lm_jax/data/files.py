@@ -12,7 +12,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lm_jax import remote
 from lm_jax.files import can_write, read_json, write_text
+from lm_jax.remote import is_url
 
 BLOCK = 1 << 20  # bytes read at once
 SETTLED = 2 * 10**9  # nanoseconds after which a change of a file is sure to change its time stamp
@@ -50,14 +52,25 @@ def stamp(path: Path) -> Stamp:
     return stat.st_size, stat.st_ctime_ns
 
 
-def find_files(patterns: str, name: str, source: Path | None) -> list[Path]:
+def find_files(
+    patterns: str, name: str, source: Path | None, cache: Path | None = None, *, fetch: bool = True
+) -> list[Path]:
     """The files that comma-separated paths and globs of the field `data.NAME` name, sorted.
 
-    A file with several names, by links for example, is listed once, under the first.
+    A file with several names, by links for example, is listed once, under the first. After all
+    others come the files of URLs, in the order of these.
+
+    Args:
+        patterns: the paths, globs and URLs.
+        name: of the field.
+        source: folder of the relative ones.
+        cache: folder into which the files of URLs are fetched.
+        fetch: whether they may be.
 
     Raises:
         ValueError: if there is no pattern.
-        FileNotFoundError: if a pattern matches no file.
+        FileNotFoundError: if a pattern matches no file, or may not be fetched.
+        OSError: if it cannot be.
     """
     # A name may hold a comma; `os.path` takes also what is too long to be one.
     if os.path.isfile(Path(source or "", os.path.expanduser(patterns))):
@@ -70,7 +83,11 @@ def find_files(patterns: str, name: str, source: Path | None) -> list[Path]:
             "glob."
         )
     found: set[Path] = set()
+    fetched: dict[str, Path] = {}
     for pattern in split:
+        if is_url(pattern):
+            fetched |= remote.fetch(pattern, cache or Path(), allowed=fetch)
+            continue
         path = Path(source or "", os.path.expanduser(pattern))
         # The source folder is no pattern: it may be called [1].
         matches = glob.glob(os.path.expanduser(pattern), root_dir=source, recursive=True)
@@ -83,7 +100,11 @@ def find_files(patterns: str, name: str, source: Path | None) -> list[Path]:
             )
         found.update(files)
     once = {path.resolve(): path for path in sorted(found, reverse=True)}  # the first name wins
-    return sorted(once.values())
+    return sorted(once.values()) + [fetched[url] for url in sorted(fetched, key=_url_parts)]
+
+
+def _url_parts(url: str) -> list[str]:
+    return url.split("/")  # the order of paths
 
 
 def hash_files(paths: Sequence[Path], cache: Path, *, text: bool) -> list[Hashed]:

@@ -13,9 +13,9 @@ from lm_eval.models.utils import normalize_gen_kwargs
 
 from lm_jax import console
 from lm_jax.decode import Sampling
-from lm_jax.files import user_path
 from lm_jax.generate import continued, encode_prompt
 from lm_jax.harness.scoring import Scorer
+from lm_jax.places import pulled
 from lm_jax.pretrained import open_model
 
 
@@ -48,7 +48,7 @@ class RunLM(TemplateLM):
         os.environ["DISABLE_MULTIPROC"] = "1"
         rows = {} if batch_size in (None, "auto") else {"eval__batch_size": int(batch_size)}
         self.workdir, self.add_bos_token = workdir, add_bos_token
-        self.run = open_model(user_path(workdir), checkpoint=checkpoint, **rows)
+        self.run = open_model(pulled(workdir, checkpoint), checkpoint=checkpoint, **rows)
         self._score = Scorer(self.run)
 
     @property

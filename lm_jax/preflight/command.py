@@ -28,6 +28,8 @@ from lm_jax.doctor.log.read import LogFile, number, read_log
 from lm_jax.doctor.log.subject import Subject
 from lm_jax.door import command
 from lm_jax.files import user_path
+from lm_jax.places import pulled
+from lm_jax.remote import is_url
 from lm_jax.workdir import METRICS
 
 # Facts of a log that are numbers; their help is that of `examine_log`.
@@ -90,7 +92,8 @@ def _which(argument: str) -> str:
     """Whether an argument without a flag is a config, the folder of a run or a log."""
     if is_config(argument):
         return "config"
-    return "workdir" if (user_path(argument) / METRICS).exists() else "log"
+    of_run = is_url(argument) or (user_path(argument) / METRICS).exists()
+    return "workdir" if of_run else "log"
 
 
 @command
@@ -105,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if given.config is not None:
         report = preflight.examine_config(given.config, level=given.level)
     elif given.workdir is not None:
-        report = preflight.examine_workdir(user_path(given.workdir))
+        report = preflight.examine_workdir(pulled(given.workdir))
     else:
         log, report = examine_file(given)
     if given.json and log:
