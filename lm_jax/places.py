@@ -1,9 +1,10 @@
-"""The folder that `--workdir` names; of a URL one of this machine, and what goes to and fro."""
+"""The folder that `--workdir` names; of a URL one of this machine, which follows it."""
 
 import contextlib
 import os
 import pathlib
 import threading
+import time
 from collections.abc import Iterator
 
 from lm_jax import console
@@ -93,7 +94,6 @@ def _pushing(mirror: Mirror) -> Iterator[None]:
 
 
 def _push_at_last(mirror: Mirror) -> None:
-    ended = threading.Event()
     with console.phase(f"pushing to {mirror.bucket.url}"):
         for attempt in range(_TRIES):
             try:
@@ -105,7 +105,7 @@ def _push_at_last(mirror: Mirror) -> None:
                         f"{str(error).rstrip('.')}; it goes on from {mirror.folder}, which holds "
                         "all of the run."
                     ) from error
-            ended.wait(PAUSE * 2**attempt)
+            time.sleep(PAUSE * 2**attempt)
 
 
 def pulled(given: str | os.PathLike, checkpoint: str | int | None = None) -> pathlib.Path:

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import platform
+import subprocess
 import time
 
 import pytest
@@ -67,11 +68,9 @@ def test_it_is_renewed_while_it_is_held_and_gone_after():
 
 
 def dead():
-    child = os.fork()
-    if not child:
-        os._exit(0)
-    os.waitpid(child, 0)
-    return child
+    child = subprocess.Popen(["true"])
+    child.wait()
+    return child.pid
 
 
 def test_one_whose_process_is_dead_is_taken_over_at_once(monkeypatch):
