@@ -22,7 +22,7 @@ PARTS = (TENSOR, FSDP)  # share the parameters
 _SENT = set("all_gather all_to_all convert_element_type reshape split concatenate".split())
 
 
-def size(*axes: str) -> int:
+def axis_size(*axes: str) -> int:
     """The number of devices along these axes; 1 outside of shard_map."""
     mesh = jax.sharding.get_abstract_mesh()
     count = 1
@@ -31,29 +31,29 @@ def size(*axes: str) -> int:
     return count
 
 
-def index(*axes: str) -> Any:
+def axis_index(*axes: str) -> Any:
     """The number of this device along these axes, from 0."""
-    return jax.lax.axis_index(axes) if size(*axes) > 1 else 0
+    return jax.lax.axis_index(axes) if axis_size(*axes) > 1 else 0
 
 
 def total(tree: Any, axes: Sequence[str] = ROWS) -> Any:
     """Sums over devices; their gradient is the sum of what the devices make of them."""
-    return jax.lax.psum(tree, tuple(axes)) if size(*axes) > 1 else tree
+    return jax.lax.psum(tree, tuple(axes)) if axis_size(*axes) > 1 else tree
 
 
 def all_rows(x: jax.Array) -> jax.Array:
     """What the rows of all devices have, [B, ...] of the whole micro-batch."""
-    return jax.lax.all_gather(x, ROWS, axis=0, tiled=True) if size(*ROWS) > 1 else x
+    return jax.lax.all_gather(x, ROWS, axis=0, tiled=True) if axis_size(*ROWS) > 1 else x
 
 
-def enter(x: jax.Array) -> jax.Array:
+def enter_parts(x: jax.Array) -> jax.Array:
     """What the devices of `tensor` go apart from; its gradient is the sum of theirs."""
-    return _enter(x) if size(TENSOR) > 1 else x
+    return _enter(x) if axis_size(TENSOR) > 1 else x
 
 
-def leave(tree: Any) -> Any:
+def leave_parts(tree: Any) -> Any:
     """The sum of what the devices of `tensor` have apart; each gets the gradient of the sum."""
-    return jax.tree.map(_leave, tree) if size(TENSOR) > 1 else tree
+    return jax.tree.map(_leave, tree) if axis_size(TENSOR) > 1 else tree
 
 
 @jax.custom_vjp
@@ -72,21 +72,21 @@ _leave.defvjp(lambda x: (_leave(x), None), lambda _, g: (g,))
 
 def own(x: jax.Array, axis: int) -> jax.Array:
     """This device's part of an axis of what all devices of `tensor` hold."""
-    parts = size(TENSOR)
+    parts = axis_size(TENSOR)
     if parts == 1:
         return x
     length = x.shape[axis] // parts
-    return jax.lax.dynamic_slice_in_dim(x, index(TENSOR) * length, length, axis)
+    return jax.lax.dynamic_slice_in_dim(x, axis_index(TENSOR) * length, length, axis)
 
 
 def own_of_each(x: jax.Array, lengths: Sequence[int]) -> jax.Array:
     """As `own`, of each of the arrays that lie side by side along the last axis."""
-    if size(TENSOR) == 1:
+    if axis_size(TENSOR) == 1:
         return x
     return jnp.concatenate([own(part, -1) for part in _cut(x, lengths)], axis=-1)
 
 
-def whole(x: jax.Array, axis: int, length: int, dtype: Any) -> jax.Array:
+def gathered(x: jax.Array, axis: int, length: int, dtype: Any) -> jax.Array:
     """A parameter of which this device holds a part along one axis, or all.
 
     It is sent in the dtype in which it is used; its gradient is summed in its own.
@@ -107,14 +107,14 @@ def whole(x: jax.Array, axis: int, length: int, dtype: Any) -> jax.Array:
 
 
 def rows(w_IO: jax.Array, inputs: int, dtype: Any) -> jax.Array:
-    """The rows of a matrix that this device computes with, [I / tensor, O]; see `whole`."""
+    """The rows of a matrix that this device computes with, [I / tensor, O]; see `gathered`."""
     if w_IO.shape[0] == inputs:
-        return own(enter(w_IO), 0)
+        return own(enter_parts(w_IO), 0)
     return _sent(_gather, _scatter, dtype, w_IO)
 
 
 def columns(w_IO: jax.Array, inputs: int, lengths: Sequence[int], dtype: Any) -> jax.Array:
-    """The columns of a matrix that this device computes with, [I, O / tensor]; see `whole`.
+    """The columns of a matrix that this device computes with, [I, O / tensor]; see `gathered`.
 
     Args:
         w_IO: the rows that it holds.
@@ -122,9 +122,9 @@ def columns(w_IO: jax.Array, inputs: int, lengths: Sequence[int], dtype: Any) ->
         lengths: columns of the matrices that lie side by side; it gets a part of each.
         dtype: of the activations.
     """
-    parts = size(TENSOR)
+    parts = axis_size(TENSOR)
     if w_IO.shape[0] == inputs:
-        return own_of_each(enter(w_IO), lengths)
+        return own_of_each(enter_parts(w_IO), lengths)
     if parts == 1:
         return rows(w_IO, inputs, dtype)
 

@@ -12,8 +12,8 @@ from lm_jax.config import Config, ConfigError
 from lm_jax.files import user_path
 from lm_jax.marker import marked
 from lm_jax.mirror import Mirror
+from lm_jax.processes import find_place
 from lm_jax.remote import Bucket, is_url
-from lm_jax.rundir import several_processes
 
 POLL = 1.0  # seconds between looks at what there is to push
 PAUSE = 2.0  # seconds before a failed push is tried again, doubled each time
@@ -36,7 +36,7 @@ def trained_in(given: str | os.PathLike, cfg: Config) -> Iterator[pathlib.Path]:
         yield user_path(given)
         return
     url = str(given)
-    if several_processes():
+    if find_place().count != 1:
         raise ConfigError(
             f"--workdir={url}: several processes train in a folder that all of them see; give one, "
             "or mount the bucket and give the path."

@@ -6,7 +6,6 @@ import dataclasses
 import errno
 import hashlib
 import json
-import os
 import pathlib
 import re
 from collections.abc import Iterator, Mapping
@@ -140,12 +139,6 @@ def occupied(workdir: pathlib.Path) -> Iterator[None]:
     with locked(workdir / _LOCK, refuse):
         remove_halves(workdir)
         yield
-
-
-def several_processes() -> bool:
-    """Whether this one was started as one of several that train together."""
-    names = ("JAX_NUM_PROCESSES", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
-    return any(int(os.environ.get(name, "1")) > 1 for name in names)
 
 
 _REMEDIES = {

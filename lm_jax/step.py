@@ -124,7 +124,7 @@ def _accumulated(
     """
     differentiate = jax.grad(function, has_aux=True)
     number = len(jax.tree.leaves(batch)[0])
-    first = collectives.index(*collectives.ROWS) * number
+    first = collectives.axis_index(*collectives.ROWS) * number
     draw = None if key is None else Draw(key, first)
     if accumulation == 1:
         return differentiate(params, batch, draw)

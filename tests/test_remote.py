@@ -431,7 +431,9 @@ def test_a_path_is_itself(tmp_path):
 
 
 def test_several_processes_need_a_folder(tmp_path, url, monkeypatch):
-    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+    for name, value in ("JAX_NUM_PROCESSES", "2"), ("JAX_PROCESS_ID", "1"):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:1")
     with pytest.raises(
         ConfigError, match=r"--workdir=memory.*: several processes .*mount the buck"
     ):

@@ -107,7 +107,7 @@ def contrastive(
     scores_BR = pooled(y_BTE) @ target_RE.T / CONTRAST_TEMPERATURE
     scores_BR = jnp.where(there_R[None], scores_BR, EXCLUDED)
     B = len(there_B)
-    own_B1 = (collectives.index(*collectives.ROWS) * B + jnp.arange(B))[:, None]
+    own_B1 = (collectives.axis_index(*collectives.ROWS) * B + jnp.arange(B))[:, None]
     own_B = jnp.take_along_axis(scores_BR, own_B1, axis=1)[:, 0]
     nats_B = jax.nn.logsumexp(scores_BR, axis=-1) - own_B
     found_B = there_B & (own_B >= scores_BR.max(-1))

@@ -137,6 +137,9 @@ def attend(
         dropout_rate=0.0 if words_2BH is None else dropout_rate,
     )
     reason = _refusal(impl, q_BTHC, options, return_lse)
+    mesh = jax.sharding.get_abstract_mesh()
+    if impl.startswith("pallas") and mesh.size > 1 and not mesh.manual_axes:
+        reason = f"is not split over {mesh.size} devices; call it inside jax.shard_map"
     if reason:
         raise ValueError(f"attention.impl {impl} {reason}.")
     real_BT11 = None
@@ -206,9 +209,6 @@ def _refusal(impl: str, q_BTHC: Any, options: dict[str, Any], return_lse: bool) 
         return None
     if impl in ("pallas", "pallas_deterministic"):
         reason = unavailable(q_BTHC.dtype, q_BTHC.shape[-1])
-        mesh = jax.sharding.get_abstract_mesh()
-        if reason is None and set(mesh.axis_names) > set(mesh.manual_axes) and mesh.size > 1:
-            reason = f"nothing says how it is split over {mesh.size} devices"
         return reason and f"cannot run: {reason}; use blockwise"
     anything = "use reference or blockwise"
     if impl not in IMPLEMENTATIONS:

@@ -30,7 +30,7 @@ def rows_per_chunk(rows: int, width: int) -> int:
     """
     if device.target().platform == "cpu":
         return max(1024, min(rows // 8, 8 * width))
-    alone = collectives.size(*collectives.ROWS, collectives.TENSOR) == 1
+    alone = collectives.axis_size(*collectives.ROWS, collectives.TENSOR) == 1
     return max(1024, (8 if alone else 2) * width)
 
 
@@ -70,12 +70,12 @@ def sums(how: How, x_BTD, head_VD, weights_BT, rows, shared) -> Values:
     The arrays of `rows`, [B, T, ...], are cut into chunks as x is; `shared` is what every chunk
     needs. The devices of the mesh's axis `tensor` share the positions, if they can.
     """
-    if x_BTD.shape[1] % collectives.size(collectives.TENSOR):
+    if x_BTD.shape[1] % collectives.axis_size(collectives.TENSOR):
         return _sums(how, x_BTD, head_VD, weights_BT, rows, shared)
-    by_position = collectives.enter(x_BTD), weights_BT, rows
+    by_position = collectives.enter_parts(x_BTD), weights_BT, rows
     x_BTD, weights_BT, rows = jax.tree.map(lambda a: collectives.own(a, 1), by_position)
-    head_VD = collectives.enter(head_VD)
-    return collectives.leave(_sums(how, x_BTD, head_VD, weights_BT, rows, shared))  # type: ignore
+    head_VD = collectives.enter_parts(head_VD)
+    return collectives.leave_parts(_sums(how, x_BTD, head_VD, weights_BT, rows, shared))  # type: ignore
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

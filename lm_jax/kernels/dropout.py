@@ -53,8 +53,8 @@ def dropout(x: jax.Array, rate: float, draw: Draw | None) -> jax.Array:
 
 def head_words(draw: Draw, rows: int, heads: int) -> jax.Array:
     """Two words for each batch row and head, uint32 [2, B, H], to be handed to `query_words`."""
-    parts = collectives.size(collectives.TENSOR)
-    first = jnp.asarray(collectives.index(collectives.TENSOR) * heads, jnp.uint32)
+    parts = collectives.axis_size(collectives.TENSOR)
+    first = jnp.asarray(collectives.axis_index(collectives.TENSOR) * heads, jnp.uint32)
     row_BH = draw.rows(rows)[:, None] * jnp.uint32(heads * parts)
     row_BH = row_BH + (first + jnp.arange(heads, dtype=jnp.uint32))[None]
     return seed_words(jax.random.bits(draw.key, (2,), "uint32"), row_BH)

@@ -30,12 +30,12 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map the last axis from `inputs` to `outputs`."""
-        w = collectives.whole(self.kernel[...], 0, self.inputs, x.dtype)
+        w = collectives.gathered(self.kernel[...], 0, self.inputs, x.dtype)
         return self._biased(linear(x, w, x.dtype))
 
     def gather(self, dtype: jnp.dtype) -> None:
-        """Make w whole, for a use outside of this layer; see `collectives.whole`."""
-        self.kernel.set_value(collectives.whole(self.kernel[...], 0, self.inputs, dtype))
+        """Make w whole, for a use outside of this layer."""
+        gather(self.kernel, 0, self.inputs, dtype)
 
     def apart(self, x: jax.Array, *lengths: int) -> jax.Array:
         """The same, but each device of the axis `tensor` computes only its part of the outputs.
@@ -43,16 +43,26 @@ class Linear(nnx.Module):
         `lengths` are those of the vectors that lie side by side in y; it computes a part of each.
         """
         w = collectives.columns(self.kernel[...], self.inputs, lengths, x.dtype)
-        y = linear(collectives.enter(x), w, x.dtype)
-        return self._biased(y, lambda b: collectives.own_of_each(collectives.enter(b), lengths))
+        y = linear(collectives.enter_parts(x), w, x.dtype)
+        return self._biased(
+            y, lambda b: collectives.own_of_each(collectives.enter_parts(b), lengths)
+        )
 
     def together(self, x: jax.Array) -> jax.Array:
         """The same, from inputs of which each device of the axis `tensor` has its part."""
         w = collectives.rows(self.kernel[...], self.inputs, x.dtype)
-        return self._biased(collectives.leave(linear(x, w, x.dtype)))
+        return self._biased(collectives.leave_parts(linear(x, w, x.dtype)))
 
     def _biased(self, y: jax.Array, part: Callable[[jax.Array], jax.Array] = lambda b: b) -> Any:
         return y if self.bias is None else add_bias(y, along_last(part(self.bias[...]), y))
+
+
+def gather(param: nnx.Param, axis: int, length: int, dtype: jnp.dtype) -> None:
+    """Make a parameter whole; see `collectives.gathered`."""
+    part = param[...]
+    whole = collectives.gathered(part, axis, length, dtype)
+    if whole is not part:
+        param.set_value(whole)
 
 
 def add_bias(y: jax.Array, bias: jax.Array) -> jax.Array:
@@ -76,7 +86,7 @@ class Norm(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalise over the last axis."""
         bias = None if self.bias is None else self.bias[...]
-        scale = collectives.enter(self.scale[...]) if self.by_head else self.scale[...]
+        scale = collectives.enter_parts(self.scale[...]) if self.by_head else self.scale[...]
         return normalise(x, scale, bias, self.kind == "layernorm", self.eps)
 
 
@@ -230,7 +240,7 @@ class Decoder(nnx.Module):
 
         if cfg.remat:
             layer = jax.checkpoint(layer)
-        elif collectives.size(*collectives.PARTS) > 1:
+        elif collectives.axis_size(*collectives.PARTS) > 1:
             layer = jax.checkpoint(layer, policy=collectives.kept)
         self.gather(dtype)  # once for all uses: the table may be the head too
         first = draw and draw._replace(key=keys[-1])

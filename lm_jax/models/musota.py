@@ -12,12 +12,20 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lm_jax import collectives
 from lm_jax.config import ModelConfig
 from lm_jax.kernels.attention import attend, attend_cache
 from lm_jax.kernels.dropout import dropout
 from lm_jax.kernels.rowwise import along_last
-from lm_jax.models.layers import Cache, Decoder, Linear, Norm, add_bias, normal, zero_cache
+from lm_jax.models.layers import (
+    Cache,
+    Decoder,
+    Linear,
+    Norm,
+    add_bias,
+    gather,
+    normal,
+    zero_cache,
+)
 from lm_jax.models.size import Size
 
 BLOCKS = (  # the grid of 2 x 2 blocks, row by row; nothing in the loss ties a block to its name
@@ -206,9 +214,9 @@ class MuSota(Decoder):
         self.head_bias = nnx.Param(jnp.zeros((vocab_size,)))
 
     def gather(self, dtype: jnp.dtype) -> None:
-        """See `collectives.whole`."""
+        """Make tables and head whole."""
         for table in (self.embedding, self.position_embedding):
-            table.set_value(collectives.whole(table[...], 1, D, dtype))
+            gather(table, 1, D, dtype)
         self.head.gather(dtype)
 
     def sensitivities(self, read: Sequence[Any], weights_BT, dtype) -> tuple[jax.Array, jax.Array]:

@@ -10,13 +10,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lm_jax import collectives
 from lm_jax.config import ModelConfig
 from lm_jax.kernels.attention import attend, attend_cache
 from lm_jax.kernels.dropout import dropout
 from lm_jax.kernels.linear import linear
 from lm_jax.kernels.rowwise import swiglu
-from lm_jax.models.layers import Cache, Decoder, Linear, Norm, normal, zero_cache
+from lm_jax.models.layers import Cache, Decoder, Linear, Norm, gather, normal, zero_cache
 from lm_jax.models.rotary import rotary
 from lm_jax.models.size import Size
 
@@ -167,12 +166,11 @@ class Transformer(Decoder):
             self.head = Linear(D, vocab_size, matrix_std(cfg, D), False, rngs)
 
     def gather(self, dtype: jnp.dtype) -> None:
-        """See `collectives.whole`."""
+        """Make tables and head whole."""
         D, rank = self.cfg.d_model, self.cfg.embedding_rank
         for name, width in (("embedding", rank or D), ("projection", D), ("position_embedding", D)):
             if hasattr(self, name):
-                table = getattr(self, name)
-                table.set_value(collectives.whole(table[...], 1, width, dtype))
+                gather(getattr(self, name), 1, width, dtype)
         if not self.cfg.tied:
             self.head.gather(dtype)
 
