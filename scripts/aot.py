@@ -1,4 +1,4 @@
-"""Compile for an H200 on a machine without a GPU, and hold predicted memory against the record.
+"""Compile for GPUs on a machine without one, and hold what is predicted against the record.
 
     python scripts/aot.py [--record] [--only=wikitext2]
 
@@ -8,34 +8,43 @@ Needs Python 3.12 and, besides the package, the compiler of XLA for CUDA in the 
     pip install --no-deps jax-cuda13-plugin==0.11.2 jax-cuda13-pjrt==0.11.2
     pip install --no-deps nvidia-cuda-nvcc nvidia-nvvm
 
-Every kernel of attention and the whole train steps of `configs/wikitext2.py` and of
-`configs/gpt2_124m.py` go through XLA and ptxas. A kernel that cannot be compiled or needs more
-shared memory than there is ends with an error. Of each program is printed what `hlo.py` counts and
-the peak of predicted memory. A figure above the one in `scripts/results/aot.json`, which `--record`
-writes, is an error; so are a loop whose length the compiler does not know, for which a GPU asks the
-host in every round, and a step of gpt2_124m that takes more than half of the memory that it takes
-with xla and all logits. Nothing is run: no speed, no values.
+Every kernel of attention and whole train steps go through XLA and ptxas for one H200, and train
+steps of `configs/llama_110m.py`, `configs/llama_1b.py` and `configs/gpt2_124m.py` for 8 and 64. A
+kernel that cannot be compiled or needs more shared memory than there is ends with an error. Of each
+program is printed what `hlo.py` and `collectives.py` count and the peak of predicted memory. A
+figure above the one in `scripts/results/aot.json`, which `--record` writes, is an error; so are a
+loop whose length the compiler does not know, for which a GPU asks the host in every round, a step
+of gpt2_124m that takes more than half of the memory that it takes with xla and all logits, an array
+that XLA can only split by copying it whole, and what is above `LIMITS`. Nothing is run: no speed,
+no values.
 """
 
+import contextlib
 import functools
 import json
+import math
 import os
 import pathlib
+import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import collectives
 import hlo
 import jax
 import jax.numpy as jnp
 import numpy as np
+from devices import DEVICES, Device
 from jax.experimental import topologies
+from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lm_jax import config, step
+from lm_jax import config, sharding, step
 from lm_jax.config import Config
 from lm_jax.config.flags import load_module
 from lm_jax.config.manual import script_parser
@@ -47,37 +56,38 @@ from lm_jax.objective import NextToken
 ROOT = pathlib.Path(__file__).parents[1]
 RECORD = ROOT / "scripts" / "results" / "aot.json"
 PLAIN = "gpt2_124m, xla, materialised"
-# What XLA asks about a device; NVIDIA's data sheet and the CUDA programming guide, table of
-# technical specifications for compute capability 9.0.
-H200 = """
-gpu_device_info {
-  threads_per_block_limit: 1024
-  threads_per_warp: 32
-  shared_memory_per_block: 49152
-  shared_memory_per_core: 233472
-  threads_per_core_limit: 2048
-  core_count: 132
-  fpus_per_core: 128
-  block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535
-  block_dim_limit_z: 65535
-  memory_bandwidth: 4800000000000
-  l2_cache_size: 52428800
-  clock_rate_ghz: 1.98
-  device_memory_size: 150754820096
-  shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 minor: 0 }
-  registers_per_core_limit: 65536
-  registers_per_block_limit: 65536
+# GiB that a device sends in an update, and GiB of its memory: of parameters and gradients, each
+# gathered twice and added once, and a little.
+LIMITS = {
+    "llama_110m fsdp 8": {"sent_gib": 1.0, "peak_bytes": 1.35 * 2**30},
+    "llama_110m fsdp 8, V 50,257": {"sent_gib": 1.1, "peak_bytes": 1.89 * 2**30},
+    "llama_1b fsdp 8": {"sent_gib": 8.9, "peak_bytes": 4.47 * 2**30},
 }
-platform_name: "CUDA"
-device_description_str: "NVIDIA H200"
-"""
+# What one program may send of what another sends.
+RATIOS = {
+    ("llama_110m fsdp 64", "llama_110m fsdp 8"): 1.2,
+    ("gpt2_124m data 8, accumulation 4", "gpt2_124m data 8"): 1.01,
+}
+# The mesh of a run, its axes that share the rows, and how it lays out its state.
+AXES = ("data", "fsdp")
+ROWS = ("data", "fsdp")
+places = sharding.by_shape
+
+
+def mesh_of(device: Device = DEVICES["h200"], **sizes: int) -> Mesh:
+    """Devices that are not there, in a mesh of `AXES`; an axis without a size has one."""
+    shape = [sizes.pop(axis, 1) for axis in AXES]
+    if any(size != 1 for size in sizes.values()):
+        raise SystemExit(f"--mesh: a run has no axis {', '.join(sizes)}; use {', '.join(AXES)}.")
+    topology = topologies.get_topology_desc(
+        platform="cuda", target_config=device.target(), topology=f"1x1x{math.prod(shape)}"
+    )
+    return Mesh(np.array(topology.devices).reshape(shape), AXES)
 
 
 def compile_step(cfg: Config, mesh: Mesh) -> Any:
     """The compiled train step of a config, with the attention and the dtype that it gets there."""
-    with jax.set_mesh(mesh):
+    with pretended(mesh):
         cfg = resolve(cfg, windows=10_000)
         graphdef, init = create_model(cfg, cfg.tokenizer.vocab_size, choose_attention(cfg)[0])
         state = jax.eval_shape(lambda: step.init_state(cfg, init(jax.random.key(0))))
@@ -87,16 +97,33 @@ def compile_step(cfg: Config, mesh: Mesh) -> Any:
         "segment_ids": jax.ShapeDtypeStruct(shape, jnp.int32),
         "weights": jax.ShapeDtypeStruct(shape, jnp.float32),
     }
+    rows = NamedSharding(mesh, PartitionSpec(None, ROWS))
+    state = placed(state, places(mesh, state))
+    batch = placed(batch, jax.tree.map(lambda _: rows, batch))
     return compile_for(mesh, step.make_train_step(cfg, NextToken.of(cfg, graphdef)), state, batch)
 
 
+def placed(tree: Any, where: Any) -> Any:
+    """Shapes of arrays that lie on devices."""
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, where
+    )
+
+
 def compile_for(mesh: Mesh, function: Any, *args: Any) -> Any:
-    """Compile a jitted function for the devices of a mesh, arguments replicated."""
-    whole = NamedSharding(mesh, PartitionSpec())
-    args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), args)
-    with jax.set_mesh(mesh), mock.patch.object(jax.nn, "dot_product_attention", without_cudnn):
+    """Compile a jitted function for the devices of a mesh."""
+    with pretended(mesh):
         lowered = function.trace(*args).lower(lowering_platforms=("cuda",))
         return lowered.compile(compiler_options={"xla_gpu_mock_custom_calls": True})
+
+
+@contextlib.contextmanager
+def pretended(mesh: Mesh) -> Iterator[None]:
+    """As if the devices of a mesh were there, and cuDNN."""
+    number = mock.patch.object(jax, "device_count", lambda: mesh.size)
+    attention = mock.patch.object(jax.nn, "dot_product_attention", without_cudnn)
+    with jax.set_mesh(mesh), number, attention:
+        yield
 
 
 def without_cudnn(query: Any, key: Any, value: Any, *, mask: Any, **options: Any) -> jax.Array:
@@ -121,17 +148,42 @@ def opaque_attention(query: Any, *inputs: Any) -> jax.Array:
 
 
 def _opaque_forward(query: Any, *inputs: Any) -> tuple[Any, Any]:
-    B, T, H, _ = query.shape
-    outputs = (_like(query), jax.ShapeDtypeStruct((B, H, T), jnp.float32))
-    found = jax.ffi.ffi_call("attention_forward", outputs)(query, *inputs)
+    rows = "b t h c, b s k c, b s k c" + ", b m t s" * (len(inputs) - 2)
+    found = _split("attention_forward", rows + " -> b t h c, b h t", _attended)(query, *inputs)
     return found[0], ((query, *inputs), found)
 
 
 def _opaque_backward(residuals: Any, g: Any) -> tuple[Any, ...]:
     inputs, found = residuals
-    outputs = [_like(x) for x in inputs[:3]]
-    gradients = jax.ffi.ffi_call("attention_backward", outputs)(*inputs, *found, g)
+    rows = "b t h c, b s k c, b s k c" + ", b m t s" * (len(inputs) - 3)
+    rule = rows + ", b t h c, b h t, b t h c -> b t h c, b s k c, b s k c"
+    gradients = _split("attention_backward", rule, _differentiated)(*inputs, *found, g)
     return (*gradients, *(jnp.zeros_like(mask) for mask in inputs[3:]))
+
+
+def _split(name: str, rule: str, outputs: Callable[..., Any]) -> Any:
+    """An opaque call that devices compute for their own rows and heads, as jax splits cuDNN's."""
+
+    def call(*inputs: Any) -> Any:
+        return jax.ffi.ffi_call(name, outputs(*inputs))(*inputs)
+
+    def partition(mesh: Any, inputs: Any, results: Any) -> Any:
+        places = (jax.tree.map(lambda x: x.sharding, tree) for tree in (results, inputs))
+        return mesh, call, *places
+
+    split = custom_partitioning(call)
+    whole = ("t", "c", "s")  # in the order of the rule
+    split.def_partition(partition=partition, sharding_rule=rule, need_replication_factors=whole)
+    return split
+
+
+def _attended(query: Any, *inputs: Any) -> Any:
+    B, T, H, _ = query.shape
+    return [_like(query), jax.ShapeDtypeStruct((B, H, T), jnp.float32)]
+
+
+def _differentiated(*inputs: Any) -> Any:
+    return [_like(x) for x in inputs[:3]]
 
 
 def _like(x: Any) -> jax.ShapeDtypeStruct:
@@ -141,7 +193,7 @@ def _like(x: Any) -> jax.ShapeDtypeStruct:
 opaque_attention.defvjp(_opaque_forward, _opaque_backward)
 
 
-def kernels() -> dict[str, Callable[[Mesh], Any]]:
+def kernels() -> dict[str, Callable[[], Any]]:
     """The gradient of attention by implementation and case, compiled when called."""
     everything = dict(segments=True, window=300, softcap=20.0, dropout_rate=0.1)
     cases: dict[str, dict[str, Any]] = {
@@ -161,7 +213,6 @@ def kernels() -> dict[str, Callable[[Mesh], Any]]:
 
 
 def attention_gradient(
-    mesh: Mesh,
     *,
     impl: str,
     width: int,
@@ -191,22 +242,77 @@ def attention_gradient(
 
         return jax.grad(total, (0, 1, 2))(q, k, v)
 
-    return compile_for(mesh, jax.jit(gradients), q, k, k, ids, words)
+    mesh = mesh_of()
+    args = (q, k, k, ids, words)
+    whole = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), args)
+    return compile_for(mesh, jax.jit(gradients), *placed(args, whole))
 
 
-def steps() -> dict[str, Callable[[Mesh], Any]]:
+def steps() -> dict[str, Callable[[], Any]]:
     """Train steps by name, compiled when called."""
 
-    def of(name: str, **changes: Any) -> Callable[[Mesh], Any]:
+    def of(name: str, mesh: dict[str, int] | None = None, **changes: Any) -> Callable[[], Any]:
         cfg = load_module(ROOT / "configs" / f"{name}.py").get_config()
-        return lambda mesh: compile_step(config.replace(cfg, **changes), mesh)
+        return lambda: compile_step(config.replace(cfg, **changes), mesh_of(**(mesh or {})))
 
     plain = dict(attention__impl="xla", loss__impl="materialised")
+    eight, copies, scan = {"fsdp": 8}, {"data": 8}, dict(model__scan_layers=True)
     return {
         "wikitext2": of("wikitext2"),
         "gpt2_124m": of("gpt2_124m"),
         PLAIN: of("gpt2_124m", **plain),
+        "llama_110m fsdp 8": of("llama_110m", eight, data__batch_size=64),
+        "llama_110m fsdp 8, V 50,257": of(
+            "llama_110m", eight, data__batch_size=64, tokenizer__vocab_size=50_257
+        ),
+        "llama_1b fsdp 8": of("llama_1b", eight, data__batch_size=32),
+        "llama_110m fsdp 64": of("llama_110m", {"fsdp": 64}, data__batch_size=512),
+        "gpt2_124m data 8": of("gpt2_124m", copies, **scan),
+        "gpt2_124m data 8, accumulation 4": of("gpt2_124m", copies, data__micro_batch=15, **scan),
     }
+
+
+def count(executable: Any) -> dict[str, float]:
+    """The figures of a compiled program; of several devices also what they send."""
+    module = hlo.Module(executable.as_text())
+    found = hlo.count(module)
+    found["peak_bytes"] = executable.memory_analysis().peak_memory_in_bytes
+    return found | (collectives.count(module) if module.devices > 1 else {})
+
+
+@contextlib.contextmanager
+def stderr_of_xla() -> Iterator[list[str]]:
+    """What the process writes to stderr inside is in the list afterwards, and printed there."""
+    said: list[str] = []
+    own = os.dup(2)
+    with tempfile.TemporaryFile("w+") as file:
+        sys.stderr.flush()
+        os.dup2(file.fileno(), 2)
+        try:
+            yield said
+        finally:
+            os.dup2(own, 2)
+            os.close(own)
+            file.seek(0)
+            said.append(file.read())
+            sys.stderr.write(said[0])
+
+
+def above(found: dict[str, dict[str, float]]) -> list[str]:
+    """What is above `LIMITS` and `RATIOS`, in words."""
+    wrong = [
+        f"{name}: {key} is {found[name][key]:,}, above {limit:,}"
+        for name, limits in LIMITS.items()
+        for key, limit in limits.items()
+        if name in found and found[name][key] > limit
+    ]
+    for (name, other), most in RATIOS.items():
+        if {name, other} <= set(found):
+            ratio = found[name]["sent_gib"] / found[other]["sent_gib"]
+            print(f"a device sends in {name} over {other}: {ratio:.3f}")
+            if ratio > most:
+                wrong.append(f"{name} sends {ratio:.3f} times what {other} sends, above {most}")
+    return wrong
 
 
 def worse(name: str, found: dict[str, float], recorded: dict[str, float]) -> list[str]:
@@ -224,18 +330,18 @@ def main() -> None:
     parser.add_argument("--record", action="store_true", help="write the record")
     parser.add_argument("--only", default="", help="compile only what has this in its name")
     args = parser.parse_args()
-    topology = topologies.get_topology_desc(platform="cuda", target_config=H200, topology="1x1x1")
-    mesh = Mesh(np.array(topology.devices), ("data",))
     record = json.loads(RECORD.read_text())["programs"]
     programs = {name: f for name, f in (kernels() | steps()).items() if args.only in name}
     found: dict[str, dict[str, float]] = {}
     wrong = []
     for name, compiled in programs.items():
         began = time.perf_counter()
-        executable = compiled(mesh)
+        with stderr_of_xla() as said:
+            executable = compiled()
         seconds = time.perf_counter() - began
-        peak = executable.memory_analysis().peak_memory_in_bytes
-        found[name] = hlo.count(executable.as_text()) | {"peak_bytes": peak}
+        found[name] = count(executable)
+        if "involuntary" in said[0].lower():
+            wrong.append(f"{name}: XLA copies an array whole to split it (see its log)")
         print(f"{name}: {line(found[name])} ({seconds:.0f} s)", flush=True)
         if found[name]["unknown_loops"]:
             wrong.append(f"{name} has loops whose length the compiler does not know")
@@ -251,14 +357,16 @@ def main() -> None:
         print(f"memory of gpt2_124m over that with xla and all logits: {ratio:.3f}")
         if ratio > 0.5:
             wrong.append(f"that ratio is {ratio:.3f}, above 0.5")
+    wrong += above(found)
     if wrong:
         raise SystemExit("; ".join(wrong))
 
 
 def line(figures: dict[str, float]) -> str:
     """The figures of a program in words."""
+    sent = f", sends {figures['sent_gib']:.2f} GiB" if "sent_gib" in figures else ""
     return (
-        f"{figures['peak_bytes'] / 2**30:.2f} GiB, {figures['kernels']:,} kernels, "
+        f"{figures['peak_bytes'] / 2**30:.2f} GiB{sent}, {figures['kernels']:,} kernels, "
         f"{figures['16_bit_products']:,} products in 16 bit and {figures['float32_products']:,} in "
         f"float32, {figures['gigabytes']:,.1f} GB, roofline {figures['roofline_ms']:,.2f} ms "
         f"without the {figures['attention_kernels']} kernels of attention"

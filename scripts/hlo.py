@@ -2,8 +2,9 @@
 
 Counted are the kernels that one call executes, each as often as the loops around it run, the matrix
 products among them by the dtypes of their operands, and the bytes they must read and write. The
-roofline is the sum over kernels of the longest of three times: bytes over `BANDWIDTH`, operations
-over the rate of the dtype, and `LAUNCH`. Kernels of attention are opaque to XLA and listed apart.
+roofline is the sum over kernels of the longest of three times: bytes over the bandwidth of a device
+(`devices.py`), operations over its rate for the dtype, and `LAUNCH`. Kernels of attention are
+opaque to XLA and listed apart, collectives in `collectives.py`.
 """
 
 import dataclasses
@@ -12,10 +13,13 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
-BANDWIDTH = 4.0e12  # bytes a second, of an H200 as measured by copies
-RATES = {"16 bit": 790e12, "float32": 350e12}  # products; float32 as tensorfloat32
+from devices import H200_MEASURED, Device
+
 LAUNCH = 1.5e-6  # seconds a kernel takes at least
 ATTENTION = re.compile(r"attention|mosaic_gpu|cudnn\$fmha")
+COLLECTIVE = re.compile(
+    "(all-gather|reduce-scatter|all-reduce|all-to-all|ragged-all-to-all|collective-permute)(-start)?"
+)
 
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2} | {
     name: int(name[1:]) // 8 for name in ("f32", "s32", "u32", "f64", "s64", "u64")
@@ -57,11 +61,10 @@ class Kernel:
     flops: int  # of its matrix products
     products: str  # "", "16 bit" or "float32": the widest operand of its matrix products
 
-    @property
-    def seconds(self) -> float:
+    def seconds(self, device: Device) -> float:
         """The least that one execution takes."""
-        compute = self.flops / RATES[self.products] if self.products else 0.0
-        return max(self.bytes / BANDWIDTH, compute, LAUNCH)
+        compute = self.flops / device.rate(self.products) if self.products else 0.0
+        return max(self.bytes / device.bandwidth, compute, LAUNCH)
 
 
 class Module:
@@ -71,6 +74,8 @@ class Module:
         """Read the text of `compiled.as_text()`."""
         self.computations: dict[str, list[Instruction]] = {}
         self.entry = ""
+        counts = re.findall(r"(?:num_partitions|replica_count)=(\d+)", text[: text.find("\n")])
+        self.devices = math.prod(map(int, counts))
         current: list[Instruction] = []
         for line in text.splitlines():
             if head := _COMPUTATION.match(line):
@@ -82,10 +87,14 @@ class Module:
 
     def kernels(self) -> list[Kernel]:
         """What the entry computation executes; fills `unknown_loops`, counted as run once."""
-        self.unknown_loops = []
-        return list(self._walk(self.entry, 1))
+        return [self._kernel(i, types, times) for i, types, times in self.executed()]
 
-    def _walk(self, name: str, times: int) -> Iterator[Kernel]:
+    def executed(self) -> Iterator[tuple[Instruction, dict[str, str], int]]:
+        """Instructions that do something, the types beside them, and how often each is executed."""
+        self.unknown_loops = []
+        yield from self._walk(self.entry, 1)
+
+    def _walk(self, name: str, times: int) -> Iterator[tuple[Instruction, dict[str, str], int]]:
         computation = self.computations[name]
         types = {i.name: i.type for i in computation}
         for i in computation:
@@ -102,7 +111,7 @@ class Module:
                 for called in i.called("to_apply") + i.called("calls"):
                     yield from self._walk(called, times)
             else:
-                yield self._kernel(i, types, times)
+                yield i, types, times
 
     def _kernel(self, i: Instruction, types: dict[str, str], times: int) -> Kernel:
         flops, products = 0, ""
@@ -112,10 +121,12 @@ class Module:
             for count, kind in self._products(fused):
                 flops, products = flops + count, max(products, kind)
         else:
-            moved = _size(i.type) + sum(_size(types[operand]) for operand in i.operands)
+            moved = size(i.type) + sum(size(types[operand]) for operand in i.operands)
         name = i.op
         if target := re.search(r'custom_call_target="([^"]*)"', i.attributes):
             name = target[1]
+            if name.startswith("__cublas"):  # where XLA has no own kernel of a product
+                flops, products = _product(i, types)
         return Kernel(name, i.op, times, moved, flops, products)
 
     def _moved(self, name: str) -> int:
@@ -136,10 +147,10 @@ class Module:
                     yield user, position
 
         def read(parameter: Instruction) -> int:
-            whole, parts = _size(parameter.type), 0
+            whole, parts = size(parameter.type), 0
             for user, position in ends(parameter.name):
                 if position == 0 and user.op in _PARTS:
-                    parts += _size(user.type)
+                    parts += size(user.type)
                 elif not (position == 0 and user.op == "dynamic-update-slice"):
                     return whole
             return min(whole, parts)
@@ -148,8 +159,8 @@ class Module:
             while i.op in _VIEWS and i.operands[0] in by_name:
                 i = by_name[i.operands[0]]
             if i.op == "dynamic-update-slice":
-                return _size(by_name[i.operands[1]].type)
-            return _size(i.type)
+                return size(by_name[i.operands[1]].type)
+            return size(i.type)
 
         root = next(i for i in computation if i.root)
         roots = [by_name[n] for n in root.operands] if root.op == "tuple" else [root]
@@ -162,21 +173,14 @@ class Module:
             for called in i.called("calls") if i.op in ("fusion", "call") else []:
                 yield from self._products(called)
             if i.op == "dot":
-                (left, sizes), (right, _) = (_shapes(types[n])[0] for n in i.operands)
-                axes = re.search(r"lhs_contracting_dims=\{([0-9,]*)\}", i.attributes)
-                assert axes is not None
-                depth = math.prod(sizes[int(axis)] for axis in axes[1].split(","))
-                outputs = math.prod(_shapes(i.type)[0][1])
-                wide = "f32" in (left, right) or "f64" in (left, right)
-                yield 2 * outputs * depth, "float32" if wide else "16 bit"
+                yield _product(i, types)
 
 
-def count(text: str) -> dict[str, float]:
-    """The figures of a compiled step, those of attention's own kernels apart."""
-    module = Module(text)
+def count(module: Module, device: Device = H200_MEASURED) -> dict[str, float]:
+    """The figures of a compiled step, those of attention's own kernels and of collectives apart."""
     kernels = module.kernels()
     attention = [k for k in kernels if k.op == "custom-call" and ATTENTION.search(k.name)]
-    rest = [k for k in kernels if k not in attention]
+    rest = [k for k in kernels if k not in attention and not COLLECTIVE.fullmatch(k.op)]
     products: Counter[str] = Counter()
     for k in rest:
         products[k.products] += k.times
@@ -185,7 +189,7 @@ def count(text: str) -> dict[str, float]:
         "float32_products": products["float32"],
         "16_bit_products": products["16 bit"],
         "gigabytes": round(sum(k.times * k.bytes for k in rest) / 1e9, 3),
-        "roofline_ms": round(1e3 * sum(k.times * k.seconds for k in rest), 3),
+        "roofline_ms": round(1e3 * sum(k.times * k.seconds(device) for k in rest), 3),
         "unknown_loops": len(module.unknown_loops),
         "attention_kernels": sum(k.times for k in attention),
     }
@@ -203,6 +207,17 @@ def _instruction(name: str, rest: str, root: bool) -> Instruction:
     return Instruction(name, type_, rest[:start], operands, rest[end + 1 :], root)
 
 
+def _product(i: Instruction, types: dict[str, str]) -> tuple[int, str]:
+    """Operations and kind of a matrix product."""
+    (left, sizes), (right, _) = (_shapes(types[n])[0] for n in i.operands[:2])
+    axes = re.search(r'lhs_contracting_dim(?:s=\{|ensions":\[)([0-9,"]*)', i.attributes)
+    assert axes is not None
+    depth = math.prod(sizes[int(axis)] for axis in re.findall(r"\d+", axes[1]))
+    outputs = math.prod(_shapes(i.type)[0][1])
+    wide = "f32" in (left, right) or "f64" in (left, right)
+    return 2 * outputs * depth, "float32" if wide else "16 bit"
+
+
 def _closing(text: str, start: int) -> int:
     """Where the parenthesis that opens at `start` closes."""
     depth = 0
@@ -217,5 +232,6 @@ def _shapes(type_: str) -> list[tuple[str, list[int]]]:
     return [(d, [int(n) for n in sizes.split(",") if n]) for d, sizes in _SHAPE.findall(type_)]
 
 
-def _size(type_: str) -> int:
+def size(type_: str) -> int:
+    """Bytes of all arrays in a type."""
     return sum(_BYTES[dtype] * math.prod(sizes) for dtype, sizes in _shapes(type_))

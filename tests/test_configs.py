@@ -19,6 +19,8 @@ SIZES = {
     "distill": (8192, None),
     "gpt_demo": (2000, None),
     "gpt2_124m": (50_257, 124.439808),
+    "llama_110m": (32_768, 110.11968),
+    "llama_1b": (50_304, 1141.204992),
     "musota": (8192, 1.8),
     "phase1": (16_000, 10.3),
     "quickstart": (257, None),
@@ -47,7 +49,7 @@ def test_config_resolves(name):
         assert abs(count / 1e6 - millions) < 0.2, count
 
 
-@pytest.mark.parametrize("name", ["gpt2_124m", "stream_226m"])
+@pytest.mark.parametrize("name", ["gpt2_124m", "llama_110m", "llama_1b", "stream_226m"])
 def test_published_sizes_are_exact(name):
     cfg = resolve(load_config(name).get_config(), windows=5000)
     vocab_size, millions = SIZES[name]

@@ -21,7 +21,7 @@ SHIPPED = {"gpt_demo": "tinyshakespeare", "musota": "wikitext-2", "wikitext2": "
 RUN = {"quickstart"}  # examined by its run, in tests/test_quickstart.py
 # They want a corpus of gigabytes, as scripts/bench_stream.py makes and examines; what they choose
 # of the code is among the families below.
-LARGE = {"gpt2_124m", "stream_226m"}
+LARGE = {"gpt2_124m", "llama_110m", "llama_1b", "stream_226m"}
 TAUGHT = {"distill"}  # wants a teacher, as the tests in tests/distill train
 # Of the others: their text is examined here or in test_data.py, their options are among the
 # families below, and optimiser, activation and start are those of quickstart and wikitext2.
