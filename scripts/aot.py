@@ -45,7 +45,7 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lm_jax import config, sharding, step
-from lm_jax.config import Config
+from lm_jax.config import Config, ConfigError
 from lm_jax.config.flags import load_module
 from lm_jax.config.manual import script_parser
 from lm_jax.config.resolve import resolve
@@ -74,11 +74,16 @@ ROWS = ("data", "fsdp")
 places = sharding.by_shape
 
 
-def mesh_of(device: Device = DEVICES["h200"], **sizes: int) -> Mesh:
-    """Devices that are not there, in a mesh of `AXES`; an axis without a size has one."""
-    shape = [sizes.pop(axis, 1) for axis in AXES]
-    if any(size != 1 for size in sizes.values()):
-        raise SystemExit(f"--mesh: a run has no axis {', '.join(sizes)}; use {', '.join(AXES)}.")
+def mesh_of(sizes: dict[str, int], device: Device = DEVICES["h200"]) -> Mesh:
+    """Devices that are not there, in a mesh of `AXES`; an axis without a size has one.
+
+    Raises:
+        ConfigError: if there is more of an axis that a run has not.
+    """
+    shape = [sizes.get(axis, 1) for axis in AXES]
+    for axis in sizes:
+        if axis not in AXES and sizes[axis] > 1:
+            raise ConfigError(f"--mesh: a run has no axis {axis}; use {' and '.join(AXES)}.")
     topology = topologies.get_topology_desc(
         platform="cuda", target_config=device.target(), topology=f"1x1x{math.prod(shape)}"
     )
@@ -242,7 +247,7 @@ def attention_gradient(
 
         return jax.grad(total, (0, 1, 2))(q, k, v)
 
-    mesh = mesh_of()
+    mesh = mesh_of({})
     args = (q, k, k, ids, words)
     whole = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), args)
     return compile_for(mesh, jax.jit(gradients), *placed(args, whole))
@@ -253,9 +258,9 @@ def steps() -> dict[str, Callable[[], Any]]:
 
     def of(name: str, mesh: dict[str, int] | None = None, **changes: Any) -> Callable[[], Any]:
         cfg = load_module(ROOT / "configs" / f"{name}.py").get_config()
-        return lambda: compile_step(config.replace(cfg, **changes), mesh_of(**(mesh or {})))
+        return lambda: compile_step(config.replace(cfg, **changes), mesh_of(mesh or {}))
 
-    plain = dict(attention__impl="xla", loss__impl="materialised")
+    plain: dict[str, Any] = dict(attention__impl="xla", loss__impl="materialised")
     eight, copies, scan = {"fsdp": 8}, {"data": 8}, dict(model__scan_layers=True)
     return {
         "wikitext2": of("wikitext2"),

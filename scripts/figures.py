@@ -50,6 +50,8 @@ block, with hyphens.
 | `correct-h200` | sentence: values on the GPU against float32 |
 | `wikitext2-h200` | table: WikiText-2 arms |
 | `aot` | table: kernels, roofline and memory of the steps compiled for an H200 |
+| `meshes` | table: what the devices send one another, of the steps compiled for several H200s |
+| `plan` | table: memory, traffic and bounds of the shipped configs on several GPUs |
 """
 
 import inspect

@@ -267,3 +267,62 @@ def aot() -> str:
     )
     heads = ["step", "kernels", "float32 products", "roofline", "peak memory"]
     return tabled(heads, lines, about)
+
+
+def meshes() -> str:
+    """The steps compiled for several H200s."""
+    programs = record("aot.json")["programs"]
+    names = {
+        "llama_110m fsdp 8": "`configs/llama_110m.py`, 8 rows a device, `mesh.fsdp=8`",
+        "llama_110m fsdp 8, V 50,257": "the same with 50,257 ids",
+        "llama_110m fsdp 64": "the first with `mesh.fsdp=64`",
+        "llama_1b fsdp 8": "`configs/llama_1b.py`, 4 rows a device, `mesh.fsdp=8`",
+        "gpt2_124m data 8": "`configs/gpt2_124m.py`, scanned, 60 rows a device, 8 copies",
+        "gpt2_124m data 8, accumulation 4": "the same in 4 micro-batches",
+    }
+    kinds = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "collective_permute")
+    lines = [
+        (
+            what,
+            *(f"{programs[name].get(kind, 0):,}" for kind in kinds),
+            f"{programs[name]['sent_gib']:.2f} GiB",
+            f"{programs[name]['peak_bytes'] / 2**30:.2f} GiB",
+        )
+        for name, what in names.items()
+        if name in programs
+    ]
+    about = (
+        f"Compiled for H200s without one (jax {record('aot.json')['jax']}, `python "
+        "scripts/aot.py`): how often an update gathers, reduces and exchanges arrays, what a "
+        "device sends for it in a ring, and predicted peak memory of a device. Nothing is run."
+    )
+    heads = ["update", *(kind.replace("_", "-") for kind in kinds), "sent", "peak memory"]
+    return tabled(heads, lines, about)
+
+
+def plan() -> str:
+    """What `scripts/plan.py` says of the shipped configs."""
+    lines = []
+    for command, found in record("plan.json")["plans"].items():
+        tokens = found["tokens"]
+        hidden = max(found["compute"], found["communication"])
+        waiting = found["compute"] + found["communication"]
+        lines.append(
+            (
+                f"`{command}`",
+                f"{found['peak'] / 2**30:.1f} GiB: {'fits' if found['fits'] else 'does not fit'}",
+                found["rows"],
+                f"{found['sent'] / 2**30:,.1f} GiB" if found["devices"] > 1 else "-",
+                f"{1e3 * hidden:,.0f} ms, {tokens / hidden:,.0f}",
+                f"{1e3 * waiting:,.0f} ms, {tokens / waiting:,.0f}",
+            )
+        )
+    about = (
+        "Compiled without a GPU, not run: `python scripts/plan.py`, whose arguments are in the "
+        "first column, with `--record` (`scripts/results/plan.json`, "
+        f"jax {record('plan.json')['jax']}). Bounds by data sheets, tokens/s over all devices; "
+        "none was measured."
+    )
+    heads = ["arguments", "peak memory of a device", "rows at a time", "sent by a device"]
+    heads += ["at best, tokens/s", "the same if computation waits for communication"]
+    return tabled(heads, lines, about)

@@ -151,7 +151,10 @@ def described(found: Work, device: Device, link: float, tokens: int, devices: in
         return "\n".join(lines)
     row("communication", bound.communication, f"{found.sent / 2**30:,.1f} GiB sent by a device")
     lines += [f"    {kind:18} {times:6,} times" for kind, times in found.kinds.items()]
-    for seconds, how in ((bound.hidden, "communication is hidden"), (bound.waiting, "all waits")):
+    for seconds, how in (
+        (bound.hidden, "communication is hidden"),
+        (bound.waiting, "computation waits"),
+    ):
         row("at best", seconds, f"{tokens / seconds:,.0f} tokens/s if {how}")
     return "\n".join(lines)
 
@@ -163,7 +166,7 @@ def report(cfg: Config, sizes: dict[str, int], name: str, link: float) -> dict[s
         Its figures, for the record.
     """
     device = DEVICES[name]
-    mesh = aot.mesh_of(device, **sizes)
+    mesh = aot.mesh_of(sizes, device)
     with aot.pretended(mesh):
         resolved = resolve(cfg, windows=10_000)
         impl, _ = choose_attention(resolved)
