@@ -10,7 +10,6 @@ flags, as `--config.model.layers=16`. What `--mesh` does not name is 1.
 """
 
 import json
-import math
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -172,7 +171,7 @@ def report(cfg: Config, sizes: dict[str, int], name: str, link: float) -> dict[s
         impl, _ = choose_attention(resolved)
         total = size(resolved.model, resolved.tokenizer.vocab_size, resolved.data.seq_len).total
         number = sharding.accumulation(resolved)
-    rows = resolved.data.batch_size // math.prod(mesh.shape[axis] for axis in aot.ROWS)
+    rows = resolved.data.batch_size // sharding.row_shares(mesh)
     tokens = resolved.data.batch_size * resolved.data.seq_len
     print(f"{mesh.size} x {device.kind}, {', '.join(f'{a}={n}' for a, n in mesh.shape.items())}")
     print(f"{total:,} parameters, {tokens:,} tokens an update, {resolved.train.compute_dtype},")
