@@ -44,7 +44,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lm_jax import config, sharding, step
 from lm_jax.collectives import DATA, FSDP, ROWS, TENSOR
-from lm_jax.config import Config, ConfigError
+from lm_jax.config import Config
 from lm_jax.config.flags import load_module
 from lm_jax.config.manual import script_parser
 from lm_jax.config.resolve import resolve
@@ -74,15 +74,8 @@ AXES = (DATA, FSDP, TENSOR)
 
 
 def mesh_of(sizes: dict[str, int], device: Device = DEVICES["h200"]) -> Mesh:
-    """Devices that are not there, in a mesh of `AXES`; an axis without a size has one.
-
-    Raises:
-        ConfigError: if there is more of an axis that a run has not.
-    """
+    """Devices that are not there, in a mesh of `AXES`; an axis without a size has one."""
     shape = [sizes.get(axis, 1) for axis in AXES]
-    for axis in sizes:
-        if axis not in AXES and sizes[axis] > 1:
-            raise ConfigError(f"--mesh: a run has no axis {axis}; use {' and '.join(AXES)}.")
     topology = topologies.get_topology_desc(
         platform="cuda", target_config=device.target(), topology=f"1x1x{math.prod(shape)}"
     )

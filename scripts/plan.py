@@ -10,7 +10,7 @@ flags, as `--config.model.layers=16`. What `--mesh` does not name is 1.
 """
 
 import json
-import pathlib
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -20,7 +20,6 @@ import hlo
 import jax
 from absl import flags
 from devices import DEVICES, Device
-from ml_collections import config_flags
 
 from lm_jax import config, sharding
 from lm_jax.config import Config, ConfigError
@@ -35,8 +34,9 @@ _NOTES = """
 A bound, not a measurement. Assumed are the rates of the data sheet
 ({source}),
 every kernel at the longest of its products, its memory traffic and {launch} us,
-attention at the rate of products with one document in a row, all devices in
-one machine, and rings. What XLA predicts of memory is without CUDA's own.
+attention at the rate of products with one document in a row, and rings in
+which every device sends {link:g} GB/s. What XLA predicts of memory is without
+CUDA's own.
 """
 
 
@@ -119,11 +119,14 @@ def parse_mesh(text: str) -> dict[str, int]:
     """`data=1,fsdp=8` as a dict.
 
     Raises:
-        ConfigError: if it is written otherwise.
+        ConfigError: if it is written otherwise, or a run has no such axis.
     """
-    sizes = dict(part.partition("=")[::2] for part in text.split(",") if part)
+    sizes = dict(part.partition("=")[::2] for part in text.split(","))
     if not all(size.isdecimal() and int(size) for size in sizes.values()):
         raise ConfigError(f"--mesh: {text!r} is no mesh; write it as data=1,fsdp=8.")
+    for axis in sizes:
+        if axis not in aot.AXES:
+            raise ConfigError(f"--mesh: a run has no axis {axis}; use {', '.join(aot.AXES)}.")
     return {axis: int(size) for axis, size in sizes.items()}
 
 
@@ -165,7 +168,12 @@ def report(cfg: Config, sizes: dict[str, int], name: str, link: float) -> dict[s
         Its figures, for the record.
     """
     device = DEVICES[name]
-    mesh = aot.mesh_of(sizes, device)
+    try:
+        mesh = aot.mesh_of(sizes, device)
+    except NotImplementedError as error:
+        raise ConfigError(
+            "XLA for CUDA is not installed here; the first lines of scripts/aot.py say how."
+        ) from error
     with aot.pretended(mesh):
         resolved = resolve(cfg, windows=10_000)
         impl, _ = choose_attention(resolved)
@@ -189,7 +197,7 @@ def report(cfg: Config, sizes: dict[str, int], name: str, link: float) -> dict[s
         print(described(found, device, link, tokens, mesh.size), flush=True)
         if found.peak <= USABLE * device.memory:
             break
-    print(_NOTES.format(source=device.source, launch=1e6 * hlo.LAUNCH), end="")
+    print(_NOTES.format(source=device.source, launch=1e6 * hlo.LAUNCH, link=link / 1e9), end="")
     return {
         "device": name,
         "devices": mesh.size,
@@ -217,10 +225,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     link = 1e9 * given.link or DEVICES[given.device].link
     found = report(given.config, parse_mesh(given.mesh), given.device, link)
     if given.record:
-        named = pathlib.Path(config_flags.get_config_filename(given["config"])).stem
+        arguments = " ".join(word for word in (argv or sys.argv)[1:] if word != "--record")
         record = json.loads(RECORD.read_text()) if RECORD.exists() else {"plans": {}}
         record["jax"] = jax.__version__
-        record["plans"][f"{named} --mesh={given.mesh} --device={given.device}"] = found
+        record["plans"][arguments] = found
         RECORD.write_text(json.dumps(record, indent=1) + "\n")
     if not found["fits"]:
         raise SystemExit(1)

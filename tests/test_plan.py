@@ -121,3 +121,5 @@ def test_a_mesh_is_read():
     for wrong in ("fsdp", "fsdp=0", "8"):
         with pytest.raises(ConfigError, match=f"--mesh: '{wrong}' is no mesh; write it as data="):
             plan.parse_mesh(wrong)
+    with pytest.raises(ConfigError, match="--mesh: a run has no axis pipeline; use data, fsdp"):
+        plan.parse_mesh("pipeline=2")
