@@ -280,11 +280,13 @@ def meshes() -> str:
         "gpt2_124m data 8": "`configs/gpt2_124m.py`, scanned, 60 rows a device, 8 copies",
         "gpt2_124m data 8, accumulation 4": "the same in 4 micro-batches",
     }
-    kinds = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "collective_permute")
+    kinds = ("all_gather", "reduce_scatter", "all_reduce")
+    others = ("all_to_all", "ragged_all_to_all", "collective_permute")
     lines = [
         (
             what,
-            *(f"{programs[name].get(kind, 0):,}" for kind in kinds),
+            *(programs[name].get(kind, 0) for kind in kinds),
+            sum(programs[name].get(kind, 0) for kind in others),
             f"{programs[name]['sent_gib']:.2f} GiB",
             f"{programs[name]['peak_bytes'] / 2**30:.2f} GiB",
         )
@@ -296,33 +298,31 @@ def meshes() -> str:
         "scripts/aot.py`): how often an update gathers, reduces and exchanges arrays, what a "
         "device sends for it in a ring, and predicted peak memory of a device. Nothing is run."
     )
-    heads = ["update", *(kind.replace("_", "-") for kind in kinds), "sent", "peak memory"]
+    heads = ["update", *(kind.replace("_", "-") for kind in kinds), "others", "sent", "peak memory"]
     return tabled(heads, lines, about)
 
 
 def plan() -> str:
     """What `scripts/plan.py` says of the shipped configs."""
     lines = []
-    for command, found in record("plan.json")["plans"].items():
-        tokens = found["tokens"]
-        hidden = max(found["compute"], found["communication"])
-        waiting = found["compute"] + found["communication"]
+    for arguments, found in record("plan.json")["plans"].items():
+        compute, sending = found["compute"], found["communication"]
+        fits, several = found["fits"], found["devices"] > 1
         lines.append(
             (
-                f"`{command}`",
-                f"{found['peak'] / 2**30:.1f} GiB: {'fits' if found['fits'] else 'does not fit'}",
+                f"`{arguments}`",
+                f"{found['peak'] / 2**30:.1f} GiB, {'fits' if fits else 'does not fit'}",
                 found["rows"],
-                f"{found['sent'] / 2**30:,.1f} GiB" if found["devices"] > 1 else "-",
-                f"{1e3 * hidden:,.0f} ms, {tokens / hidden:,.0f}",
-                f"{1e3 * waiting:,.0f} ms, {tokens / waiting:,.0f}",
+                f"{found['sent'] / 2**30:,.1f} GiB" if several else "-",
+                f"{found['tokens'] / max(compute, sending):,.0f}" if fits else "-",
+                f"{found['tokens'] / (compute + sending):,.0f}" if fits and several else "-",
             )
         )
     about = (
-        "Compiled without a GPU, not run: `python scripts/plan.py`, whose arguments are in the "
-        "first column, with `--record` (`scripts/results/plan.json`, "
-        f"jax {record('plan.json')['jax']}). Bounds by data sheets, tokens/s over all devices; "
-        "none was measured."
+        "Compiled without a GPU, not run: `python scripts/plan.py` with these arguments and "
+        f"`--record`, jax {record('plan.json')['jax']} (`scripts/results/plan.json`). The tokens/s "
+        "of all devices together are bounds by data sheets; none was measured."
     )
-    heads = ["arguments", "peak memory of a device", "rows at a time", "sent by a device"]
-    heads += ["at best, tokens/s", "the same if computation waits for communication"]
+    heads = ["arguments", "peak memory of a device", "rows of a device at a time"]
+    heads += ["sent by a device", "tokens/s at best", "if computation waits for communication"]
     return tabled(heads, lines, about)

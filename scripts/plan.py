@@ -138,7 +138,9 @@ def described(found: Work, device: Device, link: float, tokens: int, devices: in
         f"  memory         {found.peak / 2**30:9.1f} GiB at most, of "
         f"{device.memory / 2**30:.1f}: {'fits' if fits else 'does not fit'}"
     ]
-    if fits and found.peak > 0.75 * device.memory:
+    if not fits:
+        return lines[0]
+    if found.peak > 0.75 * device.memory:
         lines.append(f"                 with XLA_PYTHON_CLIENT_MEM_FRACTION={USABLE} set")
 
     def row(name: str, seconds: float, amount: str) -> None:
