@@ -6,9 +6,10 @@ from typing import Any
 
 import jax
 
-from lm_jax import console, memory, rundir, setup, signals
+from lm_jax import console, heartbeat, memory, rundir, setup, signals
 from lm_jax.config import Config
 from lm_jax.data.store import Store
+from lm_jax.heartbeat import Heartbeat
 from lm_jax.progress import Progress
 from lm_jax.signals import Interrupted
 from lm_jax.step import TrainState
@@ -35,11 +36,15 @@ def train_and_evaluate(
         with rundir.disk_told(folder, cfg.data.cache_dir):
             run = setup.assemble(cfg, folder, store, held)
         # Anew, for now the folder is there.
-        with rundir.disk_told(folder, cfg.data.cache_dir), memory.exhausted(run.cfg, run.mesh):
-            return _train(run)
+        with (
+            heartbeat.watched(folder, run.cfg.train.hang_seconds) as heart,
+            rundir.disk_told(folder, cfg.data.cache_dir),
+            memory.exhausted(run.cfg, run.mesh),
+        ):
+            return _train(run, heart)
 
 
-def _train(run: setup.Setup) -> dict[str, Any]:
+def _train(run: setup.Setup, heart: Heartbeat) -> dict[str, Any]:
     for line in run.lines:
         console.say(line)
     state, manifest = run.restore() if run.resuming else run.begin()
@@ -56,20 +61,27 @@ def _train(run: setup.Setup) -> dict[str, Any]:
         if manifest.get("unscored"):
             score(state, run.start)
         for updates, batch in progress.waited(run.batches()):
+            heart.computes(updates)
             state, metrics = run.step(state, batch)
+            heart.dispatched(updates)
             progress.dispatched(updates, batch, metrics, state)
             position = updates.stop
             if run.evaluates(position):
+                progress.catch_up(state)
+                heart.rests()
                 score(state, position)
             stopping = signals.agreed()
             if run.saves(position) or stopping:
                 progress.catch_up(state)
+                heart.rests()
                 manifest["position"] = position
                 # Among skipped updates every checkpoint would be the same, in place of older ones.
                 if stopping or position == run.steps or not progress.skipping:
                     checkpoints.save(state.saved(), manifest)
             if stopping and position < run.steps:
                 raise Interrupted(stopping, f"after update {position:,}")
+            heart.reads()
+    heart.rests()
     del state  # the best parameters take its place
     scoring = memory.exhausted(run.cfg, run.mesh, scoring=True)
     with jax.set_mesh(run.mesh), signals.let_through(), scoring:

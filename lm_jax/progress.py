@@ -34,6 +34,7 @@ class Call(NamedTuple):
     updates: range
     batch: Batch
     metrics: dict[str, jax.Array]
+    signal: jax.Array | None  # of any process, if there are several
 
 
 class Progress:
@@ -67,6 +68,7 @@ class Progress:
         self._valid: tuple[str, ...] = ()
         self._watch, self._log = preflight.Watch(run.folder), Log(run.folder)
         self._open = contextlib.ExitStack()
+        self._shared = signals.Shared(run.mesh) if jax.process_count() > 1 else None
 
     def close(self) -> None:
         """Close the files."""
@@ -92,13 +94,14 @@ class Progress:
         self, updates: range, batch: Batch, values: dict[str, jax.Array], state: TrainState
     ) -> None:
         """Log the call before, while this one computes."""
+        asked = None if self._shared is None else self._shared.ask()
         if not self._phase.total:
             self._open.close()
             self._open.enter_context(signals.held())  # from now on there is something to lose
             training = console.phase("training", self.run.steps, updates.start)
             self._phase = self._open.enter_context(training)
         self.catch_up(state)
-        self._pending = Call(updates, batch, values)
+        self._pending = Call(updates, batch, values, asked)
 
     def catch_up(self, state: TrainState) -> None:
         """Log the call that is not logged yet; waits until it is done.
@@ -111,7 +114,9 @@ class Progress:
             return
         call, self._pending = self._pending, None
         cfg, run = self.run.cfg, self.run
-        values = jax.device_get(call.metrics)
+        values, answer = jax.device_get((call.metrics, call.signal))
+        if answer is not None:
+            signals.note(answer)
         # The device goes from call to call, so one lasts from the end of the one before to its own.
         done = time.perf_counter()
         seconds, waited = done - self._clock, self._waited

@@ -9,13 +9,18 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lm_jax import console
+
+if TYPE_CHECKING:
+    import jax
 
 _NUMBERS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 _PATIENCE = 3.0  # seconds that a program which has nothing to lose may stay deaf
 _received: signal.Signals | None = None
+_shared: signal.Signals | None = None  # of any process, as all of them read it
+_rung = False  # whether one came, be the main thread too busy to hear it
 _holding = False
 _installed = False
 
@@ -51,7 +56,11 @@ def handled() -> Iterator[None]:
 
     A SIGHUP that is ignored, as under nohup, is still ignored.
     """
-    global _installed, _received
+    global _installed, _received, _shared, _rung
+    if _installed and threading.current_thread() is threading.main_thread():
+        for number in _NUMBERS:
+            if signal.getsignal(number) is _handle:  # but for XLA, which several processes asked
+                signal.signal(number, _handle)
     if _installed or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -71,7 +80,8 @@ def handled() -> Iterator[None]:
         sys.unraisablehook, sys.excepthook = hook, told
         for number, handler in old.items():
             signal.signal(number, handler)
-        _received, _installed = None, False  # what trains next may be a thread
+        _received, _shared, _rung = None, None, False
+        _installed = False  # what trains next may be a thread
 
 
 @contextlib.contextmanager
@@ -125,10 +135,12 @@ def _again(number: signal.Signals) -> None:
 
 
 def _listen(ear: socket.socket) -> None:
+    global _rung
     with ear:
         while byte := ear.recv(1):
             if (number := byte[0]) not in _NUMBERS:
                 continue
+            _rung = True
             time.sleep(_PATIENCE)
             if _holding:
                 console.say(f"{signal.Signals(number).name}: stopping after this update")
@@ -162,12 +174,46 @@ def let_through() -> Iterator[None]:
         yield
 
 
+def waits() -> bool:
+    """Whether a signal came that the main thread has not answered yet; for another thread."""
+    return _rung or _received is not None
+
+
+class Shared:
+    """The signal that any of several processes received, found by their devices.
+
+    The answer is read with the metrics of the same call, so that nothing waits for it, and all
+    processes read the same one before the same update.
+    """
+
+    def __init__(self, mesh: "jax.sharding.Mesh"):
+        """Place "none" on the devices of a mesh; most calls need no more."""
+        import jax
+        import numpy as np
+        from jax.sharding import NamedSharding, PartitionSpec
+
+        rows, whole = (NamedSharding(mesh, PartitionSpec(x)) for x in (mesh.axis_names, None))
+
+        def put(number: int) -> jax.Array:
+            mine = np.full(jax.local_device_count(), number, np.int32)
+            return jax.make_array_from_process_local_data(rows, mine)
+
+        self._put, self._none = put, put(0)
+        self._max = jax.jit(lambda x: x.max(keepdims=True), out_shardings=whole)
+
+    def ask(self) -> "jax.Array":
+        """Dispatch the question; the array [1] is for `note`."""
+        return self._max(self._none if _received is None else self._put(int(_received)))
+
+
+def note(answer: Any) -> None:
+    """Take what `Shared.ask` gave, once it is on the host, for `agreed`."""
+    global _shared
+    _shared = signal.Signals(answer.max()) if answer.any() else None
+
+
 def agreed() -> signal.Signals | None:
     """The signal that any process received, so that all stop after the same update."""
     import jax
-    from jax.experimental import multihost_utils
 
-    if jax.process_count() == 1:
-        return _received
-    numbers = multihost_utils.process_allgather(_received or 0)
-    return signal.Signals(numbers.max()) if numbers.any() else None
+    return _received if jax.process_count() == 1 else _shared

@@ -11,8 +11,8 @@ AREAS = {
     "Config and flags": "config rundir workdir start length memory __main__ door",
     "Data and tokenizers": "data",
     "Models, attention and losses": "models kernels loss optim objective sharding step",
-    "Training": "setup loop progress checksum orbax_errors checkpoint marker files writers "
-    "trace environment main metrics remote mirror places processes",
+    "Training": "setup loop progress heartbeat checksum orbax_errors checkpoint marker files "
+    "writers trace environment main metrics remote mirror places processes",
     "Evaluation and samples": "evaluate pretrained decode generate samples run history",
     "The page of a run": "report curves page",
     "Export": "export harness card proof",

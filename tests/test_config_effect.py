@@ -20,7 +20,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm_jax import checkpoint, config, console, generate, loop, preflight, setup, step, writers
+from lm_jax import (
+    checkpoint,
+    config,
+    console,
+    generate,
+    heartbeat,
+    loop,
+    preflight,
+    setup,
+    step,
+    writers,
+)
 from lm_jax import workdir as run_files
 from lm_jax.config import Config
 from lm_jax.config.resolve import resolve
@@ -175,6 +186,7 @@ TABLE = {
     "train.matmul_precision": ("tensorfloat32", "train_step eval_step", {}),
     "train.steps_per_call": (2, "calls", {}),
     "train.max_nonfinite": (2, "error: updates 2 to 3 were all skipped", {}),
+    "train.hang_seconds": (60.0, "hang_seconds", {}),
     "eval.batch_size": (3, "eval_batches", {}),
     "eval.stride": (4, "eval_batches", {}),
     "eval.splits": ("valid", "scored", {}),
@@ -278,7 +290,7 @@ def run_loop(cfg, workdir):
     """The real loop around a step that notes what it is given; updates 2 and 3 are not finite."""
     seen = {name: [] for name in "train_batches eval_batches calls evaluated saved".split()}
     seen |= {name: [] for name in "tensorboard wandb traced reader_threads examined".split()}
-    seen |= {name: [] for name in "processes progress sampled texts".split()}
+    seen |= {name: [] for name in "processes progress sampled texts hang_seconds".split()}
 
     def examine_once(cfg, *, level, store):
         seen["examined"].append(level)
@@ -365,7 +377,14 @@ def run_loop(cfg, workdir):
         seen["sampled"].append((run.step, prompts))
         return [generate.Sample(prompt, " and on", [], [], 0) for prompt in prompts]
 
+    watched = heartbeat.watched
+
+    def note_watch(folder, seconds):
+        seen["hang_seconds"].append(seconds)
+        return watched(folder, seconds)
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(heartbeat, "watched", note_watch)
         patch.setattr(setup, "create_model", create_model)
         patch.setattr(run_files, "create_model", create_model)
         patch.setattr(step, "make_train_step", make_train_step)

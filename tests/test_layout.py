@@ -16,7 +16,7 @@ ORDER = (
     "processes remote mirror places data compilations models sharding memory loss optim objective "
     "metrics step checksum orbax_errors checkpoint workdir pretrained start length evaluate decode "
     "samples generate harness proof card export history writers trace distill environment "
-    "preflight compare curves report run setup progress loop main __main__ __init__"
+    "preflight compare curves report run setup progress heartbeat loop main __main__ __init__"
 ).split()
 FILES = {path: ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
 IDS = {path: str(path.relative_to(PACKAGE)) for path in FILES}

@@ -190,6 +190,8 @@ class TrainConfig(Section):
     # updates in one dispatch; a divisor of the spans above compiles once
     steps_per_call: int = positive(1)
     max_nonfinite: int = positive(10)  # stop after this many skipped updates in a row
+    # several processes end when one is gone or no update comes for so long; 0: they wait for ever
+    hang_seconds: float = incidental(not_negative(300.0))
 
 
 @dataclasses.dataclass(repr=False)
