@@ -18,6 +18,7 @@ import threading
 import time
 import types
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from lm_jax import console, rundir, signals
 
@@ -203,7 +204,7 @@ class Heartbeat:
         while not self._stop.wait(self.beat):
             self.tick()
 
-    def _now(self, **news: object) -> None:
+    def _now(self, **news: Any) -> None:
         self._mine = dataclasses.replace(self._mine, **news)
 
     def _sign(self) -> Sign:
@@ -249,7 +250,11 @@ class Heartbeat:
 
     def _leave(self, why: str) -> None:
         newest = rundir.newest_update(self._folder)
-        then = "nothing is saved" if newest is None else f"the same goes on from update {newest:,}"
+        then = (
+            "nothing is saved"
+            if newest is None
+            else f"the same command goes on from update {newest:,}"
+        )
         self._now(ended=why)
         self._write()
         console.leave(f"{why}; {then}")
