@@ -249,17 +249,13 @@ class Heartbeat:
         atexit.register(self._quit, 2 if isinstance(error, ValueError | OSError) else 1)
 
     def _leave(self, why: str) -> None:
-        newest = rundir.newest_update(self._folder)
-        then = (
-            "nothing is saved"
-            if newest is None
-            else f"the same command goes on from update {newest:,}"
-        )
         self._now(ended=why)
         self._write()
-        console.leave(f"{why}; {then}")
         if self._mine.process == 0:  # with it JAX would end the others, before they have read it
             time.sleep(3 * self.beat)
+        newest = rundir.newest_update(self._folder)
+        saved = f"the same command goes on from update {newest:,}" if newest else "nothing is saved"
+        console.leave(f"{why}; {saved}")
         self._quit(1)
 
     def _last_words(self) -> None:
