@@ -16,9 +16,11 @@ put on the devices just before its call is dispatched, or before the loop waits 
 
 import argparse
 import collections
+import datetime
 import json
 import os
 import pathlib
+import platform
 import socket
 import statistics
 import subprocess
@@ -108,7 +110,7 @@ def first_update(workdir: pathlib.Path) -> float:
     return seconds
 
 
-def overlap(updates: int) -> dict[str, dict[str, float]]:
+def overlap(updates: int) -> dict[str, Any]:
     """Milliseconds of the parts of a call, by how many share them."""
     eight = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     with socket.socket() as free:
@@ -140,9 +142,10 @@ def parts(updates: int) -> dict[str, float]:
     from jax.experimental import multihost_utils
 
     from lm_jax import sharding, signals
+    from lm_jax.config import Config
 
     sharding.initialize()
-    mesh, rows = sharding.make_mesh(1), 32 // jax.process_count()
+    mesh, rows = sharding.make_mesh(Config().mesh), 32 // jax.process_count()
     batch = {name: np.ones((1, rows, 1025), np.int32) for name in ("tokens", "segment_ids")}
     batch["weights"] = np.ones((1, rows, 1025), np.float32)
     shared = signals.Shared(mesh)
@@ -221,8 +224,11 @@ def main() -> None:
         print(json.dumps(parts(args.updates)))
         return
     if args.overlap:
-        result = {"command": "python scripts/bench_loop.py --overlap"} | overlap(args.updates)
-        tell(result, args.json)
+        command = f"python scripts/bench_loop.py --overlap --updates={args.updates}"
+        today = datetime.date.today().isoformat()
+        device = f"{os.cpu_count()} CPU cores ({platform.machine()})"
+        found = {"device": device, "date": today, "command": command} | overlap(args.updates)
+        tell(found, args.json)
         return
     if not args.config:
         parser.error("give --config or --overlap.")
