@@ -141,10 +141,10 @@ def parts(updates: int) -> dict[str, float]:
     import numpy as np
     from jax.experimental import multihost_utils
 
-    from lm_jax import sharding, signals
+    from lm_jax import processes, sharding, signals
     from lm_jax.config import Config
 
-    sharding.initialize()
+    processes.join_others(Config().cluster)
     mesh, rows = sharding.make_mesh(Config().mesh), 32 // jax.process_count()
     batch = {name: np.ones((1, rows, 1025), np.int32) for name in ("tokens", "segment_ids")}
     batch["weights"] = np.ones((1, rows, 1025), np.float32)

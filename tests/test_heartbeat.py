@@ -150,7 +150,7 @@ def test_a_process_alone_says_that_it_stands_still_and_goes_on(tmp_path, capsys)
 
 CHILD = """
 import pathlib, time
-from lm_jax import loop, sharding
+from lm_jax import config, loop, processes
 from lm_jax.data import windows
 from lm_jax.door import command
 from tests.helpers import small
@@ -162,7 +162,7 @@ def slow(*args, process_index, **options):
 windows.train_batches = slow
 @command
 def main(argv):
-    sharding.initialize()
+    processes.join_others(config.Config().cluster)
     loop.train_and_evaluate(
         small(
             pathlib.Path({text!r}), train__steps="100000", train__hang_seconds=6.0,
