@@ -194,7 +194,8 @@ class Heartbeat:
         self._beats += 1
         if self._together:
             self._write()
-            why = self._watch.judge(self._read(), stopping=signals.waits())
+            unheard = signals.waits() and signals.agreed() is None  # else they save for it
+            why = self._watch.judge(self._read(), stopping=unheard)
             if why and not self._mine.ended:
                 self._leave(why)
         elif why := self._watch.judge({0: self._sign()}):

@@ -111,6 +111,18 @@ def test_an_error_of_one_ends_the_other_with_its_sentence(pair, capsys, monkeypa
     assert "goes on from update 40" in err
 
 
+def test_a_signal_ends_a_rest_unless_they_save_for_it(pair, monkeypatch):
+    first, second, codes, _ = pair
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    monkeypatch.setattr(signals, "waits", lambda: True)
+    for agreed in (signal.SIGTERM, None):
+        monkeypatch.setattr(signals, "agreed", lambda agreed=agreed: agreed)
+        for _ in range(305):
+            first.tick()
+            second.tick()
+        assert codes == ([] if agreed else [1, 1])
+
+
 def test_signs_of_an_earlier_run_are_none(pair):
     first, second, codes, folder = pair
     old = Heartbeat(folder, 300.0, process=1, count=2, run=6, end=codes.append)
