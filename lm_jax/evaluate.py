@@ -80,15 +80,13 @@ class Evaluator:
             of each document, float64 [documents].
         """
         cfg, split = self.cfg, self.store.split(split_name)
-        share, shares = sharding.reader(self.mesh)
         batches = windows.eval_batches(
             split,
             seq_len=cfg.data.seq_len,
             batch_size=sharding.round_up(cfg.eval.batch_size, self.mesh),
             document_mask=cfg.data.document_mask,
             stride=cfg.eval.stride,
-            process_index=share,
-            process_count=shares,
+            **sharding.share_of_rows(self.mesh),
         )
         total, parts, pending = metrics.Sums(), [], None
         observed, observed_Lk = family(cfg.model).observed, np.zeros(())

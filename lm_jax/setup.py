@@ -21,6 +21,7 @@ from lm_jax import (
     length,
     memory,
     preflight,
+    processes,
     report,
     rundir,
     sharding,
@@ -148,7 +149,6 @@ class Setup:
     def batches(self) -> Iterator[tuple[range, dict[str, np.ndarray]]]:
         """The remaining calls: the updates of each, and their batches."""
         data, calls = self.cfg.data, length.Calls(self.cfg, self.start)
-        share, shares = sharding.reader(self.mesh)
         batches = windows.train_batches(
             self.store.split("train"),
             seq_len=data.seq_len,
@@ -157,8 +157,7 @@ class Setup:
             seed=self.cfg.seed,
             calls=calls,
             movable=data.window_offset,
-            process_index=share,
-            process_count=shares,
+            **sharding.share_of_rows(self.mesh),
             threads=data.threads,
             extend=self.objective.extend,
         )
@@ -276,8 +275,7 @@ def _enter(
         Its checkpoints; what a new run starts from; what is to be said of it.
     """
     origin = find_origin(cfg, store) if rundir.newest_update(folder) is None else None
-    if jax.process_index() == 0:
-        held.enter_context(rundir.occupied(folder))
+    processes.first_alone("lock", lambda: held.enter_context(rundir.occupied(folder)))
     checkpoints = Checkpoints(folder, cfg.train.keep)
     position = checkpoints.position()
     lines = []

@@ -127,8 +127,8 @@ def row_shares(mesh: Mesh | None = None) -> int:
     return math.prod(shape.get(axis, 1) for axis in ROWS)
 
 
-def reader(mesh: Mesh) -> tuple[int, int]:
-    """Which share of the rows of every batch this process reads, and of how many.
+def share_of_rows(mesh: Mesh) -> dict[str, int]:
+    """What this process reads of every batch, for `train_batches` and `eval_batches`.
 
     Processes whose devices compute the same rows, along the axis `tensor`, read the same share.
     """
@@ -140,7 +140,7 @@ def reader(mesh: Mesh) -> tuple[int, int]:
         if any(d.process_index == jax.process_index() for d in devices.flat)
     ]
     assert mine == list(range(mine[0], mine[-1] + 1)) and shares % len(mine) == 0, mine
-    return mine[0] // len(mine), shares // len(mine)
+    return {"process_index": mine[0] // len(mine), "process_count": shares // len(mine)}
 
 
 def put_batch(mesh: Mesh, batch: Any, axis: int) -> Any:

@@ -130,11 +130,11 @@ def test_a_family_reads_the_fields_that_are_listed():
 
 
 def test_only_incidental_fields_are_called_so():
-    """The paths, threads and logging of a run; nothing that the model is trained with."""
+    """Paths, threads, devices and logging of a run; nothing that the model is trained with."""
     found = config.incidental_fields()
     assert found < {path for path, _ in config.named_fields(Config())}
-    assert {"data.cache_dir", "data.threads", "train.keep", "train.log_every"} < found
-    assert not {path for path in found if path.split(".")[0] in ("model", "optim", "loss", "mesh")}
+    assert {"data.cache_dir", "data.threads", "train.keep", "mesh.fsdp", "data.micro_batch"} < found
+    assert not {path for path in found if path.split(".")[0] in ("model", "optim", "loss")}
 
 
 def test_the_import_is_light():

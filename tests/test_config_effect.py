@@ -191,6 +191,7 @@ TABLE = {
     "eval.stride": (4, "eval_batches", {}),
     "eval.splits": ("valid", "scored", {}),
     "mesh.fsdp": (1 + jax.device_count(), "error: after 0 updates: config.mesh.fsdp", {}),
+    "mesh.tensor": (1 + jax.device_count(), "error: after 0 updates: config.mesh.tensor", {}),
     "cluster.xla_flags": ("fast", "error: after 0 updates: config.cluster.xla_flags", {}),
     "cluster.heartbeat_seconds": (0, "error: after 0 updates: config.cluster.heartbeat", {}),
     "distill.teachers": ("{root}/none", "error: after 0 updates: config.distill.teachers", {}),

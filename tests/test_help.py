@@ -179,7 +179,7 @@ def test_the_doctor_looks_at_what_is_there(tmp_path):
             ["quickstart", "--config.optim.lr", "1"],
             "did you mean config.optim.peak_lr or config.optim.end_lr?",
         ),
-        (["quickstart", "--config.mesh.zzz=1"], "no such field; config.mesh has fsdp."),
+        (["quickstart", "--config.mesh.zzz=1"], "no such field; config.mesh has fsdp, tensor."),
         (["quickstart", "--config.zzz=1"], "no such field; config has seed, doctor, data"),
         (["quickstart", "--config.seed.x=1"], "config.seed has no fields; give --config.seed."),
         (["quickstart", "--config.optim=1"], "give one of its fields, as config.optim.name."),
