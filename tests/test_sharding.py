@@ -59,7 +59,7 @@ CASES = {
         model__family="musota", model__d_model=128, model__init="normal", model__dropout=0.1
     ),
     "distilled": {name: x for name, x in EVERYTHING.items() if "attention_layers" not in name}
-    | dict(distill__teachers="toy", distill__attention="0", data__micro_batch=2),
+    | dict(distill__teachers="toy", distill__attention="0"),
     "bfloat16": UNEVEN | dict(train__compute_dtype="bfloat16"),
 }
 # Of those that any check makes; the long one makes all.
