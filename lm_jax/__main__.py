@@ -9,6 +9,7 @@ from lm_jax.config.section import advice
 # Name: the module whose `main` it is, and what it does.
 COMMANDS = {
     "train": ("lm_jax.main", "train, evaluate and save a run, or go on with one that was stopped"),
+    "prepare": ("lm_jax.data.prepare", "tokenise a corpus before, on several machines if need be"),
     "doctor": ("lm_jax.preflight.command", "look for what is wrong in a config, a run or a log"),
     "evaluate": ("lm_jax.evaluate", "score a whole split of a run, each token once"),
     "harness": ("lm_jax.harness.command", "run tasks of lm-evaluation-harness on a run"),

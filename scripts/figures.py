@@ -26,6 +26,7 @@ block, with hyphens.
 | `own-text` | one sentence: time and bits per byte of `configs/text.py` on a megabyte |
 | `optimisers` | Tiny Shakespeare by AdamW and by Muon |
 | `start` | first update of a first and of a second start |
+| `overlap` | what several processes no longer wait for |
 | `loop` | waiting for input, evaluation against the forward part, first update |
 | `doctor` | seconds and number of checks, fast and full |
 | `baselines` | WikiText-2 by words: perplexity of counting, and of the neural baseline |

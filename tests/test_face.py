@@ -255,7 +255,7 @@ def test_help_and_misuse(name, capsys):
 
 
 def test_unknown_command(capsys):
-    for name, said in (("trane", "did you mean train?\n"), ("x", "choose from train, doctor, ")):
+    for name, said in (("trane", "did you mean train?\n"), ("x", "choose from train, prepare, ")):
         with pytest.raises(SystemExit) as stopped:
             main(["lm-jax", name])
         assert stopped.value.code == 2

@@ -16,6 +16,7 @@ from lm_jax.preflight import command
 from tests.helpers import CONFIGS, ROOT
 
 EXAMPLES = {
+    "prepare": "data.prepare CONFIG --part=0/8",
     "train": "main configs/quickstart.py\n",
     "doctor": "doctor configs/quickstart.py --level=full\n",
     "evaluate": "evaluate runs/quickstart-0 --split=test\n",
