@@ -74,6 +74,13 @@ def test_resuming_is_bit_identical(distilled, tmp_path, monkeypatch):
             assert name.startswith("perf/") or a[name] == b[name], name
 
 
+def test_terms_that_compare_rows_keep_their_micro_batches(distilled):
+    cfg, workdir = distilled
+    longer = config.replace(cfg, train__steps="12", data__micro_batch=4)
+    with pytest.raises(ConfigError, match=r"another config \(config\.data\.micro_batch: 2 -> 4\)"):
+        loop.train_and_evaluate(longer, workdir)
+
+
 def test_projections_that_an_older_version_saved_are_refused_in_one_sentence(distilled, tmp_path):
     cfg, straight = distilled
     shutil.copytree(straight, tmp_path / "run")
