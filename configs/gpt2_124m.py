@@ -1,4 +1,4 @@
-"""The 124M model of GPT-2 on a corpus of any size, with nanoGPT's schedule, for one GPU.
+"""The 124M model of GPT-2 on a corpus of any size, with nanoGPT's schedule, for one GPU or 8.
 
 python -m lm_jax.main --config=configs/gpt2_124m.py --config.data.source_dir=DIR
 

@@ -80,7 +80,7 @@ def need(cfg: Config, mesh: Mesh, state: Any) -> Need:
     row = cfg.data.seq_len * min(cfg.model.d_model, H * C)
     row *= jnp.dtype(cfg.train.compute_dtype).itemsize
     call = min(cfg.train.steps_per_call, int(cfg.train.steps)) * cfg.data.batch_size
-    shares = mesh.size // cfg.mesh.tensor  # of the rows
+    shares = sharding.row_shares(mesh)
     batches = call // shares * (cfg.data.seq_len + 1) * _BATCH
     scored = cfg.eval.batch_size // shares
     between = max(_rows(cfg, mesh) * cfg.model.layers, scored) * row
@@ -117,13 +117,15 @@ def require_memory(cfg: Config, mesh: Mesh, state: Any) -> None:
     elif name == "batches":
         path = "train.steps_per_call" if cfg.train.steps_per_call > 1 else "data.batch_size"
     else:
-        scored = (
-            cfg.eval.batch_size * cfg.mesh.tensor // mesh.size > _rows(cfg, mesh) * model.layers
-        )
+        scored = cfg.eval.batch_size // sharding.row_shares(mesh) > _rows(cfg, mesh) * model.layers
         path = _first(cfg, mesh, scoring=scored)
     value, lower = _lower(cfg, mesh, path, share)
     parts = ", ".join(f"{part / 1e9:,.1f} {_WORDS[k]}" for k, part in needed._asdict().items())
-    sharing = " or raise config.mesh.fsdp" if name == "state" and cfg.mesh.fsdp < mesh.size else ""
+    sharing = (
+        " or raise config.mesh.fsdp"
+        if name == "state" and cfg.mesh.fsdp * cfg.mesh.tensor < mesh.size
+        else ""
+    )
     raise ConfigError(
         f"config.{path}: {value:,} makes a run of at least {total / 1e9:,.1f} GB a device "
         f"({parts}), and {there / 1e9:,.1f} GB are there; lower it to about {lower:,}{sharing}."

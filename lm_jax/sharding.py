@@ -46,8 +46,8 @@ def places(mesh: Mesh, tree: Any) -> Any:
     """The sharding of every array of a state or of parameters, by name and shape.
 
     Matrices (`kernel`) are split by rows, tables by columns, so that neither the vocabulary nor the
-    heads need be divisible; what has fewer numbers than these, or cannot be cut evenly, is on every
-    device. Optimiser moments have the names of their parameters and lie beside them.
+    heads need be divisible. All else, and what cannot be cut evenly, is on every device. Optimiser
+    moments have the names of their parameters and lie beside them.
     """
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), _specs(mesh, tree))
 
@@ -168,9 +168,10 @@ def accumulation(cfg: Config) -> int:
     devices = row_shares()
     rows, left = divmod(cfg.data.batch_size, devices)
     if left:
+        tensor = f" (config.mesh.tensor={cfg.mesh.tensor} of each)" if cfg.mesh.tensor > 1 else ""
         raise ConfigError(
             f"config.data.batch_size: {cfg.data.batch_size} sequences cannot be shared by "
-            f"{devices} devices; choose a multiple."
+            f"{devices} devices{tensor}; choose a multiple."
         )
     most = min(rows, cfg.data.micro_batch or rows)
     number = next(n for n in range(math.ceil(rows / most), rows + 1) if rows % n == 0)

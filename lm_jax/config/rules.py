@@ -100,11 +100,11 @@ def _mesh(cfg: Config) -> Iterator[str]:
     for name, value in (
         ("heads", model.heads),
         ("kv_heads", model.kv_heads or model.heads),
-        ("d_ff", model.d_ff or 8),  # a multiple of 8 where it is chosen
+        ("d_ff", model.d_ff or 8),
     ):
         if value % tensor:
-            given = f"={value}" if getattr(model, name) else ""
-            yield f"mesh.tensor: does not divide config.model.{name}{given}; choose a divisor"
+            what = f"={value}" if getattr(model, name) else ", a multiple of 8 where it is 0"
+            yield f"mesh.tensor: does not divide config.model.{name}{what}; choose a divisor"
     if not cfg.distill.attention.zero:
         yield (
             "mesh.tensor: shares the heads whose maps config.distill.attention compares; give 1, "
@@ -261,11 +261,9 @@ def _states(cfg: Config, used: set[str]) -> Iterator[str]:
     if distill.router_top_k > distill.experts:
         why = f"is above config.distill.experts={distill.experts}"
         yield f"distill.router_top_k: {why}; lower it"
-    if "contrastive" in used and (cfg.data.batch_size == 1 or cfg.data.micro_batch == 1):
-        yield (
-            "distill.contrastive: tells rows apart, of which a device computes one at a time; "
-            "raise config.data.batch_size and config.data.micro_batch"
-        )
+    if "contrastive" in used and cfg.data.batch_size == 1:
+        remedy = "raise config.data.batch_size"
+        yield f"distill.contrastive: tells rows apart, of which there is one; {remedy}"
     one = bool(distill.teachers) and "," not in distill.teachers
     dense = cfg.model.family == "dense"
     for name in sorted(used):

@@ -231,7 +231,7 @@ class MuSota(Decoder):
         return zero_cache([within, across] * self.cfg.layers, dtype)
 
     def embed(self, tokens_BT, positions_BT, dtype, draw) -> jax.Array:
-        """The blocks before the first layer; `key` switches dropout on."""
+        """The blocks before the first layer; `draw` switches dropout on."""
         x_BTD = self.embedding[...][tokens_BT] + self.position_embedding[...][positions_BT]
         return to_blocks(dropout(x_BTD.astype(dtype), self.cfg.embedding_dropout, draw))
 

@@ -247,7 +247,8 @@ class _Preflight:
             found = evaluate_step(self.student(params), stripped(rows))
             return {name: found[name] for name in ("nats", "count", "correct")}
 
-        candidates = self.cfg.data.batch_size // sharding.accumulation(self.cfg)
+        with jax.set_mesh(sharding.make_mesh(self.cfg.mesh)):  # the devices that share the rows
+            candidates = self.cfg.data.batch_size // sharding.accumulation(self.cfg)
         return examine_distillation(
             **self.head_to_head(),
             kd_fn=jax.jit(self.kd_fn),

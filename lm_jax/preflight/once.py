@@ -40,7 +40,8 @@ def examine_once(cfg: Config, *, level: str, store: Store) -> tuple[Report, str]
         )
     if cfg.distill.taught:
         return examine_config(cfg, level=level, store=store), ""
-    numbers = {path: x for path, x in config.named_fields(cfg) if path not in incidental_fields()}
+    left_out = incidental_fields() - {"data.micro_batch", "mesh.fsdp", "mesh.tensor"}
+    numbers = {path: x for path, x in config.named_fields(cfg) if path not in left_out}
     asked = [numbers, level, store.manifest]
     found, day = processes.first_alone(
         f"findings {hash_json(asked)}", lambda: _examined(cfg, level, store, asked)

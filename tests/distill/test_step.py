@@ -330,8 +330,8 @@ REFUSED = [
     (dict(distill__teachers="a,a"), "config.distill.teachers: .*twice"),
     (dict(distill__teachers="a,"), "config.distill.teachers: .*nothing between"),
     (
-        dict(distill__teachers="a", distill__contrastive="1", data__micro_batch=1),
-        "config.distill.contrastive: .*one at a time",
+        dict(distill__teachers="a", distill__contrastive="1", data__batch_size=1),
+        "config.distill.contrastive: .*of which there is one",
     ),
     *(
         (dict(distill__teachers="a", distill__kd="0", distill__feature="1") | changes, said)
