@@ -170,7 +170,10 @@ def _as_read(run: Trained, cfg: Config, store: Store) -> Trained:
     tokenizer, params = run.tokenizer, run.params
     if _shares(run, store):
         tokenizer = store.tokenizer
-    graphdef, init = create_model(how, tokenizer.vocab_size, choose_attention(teaching)[0])
+    impl = choose_attention(teaching)[0]
+    if impl == "pallas" and run.mesh.size > 1:
+        impl = "cudnn"  # the doctor and a cache read it where the compiler splits the rows
+    graphdef, init = create_model(how, tokenizer.vocab_size, impl)
     if _extra_rows(run, store):
         like = jax.eval_shape(init, jax.random.key(0))
         params = jax.tree.map(lambda x, cut: x[tuple(map(slice, cut.shape))], params, like)

@@ -87,8 +87,6 @@ def choose_attention(cfg: Config) -> tuple[str, str]:
         segments=cfg.data.document_mask or cfg.data.window_offset,
         attention_dropout=cfg.model.attention_dropout,
     )
-    if cfg.distill.taught and impl == "pallas" != cfg.attention.impl and jax.device_count() > 1:
-        impl, reason = "cudnn", "the doctor reads a teacher where its rows are not split by hand"
     return impl, reason + own.attention_note
 
 
