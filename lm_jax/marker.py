@@ -16,6 +16,8 @@ REFRESH = 10.0  # seconds between the signs of life of one who holds a marker
 SETTLE = 1.0  # seconds after which all who take a marker at once have written theirs
 _MISSED = 3  # signs of life without which nobody holds it
 
+_held: set[str] = set()  # tokens of this process
+
 
 def process_lives(process: int) -> bool:
     """Whether there is a process of this number on this machine."""
@@ -94,6 +96,7 @@ def marked(marker: Marker, taken: Callable[[str], None]) -> Iterator[Callable[[]
             time.sleep(REFRESH / 10)
         sign()
         time.sleep(SETTLE)
+    _held.add(own["token"])
     ended = threading.Event()
     thread = threading.Thread(target=renew, daemon=True)
     thread.start()
@@ -102,6 +105,7 @@ def marked(marker: Marker, taken: Callable[[str], None]) -> Iterator[Callable[[]
     finally:
         ended.set()
         thread.join()
+        _held.discard(own["token"])
         try:
             if mine():
                 marker.remove()
@@ -130,7 +134,9 @@ def _living(marker: Marker) -> dict[str, Any] | None:
     while found is not None and time.monotonic() < end:
         if found != first:
             return found
-        if found.get("host") == platform.node():
+        # A container that is started again has the same host name, and the same number 1.
+        elsewhere = found["process"] == os.getpid() and found.get("token") not in _held
+        if found.get("host") == platform.node() and not elsewhere:
             if not process_lives(found["process"]):
                 return None
             if time.time() - found["sign"] < _MISSED * REFRESH:

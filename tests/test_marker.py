@@ -79,6 +79,23 @@ def test_one_whose_process_is_dead_is_taken_over_at_once(monkeypatch):
         assert mine()
 
 
+def test_one_of_this_number_before_a_restart_is_taken_over():
+    place = Place(sign(os.getpid(), platform.node()))
+    began = time.monotonic()
+    with marker.marked(place, refuse) as mine:
+        assert mine() and time.monotonic() - began >= 3 * marker.REFRESH
+
+
+def test_one_of_this_number_that_moves_is_another_container(monkeypatch):
+    class Moving(Place):
+        def read(self):
+            return sign(os.getpid(), platform.node(), age=-time.monotonic())
+
+    with pytest.raises(Taken, match=f"process {os.getpid()} on "):
+        with marker.marked(Moving(), refuse):
+            pass
+
+
 @pytest.mark.parametrize("skew", [-1e5, 0, 1e5])
 def test_one_of_another_machine_is_taken_over_if_it_stands_still_whatever_its_clock(skew):
     place = Place(sign(age=skew))
@@ -151,7 +168,7 @@ def test_a_folder_without_locks_has_one_trainer(tmp_path, no_locks):
 def test_who_may_wait_waits_and_is_told_once(tmp_path, no_locks):
     lock, told = tmp_path / "lock", []
     owner = tmp_path / "lock.owner"
-    owner.write_bytes(sign(os.getpid(), platform.node(), age=-0.3))
+    owner.write_bytes(sign(os.getppid(), platform.node(), age=-0.3))
     with files.locked(lock, told.append):
         pass
     assert len(told) == 1 and not owner.exists()
