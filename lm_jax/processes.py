@@ -66,7 +66,7 @@ def find_place() -> Place:
         ConfigError: if several processes were started and a variable that says how they meet is
             missing or wrong: each of them would train for itself, into the same folder.
     """
-    here = os.environ
+    here = {name: value for name, value in os.environ.items() if value}
     jax = sys.modules.get("jax")
     if jax is not None and jax.distributed.is_initialized():
         return Place(jax.process_count(), jax.process_index())
@@ -110,7 +110,7 @@ def _refuse_alone() -> None:
             _require("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")
     if _above("PMI_SIZE", 1):  # of MPICH, which does not say where they meet
         _require("JAX_NUM_PROCESSES", "PMI_SIZE")
-    if _ADDRESS in os.environ:
+    if os.environ.get(_ADDRESS):
         _require("JAX_NUM_PROCESSES", _ADDRESS)
 
 
@@ -122,7 +122,7 @@ def _above(name: str, least: int) -> bool:
 
 def _require(name: str, sign: str) -> str:
     """The value of a variable, which must be there beside another one."""
-    if name not in os.environ:
+    if not os.environ.get(name):
         raise ConfigError(
             f"{name}: is not set, and {sign}={os.environ[sign]} says that several processes were "
             f"started; set it in each of them, or unset {sign} for a process of its own."
@@ -156,20 +156,22 @@ def _address(launcher: str) -> str:
         host = _require("SKYPILOT_NODE_IPS", launcher).split()[0]
     elif launcher == "WORLD_SIZE":
         host, port = _require("MASTER_ADDR", launcher), _require("MASTER_PORT", launcher)
+        if here.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun itself listens there
+            port = str(_number("MASTER_PORT", launcher) + 1)
     elif found := re.search(r"tcp://([^:,]+)", here.get("OMPI_MCA_orte_hnp_uri", "")):
         host = found[1]
     elif here[launcher] == here.get("OMPI_COMM_WORLD_LOCAL_SIZE"):
         host = "127.0.0.1"
     else:  # Open MPI 5 tells nobody where the first one is
         return _require(_ADDRESS, launcher)
-    return f"{host}:{here.get('JAX_COORDINATOR_PORT', port)}"
+    return f"{host}:{here.get('JAX_COORDINATOR_PORT') or port}"
 
 
 def _local(launcher: str) -> tuple[int, int]:
     """This process among those on its machine, and their number."""
     if launcher == "OMPI_COMM_WORLD_SIZE":
         names = "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"
-    elif launcher == "WORLD_SIZE" and "LOCAL_WORLD_SIZE" in os.environ:
+    elif launcher == "WORLD_SIZE" and os.environ.get("LOCAL_WORLD_SIZE"):
         names = "LOCAL_RANK", "LOCAL_WORLD_SIZE"
     elif launcher == "SLURM_STEP_NUM_TASKS":
         counts: list[int] = []  # like "8(x2),4": two nodes with 8 tasks, one with 4
@@ -189,18 +191,25 @@ def visible_gpus() -> int:
         return 0
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is None:
-        return len([*pathlib.Path("/dev").glob("nvidia[0-9]*")])
+        return _gpus_there()
     return len(re.findall(r"(?:^|,)\s*(?:\d|GPU-|MIG-)", named))
+
+
+def _gpus_there() -> int:
+    """Number of the NVIDIA GPUs of this machine, or of this container."""
+    return len([*pathlib.Path("/dev").glob("nvidia[0-9]*")])
 
 
 def _own_gpus(place: Place) -> list[int] | None:
     """The GPUs of this process among those that it sees; None: all of them."""
     seen, here = visible_gpus(), os.environ
-    apart = "SLURM_GPUS_PER_TASK" in here or seen < int(here.get("SLURM_GPUS_ON_NODE", "0"))
-    if apart or place.local_count == 1 or seen <= 1 or "JAX_LOCAL_DEVICE_IDS" in here:
+    apart = here.get("SLURM_GPUS_PER_TASK") or seen < int(here.get("SLURM_GPUS_ON_NODE") or 0)
+    if apart or place.local_count == 1 or seen <= 1 or here.get("JAX_LOCAL_DEVICE_IDS"):
         return None  # the launcher has shared them out, or there is nothing to share
     share, left = divmod(seen, place.local_count)
     if left or not share:
+        if seen * place.local_count <= _gpus_there():
+            return None  # a script around this one has shared them out
         raise ConfigError(
             f"CUDA_VISIBLE_DEVICES: the {place.local_count} processes on this machine see {seen} "
             "GPUs and cannot share them evenly; start one process a GPU, or one a machine."

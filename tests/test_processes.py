@@ -1,6 +1,7 @@
 """Processes find one another as people start them, or are refused; one works for all."""
 
 import os
+import pathlib
 import re
 import socket
 import subprocess
@@ -56,7 +57,9 @@ TORCHRUN = {
     "LOCAL_RANK": "1",
     "LOCAL_WORLD_SIZE": "8",
 }
-OF_OTHERS = "JAX_ SLURM OMPI PMI SKYPILOT WORLD_SIZE RANK LOCAL_ MASTER_ JOB_ CUDA_ XLA_".split()
+OF_OTHERS = (
+    "JAX_ SLURM OMPI PMI SKYPILOT WORLD_SIZE RANK LOCAL_ MASTER_ TORCHELASTIC JOB_ CUDA_ XLA_"
+).split()
 
 
 def without(variables, *names):
@@ -100,6 +103,9 @@ def started(monkeypatch):
         (STEP | {"JAX_COORDINATOR_ADDRESS": "a:1"}, 8, (16, 11, "a:1"), [3]),
         (NODES, 8, (2, 1, "gpu007-ib:61809"), None),  # a task a node has all of its GPUs
         (STEP | TORCHRUN, 8, (16, 9, "head:29500"), [1]),  # the innermost
+        (TORCHRUN | {"TORCHELASTIC_USE_AGENT_STORE": "True"}, 8, (16, 9, "head:29501"), [1]),
+        (TORCHRUN | {"TORCHELASTIC_USE_AGENT_STORE": "False"}, 8, (16, 9, "head:29500"), [1]),
+        (STEP | {"WORLD_SIZE": "", "RANK": ""}, 8, (16, 11, "gpu007-ib:61809"), [3]),
         (STEP | {"WORLD_SIZE": "16"}, 8, (16, 11, "gpu007-ib:61809"), [3]),
         (BY_HAND, 8, (2, 1, "host0:1234"), None),
         (STEP | BY_HAND, 8, (2, 1, "host0:1234"), None),
@@ -142,6 +148,7 @@ def test_several_processes_join(started, variables, gpus, place, own):
         JOB | {"SLURM_PROCID": "0", "SLURM_STEP_ID": "4294967291"},
         {"WORLD_SIZE": "1", "RANK": "0"},
         {"RANK": "captain"},
+        dict.fromkeys([*BY_HAND, *TORCHRUN, *SKY, *MPI, "JOB_COMPLETION_INDEX"], ""),
         SKY | {"SKYPILOT_NUM_NODES": "1", "SKYPILOT_NODE_RANK": "0"},
     ],
 )
@@ -172,6 +179,7 @@ def test_one_process_is_alone(started, variables):
         ({"WORLD_SIZE": "8"}, "RANK: is not set, and WORLD_SIZE=8 says"),
         ({"WORLD_SIZE": "1", "RANK": "1"}, "RANK: 1 is not below WORLD_SIZE=1"),
         ({"RANK": "1"}, "WORLD_SIZE: is not set, and RANK=1 says"),
+        ({"WORLD_SIZE": "8", "RANK": ""}, "RANK: is not set, and WORLD_SIZE=8 says"),
         ({"WORLD_SIZE": "8", "RANK": "0"}, "MASTER_ADDR: is not set"),
         (without(SKY, "SKYPILOT_NODE_IPS"), "SKYPILOT_NODE_IPS: is not set"),
         (without(SKY, "SKYPILOT_NUM_NODES"), "SKYPILOT_NUM_NODES: is not set"),
@@ -187,6 +195,15 @@ def test_what_cannot_join_is_refused_in_a_sentence(started, monkeypatch, variabl
     with pytest.raises(ConfigError, match=re.escape(sentence)) as error:
         processes.join_others(Config().cluster)
     assert calls == [] and str(error.value).endswith(".") and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("seen", "own"), [(2, None), (3, None), (4, None), (8, [3])])
+def test_gpus_that_a_script_has_shared_out_are_left_alone(started, monkeypatch, seen, own):
+    devices = [pathlib.Path(f"/dev/nvidia{i}") for i in range(32)]
+    monkeypatch.setattr(pathlib.Path, "glob", lambda path, pattern: iter(devices))
+    calls = started(STEP, seen)
+    processes.join_others(Config().cluster)
+    assert [call["local_device_ids"] for call in calls] == [own]
 
 
 def test_a_port_that_is_taken_is_named(started):
