@@ -131,16 +131,25 @@ def share_of_rows(mesh: Mesh) -> dict[str, int]:
     """What this process reads of every batch, for `train_batches` and `eval_batches`.
 
     Processes whose devices compute the same rows, along the axis `tensor`, read the same share.
+
+    Raises:
+        ConfigError: in all processes, if some share rows with others that have rows of their own.
     """
     shares = row_shares(mesh)
     by_share = mesh.devices.reshape(shares, -1)
-    mine = [
-        i
-        for i, devices in enumerate(by_share)
-        if any(d.process_index == jax.process_index() for d in devices.flat)
-    ]
-    assert mine == list(range(mine[0], mine[-1] + 1)) and shares % len(mine) == 0, mine
-    return {"process_index": mine[0] // len(mine), "process_count": shares // len(mine)}
+    by_process: dict[int, list[int]] = {}
+    for i, devices in enumerate(by_share):
+        for process in {d.process_index for d in devices.flat}:
+            by_process.setdefault(process, []).append(i)
+    mine = by_process[jax.process_index()]
+    size = len(mine)
+    for first, *more in by_process.values():
+        if first % size or [first, *more] != [*range(first, first + size)]:
+            raise ConfigError(
+                f"config.mesh.tensor: {by_share.shape[1]} devices that compute the same rows do "
+                "not fit the devices of a process; choose a divisor or a multiple of their number."
+            )
+    return {"process_index": mine[0] // size, "process_count": shares // size}
 
 
 def put_batch(mesh: Mesh, batch: Any, axis: int) -> Any:

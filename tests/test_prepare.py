@@ -11,10 +11,11 @@ import pytest
 
 from lm_jax import config
 from lm_jax.config import Config
-from lm_jax.data import parts, shards
+from lm_jax.data import parts, prepare, shards
 from lm_jax.data.open import open_data
 from lm_jax.data.prepare import begin, join_shares, main, write_share
 from lm_jax.data.references import references
+from lm_jax.files import locked
 
 
 @pytest.fixture
@@ -161,6 +162,23 @@ def test_a_slow_twin_of_a_part_is_harmless(tmp_path, cfg, monkeypatch):
     write_share(cfg, 0, 1)
     write_share(cfg, 0, 1)
     check_same(join_shares(cfg, 1), cfg, tmp_path)
+
+
+def test_of_two_that_join_the_later_waits_until_all_is_done(cfg, monkeypatch):
+    def refuse(holder):
+        raise BlockingIOError
+
+    def references(store, name):
+        with pytest.raises(BlockingIOError):
+            with locked(pathlib.Path(cfg.data.cache_dir, "lock"), refuse):
+                pass
+        scored.append(name)
+
+    scored = []
+    monkeypatch.setattr(prepare, "references", references)
+    write_share(cfg, 0, 1)
+    join_shares(cfg, 1)
+    assert scored == ["valid", "test"]
 
 
 def test_a_damaged_part_is_removed_and_named(tmp_path, cfg):

@@ -333,7 +333,8 @@ def test_one_of_two_processes_works_and_both_end():
 
 # What `man sbatch` knows of the options that the file uses.
 SBATCH = set(
-    "job-name nodes ntasks-per-node gpus-per-node cpus-per-task time output signal requeue".split()
+    "job-name nodes ntasks-per-node gpus-per-node cpus-per-task time output open-mode signal "
+    "requeue".split()
 )
 
 

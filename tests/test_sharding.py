@@ -16,7 +16,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from lm_jax import checkpoint, evaluate, loop, sharding, signals, step, workdir
-from lm_jax.config import MeshConfig
+from lm_jax.config import ConfigError, MeshConfig
 from lm_jax.data.open import open_data
 from lm_jax.distill.objective import distilled
 from lm_jax.models.families import create_model
@@ -138,6 +138,12 @@ def test_a_run_opens_on_fewer_devices():
     assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "tensor": 1}
 
 
+def mesh_of_processes(tensor, of_device):
+    devices = np.array([types.SimpleNamespace(process_index=i) for i in of_device], object)
+    sizes = dict(data=len(devices) // tensor, fsdp=1, tensor=tensor)
+    return types.SimpleNamespace(shape=sizes, devices=devices.reshape(*sizes.values()))
+
+
 @pytest.mark.parametrize(
     ("tensor", "of_device", "shares"),
     [
@@ -148,14 +154,19 @@ def test_a_run_opens_on_fewer_devices():
     ],
 )
 def test_processes_read_the_rows_of_their_devices(monkeypatch, tensor, of_device, shares):
-    devices = np.array([types.SimpleNamespace(process_index=i) for i in of_device], object)
-    sizes = dict(data=len(devices) // tensor, fsdp=1, tensor=tensor)
-    mesh = types.SimpleNamespace(shape=sizes, devices=devices.reshape(*sizes.values()))
-    found = []
+    mesh, found = mesh_of_processes(tensor, of_device), []
     for process in sorted(set(of_device)):
         monkeypatch.setattr(jax, "process_index", lambda process=process: process)
         found.append(tuple(sharding.share_of_rows(mesh).values()))
     assert found == shares
+
+
+@pytest.mark.parametrize("of_device", [[0, 0, 0, 1, 1, 1], [0, 0, 0, 1, 1, 1, 2, 2]])
+def test_rows_that_processes_share_unevenly_are_refused_by_all(monkeypatch, of_device):
+    for process in sorted(set(of_device)):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        with pytest.raises(ConfigError, match=r"^config\.mesh\.tensor: 2 devices that compute"):
+            sharding.share_of_rows(mesh_of_processes(2, of_device))
 
 
 def python(code, **environment):

@@ -92,8 +92,8 @@ def join_shares(cfg: Config, of: int) -> Store:
             store = prepare(corpus, **how_tokenised(cfg))
         else:
             store = _join(recipe, of)
-    for name in dict.fromkeys(["valid", *rules.eval_splits(cfg, store.manifest["splits"])]):
-        references(store, name)
+        for name in dict.fromkeys(["valid", *rules.eval_splits(cfg, store.manifest["splits"])]):
+            references(store, name)
     console.say(f"{store.path}: is finished and holds what its manifest says")
     return store
 

@@ -66,8 +66,13 @@ def report_distillation(
     result: dict[str, Any] = {"split": split, "taught_by": taught_by, "models": rows}
     if isinstance(teacher.extend, Aligner):
         result["aligned_share"] = alignment.aligned_shares(teacher.extend, cfg, store)[0]
-    write_json(workdir / AGREEMENT, result)
-    table = Table(title=f"{split}: agreement with and divergence from {taught_by}")
+    if jax.process_index() == 0:
+        write_json(workdir / AGREEMENT, result)
+        _print(rows, f"{split}: agreement with and divergence from {taught_by}")
+
+
+def _print(rows: Mapping[str, Mapping[str, Any]], title: str) -> None:
+    table = Table(title=title)
     table.add_column("", overflow="fold")
     for heading, _, _ in SHOWN:
         table.add_column(heading, justify="right", no_wrap=True)
