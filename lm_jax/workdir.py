@@ -280,7 +280,7 @@ def open_trained(
         workdir: folder of the run.
         checkpoint: that with the lowest valid loss ("best"; the newest where nothing was evaluated
             yet, which is said), the newest ("last"), or that of an update, by its number.
-        mesh: where the parameters go; if None, a mesh of all devices with the run's `mesh.fsdp`.
+        mesh: where the parameters go; if None, one of as many devices as fit the run's.
 
     Raises:
         FileNotFoundError: if the workdir holds no config, no tokenizer or no such checkpoint.

@@ -11,7 +11,7 @@ Needs Python 3.12 and, besides the package, the compiler of XLA for CUDA in the 
 Every kernel of attention and whole train steps go through XLA and ptxas for one H200, and train
 steps of `configs/llama_110m.py`, `configs/llama_1b.py` and `configs/gpt2_124m.py` for 8 and 64. A
 kernel that cannot be compiled or needs more shared memory than there is ends with an error. Of each
-program is printed what `hlo.py` and `collectives.py` count and the peak of predicted memory. A
+program is printed what `hlo.py` and `traffic.py` count and the peak of predicted memory. A
 figure above the one in `scripts/results/aot.json`, which `--record` writes, is an error; so are a
 loop whose length the compiler does not know, for which a GPU asks the host in every round, an array
 that XLA can only split by copying it whole, and what is above `LIMITS` and `RATIOS`. Nothing is
@@ -33,11 +33,11 @@ from unittest import mock
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-import collectives
 import hlo
 import jax
 import jax.numpy as jnp
 import numpy as np
+import traffic
 from devices import DEVICES, Device
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -247,7 +247,7 @@ def count(executable: Any) -> dict[str, float]:
     module = hlo.Module(executable.as_text())
     found = hlo.count(module)
     found["peak_bytes"] = executable.memory_analysis().peak_memory_in_bytes
-    return found | (collectives.count(module) if module.devices > 1 else {})
+    return found | (traffic.count(module) if module.devices > 1 else {})
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ Counted are the kernels that one call executes, each as often as the loops aroun
 products among them by the dtypes of their operands, and the bytes they must read and write. The
 roofline is the sum over kernels of the longest of three times: bytes over the bandwidth of a device
 (`devices.py`), operations over its rate for the dtype, and `LAUNCH`. Kernels of attention are
-opaque to XLA and listed apart, collectives in `collectives.py`.
+opaque to XLA and listed apart, collectives in `traffic.py`.
 """
 
 import dataclasses
@@ -17,9 +17,15 @@ from devices import H200_MEASURED, Device
 
 LAUNCH = 1.5e-6  # seconds a kernel takes at least
 ATTENTION = re.compile(r"attention|mosaic_gpu|cudnn\$fmha")
-COLLECTIVE = re.compile(
-    "(all-gather|reduce-scatter|all-reduce|all-to-all|ragged-all-to-all|collective-permute)(-start)?"
-)
+# Collectives, and how much of an operand each of n devices sends; see `traffic.py`.
+SENT = {
+    "all-gather": lambda n: n - 1.0,
+    "reduce-scatter": lambda n: (n - 1) / n,
+    "all-reduce": lambda n: 2 * (n - 1) / n,
+    "all-to-all": lambda n: (n - 1) / n,
+    "ragged-all-to-all": lambda n: (n - 1) / n,
+    "collective-permute": lambda n: 1.0,
+}
 
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2} | {
     name: int(name[1:]) // 8 for name in ("f32", "s32", "u32", "f64", "s64", "u64")
@@ -180,7 +186,7 @@ def count(module: Module, device: Device = H200_MEASURED) -> dict[str, float]:
     """The figures of a compiled step, those of attention's own kernels and of collectives apart."""
     kernels = module.kernels()
     attention = [k for k in kernels if k.op == "custom-call" and ATTENTION.search(k.name)]
-    rest = [k for k in kernels if k not in attention and not COLLECTIVE.fullmatch(k.op)]
+    rest = [k for k in kernels if k not in attention and k.op.removesuffix("-start") not in SENT]
     products: Counter[str] = Counter()
     for k in rest:
         products[k.products] += k.times

@@ -15,9 +15,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import aot
-import collectives
 import hlo
 import jax
+import traffic
 from absl import flags
 from devices import DEVICES, Device
 
@@ -74,7 +74,7 @@ def work(module: hlo.Module, device: Device, *, peak: float, attention: float) -
     """The work of a compiled step; `attention` is what counts if it has kernels of its own."""
     found = hlo.count(module, device)
     kernels = [k for k in module.kernels() if k.products]
-    sent = list(collectives.collectives(module))
+    sent = list(traffic.collectives(module))
     kinds: dict[str, int] = {}
     for c in sent:
         kinds[c.op] = kinds.get(c.op, 0) + c.times

@@ -1,4 +1,4 @@
-"""The arithmetic of scripts/plan.py and scripts/collectives.py, without a compiler."""
+"""The arithmetic of scripts/plan.py and scripts/traffic.py, without a compiler."""
 
 import pathlib
 import sys
@@ -10,9 +10,9 @@ from lm_jax.config.resolve import resolve
 from tests.helpers import load_config
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "scripts"))
-import collectives  # noqa: E402
 import hlo  # noqa: E402
 import plan  # noqa: E402
+import traffic  # noqa: E402
 from devices import DEVICES  # noqa: E402
 
 STEP = """HloModule jit_step, entry_computation_layout={()->()}, num_partitions=8
@@ -54,7 +54,7 @@ def step(groups="replica_groups=[1,8]<=[8]"):
 
 
 def test_collectives_are_counted_as_often_as_their_loops_run():
-    found = {c.op: c for c in collectives.collectives(step())}
+    found = {c.op: c for c in traffic.collectives(step())}
     sent = {op: (c.times, c.sent) for op, c in found.items()}
     part = 2 * 256 * 1024
     assert sent == {
@@ -64,7 +64,7 @@ def test_collectives_are_counted_as_often_as_their_loops_run():
         "all-to-all": (1, 3200 * 3 / 4),
         "collective-permute": (1, 3200),
     }
-    counted = collectives.count(step())
+    counted = traffic.count(step())
     assert counted["all_gather"] == 5 and counted["gathered_gib"] == round(40 * part / 2**30, 3)
 
 
@@ -80,13 +80,13 @@ def test_collectives_are_counted_as_often_as_their_loops_run():
     ],
 )
 def test_groups_are_read_however_they_are_written(groups, devices):
-    gather = next(c for c in collectives.collectives(step(groups)) if c.op == "all-gather")
+    gather = next(c for c in traffic.collectives(step(groups)) if c.op == "all-gather")
     assert gather.devices == devices
 
 
 def test_a_group_that_is_written_otherwise_is_an_error():
     with pytest.raises(ValueError, match="whole: no replica_groups in"):
-        list(collectives.collectives(step("groups=8")))
+        list(traffic.collectives(step("groups=8")))
 
 
 def test_the_bound_of_an_update():

@@ -14,14 +14,6 @@ from collections.abc import Iterator
 
 import hlo
 
-_SENT = {
-    "all-gather": lambda n: n - 1.0,
-    "reduce-scatter": lambda n: (n - 1) / n,
-    "all-reduce": lambda n: 2 * (n - 1) / n,
-    "all-to-all": lambda n: (n - 1) / n,
-    "ragged-all-to-all": lambda n: (n - 1) / n,
-    "collective-permute": lambda n: 1.0,
-}
 _MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}")
 _SPACED = re.compile(r"replica_groups=\[\d+,(\d+)\]<=")
 _LISTED = re.compile(r"replica_groups=\{(?:\{([\d,]*)\})?")
@@ -39,7 +31,7 @@ class Collective:
     @property
     def sent(self) -> float:
         """Bytes that a device sends in one execution."""
-        return self.bytes * _SENT[self.op](self.devices)
+        return self.bytes * hlo.SENT[self.op](self.devices)
 
 
 def collectives(module: hlo.Module) -> Iterator[Collective]:
@@ -62,7 +54,7 @@ def count(module: hlo.Module) -> dict[str, float]:
         times[c.op] += c.times
     gathered = sum(c.times * c.bytes * c.devices for c in found if c.op == "all-gather")
     return {
-        **{kind.replace("-", "_"): times[kind] for kind in _SENT if times[kind]},
+        **{kind.replace("-", "_"): times[kind] for kind in hlo.SENT if times[kind]},
         "sent_gib": round(sum(c.times * c.sent for c in found) / 2**30, 3),
         "gathered_gib": round(gathered / 2**30, 3),
     }
@@ -70,7 +62,7 @@ def count(module: hlo.Module) -> dict[str, float]:
 
 def _kind(i: hlo.Instruction) -> str:
     kind = i.op.removesuffix("-start")
-    return kind if kind in _SENT else ""
+    return kind if kind in hlo.SENT else ""
 
 
 def _collective(
