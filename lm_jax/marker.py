@@ -69,10 +69,10 @@ def marked(marker: Marker, taken: Callable[[str], None]) -> Iterator[Callable[[]
         ValueError: if something else stands there; it stays as it is.
     """
     own = {"process": os.getpid(), "host": platform.node(), "since": wall_clock()}
-    own["token"] = secrets.token_hex(8)
+    own["token"] = token = secrets.token_hex(8)
 
     def mine() -> bool:
-        return (_owner(marker) or {}).get("token") == own["token"]
+        return (_owner(marker) or {}).get("token") == token
 
     def sign() -> None:
         marker.write(json.dumps(own | {"sign": time.time()}).encode())
@@ -96,7 +96,7 @@ def marked(marker: Marker, taken: Callable[[str], None]) -> Iterator[Callable[[]
             time.sleep(REFRESH / 10)
         sign()
         time.sleep(SETTLE)
-    _held.add(own["token"])
+    _held.add(token)
     ended = threading.Event()
     thread = threading.Thread(target=renew, daemon=True)
     thread.start()
@@ -105,7 +105,7 @@ def marked(marker: Marker, taken: Callable[[str], None]) -> Iterator[Callable[[]
     finally:
         ended.set()
         thread.join()
-        _held.discard(own["token"])
+        _held.discard(token)
         try:
             if mine():
                 marker.remove()
