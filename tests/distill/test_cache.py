@@ -4,14 +4,16 @@ import json
 import re
 import types
 
+import jax
 import numpy as np
 import pytest
 
 from lm_jax.config import ConfigError
 from lm_jax.data.open import open_data
 from lm_jax.data.windows import Windows
-from lm_jax.distill import cache
+from lm_jax.distill import cache, scores
 from lm_jax.distill.opening import record_teacher
+from lm_jax.distill.teachers import Teacher
 from tests.helpers import small
 
 K = 3
@@ -21,6 +23,18 @@ K = 3
 def run(text):
     cfg = small(text, distill__support="top_k", distill__top_k=K, distill__temperature="2")
     return cfg, open_data(cfg)
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_the_first_process_alone_writes_the_comparison(run, tmp_path, monkeypatch, process):
+    row = dict.fromkeys([value for _, value, _ in scores.SHOWN], 1)
+    monkeypatch.setattr(scores, "score_models", lambda *_: {"distilled": row})
+    monkeypatch.setattr(jax, "process_index", lambda: process)
+    cfg, store = run
+    student = types.SimpleNamespace(graphdef=None, params={}, mesh=None)
+    teacher = Teacher(("one",), (None,), ({},))
+    scores.report_distillation(cfg, tmp_path, student, store, teacher)
+    assert (tmp_path / "distillation.json").exists() == (process == 0)
 
 
 def uniform(batch):
