@@ -273,8 +273,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags.DEFINE_string("out", None, results, given)
     define_fields(PLACES + _READ, given)
     parse_flags(given, argv, __doc__, subject=["workdir"])
+    console.use(silent=processes.find_place().rank > 0, aside=True)
     folder = pulled(given.workdir, given.checkpoint)
-    console.use(aside=True)
     trained = not huggingface.is_checkpoint(folder)
     if trained and (asked := next(iter(given_fields(_READ, given)), None)):
         raise ConfigError(
@@ -287,7 +287,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             "it is scored."
         )
     processes.join_others(Config().cluster)
-    console.use(silent=processes.find_place().rank > 0, aside=True)
     with console.phase(f"opening {folder}"):
         changes = given_fields(PLACES + _READ, given)
         run = open_model(folder, checkpoint=given.checkpoint, **changes)

@@ -18,8 +18,19 @@ from typing import IO, Any, BinaryIO
 from lm_jax.marker import marked, process_lives, wall_clock
 
 
+def is_url(given: str | os.PathLike) -> bool:
+    """Whether something is named by a URL, such as gs://bucket/run, and by no path."""
+    return isinstance(given, str) and bool(re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", given))
+
+
 def user_path(given: str | os.PathLike) -> Path:
-    """The path that a user named: `~` is their home, also in `--flag=~/x`, where shells keep it."""
+    """The path that a user named: `~` is their home, also in `--flag=~/x`, where shells keep it.
+
+    Raises:
+        ValueError: if it is a URL.
+    """
+    if is_url(given):
+        raise ValueError(f"{given} is a URL; mount the bucket, and give a path.")
     return Path(given).expanduser()
 
 

@@ -21,8 +21,8 @@ from lm_jax import config, console, processes
 from lm_jax.config import Config, rules
 from lm_jax.config.flags import load_config, parse_flags
 from lm_jax.door import command
+from lm_jax.files import is_url
 from lm_jax.places import trained_in
-from lm_jax.remote import is_url
 from lm_jax.rundir import changes, read_scores, read_state, report_is_old, run_name
 from lm_jax.signals import Interrupted
 

@@ -1,19 +1,21 @@
 """The folder that `--workdir` names; of a URL one of this machine, which follows it."""
 
+import _thread
 import contextlib
 import os
 import pathlib
+import signal
 import threading
 import time
 from collections.abc import Iterator
 
 from lm_jax import console
 from lm_jax.config import Config, ConfigError
-from lm_jax.files import user_path
+from lm_jax.files import is_url, user_path
 from lm_jax.marker import marked
 from lm_jax.mirror import Mirror
 from lm_jax.processes import find_place
-from lm_jax.remote import Bucket, is_url
+from lm_jax.remote import Bucket
 
 POLL = 1.0  # seconds between looks at what there is to push
 PAUSE = 2.0  # seconds before a failed push is tried again, doubled each time
@@ -59,7 +61,10 @@ def trained_in(given: str | os.PathLike, cfg: Config) -> Iterator[pathlib.Path]:
 
 @contextlib.contextmanager
 def _pushing(mirror: Mirror) -> Iterator[None]:
-    """Push in a thread while the block runs, and once more after it."""
+    """Push in a thread while the block runs, and once more after it.
+
+    A run that another process has taken over is stopped, as by a SIGTERM.
+    """
     ended = threading.Event()
 
     def watch() -> None:
@@ -74,6 +79,8 @@ def _pushing(mirror: Mirror) -> Iterator[None]:
                 console.say(f"not pushed, tried again in {pause:.0f} s: {error}")
             except RuntimeError as error:
                 console.say(str(error))
+                if not ended.is_set():
+                    _thread.interrupt_main(signal.SIGTERM)  # nothing where no one handles it
                 return
 
     thread = threading.Thread(target=watch, daemon=True)
@@ -129,7 +136,10 @@ def pulled(given: str | os.PathLike, checkpoint: str | int | None = None) -> pat
 
 
 def put_back(folder: pathlib.Path, *names: str) -> None:
-    """Push files that were written into the folder of a run that lies in a store."""
-    if bucket := _opened.get(folder):
+    """Push files that were written into the folder of a run that lies in a store.
+
+    Of several processes the first one does it.
+    """
+    if find_place().rank == 0 and (bucket := _opened.get(folder)):
         for name in names:
             bucket.put(name, folder / name)

@@ -4,9 +4,7 @@ import concurrent.futures
 import contextlib
 import hashlib
 import json
-import os
 import pathlib
-import re
 from collections.abc import Iterator
 
 from lm_jax import console
@@ -16,11 +14,6 @@ from lm_jax.files import can_write, read_json, whole, write_json
 _READERS = 8  # files that are fetched at once
 _BLOCK = 8 << 20
 _OWNER = ".lm_jax.owner"
-
-
-def is_url(given: str | os.PathLike) -> bool:
-    """Whether something is named by a URL, such as gs://bucket/run, and by no path."""
-    return isinstance(given, str) and bool(re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", given))
 
 
 @contextlib.contextmanager

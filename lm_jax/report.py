@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from lm_jax import curves, metrics, page, workdir
+from lm_jax import curves, metrics, page, processes, workdir
 from lm_jax.compare.tables import short
 from lm_jax.config.flags import parse_flags
 from lm_jax.config.section import fields_html
@@ -263,6 +263,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = flags.FlagValues()
     flags.DEFINE_string("workdir", None, "Folder of the run.", given)
     parse_flags(given, argv, __doc__, subject=["workdir"])
+    processes.only_first("report")
     folder = pulled(given.workdir)
     print(write(folder))
     put_back(folder, workdir.REPORT)

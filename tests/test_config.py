@@ -192,6 +192,11 @@ def test_int_becomes_float():
         ({"train__steps_per_call": 1_000_000_000}, "train.steps_per_call"),
         ({"eval__batch_size": 100_000_000}, "eval.batch_size"),
         ({"model__layers": 100_000}, "model.layers"),
+        ({"data__cache_dir": "gs://bucket/cache"}, "data.cache_dir"),
+        ({"train__start_from": "s3://bucket/run@100"}, "train.start_from"),
+        ({"tokenizer__folder": "gs://b/t", "tokenizer__kind": "hf"}, "tokenizer.folder"),
+        ({"distill__teachers": "runs/one, gs://b/two"}, "distill.teachers"),
+        ({"distill__cache": "gs://b/cache"}, "distill.cache"),
     ],
 )
 def test_impossible_values_name_the_field(changes, field):

@@ -9,12 +9,14 @@ import time
 
 import pytest
 
-from lm_jax import config, evaluate, main, marker, mirror, places
+from lm_jax import config, evaluate, main, marker, mirror, places, signals
 from lm_jax.config import Config, ConfigError
 from lm_jax.data.corpora import open_corpus
+from lm_jax.files import user_path
 from lm_jax.mirror import Mirror
 from lm_jax.places import pulled, put_back, trained_in
 from lm_jax.remote import Bucket
+from lm_jax.signals import Interrupted
 from tests.helpers import rows, small
 
 pytest.importorskip("fsspec", reason="fsspec opens the stores")
@@ -423,6 +425,17 @@ def test_a_push_that_fails_is_told_and_tried_again(tmp_path, url, monkeypatch, c
     assert whole_run(opening(url, tmp_path / "third").folder) == 8
 
 
+def test_a_run_that_another_trainer_took_over_is_stopped(tmp_path, url, capsys):
+    with signals.handled(), pytest.raises(Interrupted, match="stopped by SIGTERM"):
+        with trained_in(url, tiny(tmp_path)) as folder:
+            other = {"process": 1, "host": "elsewhere", "sign": 0.0, "token": "other"}
+            Bucket(url).write(json.dumps(other).encode())
+            begun(folder)
+            time.sleep(20)
+    assert "another process has taken the run over" in capsys.readouterr().out
+    assert mirror.INDEX in contents(url) and "checkpoints/4" not in contents(url)[mirror.INDEX]
+
+
 def test_a_path_is_itself(tmp_path):
     with trained_in(str(tmp_path), tiny(tmp_path)) as folder:
         assert folder == pulled(str(tmp_path)) == tmp_path
@@ -440,6 +453,23 @@ def test_several_processes_need_a_folder(tmp_path, url, monkeypatch):
         with trained_in(url, tiny(tmp_path)):
             pass
     assert not contents(url)
+
+
+def test_the_first_process_alone_puts_back(tmp_path, url, monkeypatch):
+    with trained_in(url, tiny(tmp_path)) as folder:
+        begun(folder)
+    (folder := pulled(url, "best")).joinpath("eval_train.json").write_text("{}")
+    several = {"JAX_NUM_PROCESSES": "2", "JAX_COORDINATOR_ADDRESS": "127.0.0.1:1"}
+    for rank in "10":
+        for name, value in (several | {"JAX_PROCESS_ID": rank}).items():
+            monkeypatch.setenv(name, value)
+        put_back(folder, "eval_train.json")
+        assert ("eval_train.json" in contents(url)) == (rank == "0")
+
+
+def test_a_flag_that_takes_no_url_refuses_it():
+    with pytest.raises(ValueError, match=r"^gs://b/out is a URL; mount the bucket, and give a pa"):
+        user_path("gs://b/out")
 
 
 def test_a_run_is_read_beside_who_trains_it(tmp_path, url):

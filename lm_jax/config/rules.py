@@ -9,6 +9,7 @@ from collections.abc import Container, Iterator
 from lm_jax.config.fields import INSIDE, ROUTED, STATES, Config, DistillConfig, ModelConfig
 from lm_jax.config.section import ConfigError, advice, get, marks, named_fields
 from lm_jax.config.values import Curve
+from lm_jax.files import is_url
 
 _INDICES = 1 << 31  # elements of an array that XLA reaches
 _UNROLLED = 512  # layers
@@ -17,8 +18,8 @@ _IDS = 1 << 24  # of bpe; the library takes their memory at once, and aborts if 
 
 def validate(cfg: Config) -> Config:
     """Return `cfg`, or raise ConfigError on the first impossible value or combination."""
-    rules = _values, _data, _spans, _tokenizer, _distillation, _model, _mesh, _cluster, _start
-    for rule in (*rules, _evaluation):
+    rules = _values, _paths, _data, _spans, _tokenizer, _distillation, _model, _mesh, _cluster
+    for rule in (*rules, _start, _evaluation):
         for found in rule(cfg):
             path, _, problem = found.partition(": ")
             end = "" if problem[-1] in ".?" else "."
@@ -34,6 +35,15 @@ def _values(cfg: Config) -> Iterator[str]:
             yield f"{path}: does not exist; {advice(value, choices)}"
         if bound and not bound.holds(value):
             yield f"{path}: {bound.otherwise}"
+
+
+def _paths(cfg: Config) -> Iterator[str]:
+    for path in (
+        *("data.cache_dir", "tokenizer.folder", "train.start_from"),
+        *("distill.teachers", "distill.cache", "distill.alone"),
+    ):
+        if any(is_url(name.strip()) for name in get(cfg, path).split(",")):
+            yield f"{path}: is a URL, and only paths are read here; mount the bucket, and give one"
 
 
 def _data(cfg: Config) -> Iterator[str]:

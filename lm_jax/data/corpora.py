@@ -19,7 +19,7 @@ from lm_jax.data import shards, tfds, wikitext
 from lm_jax.data.files import Hashed, hash_json
 from lm_jax.data.shards import Documents
 from lm_jax.data.synthetic import MarkovSource
-from lm_jax.remote import is_url
+from lm_jax.files import is_url
 
 CORPORA = ("synthetic", "wikitext2", "wikitext103", "text", "tfds:NAME")
 SYNTHETIC_DOCUMENTS = {"train": 200, "valid": 20, "test": 20}

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lm_jax import remote
-from lm_jax.files import can_write, read_json, write_text
-from lm_jax.remote import is_url
+from lm_jax.files import can_write, is_url, read_json, write_text
 
 BLOCK = 1 << 20  # bytes read at once
 SETTLED = 2 * 10**9  # nanoseconds after which a change of a file is sure to change its time stamp

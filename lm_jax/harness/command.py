@@ -14,7 +14,7 @@ from typing import Any
 
 from absl import flags
 
-from lm_jax import console
+from lm_jax import console, processes
 from lm_jax.config.flags import parse_flags
 from lm_jax.config.section import close
 from lm_jax.door import command
@@ -40,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags.DEFINE_integer("batch_size", None, rows, lower_bound=1, flag_values=given)
     flags.DEFINE_string("out", None, "File for the results, in JSON.", given)
     parse_flags(given, argv, __doc__, subject=["workdir"])
+    out = user_path(given.out) if given.out else None
+    processes.only_first("harness")
     if importlib.util.find_spec("lm_eval") is None:
         raise ValueError(
             "lm_jax.harness needs the package lm_eval: pip install 'lm_jax[eval]', or lm_eval."
@@ -74,11 +76,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(make_table(results))
     if results.get("groups"):
         print(make_table(results, "groups"))
-    if given.out:
+    if out:
         text = json.dumps(results, default=handle_non_serializable)
         text = json.dumps(finite_or_none(json.loads(text)), indent=2, allow_nan=False)
-        write_text(user_path(given.out), text + "\n")
-        console.say(f"{given.out} holds the results")
+        write_text(out, text + "\n")
+        console.say(f"{out} holds the results")
 
 
 def _unknown(manager: Any, tasks: Sequence[str]) -> list[str]:

@@ -27,9 +27,8 @@ from lm_jax.doctor.facts import annotations, require
 from lm_jax.doctor.log.read import LogFile, number, read_log
 from lm_jax.doctor.log.subject import Subject
 from lm_jax.door import command
-from lm_jax.files import user_path
+from lm_jax.files import is_url, user_path
 from lm_jax.places import pulled
-from lm_jax.remote import is_url
 from lm_jax.workdir import METRICS
 
 # Facts of a log that are numbers; their help is that of `examine_log`.
