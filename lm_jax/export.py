@@ -99,6 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags.DEFINE_bool("scored", True, scored, given)
     define_fields(PLACES, given)
     parse_flags(given, argv, __doc__, subject=["workdir"])
+    to = user_path(given.to)
     processes.only_first("export")
     folder = pulled(given.workdir, given.checkpoint)
     if is_checkpoint(folder):
@@ -106,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with console.phase(f"opening {folder}"):
         changes = given_fields(PLACES, given)
         run = open_model(folder, checkpoint=given.checkpoint, **changes)
-    export(run, folder, given.to, scored=given.scored)
+    export(run, folder, to, scored=given.scored)
 
 
 if __name__ == "__main__":
