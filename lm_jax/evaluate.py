@@ -24,7 +24,7 @@ from absl import flags
 from jax.sharding import Mesh
 from rich.table import Table
 
-from lm_jax import config, console, metrics, processes, sharding, step
+from lm_jax import config, console, metrics, processes, sharding, signals, step
 from lm_jax.config import Config, ConfigError, manual, rules
 from lm_jax.config.flags import parse_flags
 from lm_jax.config.section import advice, get
@@ -60,6 +60,7 @@ class Evaluator:
     store: Store
     mesh: Mesh
     eval_step: Callable[..., step.Metrics]
+    scored: Callable[[bool], object] = lambda more: None  # hears of each batch: whether more follow
 
     @classmethod
     def of(cls, run: Trained, store: Store) -> "Evaluator":
@@ -103,6 +104,7 @@ class Evaluator:
                     if observed:
                         observed_Lk = observed_Lk + np.asarray(pending["observed"], np.float64)
                     scoring.update(int(total.count))
+                    self.scored(begun is not None)
                 pending = begun
         assert int(total.count) == len(split.tokens), (total.count, len(split.tokens))
         result: dict[str, Any] = {
@@ -220,6 +222,17 @@ def score_run(
         write_json(workdir / SCORES.format(name), result)
         report(name, result)
     return result
+
+
+def score_splits(
+    evaluator: Evaluator, run: Trained, workdir: pathlib.Path, names: Iterable[str]
+) -> dict[str, dict[str, Any]]:
+    """As `score_run`, the splits of these names; several processes stop between two of them."""
+    results = {}
+    for name in names:
+        signals.stop_together(evaluator.mesh, f"before {name} was scored")
+        results[name] = score_run(evaluator, run, workdir, name)
+    return results
 
 
 def score_split(

@@ -1,4 +1,4 @@
-"""Which of several processes this one is, how they meet, and what one does for all.
+"""Which of several processes this one is, and how they meet.
 
 A launcher tells its processes by environment variables. They are read here rather than by
 jax.distributed, which under Slurm and Open MPI takes one GPU a process, whatever the process has.
@@ -6,14 +6,12 @@ jax.distributed, which under Slurm and Open MPI takes one GPU a process, whateve
 
 import dataclasses
 import importlib.util
-import json
 import os
 import pathlib
 import re
 import socket
 import sys
 import threading
-from collections.abc import Callable
 from typing import Any
 
 from lm_jax import console
@@ -31,7 +29,6 @@ _LAUNCHERS = {
 _ADDRESS = "JAX_COORDINATOR_ADDRESS"
 _PORT = "8476"  # where a launcher names none
 WAIT = 300.0  # seconds for all to arrive
-_DAY = 86_400_000  # milliseconds; who waits for a process that died is ended by its heartbeat
 
 # For several GPUs: communication beside computation, and in large pieces. All are known to XLA in
 # JAX 0.10.2 to 0.12; one that is not would abort the process.
@@ -305,42 +302,3 @@ def only_first(command: str) -> None:
     if rank := find_place().rank:
         console.complain(f"{command} needs one process: process {rank} leaves it to process 0")
         sys.exit(0)
-
-
-_working_alone = False
-
-
-def first_alone(name: str, work: Callable[[], Any]) -> Any:
-    """Let the first process work while the others wait, and give its result to all.
-
-    Args:
-        name: of the result; the same name stands for the same result.
-        work: returns what JSON can hold, and computes with no other process.
-
-    Raises:
-        RuntimeError: in all others, if the first one failed.
-    """
-    import jax
-    from jax._src import distributed  # has no public door, and collectives do not wait for hours
-
-    global _working_alone
-    if jax.process_count() == 1 or _working_alone:
-        return work()
-    shared, key = distributed.global_state.client, f"lm_jax/{name}"
-    assert shared is not None
-    if jax.process_index():
-        found = json.loads(shared.blocking_key_value_get(key, _DAY))
-        if "error" in found:
-            raise RuntimeError(f"process 0 ended while all waited for it: {found['error']}")
-        return found["result"]
-    _working_alone = True
-    try:
-        result = work()
-        shared.key_value_set(key, json.dumps({"result": result}), allow_overwrite=True)
-        return result
-    except BaseException as error:
-        told = f"{type(error).__name__}: {error}"
-        shared.key_value_set(key, json.dumps({"error": told}), allow_overwrite=True)
-        raise
-    finally:
-        _working_alone = False

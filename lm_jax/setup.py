@@ -21,11 +21,11 @@ from lm_jax import (
     length,
     memory,
     preflight,
-    processes,
     report,
     rundir,
     sharding,
     step,
+    together,
     workdir,
     writers,
 )
@@ -197,9 +197,7 @@ class Setup:
             scores.report_distillation(self.cfg, self.folder, best, self.store, self.teacher)
         # Last, for they say that the run is finished.
         names = rules.eval_splits(self.cfg, self.store.manifest["splits"])
-        results = {
-            name: evaluate.score_run(self.evaluator, best, self.folder, name) for name in names
-        }
+        results = evaluate.score_splits(self.evaluator, best, self.folder, names)
         if jax.process_index() == 0:
             report.write(self.folder)
         return results
@@ -274,8 +272,9 @@ def _enter(
     Returns:
         Its checkpoints; what a new run starts from; what is to be said of it.
     """
+    together.require_agreement(cfg, store.manifest)
     origin = find_origin(cfg, store) if rundir.newest_update(folder) is None else None
-    processes.first_alone("lock", lambda: held.enter_context(rundir.occupied(folder)))
+    together.first_alone("lock", lambda: held.enter_context(rundir.occupied(folder)))
     checkpoints = Checkpoints(folder, cfg.train.keep)
     position = checkpoints.position()
     lines = []

@@ -21,7 +21,7 @@ _PATIENCE = 3.0  # seconds that a program which has nothing to lose may stay dea
 _received: signal.Signals | None = None
 _shared: signal.Signals | None = None  # of any process, as all of them read it
 _rung = False  # whether one came, be the main thread too busy to hear it
-_holding = False
+_holding = ""  # what must be whole before a signal stops the program
 _installed = False
 
 
@@ -106,7 +106,7 @@ def _handle(number: int, frame: Any) -> None:
     first, _received = _received is None, signal.Signals(number)
     if not (_holding and first):
         stopped = Interrupted(_received)
-        stopped.again = _holding
+        stopped.again = bool(_holding)
         raise stopped
 
 
@@ -143,17 +143,21 @@ def _listen(ear: socket.socket) -> None:
             _rung = True
             time.sleep(_PATIENCE)
             if _holding:
-                console.say(f"{signal.Signals(number).name}: stopping after this update")
+                console.say(f"{signal.Signals(number).name}: stopping after {_holding}")
             elif _installed and _received is None:
                 console.leave(str(Interrupted(signal.Signals(number))))
                 os._exit(128 + number)
 
 
 @contextlib.contextmanager
-def held(hold: bool = True) -> Iterator[None]:
-    """Only note the first signal in the block, for `agreed`; a second one is not held."""
+def held(until: str = "this update") -> Iterator[None]:
+    """Only note the first signal in the block, for `agreed`; a second one is not held.
+
+    Args:
+        until: what must be whole before; empty: nothing is held.
+    """
     global _holding
-    before, _holding = _holding, hold
+    before, _holding = _holding, until
     try:
         yield
     finally:
@@ -161,14 +165,17 @@ def held(hold: bool = True) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def let_through() -> Iterator[None]:
+def let_through(until: str = "the next update") -> Iterator[None]:
     """Raise `Interrupted` at once again, in a block of what is `held`.
 
     One of several processes must not leave the others, which compute with it: they go on.
+
+    Args:
+        until: where several stop together.
     """
     import jax  # late, for the first line of a command comes before it
 
-    with held(jax.process_count() > 1):
+    with held(until if jax.process_count() > 1 else ""):
         if _received is not None and not _holding:
             raise Interrupted(_received)
         yield
@@ -210,6 +217,21 @@ def note(answer: Any) -> None:
     """Take what `Shared.ask` gave, once it is on the host, for `agreed`."""
     global _shared
     _shared = signal.Signals(answer.max()) if answer.any() else None
+
+
+def stop_together(mesh: "jax.sharding.Mesh", when: str) -> None:
+    """Raise `Interrupted` in all of several processes if one of them received a signal.
+
+    Args:
+        mesh: of the run.
+        when: where they are, for a person.
+    """
+    import jax
+
+    if jax.process_count() > 1:
+        note(jax.device_get(Shared(mesh).ask()))
+        if number := agreed():
+            raise Interrupted(number, when)
 
 
 def agreed() -> signal.Signals | None:

@@ -13,10 +13,11 @@ PACKAGE = ROOT / "lm_jax"
 # A room imports what stands above it, or in its own folder.
 ORDER = (
     "collectives cuda marker files console signals door page doctor kernels config rundir "
-    "processes remote mirror places data compilations models sharding memory loss optim objective "
-    "metrics step checksum orbax_errors checkpoint workdir pretrained start length evaluate decode "
-    "samples generate harness proof card export history writers trace distill environment "
-    "preflight compare curves report run setup progress heartbeat loop main __main__ __init__"
+    "processes together remote mirror places data compilations models sharding memory loss optim "
+    "objective metrics step checksum orbax_errors checkpoint workdir pretrained start length "
+    "evaluate decode samples generate harness proof card export history writers trace distill "
+    "environment preflight compare curves report run setup progress heartbeat loop main "
+    "__main__ __init__"
 ).split()
 FILES = {path: ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
 IDS = {path: str(path.relative_to(PACKAGE)) for path in FILES}

@@ -1,5 +1,6 @@
 """Processes find one another as people start them, or are refused; one works for all."""
 
+import contextlib
 import os
 import pathlib
 import re
@@ -11,7 +12,7 @@ import jax
 import pytest
 import yaml
 
-from lm_jax import preflight, processes
+from lm_jax import preflight, processes, together
 from lm_jax.config import Config, ConfigError, replace, rules
 from tests.helpers import ROOT
 
@@ -267,14 +268,54 @@ def test_the_full_doctor_is_refused_where_it_would_wait_for_the_others(monkeypat
         preflight.examine_once(Config(), level="full", store=None)
 
 
+class Told(dict):
+    """What JAX's coordination service keeps; the other process has answered."""
+
+    def key_value_set(self, key, text, **_):
+        self[key] = text
+
+    def blocking_key_value_get(self, key, _):
+        return next((text for text in self.values()), "")
+
+
+DATA = {"splits": {"train": 1}, "tokenizer_hash": "a", "tokenizer_identity": "b"}
+
+
+@pytest.mark.parametrize(
+    ("mine", "data", "version", "told"),
+    [
+        ({"data__cache_dir": "/other", "data__workers": 3}, {"tokenizer_hash": "c"}, None, ""),
+        (
+            {"optim__peak_lr": 0.5, "train__keep": 7},
+            {},
+            None,
+            r"peak_lr: 0\.\d+ -> 0\.5; .*keep: 2",
+        ),
+        ({}, {"splits": {"train": 2}}, None, r"process 0 \(the data\); start"),
+        ({"optim__peak_lr": 0.5}, {}, "0.0.9", r"process 0 \(jax \S+ -> 0\.0\.9\); start"),
+    ],
+)
+def test_a_process_with_another_run_is_refused(monkeypatch, mine, data, version, told):
+    kept = Told()
+    monkeypatch.setattr(together, "store", lambda: kept)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    together.require_agreement(Config(), DATA)
+    first = dict(kept)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setattr(jax, "__version__", version or jax.__version__)
+    with pytest.raises(ConfigError, match=told) if told else contextlib.nullcontext():
+        together.require_agreement(replace(Config(), **mine), DATA | data)
+    assert (kept == first) == bool(told)  # process 0 goes on where all have agreed
+
+
 TWO = """
 import jax
-from lm_jax import config, door, processes
+from lm_jax import config, door, processes, together
 from lm_jax.config import ConfigError
 
 def work():
     print("worked", jax.process_index())
-    return {"a": 1.5, "here": processes.first_alone("inside", lambda: 2)}
+    return {"a": 1.5, "here": together.first_alone("inside", lambda: 2)}
 
 def fail():
     raise ConfigError("a.b: is wrong; mend it.")
@@ -282,8 +323,9 @@ def fail():
 @door.command
 def main(argv):
     processes.join_others(config.Config().cluster)
-    print("found", processes.first_alone("good", work))
-    processes.first_alone("bad", fail)
+    print("found", together.first_alone("good", work))
+    print("again", together.first_alone("good", lambda: 3))  # as in a second training
+    together.first_alone("bad", fail)
 
 main()
 """
@@ -320,7 +362,7 @@ def test_one_of_two_processes_works_and_both_end():
     finally:
         for child in children:
             child.kill()
-    found = "found {'a': 1.5, 'here': 2}\n"
+    found = "found {'a': 1.5, 'here': 2}\nagain 3\n"
     assert [out for out, _ in said] == [f"worked 0\n{found}", found, ""], said
     assert said[0][1].strip() == "a.b: is wrong; mend it."
     assert "process 0 ended while all waited for it: ConfigError: a.b: is wrong" in said[1][1]

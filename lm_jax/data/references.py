@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lm_jax import console, processes
+from lm_jax import console, together
 from lm_jax.data.files import hash_json
 from lm_jax.data.store import Store
 from lm_jax.data.tokenizers.kinds import WordTokenizer
@@ -40,7 +40,7 @@ def references(store: Store, split_name: str) -> dict[str, float]:
         ValueError: if the corpus has no such split.
     """
     name = f"references {hash_json([split_name, store.manifest])}"
-    return processes.first_alone(name, lambda: _references(store, split_name))
+    return together.first_alone(name, lambda: _references(store, split_name))
 
 
 def _references(store: Store, split_name: str) -> dict[str, float]:

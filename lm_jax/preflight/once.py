@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 import lm_jax
-from lm_jax import config, processes
+from lm_jax import config, together
 from lm_jax.config import Config, ConfigError, incidental_fields
 from lm_jax.data.files import hash_json
 from lm_jax.data.store import Store
@@ -43,7 +43,7 @@ def examine_once(cfg: Config, *, level: str, store: Store) -> tuple[Report, str]
     left_out = incidental_fields() - {"data.micro_batch", "mesh.fsdp", "mesh.tensor"}
     numbers = {path: x for path, x in config.named_fields(cfg) if path not in left_out}
     asked = [numbers, level, store.manifest]
-    found, day = processes.first_alone(
+    found, day = together.first_alone(
         f"findings {hash_json(asked)}", lambda: _examined(cfg, level, store, asked)
     )
     return Report.from_json(found), day
