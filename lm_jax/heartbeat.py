@@ -20,7 +20,7 @@ import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from lm_jax import console, rundir, signals
+from lm_jax import console, rundir, signals, together
 
 SIGNS = ".alive"  # in the workdir, while several processes train there
 _BEAT = 1.0  # seconds between signs, up to 16 processes
@@ -28,6 +28,7 @@ _SILENT = 60.0  # most seconds without a sign: the thread that gives them waits 
 _GONE = 5  # signs that may be missing where a computation failed, as it does if a process is gone
 _SHOWN = 300  # characters of an error
 _RESTS, _READS, _COMPUTES = "", "it waits for its next batch", "it waits for its devices"
+_SCORES = "it scores"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Sign:
     process: int
     host: str
     beat: int = 0
-    calls: int = 0  # of the step
+    calls: int = 0  # of the step, and batches that were scored
     update: int = 0  # the last that was dispatched
     doing: str = _RESTS  # what should be done soon; nothing while it rests
     ended: str = ""  # why it left the others
@@ -74,15 +75,17 @@ class Watch:
         """Why this process must end; empty if all is well.
 
         Args:
-            signs: by process; None is unreadable. One that was there and is no more has finished.
-            stopping: whether a signal waits, for which no rest may be longer than `seconds`.
+            signs: by process; None is unreadable. One that is not there has not settled yet, or has
+                finished.
+            stopping: whether a signal waits, for which no rest and no scoring may be longer than
+                `seconds`.
         """
         moved = False
         for n, old in self._signs.items():
             new = signs.get(n) or old
-            finished = n not in signs and old.beat
-            self._missed[n] = 0 if new != old or finished else self._missed[n] + 1
-            moved |= (new.calls, new.doing) != (old.calls, old.doing)
+            self._missed[n] = 0 if new != old or n not in signs else self._missed[n] + 1
+            scores = stopping and new.doing == old.doing == _SCORES
+            moved |= (new.calls, new.doing) != (old.calls, old.doing) and not scores
             self._signs[n] = new
         everyone = list(self._signs.values())
         silent = _GONE if self.urgent else max(2, round(min(self._seconds, _SILENT) / self._beat))
@@ -146,16 +149,22 @@ class Heartbeat:
         self._compiled: set[int] = set()  # lengths of calls
         self._open, self._stop = contextlib.ExitStack(), threading.Event()
         self._thread = threading.Thread(target=self._go_on, daemon=True)
+        self._seen, self._settled, self._heard = {process}, False, ""
 
     def __enter__(self) -> "Heartbeat":
-        """Begin."""
+        """Begin, in a folder that may be another run's, or not there: errors alone are told."""
         if self._together:
-            (self._folder / SIGNS).mkdir(exist_ok=True)
-            self._write()
             self._open.enter_context(_before_abort(self._last_words))
-        if self._seconds:
+        if self._seconds > 0:
             self._thread.start()
         return self
+
+    def settles(self) -> None:
+        """The folder is this run's: its signs may lie there."""
+        if self._together:
+            (self._folder / SIGNS).mkdir(exist_ok=True)
+            self._settled = True
+            self._write()
 
     def __exit__(
         self, kind: type | None, error: BaseException | None, trace: types.TracebackType | None
@@ -167,7 +176,7 @@ class Heartbeat:
         if self._thread.is_alive():
             self._thread.join()
         self._open.close()
-        if self._together and not self._mine.ended:
+        if self._settled and not self._mine.ended:
             self._path(self._mine.process).unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # the last one takes the folder
                 (self._folder / SIGNS).rmdir()
@@ -185,8 +194,12 @@ class Heartbeat:
         self._compiled.add(len(updates))
         self._now(calls=self._mine.calls + 1, update=updates.stop, doing=_COMPUTES)
 
+    def scored(self, more: bool) -> None:
+        """It has scored a batch; before the first one, which is compiled, and the last it rests."""
+        self._now(calls=self._mine.calls + 1, doing=_SCORES if more else _RESTS)
+
     def rests(self) -> None:
-        """It scores or saves, for as long as that takes."""
+        """It saves, or does what else may take long."""
         self._now(doing=_RESTS)
 
     def tick(self) -> None:
@@ -195,10 +208,12 @@ class Heartbeat:
         if self._together:
             self._write()
             unheard = signals.waits() and signals.agreed() is None  # else they save for it
-            why = self._watch.judge(self._read(), stopping=unheard)
+            early, signs = self._heard, self._read()
+            why = early or self._watch.judge(signs, stopping=unheard)
+            self._listen({*signs})  # a turn before, so that an error of all is told by each
             if why and not self._mine.ended:
                 self._leave(why)
-        elif why := self._watch.judge({0: self._sign()}):
+        elif why := self._watch.judge({0: self.sign()}):
             console.say(why)
 
     def _go_on(self) -> None:
@@ -208,15 +223,24 @@ class Heartbeat:
     def _now(self, **news: Any) -> None:
         self._mine = dataclasses.replace(self._mine, **news)
 
-    def _sign(self) -> Sign:
+    def sign(self) -> Sign:
+        """What it says now."""
         return dataclasses.replace(self._mine, beat=self._beats)
 
     def _path(self, process: int) -> pathlib.Path:
         return self._folder / SIGNS / f"{process}.json"
 
+    def _listen(self, told: set[int]) -> None:
+        """Until each has given a sign in the folder, an error of one may be known without it."""
+        self._seen |= told
+        if len(self._seen) < self._count and not self._heard:
+            self._heard = together.told(f"left/{self._mine.run}")
+
     def _write(self) -> None:
         """In place and of one length: no new block of a full disk, and seen at once over NFS."""
-        text = json.dumps(dataclasses.asdict(self._sign())).ljust(2048)
+        if not self._settled:
+            return
+        text = json.dumps(dataclasses.asdict(self.sign())).ljust(2048)
         with contextlib.suppress(OSError):  # the next save tells it, and the others miss the sign
             file = os.open(self._path(self._mine.process), os.O_WRONLY | os.O_CREAT, 0o644)
             try:
@@ -225,7 +249,7 @@ class Heartbeat:
                 os.close(file)
 
     def _read(self) -> dict[int, Sign | None]:
-        found: dict[int, Sign | None] = {self._mine.process: self._sign()}
+        found: dict[int, Sign | None] = {self._mine.process: self.sign()}
         for process in set(range(self._count)) - set(found):
             try:
                 sign = Sign(**json.loads(self._path(process).read_text()))
@@ -234,7 +258,8 @@ class Heartbeat:
             except (OSError, ValueError, TypeError):  # the next turn reads it, or misses it
                 found[process] = None
             else:
-                found[process] = sign if sign.run == self._mine.run else None
+                if sign.run == self._mine.run:
+                    found[process] = sign
         return found
 
     def _part(self, error: BaseException) -> None:
@@ -244,10 +269,15 @@ class Heartbeat:
             time.sleep((_GONE + 3) * self.beat)  # the thread ends the program meanwhile
         what = str(error).partition("\n")[0].rstrip(".")[:_SHOWN] or type(error).__name__
         self._now(ended=f"{self._mine} ended: {what}")
+        if not self._settled or len(self._seen) < self._count:
+            together.tell(f"left/{self._mine.run}", self._mine.ended)
         self._write()
         time.sleep(3 * self.beat)  # where process 0 is gone nobody reads on
+        code = 2 if isinstance(error, ValueError | OSError) else 1
+        if isinstance(error, signals.Interrupted):
+            code = 128 + error.number
         # JAX would wait at exit for the others, which have left.
-        atexit.register(self._quit, 2 if isinstance(error, ValueError | OSError) else 1)
+        atexit.register(self._quit, code)
 
     def _leave(self, why: str) -> None:
         self._now(ended=why)
@@ -261,12 +291,13 @@ class Heartbeat:
 
     def _last_words(self) -> None:
         """JAX ends every process when the first one is gone, from a thread of its own."""
-        told = (one.ended for one in self._read().values() if one and one.ended)
+        told = [one.ended for one in self._read().values() if one and one.ended]
+        told += [self._heard] * bool(self._heard)
         usual = (
             f"JAX ended {self._mine} after update {self._mine.update:,}, as it does when process 0 "
             "is gone"
         )
-        self._now(ended=next(told, usual))
+        self._now(ended=next(iter(told), usual))
         self._leave(self._mine.ended)
 
     def _quit(self, code: int) -> None:
@@ -279,18 +310,13 @@ class Heartbeat:
 def watched(folder: pathlib.Path, seconds: float) -> Heartbeat:
     """The heartbeat of this process in a run; all processes call it together."""
     import jax
-    import numpy as np
-    from jax.experimental import multihost_utils
 
-    run = np.int32(time.time_ns() // 1000 % 2**31)
-    if jax.process_count() > 1:
-        run = multihost_utils.broadcast_one_to_all(run)
     return Heartbeat(
         folder,
         seconds,
         process=jax.process_index(),
         count=jax.process_count(),
-        run=int(run),
+        run=together.first_alone("run", lambda: time.time_ns() // 1000),
     )
 
 

@@ -1,6 +1,7 @@
 """The training loop, top to bottom."""
 
 import contextlib
+import dataclasses
 import pathlib
 from typing import Any
 
@@ -32,16 +33,18 @@ def train_and_evaluate(
     """
     console.use(silent=jax.process_index() > 0)
     folder = pathlib.Path(workdir)
-    with signals.handled(), contextlib.ExitStack() as held:
+    with (
+        signals.handled(),
+        contextlib.ExitStack() as held,
+        heartbeat.watched(folder, cfg.train.hang_seconds) as heart,
+    ):
         with rundir.disk_told(folder, cfg.data.cache_dir):
             run = setup.assemble(cfg, folder, store, held)
         # Anew, for now the folder is there.
-        with (
-            heartbeat.watched(folder, run.cfg.train.hang_seconds) as heart,
-            rundir.disk_told(folder, cfg.data.cache_dir),
-            memory.exhausted(run.cfg, run.mesh),
-        ):
-            return _train(run, heart)
+        with rundir.disk_told(folder, cfg.data.cache_dir), memory.exhausted(run.cfg, run.mesh):
+            heart.settles()
+            evaluator = dataclasses.replace(run.evaluator, scored=heart.scored)
+            return _train(dataclasses.replace(run, evaluator=evaluator), heart)
 
 
 def _train(run: setup.Setup, heart: Heartbeat) -> dict[str, Any]:
@@ -84,5 +87,5 @@ def _train(run: setup.Setup, heart: Heartbeat) -> dict[str, Any]:
     heart.rests()
     del state  # the best parameters take its place
     scoring = memory.exhausted(run.cfg, run.mesh, scoring=True)
-    with jax.set_mesh(run.mesh), signals.let_through(), scoring:
+    with jax.set_mesh(run.mesh), signals.let_through("this scoring"), scoring:
         return run.finish()

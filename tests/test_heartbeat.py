@@ -1,5 +1,6 @@
 """Several processes stop together, and end when one of them hangs or dies."""
 
+import atexit
 import os
 import signal
 import socket
@@ -9,7 +10,7 @@ import time
 
 import pytest
 
-from lm_jax import signals
+from lm_jax import signals, together
 from lm_jax.heartbeat import SIGNS, Heartbeat, Sign, Watch
 from lm_jax.rundir import newest_update
 from lm_jax.signals import Interrupted
@@ -55,9 +56,35 @@ def test_one_that_waits_for_its_batch_is_named_once_none_has_moved():
 
 def test_what_may_take_long_is_no_hang_unless_a_signal_waits():
     others = Others()
-    others.move(0, 1, calls=3, update=3, doing="it computes")  # process 2 scores, or compiles
+    others.move(0, 1, calls=3, update=3, doing="it computes")  # process 2 saves, or compiles
     assert not any(others.turns(100))
     assert [bool(others.turn(stopping=True)) for _ in range(4)] == [False, False, False, True]
+
+
+def test_scoring_is_alive_while_its_batches_go_on():
+    others = Others()
+    parts = [Heartbeat(".", 40.0, process=n, count=3) for n in range(3)]
+
+    def batch(*processes, more=True):
+        for n in processes:
+            parts[n].scored(more)
+            sign = parts[n].sign()
+            others.move(n, calls=sign.calls, doing=sign.doing)
+
+    for _ in range(30):
+        batch(0, 1, 2)
+        assert not others.turn()
+    batch(0, 2)
+    *before, last = others.turns(5)
+    assert not any(before)
+    assert last.startswith("process 1 (host h1) has not moved since update 0, for 40 s, it scores")
+    for _ in range(3):  # a signal does not wait for all of it
+        batch(0, 1, 2)
+        assert not others.turn(stopping=True)
+    batch(0, 1, 2)
+    assert others.turn(stopping=True)
+    batch(0, 1, 2, more=False)  # what follows may take long
+    assert not any(others.turns(100))
 
 
 @pytest.mark.parametrize(("seconds", "limit"), [(40.0, 4), (300.0, 6)])
@@ -87,12 +114,60 @@ def test_one_that_has_finished_is_missed_by_nobody():
 @pytest.fixture
 def pair(tmp_path):
     """Two processes of a run, without their threads, and the codes that they end with."""
-    (tmp_path / SIGNS).mkdir()
     codes = []
     parts = [
         Heartbeat(tmp_path, 300.0, process=n, count=2, run=7, end=codes.append) for n in (0, 1)
     ]
+    for part in parts:
+        part.settles()
     return *parts, codes, tmp_path
+
+
+class Words(dict):
+    """What JAX's coordination service keeps."""
+
+    key_value_set = dict.__setitem__
+
+    def key_value_dir_get(self, folder):
+        return [(key, text) for key, text in self.items() if key.startswith(folder)]
+
+
+@pytest.mark.parametrize("settled", [False, True])
+def test_an_error_while_a_run_is_put_together_ends_the_other(
+    tmp_path, capsys, monkeypatch, settled
+):
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    codes, left, words = [], [], Words()
+    monkeypatch.setattr(together, "store", lambda: words)
+    monkeypatch.setattr(atexit, "register", lambda action, code: left.append(code))
+    first, second = (
+        Heartbeat(tmp_path / "run", 300.0, process=n, count=2, run=7, end=codes.append)
+        for n in (0, 1)
+    )
+    if settled:
+        (tmp_path / "run").mkdir()
+        second.settles()
+    for _ in range(100):  # longer than 60 s without a sign in the folder
+        first.tick()
+        second.tick()
+    assert not codes
+    first.__exit__(Interrupted, Interrupted(signal.SIGTERM, "while it waited"), None)
+    second.tick()
+    assert not codes  # an error of all of them is told by each
+    second.tick()
+    assert codes == [1] and left == [143]
+    err = capsys.readouterr().err
+    assert "process 0 (host " in err and "stopped by SIGTERM while it waited; nothing is" in err
+    assert (tmp_path / "run").exists() == settled
+
+
+def test_one_that_has_not_the_folder_writes_nothing_there(pair):
+    first, second, codes, folder = pair
+    other = Heartbeat(folder, 300.0, process=1, count=2, run=8, end=codes.append)
+    before = (folder / SIGNS / "1.json").read_text()
+    other.tick()
+    other.__exit__(None, None, None)
+    assert (folder / SIGNS / "1.json").read_text() == before
 
 
 def test_an_error_of_one_ends_the_other_with_its_sentence(pair, capsys, monkeypatch):
@@ -126,7 +201,7 @@ def test_a_signal_ends_a_rest_unless_they_save_for_it(pair, monkeypatch):
 def test_signs_of_an_earlier_run_are_none(pair):
     first, second, codes, folder = pair
     old = Heartbeat(folder, 300.0, process=1, count=2, run=6, end=codes.append)
-    old.tick()
+    old.settles()
     path = folder / SIGNS / "1.json"
     path.write_text(path.read_text().replace('"ended": ""', '"ended": "long ago"'))
     first.tick()
