@@ -247,6 +247,7 @@ def slow(*args, process_index, **options):
         time.sleep(1000 if number == 9 and process_index == {stuck} else 0.02)
         yield batch
 windows.train_batches = slow
+{before}
 @command
 def main(argv):
     processes.join_others(config.Config().cluster)
@@ -264,13 +265,14 @@ main([])
 class Launch:
     """One start of the same command in several processes."""
 
-    def __init__(self, text, workdir, count=2, stuck=-1):
+    def __init__(self, text, workdir, count=2, stuck=-1, before=""):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{free.getsockname()[1]}"
         self.workdir = workdir
         self.before = self.updates()
-        code = CHILD.format(text=str(text), workdir=str(workdir), stuck=stuck)
+        places = dict(text=str(text), workdir=str(workdir))
+        code = CHILD.format(**places, stuck=stuck, before=before)
         self.children = [
             subprocess.Popen(
                 [sys.executable, "-c", code],
@@ -324,6 +326,37 @@ def test_one_that_is_killed_ends_the_other_and_a_signal_stops_both(text, tmp_pat
     assert lines == [f"stopped by SIGTERM after update {newest_update(workdir)}"] * 2
     assert [row["resumed"] for row in rows(workdir) if "resumed" in row] == [last]
     assert not (workdir / SIGNS).exists()
+
+
+WAITS = """
+import os, signal
+from lm_jax import setup
+def wait(cfg):
+    if os.environ["JAX_PROCESS_ID"] == "0":
+        os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(1000)
+setup.open_data = wait
+"""
+DIFFERS = """
+import functools, os
+small = functools.partial(small, seed=int(os.environ["JAX_PROCESS_ID"]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("before", "codes", "told"),
+    [
+        (WAITS, [143, 1], "process 0 (host {host}) ended: stopped by SIGTERM; nothing is saved"),
+        pytest.param(DIFFERS, [1, 2], "config.seed: 0 -> 1", marks=pytest.mark.long),
+    ],
+    ids=["waits", "differs"],
+)
+def test_what_ends_one_before_the_first_update_ends_all(text, tmp_path, before, codes, told):
+    launch = Launch(text, workdir := tmp_path / "run", before=before)
+    found, lines = launch.hurt(0, 0)
+    assert found == codes and told.format(host=socket.gethostname()) in lines[1]
+    assert launch.seconds < 60 and not workdir.exists()  # JAX waits for 300 s
 
 
 @pytest.mark.slow
