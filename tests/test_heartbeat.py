@@ -8,13 +8,17 @@ import subprocess
 import sys
 import time
 
+import jax
+import numpy as np
 import pytest
 
-from lm_jax import signals, together
+from lm_jax import config, evaluate, sharding, signals, together
+from lm_jax.config import Config
+from lm_jax.data.open import open_data
 from lm_jax.heartbeat import SIGNS, Heartbeat, Sign, Watch
 from lm_jax.rundir import newest_update
 from lm_jax.signals import Interrupted
-from tests.helpers import ROOT, rows
+from tests.helpers import ROOT, rows, small
 
 
 class Others:
@@ -233,6 +237,37 @@ def test_a_process_alone_says_that_it_stands_still_and_goes_on(tmp_path, capsys)
         time.sleep(0.3)
     assert "the run has not moved since update 4, for 0.08 s, it waits" in capsys.readouterr().out
     assert not ended and not (tmp_path / SIGNS).exists()
+
+
+def test_the_evaluator_says_after_each_batch_whether_more_follow(text):
+    cfg = small(text)
+    store, mesh, heard = open_data(cfg), sharding.make_mesh(cfg.mesh), []
+
+    def eval_step(params, batch):
+        weights = np.asarray(batch["weights"])[..., 1:]
+        sums = {"nats": 0.0, "count": weights.sum(), "correct": 0.0}
+        return sums | {"token_nats": 0 * weights, "token_weights": weights}
+
+    cfg = config.replace(cfg, eval__batch_size=8, eval__stride=32)
+    evaluate.Evaluator(cfg, store, mesh, eval_step, heard.append)(None, "valid")
+    assert len(heard) > 3 and heard == [True] * (len(heard) - 1) + [False]
+
+
+def test_several_processes_stop_between_two_splits(monkeypatch):
+    evaluator = evaluate.Evaluator(Config(), None, sharding.make_mesh(Config().mesh), None)
+    scored = []
+
+    def score_run(evaluator, run, workdir, name):
+        scored.append(name)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(evaluate, "score_run", score_run)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with signals.handled(), signals.let_through("this scoring"):
+        with pytest.raises(Interrupted, match="stopped by SIGTERM before test was scored"):
+            evaluate.score_splits(evaluator, None, None, ["valid", "test"])
+        assert signals.agreed() == signal.SIGTERM  # and nobody calls it an error
+    assert scored == ["valid"]
 
 
 CHILD = """
