@@ -8,6 +8,7 @@ these places they hold the same activations and the same gradients of them.
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,10 +26,7 @@ _SENT = set("all_gather all_to_all convert_element_type reshape split concatenat
 def axis_size(*axes: str) -> int:
     """The number of devices along these axes; 1 outside of shard_map."""
     mesh = jax.sharding.get_abstract_mesh()
-    count = 1
-    for axis in axes:
-        count *= mesh.shape[axis] if axis in mesh.manual_axes else 1
-    return count
+    return math.prod(mesh.shape[axis] for axis in axes if axis in mesh.manual_axes)
 
 
 def axis_index(*axes: str) -> Any:

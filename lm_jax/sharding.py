@@ -22,10 +22,10 @@ def make_mesh(cfg: MeshConfig) -> Mesh:
     """
     count, part = jax.device_count(), cfg.fsdp * cfg.tensor
     if count % part:
-        name, size = (FSDP, cfg.fsdp) if cfg.tensor == 1 else (TENSOR, part)
-        what = f"{size}" if cfg.tensor == 1 else f"{cfg.tensor} times fsdp={cfg.fsdp}"
+        alone = cfg.tensor == 1
+        what = f"fsdp: {part}" if alone else f"tensor: {cfg.tensor} times fsdp={cfg.fsdp}"
         raise ConfigError(
-            f"config.mesh.{name}: {what} does not divide the {count} devices; choose a divisor."
+            f"config.mesh.{what} does not divide the {count} devices; choose a divisor."
         )
     return _mesh(count // part, cfg.fsdp, cfg.tensor)
 

@@ -310,6 +310,7 @@ def check_equal(results, case, mesh):
         np.testing.assert_array_equal(one["metrics"][name], many["metrics"][name])
     assert one["metrics"]["train/loss"][-1] < one["metrics"]["train/loss"][0]
     assert one["eval"]["count"] == many["eval"]["count"] > one["eval"]["correct"]
+    # One token is off by more than a mean, and the parameters differ as well.
     np.testing.assert_allclose(
         many["eval"]["token_nats"],
         one["eval"]["token_nats"],

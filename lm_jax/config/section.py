@@ -75,7 +75,8 @@ def one_of(choices: str, *, default: str) -> str:
 def incidental(default: T) -> T:
     """A field that says where a run lies, how it is fed or what it reports.
 
-    No number of the trained model depends on it. `default` may have a bound or choices.
+    No number of the trained model depends on it but by rounding. `default` may have a bound or
+    choices.
     """
     return _marked(default, incidental=True)
 
