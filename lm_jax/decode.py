@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from lm_jax.ensemble import Ensemble
+from lm_jax.kernels.divergences import mean_log_p
 from lm_jax.models.layers import Cache
 from lm_jax.workdir import Trained
 
@@ -53,7 +55,7 @@ def continuations(
     trained on, the last half window of it is kept and read afresh.
 
     Args:
-        run: the model.
+        run: the model, or several, whose probabilities are averaged.
         contexts: ids before the new ones, at least one a row; each of any length.
         numbers: of each row, by which its random key differs from that of others.
         tokens: new tokens a row.
@@ -62,9 +64,8 @@ def continuations(
     Raises:
         FloatingPointError: if the logits are not finite.
     """
-    window, dtype = run.cfg.data.seq_len, jnp.dtype(run.cfg.train.compute_dtype)
-    model = _Model(run.graphdef, id(run.graphdef), run.cfg.train.matmul_precision, dtype)
-    layers = _layers(run.params, model=model)
+    window = run.cfg.data.seq_len
+    models, params, layers = _members(run)
     rows, starts = [list(context) for context in contexts], [0] * len(contexts)
     drawn = (
         np.float32(how.temperature or 1),
@@ -81,15 +82,18 @@ def continuations(
         room = min(tokens - made, window + 1 - max(map(len, texts)))
         context_BP, first_B = _padded([text[:-1] for text in texts])
         slots = max(slots, -(-(context_BP.shape[1] + room) // LEAST) * LEAST)
-        cache = _read(run.params, layers, context_BP, first_B, slots=slots, model=model)
+        caches = tuple(
+            _read(*own, context_BP, first_B, slots=slots, model=model)
+            for *own, model in zip(params, layers, models, strict=True)
+        )
         last_B1 = np.array([text[-1:] for text in texts], np.int32)
         for done in range(0, room, CHUNK):
             count = min(CHUNK, room - done)
-            cache, *found = _extend(
-                *(run.params, layers, cache, last_B1, *drawn, made, count),
+            caches, *found = _extend(
+                *(params, layers, caches, last_B1, *drawn, made, count),
                 top_k=how.top_k if how.temperature else 1,
                 top_p=how.top_p,
-                model=model,
+                models=models,
             )
             ids_Bn, log_probs_Bn = (np.asarray(x)[:, :count] for x in found)
             _require_finite(run, log_probs_Bn)
@@ -97,6 +101,23 @@ def continuations(
                 row += ids
             last_B1, made = ids_Bn[:, -1:], made + count
             yield ids_Bn, log_probs_Bn
+
+
+def _members(run: Trained) -> tuple[tuple[Any, ...], ...]:
+    """Of each model that is averaged, or of the one: `_Model`, parameters, and these by layer."""
+    members = run.members if isinstance(run, Ensemble) else (run,)
+    params = tuple(one.params for one in members)
+    models = tuple(
+        _Model(
+            one.graphdef,
+            id(one.graphdef),
+            one.cfg.train.matmul_precision,
+            jnp.dtype(one.cfg.train.compute_dtype),
+        )
+        for one in members
+    )
+    layers = tuple(_layers(own, model=model) for own, model in zip(params, models, strict=True))
+    return models, params, layers
 
 
 def _padded(texts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
@@ -140,11 +161,11 @@ def _read(
         return decoder.extend(context_BP, empty, dtype=dtype, layers=layers)[1]
 
 
-@functools.partial(jax.jit, static_argnames=("top_k", "top_p", "model"), donate_argnames="cache")
+@functools.partial(jax.jit, static_argnames=("top_k", "top_p", "models"), donate_argnames="caches")
 def _extend(
-    params: Any,
-    layers: list[Any],
-    cache: Cache,
+    params: tuple[Any, ...],
+    layers: tuple[list[Any], ...],
+    caches: tuple[Cache, ...],
     last_B1: jax.Array,
     temperature: jax.Array,
     seed: jax.Array,
@@ -155,30 +176,37 @@ def _extend(
     *,
     top_k: int,
     top_p: float,
-    model: _Model,
-) -> tuple[Cache, jax.Array, jax.Array]:
-    """The longer cache, and `count` ids and log-probabilities [B, CHUNK]."""
-    decoder = nnx.merge(model.graphdef, params)
+    models: tuple[_Model, ...],
+) -> tuple[tuple[Cache, ...], jax.Array, jax.Array]:
+    """The longer caches, and `count` ids and log-probabilities [B, CHUNK]."""
+    decoders = [nnx.merge(m.graphdef, own) for m, own in zip(models, params, strict=True)]
     keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), number_B)
 
+    def read(caches, last_B1):
+        longer, logits = [], []
+        for decoder, cache, own, model in zip(decoders, caches, layers, models, strict=True):
+            with jax.default_matmul_precision(model.precision):
+                x_B1D, cache = decoder.extend(last_B1, cache, dtype=model.dtype, layers=own)
+                logits.append(decoder.logits(x_B1D)[:, 0])
+            longer.append(cache)
+        return tuple(longer), logits[0] if len(logits) == 1 else mean_log_p(logits, 1.0)
+
     def read_and_sample(n, carry):
-        cache, last_B1, ids_BN, log_probs_BN = carry
-        x_B1D, cache = decoder.extend(last_B1, cache, dtype=model.dtype, layers=layers)
-        logits_BV = decoder.logits(x_B1D)[:, 0]
+        caches, last_B1, ids_BN, log_probs_BN = carry
+        caches, logits_BV = read(caches, last_B1)
         now_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, made + n)
         last_B1 = sample(logits_BV, now_B, temperature, top_k, top_p, separator)[:, None]
         log_probs_B1 = jnp.take_along_axis(logits_BV, last_B1, axis=1)
         log_probs_B1 -= jax.nn.logsumexp(logits_BV, axis=1, keepdims=True)
         ids_BN = jax.lax.dynamic_update_slice_in_dim(ids_BN, last_B1, n, axis=1)
         log_probs_BN = jax.lax.dynamic_update_slice_in_dim(log_probs_BN, log_probs_B1, n, axis=1)
-        return cache, last_B1, ids_BN, log_probs_BN
+        return caches, last_B1, ids_BN, log_probs_BN
 
-    wide = jnp.promote_types(model.dtype, jnp.float32)
+    wide = jnp.result_type(jnp.float32, *(model.dtype for model in models))
     nothing = (jnp.zeros((len(last_B1), CHUNK), kind) for kind in (jnp.int32, wide))
-    with jax.default_matmul_precision(model.precision):
-        after = jax.lax.fori_loop(0, count, read_and_sample, (cache, last_B1, *nothing))
-    cache, _, ids_BN, log_probs_BN = after
-    return cache, ids_BN, log_probs_BN
+    after = jax.lax.fori_loop(0, count, read_and_sample, (caches, last_B1, *nothing))
+    caches, _, ids_BN, log_probs_BN = after
+    return caches, ids_BN, log_probs_BN
 
 
 def sample(

@@ -5,6 +5,12 @@
 scores the best checkpoint of a run and writes `eval_<split>.json` and, document by document,
 `documents_<split>.npz` into its folder.
 
+    python -m lm_jax.evaluate runs/a-0,runs/a-1 --out=runs/both
+
+scores the mean of the probabilities of several runs. The files go where `--out` says, and that
+folder then stands for the runs, here and in `generate`, `compare` and `distill.teachers`; without
+`--out` nothing is written.
+
     python -m lm_jax.evaluate FOLDER --config.data.corpus=wikitext2 --config.data.seq_len=1024
 
 scores a Hugging Face checkpoint on a corpus, in the checkpoint's own tokens, and writes the same
@@ -32,11 +38,12 @@ from lm_jax.data import windows
 from lm_jax.data.references import NAMES, in_nats, references
 from lm_jax.data.store import Store
 from lm_jax.door import command
+from lm_jax.ensemble import MODELS, Ensemble, make_mean_step, open_models, record_members
 from lm_jax.files import user_path, whole, write_json
 from lm_jax.models import huggingface
 from lm_jax.models.families import FAMILIES, family
-from lm_jax.places import pulled, put_back
-from lm_jax.pretrained import define_model, open_model
+from lm_jax.places import put_back
+from lm_jax.pretrained import define_model
 from lm_jax.workdir import DOCUMENTS, SCORES, Trained
 
 OWN = "this model"
@@ -61,10 +68,13 @@ class Evaluator:
     mesh: Mesh
     eval_step: Callable[..., step.Metrics]
     scored: Callable[[bool], object] = lambda more: None  # hears of each batch: whether more follow
+    names: tuple[str, ...] = ()  # of the runs whose mean is scored, if it is one
 
     @classmethod
     def of(cls, run: Trained, store: Store) -> "Evaluator":
-        """The evaluator of a run on a store."""
+        """The evaluator of a run, or of several as one, on a store."""
+        if isinstance(run, Ensemble):
+            return cls(run.cfg, store, run.mesh, make_mean_step(run), names=run.names)
         return cls(run.cfg, store, run.mesh, step.make_eval_step(run.cfg, run.graphdef, run.mesh))
 
     def __call__(self, params: Any, split_name: str) -> dict[str, Any]:
@@ -77,8 +87,9 @@ class Evaluator:
         Returns:
             `loss` (nats per token), `token_ppl`, `word_ppl`, `bits_per_byte`, `accuracy`,
             `token_count`, `split_token_count` (equal, or this raises) and `stride`; what is
-            observed of the family by its name, for each column its mean by layer; and the nats
-            of each document, float64 [documents].
+            observed of the family by its name, for each column its mean by layer, or of several
+            runs as one `members`, the loss of each; and the nats of each document, float64
+            [documents].
         """
         cfg, split = self.cfg, self.store.split(split_name)
         batches = windows.eval_batches(
@@ -90,7 +101,7 @@ class Evaluator:
             **sharding.share_of_rows(self.mesh),
         )
         total, parts, pending = metrics.Sums(), [], None
-        observed, observed_Lk = family(cfg.model).observed, np.zeros(())
+        observed, seen = family(cfg.model).observed, np.zeros(())
         with console.phase(f"scoring {split_name}", len(split.tokens)) as scoring:
             for batch in itertools.chain(batches, [None]):
                 begun = None
@@ -101,8 +112,8 @@ class Evaluator:
                     sums, nats_N = _fetch(pending)
                     total += sums
                     parts.append(nats_N)
-                    if observed:
-                        observed_Lk = observed_Lk + np.asarray(pending["observed"], np.float64)
+                    if "observed" in pending:
+                        seen = seen + np.asarray(pending["observed"], np.float64)
                     scoring.update(int(total.count))
                     self.scored(begun is not None)
                 pending = begun
@@ -112,9 +123,11 @@ class Evaluator:
             "split_token_count": len(split.tokens),
             "stride": cfg.eval.stride,
         }
-        if observed:
-            means_kL = (observed_Lk / total.count).T.tolist()
-            result[observed.name] = dict(zip(observed.columns, means_kL, strict=True))
+        means = (seen / total.count).T.tolist()
+        if self.names:
+            result["members"] = dict(zip(self.names, means, strict=True))
+        elif observed:
+            result[observed.name] = dict(zip(observed.columns, means, strict=True))
         # The windows score every token once and in the order of the split, whatever their stride.
         nats_N = np.concatenate(parts)
         return result, np.add.reduceat(nats_N, split.document_starts[:-1], dtype=np.float64)
@@ -147,6 +160,12 @@ def named_lines(references: Mapping[str, float]) -> dict[str, float]:
     return {NAMES.get(name, name): nats for name, nats in in_nats(references).items()}
 
 
+def own_name(result: Mapping[str, Any]) -> str:
+    """What the line of a result is called among its references."""
+    members = result.get("members")
+    return f"mean of {len(members)} runs" if members else OWN
+
+
 def among_references(result: Mapping[str, Any]) -> list[dict[str, str]]:
     """A result among its reference lines, worst first, as rows of a table by their headings.
 
@@ -163,7 +182,8 @@ def among_references(result: Mapping[str, Any]) -> list[dict[str, str]]:
     if loss and metrics.has_words(result):
         tokens_per_word = math.log(result["word_ppl"]) / loss
         forms["word ppl"] = lambda nats: perplexity(metrics.exp(nats * tokens_per_word))
-    lines = named_lines(result["references"]) | {OWN: loss}
+    members = {name: math.nan if x is None else x for name, x in result.get("members", {}).items()}
+    lines = named_lines(result["references"]) | members | {own_name(result): loss}
     return [
         {"": name} | {heading: form(lines[name]) for heading, form in forms.items()}
         for name in sorted(lines, key=lines.__getitem__, reverse=True)
@@ -192,7 +212,7 @@ def report(name: str, result: dict[str, Any]) -> None:
     for heading in rows[0]:
         table.add_column(heading, justify="right")
     for row in rows:
-        table.add_row(*row.values(), style="bold" if row[""] == OWN else None)
+        table.add_row(*row.values(), style="bold" if row[""] == own_name(result) else None)
     sheet = console.sheet()
     sheet.print(table)
     sheet.print(knowledge(result["references"]), highlight=False)
@@ -207,19 +227,20 @@ def report(name: str, result: dict[str, Any]) -> None:
 
 
 def score_run(
-    evaluator: Evaluator, run: Trained, workdir: pathlib.Path, name: str
+    evaluator: Evaluator, run: Trained, workdir: pathlib.Path | None, name: str
 ) -> dict[str, Any]:
-    """Score one split of a run; write and print the result, which is `eval_<split>.json`."""
+    """Score one split of a run; print the result, and write it if there is a folder for it."""
     result, nats_D = evaluator.score(run.params, name)
     result = {"step": run.step, **result, "references": references(evaluator.store, name)}
     if not run.data:  # there is no record of a run beside it
         result |= {"config": config.to_dict(run.cfg), "data": evaluator.store.manifest}
     if jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
-        arrays: dict[str, Any] = documents(evaluator.store, name, nats_D)
-        with whole(workdir / DOCUMENTS.format(name)) as file:
-            np.savez(file, allow_pickle=False, **arrays)
-        write_json(workdir / SCORES.format(name), result)
+        if workdir is not None:
+            workdir.mkdir(parents=True, exist_ok=True)
+            arrays: dict[str, Any] = documents(evaluator.store, name, nats_D)
+            with whole(workdir / DOCUMENTS.format(name)) as file:
+                np.savez(file, allow_pickle=False, **arrays)
+            write_json(workdir / SCORES.format(name), result)
         report(name, result)
     return result
 
@@ -236,7 +257,7 @@ def score_splits(
 
 
 def score_split(
-    run: Trained, workdir: pathlib.Path, name: str, stride: int | None
+    run: Trained, workdir: pathlib.Path | None, name: str, stride: int | None
 ) -> dict[str, Any]:
     """As `score_run`, with another stride if one is given.
 
@@ -246,11 +267,14 @@ def score_split(
     cfg = run.cfg
     if stride is not None:
         cfg = rules.validate(config.replace(cfg, eval__stride=stride or cfg.data.seq_len))
+    elif isinstance(run, Ensemble):
+        run.require_one_stride()
     if name not in (splits := (run.data or run.store.manifest)["splits"]):
         raise ConfigError(f"--split={name}: there are no such data; {advice(name, [*splits])}")
     evaluator = Evaluator.of(dataclasses.replace(run, cfg=cfg), run.store)
     result = score_run(evaluator, run, workdir, name)
-    put_back(workdir, SCORES.format(name), DOCUMENTS.format(name))
+    if workdir is not None:
+        put_back(workdir, SCORES.format(name), DOCUMENTS.format(name))
     return result
 
 
@@ -278,7 +302,7 @@ def given_fields(paths: Iterable[str], given: flags.FlagValues) -> dict[str, Any
 def main(argv: Sequence[str] | None = None) -> None:
     """Score one split; write `eval_<split>.json` and `documents_<split>.npz`."""
     given = flags.FlagValues()
-    define_model(given)
+    define_model(given, MODELS)
     flags.DEFINE_enum("split", "test", ["train", "valid", "test"], "What is scored.", given)
     stride = "Targets scored per window. Default: as in the run's config, or all."
     flags.DEFINE_integer("stride", None, stride, flag_values=given)
@@ -287,8 +311,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     define_fields(PLACES + _READ, given)
     parse_flags(given, argv, __doc__, subject=["workdir"])
     console.use(silent=processes.find_place().rank > 0, aside=True)
-    folder = pulled(given.workdir, given.checkpoint)
-    trained = not huggingface.is_checkpoint(folder)
+    trained = not huggingface.is_checkpoint(pathlib.Path(given.workdir).expanduser())
     if trained and (asked := next(iter(given_fields(_READ, given)), None)):
         raise ConfigError(
             f"config.{asked.replace('__', '.')}: a run is scored on its own data, as it was "
@@ -296,17 +319,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     if not trained and given["config.data.corpus"].value is None:
         raise ConfigError(
-            f"config.data.corpus: {folder} is a Hugging Face checkpoint; name the corpus on which "
-            "it is scored."
+            f"config.data.corpus: {given.workdir} is a Hugging Face checkpoint; name the corpus on "
+            "which it is scored."
         )
     processes.join_others(Config().cluster)
-    with console.phase(f"opening {folder}"):
+    with console.phase(f"opening {given.workdir}"):
         changes = given_fields(PLACES + _READ, given)
-        run = open_model(folder, checkpoint=given.checkpoint, **changes)
-    beside = pathlib.Path("scores", f"{folder.resolve().name}-{run.cfg.data.corpus}")
-    out = user_path(given.out or (folder if trained else beside))
-    score_split(run, out, given.split, given.stride)
-    console.say(f"{out / SCORES.format(given.split)} holds the result")
+        run, folder = open_models(given.workdir, given.checkpoint, **changes)
+    if folder is not None and not trained:
+        folder = pathlib.Path("scores", f"{folder.resolve().name}-{run.cfg.data.corpus}")
+    if given.out:
+        folder = user_path(given.out)
+        if isinstance(run, Ensemble):
+            record_members(folder, run)
+    score_split(run, folder, given.split, given.stride)
+    if folder is not None:
+        console.say(f"{folder / SCORES.format(given.split)} holds the result")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
 
 prints samples as they come and appends them to `samples.jsonl` of the run; in a notebook
 `lm_jax.open_run(workdir).generate(prompt)` returns them. In place of a run, the folder of a
-Hugging Face checkpoint may be given; nothing is written there.
+Hugging Face checkpoint may be given, or several runs with commas, whose probabilities are averaged;
+nothing is written there.
 """
 
 import codecs
@@ -25,9 +26,10 @@ from lm_jax.config.flags import parse_flags
 from lm_jax.data.tokenizers.base import Tokenizer
 from lm_jax.decode import Sampling, continuations
 from lm_jax.door import command
+from lm_jax.ensemble import MODELS, open_models
 from lm_jax.files import user_path
-from lm_jax.places import pulled, put_back
-from lm_jax.pretrained import define_model, open_model
+from lm_jax.places import put_back
+from lm_jax.pretrained import define_model
 from lm_jax.samples import Sample, Samples, record_samples
 from lm_jax.workdir import SAMPLES, Trained
 
@@ -55,7 +57,7 @@ def generate(
     """Continue prompts, each of which opens a document, as each would be continued alone.
 
     Args:
-        run: from `open_trained`.
+        run: from `open_trained` or `open_models`.
         prompts: one text or several; empty to start from nothing. Where a text grows longer than
             the window of the model, its last part is kept.
         tokens: length of each continuation.
@@ -240,7 +242,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     stop = "A sample ends before this text, in which \\n is a line end; may be repeated."
     flags.DEFINE_multi_string("stop", [], stop, flag_values=given)
     names = list(given)  # the arguments of `generate`
-    define_model(given)
+    define_model(given, MODELS)
     flags.DEFINE_multi_string("prompt", [], "Opens a document; may be repeated.", given)
     flags.DEFINE_string("prompts", None, "File of prompts, one a line.", given)
     flags.DEFINE_bool("interactive", False, "Ask for prompts until Ctrl-D.", given)
@@ -252,10 +254,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.stdout.reconfigure(errors="replace")
     options: dict[str, Any] = {name: given[name].value for name in names}
     options["stop"] = [text.replace("\\n", "\n") for text in given.stop]
-    folder = pulled(given.workdir, given.checkpoint)
     prompts = _prompts(given)
-    with console.phase(f"opening {folder}"):
-        run = open_model(folder, checkpoint=given.checkpoint)
+    with console.phase(f"opening {given.workdir}"):
+        run, folder = open_models(given.workdir, given.checkpoint)
     if given.interactive:
         _interact(run, folder, options, given.logprobs)
     else:
@@ -277,7 +278,7 @@ def _prompts(given: flags.FlagValues) -> list[str]:
 
 
 def _interact(
-    run: Trained, folder: pathlib.Path, options: Mapping[str, Any], log_probs: bool
+    run: Trained, folder: pathlib.Path | None, options: Mapping[str, Any], log_probs: bool
 ) -> None:
     """Each prompt has a seed of its own: asked twice, it is continued twice."""
     seed = options["seed"]
@@ -295,7 +296,7 @@ def _interact(
 
 def _print_samples(
     run: Trained,
-    folder: pathlib.Path,
+    folder: pathlib.Path | None,
     prompts: Sequence[str],
     options: Mapping[str, Any],
     log_probs: bool,
@@ -313,7 +314,8 @@ def _print_samples(
 
         made = generate(run, prompts, **options, show=show if alone else None)
     facts = {name: value for name, value in options.items() if name != "tokens"}
-    if run.data:  # of a run; the folder of a Hugging Face checkpoint stays as it is
+    # Of a run or an ensemble; the folder of a Hugging Face checkpoint stays as it is.
+    if run.data and folder is not None:
         record_samples(folder, facts, made)
         put_back(folder, SAMPLES)
     for number, one in enumerate(made, start=1):

@@ -13,7 +13,7 @@ AREAS = {
     "Models, attention and losses": "models kernels loss optim objective sharding step",
     "Training": "setup loop progress heartbeat checksum orbax_errors checkpoint marker files "
     "writers trace environment main metrics remote mirror places processes together",
-    "Evaluation and samples": "evaluate pretrained decode generate samples run history",
+    "Evaluation and samples": "evaluate ensemble pretrained decode generate samples run history",
     "The page of a run": "report curves page",
     "Export": "export harness card proof",
     "Distillation": "distill",

@@ -11,12 +11,14 @@ from lm_jax.config import Duration
 from lm_jax.config.resolve import resolve
 from lm_jax.kernels import device
 from lm_jax.models.families import choose_attention, create_model, size
+from lm_jax.rundir import run_name
 from lm_jax.workdir import open_trained
 from tests.helpers import CONFIGS, load_config
 
 # Name: (vocabulary with the separator, millions of parameters).
 SIZES = {
     "distill": (8192, None),
+    "ensemble": (8192, None),
     "gpt_demo": (2000, None),
     "gpt2_124m": (50_257, 124.439808),
     "llama_110m": (32_768, 110.11968),
@@ -79,6 +81,25 @@ def test_arms_against_overfitting_change_one_thing_each():
         different = [path for path in base if changed[path] != base[path]]
         assert different == [path.replace("__", ".") for path in changes]
         assert len(different) == (arm != "base")
+
+
+def test_arms_of_an_ensemble_are_taught_by_runs_of_other_arms():
+    module = load_config("ensemble")
+    configs = {arm: module.get_config(arm) for arm in module.ARMS}
+    folders = {
+        arm: f"runs/{run_name(f'configs/ensemble.py:{arm}', cfg.seed)}"
+        for arm, cfg in configs.items()
+    }
+    trained = [""]
+    for arm, cfg in configs.items():
+        assert set(cfg.distill.teachers.split(",")) <= {*trained}
+        trained.append(folders[arm])
+    for arms in (module.MEMBERS, module.CHAIN):
+        assert {configs[arm].seed for arm in arms} == {0, 1, 2, 3}
+    assert configs["chain2"].distill.teachers == f"{folders['member0']},{folders['chain1']}"
+    assert configs["student"].distill.teachers.count(",") == 3
+    with pytest.raises(ValueError, match="ensemble.py:chain0: no such arm; use one of member0, "):
+        module.get_config("chain0")
 
 
 def test_baselines_of_mu_sota_are_matched():

@@ -161,7 +161,7 @@ def test_the_doctor_looks_at_what_is_there(tmp_path):
     ("arguments", "said"),
     [
         (["quikstart"], "quikstart: no such config; did you mean quickstart?"),
-        (["xyz.py"], "xyz.py: no such config; choose from distill, gpt2_124m"),
+        (["xyz.py"], "xyz.py: no such config; choose from distill, ensemble"),
         (["phase1:emb9"], "emb9: no such arm; use one of"),
         (["a", "b"], "give exactly one CONFIG; see --help."),
         (["--loud"], "give exactly one CONFIG; see --help."),

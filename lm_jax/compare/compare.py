@@ -3,22 +3,24 @@
     python -m lm_jax.compare runs/a-0 runs/a-1 runs/b-0 --out=comparison
 
 Each RUN is the workdir of a finished run. Runs whose folders differ only in a trailing `-<seed>`
-are the seeds of one arm and must have equal configs. Prints Markdown; with `--out` writes
-`compare.md`, `compare.json` and `compare.html`.
+are the seeds of one arm and must have equal configs. The folder of an ensemble, as `evaluate --out`
+writes it, is an arm of its own: its size, FLOPs, tokens and seconds are the sums over its members.
+Prints Markdown; with `--out` writes `compare.md`, `compare.json` and `compare.html`.
 
 The values of `compare.json`:
 
 - `split`, `corpus`, `split_bytes`, `split_words`, `documents`: what was scored;
   `documents_weighed_by` bytes, tokens, or null where documents cannot be paired.
 - `one_tokenizer`: whether perplexities per token can be compared; else there are none.
-- `arms`, best first: `name`, `folders`, `seeds`, `tokenizer` (kind and number of ids),
+- `arms`, best first: `name`, `folders`, `members` (folders of an ensemble's runs, else empty),
+  `seeds` (empty for an ensemble), `tokenizer` (kind and number of ids),
   `parameters_{total,table,positions,blocks}`, `flops_per_token` (training), `tokens_seen` and
   `text_bytes_seen` (in training; means over seeds), `tokens_per_second` (median over updates, then
-  seeds), `training_seconds` (mean; without evaluations); `bits_per_byte`, `word_perplexity` and
-  `token_perplexity`, each with `mean`, `low95`, `high95` (Student's t over seeds, null with one
-  seed; for a perplexity exp of mean and bounds of the nats) and `by_seed`; and `curves`, for each
-  seed `valid_tokens`, `valid_bits_per_byte`, `train_tokens`, `train_bits_per_byte` (means of up to
-  100 stretches).
+  seeds; null for an ensemble), `training_seconds` (mean; without evaluations); `bits_per_byte`,
+  `word_perplexity` and `token_perplexity`, each with `mean`, `low95`, `high95` (Student's t over
+  seeds, null with one seed; for a perplexity exp of mean and bounds of the nats) and `by_seed`; and
+  `curves`, for each seed `valid_tokens`, `valid_bits_per_byte`, `train_tokens`,
+  `train_bits_per_byte` (means of up to 100 stretches).
 - `references`: for each tokenizer the predictors of `eval_<split>.json` in the same units.
 - `pairs`: `better`, `worse`, `gap_bits_per_byte`, `standard_error_seeds`,
   `standard_error_documents`, `standard_error` (root of the sum of squares), `degrees_of_freedom`
@@ -189,21 +191,24 @@ def _describe(arm: Arm, words: int, one_tokenizer: bool) -> dict[str, Any]:
     sizes, first = arm.size, arm.runs[0]
     loss = np.array([run.result["loss"] for run in arm.runs])
     tokens = first.result["token_count"]
+    speeds = [run.trained[0].tokens_per_second for run in arm.runs]
+    seconds = [sum(one.seconds for one in run.trained) for run in arm.runs]
     return {
         "name": arm.name,
         "folders": [str(run.folder) for run in arm.runs],
-        "seeds": [run.cfg.seed for run in arm.runs],
+        "members": arm.members,
+        "seeds": [] if arm.members else [run.cfg.seed for run in arm.runs],
         "tokenizer": first.tokenizer,
         **{f"parameters_{part}": getattr(sizes, part) for part in _PARTS},
         "flops_per_token": sizes.flops,
         "tokens_seen": float(np.mean([run.tokens_seen for run in arm.runs])),
         "text_bytes_seen": arm.bytes_seen,
-        "tokens_per_second": float(np.median([run.tokens_per_second for run in arm.runs])),
-        "training_seconds": float(np.mean([run.training_seconds for run in arm.runs])),
+        "tokens_per_second": None if arm.members else float(np.median(speeds)),
+        "training_seconds": float(np.mean(seconds)),
         "bits_per_byte": _interval(arm.bits_per_byte),
         "word_perplexity": _interval(loss * tokens / words, metrics.exp) if words else None,
         "token_perplexity": _interval(loss, metrics.exp) if one_tokenizer else None,
-        "curves": [run.curve for run in arm.runs],
+        "curves": [] if arm.members else [run.trained[0].curve for run in arm.runs],
     }
 
 
@@ -243,6 +248,12 @@ def _notes(arms: Sequence[Arm], values: Mapping[str, Any]) -> list[str]:
         f"{a.size.total:,}."
         for a, b in itertools.combinations(arms, 2)
         if a.size[:3] == b.size[:3] and a.settings != b.settings
+    ]
+    notes += [
+        f"{arm.name} is the mean of {len(arm.members)} runs ({', '.join(arm.members)}): its size, "
+        "FLOPs per token and tokens seen are the sums over them."
+        for arm in arms
+        if arm.members
     ]
     if not values["one_tokenizer"]:
         notes.append(

@@ -67,6 +67,7 @@ def _looks(c: Values) -> list[tuple[Values, dict[str, str]]]:
 def _curves(c: Values, kind: str, axes: Any) -> str:
     words, late = [], []
     for arm, look in _looks(c):
+        bits: list[float] = []
         for curve in arm["curves"]:
             tokens, bits = curve[f"{kind}_tokens"], curve[f"{kind}_bits_per_byte"]
             every = max(1, len(tokens) // 8)

@@ -13,25 +13,54 @@ from lm_jax import config
 from lm_jax.config import Config
 from lm_jax.data.files import naming
 from lm_jax.data.tokenizers.load import load_tokenizer
+from lm_jax.ensemble import is_ensemble, recorded_members
 from lm_jax.files import read_json
 from lm_jax.models.families import size
 from lm_jax.models.size import Size
+from lm_jax.places import pulled
 from lm_jax.workdir import DOCUMENTS, SCORES, TOKENIZER, read_metrics, read_record
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
-    """A finished run and its evaluation of one split."""
+class Training:
+    """A finished run as it was trained."""
 
     folder: pathlib.Path
     cfg: Config
     data: Mapping[str, Any]  # the manifest of its store
-    result: Mapping[str, Any]  # eval_<split>.json
-    documents: Mapping[str, np.ndarray]  # documents_<split>.npz
     tokens_seen: int
     tokens_per_second: float
-    training_seconds: float
+    seconds: float
     curve: Mapping[str, list[float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A finished run, or an ensemble of several, and its evaluation of one split."""
+
+    folder: pathlib.Path
+    trained: tuple[Training, ...]  # one, or the members
+    data: Mapping[str, Any]  # the manifest of their store
+    result: Mapping[str, Any]  # eval_<split>.json
+    documents: Mapping[str, np.ndarray]  # documents_<split>.npz
+    ensemble: bool = False
+
+    @property
+    def cfg(self) -> Config:
+        """Its config; of an ensemble that of the first member."""
+        return self.trained[0].cfg
+
+    @property
+    def size(self) -> Size:
+        """Parameters and FLOPs per token, of all members together."""
+        vocab_size = self.data["vocab_size"]
+        sizes = [size(one.cfg.model, vocab_size, one.cfg.data.seq_len) for one in self.trained]
+        return Size(*map(sum, zip(*sizes, strict=True)))
+
+    @property
+    def tokens_seen(self) -> int:
+        """Tokens seen in training, by all members together."""
+        return sum(one.tokens_seen for one in self.trained)
 
     @property
     def tokenizer(self) -> str:
@@ -64,8 +93,12 @@ class Arm:
     @property
     def size(self) -> Size:
         """Parameters and FLOPs per token."""
-        run = self.runs[0]
-        return size(run.cfg.model, run.data["vocab_size"], run.cfg.data.seq_len)
+        return self.runs[0].size
+
+    @property
+    def members(self) -> list[str]:
+        """The folders of an ensemble's runs; none of an arm of runs."""
+        return [str(one.folder) for one in self.runs[0].trained if self.runs[0].ensemble]
 
     @property
     def bytes_seen(self) -> float:
@@ -78,6 +111,9 @@ class Arm:
     def settings(self) -> dict[str, Any]:
         """All settings that determine the trained model, without the seed."""
         run = self.runs[0]
+        if run.ensemble:
+            members = [(one.cfg.seed, _settings(one.cfg)) for one in run.trained]
+            return {"members": members, "tokenizer": run.reads}
         return {**_settings(run.cfg), "tokenizer": run.reads}
 
 
@@ -99,8 +135,8 @@ def with_one_hash(runs: Sequence[Run]) -> list[Run]:
     """
     hashes = {}
     for run in runs if len({run.data["tokenizer_hash"] for run in runs}) > 1 else ():
-        if (run.folder / TOKENIZER).is_dir():
-            tokenizer = load_tokenizer(run.folder / TOKENIZER)
+        if (run.trained[0].folder / TOKENIZER).is_dir():
+            tokenizer = load_tokenizer(run.trained[0].folder / TOKENIZER)
             hashes[tokenizer.content_hash] = tokenizer.identity
     return [
         dataclasses.replace(run, data={**run.data, "tokenizer_hash": hashes.get(own, own)})
@@ -109,14 +145,9 @@ def with_one_hash(runs: Sequence[Run]) -> list[Run]:
     ]
 
 
-def _load(folder: pathlib.Path, split: str) -> Run:
+def _load_training(folder: pathlib.Path) -> Training:
     record = read_record(folder)
     cfg, data = record.cfg, record.data
-    if split not in data["splits"]:
-        raise ValueError(
-            f"{folder}: its corpus has no {split} split; "
-            f"give --split={' or --split='.join(data['splits'])}."
-        )
     rows = list(read_metrics(folder))
     training = [row for row in rows if "train/loss" in row]
     done = training[-1]["step"] if training else 0
@@ -124,6 +155,28 @@ def _load(folder: pathlib.Path, split: str) -> Run:
         raise ValueError(
             f"{folder}: stopped after update {done} of {cfg.train.steps}; finish it with "
             f"`python -m lm_jax.main --config=FILE --workdir={folder}`."
+        )
+    return Training(
+        folder=folder,
+        cfg=cfg,
+        data=data,
+        tokens_seen=int(training[-1]["data/tokens"]),
+        tokens_per_second=float(np.median([row["perf/tokens_per_second"] for row in training])),
+        seconds=sum(row["perf/step_ms"] for row in training) / 1e3,
+        curve=_curve(rows, training, data["splits"]["train"]),
+    )
+
+
+def _load(folder: pathlib.Path, split: str) -> Run:
+    folders = [folder]
+    if ensemble := is_ensemble(folder):
+        folders = [pulled(one.folder) for one in recorded_members(folder)]
+    trained = tuple(map(_load_training, folders))
+    data = trained[0].data
+    if split not in data["splits"]:
+        raise ValueError(
+            f"{folder}: its corpus has no {split} split; "
+            f"give --split={' or --split='.join(data['splits'])}."
         )
     again = f"`python -m lm_jax.evaluate --workdir={folder} --split={split}`"
     names = SCORES.format(split), DOCUMENTS.format(split)
@@ -141,17 +194,7 @@ def _load(folder: pathlib.Path, split: str) -> Run:
             f"{folder}: {names[0]} and {names[1]} are of different evaluations; write both with "
             f"{again}."
         )
-    return Run(
-        folder=folder,
-        cfg=cfg,
-        data=data,
-        result=result,
-        documents=documents,
-        tokens_seen=int(training[-1]["data/tokens"]),
-        tokens_per_second=float(np.median([row["perf/tokens_per_second"] for row in training])),
-        training_seconds=sum(row["perf/step_ms"] for row in training) / 1e3,
-        curve=_curve(rows, training, data["splits"]["train"]),
-    )
+    return Run(folder, trained, data, result, documents, ensemble)
 
 
 def _curve(rows: list, training: list, counts: Mapping[str, int]) -> dict[str, list[float]]:
@@ -178,7 +221,8 @@ def group_runs(runs: Sequence[Run]) -> list[Arm]:
     """
     by_name: dict[str, list[Run]] = {}
     for run in runs:
-        name = run.folder.resolve().name.removesuffix(f"-{run.cfg.seed}")
+        name = run.folder.resolve().name
+        name = name if run.ensemble else name.removesuffix(f"-{run.cfg.seed}")
         by_name.setdefault(name, []).append(run)
     arms = []
     for name, members in by_name.items():
@@ -191,6 +235,8 @@ def group_runs(runs: Sequence[Run]) -> list[Arm]:
 
 def _require_seeds(name: str, a: Run, b: Run) -> None:
     both = f"{a.folder} and {b.folder} are taken for seeds of {name!r}"
+    if a.ensemble or b.ensemble:
+        raise ValueError(f"{both}, but an ensemble is an arm of its own; rename its folder.")
     if a.cfg.seed == b.cfg.seed:
         raise ValueError(f"{both}, but both have seed {a.cfg.seed}; leave one out.")
     ours, others = ({**_settings(run.cfg), "eval.stride": run.result["stride"]} for run in (a, b))

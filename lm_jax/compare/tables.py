@@ -71,7 +71,8 @@ def _result_row(c: Values, arm: Values) -> dict[str, str]:
     }
     if c["one_tokenizer"]:
         row["token perplexity"] = _interval(arm["token_perplexity"], ",.2f")
-    return row | {"seeds": str(len(arm["seeds"])), "tokenizer": arm["tokenizer"]}
+    seeds = f"mean of {len(arm['members'])}" if arm["members"] else str(len(arm["seeds"]))
+    return row | {"seeds": seeds, "tokenizer": arm["tokenizer"]}
 
 
 def _size_row(arm: Values) -> dict[str, str]:
@@ -84,7 +85,10 @@ def _size_row(arm: Values) -> dict[str, str]:
         "tokens seen": "tokens_seen",
         "tokens/s": "tokens_per_second",
     }
-    return {"arm": arm["name"]} | {column: short(arm[key]) for column, key in columns.items()}
+    cells = {column: arm[key] for column, key in columns.items()}
+    return {"arm": arm["name"]} | {
+        column: "-" if value is None else short(value) for column, value in cells.items()
+    }
 
 
 def _reference_row(c: Values, line: Values) -> dict[str, str]:

@@ -9,13 +9,14 @@ import jax
 from jax.sharding import Mesh
 
 from lm_jax import config, sharding
-from lm_jax.config import INSIDE, Config, ConfigError
+from lm_jax.config import INSIDE, STATES, Config, ConfigError
 from lm_jax.config.section import errors_of
 from lm_jax.data.references import references
 from lm_jax.data.store import Store, same_data
 from lm_jax.distill import alignment, cache
 from lm_jax.distill.alignment import Aligner, Retokenised
 from lm_jax.distill.teachers import Teacher
+from lm_jax.ensemble import Named, each_run
 from lm_jax.evaluate import Evaluator
 from lm_jax.files import read_json, write_json
 from lm_jax.models import huggingface
@@ -34,7 +35,7 @@ def require_teachers(cfg: Config) -> None:
     """Raise ConfigError if a folder that `config.distill` names is not there, or is no teacher."""
     if cfg.distill.cache:
         cache.require_cache(pathlib.Path(cfg.distill.cache))
-    named = [(WHERE, name.strip()) for name in cfg.distill.teachers.split(",")]
+    named = [(WHERE, one.folder) for one in each_run(cfg.distill.teachers)]
     for field, name in [*named, ("config.distill.alone", cfg.distill.alone)]:
         if name and not (field == WHERE and huggingface.is_checkpoint(pathlib.Path(name))):
             with errors_of(field):
@@ -51,8 +52,15 @@ def open_teacher(cfg: Config, store: Store, mesh: Mesh | None = None) -> Teacher
     if cfg.distill.cache:
         return Teacher((), (), (), *cache.open_cache(cfg, store))
     mesh = mesh or sharding.mesh_that_fits(cfg.mesh)
-    names = tuple(name.strip() for name in cfg.distill.teachers.split(","))
-    runs = tuple(_open(name, cfg, mesh) for name in names)
+    named = each_run(cfg.distill.teachers)
+    names = tuple(one.folder for one in named)
+    used = [name for name in STATES if not getattr(cfg.distill, name).zero]
+    if used and len(named) > 1:
+        raise ConfigError(
+            f"config.distill.{used[0]}: needs the states of one teacher, not of {len(named)}; set "
+            "it to 0."
+        )
+    runs = tuple(_open(one, cfg, mesh) for one in named)
     for name, run in zip(names, runs, strict=True):
         _require_rows(name, run, store)
     read = [_as_read(run, cfg, store) for run in runs]
@@ -141,12 +149,12 @@ def _require_rows(name: str, run: Trained, store: Store) -> None:
         )
 
 
-def _open(name: str, cfg: Config, mesh: Mesh) -> Trained:
+def _open(named: Named, cfg: Config, mesh: Mesh) -> Trained:
     """A run, or a Hugging Face checkpoint as if it were one."""
-    folder = pathlib.Path(name)
+    folder = pathlib.Path(named.folder)
     with errors_of(WHERE):
         if not huggingface.is_checkpoint(folder):
-            return open_trained(folder, mesh=mesh)
+            return open_trained(folder, checkpoint=named.checkpoint, mesh=mesh)
         model, _, max_len = huggingface.read_model(folder)
         if model.positions != "learned":  # any length is possible, and a shorter one costs less
             max_len = min(max_len, cfg.data.seq_len)
@@ -201,7 +209,7 @@ def _align(name: str, run: Trained, cfg: Config, store: Store) -> Aligner:
             "give the student that of the teacher, or set config.distill.next_bytes to True to "
             "learn no more than its next bytes."
         )
-    if "," in cfg.distill.teachers:
+    if len(each_run(cfg.distill.teachers)) > 1:
         raise ConfigError(f"{other}, so it cannot teach beside others; name it alone.")
     maps = not (cfg.distill.attention.zero and cfg.distill.routed_attention.zero)
     if cfg.distill.support != "full" or maps:

@@ -1,7 +1,6 @@
 """Teachers: models that are run beside the student, or what was kept of their distributions."""
 
 import dataclasses
-import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +10,7 @@ import numpy as np
 from flax import nnx
 
 from lm_jax.distill import alignment
+from lm_jax.ensemble import fingerprint
 from lm_jax.kernels import divergences
 from lm_jax.kernels.divergences import Kept
 from lm_jax.kernels.dropout import Draw
@@ -101,17 +101,5 @@ class Teacher:
         return {
             "teachers": list(self.names),
             "steps": [run.step for run in self.runs],
-            "fingerprints": [_fingerprint(leaves) for leaves in self.params],
+            "fingerprints": [fingerprint(leaves) for leaves in self.params],
         }
-
-
-def _fingerprint(params: Any) -> str:
-    """A short hash of all parameters, independent of sharding."""
-    checksums = [int(_checksum(leaf)) for leaf in jax.tree.leaves(params)]
-    return hashlib.sha256(repr(checksums).encode()).hexdigest()[:16]
-
-
-@jax.jit
-def _checksum(leaf: jax.Array) -> jax.Array:
-    bits = jax.lax.bitcast_convert_type(leaf.astype(jnp.float32), jnp.uint32).ravel()
-    return (bits * (2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1)).sum(dtype=jnp.uint32)

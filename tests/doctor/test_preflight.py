@@ -25,7 +25,7 @@ LARGE = {"gpt2_124m", "llama_110m", "llama_1b", "stream_226m"}
 TAUGHT = {"distill"}  # wants a teacher, as the tests in tests/distill train
 # Of the others: their text is examined here or in test_data.py, their options are among the
 # families below, and optimiser, activation and start are those of quickstart and wikitext2.
-VARIANTS = {"phase1", "shakespeare_char", "small_corpus", "text", "wikitext2_cpu"}
+VARIANTS = {"ensemble", "phase1", "shakespeare_char", "small_corpus", "text", "wikitext2_cpu"}
 
 
 @pytest.mark.slow
