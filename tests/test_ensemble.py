@@ -225,7 +225,7 @@ def test_an_ensemble_is_an_arm(root, both, tmp_path):
     assert all(pair["standard_error_documents"] > 0 for pair in comparison.values["pairs"])
     said = comparison.markdown()
     assert f"both is the mean of 2 runs ({root}/run-0, {root}/run-1)" in said
-    assert re.search(r"^\| both \| .*\| mean of 2 \|", said, re.MULTILINE)
+    assert re.search(r"^\| both \| [\d.]+ \| .*\| mean of 2 \|", said, re.MULTILINE)
     assert "both" in comparison.html()
     assert compare.compare_runs(both).html()
     shutil.copytree(both, tmp_path / "ens" / "run")

@@ -64,14 +64,17 @@ def ranking_sentence(c: Values) -> str:
 
 
 def _result_row(c: Values, arm: Values) -> dict[str, str]:
+    number = len(arm["members"])
+    seeds, alone = str(len(arm["seeds"])), " (one seed)"
+    if number:
+        seeds, alone = f"mean of {number}", ""
     row = {
         "arm": arm["name"],
-        "bits per byte": _interval(arm["bits_per_byte"], ",.4f"),
-        "word perplexity": _interval(arm["word_perplexity"], ",.2f"),
+        "bits per byte": _interval(arm["bits_per_byte"], ",.4f", alone),
+        "word perplexity": _interval(arm["word_perplexity"], ",.2f", alone),
     }
     if c["one_tokenizer"]:
-        row["token perplexity"] = _interval(arm["token_perplexity"], ",.2f")
-    seeds = f"mean of {len(arm['members'])}" if arm["members"] else str(len(arm["seeds"]))
+        row["token perplexity"] = _interval(arm["token_perplexity"], ",.2f", alone)
     return row | {"seeds": seeds, "tokenizer": arm["tokenizer"]}
 
 
@@ -121,11 +124,11 @@ def _cell(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def _interval(value: Values | None, form: str) -> str:
+def _interval(value: Values | None, form: str, alone: str) -> str:
     if value is None or value["mean"] is None:
         return "-"
     mean, low, high = (_cell(value[key], form) for key in ("mean", "low95", "high95"))
-    return f"{mean} (one seed)" if value["low95"] is None else f"{mean} [{low}, {high}]"
+    return f"{mean}{alone}" if value["low95"] is None else f"{mean} [{low}, {high}]"
 
 
 def short(value: float) -> str:
