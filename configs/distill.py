@@ -2,7 +2,7 @@
 
 python -m lm_jax.main --config=configs/distill.py:ARM [--config.data.source_dir=DIR]
 
-Arms: teacher, the model of `configs/wikitext2_cpu.py`; alone, the student; distilled, the same
+Arms: teacher, the plain model of `configs/small_corpus.py`; alone, the student; distilled, the same
 student that learns from `runs/distill-teacher-0` as well; cached, the same from what
 `scripts/cache_teacher.py` kept of it. Student and teacher see equally many tokens in every arm but
 the teacher's.
@@ -23,7 +23,7 @@ def get_config(arm: str = "distilled") -> Config:
     """One arm of the study."""
     if arm not in ARMS:
         raise ConfigError(f"configs/distill.py:{arm}: no such arm; use one of {', '.join(ARMS)}.")
-    cfg = load_module(pathlib.Path(__file__).with_name("wikitext2_cpu.py")).get_config()
+    cfg = load_module(pathlib.Path(__file__).with_name("small_corpus.py")).plain()
     if arm == "teacher":
         return cfg
     cfg.model.layers = 2

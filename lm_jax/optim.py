@@ -82,14 +82,16 @@ def decayed(cfg: OptimConfig, params: Params) -> Params:
 
     Tables, norm scales and biases do not.
     """
-    blocks_only = cfg.name == "muon"
+    blocks_only = cfg.name != "adamw"
     return jax.tree.map_with_path(
         lambda path, _: path_name(path).endswith("kernel") and (_in_block(path) or not blocks_only),
         params,
     )
 
 
-def make_optimizer(cfg: OptimConfig, beside_lr: float = 0.0) -> optax.GradientTransformation:
+def make_optimizer(
+    cfg: OptimConfig, beside_lr: float = 0.0, short: bool = False
+) -> optax.GradientTransformation:
     """The update direction before the learning rate: u in params -= lr u.
 
     adamw: Adam (Kingma and Ba 2015) with decoupled decay (Loshchilov and Hutter 2019).
@@ -97,11 +99,13 @@ def make_optimizer(cfg: OptimConfig, beside_lr: float = 0.0) -> optax.GradientTr
     the root mean square of an Adam update (Liu et al. 2025, arXiv 2502.16982, section 2.2), and
     decay; all other leaves take Adam with Nesterov momentum and do not decay. `b1` and `b2` are
     Adam's.
+    normuon: the same with `scale_by_outputs` (Li et al. 2025, arXiv 2510.05491), `b2` also there.
 
     Args:
         cfg: optimiser, decay and peak learning rate.
         beside_lr: peak learning rate of what is trained beside the model, on the same schedule, by
             Adam without decay; parameters are then the pair of the model's and the others.
+        short: see `orthogonalise`.
     """
     adam = optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps)
     decay = cfg.weight_decay
@@ -109,7 +113,10 @@ def make_optimizer(cfg: OptimConfig, beside_lr: float = 0.0) -> optax.GradientTr
         mask = functools.partial(decayed, cfg)
         model = optax.chain(adam, optax.add_decayed_weights(decay, mask))
     else:
-        matrices = optax.chain(scale_by_muon(cfg.eps), optax.add_decayed_weights(decay))
+        steps = [scale_by_muon(cfg.eps, short)]
+        if cfg.name == "normuon":
+            steps.append(scale_by_outputs(cfg.b2, cfg.eps))
+        matrices = optax.chain(*steps, optax.add_decayed_weights(decay))
         rest = optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps, nesterov=True)
 
         def labels(params: Params) -> Params:
@@ -141,7 +148,7 @@ class MuonState(NamedTuple):
     momentum: Params
 
 
-def scale_by_muon(eps: float) -> optax.GradientTransformation:
+def scale_by_muon(eps: float, short: bool = False) -> optax.GradientTransformation:
     """Nesterov momentum, orthogonalised, with the root mean square of an Adam update.
 
     `optax.contrib.scale_by_muon` with its defaults, but for the dtype of the products (see
@@ -159,28 +166,66 @@ def scale_by_muon(eps: float) -> optax.GradientTransformation:
 
         def direction(m: jax.Array, g: jax.Array) -> jax.Array:
             ahead = _MOMENTUM * m + (1 - _MOMENTUM) * g
-            return 0.2 * max(g.shape[-2:]) ** 0.5 * orthogonalise(ahead, eps)
+            return 0.2 * max(g.shape[-2:]) ** 0.5 * orthogonalise(ahead, eps, short)
 
         return jax.tree.map(direction, next_momentum, now), MuonState(count, momentum)
 
     return optax.GradientTransformation(init, update)
 
 
-def orthogonalise(x: jax.Array, eps: float) -> jax.Array:
+class OutputsState(NamedTuple):
+    """What `scale_by_outputs` keeps between updates."""
+
+    updates: jax.Array  # int32, those made
+    squares: Params  # running means [..., 1, O]
+
+
+def scale_by_outputs(b2: float, eps: float) -> optax.GradientTransformation:
+    """Divide the update of each output of a matrix [..., I, O] by a running root mean square.
+
+    The whole matrix keeps its root mean square. Rotations of the inputs do not matter to it, as
+    they do not to Muon (Li et al. 2025, NorMuon, algorithm 1).
+    """
+
+    def init(params: Params) -> OutputsState:
+        squares = jax.tree.map(lambda p: jnp.zeros_like(p[..., :1, :]), params)
+        return OutputsState(jnp.zeros((), jnp.int32), squares)
+
+    def update(
+        updates: Params, state: OutputsState, params: Params = None
+    ) -> tuple[Params, OutputsState]:
+        count = optax.safe_increment(state.updates)
+        now = jax.tree.map(lambda u: jnp.square(u).mean(-2, keepdims=True), updates)
+        squares = optax.tree.update_moment(now, state.squares, b2, 1)
+
+        def divided(u: jax.Array, square: jax.Array) -> jax.Array:
+            y = u / (jnp.sqrt(square) + eps)
+            return y * (_mean_root(u) / (_mean_root(y) + eps))
+
+        corrected = optax.tree.bias_correction(squares, b2, count)
+        return jax.tree.map(divided, updates, corrected), OutputsState(count, squares)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _mean_root(x: jax.Array) -> jax.Array:
+    return jnp.sqrt(jnp.square(x).mean((-2, -1), keepdims=True))
+
+
+def orthogonalise(x: jax.Array, eps: float, short: bool = False) -> jax.Array:
     """Singular values moved towards 1 by five Newton-Schulz iterations (Jordan et al. 2024).
 
     Args:
         x: matrices [..., I, O], all iterated together; float32 or wider.
         eps: added to their Frobenius norms.
-
-    On a GPU that knows bfloat16 the products are in it, as its authors have them: the iteration
-    ends at singular values between 0.7 and 1.2 anyway.
+        short: products in bfloat16, as its authors have them, which a GPU that knows it does in any
+            case: the iteration ends at singular values between 0.7 and 1.2 anyway.
     """
     tall = x.shape[-2] > x.shape[-1]
     y = x.mT if tall else x
     y = y / (jnp.linalg.norm(y, axis=(-2, -1), keepdims=True) + eps)
-    knows_bfloat16 = device.choose_dtype("auto")[0] == "bfloat16"
-    y = y.astype(jnp.bfloat16 if knows_bfloat16 else x.dtype)
+    short = short or device.choose_dtype("auto")[0] == "bfloat16"
+    y = y.astype(jnp.bfloat16 if short else x.dtype)
     rows = y.shape[-2]
     one = jnp.broadcast_to(jnp.eye(rows, dtype=y.dtype), (*y.shape[:-1], rows))
     for _ in range(5):

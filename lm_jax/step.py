@@ -211,7 +211,8 @@ def make_update(
     large that their squares overflow, their norm is NaN.
     What is trained beside the model is neither clipped nor part of the logged norms.
     """
-    tx = optim.make_optimizer(cfg.optim, beside_lr)
+    short = cfg.train.compute_dtype == "bfloat16"
+    tx = optim.make_optimizer(cfg.optim, beside_lr, short)
     schedule = optim.learning_rate(cfg.optim, int(cfg.train.steps))
 
     def update(state: TrainState, grads: Any, found: Summary) -> tuple[TrainState, Metrics]:

@@ -127,6 +127,13 @@ FAMILIES = {
     ),
     "grouped": dict(model__kv_heads=2, model__qk_norm=True, model__tied=False),
     "plain": dict(model__positions="none", model__logit_softcap=5.0),
+    "added": dict(
+        model__key_offset=True,
+        model__embedding_values=True,
+        model__embedding_skip=True,
+        model__head_gate=True,
+        model__kv_heads=2,
+    ),
     "scanned": dict(model__scan_layers=True, model__remat=True),
     "factorised": dict(model__embedding_rank=7),
     "musota": dict(

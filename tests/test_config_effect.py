@@ -138,6 +138,10 @@ TABLE = {
     "model.window": (3, "train_step eval_step", {}),
     "model.mlp": ("gelu", "initialisation train_step eval_step", {}),
     "model.qk_norm": (True, "initialisation train_step eval_step", {}),
+    "model.key_offset": (True, "train_step eval_step", {}),
+    "model.embedding_values": (True, "initialisation train_step eval_step", {}),
+    "model.embedding_skip": (True, "initialisation train_step eval_step", {}),
+    "model.head_gate": (True, "initialisation train_step eval_step", {}),
     "model.bias": (True, "initialisation train_step eval_step", {}),
     "model.bias_in": ("qkv", "initialisation train_step eval_step", {"model.bias": True}),
     "model.tied": (False, "initialisation train_step eval_step", {}),
@@ -532,12 +536,13 @@ def test_every_choice_is_a_run_of_its_own(lab, path):
 def test_the_device_decides_the_dtype(lab, kind, dtype, monkeypatch):
     """As in `TABLE`: a step for a GPU is the step of the dtype that the GPU is fast in."""
     gpu = types.SimpleNamespace(platform="gpu", device_kind=kind)
+    monkeypatch.setattr(device, "target", lambda: gpu)
     for aspect in ("train_step", "eval_step"):
-        named = lab.observe({"train.compute_dtype": dtype}, aspect)
-        with monkeypatch.context() as patch:
-            patch.setattr(device, "target", lambda: gpu)
-            chosen = trace(lab.config({"train.compute_dtype": "auto"}))[aspect]()
-        assert chosen == named != lab.observe({"train.compute_dtype": "float32"}, aspect)
+        chosen, named, other = (
+            trace(lab.config({"train.compute_dtype": name}))[aspect]()
+            for name in ("auto", dtype, "float32")
+        )
+        assert chosen == named != other
 
 
 def test_the_seed_reaches_dropout(lab):

@@ -10,7 +10,7 @@ from jax.test_util import check_grads
 from lm_jax import loss
 from lm_jax.kernels.attention import attend
 from lm_jax.models.families import create_model
-from lm_jax.models.layers import Norm, head_logits
+from lm_jax.models.layers import Norm, Read, head_logits
 from lm_jax.models.rotary import rotary
 from lm_jax.models.transformer import MLP, Block
 from lm_jax.objective import NextToken
@@ -92,15 +92,15 @@ def test_mlp(mlp):
     check_gradient(lambda p: (nnx.merge(graphdef, p)(x) * w).sum(), params)
 
 
-def test_block():
-    cfg = tiny_config(model__kv_heads=2, model__qk_norm=True, model__d_ff=8).model
+@pytest.mark.parametrize("family", ["grouped", "added"])
+def test_block(family):
+    cfg = tiny_config(model__d_ff=8, **FAMILIES[family]).model
     graphdef, params = nnx.split(Block(cfg, "reference", nnx.Rngs(params=0)))
     params = randomise(jax.tree.map(lambda x: x.astype(jnp.float64), nnx.to_pure_dict(params)), 2)
     x, w = normal(15, 1, 4, 16), normal(16, 1, 4, 16)
     ids, positions = jnp.ones((1, 4), int), jnp.arange(4)[None]
-    check_gradient(
-        lambda p: (nnx.merge(graphdef, p)(x, None, ids, positions, None)[0] * w).sum(), params
-    )
+    read = Read(ids, ids, positions, normal(17, 1, 4, 16))
+    check_gradient(lambda p: (nnx.merge(graphdef, p)(x, read, None)[0] * w).sum(), params)
 
 
 @pytest.mark.parametrize("family", every(FAMILIES))

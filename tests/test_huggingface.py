@@ -642,6 +642,8 @@ def test_a_factorised_table_is_multiplied_out(tmp_path, tied):
     ("changes", "message"),
     [
         (dict(mlp="relu2"), r"model\.mlp: 'relu2' .* llama, has 'swiglu'"),
+        (dict(key_offset=True), r"model\.key_offset: True .* llama, has False"),
+        (dict(head_gate=True), r"model\.head_gate: True .* llama, has False"),
         (dict(positions="none"), r"model\.positions: 'none' .* llama, has 'rotary'"),
         (dict(logit_softcap=30.0), r"model\.logit_softcap: 30\.0 .* has 0\.0"),
         (dict(norm="layernorm", bias=True), r"model\.positions: 'rotary' .* gpt2, has 'learned'"),

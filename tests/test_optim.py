@@ -57,7 +57,7 @@ def test_decay_takes_matrices_only():
     assert {"embedding", "position_embedding", "final_norm/scale", "final_norm/bias"} <= names
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("name", ["adamw", "muon", "normuon"])
 def test_zero_gradients_only_decay(name):
     cfg, params = params_of(optim__name=name, optim__weight_decay=0.5, model__tied=False)
     tx = optim.make_optimizer(cfg.optim)
@@ -78,7 +78,7 @@ def test_zero_gradients_only_decay(name):
     )
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("name", ["adamw", "muon", "normuon"])
 def test_updates_have_the_size_of_adam(name):
     """Both optimisers move an entry by about the learning rate, whatever the gradient's scale."""
     cfg, params = params_of(optim__name=name, optim__weight_decay=0.0)
@@ -131,7 +131,24 @@ def test_muon_is_the_published_one(tall):
             np.testing.assert_allclose(layer, expected[str(i)], rtol=2e-4, atol=1e-5)
 
 
-def test_newton_schulz_runs_in_bfloat16_on_a_gpu(monkeypatch):
+def test_normuon_divides_by_what_each_output_had():
+    """Three updates after algorithm 1 of Li et al. 2025, with the root mean square that goes in."""
+    scale, squares = optim.scale_by_outputs(0.9, 1e-8), np.zeros((2, 1, 7))
+    updates = np.random.default_rng(3).normal(size=(3, 2, 5, 7)) * np.linspace(0.1, 3, 7)
+    state = scale.init({"kernel": jnp.zeros((2, 5, 7))})
+    for t, u in enumerate(updates, 1):
+        found, state = scale.update({"kernel": jnp.asarray(u)}, state)
+        squares = 0.9 * squares + 0.1 * np.square(u).mean(1, keepdims=True)
+        expected = u / np.sqrt(squares / (1 - 0.9**t))
+        expected *= np.sqrt(np.square(u).mean((1, 2)) / np.square(expected).mean((1, 2)))[
+            :, None, None
+        ]
+        np.testing.assert_allclose(found["kernel"], expected, rtol=1e-4)
+    still, _ = scale.update({"kernel": jnp.zeros((2, 5, 7))}, scale.init(found))
+    assert not np.asarray(still["kernel"]).any()
+
+
+def test_newton_schulz_runs_in_bfloat16_where_that_is_fast(monkeypatch):
     x = jax.random.normal(jax.random.key(1), (2, 8, 24))
     wide = optim.orthogonalise(x, 1e-8)
     assert 0.6 < np.linalg.svd(wide, compute_uv=False).min()
@@ -139,6 +156,8 @@ def test_newton_schulz_runs_in_bfloat16_on_a_gpu(monkeypatch):
     jaxpr = str(jax.make_jaxpr(lambda x: optim.orthogonalise(x, 1e-8))(x))
     assert jaxpr.count("preferred_element_type=bfloat16") == jaxpr.count("dot_general") == 15
     short = optim.orthogonalise(x, 1e-8)
+    monkeypatch.undo()
+    np.testing.assert_array_equal(short, optim.orthogonalise(x, 1e-8, short=True))
     assert short.dtype == jnp.float32
     assert np.abs(short - wide).max() < 0.05
 

@@ -40,6 +40,10 @@ UNEVEN = dict(  # much at once: dropout, averages, micro-batches, biases
     model__heads=8,
     model__kv_heads=4,
     model__qk_norm=True,
+    model__key_offset=True,
+    model__embedding_values=True,
+    model__embedding_skip=True,
+    model__head_gate=True,
     model__bias=True,
     model__dropout=0.1,
     model__attention_dropout=0.1,
@@ -341,9 +345,10 @@ def test_parameters_moments_and_rows_are_really_split(short):
         for name, (whole, part) in result["shards"].items():
             split = "kernel" in name or "embedding" in name
             assert np.prod(whole) == np.prod(part) * (fsdp * tensor if split else 1), name
-        # Four matrices in a layer; each with two moments of Adam or one of Muon, and an average.
+        # Four matrices in a layer, two more for what is added, and a head; each with two moments of
+        # Adam or one of Muon, and an average.
         kernels = sum("kernel" in name for name in result["shards"])
-        assert kernels == {"muon": 4 * 2, "plain": 5 * 3}.get(case, 4 * 4), kernels
+        assert kernels == {"muon": 4 * 2, "plain": 5 * 3}.get(case, 6 * 4), kernels
 
 
 @pytest.mark.slow

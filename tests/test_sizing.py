@@ -38,6 +38,7 @@ STELLUX = dataclasses.replace(GPT, mlp="swiglu", bias=False)
         dict(head_dim=10, bias=True, bias_in="attention", qk_norm=True),
         dict(head_dim=20, bias=True, bias_in="qkv", window=7),
         dict(embedding_rank=20, tied=False),
+        dict(kv_heads=2, embedding_values=True, embedding_skip=True, head_gate=True),
     ],
 )
 def test_size_counts_the_parameters_of_the_model(changes):

@@ -13,6 +13,7 @@ from lm_jax.kernels.rowwise import along_last, normalise, swiglu
 from lm_jax.models.families import create_model
 from lm_jax.models.layers import Norm, add_bias
 from lm_jax.models.rotary import rotary
+from lm_jax.models.transformer import offset_keys
 from lm_jax.objective import NextToken
 from tests.helpers import FAMILIES, every, random_batch, randomise, thirds, tiny_config
 
@@ -182,6 +183,29 @@ def test_attention_against_a_loop(length):
         grad = jax.jit(jax.grad(total), static_argnums=1)(jnp.float32(q), impl)
         np.testing.assert_array_equal(grad[1, length // 2 :], 0)
         assert np.isfinite(grad).all()
+
+
+def test_offset_keys_are_half_those_of_the_token_before():
+    k_BKTC = jnp.arange(2 * 3 * 8.0).reshape(1, 2, 3, 8)
+    found = offset_keys(k_BKTC, jnp.array([[[0, 1, 0]]]))
+    before, own = [2, 3, 6, 7], [0, 1, 4, 5]  # of the pairs (i, i + 4) the slower two
+    np.testing.assert_array_equal(found[..., 1, before], k_BKTC[..., 0, before])
+    np.testing.assert_array_equal(found[..., own], k_BKTC[..., own])
+    for first in (0, 2):  # of a document
+        np.testing.assert_array_equal(found[..., first, :], k_BKTC[..., first, :])
+
+
+def test_what_starts_at_zero_changes_nothing():
+    batch = one_document(np.random.default_rng(4))
+    added = dict(model__embedding_values=True, model__embedding_skip=True, model__head_gate=True)
+    graphdef, init = create_model(tiny_config(**added), V, "reference")
+    params = init(jax.random.key(0))
+    found = logits(graphdef, params, batch)
+    del params["blocks"]["skip"]
+    for name in ("gate", "embedded_norm", "embedded_values"):
+        del params["blocks"]["attention"][name]
+    graphdef, _ = create_model(tiny_config(), V, "reference")
+    np.testing.assert_allclose(found, logits(graphdef, params, batch), rtol=1e-5, atol=1e-6)
 
 
 def test_rotary_depends_on_distance_only():

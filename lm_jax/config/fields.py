@@ -94,6 +94,11 @@ class ModelConfig(Section):
     # activation of the MLP; gelu_tanh: the approximation in GPT-2; relu2: squared ReLU
     mlp: str = one_of("swiglu gelu gelu_tanh relu2", default="swiglu")
     qk_norm: bool = False  # RMS-normalise queries and keys per head before rotary
+    # half of each key is that of the token before, so that one layer finds what followed a token
+    key_offset: bool = False
+    embedding_values: bool = False  # add a linear map of the embedded tokens to the values
+    embedding_skip: bool = False  # mix the embedded tokens into the input of every layer
+    head_gate: bool = False  # scale what each head found by a number that the token decides on
     bias: bool = False  # biases in the linear maps of the blocks and in layernorm
     # linear maps that have them under bias; qkv: those of queries, keys and values
     bias_in: str = one_of("all attention qkv", default="all")
@@ -120,9 +125,10 @@ class ModelConfig(Section):
 class OptimConfig(Section):
     """Optimiser, schedule and clipping."""
 
-    # muon: the matrices of the blocks by Muon (whose iteration is in bfloat16 on a GPU that is
-    # fast in it, whatever train.compute_dtype is), the rest by Adam
-    name: str = one_of("adamw muon", default="adamw")
+    # muon: the matrices of the blocks by Muon (whose iteration is in bfloat16 under that
+    # train.compute_dtype, and always on a GPU that is fast in it), the rest by Adam; normuon: Muon
+    # whose outputs each have a second moment
+    name: str = one_of("adamw muon normuon", default="adamw")
     peak_lr: float = positive(1e-3)  # learning rate after warm-up
     warmup: Duration = Duration("100")  # linear from peak / warmup; the first update has LR > 0
     # of the learning rate after warm-up; wsd: constant, with a final linear decay

@@ -152,6 +152,11 @@ def _model(cfg: Config) -> Iterator[str]:
             f"model.{'head_dim' if model.head_dim else 'heads'}: gives an odd head width of {C}, "
             "which rotary cannot pair; choose an even head width"
         )
+    if model.key_offset and (model.head_dim or D // H) < 4:
+        yield (
+            "model.key_offset: needs two rotary pairs in a head; give config.model.head_dim of 4 "
+            "or more, or leave it at False"
+        )
     if model.bias_in != "all" and not model.bias:
         why = "has no meaning without config.model.bias"
         yield f"model.bias_in: {why}; set that to True, or leave this at 'all'"

@@ -71,6 +71,11 @@ def add_bias(y: jax.Array, bias: jax.Array) -> jax.Array:
     return (y.astype(wide) + bias).astype(y.dtype)
 
 
+def scaled(x: jax.Array, factor: jax.Array) -> jax.Array:
+    """x times a float32 number, in the dtype of x; the number's gradient is summed in float32."""
+    return (x.astype(jnp.promote_types(x.dtype, jnp.float32)) * factor).astype(x.dtype)
+
+
 class Norm(nnx.Module):
     """RMSNorm (Zhang and Sennrich 2019) or LayerNorm (Ba et al. 2016), in float32 or wider."""
 
@@ -116,6 +121,11 @@ class Cache(NamedTuple):
         longer = self._replace(k_BKSC=(*self.k_BKSC[1:], k), v_BKSC=(*self.v_BKSC[1:], v))
         return longer, k, v
 
+    def positions(self) -> jax.Array:
+        """The position [B, S] in the text that each slot has, 0 in padding."""
+        slots_1S = jnp.arange(self.k_BKSC[0].shape[2])[None]
+        return jnp.maximum(slots_1S - self.first_B[:, None], 0)
+
     def mask(self, T: int, window: int = 0) -> jax.Array:
         """The slots [B, T, S] that the next T tokens attend to; one of padding sees padding.
 
@@ -134,13 +144,22 @@ def zero_cache(shapes: Sequence[tuple[int, int, int, int]], dtype: jnp.dtype) ->
     return Cache(k, v, jnp.zeros((), jnp.int32), jnp.zeros(shapes[0][0], jnp.int32))
 
 
+class Read(NamedTuple):
+    """What every layer may read beside the states of the layer before it."""
+
+    tokens_BT: jax.Array
+    segment_ids_BT: jax.Array | None  # None: each row is one text
+    positions_BT: jax.Array
+    embedded_BTD: jax.Array  # the states before the first layer
+
+
 class Decoder(nnx.Module):
     """Tokens to final hidden states; the head is applied by `logits` or inside the loss.
 
     A family sets and defines what is declared here. `blocks` is one module whose parameters have a
     leading axis of layers, scanned or not: the optimiser sees one leaf where it would see one a
-    layer. A layer takes (x_BTD, tokens_BT, segment_ids_BT, positions_BT, draw, cache) and returns
-    hidden states, the longer cache, and what `observed` tells of it.
+    layer. A layer takes (x_BTD, a `Read`, draw, cache) and returns hidden states, the longer cache,
+    and what `observed` tells of it.
     """
 
     cfg: ModelConfig
@@ -235,7 +254,7 @@ class Decoder(nnx.Module):
             (x_BTD, cache), (params, key) = carry, of_layer
             block = nnx.merge(graphdef, params)
             here = draw and draw._replace(key=key)
-            x_BTD, cache, seen = block(x_BTD, tokens_BT, segment_ids_BT, positions_BT, here, cache)
+            x_BTD, cache, seen = block(x_BTD, read, here, cache)
             return (x_BTD, cache), (seen if observe else None)
 
         if cfg.remat:
@@ -244,7 +263,8 @@ class Decoder(nnx.Module):
             layer = jax.checkpoint(layer, policy=collectives.kept)
         self.gather(dtype)  # once for all uses: the table may be the head too
         first = draw and draw._replace(key=keys[-1])
-        carry = self.embed(tokens_BT, positions_BT, dtype, first), cache
+        x_BTD = self.embed(tokens_BT, positions_BT, dtype, first)
+        read, carry = Read(tokens_BT, segment_ids_BT, positions_BT, x_BTD), (x_BTD, cache)
         if cfg.scan_layers and layers is None:
             carry, seen = jax.lax.scan(layer, carry, (stacked, None if draw is None else keys[:-1]))
         else:

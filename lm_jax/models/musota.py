@@ -21,6 +21,7 @@ from lm_jax.models.layers import (
     Decoder,
     Linear,
     Norm,
+    Read,
     add_bias,
     gather,
     normal,
@@ -170,18 +171,16 @@ class Layer(nnx.Module):
         self.mlp_norm = Norm(D, "layernorm", True)
         self.gate = Gate(vocab_size, cfg.dropout, rngs)
 
-    def __call__(
-        self, x_BTD, tokens_BT, segment_ids_BT, positions_BT, draw, cache
-    ) -> tuple[jax.Array, Cache | None, jax.Array]:
+    def __call__(self, x_BTD, read: Read, draw, cache) -> tuple[jax.Array, Cache | None, jax.Array]:
         """Apply the layer to blocks; also the longer cache and the sensitivities [B, T, 16]."""
         B, T, _ = x_BTD.shape
         of_across, of_mlp, of_gate = (None,) * 3 if draw is None else draw.split(3)
-        z_BTD, cache = self.within(x_BTD, segment_ids_BT, cache)
-        y_BTD, entropy_BT, cache = self.across(z_BTD, segment_ids_BT, positions_BT, cache)
+        z_BTD, cache = self.within(x_BTD, read.segment_ids_BT, cache)
+        y_BTD, entropy_BT, cache = self.across(z_BTD, read.segment_ids_BT, read.positions_BT, cache)
         z_BTD = self.across_norm(z_BTD + dropout(y_BTD, self.rate, of_across))
         y_BTD = self.down(jax.nn.gelu(self.up(z_BTD), approximate=False))
         z_BTD = self.mlp_norm(z_BTD + dropout(y_BTD, self.rate, of_mlp))
-        s_BTk = self.gate(tokens_BT, entropy_BT, x_BTD.dtype, of_gate)
+        s_BTk = self.gate(read.tokens_BT, entropy_BT, x_BTD.dtype, of_gate)
         change_BTk4 = (z_BTD - x_BTD).reshape(B, T, K, 4)
         x_BTD = x_BTD + (s_BTk[..., None] * change_BTk4).reshape(x_BTD.shape)
         return x_BTD, cache, s_BTk

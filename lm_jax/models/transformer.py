@@ -14,14 +14,30 @@ from lm_jax.config import ModelConfig
 from lm_jax.kernels.attention import attend, attend_cache
 from lm_jax.kernels.dropout import dropout
 from lm_jax.kernels.linear import linear
-from lm_jax.kernels.rowwise import swiglu
-from lm_jax.models.layers import Cache, Decoder, Linear, Norm, gather, normal, zero_cache
+from lm_jax.kernels.rowwise import along_last, swiglu
+from lm_jax.models.layers import (
+    Cache,
+    Decoder,
+    Linear,
+    Norm,
+    Read,
+    gather,
+    normal,
+    scaled,
+    zero_cache,
+)
 from lm_jax.models.rotary import rotary
 from lm_jax.models.size import Size
 
 
 class Attention(nnx.Module):
-    """Causal self-attention with grouped key/value heads."""
+    """Causal self-attention with grouped key/value heads.
+
+    `embedding_values` adds a linear map of the embedded tokens to the values, so that a head can
+    copy a token whatever the layers before made of it (Zhou et al. 2024, arXiv 2410.17897, have
+    the first layer's values instead). `head_gate` multiplies what a head found by 2 sigmoid of a
+    linear map of x (Qiu et al. 2025, arXiv 2505.06708, section 3); both maps start at 0.
+    """
 
     def __init__(self, cfg: ModelConfig, impl: str, rngs: nnx.Rngs):
         """One matrix makes queries, keys and values: [D, (H + 2 K) C]."""
@@ -32,9 +48,13 @@ class Attention(nnx.Module):
         self.out = Linear(H * C, D, residual_std(cfg, H * C), out_bias, rngs)
         self.q_norm = Norm(C, "rmsnorm", False, cfg.norm_eps, True) if cfg.qk_norm else None
         self.k_norm = Norm(C, "rmsnorm", False, cfg.norm_eps, True) if cfg.qk_norm else None
+        self.gate = Linear(D, H, 0.0, False, rngs) if cfg.head_gate else None
+        own = cfg.embedding_values
+        self.embedded_norm = Norm(D, "rmsnorm", False, cfg.norm_eps) if own else None
+        self.embedded_values = Linear(D, cfg.kv_heads * C, 0.0, False, rngs) if own else None
 
     def __call__(
-        self, x_BTD, segment_ids_BT, positions_BT, draw, cache=None
+        self, x_BTD, read: Read, draw, cache=None
     ) -> tuple[jax.Array, Cache | None, tuple[jax.Array, jax.Array]]:
         """Attend inside segments, or to the cache; `draw` switches dropout on.
 
@@ -49,23 +69,44 @@ class Attention(nnx.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if cfg.positions == "rotary":
-            q, k = (rotary(x, positions_BT, cfg.rope_theta, cfg.rope_scaling) for x in (q, k))
+            q, k = (rotary(x, read.positions_BT, cfg.rope_theta, cfg.rope_scaling) for x in (q, k))
+        if self.embedded_norm is not None and self.embedded_values is not None:
+            tokens_BTD = self.embedded_norm(read.embedded_BTD)
+            v = v + self.embedded_values.apart(tokens_BTD, lengths[2]).reshape(v.shape)
         if cache is not None:
-            cache, *kv = cache.append(k, v)
-            y_BTHC = attend_cache(q, *kv, mask_BTS=cache.mask(T, cfg.window))
+            cache, k_BKSC, v_BKSC = cache.append(k, v)
+            if cfg.key_offset:
+                k_BKSC = offset_keys(k_BKSC, cache.positions()[:, None])
+            y_BTHC = attend_cache(q, k_BKSC, v_BKSC, mask_BTS=cache.mask(T, cfg.window))
         else:
+            if cfg.key_offset:
+                k = offset_keys(k.swapaxes(1, 2), read.positions_BT[:, None]).swapaxes(1, 2)
             y_BTHC = attend(
                 q,
                 k,
                 v,
-                segment_ids_BT=segment_ids_BT,
+                segment_ids_BT=read.segment_ids_BT,
                 impl=self.impl,
                 window=cfg.window or None,
                 dropout_rate=cfg.attention_dropout,
                 draw=draw,
                 finite_padding=True,
             )
+        if self.gate is not None:
+            y_BTHC = y_BTHC * (2 * jax.nn.sigmoid(self.gate.apart(x_BTD, cfg.heads)))[..., None]
         return self.out.together(y_BTHC.reshape(B, T, -1)), cache, (q, k)
+
+
+def offset_keys(k_BKTC: jax.Array, positions_B1T: jax.Array) -> jax.Array:
+    """Keys whose slower half of the rotary pairs is that of the token before in the document.
+
+    A query then finds what followed a token like its own with one layer, not two (as in
+    the modded-nanogpt speedruns). The first token keeps its key.
+    """
+    C = k_BKTC.shape[-1]
+    before_BKTC = jnp.roll(k_BKTC, 1, axis=2)
+    slower_111C = along_last(jnp.arange(C) % (C // 2) >= C // 4, k_BKTC)
+    return jnp.where((positions_B1T > 0)[..., None] & slower_111C, before_BKTC, k_BKTC)
 
 
 class MLP(nnx.Module):
@@ -101,7 +142,10 @@ class Observed(NamedTuple):
 
 
 class Block(nnx.Module):
-    """x + attention(norm x), then x + mlp(norm x)."""
+    """x + attention(norm x), then x + mlp(norm x).
+
+    With `embedding_skip` x is first a x + b x0, x0 the embedded tokens; a starts at 1, b at 0.
+    """
 
     def __init__(self, cfg: ModelConfig, impl: str, rngs: nnx.Rngs):
         """Build one layer."""
@@ -110,16 +154,17 @@ class Block(nnx.Module):
         self.attention = Attention(cfg, impl, rngs)
         self.mlp_norm = Norm(cfg.d_model, cfg.norm, cfg.bias, cfg.norm_eps)
         self.mlp = MLP(cfg, rngs)
+        self.skip = nnx.Param(jnp.array([1.0, 0.0])) if cfg.embedding_skip else None
 
     def __call__(
-        self, x_BTD, tokens_BT, segment_ids_BT, positions_BT, draw, cache=None
+        self, x_BTD, read: Read, draw, cache=None
     ) -> tuple[jax.Array, Cache | None, Observed]:
         """Apply the layer, see `Decoder`; `draw` switches dropout on."""
-        del tokens_BT
+        if self.skip is not None:
+            a, b = self.skip[...]
+            x_BTD = scaled(x_BTD, a) + scaled(read.embedded_BTD, b)
         probs, branch, mlp = (None,) * 3 if draw is None else draw.split(3)
-        y, cache, (q, k) = self.attention(
-            self.attention_norm(x_BTD), segment_ids_BT, positions_BT, probs, cache
-        )
+        y, cache, (q, k) = self.attention(self.attention_norm(x_BTD), read, probs, cache)
         x_BTD = x_BTD + dropout(y, self.rate, branch)
         x_BTD = x_BTD + dropout(self.mlp(self.mlp_norm(x_BTD)), self.rate, mlp)
         return x_BTD, cache, Observed(x_BTD, q, k)
@@ -223,7 +268,9 @@ def dense_size(cfg: ModelConfig, vocab_size: int, seq_len: int) -> Size:
         biases += D if cfg.bias_in != "qkv" else 0
         biases += inner + D if cfg.bias_in == "all" else 0
     norm = D * (2 if cfg.norm == "layernorm" and cfg.bias else 1)
+    matrices += (D * K * C if cfg.embedding_values else 0) + (D * H if cfg.head_gate else 0)
     layer = matrices + biases + 2 * norm + (2 * C if cfg.qk_norm else 0)
+    layer += (D if cfg.embedding_values else 0) + (2 if cfg.embedding_skip else 0)
     rank = cfg.embedding_rank
     table = vocab_size * rank + rank * D if rank else vocab_size * D
     head = table if cfg.tied else vocab_size * D

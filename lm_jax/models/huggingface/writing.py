@@ -23,6 +23,8 @@ def architecture(cfg: ModelConfig) -> str:
         )
     kind = _nearest(cfg)
     needed: dict[str, tuple] = {"logit_softcap": (0.0,)}
+    for name in ("key_offset", "embedding_values", "embedding_skip", "head_gate"):
+        needed[name] = (False,)
     if kind == "gpt2":
         needed |= {"positions": ("learned",), "mlp": ("gelu_tanh", "gelu"), "qk_norm": (False,)}
         needed |= {"bias": (True,), "bias_in": ("all",), "kv_heads": (cfg.heads,)}
