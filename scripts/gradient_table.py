@@ -26,7 +26,7 @@ from lm_jax.config.flags import load_config
 from lm_jax.config.manual import script_parser
 from lm_jax.config.resolve import resolve
 from lm_jax.models.families import create_model
-from lm_jax.models.layers import unstack
+from lm_jax.models.layers import Read, unstack
 from lm_jax.objective import NextToken
 
 T = 7
@@ -85,13 +85,12 @@ def parts(cfg: Config, seed: int = 0) -> Iterator[Part]:
         yield Part(f"head and loss, {impl}", head_VD, final_BTD, partial(head_and_loss, impl=impl))
     yield _module("final norm", model.final_norm, x_BTD)
     structure, stacked = nnx.split(model.blocks)
+    read = Read(b.inputs, b.segment_ids, b.positions, jnp.asarray(x_BTD))
     layers = [nnx.merge(structure, layer) for layer in unstack(stacked, cfg.model.layers)]
     for i, block in reversed(list(enumerate(layers))):
         yield _module(f"layer {i}, mlp", block.mlp, x_BTD)
         yield _module(f"layer {i}, mlp norm", block.mlp_norm, x_BTD)
-        yield _module(
-            f"layer {i}, attention", block.attention, x_BTD, b.segment_ids, b.positions, None
-        )
+        yield _module(f"layer {i}, attention", block.attention, x_BTD, read, None)
         yield _module(f"layer {i}, attention norm", block.attention_norm, x_BTD)
     if "projection" in params:
         rows_BTr = rng.standard_normal((2, T, cfg.model.embedding_rank))
