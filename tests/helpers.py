@@ -120,6 +120,13 @@ def source_nats(source, symbols):
         return -np.log(p)
 
 
+ADDED = dict(
+    model__key_offset=True,
+    model__embedding_values=True,
+    model__embedding_skip=True,
+    model__head_gate=True,
+    model__kv_heads=2,
+)  # the options that add to the plain layer
 FAMILIES = {
     "llama": {},
     "gpt2": dict(
@@ -127,13 +134,7 @@ FAMILIES = {
     ),
     "grouped": dict(model__kv_heads=2, model__qk_norm=True, model__tied=False),
     "plain": dict(model__positions="none", model__logit_softcap=5.0),
-    "added": dict(
-        model__key_offset=True,
-        model__embedding_values=True,
-        model__embedding_skip=True,
-        model__head_gate=True,
-        model__kv_heads=2,
-    ),
+    "added": ADDED,
     "scanned": dict(model__scan_layers=True, model__remat=True),
     "factorised": dict(model__embedding_rank=7),
     "musota": dict(

@@ -25,7 +25,7 @@ from lm_jax.models.families import create_model
 from lm_jax.objective import NextToken
 from lm_jax.samples import drop_samples
 from lm_jax.workdir import Trained, open_trained
-from tests.helpers import randomise, thirds, tiny_config
+from tests.helpers import ADDED, randomise, thirds, tiny_config
 
 FAMILIES = {
     "rotary": {},
@@ -33,13 +33,7 @@ FAMILIES = {
         model__norm="layernorm", model__positions="learned", model__mlp="gelu", model__bias=True
     ),
     "none": dict(model__positions="none", model__logit_softcap=5.0),
-    "added": dict(
-        model__key_offset=True,
-        model__embedding_values=True,
-        model__embedding_skip=True,
-        model__head_gate=True,
-        model__kv_heads=2,
-    ),
+    "added": ADDED,
     "grouped": dict(model__kv_heads=2, model__qk_norm=True, model__tied=False),
     "windowed": dict(model__window=5, model__head_dim=6, model__kv_heads=2),
     "scanned": dict(model__scan_layers=True, model__remat=True, model__kv_heads=1),
