@@ -10,6 +10,7 @@ import optax
 
 from lm_jax.config import OptimConfig
 from lm_jax.kernels import device
+from lm_jax.kernels.linear import by_rows
 
 Params = Any
 _MOMENTUM = 0.95  # decay of the momentum of matrices per update
@@ -232,7 +233,7 @@ def orthogonalise(x: jax.Array, eps: float, short: bool = False) -> jax.Array:
         gram = y @ y.mT
         # 3.4445 y - 4.7750 (y y') y + 2.0315 (y y')^2 y, with nothing to be added up afterwards
         y = (3.4445 * one + gram @ (2.0315 * gram - 4.7750 * one)) @ y
-    return (y.mT if tall else y).astype(x.dtype)
+    return (by_rows(y).mT if tall else y).astype(x.dtype)
 
 
 def _in_block(path: tuple[Any, ...]) -> bool:

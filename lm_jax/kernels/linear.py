@@ -31,7 +31,8 @@ def _backward(dtype: jnp.dtype, residuals: tuple[jax.Array, jax.Array], g: jax.A
     x, w_IO = residuals
     x_NI = x.reshape(-1, x.shape[-1])
     g_NO = g.reshape(-1, g.shape[-1]).astype(x.dtype)
-    dx_NI = g_NO @ w_IO.astype(x.dtype).T
+    w_OI = w_IO.astype(x.dtype).T
+    dx_NI = product(g_NO, w_OI, 1, 0, x.dtype)
     if x_NI.shape[1] <= g_NO.shape[1]:
         dw_IO = product(x_NI, g_NO, 0, 0, w_IO.dtype)
     else:
@@ -49,10 +50,10 @@ def product(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int, dtype) -> jax.
         # XLA's 16-bit products on CPUs are fast only with all operands in the order of their rows.
         if axis_a == 0:
             a, contract = by_rows(a.T), (((1,), (axis_b,)), ((), ()))
-        return by_rows(jax.lax.dot_general(a, b, contract, preferred_element_type=dtype))
+        return by_rows(jax.lax.dot_general(a, by_rows(b), contract, preferred_element_type=dtype))
     return jax.lax.dot_general(a, b, contract, preferred_element_type=dtype)
 
 
-def by_rows(matrix: jax.Array) -> jax.Array:
-    """The same matrix, laid out in memory row by row, whatever comes before and after it."""
-    return with_layout_constraint(matrix, Layout(major_to_minor=(0, 1)))
+def by_rows(x: jax.Array) -> jax.Array:
+    """The same array, laid out in memory row by row, whatever comes before and after it."""
+    return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))

@@ -20,9 +20,30 @@ def rotary(
     per_position, factor = frequencies(2 * half, theta, scaling, wide)
     angles_BT1C = positions_BT[:, :, None, None].astype(wide) * along_last(per_position, x_BTHC)
     waves = (f(angles_BT1C) for f in (jnp.cos, jnp.sin))
-    cos, sin = ((x if factor is None else factor * x).astype(x_BTHC.dtype) for x in waves)
-    a, b = x_BTHC[..., :half], x_BTHC[..., half:]
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+    cos, sin = (x if factor is None else factor * x for x in waves)
+    return _turned(x_BTHC, *jax.lax.optimization_barrier((cos, sin)))
+
+
+@jax.custom_vjp
+def _turned(x_BTHC: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Each pair turned by an angle, in float32 or wider inside.
+
+    With a gradient of its own, the turn back: autodiff's would pad both halves and add them up.
+    """
+    a, b = jnp.split(x_BTHC.astype(cos.dtype), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTHC.dtype)
+
+
+def _turned_forward(x_BTHC: jax.Array, cos: jax.Array, sin: jax.Array):
+    return _turned(x_BTHC, cos, sin), (cos, sin)
+
+
+def _turned_backward(residuals: tuple[jax.Array, jax.Array], g_BTHC: jax.Array):
+    cos, sin = residuals
+    return _turned(g_BTHC, cos, -sin), None, None
+
+
+_turned.defvjp(_turned_forward, _turned_backward)
 
 
 def frequencies(
