@@ -18,8 +18,9 @@ def get_config() -> Config:
     """The CPU-sized WikiText-2 run."""
     cfg = Config()
     cfg.data.corpus = "wikitext2"
-    cfg.data.seq_len = 256
-    cfg.data.batch_size = 8
+    cfg.data.seq_len = 1024
+    cfg.data.growth = Duration("5280")
+    cfg.data.batch_size = 2
     cfg.tokenizer.kind = "bpe"
     cfg.tokenizer.vocab_size = 8192
     cfg.model.layers = 4
@@ -37,8 +38,8 @@ def get_config() -> Config:
     cfg.optim.warmup = Duration("100")
     cfg.optim.end_lr = 0.02
     cfg.optim.weight_decay = 1.0
-    cfg.train.steps = Duration("5700")
+    cfg.train.steps = Duration("6600")
     cfg.train.eval_every = Duration("0")
-    cfg.train.checkpoint_every = Duration("1900")
+    cfg.train.checkpoint_every = Duration("2200")
     cfg.train.compute_dtype = "bfloat16"
     return cfg

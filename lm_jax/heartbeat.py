@@ -146,7 +146,7 @@ class Heartbeat:
         self._mine, self._beats = Sign(run, process, socket.gethostname()), 0
         self.beat = min(_BEAT * max(1.0, count / 16), (seconds or 1) / 8)
         self._watch = Watch(self._mine, count, seconds, self.beat)
-        self._compiled: set[int] = set()  # lengths of calls
+        self._compiled: set[tuple[int, ...]] = set()  # shapes of calls
         self._open, self._stop = contextlib.ExitStack(), threading.Event()
         self._thread = threading.Thread(target=self._go_on, daemon=True)
         self._seen, self._settled, self._heard = {process}, False, ""
@@ -185,13 +185,13 @@ class Heartbeat:
         """The loop waits for a batch; the first may take long."""
         self._now(doing=_READS if self._compiled else _RESTS)
 
-    def computes(self, updates: range) -> None:
-        """It dispatches a call, which is compiled if none was as long."""
-        self._now(doing=_COMPUTES if len(updates) in self._compiled else _RESTS)
+    def computes(self, shape: tuple[int, ...]) -> None:
+        """It dispatches a call with tokens of this shape, and compiles the first one."""
+        self._now(doing=_COMPUTES if shape in self._compiled else _RESTS)
 
-    def dispatched(self, updates: range) -> None:
+    def dispatched(self, updates: range, shape: tuple[int, ...]) -> None:
         """It did, and waits for the call before."""
-        self._compiled.add(len(updates))
+        self._compiled.add(shape)
         self._now(calls=self._mine.calls + 1, update=updates.stop, doing=_COMPUTES)
 
     def scored(self, more: bool) -> None:

@@ -64,9 +64,9 @@ def _train(run: setup.Setup, heart: Heartbeat) -> dict[str, Any]:
         if manifest.get("unscored"):
             score(state, run.start)
         for updates, batch in progress.waited(run.batches()):
-            heart.computes(updates)
+            heart.computes(batch["tokens"].shape)
             state, metrics = run.step(state, batch)
-            heart.dispatched(updates)
+            heart.dispatched(updates, batch["tokens"].shape)
             progress.dispatched(updates, batch, metrics, state)
             position = updates.stop
             if run.evaluates(position):

@@ -157,6 +157,7 @@ class Setup:
             seed=self.cfg.seed,
             calls=calls,
             movable=data.window_offset,
+            growth=int(data.growth),
             **sharding.share_of_rows(self.mesh),
             threads=data.threads,
             extend=self.objective.extend,

@@ -189,6 +189,7 @@ def test_int_becomes_float():
         ({"data__workers": 1_000_000}, "data.workers"),
         ({"data__batch_size": 100_000_000}, "data.batch_size"),
         ({"data__seq_len": 1 << 31}, "data.batch_size"),
+        ({"data__growth": "5", "data__seq_len": 100}, "data.growth"),
         ({"train__steps_per_call": 1_000_000_000}, "train.steps_per_call"),
         ({"eval__batch_size": 100_000_000}, "eval.batch_size"),
         ({"model__layers": 100_000}, "model.layers"),

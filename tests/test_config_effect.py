@@ -106,6 +106,7 @@ TABLE = {
     "data.micro_batch": (2, "train_step", {}),
     "data.document_mask": (True, "train_batches eval_batches", {}),
     "data.window_offset": (True, "train_batches", {}),
+    "data.growth": ("2", "train_batches", {}),
     "data.threads": (2, "reader_threads", {}),
     "tokenizer.kind": ("byte", "manifest train_batches", {}),
     "tokenizer.folder": (

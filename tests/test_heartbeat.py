@@ -232,7 +232,7 @@ def test_a_process_alone_says_that_it_stands_still_and_goes_on(tmp_path, capsys)
         one.reads()
         time.sleep(0.3)
         assert not capsys.readouterr().out  # the first batch
-        one.dispatched(range(4))
+        one.dispatched(range(4), (4, 2, 9))
         one.reads()
         time.sleep(0.3)
     assert "the run has not moved since update 4, for 0.08 s, it waits" in capsys.readouterr().out

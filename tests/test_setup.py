@@ -79,12 +79,14 @@ def test_what_cannot_be_is_said_before_data_are_read(text, tmp_path, monkeypatch
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_run_says_what_became_of_its_warmup(text, tmp_path):
+def test_a_run_says_what_became_of_its_spans(text, tmp_path):
     with contextlib.ExitStack() as held:
-        cfg = small(text, train__steps="5", optim__warmup="100")
+        cfg = small(text, train__steps="5", optim__warmup="100", data__growth="90")
         run = setup.assemble(cfg, tmp_path, None, held)
-    (line,) = (line for line in run.lines if "warmup" in line)
-    assert line == "config.optim.warmup: 100 updates made 1, a fifth of the 5 of the run"
+    assert [line for line in run.lines if "updates made" in line] == [
+        "config.data.growth: 90 updates made 4, four fifths of the 5 of the run",
+        "config.optim.warmup: 100 updates made 1, a fifth of the 5 of the run",
+    ]
     assert read_record(tmp_path).cfg.optim.warmup == "1"
 
 

@@ -236,6 +236,24 @@ def test_how_batches_are_grouped_in_calls_does_not_matter(threads):
     assert_same([{name: x[i] for name, x in joined.items()} for i in range(6)], train(split))
 
 
+def test_growing_windows_have_the_same_targets_in_shorter_rows():
+    split = make_split()
+    whole, grown = train(split), train(split, growth=4)
+    assert [batch["tokens"].shape for batch in grown] == [
+        *[(64, 2)] * 2,
+        (32, 3),
+        (16, 5),
+        *[(8, 9)] * 2,
+    ]
+    for long, short in zip(whole, grown, strict=True):
+        assert scored_pairs([long]) == scored_pairs([short])
+        for name, x in short.items():
+            inputs = x[:, :-1].reshape(8, T)  # in their places
+            np.testing.assert_array_equal(inputs, long[name][:, :-1])
+    for start in range(6):
+        assert_same(train(split, start=start, growth=4), grown[start:])
+
+
 @pytest.mark.parametrize("stride", [None, *range(1, T + 1)])
 @pytest.mark.parametrize("lengths", [LENGTHS, [1], [2, 1]])
 def test_evaluation_scores_every_target_once(lengths, stride):

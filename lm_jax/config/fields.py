@@ -46,6 +46,9 @@ class DataConfig(Section):
     micro_batch: int = incidental(not_negative(0))
     document_mask: bool = True  # attention and positions restart at each document
     window_offset: bool = False  # cut the text into windows elsewhere in every epoch
+    # the updates in which windows are read in parts: equal shares of them by eighths, quarters and
+    # halves; then whole
+    growth: Duration = Duration("0")
     # threads that assemble batches ahead of the step; 0: in the loop itself
     threads: int = incidental(limited(1, below=129, why="each would keep two calls in memory"))
 

@@ -35,6 +35,7 @@ def spans(cfg: Config, *, windows: int) -> dict[str, Updates]:
     What is written in tokens or epochs becomes whole calls of `train.steps_per_call`, for a call of
     another length would be compiled anew. A warm-up that the run would never end takes a fifth of
     it, the most that the doctor (optimiser.warmup) finds in order; a decay takes what is left.
+    Windows that would never be whole grow for four fifths of the run.
     """
     call, found = cfg.train.steps_per_call, {}
     for path, value in named_fields(cfg):
@@ -49,6 +50,9 @@ def spans(cfg: Config, *, windows: int) -> dict[str, Updates]:
     if warmup >= steps:
         why = f"a fifth of the {steps:,} of the run"
         found["optim.warmup"] = Updates(warmup, steps // 5, why)
+    if (growth := found["data.growth"].taken) >= steps:
+        why = f"four fifths of the {steps:,} of the run"
+        found["data.growth"] = Updates(growth, 4 * steps // 5, why)
     if decay > (left := steps - found["optim.warmup"].taken):
         found["optim.decay"] = Updates(decay, left, f"what the warm-up leaves of {steps:,}")
     return found

@@ -67,6 +67,11 @@ def _data(cfg: Config) -> Iterator[str]:
             most = _INDICES // row * get(cfg, path) // rows
             remedy = f"give at most {most:,}" if most else "lower config.data.seq_len first"
             yield f"{path}: makes arrays of {rows * row:,} tokens, past 32-bit indices; {remedy}"
+    if data.seq_len % 8 and data.growth.parts()[0]:
+        yield (
+            f"data.growth: cuts windows in eighths, and config.data.seq_len={data.seq_len} has "
+            "none; give a multiple of 8, or no growth"
+        )
     if data.valid_fraction + data.test_fraction >= 1:
         yield "data.valid_fraction: and test_fraction leave no text; lower them"
 
@@ -299,9 +304,13 @@ def _cache(cfg: Config) -> Iterator[str]:
         yield f"distill.alone: {why}; leave it empty"
     if distill.next_bytes:
         yield "distill.next_bytes: has no meaning for config.distill.cache; leave it at False"
-    if cfg.data.window_offset:
-        remedy = "set it to False, or name config.distill.teachers"
-        yield f"data.window_offset: makes windows that are in no cache; {remedy}"
+    for name, value, none in (
+        ("window_offset", cfg.data.window_offset, False),
+        ("growth", cfg.data.growth.parts()[0], 0),
+    ):
+        if value:
+            remedy = f"set it to {none}, or name config.distill.teachers"
+            yield f"data.{name}: makes windows that are in no cache; {remedy}"
 
 
 def eval_splits(cfg: Config, available: Container[str] = ()) -> list[str]:

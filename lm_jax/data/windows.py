@@ -143,6 +143,23 @@ def _take(tokens: np.ndarray, offset_BT: np.ndarray) -> np.ndarray:
     return taken
 
 
+def parts(update: int, growth: int) -> int:
+    """Parts into which windows are cut: 8, 4 and 2 in equal shares of `growth` updates, then 1."""
+    return 8 >> (3 * update // growth) if update < growth else 1
+
+
+def cut(batch: Batch, parts: int) -> Batch:
+    """Windows [..., B, T + 1] in parts [..., B * parts, T / parts + 1] with the same targets.
+
+    A text is learnt sooner from many short stretches at once; contexts as long as those that are
+    scored are needed only at the end (Li et al. 2022, arXiv 2108.06084; Jin et al. 2023, arXiv
+    2310.00576).
+    """
+    length = (batch["tokens"].shape[-1] - 1) // parts
+    at_NT = length * np.arange(parts)[:, None] + np.arange(length + 1)
+    return {k: x[..., at_NT].reshape(*x.shape[:-2], -1, length + 1) for k, x in batch.items()}
+
+
 def example_index(position: ArrayLike, num_windows: int, seed: int) -> np.ndarray:
     """Maps positions in the endless sequence of samples to window numbers.
 
@@ -187,6 +204,7 @@ def train_batches(
     seed: int,
     calls: Sequence[range],
     movable: bool = False,
+    growth: int = 0,
     process_index: int = 0,
     process_count: int = 1,
     threads: int = 1,
@@ -195,7 +213,8 @@ def train_batches(
     """Yields, for each call, the training batches of its numbers: [K, B/P, T+1], K = len(call).
 
     The rows are those of this process. `threads` threads read ahead; 0 reads on demand. With
-    `movable` windows every epoch has its own offset. `extend` adds arrays to a call's batches.
+    `movable` windows every epoch has its own offset. A call in the first `growth` updates has its
+    windows `cut` in the `parts` of its first update. `extend` adds arrays to a call's batches.
 
     Raises:
         ValueError: if the split does not fill one window, or the batch cannot be divided.
@@ -210,7 +229,9 @@ def train_batches(
         indices_KB = example_index(position_KB, epoch, seed)
         epoch_KB = position_KB // epoch
         earlier = window_offset(epoch_KB, seq_len, seed) if movable else 0
-        return extend(windows.batch(indices_KB, earlier))
+        batch = windows.batch(indices_KB, earlier)
+        number = parts(call[0], growth)
+        return extend(batch if number == 1 else cut(batch, number))
 
     return _read_ahead(read, calls, threads)
 

@@ -355,6 +355,10 @@ REFUSED = [
         ),
         "config.data.window_offset",
     ),
+    (
+        dict(distill__cache="a", distill__support="top_k", distill__top_k=2, data__growth="9"),
+        "config.data.growth",
+    ),
 ]
 
 
