@@ -80,9 +80,9 @@ def exp(nats: float) -> float:
     return math.inf if nats > _MAX_NATS else math.exp(nats)  # of nan: nan
 
 
-def flops_per_token(cfg: Config, vocab_size: int) -> float:
-    """FLOPs of one token in training, see `models.families.size`."""
-    return size(cfg.model, vocab_size, cfg.data.seq_len).flops
+def flops_per_token(cfg: Config, vocab_size: int, seq_len: int) -> float:
+    """FLOPs of one token in training with rows of this length, see `models.families.size`."""
+    return size(cfg.model, vocab_size, seq_len).flops
 
 
 def peak_flops(device_kind: str, compute_dtype: str, devices: int) -> float | None:

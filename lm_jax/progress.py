@@ -56,7 +56,6 @@ class Progress:
         if jax.process_index() == 0:
             drop_samples(run.folder, run.start - again)
         self._trace = Trace(run.folder, cfg.train.profile.updates())
-        self._flops = metrics.flops_per_token(cfg, run.store.tokenizer.vocab_size)
         self._peak = metrics.peak_flops(
             jax.devices()[0].device_kind, cfg.train.compute_dtype, jax.device_count()
         )
@@ -123,12 +122,13 @@ class Progress:
         self._clock, self._waited = done, 0.0
         self._trace.after(call.updates)
         per_update = cfg.data.batch_size * cfg.data.seq_len
+        seq_len = call.batch["tokens"].shape[-1] - 1
         speed = metrics.throughput(
             tokens=len(call.updates) * per_update,
             seconds=seconds,
             steps=len(call.updates),
             input_wait=waited,
-            flops=self._flops,
+            flops=metrics.flops_per_token(cfg, run.store.tokenizer.vocab_size, seq_len),
             peak=self._peak,
         )
         for i, now in enumerate(range(call.updates.start + 1, call.updates.stop + 1)):

@@ -174,7 +174,7 @@ def _elsewhere(old: Record, cfg: Config, asked: Config) -> str:
 # Where data lie, which their hashes know better.
 _PLACES = {"data.files", "data.valid_files", "data.test_files", "tokenizer.folder"}
 # What a length cuts short: another length does so elsewhere.
-_CUT = ("optim.warmup", "optim.decay")
+_CUT = ("data.growth", "optim.warmup", "optim.decay")
 
 
 def _require_same(old: Record, cfg: Config, store: Store, asked: Config) -> None:

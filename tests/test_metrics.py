@@ -86,7 +86,7 @@ def test_flops_are_six_a_weight_and_attention(changes):
         weights += params["embedding"].size
     T, D, L = 11, 16, cfg.model.layers
     # A query sees T / 2 keys on average: 2 D (T / 2) for scores, as many for mixing, three times.
-    assert metrics.flops_per_token(cfg, V) == 6 * weights + 3 * L * 2 * (2 * D * T / 2)
+    assert metrics.flops_per_token(cfg, V, T) == 6 * weights + 3 * L * 2 * (2 * D * T / 2)
 
 
 def products(jaxpr):
@@ -121,7 +121,7 @@ def test_flops_are_those_of_the_traced_gradient(changes):
     counted = products(jax.make_jaxpr(jax.grad(loss))(params).jaxpr) / tokens
     # The reference computes the whole square of scores, of which the causal half is counted.
     causal_half = 6 * cfg.model.layers * cfg.data.seq_len * cfg.model.d_model
-    assert counted == metrics.flops_per_token(cfg, V) + causal_half
+    assert counted == metrics.flops_per_token(cfg, V, 11) + causal_half
 
 
 @pytest.mark.parametrize(

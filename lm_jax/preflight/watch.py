@@ -47,13 +47,14 @@ def examine_workdir(
 def _facts(record: Record) -> dict[str, Any]:
     """What the config and the data of a run say about its metrics."""
     cfg, devices = record.cfg, record.devices
+    V, seq_len = record.data["vocab_size"], cfg.data.seq_len
     split_tokens = {name: split["tokens"] for name, split in record.data["splits"].items()}
     return dict(
-        vocab_size=record.data["vocab_size"],
+        vocab_size=V,
         split_tokens=split_tokens,
         train_tokens=split_tokens["train"],
-        tokens_per_step=cfg.data.batch_size * cfg.data.seq_len,
-        parameters=metrics.flops_per_token(cfg, record.data["vocab_size"]) / 6,
+        tokens_per_step=cfg.data.batch_size * seq_len,
+        parameters=metrics.flops_per_token(cfg, V, seq_len) / 6,
         peak_flops=metrics.peak_flops(devices[0], cfg.train.compute_dtype, len(devices)),
         lr_peak=cfg.optim.peak_lr,
         lr_end=cfg.optim.peak_lr * (1 if cfg.optim.schedule == "constant" else cfg.optim.end_lr),
