@@ -10,7 +10,7 @@ import optax
 
 from lm_jax.config import OptimConfig
 from lm_jax.kernels import device
-from lm_jax.kernels.linear import by_rows
+from lm_jax.kernels.linear import by_rows, slow_by_columns
 
 Params = Any
 _MOMENTUM = 0.95  # decay of the momentum of matrices per update
@@ -233,7 +233,8 @@ def orthogonalise(x: jax.Array, eps: float, short: bool = False) -> jax.Array:
         gram = y @ y.mT
         # 3.4445 y - 4.7750 (y y') y + 2.0315 (y y')^2 y, with nothing to be added up afterwards
         y = (3.4445 * one + gram @ (2.0315 * gram - 4.7750 * one)) @ y
-    return (by_rows(y).mT if tall else y).astype(x.dtype)
+    y = by_rows(y) if tall and slow_by_columns(y.dtype) else y
+    return (y.mT if tall else y).astype(x.dtype)
 
 
 def _in_block(path: tuple[Any, ...]) -> bool:

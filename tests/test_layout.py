@@ -22,7 +22,7 @@ ORDER = (
 FILES = {path: ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
 IDS = {path: str(path.relative_to(PACKAGE)) for path in FILES}
 
-CODE_LINES = 23_551
+CODE_LINES = 23_554
 
 
 def room(path: pathlib.Path) -> str:

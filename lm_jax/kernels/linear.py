@@ -46,12 +46,16 @@ linear.defvjp(_forward, _backward)
 def product(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int, dtype) -> jax.Array:
     """Matrix product over one axis of each, accumulated into `dtype`."""
     contract = (((axis_a,), (axis_b,)), ((), ()))
-    if a.dtype.itemsize == 2 and device.target().platform == "cpu":
-        # XLA's 16-bit products on CPUs are fast only with all operands in the order of their rows.
+    if slow_by_columns(a.dtype):
         if axis_a == 0:
             a, contract = by_rows(a.T), (((1,), (axis_b,)), ((), ()))
         return by_rows(jax.lax.dot_general(a, by_rows(b), contract, preferred_element_type=dtype))
     return jax.lax.dot_general(a, b, contract, preferred_element_type=dtype)
+
+
+def slow_by_columns(dtype: jnp.dtype) -> bool:
+    """Whether products want operands and result `by_rows`: XLA's of 16 bits on CPUs do."""
+    return dtype.itemsize == 2 and device.target().platform == "cpu"
 
 
 def by_rows(x: jax.Array) -> jax.Array:
