@@ -79,7 +79,7 @@ CASES = {
 # Of those that any check makes; the long one makes all.
 SHORT = [
     *(("all at once", mesh) for mesh in ("data", "fsdp", "all")),
-    *(("plain", "both"), ("muon", "fsdp"), ("bfloat16", "all")),
+    *(("muon", "fsdp"), ("bfloat16", "all")),
 ]
 RUNS = SHORT + [
     (case, mesh)
