@@ -142,10 +142,12 @@ def test_the_schedule_of_the_new_length_is_said(copied, text):
     record, then = read(copied), constant(text, train__steps="8", optim__schedule="cosine")
     record["config"]["optim"] |= {"schedule": "cosine", "warmup": "1"}  # of 20, cut to a fifth
     record["asked"]["optim"]["warmup"] = "20"
+    record["config"]["data"]["growth"], record["asked"]["data"]["growth"] = "6", "20"
     record["config"]["train"]["steps_per_call"] = 3
     (copied / "config.json").write_text(json.dumps(record))
     then.optim.warmup = "1"
     now = config.replace(then, train__steps="12", train__steps_per_call=3, optim__warmup="20")
+    now.data.growth = "20"
     now.train.checkpoint_every = "0"
     with contextlib.ExitStack() as held:
         *_, line, bits, changed = setup.assemble(now, copied, None, held).lines
@@ -154,6 +156,7 @@ def test_the_schedule_of_the_new_length_is_said(copied, text):
     assert line.endswith(f"update 8 goes from {before:.2e} to {after:.2e}") and before < after
     assert bits.startswith("update 8 is no end of a call") and "checkpoint_every" in changed
     assert "config.optim.warmup: '1' -> '2'" in changed
+    assert "config.data.growth: '6' -> '9'" in changed
 
 
 def test_results_of_the_old_end_do_not_outlive_it(copied, text, monkeypatch):

@@ -121,7 +121,7 @@ def test_flops_are_those_of_the_traced_gradient(changes):
     counted = products(jax.make_jaxpr(jax.grad(loss))(params).jaxpr) / tokens
     # The reference computes the whole square of scores, of which the causal half is counted.
     causal_half = 6 * cfg.model.layers * cfg.data.seq_len * cfg.model.d_model
-    assert counted == metrics.flops_per_token(cfg, V, 11) + causal_half
+    assert counted == metrics.flops_per_token(cfg, V, cfg.data.seq_len) + causal_half
 
 
 @pytest.mark.parametrize(

@@ -148,15 +148,15 @@ def parts(update: int, growth: int) -> int:
     return 8 >> (3 * update // growth) if update < growth else 1
 
 
-def cut(batch: Batch, parts: int) -> Batch:
-    """Windows [..., B, T + 1] in parts [..., B * parts, T / parts + 1] with the same targets.
+def cut(batch: Batch, number: int) -> Batch:
+    """Windows [..., B, T + 1] in N parts each, [..., B N, T / N + 1], with the same targets.
 
     A text is learnt sooner from many short stretches at once; contexts as long as those that are
     scored are needed only at the end (Li et al. 2022, arXiv 2108.06084; Jin et al. 2023, arXiv
     2310.00576).
     """
-    length = (batch["tokens"].shape[-1] - 1) // parts
-    at_NT = length * np.arange(parts)[:, None] + np.arange(length + 1)
+    length = (batch["tokens"].shape[-1] - 1) // number
+    at_NT = length * np.arange(number)[:, None] + np.arange(length + 1)
     return {k: x[..., at_NT].reshape(*x.shape[:-2], -1, length + 1) for k, x in batch.items()}
 
 

@@ -104,7 +104,7 @@ def offset_keys(k_BKTC: jax.Array, positions_B1T: jax.Array) -> jax.Array:
     the modded-nanogpt speedruns). The first token keeps its key.
     """
     C = k_BKTC.shape[-1]
-    by_one = [(1, -1, 0) if axis == 2 else (0, 0, 0) for axis in range(4)]
+    by_one = (0, 0, 0), (0, 0, 0), (1, -1, 0), (0, 0, 0)
     before_BKTC = jax.lax.pad(k_BKTC, jnp.zeros((), k_BKTC.dtype), by_one)
     slower_111C = along_last(jnp.arange(C) % (C // 2) >= C // 4, k_BKTC)
     return jnp.where((positions_B1T > 0)[..., None] & slower_111C, before_BKTC, k_BKTC)
