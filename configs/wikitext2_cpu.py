@@ -37,7 +37,7 @@ def get_config() -> Config:
     cfg.optim.peak_lr = 8e-3
     cfg.optim.warmup = Duration("100")
     cfg.optim.end_lr = 0.02
-    cfg.optim.weight_decay = 1.0
+    cfg.optim.weight_decay = 0.15
     cfg.train.steps = Duration("6600")
     cfg.train.eval_every = Duration("0")
     cfg.train.checkpoint_every = Duration("2200")
