@@ -17,7 +17,7 @@ done
 
 import pathlib
 
-from lm_jax.config import Config, ConfigError
+from lm_jax.config import Config, ConfigError, Curve
 from lm_jax.config.flags import load_module
 
 NUMBER = 4
@@ -34,8 +34,10 @@ def get_config(arm: str = "member0") -> Config:
         raise ConfigError(f"configs/ensemble.py:{arm}: no such arm; use one of {', '.join(ARMS)}.")
     cfg = load_module(pathlib.Path(__file__).with_name("wikitext2_cpu.py")).get_config()
     cfg.seed = seed(arm)
-    teachers = (f"runs/ensemble-{teacher}-{seed(teacher)}" for teacher in TAUGHT.get(arm, ()))
-    cfg.distill.teachers = ",".join(teachers)
+    if arm in TAUGHT:
+        teachers = (f"runs/ensemble-{teacher}-{seed(teacher)}" for teacher in TAUGHT[arm])
+        cfg.distill.teachers = ",".join(teachers)
+        cfg.distill.temperature = Curve("1")
     return cfg
 
 
