@@ -42,6 +42,7 @@ block, with hyphens.
 | `musota` | table, verdict and step time of MU-SOTA against dense models |
 | `phase1` | table and verdict: where 10M parameters go |
 | `distillation` | table, verdict and step time of the distillation study |
+| `ensemble` | table: four models, their mean and a student of it |
 | `soak` | table: kills, signals, full disks, damaged files, and what was lost |
 | `small-corpus` | table and verdict: options for a small corpus |
 | `step-h200` | table: train step against PyTorch on an H200 |

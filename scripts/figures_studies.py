@@ -1,9 +1,10 @@
 """Blocks of `figures.py`: the studies, as `lm_jax.compare` recorded them, and the soak."""
 
+import math
 import statistics
 from typing import Any
 
-from records import bullets, measured, record, tabled, told
+from records import bullets, figure, measured, record, tabled, told
 
 
 def _interval(found: dict[str, Any], how: str) -> str:
@@ -137,6 +138,47 @@ def distillation() -> str:
         "hand.",
         measured("distillation_wikitext2_cpu.json", "distillation_reports_cpu.json"),
         measured("bench_distill_cpu.json"),
+    )
+
+
+def ensemble() -> str:
+    """Members, their mean, and a student of it."""
+    models = record("ensemble_wikitext2_cpu.json")["models"]
+    seconds = figure("ensemble")
+    members = [found for name, found in models.items() if name.startswith("teacher ")]
+    mean, student = models["mean of the teachers"], models["distilled"]
+    bits = [one["bits_per_byte"] for one in members]
+    words = [one["word_ppl"] for one in members]
+    rows = [
+        *((f"member {n}", one) for n, one in enumerate(members)),
+        (f"mean of the {len(members)}", mean),
+        ("student", student),
+    ]
+    lines = [
+        (
+            name,
+            f"{one['parameters'] / 1e6:.2f}M",
+            f"{one['bits_per_byte']:.4f}",
+            f"{one['word_ppl']:.1f}",
+            "" if one is mean else f"{one['agreement']:.1%}",
+        )
+        for name, one in rows
+    ]
+    kept = (statistics.mean(bits) - student["bits_per_byte"]) / (
+        statistics.mean(bits) - mean["bits_per_byte"]
+    )
+    error = statistics.stdev(bits) / math.sqrt(len(bits))
+    error_of_words = statistics.stdev(words) / math.sqrt(len(words))
+    return tabled(
+        ["", "parameters", "test bits per byte", "word perplexity", "top choice as the mean's"],
+        lines,
+        f"{seconds['updates']:,} updates each. The members reach {statistics.mean(bits):.4f} bits "
+        f"per byte and word perplexity {statistics.mean(words):.1f} on average, with standard "
+        f"errors of {error:.4f} and {error_of_words:.1f} over their seeds; the student, one seed, "
+        f"keeps {kept:.0%} of what their mean gains. Three members took "
+        f"{', '.join(map(str, seconds['member_seconds']))} s with both cores, from start to report "
+        f"(the first shared them with another run), the student {seconds['student_seconds']:,} s.",
+        measured("ensemble_wikitext2_cpu.json"),
     )
 
 
