@@ -144,7 +144,7 @@ def distillation() -> str:
 def ensemble() -> str:
     """Members, their mean, and a student of it."""
     models = record("ensemble_wikitext2_cpu.json")["models"]
-    seconds = figure("ensemble")
+    run = figure("ensemble")
     members = [found for name, found in models.items() if name.startswith("teacher ")]
     mean, student = models["mean of the teachers"], models["distilled"]
     bits = [one["bits_per_byte"] for one in members]
@@ -167,17 +167,16 @@ def ensemble() -> str:
     kept = (statistics.mean(bits) - student["bits_per_byte"]) / (
         statistics.mean(bits) - mean["bits_per_byte"]
     )
-    error = statistics.stdev(bits) / math.sqrt(len(bits))
-    error_of_words = statistics.stdev(words) / math.sqrt(len(words))
+    errors = [statistics.stdev(values) / math.sqrt(len(values)) for values in (bits, words)]
     return tabled(
         ["", "parameters", "test bits per byte", "word perplexity", "top choice as the mean's"],
         lines,
-        f"{seconds['updates']:,} updates each. The members reach {statistics.mean(bits):.4f} bits "
+        f"{run['updates']:,} updates each. The members reach {statistics.mean(bits):.4f} bits "
         f"per byte and word perplexity {statistics.mean(words):.1f} on average, with standard "
-        f"errors of {error:.4f} and {error_of_words:.1f} over their seeds; the student, one seed, "
+        f"errors of {errors[0]:.4f} and {errors[1]:.1f} over their seeds; the student, one seed, "
         f"keeps {kept:.0%} of what their mean gains. Three members took "
-        f"{', '.join(map(str, seconds['member_seconds']))} s with both cores, from start to report "
-        f"(the first shared them with another run), the student {seconds['student_seconds']:,} s.",
+        f"{', '.join(map(str, run['member_seconds']))} s with both cores, from start to report "
+        f"(the first shared them with another run), the student {run['student_seconds']:,} s.",
         measured("ensemble_wikitext2_cpu.json"),
     )
 
