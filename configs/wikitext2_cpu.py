@@ -5,8 +5,8 @@ python -m lm_jax.main --config=configs/wikitext2_cpu.py --config.data.source_dir
 DIR holds `wiki.{train,valid,test}.tokens`. Measured on 2 CPU cores with AMX, seed 0: test word
 perplexity 95.2 (valid 101.0) 38 minutes and 52 seconds after the start, tokenizer training
 included, while the machine was slow; at another time the same updates, with another weight decay,
-took 29 minutes and 18 seconds. Half of them (`--config.train.steps=3300`) reach 106.4 in 13 to 15 minutes
-(four seeds, standard error 0.6; docs/studies.md).
+took 29 minutes and 18 seconds. Half of them (`--config.train.steps=3300`) reach 106.4 in 13 to 15
+minutes (four seeds, standard error 0.6; docs/studies.md).
 
 The options are those that gained most on little text (scripts/results/LOG.md). Products are in
 bfloat16; whether `--config.train.compute_dtype=float32` is faster on a CPU without AMX was not
